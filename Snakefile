@@ -1,0 +1,72 @@
+"""From raw Perturb-seq files to honestly scored perturbation models.
+
+Path grammar, with five wildcards only (dataset, split, model, seed, and query for counterfactuals):
+
+  resources/{dataset}/raw/manifest.json                                what was retrieved, beside the file itself
+  results/{dataset}/harmonized.h5ad, harmonization.json                one schema for all; what was dropped and why
+  results/{dataset}/{split}/split.json                                 perturbations and cells per role
+  results/{dataset}/{split}/pairs.h5ad, embeddings.parquet, audit.json what models train on, and the proof that nothing leaked
+  results/{dataset}/{split}/{model}/seed_{seed}/model.npz|.ckpt, run.json, predictions.h5ad, metrics.tsv
+  results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, {query}.tsv
+  results/benchmark.tsv, results/report.html                           all scores; one page to read
+"""
+
+from snakemake.utils import min_version
+
+min_version("9.25")
+
+
+configfile: workflow.source_path("config/config.yaml")
+configfile: workflow.source_path("config/datasets.yaml")
+configfile: workflow.source_path("config/splits.yaml")
+configfile: workflow.source_path("config/models.yaml")
+configfile: workflow.source_path("config/counterfactuals.yaml")
+
+
+include: "rules/common.smk"
+include: "rules/download.smk"
+include: "rules/harmonize.smk"
+include: "rules/split.smk"
+include: "rules/pairs.smk"
+include: "rules/embeddings.smk"
+include: "rules/audit.smk"
+include: "rules/train.smk"
+include: "rules/predict.smk"
+include: "rules/evaluate.smk"
+include: "rules/counterfactual.smk"
+include: "rules/benchmark.smk"
+include: "rules/report.smk"
+
+
+rule all:
+    """Everything that is selected: scores, report and counterfactual answers."""
+    default_target: True
+    localrule: True
+    input:
+        "results/benchmark.tsv",
+        "results/report.html",
+        rules.counterfactuals.input,
+
+
+rule data:
+    """The selected screens, harmonized."""
+    localrule: True
+    input:
+        collect("results/{dataset}/harmonized.h5ad", dataset=plan.runs["dataset"].unique()),
+
+
+rule trained:
+    """All selected models, trained."""
+    localrule: True
+    input:
+        trained_models(),
+
+
+rule evaluated:
+    """All selected models, scored."""
+    localrule: True
+    input:
+        collect(
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
+            run=plan.runs.itertuples(),
+        ),

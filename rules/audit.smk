@@ -1,0 +1,23 @@
+rule audit:
+    """Look for leaks from held-out cells into training; a leak fails the run."""
+    input:
+        harmonized=ancient("results/{dataset}/harmonized.h5ad"),
+        split=ancient("results/{dataset}/{split}/split.json"),
+        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
+        embeddings=ancient("results/{dataset}/{split}/embeddings.parquet"),
+    output:
+        audit="results/{dataset}/{split}/audit.json",
+    log:
+        "logs/audit/{dataset}.{split}.log",
+    benchmark:
+        "benchmarks/audit/{dataset}.{split}.tsv"
+    conda:
+        "../envs/data.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory_by_input(20, least=3000),
+        runtime="2h",
+    params:
+        lineage=lineage("audit"),
+    script:
+        "../scripts/audit.py"

@@ -1,0 +1,101 @@
+"""The plan, and the few functions that rules look things up with."""
+
+import sys
+from dataclasses import replace
+
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.enums import RerunTrigger
+
+# Jobs find the package beside their script; the Snakefile has to be told where its light part is.
+sys.path.insert(0, f"{workflow.basedir}/scripts")
+
+from perturbflow.errors import InputError
+from perturbflow.registry import Plan
+
+# A script's time stamp says nothing about its content: a git checkout would retrain weeks of work.
+# The lineage that every rule carries as a parameter holds the content of all the code that the rule runs.
+if workflow.dag_settings is not None:
+    workflow.dag_settings = replace(
+        workflow.dag_settings,
+        rerun_triggers=frozenset(workflow.dag_settings.rerun_triggers)
+        - {RerunTrigger.CODE},
+    )
+
+
+# For messages that name the file of a mistake; the user's own come last: they override.
+_names = ("config", "datasets", "splits", "models", "counterfactuals")
+_files = [f"{workflow.basedir}/config/{name}.yaml" for name in _names]
+_files += [str(path) for path in workflow.overwrite_configfiles]
+
+try:
+    plan = Plan(config, _files)
+except InputError as error:
+    raise WorkflowError(f"The configuration cannot be run.\n{error}") from None
+
+for _sentence in plan.left_out:
+    print(_sentence, file=sys.stderr)
+
+
+wildcard_constraints:
+    dataset="[a-z0-9][a-z0-9_]*",
+    split="[a-z0-9][a-z0-9_]*",
+    model="[a-z0-9][a-z0-9_]*",
+    seed="[0-9]+",
+    query="[a-z0-9][a-z0-9_]*",
+
+
+def lineage(step):
+    """Return a params function: the digest of all that a step's result is made of."""
+    return lambda wildcards: plan.lineage(step, **wildcards)
+
+
+def raw_file(wildcards):
+    """Return what harmonize reads: the user's own file, or the manifest of a download."""
+    source = plan.config["datasets"][wildcards.dataset]["source"]
+    return source.get("path", f"resources/{wildcards.dataset}/raw/manifest.json")
+
+
+def dataset_block(wildcards):
+    """Return what harmonize needs of a dataset's block."""
+    return plan.config["datasets"][wildcards.dataset]
+
+
+def quality_control(wildcards):
+    """Return the limits of quality control of a dataset."""
+    return plan.qc(wildcards.dataset)
+
+
+def model_file(wildcards):
+    """Return the file that a model's training leaves behind."""
+    name = plan.family(wildcards.model).artefact
+    return "results/{dataset}/{split}/{model}/seed_{seed}/" + name
+
+
+def trained_models():
+    """Return the trained models of all selected runs."""
+    return [
+        f"results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/{plan.family(run.model).artefact}"
+        for run in plan.runs.itertuples()
+    ]
+
+
+def implementation(wildcards):
+    """Return where a model's family is implemented."""
+    return plan.family(wildcards.model).implementation
+
+
+def one_of(names):
+    """Return a pattern for a wildcard that takes these names only; without names it matches nothing."""
+    return "|".join(names) or "(?!)"
+
+
+def memory_by_input(factor, least=1000):
+    """Return a resource function: MB of memory by MB of input, doubled with every attempt."""
+    return lambda wildcards, input, attempt: int(
+        (least + factor * input.size_mb) * 2 ** (attempt - 1)
+    )
+
+
+def gpu(wildcards):
+    """Return how many GPUs a training asks for: one if the configuration names cuda."""
+    return int(plan.config["device"] == "cuda")

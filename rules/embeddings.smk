@@ -1,0 +1,21 @@
+rule embeddings:
+    """Describe every perturbed gene by numbers."""
+    input:
+        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
+    output:
+        embeddings="results/{dataset}/{split}/embeddings.parquet",
+    log:
+        "logs/embeddings/{dataset}.{split}.log",
+    benchmark:
+        "benchmarks/embeddings/{dataset}.{split}.tsv"
+    conda:
+        "../envs/data.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory_by_input(20, least=3000),
+        runtime="2h",
+    params:
+        sources=lookup("embeddings/sources", within=plan.config),
+        lineage=lineage("embeddings"),
+    script:
+        "../scripts/embeddings.py"

@@ -1,0 +1,24 @@
+rule evaluate:
+    """Score predicted cells against measured ones, per perturbation."""
+    input:
+        predictions=ancient(
+            "results/{dataset}/{split}/{model}/seed_{seed}/predictions.h5ad"
+        ),
+        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
+        split=ancient("results/{dataset}/{split}/split.json"),
+    output:
+        metrics="results/{dataset}/{split}/{model}/seed_{seed}/metrics.tsv",
+    log:
+        "logs/evaluate/{dataset}.{split}.{model}.seed_{seed}.log",
+    benchmark:
+        "benchmarks/evaluate/{dataset}.{split}.{model}.seed_{seed}.tsv"
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory_by_input(20, least=3000),
+        runtime="2h",
+    params:
+        lineage=lineage("evaluate"),
+    script:
+        "../scripts/evaluate.py"

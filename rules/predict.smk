@@ -1,0 +1,25 @@
+rule predict:
+    """Predict cells for every held-out perturbation, each from a test control."""
+    input:
+        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
+        model=ancient(model_file),
+    output:
+        predictions="results/{dataset}/{split}/{model}/seed_{seed}/predictions.h5ad",
+    log:
+        "logs/predict/{dataset}.{split}.{model}.seed_{seed}.log",
+    benchmark:
+        "benchmarks/predict/{dataset}.{split}.{model}.seed_{seed}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory_by_input(20, least=3000),
+        runtime="4h",
+    params:
+        implementation=implementation,
+        params=lookup("models/{model}/params", within=plan.config),
+        seed=lambda wildcards: int(wildcards.seed),
+        max_cells=lookup("predict/max_cells", within=plan.config),
+        lineage=lineage("predict"),
+    script:
+        "../scripts/predict.py"

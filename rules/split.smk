@@ -1,0 +1,23 @@
+rule split:
+    """Divide perturbations and cells into training, validation and test."""
+    input:
+        harmonized=ancient("results/{dataset}/harmonized.h5ad"),
+        harmonization=ancient("results/{dataset}/harmonization.json"),
+    output:
+        split="results/{dataset}/{split}/split.json",
+    log:
+        "logs/split/{dataset}.{split}.log",
+    benchmark:
+        "benchmarks/split/{dataset}.{split}.tsv"
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory_by_input(2),
+        runtime="1h",
+    params:
+        name="{split}",
+        spec=lookup("splits/{split}", within=plan.config),
+        lineage=lineage("split"),
+    script:
+        "../scripts/split.py"

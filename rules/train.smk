@@ -1,0 +1,70 @@
+rule train_closed_form:
+    """Fit a baseline or a ceiling: seconds."""
+    input:
+        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
+        embeddings=ancient("results/{dataset}/{split}/embeddings.parquet"),
+        audit=ancient("results/{dataset}/{split}/audit.json"),
+    output:
+        model="results/{dataset}/{split}/{model}/seed_{seed}/model.npz",
+        run="results/{dataset}/{split}/{model}/seed_{seed}/run.json",
+    log:
+        "logs/train/{dataset}.{split}.{model}.seed_{seed}.log",
+    benchmark:
+        "benchmarks/train/{dataset}.{split}.{model}.seed_{seed}.tsv"
+    wildcard_constraints:
+        model=one_of(plan.models_of_rule("train_closed_form")),
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory_by_input(20, least=2000),
+        runtime="1h",
+    params:
+        implementation=implementation,
+        params=lookup("models/{model}/params", within=plan.config),
+        seed=lambda wildcards: int(wildcards.seed),
+        lineage=lineage("train"),
+    script:
+        "../scripts/train.py"
+
+
+rule train_diffusion:
+    """Train a diffusion model (scPPDM): denoising in a latent of expression, conditioned on cell and perturbation."""
+    input:
+        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
+        embeddings=ancient("results/{dataset}/{split}/embeddings.parquet"),
+        audit=ancient("results/{dataset}/{split}/audit.json"),
+    output:
+        model="results/{dataset}/{split}/{model}/seed_{seed}/model.ckpt",
+        run="results/{dataset}/{split}/{model}/seed_{seed}/run.json",
+    log:
+        "logs/train/{dataset}.{split}.{model}.seed_{seed}.log",
+    benchmark:
+        "benchmarks/train/{dataset}.{split}.{model}.seed_{seed}.tsv"
+    wildcard_constraints:
+        model=one_of(plan.models_of_rule("train_diffusion")),
+    conda:
+        "../envs/torch.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory_by_input(40, least=4000),
+        runtime="12h",
+        gpu=gpu,
+    params:
+        implementation=implementation,
+        params=lookup("models/{model}/params", within=plan.config),
+        seed=lambda wildcards: int(wildcards.seed),
+        device=lookup("device", within=plan.config),
+        lineage=lineage("train"),
+    script:
+        "../scripts/train.py"
+
+
+use rule train_diffusion as train_jepa with:
+    wildcard_constraints:
+        model=one_of(plan.models_of_rule("train_jepa")),
+
+
+use rule train_diffusion as train_counterfactual with:
+    wildcard_constraints:
+        model=one_of(plan.models_of_rule("train_counterfactual")),

@@ -1,0 +1,7 @@
+"""Retrieve a dataset's file: source block → resources/{dataset}/raw/manifest.json and the verified file beside it."""
+
+from perturbflow.cli import run
+from perturbflow.download import download
+
+if __name__ == "__main__":
+    run(download, globals().get("snakemake"))

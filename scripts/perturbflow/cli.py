@@ -1,0 +1,95 @@
+"""How a script's one function is called: by Snakemake or from the command line, with a log either way."""
+
+import argparse
+import inspect
+import json
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from perturbflow.errors import InputError
+
+logger = logging.getLogger("perturbflow")
+
+
+def _configure_logging(log: str | None) -> None:
+    """Send log lines, warnings and uncaught exceptions to stderr and, under Snakemake, to the rule's log."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log:
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log, mode="w", encoding="utf-8"))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
+    logging.captureWarnings(capture=True)
+
+
+def _argument_parser(function: Callable) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{function.__name__}.py", description=inspect.getdoc(function), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = typing.get_type_hints(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints.get(name, str)
+        options = [part for part in typing.get_args(hint) if part is not type(None)]
+        if isinstance(hint, types.UnionType) and options:
+            hint = options[0]
+        kind = typing.get_origin(hint) or hint
+        is_required = parameter.default is inspect.Parameter.empty
+        converter = json.loads if kind in (dict, list) else kind
+        shown = "JSON" if kind in (dict, list) else getattr(kind, "__name__", str(kind)).upper()
+        arguments = {"required": is_required, "type": converter, "metavar": shown}
+        if not is_required:
+            arguments["default"] = parameter.default
+            arguments["help"] = f"default: {parameter.default}"
+        parser.add_argument(f"--{name.replace('_', '-')}", **arguments)
+    return parser
+
+
+def _as_declared(value: object, hint: object) -> object:
+    """Return strings as paths where the signature says so; Snakemake hands over strings."""
+    if value is None:
+        return None
+    if Path in (hint, *typing.get_args(hint)):
+        if typing.get_origin(hint) is list:
+            return [Path(item) for item in ([value] if isinstance(value, str) else value)]
+        return Path(value)
+    return value
+
+
+def run(function: Callable, snakemake: object | None = None) -> None:
+    """Call a script's function with named inputs, outputs and params of a Snakemake job, or of the command line.
+
+    Bad input ends in one message and exit status 1; anything else in a traceback, in the log too.
+    """
+    if snakemake is None:
+        _configure_logging(None)
+        arguments = vars(_argument_parser(function).parse_args())
+    else:
+        _configure_logging(snakemake.log[0] if snakemake.log else None)
+        arguments = {**dict(snakemake.input), **dict(snakemake.output), **dict(snakemake.params)}
+        arguments.pop("lineage", None)
+        hints = typing.get_type_hints(function)
+        arguments = {name: _as_declared(value, hints.get(name)) for name, value in arguments.items()}
+        accepted = inspect.signature(function).parameters
+        if "threads" in accepted:
+            arguments["threads"] = snakemake.threads
+        if "provenance" in accepted:
+            arguments["provenance"] = {**dict(snakemake.wildcards), "lineage": snakemake.params.get("lineage")}
+    try:
+        function(**arguments)
+    except InputError as error:
+        logger.error("%s", error)  # noqa: TRY400  the message is all that helps
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BaseException:
+        logger.exception("%s failed", function.__name__)
+        sys.exit(1)
+
+
+def available_threads() -> int:
+    """Return the number of threads that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

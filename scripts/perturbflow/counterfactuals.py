@@ -1,0 +1,2 @@
+def counterfactual(pairs, model):
+    pass

@@ -1,0 +1,269 @@
+"""Scores of predicted cells against measured ones.
+
+Notation: x̄ mean of the measured cells of a perturbation (half 'b', the same for every model), x̂ mean of the predicted
+cells, c̄ mean of the measured controls of the test role, weighted as the perturbation's cells are over batch and cell
+type; all log1p-normalized. The measured controls are used on both sides.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.spatial.distance import cdist, pdist
+from sklearn.decomposition import PCA
+
+from perturbflow.errors import InputError
+from perturbflow.files import atomic, read_json
+from perturbflow.pairs import Pairs
+from perturbflow.symbols import members_of
+
+logger = logging.getLogger(__name__)
+
+N_HIGH_EXPRESSION = 1000
+N_COMPONENTS = 50
+BULK_TOTAL = 5e4
+MAX_CELLS_OF_DISTANCE = 2000
+NO_EFFECT = 1e-6  # a predicted effect smaller than this everywhere is none: its correlation would be that of rounding errors
+
+
+@dataclass(frozen=True)
+class Scored:
+    """All perturbations of one model, as the metrics read them. P perturbations × genes throughout.
+
+    Attributes
+    ----------
+    labels
+        The P perturbations.
+    predicted, measured, control
+        x̂, x̄ and c̄.
+    predicted_bulk, measured_bulk, control_bulk
+        log(1 + 5·10⁴ · share of the summed normalized counts).
+    reference
+        Mean of the training perturbations' means, (genes,).
+    highly_expressed
+        Mask of the 1,000 genes with the highest mean in measured controls.
+    is_target
+        Mask of the perturbed genes of the P perturbations.
+    predicted_components, measured_components
+        Per perturbation, cells × 50 principal components fitted on training cells.
+    """
+
+    labels: list[str]
+    predicted: np.ndarray
+    measured: np.ndarray
+    control: np.ndarray
+    predicted_bulk: np.ndarray
+    measured_bulk: np.ndarray
+    control_bulk: np.ndarray
+    reference: np.ndarray
+    highly_expressed: np.ndarray
+    is_target: np.ndarray
+    predicted_components: list[np.ndarray]
+    measured_components: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score: its name says its variant."""
+
+    name: str
+    function: Callable[[Scored], np.ndarray]  # → (P,)
+    direction: str  # "higher" or "lower" is better
+    perfect: float
+    definition: str
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return Pearson's r per row; 0 where a row is constant or smaller than NO_EFFECT."""
+    is_flat = (np.abs(a).max(axis=1) < NO_EFFECT) | (np.abs(b).max(axis=1) < NO_EFFECT)
+    a = a - a.mean(axis=1, keepdims=True)
+    b = b - b.mean(axis=1, keepdims=True)
+    norm = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.where(is_flat, 0.0, np.divide((a * b).sum(axis=1), norm, out=np.zeros(len(a)), where=norm > 0))
+
+
+def mae(scored: Scored) -> np.ndarray:
+    """Mean over genes of |x̂ − x̄|."""
+    return np.abs(scored.predicted - scored.measured).mean(axis=1)
+
+
+def l2_heg1000(scored: Scored) -> np.ndarray:
+    """Euclidean distance of x̂ and x̄ over the 1,000 genes most expressed in controls (Ahlmann-Eltze et al. 2025)."""
+    genes = scored.highly_expressed
+    return np.linalg.norm(scored.predicted[:, genes] - scored.measured[:, genes], axis=1)
+
+
+def pearson_delta_ctrl(scored: Scored) -> np.ndarray:
+    """Pearson's r of x̂ − c̄ and x̄ − c̄ over the same 1,000 genes (Ahlmann-Eltze et al. 2025)."""
+    genes = scored.highly_expressed
+    control = scored.control[:, genes]
+    return _correlation(scored.predicted[:, genes] - control, scored.measured[:, genes] - control)
+
+
+def pearson_delta_pert(scored: Scored) -> np.ndarray:
+    """Pearson's r of x̂ − r and x̄ − r over all genes, r the mean of training perturbations' means (Systema 2025)."""
+    return _correlation(scored.predicted - scored.reference, scored.measured - scored.reference)
+
+
+def pds_cosine(scored: Scored) -> np.ndarray:
+    """Perturbation discrimination score, cosine: 1 − k/(n−1) with k the measured effects nearer to the prediction than its own.
+
+    Effects are differences of log bulks, log(1 + 5·10⁴·P/ΣP), to the controls'; P sums normalized counts, each cell alike,
+    on both sides. All perturbed genes of the panel are left out; ties count half (Virtual Cell Challenge 2026, metric 1).
+    0.5 is chance.
+    """
+    n = len(scored.labels)
+    if n < 2:
+        return np.full(n, np.nan)
+    genes = ~scored.is_target
+    predicted = (scored.predicted_bulk - scored.control_bulk)[:, genes]
+    measured = (scored.measured_bulk - scored.control_bulk)[:, genes]
+    norms = np.linalg.norm(predicted, axis=1)[:, None] * np.linalg.norm(measured, axis=1)[None, :]
+    cosine = np.divide(predicted @ measured.T, norms, out=np.zeros((n, n)), where=norms > NO_EFFECT)
+    distance = 1.0 - cosine  # (predicted, measured); 1 where an effect is zero
+    own = np.diag(distance)[:, None]
+    k = (distance < own).sum(axis=1) + 0.5 * ((distance == own).sum(axis=1) - 1)
+    return 1.0 - k / (n - 1)
+
+
+def energy_distance_euclidean_u_pca50(scored: Scored) -> np.ndarray:
+    """2 E‖X−Y‖ − E‖X−X'‖ − E‖Y−Y'‖ of predicted and measured cells, unsquared Euclidean, U-statistic, 50 train-fitted PCs."""
+    values = []
+    for predicted, measured in zip(scored.predicted_components, scored.measured_components, strict=True):
+        within = [pdist(cells).mean() if len(cells) > 1 else np.nan for cells in (predicted, measured)]
+        values.append(2 * cdist(predicted, measured).mean() - sum(within))
+    return np.array(values)
+
+
+def _metric(function: Callable[[Scored], np.ndarray], direction: str, perfect: float) -> Metric:
+    return Metric(function.__name__, function, direction, perfect, " ".join((function.__doc__ or "").split()))
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        _metric(mae, "lower", 0.0),
+        _metric(l2_heg1000, "lower", 0.0),
+        _metric(pearson_delta_ctrl, "higher", 1.0),
+        _metric(pearson_delta_pert, "higher", 1.0),
+        _metric(pds_cosine, "higher", 1.0),
+        _metric(energy_distance_euclidean_u_pca50, "lower", 0.0),
+    )
+}
+
+
+def _bulk(X: sparse.csr_matrix) -> np.ndarray:
+    """Return log(1 + 5·10⁴·P/ΣP), P the sum of normalized counts over cells, (genes,)."""
+    sums = np.asarray(X.expm1().sum(axis=0), dtype=np.float64).ravel()
+    return np.log1p(BULK_TOTAL * sums / max(sums.sum(), 1e-12))
+
+
+def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
+    """Bring predicted and measured cells together.
+
+    Parameters
+    ----------
+    predictions
+        predictions.h5ad.
+    cells
+        All cells of pairs.h5ad.
+
+    Raises
+    ------
+    InputError
+        If genes differ, or a predicted perturbation was not held out.
+    """
+    if list(predictions.var_names) != cells.genes:
+        raise InputError("predictions and pairs differ in their genes or gene order; predict again.")
+    predicted_labels = predictions.obs["perturbation"].astype(str).to_numpy()
+    labels = sorted(set(predicted_labels))
+    training = cells.roles("train")
+    roles = cells.obs.loc[np.isin(cells.labels, labels), "role"].unique()
+    if len(roles) != 1 or roles[0] == "train":
+        raise InputError(f"predictions hold perturbations of the roles {sorted(roles)}; exactly one held-out role can be scored.")
+    held_out = cells.roles(roles[0])
+    scored_half = (held_out.obs["half"] == "b").to_numpy()
+    controls = held_out.X[held_out.is_control]
+    reference = np.mean([training.mean_of(training.cells_of(label)) for label in training.perturbations], axis=0)
+    control_mean = np.asarray(controls.mean(axis=0)).ravel()
+    highly_expressed = np.zeros(len(cells.genes), dtype=bool)
+    highly_expressed[np.argsort(-control_mean, kind="stable")[:N_HIGH_EXPRESSION]] = True
+    targets = {gene for label in labels for gene in members_of(label)}
+
+    rng = np.random.default_rng(0)
+    n_components = min(N_COMPONENTS, len(cells.genes) - 1, training.X.shape[0] - 1)
+    sample = training.X
+    if sample.shape[0] > 20_000:
+        sample = sample[np.sort(rng.choice(sample.shape[0], 20_000, replace=False))]
+    pca = PCA(n_components, svd_solver="randomized", random_state=0).fit(sample.toarray())
+
+    def components(X: sparse.csr_matrix) -> np.ndarray:
+        if X.shape[0] > MAX_CELLS_OF_DISTANCE:
+            X = X[np.sort(rng.choice(X.shape[0], MAX_CELLS_OF_DISTANCE, replace=False))]
+        return pca.transform(X.toarray())
+
+    X = sparse.csr_matrix(predictions.X)
+    columns: dict[str, list] = {name: [] for name in Scored.__annotations__}
+    control_bulk = _bulk(controls)
+    for label in labels:
+        rows = held_out.cells_of(label)
+        rows = rows[scored_half[rows]]
+        predicted, measured = X[predicted_labels == label], held_out.X[rows]
+        columns["predicted"].append(np.asarray(predicted.mean(axis=0), dtype=np.float64).ravel())
+        columns["measured"].append(held_out.mean_of(rows).astype(np.float64))
+        columns["control"].append(held_out.control_mean_for(rows).astype(np.float64))
+        columns["predicted_bulk"].append(_bulk(predicted))
+        columns["measured_bulk"].append(_bulk(measured))
+        columns["control_bulk"].append(control_bulk)
+        columns["predicted_components"].append(components(predicted))
+        columns["measured_components"].append(components(measured))
+    stacked = {name: np.stack(columns[name]) for name in ("predicted", "measured", "control", "predicted_bulk", "measured_bulk", "control_bulk")}
+    return Scored(
+        labels=labels,
+        **stacked,
+        reference=reference,
+        highly_expressed=highly_expressed,
+        is_target=np.isin(cells.genes, list(targets)),
+        predicted_components=columns["predicted_components"],
+        measured_components=columns["measured_components"],
+    )
+
+
+def evaluate(predictions: Path, pairs: Path, split: Path, metrics: Path, provenance: dict | None = None) -> None:
+    """Score one model on one split.
+
+    Parameters
+    ----------
+    predictions, pairs, split
+        Predicted cells, measured cells and roles.
+    metrics
+        Table to be written: one row per perturbation × metric.
+    """
+    roles = read_json(split)
+    cells = Pairs.read(pairs)
+    scored = score_inputs(ad.read_h5ad(predictions), cells)
+    n_cells = cells.obs.loc[(cells.obs["half"] == "b").to_numpy(), "perturbation"].value_counts()
+    keys = {key: (provenance or {}).get(key, "") for key in ("dataset", "split", "model", "seed")}
+    rows = [
+        {
+            **keys,
+            "perturbation": label,
+            "n_members": len(members_of(label)),
+            "members_seen": roles["members_seen"][label],
+            "n_cells": int(n_cells[label]),
+            "metric": metric.name,
+            "value": value,
+        }
+        for metric in METRICS.values()
+        for label, value in zip(scored.labels, metric.function(scored), strict=True)
+    ]
+    table = pd.DataFrame(rows)
+    with atomic(metrics) as partial:
+        table.to_csv(partial, sep="\t", index=False, float_format="%.6g")
+    for name, values in table.groupby("metric", sort=False)["value"]:
+        logger.info("%s: %.4f (mean of %d perturbations)", name, values.mean(), values.notna().sum())

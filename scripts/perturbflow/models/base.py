@@ -1,0 +1,106 @@
+"""The interface that every model keeps: baselines, ceilings and learned families alike."""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from perturbflow.embeddings import Embeddings
+from perturbflow.pairs import Pairs
+
+# What training leaves behind: arrays of a closed form, tensors and plain values of a network.
+Artefact = dict[str, object]
+
+
+@dataclass
+class Run:
+    """The circumstances of one training.
+
+    Attributes
+    ----------
+    seed
+        Governs initialization, batches and noise.
+    device
+        auto, cpu, cuda or mps.
+    threads
+        CPU threads that the job was given.
+    checkpoints
+        Folder for resumable state; no result.
+    identity
+        Digest of all that went in: state of another identity is not resumed.
+    history
+        Filled by training: one row of numbers per logged step.
+    facts
+        Filled by training: what else run.json should say.
+    """
+
+    seed: int
+    device: str = "cpu"
+    threads: int = 1
+    checkpoints: Path = Path("checkpoints")
+    identity: str = ""
+    history: list[dict[str, float]] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+class Model(ABC):
+    """A model of perturbed expression.
+
+    A model is built from its params, then either fitted or restored from an artefact.
+    Expression is log1p-normalized, on the scale of pairs.h5ad, in that file's gene order.
+    """
+
+    is_ceiling: ClassVar[bool] = False  # a ceiling may see measured test cells; a model never does
+
+    @abstractmethod
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Learn from training cells (and validation cells for stopping) and return all that prediction needs."""
+
+    @abstractmethod
+    def restore(self, artefact: Artefact) -> None:
+        """Become the model that an earlier `fit` returned."""
+
+    @abstractmethod
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
+        """Predict perturbed cells.
+
+        Parameters
+        ----------
+        cells
+            Control cells, (m, genes); the i-th prediction starts from cells[i % m].
+        perturbations
+            Canonical labels.
+        n
+            Cells per perturbation.
+        seed
+            Same seed, same cells.
+
+        Returns
+        -------
+        (perturbations, n, genes); a ceiling has no more cells than were measured.
+        """
+
+    def counterfactual(self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int) -> np.ndarray:
+        """Return what each of these cells might become, (perturbations, cells, samples, genes)."""
+        repeated = np.repeat(cells, samples, axis=0)
+        predicted = self.predict(repeated, perturbations, len(repeated), seed)
+        return predicted.reshape(len(perturbations), len(cells), samples, cells.shape[1])
+
+    def refusal(self, perturbation: str) -> str | None:
+        """Return why this perturbation cannot be predicted, or None."""
+        return None
+
+
+def build(implementation: str, params: dict) -> Model:
+    """Return the model of an implementation "module:Class" below perturbflow.models."""
+    module, name = implementation.split(":")
+    return getattr(importlib.import_module(f"perturbflow.models.{module}"), name)(**params)
+
+
+def start_cells(cells: np.ndarray, n: int) -> np.ndarray:
+    """Return the control cell that each of n predictions starts from, (n, genes)."""
+    return cells[np.arange(n) % len(cells)]

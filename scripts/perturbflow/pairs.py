@@ -1,0 +1,223 @@
+"""Control/perturbed pairs: genes selected and counts normalized by training cells, controls matched within the role."""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from perturbflow.errors import InputError
+from perturbflow.files import atomic, file_digest, read_json
+from perturbflow.splits import ROLES
+from perturbflow.symbols import CONTROL, members_of
+
+logger = logging.getLogger(__name__)
+
+CONTROLS_PER_CELL = 8
+CARRIED_OBS = (
+    "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
+    "total_counts", "n_genes_by_counts", "pct_counts_mt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Cells of one or more roles, with their matched controls, as models and metrics read them.
+
+    Attributes
+    ----------
+    X
+        log1p-normalized expression, CSR float32, cells × genes.
+    obs
+        One row per cell: perturbation, is_control, batch, cell_type, role, half.
+    genes
+        Gene symbols, the columns of X.
+    control_index
+        int32, cells × k: rows of X that hold controls matched on batch and cell type; -1 for controls.
+    rows
+        Row of pairs.h5ad for every row of X.
+    """
+
+    X: sparse.csr_matrix
+    obs: pd.DataFrame
+    genes: list[str]
+    control_index: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path) -> "Pairs":
+        """Read pairs.h5ad."""
+        adata = ad.read_h5ad(path)
+        return cls(sparse.csr_matrix(adata.X), adata.obs, list(adata.var_names), adata.obsm["control_index"], np.arange(adata.n_obs))
+
+    def select(self, mask: np.ndarray) -> "Pairs":
+        """Return the cells under the mask; controls are matched within a role, so keep or drop roles whole."""
+        keep = np.flatnonzero(mask)
+        position = np.full(len(mask) + 1, -1, dtype=np.int32)  # the last entry serves index -1
+        position[keep] = np.arange(len(keep), dtype=np.int32)
+        return Pairs(self.X[keep], self.obs.iloc[keep], self.genes, position[self.control_index[keep]], self.rows[keep])
+
+    def roles(self, *roles: str) -> "Pairs":
+        """Return the cells of these roles."""
+        return self.select(self.obs["role"].isin(roles).to_numpy())
+
+    @cached_property
+    def is_control(self) -> np.ndarray:
+        """Boolean mask of control cells."""
+        return self.obs["is_control"].to_numpy(bool)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Perturbation label per cell."""
+        return self.obs["perturbation"].astype(str).to_numpy()
+
+    @property
+    def perturbations(self) -> list[str]:
+        """Sorted labels other than control."""
+        return sorted(set(self.labels) - {CONTROL})
+
+    def cells_of(self, label: str) -> np.ndarray:
+        """Return the rows of one perturbation."""
+        return np.flatnonzero(self.labels == label)
+
+    @cached_property
+    def _stratum_control_means(self) -> dict[tuple, np.ndarray]:
+        controls = self.obs[self.is_control]
+        groups = controls.groupby(["batch", "cell_type", "role"], observed=True).indices
+        X = self.X[np.flatnonzero(self.is_control)]
+        return {key: np.asarray(X[rows].mean(axis=0)).ravel() for key, rows in groups.items()}
+
+    def mean_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the mean expression of cells, (genes,)."""
+        return np.asarray(self.X[rows].mean(axis=0)).ravel()
+
+    def control_mean_for(self, rows: np.ndarray) -> np.ndarray:
+        """Return the mean control of the cells' role, weighted as the cells are over batch and cell type, (genes,).
+
+        A perturbation with many cells in one batch is compared with that batch, so that batch effects are no effects.
+        """
+        means = self._stratum_control_means
+        strata = self.obs.iloc[rows].groupby(["batch", "cell_type", "role"], observed=True).size()
+        weighted = {key: n for key, n in strata.items() if key in means}
+        if not weighted:
+            matched = self.control_index[rows]
+            return self.mean_of(matched[matched >= 0])
+        return sum(n * means[key] for key, n in weighted.items()) / sum(weighted.values())
+
+    def effect_of(self, label: str) -> np.ndarray:
+        """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""
+        rows = self.cells_of(label)
+        return self.mean_of(rows) - self.control_mean_for(rows)
+
+
+def match_controls(obs: pd.DataFrame, k: int, seed: int) -> tuple[np.ndarray, int]:
+    """Return k control rows per perturbed cell, of the same role, batch and cell type, each used equally often.
+
+    Returns
+    -------
+    index
+        int32, cells × k; -1 for controls.
+    n_relaxed
+        Cells whose batch holds no control of their role: they got controls of their cell type from other batches.
+
+    Raises
+    ------
+    InputError
+        If a role has no control of a cell type at all.
+    """
+    rng = np.random.default_rng(seed)
+    index = np.full((len(obs), k), -1, dtype=np.int32)
+    table = obs.assign(row=np.arange(len(obs)))
+    controls = table[table["is_control"].to_numpy(bool)]
+    exact = controls.groupby(["role", "cell_type", "batch"], observed=True)["row"].agg(list)
+    relaxed = controls.groupby(["role", "cell_type"], observed=True)["row"].agg(list)
+    n_relaxed = 0
+    perturbed = table[~table["is_control"].to_numpy(bool)]
+    for (role, cell_type, batch, label), cells in perturbed.groupby(["role", "cell_type", "batch", "perturbation"], observed=True):
+        pool = exact.get((role, cell_type, batch))
+        if pool is None:
+            n_relaxed += len(cells)
+            pool = relaxed.get((role, cell_type))
+        if pool is None:
+            raise InputError(f"no control cell of cell type '{cell_type}' has the role {role}: {label} cannot be compared with anything.")
+        rounds = -(-len(cells) * k // len(pool))
+        drawn = np.concatenate([rng.permutation(pool) for _ in range(rounds)])[: len(cells) * k]
+        index[cells["row"].to_numpy()] = drawn.reshape(k, len(cells)).T
+    return index, n_relaxed
+
+
+def _halves(obs: pd.DataFrame, seed: int) -> np.ndarray:
+    """Divide the held-out cells of every perturbation in two, within batch: 'a' is the technical duplicate, 'b' is scored."""
+    rng = np.random.default_rng(seed)
+    half = np.full(len(obs), "", dtype=object)
+    held_out = (obs["role"] != "train").to_numpy() & ~obs["is_control"].to_numpy(bool)
+    table = obs.assign(row=np.arange(len(obs)))[held_out]
+    for _, cells in table.groupby("perturbation", observed=True):
+        shuffled = cells.iloc[rng.permutation(len(cells))].sort_values(["batch", "cell_type"], kind="stable")
+        half[shuffled["row"].to_numpy()[0::2]] = "b"
+        half[shuffled["row"].to_numpy()[1::2]] = "a"
+    return half
+
+
+def pairs(harmonized: Path, split: Path, pairs: Path, n_hvg: int) -> None:
+    """Write the control/perturbed pairs of one split.
+
+    Parameters
+    ----------
+    harmonized, split
+        The screen and the roles of its cells.
+    pairs
+        AnnData to be written: X log1p of counts normalized to uns["perturbflow"]["target_sum"], layers["counts"], var.highly_variable,
+        var.is_perturbed_gene, obs.role, obs.half, obsm["control_index"].
+    n_hvg
+        Highly variable genes, chosen on training cells; measured perturbed genes are kept besides.
+    """
+    roles = read_json(split)
+    adata = ad.read_h5ad(harmonized)
+    role_of_cell = pd.Series({cell: role for role in ROLES for cell in roles["cells"][role]})
+    adata = adata[adata.obs_names.isin(role_of_cell.index)].copy()
+    obs = adata.obs[list(CARRIED_OBS)].copy()
+    obs["role"] = pd.Categorical(role_of_cell[adata.obs_names].to_numpy(), categories=ROLES)
+    is_train = (obs["role"] == "train").to_numpy()
+    counts = sparse.csr_matrix(adata.X, dtype=np.float32)
+
+    totals = np.asarray(counts.sum(axis=1)).ravel()
+    target_sum = float(np.median(totals[is_train]))
+    scale = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
+    X = sparse.csr_matrix(sparse.diags(scale.astype(np.float32)) @ counts)
+    X.data = np.log1p(X.data)
+
+    highly_variable = np.ones(adata.n_vars, dtype=bool)
+    if n_hvg < adata.n_vars:
+        import scanpy as sc  # seconds to import, and every training imports this module
+
+        training = ad.AnnData(X=X[is_train], var=pd.DataFrame(index=adata.var_names))
+        sc.pp.highly_variable_genes(training, n_top_genes=n_hvg, flavor="seurat")
+        highly_variable = training.var["highly_variable"].to_numpy()
+    perturbed_genes = {gene for label in obs["perturbation"].unique() for gene in members_of(label)}
+    is_perturbed_gene = adata.var_names.isin(perturbed_genes)
+    kept = highly_variable | is_perturbed_gene
+
+    seed = roles["spec"]["seed"]
+    control_index, n_relaxed = match_controls(obs, CONTROLS_PER_CELL, seed)
+    if n_relaxed:
+        logger.warning("%d cells have no control in their own batch and role; controls of other batches serve", n_relaxed)
+    obs["half"] = pd.Categorical(_halves(obs, seed), categories=["", "a", "b"])
+    var = adata.var[["gene_name", "gene_id", "original_name"]].copy()
+    var["highly_variable"] = highly_variable
+    var["is_perturbed_gene"] = is_perturbed_gene
+    out = ad.AnnData(X=X[:, kept], obs=obs, var=var[kept], layers={"counts": counts[:, kept]}, obsm={"control_index": control_index})
+    out.uns["perturbflow"] = {
+        "target_sum": target_sum,
+        "n_hvg": int(highly_variable.sum()),
+        "n_relaxed_matches": n_relaxed,
+        "split_sha256": file_digest(split),
+        "train_cells_sha256": roles["sha256"]["train"]["cells"],
+    }
+    logger.info("%d cells × %d genes (%d highly variable), target sum %g", *out.shape, highly_variable.sum(), target_sum)
+    with atomic(pairs) as partial:
+        out.write_h5ad(partial, compression="gzip")

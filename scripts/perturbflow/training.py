@@ -1,0 +1,89 @@
+"""Train one model and leave behind what prediction and readers of the run need."""
+
+import logging
+import platform
+import resource
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+
+from perturbflow import __version__
+from perturbflow.artefacts import save_artefact
+from perturbflow.embeddings import Embeddings
+from perturbflow.files import file_digest, read_json, write_json
+from perturbflow.lineage import digest
+from perturbflow.models.base import Run, build
+from perturbflow.pairs import Pairs
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    pairs: Path,
+    embeddings: Path,
+    audit: Path,
+    model: Path,
+    run: Path,
+    implementation: str,
+    params: dict,
+    seed: int,
+    device: str = "auto",
+    threads: int = 1,
+    provenance: dict | None = None,
+) -> None:
+    """Train one model.
+
+    Parameters
+    ----------
+    pairs, embeddings
+        The pairs and gene vectors of one split. A model gets training and validation cells; a ceiling gets all.
+    audit
+        The leak audit of this split, which must have passed.
+    model, run
+        To be written: the artefact, and JSON with params, seed, digests, versions, device, time, memory and training history.
+    implementation, params
+        "module:Class" below perturbflow.models, and what it is built from.
+    seed
+        Governs all that is random in training.
+    """
+    cells = Pairs.read(pairs)
+    family = build(implementation, params)
+    inputs = {path.name: file_digest(path) for path in (pairs, embeddings)}
+    circumstances = Run(
+        seed=seed,
+        device=device,
+        threads=threads,
+        checkpoints=model.parent / "checkpoints",
+        identity=digest(implementation, params, seed, inputs, (provenance or {}).get("lineage")),
+    )
+    started = time.perf_counter()
+    seen = cells if family.is_ceiling else cells.roles("train", "validation")
+    artefact = family.fit(seen, Embeddings.read(embeddings), circumstances)
+    seconds = time.perf_counter() - started
+    save_artefact(model, artefact)
+    n_parameters = circumstances.facts.pop("n_parameters", None)
+    if n_parameters is None:
+        n_parameters = int(sum(np.size(value) for value in artefact.values() if isinstance(value, np.ndarray) and value.dtype.kind == "f"))
+    write_json(
+        run,
+        {
+            "implementation": implementation,
+            "params": params,
+            "seed": seed,
+            "provenance": provenance or {},
+            "inputs_sha256": {**inputs, "audit.json": file_digest(audit)},
+            "split_sha256": read_json(audit)["split_sha256"],
+            "versions": {"python": platform.python_version(), "perturbflow": __version__, "numpy": np.__version__, "anndata": ad.__version__,
+                         **circumstances.facts.pop("versions", {})},
+            "device": circumstances.facts.pop("device", "cpu"),
+            "threads": threads,
+            "seconds": round(seconds, 2),
+            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "n_parameters": n_parameters,
+            "facts": circumstances.facts,
+            "history": circumstances.history,
+        },
+    )  # fmt: skip
+    logger.info("trained in %.1f s, %s parameters", seconds, f"{n_parameters:,}")
