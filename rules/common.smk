@@ -57,7 +57,7 @@ def raw_file(wildcards):
 
 def dataset_block(wildcards):
     """Return what harmonize needs of a dataset's block."""
-    return plan.config["datasets"][wildcards.dataset]
+    return plan.dataset(wildcards.dataset)
 
 
 def quality_control(wildcards):

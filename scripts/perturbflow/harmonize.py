@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import anndata as ad
@@ -16,7 +17,7 @@ from perturbflow import __version__
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, read_json, write_json
 from perturbflow.recipes import RECIPES
-from perturbflow.symbols import CONTROL, approved_symbol, canonical_label, members_of
+from perturbflow.symbols import CONTROL, SEPARATOR, approved_symbol, canonical_label, members_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,13 @@ def _labels(obs: pd.DataFrame, dataset: dict, path: Path) -> pd.Series:
     text = source.astype(object).where(source.notna(), None).map(lambda value: None if value is None else str(value))
     unique = [label for label in text.unique() if label is not None and label not in set(declared["drop"])]
     renamed = {label: canonical_label(label, declared["control"], declared["separator"], dataset["organism"]) for label in unique}
-    labels = text.map(renamed)
+    for label, canonical in renamed.items():
+        if SEPARATOR in label and declared["separator"] != SEPARATOR and canonical != CONTROL:
+            raise InputError(
+                f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here, but "
+                f"perturbation.separator is {declared['separator']!r}. Set it to '{SEPARATOR}', or rename the label in the file."
+            )
+    labels = text.map({label: canonical for label, canonical in renamed.items() if canonical})
     if not (labels == CONTROL).any():
         common = ", ".join(f"'{label}' ({n:,})" for label, n in Counter(text.dropna()).most_common(8))
         raise InputError(
@@ -255,7 +262,9 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     obs["dataset"] = pd.Categorical([name] * len(obs))
     for column in adata.obs:
         values = adata.obs[column]
-        kept_as = f"source_{column}" if column in SCHEMA_OBS else str(column)
+        kept_as = str(column)
+        while kept_as in SCHEMA_OBS or (kept_as != column and kept_as in adata.obs):
+            kept_as = f"source_{kept_as}"
         obs[kept_as] = values.astype(str).to_numpy() if values.dtype == object else values.to_numpy()
     var = genes.set_index(pd.Index(genes["gene_name"].to_numpy()))
     clean = ad.AnnData(X=counts, obs=obs, var=var)
@@ -301,7 +310,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         "perturbations": {"kept": kept, "dropped": too_few, "renamed": renamed_labels,
                           "not_measured": sorted({gene for label in kept for gene in members_of(label)} - set(clean.var_names))},
         "qc": qc,
-        "versions": {"perturbflow": __version__, "anndata": ad.__version__, "scanpy": sc.__version__},
+        "versions": {"perturbflow": __version__, "anndata": version("anndata"), "scanpy": version("scanpy")},
     }  # fmt: skip
     clean.uns = {
         "perturbflow": {

@@ -47,6 +47,7 @@ def _module_file(name: str) -> Path | None:
     return None
 
 
+@cache
 def _imports(path: Path) -> set[Path]:
     names: set[str] = set()
     for node in ast.walk(_parsed(path)):
@@ -56,6 +57,13 @@ def _imports(path: Path) -> set[Path]:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return {file for name in names if (file := _module_file(name))}
+
+
+def _files_beside(path: Path) -> list[Path]:
+    """Return the tables and templates beside a module that it names: they are part of what it does."""
+    constants = {str(node.value) for node in ast.walk(_parsed(path)) if isinstance(node, ast.Constant)}
+    named = sorted(path.parent / name for name in constants if name.endswith((".tsv", ".html")))
+    return [file for file in named if file.is_file()]
 
 
 def source_files(*roots: Path) -> list[Path]:
@@ -71,9 +79,14 @@ def source_files(*roots: Path) -> list[Path]:
 
 
 @cache
+def _content(path: Path) -> str:
+    return digest(path.name, ast.dump(_parsed(path)), [file_fingerprint(file) for file in _files_beside(path)])
+
+
+@cache
 def code_digest(*roots: Path) -> str:
-    """Return a digest of the code in `roots` and all of this package that it imports."""
-    return digest([(path.name, ast.dump(_parsed(path))) for path in source_files(*roots)])
+    """Return a digest of the code in `roots` and all of this package that it imports, with its tables and templates."""
+    return digest([_content(path) for path in source_files(*roots)])
 
 
 def file_fingerprint(path: str | Path) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
+from jsonschema.validators import extend
 from referencing import Registry as SchemaRegistry
 from referencing import Resource
 from referencing.jsonschema import DRAFT202012
@@ -56,6 +57,15 @@ FAMILIES = {
 
 
 # --- checking -------------------------------------------------------------------------------------------------------
+
+
+# JSON schema takes 1.0 for an integer; it would end up in a path and in a random generator.
+_Validator = extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    ),
+)
 
 
 def _schema(name: str) -> dict:
@@ -129,7 +139,7 @@ def _holding_file(files: Sequence[Path], path: list[str]) -> str:
 
 def _check(value: object, schema: dict, where: list[str], files: Sequence[Path]) -> None:
     resources = SchemaRegistry(retrieve=_retrieve).with_resource("", DRAFT202012.create_resource(schema))
-    validator = Draft202012Validator(schema, registry=resources)
+    validator = _Validator(schema, registry=resources)
     errors = sorted(validator.iter_errors(value), key=lambda error: list(map(str, error.absolute_path)))
     if not errors:
         return
@@ -144,32 +154,33 @@ def _check(value: object, schema: dict, where: list[str], files: Sequence[Path])
     raise InputError("\n".join(lines))
 
 
-def _check_names(selected: list[str], known: dict, kind: str) -> None:
+def _check_names(selected: list[str], known: dict, kind: str, where: list[str], files: Sequence[Path]) -> None:
     for name in selected:
         if name not in known:
             raise InputError(
-                f"{kind[:-1]} '{name}' is selected (select.{kind}) but there is no such block in {kind}.yaml or your "
-                f"config file.{_suggestion(name, list(known))}"
+                f"{_holding_file(files, where)}{kind[:-1]} '{name}' is selected ({'.'.join(where)}) but there is no such block in "
+                f"{kind}.yaml or your config file.{_suggestion(name, list(known))}"
             )
 
 
-def _check_dataset(name: str, block: dict) -> None:
+def _check_dataset(name: str, block: dict, files: Sequence[Path]) -> None:
     source = block["source"]
     kinds = [key for key in ("path", "url", "pypi") if key in source]
+    file = _holding_file(files, ["datasets", name, "source", *kinds[:1]])
     if len(kinds) != 1:
-        raise InputError(f"datasets.{name}.source: give exactly one of path, url, pypi (found: {', '.join(kinds) or 'none'}).")
+        raise InputError(f"{file}datasets.{name}.source: give exactly one of path, url, pypi (found: {', '.join(kinds) or 'none'}).")
     if kinds[0] == "path":
         path = Path(source["path"])
         if not path.is_file():
             raise InputError(
-                f"datasets.{name}.source.path: there is no file '{path}' (looked for {path.absolute()}). "
+                f"{file}datasets.{name}.source.path: there is no file '{path}' (looked for {path.absolute()}). "
                 "Relative paths start at the working directory."
             )
         return
     needed = "bytes and one of md5, sha256" if kinds[0] == "url" else "sha256"
     has_sum = "sha256" in block or (kinds[0] == "url" and "md5" in block)
     if not has_sum or (kinds[0] == "url" and "bytes" not in block):
-        raise InputError(f"datasets.{name}: a source by {kinds[0]} needs {needed}: without them a broken download passes for data.")
+        raise InputError(f"{file}datasets.{name}: a source by {kinds[0]} needs {needed}: without them a broken download passes for data.")
 
 
 def complete(config: dict, files: Sequence[Path] = ()) -> dict:
@@ -201,27 +212,30 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
         _check(block["params"], schema, ["models", name, "params"], files)
         block["params"] = _with_defaults(schema, block["params"])
     for kind in REGISTRIES:
-        _check_names(config["select"][kind], config[kind], kind)
+        _check_names(config["select"][kind], config[kind], kind, ["select", kind], files)
     for name in config["select"]["counterfactuals"]:
         query = config["counterfactuals"][name]
         for kind in ("dataset", "split", "model"):
-            _check_names([query[kind]], config[f"{kind}s"], f"{kind}s")
+            _check_names([query[kind]], config[f"{kind}s"], f"{kind}s", ["counterfactuals", name, kind], files)
         family = config["models"][query["model"]]["family"]
         if not FAMILIES[family].answers_counterfactuals:
-            raise InputError(f"counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions.")
-    queried = [config["counterfactuals"][name]["dataset"] for name in config["select"]["counterfactuals"]]
-    for name in dict.fromkeys([*config["select"]["datasets"], *queried]):
-        _check_dataset(name, config["datasets"][name])
-    for name in config["select"]["splits"]:
+            file = _holding_file(files, ["counterfactuals", name, "model"])
+            raise InputError(f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions.")
+    queries = [config["counterfactuals"][name] for name in config["select"]["counterfactuals"]]
+    for name in dict.fromkeys([*config["select"]["datasets"], *[query["dataset"] for query in queries]]):
+        _check_dataset(name, config["datasets"][name], files)
+    for name in dict.fromkeys([*config["select"]["splits"], *[query["split"] for query in queries]]):
         path = config["splits"][name].get("path")
         if path is not None and not Path(path).is_file():
-            raise InputError(f"splits.{name}.path: there is no file '{path}' (looked for {Path(path).absolute()}).")
+            file = _holding_file(files, ["splits", name, "path"])
+            raise InputError(f"{file}splits.{name}.path: there is no file '{path}' (looked for {Path(path).absolute()}).")
     for source in config["embeddings"]["sources"]:
         if isinstance(source, dict) and not Path(source["file"]).is_file():
-            raise InputError(f"embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()}).")
+            file = _holding_file(files, ["embeddings", "sources"])
+            raise InputError(f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()}).")
         if source in ("go", "ppi"):
             raise InputError(
-                f"embeddings.sources: '{source}' cannot be fetched by this version; bring the table as {{file: table.tsv}}."
+                f"{_holding_file(files, ['embeddings', 'sources'])}embeddings.sources: '{source}' cannot be fetched by this version; bring the table as {{file: table.tsv}}."
             )
     return config
 
@@ -261,7 +275,9 @@ class Plan:
         rows = []
         for dataset in select["datasets"]:
             for split in select["splits"]:
-                if self._is_possible(dataset, split):
+                if reason := self._why_impossible(dataset, split):
+                    self.left_out.append(f"{dataset} × {split} is left out: {reason}.")
+                else:
                     rows += [
                         (dataset, split, model, seed, self.config["models"][model]["family"])
                         for model in select["models"]
@@ -270,20 +286,21 @@ class Plan:
         if not rows:
             raise InputError("Nothing is left to run. " + " ".join(self.left_out))
         self.runs = pd.DataFrame(rows, columns=["dataset", "split", "model", "seed", "family"])
-        queries = [
-            (query["dataset"], query["split"], query["model"], seed, name)
-            for name in select["counterfactuals"]
-            for query in [self.config["counterfactuals"][name]]
-            for seed in select["seeds"]
-        ]
+        queries = []
+        for name in select["counterfactuals"]:
+            query = self.config["counterfactuals"][name]
+            if reason := self._why_impossible(query["dataset"], query["split"]):
+                self.left_out.append(f"counterfactual {name} is left out: {reason}.")
+            else:
+                queries += [(query["dataset"], query["split"], query["model"], seed, name) for seed in select["seeds"]]
         self.queries = pd.DataFrame(queries, columns=["dataset", "split", "model", "seed", "query"])
 
-    def _is_possible(self, dataset: str, split: str) -> bool:
+    def _why_impossible(self, dataset: str, split: str) -> str | None:
+        """Return why a screen cannot serve a split, or None."""
         is_combination = self.config["splits"][split]["kind"] == "unseen_combination"
         if is_combination and self.config["datasets"][dataset].get("combinations") is False:
-            self.left_out.append(f"{dataset} × {split} is left out: {dataset} holds no combinations (combinations: false).")
-            return False
-        return True
+            return f"{dataset} holds no combinations (combinations: false)"
+        return None
 
     def models_of_rule(self, rule: str) -> list[str]:
         """Return the names of the models that a training rule trains."""
@@ -292,6 +309,11 @@ class Plan:
     def family(self, model: str) -> Family:
         """Return the family of a model."""
         return FAMILIES[self.config["models"][model]["family"]]
+
+    def dataset(self, name: str) -> dict:
+        """Return what harmonization reads of a dataset's block: a change of the rest makes nothing stale."""
+        unread = ("reference", "licence", "qc", "combinations", "bytes", "md5", "sha256")
+        return {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
 
     def qc(self, dataset: str) -> dict:
         """Return the limits of quality control of a dataset: the global ones, overridden by its own."""
@@ -312,9 +334,8 @@ class Plan:
             block = config["datasets"][dataset]
             own = {key: block.get(key) for key in ("source", "bytes", "md5", "sha256")}
         elif step == "harmonize":
-            block = config["datasets"][dataset]
-            own = [{key: value for key, value in block.items() if key not in ("reference", "licence", "qc")}, self.qc(dataset)]
-            path = block["source"].get("path")
+            own = [self.dataset(dataset), self.qc(dataset)]
+            path = config["datasets"][dataset]["source"].get("path")
             sources = [file_fingerprint(path) if path else self.lineage("download", dataset)]
         elif step == "split":
             block = config["splits"][split]

@@ -25,14 +25,16 @@ def approved_symbol(symbol: str, organism: str = "human") -> str:
 def canonical_label(label: str, control: Iterable[str], separator: str | None, organism: str = "human") -> str:
     """Return `control`, `GENE`, or `A+B` with approved symbols, members sorted, and control members left out.
 
-    `A+ctrl`, `ctrl+A` and `A+A` are all `A`; a label whose members are all controls is `control`.
+    `A+ctrl`, `ctrl+A` and `A+A` are all `A`; a label whose members are all controls is `control`. A label that names nothing
+    (blank, or a separator alone) gives an empty string: it is no control.
     """
-    control = set(control)
-    if label in control or label == CONTROL:
+    control = {*control, CONTROL}
+    if label in control:
         return CONTROL
-    members = label.split(separator) if separator else [label]
-    genes = {approved_symbol(member.strip(), organism) for member in members if member.strip() and member.strip() not in control}
-    return SEPARATOR.join(sorted(genes)) or CONTROL
+    members = [member.strip() for member in (label.split(separator) if separator else [label])]
+    named = [member for member in members if member]
+    genes = {approved_symbol(member, organism) for member in named if member not in control}
+    return SEPARATOR.join(sorted(genes)) or (CONTROL if named else "")
 
 
 def members_of(label: str) -> list[str]:

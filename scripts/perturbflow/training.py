@@ -4,9 +4,9 @@ import logging
 import platform
 import resource
 import time
+from importlib.metadata import version
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 
 from perturbflow import __version__
@@ -75,7 +75,7 @@ def train(
             "provenance": provenance or {},
             "inputs_sha256": {**inputs, "audit.json": file_digest(audit)},
             "split_sha256": read_json(audit)["split_sha256"],
-            "versions": {"python": platform.python_version(), "perturbflow": __version__, "numpy": np.__version__, "anndata": ad.__version__,
+            "versions": {"python": platform.python_version(), "perturbflow": __version__, "numpy": np.__version__, "anndata": version("anndata"),
                          **circumstances.facts.pop("versions", {})},
             "device": circumstances.facts.pop("device", "cpu"),
             "threads": threads,

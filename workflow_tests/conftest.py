@@ -1,0 +1,290 @@
+"""What the tests share: a small screen with known effects, the steps run on it once, and a way to call Snakemake."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from perturbflow import audit, embeddings, harmonize, pairs, splits
+from scipy import sparse
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG_FILES = ("config", "datasets", "splits", "models", "counterfactuals")
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+PERTURBED = [f"TF{i}" for i in range(1, 9)]
+COMBINATIONS = ["TF1+TF2", "TF3+TF4", "TF1+TF3", "TF2+TF4", "TF5+TF6", "TF6+TF7"]
+BATCHES = ("b1", "b2")
+OFF = {"min_counts": None, "min_genes": None, "max_pct_mt": None, "min_cells_per_gene": None, "min_cells_per_perturbation": None}
+CLOSED_FORMS = ["no_change", "perturbed_mean", "additive", "linear", "technical_duplicate"]
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def make_screen(
+    seed: int = 0, n_genes: int = 80, n_controls: int = 40, n_cells: int = 20, labels: list[str] | None = None
+) -> ad.AnnData:
+    """Return raw counts of a screen with additive effects on the log scale.
+
+    Every perturbed gene moves ten genes by a fold change and, in its own column, itself; `uns["effects"]` holds the log
+    fold changes (perturbed genes × genes). Batch b2 is sequenced deeper and has a gene of its own that is high.
+
+    Parameters
+    ----------
+    n_controls, n_cells
+        Cells per batch: controls, and cells per perturbation.
+    """
+    rng = np.random.default_rng(seed)
+    labels = [*PERTURBED, *COMBINATIONS] if labels is None else labels
+    genes = [*PERTURBED, "MT-ND1", *[f"GENE{i}" for i in range(n_genes - len(PERTURBED) - 1)]]
+    level = rng.gamma(2.0, 6.0, n_genes)
+    effects = pd.DataFrame(0.0, index=PERTURBED, columns=genes)
+    for gene in PERTURBED:
+        moved = rng.choice(n_genes, 10, replace=False)
+        effects.loc[gene, np.array(genes)[moved]] = rng.choice([-1.0, 1.0], 10) * rng.uniform(0.7, 1.5, 10)
+        effects.loc[gene, gene] = -1.5
+    blocks, obs = [], []
+    for batch in BATCHES:
+        batch_level = level * (1.5 if batch == "b2" else 1.0)
+        batch_level[20] *= 3.0 if batch == "b2" else 1.0
+        for label in ["control", *labels]:
+            n = n_controls if label == "control" else n_cells
+            shift = sum((effects.loc[gene].to_numpy() for gene in label.split("+") if label != "control"), np.zeros(n_genes))
+            blocks.append(rng.poisson(rng.gamma(8.0, batch_level * np.exp(shift) / 8.0, (n, n_genes))))
+            obs += [(label, batch)] * n
+    table = pd.DataFrame(obs, columns=["perturbation", "lane"], index=[f"cell_{i}" for i in range(len(obs))])
+    X = sparse.csr_matrix(np.vstack(blocks).astype(np.float32))
+    return ad.AnnData(X=X, obs=table, var=pd.DataFrame(index=genes), uns={"effects": effects})
+
+
+@pytest.fixture(scope="session")
+def tiny_screen() -> Callable[..., ad.AnnData]:
+    """Return a factory of small screens of raw counts; see `make_screen`."""
+    return make_screen
+
+
+def dataset_block(**changes: object) -> dict:
+    """Return a dataset's block as `harmonize` gets it, completed with defaults."""
+    block = {
+        "source": {"path": "screen.h5ad"},
+        "subset": {},
+        "perturbation": {"column": "perturbation", "control": ["control"], "separator": "+", "drop": ["nan", "*", ""]},
+        "covariates": {"batch": "lane"},
+        "perturbation_type": "CRISPRi",
+        "organism": "human",
+    }
+    for key, value in changes.items():
+        block[key] = {**block[key], **value} if key == "perturbation" else value
+    return block
+
+
+@pytest.fixture
+def harmonized_from(tmp_path: Path) -> Callable:
+    """Return a function that harmonizes an AnnData (or a file) and gives back the result, the account and its path."""
+
+    def call(screen: ad.AnnData | Path, qc: dict | None = None, **changes: object) -> SimpleNamespace:
+        raw = screen
+        if isinstance(screen, ad.AnnData):
+            raw = tmp_path / "screen.h5ad"
+            screen.write_h5ad(raw)
+        target, report = tmp_path / "harmonized.h5ad", tmp_path / "harmonization.json"
+        harmonize.harmonize(raw, target, report, "mine", dataset_block(**changes), {**OFF, **(qc or {})})
+        return SimpleNamespace(adata=ad.read_h5ad(target), account=yaml.safe_load(report.read_text()), path=target, report=report)
+
+    return call
+
+
+# --- one split, prepared up to the audit ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The files of one screen and one split, as the workflow leaves them."""
+
+    folder: Path
+
+    @property
+    def harmonized(self) -> Path:
+        """harmonized.h5ad."""
+        return self.folder / "harmonized.h5ad"
+
+    @property
+    def harmonization(self) -> Path:
+        """harmonization.json."""
+        return self.folder / "harmonization.json"
+
+    @property
+    def split(self) -> Path:
+        """split.json."""
+        return self.folder / "split.json"
+
+    @property
+    def pairs(self) -> Path:
+        """pairs.h5ad."""
+        return self.folder / "pairs.h5ad"
+
+    @property
+    def embeddings(self) -> Path:
+        """embeddings.parquet."""
+        return self.folder / "embeddings.parquet"
+
+    @property
+    def audit(self) -> Path:
+        """audit.json."""
+        return self.folder / "audit.json"
+
+    def run_audit(self) -> None:
+        """Audit the files as they lie here."""
+        audit.audit(self.harmonized, self.split, self.pairs, self.embeddings, self.audit)
+
+
+def prepare(folder: Path, screen: ad.AnnData, spec: dict, n_hvg: int = 40) -> Prepared:
+    """Run harmonize, split, pairs, embeddings and audit on a screen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    here = Prepared(folder)
+    raw = folder / "screen.h5ad"
+    screen.write_h5ad(raw)
+    harmonize.harmonize(raw, here.harmonized, here.harmonization, "mine", dataset_block(), OFF)
+    splits.split(here.harmonized, here.harmonization, here.split, "mine", spec)
+    pairs.pairs(here.harmonized, here.split, here.pairs, n_hvg)
+    embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
+    here.run_audit()
+    return here
+
+
+SPECS = {
+    kind: {"kind": kind, "test_fraction": 0.3, "validation_fraction": 0.15, "seed": 0}
+    for kind in ("unseen_perturbation", "unseen_combination")
+}
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prepared]:
+    """Return both kinds of split of one screen, prepared once; not to be written to."""
+    return {kind: prepare(tmp_path_factory.mktemp(kind), make_screen(), spec) for kind, spec in SPECS.items()}
+
+
+@pytest.fixture
+def prepared_copy(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[[str], Prepared]:
+    """Return a function that copies a prepared split, to be spoilt."""
+
+    def copy(kind: str) -> Prepared:
+        return Prepared(Path(shutil.copytree(prepared[kind].folder, tmp_path / kind)))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Return a function that finds a file of the real screens beside the repository, or skips."""
+
+    def find(name: str) -> Path:
+        path = SHARED_DATA / name
+        if not path.exists():
+            pytest.skip(f"the real screens are not beside this checkout: no ../shared/data/{name}")
+        return path
+
+    return find
+
+
+# --- Snakemake ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a Snakemake run said, and how it ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def text(self) -> str:
+        """Both streams; which of the two Snakemake writes a line to is its own affair."""
+        return self.stdout + self.stderr
+
+    @property
+    def jobs(self) -> dict[str, int]:
+        """Jobs per rule, from the table that a dry run or a run prints; empty if there is nothing to be done."""
+        counts: dict[str, int] = {}
+        lines = iter(self.text.splitlines())
+        for line in lines:
+            if line.split() == ["job", "count"]:
+                next(lines)
+                for row in lines:
+                    if not row.strip():
+                        break
+                    rule, n = row.split()
+                    counts[rule] = int(n)
+                break
+        counts.pop("total", None)
+        return counts
+
+
+def run_snakemake(folder: Path, *arguments: str, config: dict | None = None, repository: Path = REPOSITORY, environment: dict | None = None) -> Outcome:
+    """Run the workflow in a folder; `config` becomes the user's own configuration file there."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2", "--nocolor"]
+    command += map(str, arguments)
+    if config is not None:
+        (folder / "mine.yaml").write_text(yaml.safe_dump(config))
+        command += ["--configfile", "mine.yaml"]
+    variables = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache"), **(environment or {})}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=variables, check=False)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def snakemake() -> Callable[..., Outcome]:
+    """Return a function that runs the real Snakefile as a subprocess; see `run_snakemake`."""
+    return run_snakemake
+
+
+def copy_repository(target: Path) -> Path:
+    """Copy Snakefile, rules, scripts, config and envs, to be edited."""
+    target.mkdir(parents=True)
+    shutil.copy(REPOSITORY / "Snakefile", target)
+    for folder in ("rules", "scripts", "config", "envs"):
+        shutil.copytree(REPOSITORY / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def merged(mine: dict, folder: Path = REPOSITORY / "config") -> dict:
+    """Return the repository's configuration with the user's on top: mappings merged, lists replaced, as Snakemake does."""
+
+    def merge(below: dict, above: dict) -> dict:
+        both = dict(below)
+        for key, value in above.items():
+            both[key] = merge(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+        return both
+
+    config: dict = {}
+    for name in CONFIG_FILES:
+        config = merge(config, yaml.safe_load((folder / f"{name}.yaml").read_text()))
+    return merge(config, mine)
+
+
+def closed_forms_config(**changes: object) -> dict:
+    """Return a user's configuration: one small screen of their own, baselines and ceiling only."""
+    return {
+        "select": {"datasets": ["mine"], "splits": ["unseen_combination"], "models": CLOSED_FORMS},
+        "genes": {"n_hvg": 40},
+        "datasets": {
+            "mine": {
+                "source": {"path": "screen.h5ad"},
+                "perturbation": {"column": "perturbation", "control": ["control"]},
+                "covariates": {"batch": "lane"},
+                "qc": OFF,
+            }
+        },
+        **changes,
+    }

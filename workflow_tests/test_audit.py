@@ -1,0 +1,217 @@
+"""The audit: a clean split passes, and every kind of leak that is planted is caught and named."""
+
+import json
+from collections.abc import Callable
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+from conftest import SPECS, Prepared
+from perturbflow import embeddings
+from perturbflow.audit import CHECKS
+from perturbflow.embeddings import coexpression
+from perturbflow.errors import InputError
+from perturbflow.files import file_digest
+from perturbflow.pairs import Pairs
+from perturbflow.splits import names_digest
+from perturbflow.symbols import members_of
+from scipy import sparse
+
+
+def change_split(here: Prepared, change: Callable[[dict], None]) -> None:
+    """Change split.json in place."""
+    content = json.loads(here.split.read_text())
+    change(content)
+    here.split.write_text(json.dumps(content))
+
+
+def change_pairs(here: Prepared, change: Callable[[ad.AnnData], ad.AnnData | None]) -> None:
+    """Change pairs.h5ad in place."""
+    adata = ad.read_h5ad(here.pairs)
+    changed = change(adata)
+    (adata if changed is None else changed).write_h5ad(here.pairs)
+
+
+def first_row(adata: ad.AnnData, role: str, is_control: bool) -> int:
+    """Return the first cell of a role."""
+    return int(np.flatnonzero(((adata.obs["role"] == role) & (adata.obs["is_control"] == is_control)).to_numpy())[0])
+
+
+# --- leaks, one function each: they spoil a clean split -------------------------------------------------------------
+
+
+def a_perturbation_in_two_roles(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        split["perturbations"]["train"].append(split["perturbations"]["test"][0])
+
+    change_split(here, change)
+
+
+def a_perturbation_in_two_roles_with_its_members_reversed(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        label = next(label for label in split["perturbations"]["test"] if "+" in label)
+        split["perturbations"]["train"].append("+".join(reversed(members_of(label))))
+
+    change_split(here, change)
+
+
+def a_cell_in_two_roles(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        split["cells"]["train"].append(split["cells"]["test"][0])
+        split["sha256"]["train"]["cells"] = names_digest(split["cells"]["train"])
+
+    change_split(here, change)
+
+
+def a_label_with_unsorted_members(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        label = next(label for label in adata.obs["perturbation"].cat.categories if "+" in label)
+        adata.obs["perturbation"] = adata.obs["perturbation"].cat.rename_categories({label: "+".join(reversed(members_of(label)))})
+
+    change_pairs(here, change)
+
+
+def a_test_cell_moved_to_training(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        adata.obs.iloc[first_row(adata, "test", False), adata.obs.columns.get_loc("role")] = "train"
+
+    change_pairs(here, change)
+
+
+def a_test_control_moved_to_training(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        control = first_row(adata, "test", True)
+        used = (adata.obsm["control_index"] == control).any(axis=1)
+        adata.obsm["control_index"][used] = first_row(adata, "test", True) + 1
+        adata.obs.iloc[control, adata.obs.columns.get_loc("role")] = "train"
+
+    change_pairs(here, change)
+
+
+def a_matched_control_of_another_role(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        adata.obsm["control_index"][first_row(adata, "train", False), 3] = first_row(adata, "test", True)
+
+    change_pairs(here, change)
+
+
+def a_matched_control_that_is_perturbed(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        row = first_row(adata, "train", False)
+        adata.obsm["control_index"][row, 0] = row
+
+    change_pairs(here, change)
+
+
+def a_perturbed_cell_without_control(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        adata.obsm["control_index"][first_row(adata, "train", False), 0] = -1
+
+    change_pairs(here, change)
+
+
+def a_matched_control_of_another_cell_type(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        kinds = np.full(adata.n_obs, "unknown", dtype=object)
+        kinds[first_row(adata, "train", True)] = "another"
+        adata.obs["cell_type"] = pd.Categorical(kinds)
+
+    change_pairs(here, change)
+
+
+def a_held_out_gene_in_a_training_combination(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        single = next(label for label in split["perturbations"]["test"] if "+" not in label)
+        label = next(label for label in split["perturbations"]["test"] if "+" in label and single in members_of(label))
+        for part in ("perturbations", "cells"):
+            moved = {label} if part == "perturbations" else set(ad.read_h5ad(here.pairs).obs.query("perturbation == @label").index)
+            split[part]["test"] = [name for name in split[part]["test"] if name not in moved]
+            split[part]["train"] = sorted([*split[part]["train"], *moved])
+            for role in ("train", "test"):
+                split["sha256"][role][part] = names_digest(split[part][role])
+
+    change_split(here, change)
+
+
+def a_target_sum_of_all_cells(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        totals = np.asarray(ad.read_h5ad(here.harmonized).X.sum(axis=1)).ravel()
+        everywhere = float(np.median(totals))
+        assert everywhere != adata.uns["perturbflow"]["target_sum"]
+        adata.uns["perturbflow"]["target_sum"] = everywhere
+
+    change_pairs(here, change)
+
+
+def variable_genes_of_held_out_cells(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> ad.AnnData:
+        roles = json.loads(here.split.read_text())
+        screen = ad.read_h5ad(here.harmonized)
+        held_out = screen[roles["cells"]["test"]].copy()
+        sc.pp.normalize_total(held_out, target_sum=float(adata.uns["perturbflow"]["target_sum"]))
+        sc.pp.log1p(held_out)
+        sc.pp.highly_variable_genes(held_out, n_top_genes=40, flavor="seurat")
+        screen = screen[adata.obs_names]
+        X = screen.X.multiply(adata.uns["perturbflow"]["target_sum"] / screen.X.sum(axis=1)).tocsr()
+        X.data = np.log1p(X.data)
+        var = screen.var.assign(highly_variable=held_out.var["highly_variable"], is_perturbed_gene=screen.var_names.str.startswith("TF"))
+        kept = (var["highly_variable"] | var["is_perturbed_gene"]).to_numpy()
+        return ad.AnnData(
+            X=sparse.csr_matrix(X[:, kept], dtype=np.float32), obs=adata.obs, var=var[kept], obsm=dict(adata.obsm), uns=dict(adata.uns)
+        )
+
+    change_pairs(here, change)
+    embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
+
+
+def embeddings_of_all_cells(here: Prepared) -> None:
+    cells = Pairs.read(here.pairs)
+    everywhere = Pairs(cells.X, cells.obs.assign(role="train"), cells.genes, cells.control_index, cells.rows)
+    genes = list(pd.read_parquet(here.embeddings).index)
+    coexpression(everywhere, genes).astype(np.float32).to_parquet(here.embeddings)
+
+
+LEAKS = [
+    ("unseen_combination", a_perturbation_in_two_roles, "roles_are_disjoint: perturbations in both train and test"),
+    ("unseen_combination", a_perturbation_in_two_roles_with_its_members_reversed, "roles_are_disjoint: perturbations in both train and test"),
+    ("unseen_combination", a_cell_in_two_roles, "roles_are_disjoint: 1 cells in both train and test"),
+    ("unseen_combination", a_label_with_unsorted_members, "labels_are_canonical: labels with unsorted or repeated members"),
+    ("unseen_combination", a_test_cell_moved_to_training, "roles_of_cells_agree: cells of .* have the role train"),
+    ("unseen_combination", a_test_control_moved_to_training, "roles_of_cells_agree: the cells with the role train are not those of the split"),
+    ("unseen_combination", a_matched_control_of_another_role, "controls_are_of_the_role: 1 cells are matched with controls of another role"),
+    ("unseen_combination", a_matched_control_that_is_perturbed, "controls_are_of_the_role: matched controls that are perturbed"),
+    ("unseen_combination", a_perturbed_cell_without_control, "controls_are_of_the_role: perturbed cells without a matched control"),
+    ("unseen_combination", a_matched_control_of_another_cell_type, "controls_are_of_the_role: .* controls of another cell_type"),
+    ("unseen_perturbation", a_held_out_gene_in_a_training_combination, "held_out_genes_are_unseen: held-out genes that training holds"),
+    ("unseen_combination", a_target_sum_of_all_cells, "normalization_is_of_training: target sum .* is not the training cells' median"),
+    ("unseen_combination", variable_genes_of_held_out_cells, "genes_are_of_training: .* highly variable genes are not those of the training cells"),
+    ("unseen_combination", embeddings_of_all_cells, "embeddings_are_of_training: co-expression embeddings differ"),
+]
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_clean_split_passes_and_its_files_are_digested(kind: str, prepared: dict[str, Prepared]) -> None:
+    here = prepared[kind]
+    content = json.loads(here.audit.read_text())
+    assert set(content["checks"]) == {*[check.__name__ for check in CHECKS], "embeddings_are_of_training"}
+    assert set(content["checks"].values()) == {"passed"}
+    assert content["sha256"] == {path.name: file_digest(path) for path in (here.split, here.pairs, here.embeddings)}
+    assert content["split_sha256"] == json.loads(here.split.read_text())["sha256"]
+
+
+@pytest.mark.parametrize(("kind", "plant", "message"), LEAKS, ids=[plant.__name__ for _, plant, _ in LEAKS])
+def test_a_planted_leak_is_caught_and_named(kind: str, plant: Callable, message: str, prepared_copy: Callable) -> None:
+    here = prepared_copy(kind)
+    here.audit.unlink()
+    plant(here)
+    with pytest.raises(InputError, match=message) as raised:
+        here.run_audit()
+    assert "Leak in" in str(raised.value)
+    assert not here.audit.exists()
+
+
+def test_every_check_has_its_leak() -> None:
+    caught = {message.split(":")[0] for _, _, message in LEAKS}
+    assert caught == {*[check.__name__ for check in CHECKS], "embeddings_are_of_training"}

@@ -1,0 +1,250 @@
+"""The documents say what is: every key, every default, every command, the graph of rules.
+
+Run as a script (PYTHONPATH=scripts python workflow_tests/test_docs.py), it writes the generated parts anew: the tables of
+model params and the rule graph.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from perturbflow.evaluation import METRICS
+from perturbflow.registry import FAMILIES, complete
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = REPOSITORY / "README.md"
+CONFIG_README = REPOSITORY / "config" / "README.md"
+SCHEMAS = REPOSITORY / "config" / "schemas"
+DEFAULT_FILES = [REPOSITORY / "config" / f"{name}.yaml" for name in ("config", "datasets", "splits", "models", "counterfactuals")]
+
+
+# --- what the schemas say -------------------------------------------------------------------------------------------
+
+
+def schema(name: str) -> dict:
+    return yaml.safe_load((SCHEMAS / f"{name}.schema.yaml").read_text())
+
+
+def type_of(block: dict) -> str:
+    """Return a property's type in the words of the tables."""
+    if "$ref" in block:
+        return "mapping"
+    if "enum" in block:
+        return "one of " + ", ".join(f"`{value}`" for value in block["enum"])
+    if "oneOf" in block:
+        return " or ".join(f"`{branch['const']}`" if "const" in branch else type_of(branch) for branch in block["oneOf"])
+    types = block["type"] if isinstance(block["type"], list) else [block["type"]]
+    names = {"array": "list", "object": "mapping"}
+    return " or ".join(names.get(name, name) for name in types)
+
+
+def default_of(block: dict, is_required: bool) -> str:
+    """Return a property's default as it would be written in YAML."""
+    if "default" in block:
+        return f"`{json.dumps(block['default'], ensure_ascii=False)}`"
+    return "required" if is_required else "–"
+
+
+def rows(block: dict, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield key, first cells of the table row, and description of every property below a schema, mappings opened."""
+    for key, value in block.get("properties", {}).items():
+        if value.get("properties"):
+            yield from rows(value, f"{prefix}{key}.")
+        elif prefix or key not in ("datasets", "splits", "models", "counterfactuals"):
+            row = f"| `{prefix}{key}` | {type_of(value)} | {default_of(value, key in block.get('required', []))} |"
+            yield f"{prefix}{key}", row, value.get("description", "")
+        items = value.get("items", {})
+        for branch in items.get("oneOf", []):
+            yield from rows(branch, f"{prefix}{key}[].")
+
+
+def params_table(family: str) -> str:
+    """Return the table of a family's params."""
+    block = schema("models")["$defs"][family]
+    if not block["properties"]:
+        return "No params."
+    lines = ["| param | type | default | |", "| --- | --- | --- | --- |"]
+    lines += [f"{row} {description} |".replace("|  |", "| |") for _, row, description in rows(block)]
+    return "\n".join(lines)
+
+
+def section(title: str) -> str:
+    """Return the text below a heading of config/README.md, up to the next heading of its level."""
+    match = re.search(rf"^(#+) {re.escape(title)}$(.*?)(?=^#{{1,2}} |\Z)", CONFIG_README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert match, f"config/README.md has no section '{title}'"
+    return match[2]
+
+
+DOCUMENTED = {
+    "config.yaml: what to run": schema("config"),
+    "datasets.yaml: which screens exist": schema("datasets")["additionalProperties"],
+    "splits.yaml: ways of holding out": schema("splits")["additionalProperties"],
+    "models.yaml: which models exist": schema("models")["additionalProperties"],
+    "counterfactuals.yaml: what-if questions": schema("counterfactuals")["additionalProperties"],
+}
+
+
+@pytest.mark.parametrize("title", DOCUMENTED)
+def test_every_key_is_documented_with_its_type_and_default(title):
+    documented = section(title)
+    missing = [row for _, row, _ in rows(DOCUMENTED[title]) if row not in documented]
+    assert not missing, "rows to add to or mend in config/README.md:\n" + "\n".join(missing)
+
+
+@pytest.mark.parametrize("title", DOCUMENTED)
+def test_no_key_is_documented_that_does_not_exist(title):
+    documented = set(
+        re.findall(
+            r"^\| `([a-z_.\[\]0-9]+)` \|", re.sub(r"(?s)<!-- params: .*?<!-- params: end -->", "", section(title)), flags=re.MULTILINE
+        )
+    )
+    assert documented <= {key for key, _, _ in rows(DOCUMENTED[title])}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_params_of_every_family_are_documented(family):
+    expected = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"
+    assert expected in CONFIG_README.read_text(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
+def test_every_metric_is_documented(metric):
+    assert f"| `{metric.name}` | {metric.direction} |" in section("Metrics")
+
+
+# --- examples and commands ------------------------------------------------------------------------------------------
+
+
+def merged(base: dict, update: dict) -> dict:
+    """Merge as Snakemake's --configfile does: mappings deeply, lists replaced."""
+    out = dict(base)
+    for key, value in update.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def yaml_blocks() -> list[tuple[str, str]]:
+    return [(file.relative_to(REPOSITORY).as_posix(), block) for file in (README, CONFIG_README)
+            for block in re.findall(r"^```yaml\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL)]  # fmt: skip
+
+
+def files_named_in(value: object) -> Iterator[str]:
+    """Yield every path and file value below a configuration."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key in ("path", "file") and isinstance(item, str):
+                yield item
+            yield from files_named_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from files_named_in(item)
+
+
+@pytest.mark.parametrize(("file", "block"), yaml_blocks(), ids=lambda value: value if len(value) < 40 else "block")
+def test_examples_are_valid_configurations(file, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config: dict = {}
+    for default in DEFAULT_FILES:
+        config = merged(config, yaml.safe_load(default.read_text()))
+    example = yaml.safe_load(block)
+    config = merged(config, example)
+    # What exists in an example is checked as if it were selected.
+    for kind in ("datasets", "splits", "models", "counterfactuals"):
+        config["select"][kind] = list(dict.fromkeys([*config["select"].get(kind, []), *example.get(kind, {})]))
+    for name in files_named_in(example):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    complete(config)
+
+
+def test_readme_shows_an_example_for_an_own_screen():
+    assert "<!-- example: mine.yaml -->\n```yaml" in README.read_text()
+
+
+@pytest.mark.parametrize("name", ["run", "test"])
+def test_commands_parse_and_name_files_that_exist(name):
+    match = re.search(rf"^<!-- command: {name} -->\n```bash\n(.*?)```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert match, f"README.md has no block marked <!-- command: {name} -->"
+    subprocess.run(["bash", "-n", "-c", match[1]], check=True)
+    words = shlex.split(match[1].replace("&&", " && "))
+    assert words[0] == "python3.11"
+    requirements = words[words.index("-r") + 1]
+    assert (REPOSITORY / requirements).is_file()
+
+
+def test_bash_blocks_parse():
+    for file in (README, CONFIG_README):
+        for block in re.findall(r"^```bash\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL):
+            subprocess.run(["bash", "-n", "-c", block], check=True)
+
+
+def test_files_that_are_linked_or_named_exist():
+    for file in (README, CONFIG_README):
+        text = file.read_text()
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+            if "://" not in target:
+                assert (file.parent / target).exists(), f"{file.name} links {target}"
+        for named in re.findall(r"`((?:config|rules|scripts|envs|workflow_tests)/[\w./-]+\.(?:yaml|smk|py|txt|md|tsv))`", text):
+            assert (REPOSITORY / named).exists(), f"{file.name} names {named}"
+
+
+def test_ci_runs_the_command_of_the_readme():
+    script = REPOSITORY / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "<!-- command: test -->" in script.read_text()
+
+
+# --- the graph of rules ---------------------------------------------------------------------------------------------
+
+RULEGRAPH = re.compile(r"<!-- rulegraph: (?P<command>.*?) -->\n```mermaid\n(?P<graph>.*?)```\n<!-- rulegraph: end -->", flags=re.DOTALL)
+
+
+def drawn(text: str) -> tuple[set[str], set[tuple[str, str]]]:
+    """Return rules and edges of a mermaid graph; their order and numbers are Snakemake's whim."""
+    names = dict(re.findall(r"(id\d+)\[([^\]]+)\]", text))
+    return set(names.values()), {(names[start], names[end]) for start, end in re.findall(r"(id\d+) --> (id\d+)", text)}
+
+
+def rule_graph(command: str) -> str:
+    """Return the graph that a command prints now, without its colours."""
+    words = shlex.split(command)
+    done = subprocess.run([sys.executable, "-m", "snakemake", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return "".join(line for line in done.stdout.splitlines(keepends=True) if "style id" not in line)
+
+
+def test_rule_graph_is_current():
+    shown = RULEGRAPH.search(README.read_text())
+    assert shown, "README.md has no rule graph between its markers"
+    current = drawn(rule_graph(shown["command"]))
+    assert current[0], "snakemake drew nothing"
+    assert drawn(shown["graph"]) == current, "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to draw it anew"
+
+
+def renew() -> None:
+    """Write the generated parts anew."""
+    text = CONFIG_README.read_text()
+    for family in FAMILIES:
+        pattern = rf"<!-- params: {family} -->\n.*?<!-- params: end -->"
+        table = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"
+        text, n = re.subn(pattern, lambda _, table=table: table, text, flags=re.DOTALL)
+        if n != 1:
+            sys.exit(f"config/README.md has no place for the params of {family}: add <!-- params: {family} --> and <!-- params: end -->")
+    CONFIG_README.write_text(text)
+    text = README.read_text()
+    shown = RULEGRAPH.search(text)
+    graph = rule_graph(shown["command"])
+    README.write_text(text[: shown.start("graph")] + graph + text[shown.end("graph") :])
+
+
+if __name__ == "__main__":
+    renew()

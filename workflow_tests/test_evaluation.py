@@ -1,0 +1,392 @@
+"""Scores: each metric against its definition written out naively, at its extremes, and through the files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Prepared
+from perturbflow import evaluation, prediction, training
+from perturbflow.benchmark import benchmark, bootstrap_interval, summarize
+from perturbflow.errors import InputError
+from perturbflow.evaluation import METRICS, Scored, evaluate, score_inputs
+from perturbflow.pairs import Pairs
+from perturbflow.symbols import members_of
+from scipy import sparse
+
+P, N_GENES = 5, 30
+
+
+def random_scored(seed: int = 0, **changes: object) -> Scored:
+    """Return random predictions and measurements of five perturbations, the first three genes being targets."""
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.normal(size=(P, N_GENES)) for name in ("predicted", "measured", "control")}
+    arrays |= {f"{name}_bulk": rng.normal(size=(P, N_GENES)) for name in ("predicted", "measured", "control")}
+    values = {
+        **arrays,
+        "labels": [f"L{i}" for i in range(P)],
+        "reference": rng.normal(size=N_GENES),
+        "highly_expressed": np.arange(N_GENES) % 2 == 0,
+        "is_target": np.arange(N_GENES) < 3,
+        "predicted_components": [rng.normal(size=(6 + i, 4)) for i in range(P)],
+        "measured_components": [rng.normal(1.0, size=(9 - i, 4)) for i in range(P)],
+        **changes,
+    }
+    return Scored(**values)
+
+
+def score(name: str, scored: Scored) -> np.ndarray:
+    """Return one metric's values."""
+    return METRICS[name].function(scored)
+
+
+# --- definitions ----------------------------------------------------------------------------------------------------
+
+
+def test_mae() -> None:
+    scored = random_scored()
+    expected = [np.mean([abs(a - b) for a, b in zip(x, y, strict=True)]) for x, y in zip(scored.predicted, scored.measured, strict=True)]
+    assert np.allclose(score("mae", scored), expected)
+
+
+def test_l2_over_highly_expressed_genes_is_no_mean() -> None:
+    scored = random_scored()
+    expected = [np.sqrt(sum((x[g] - y[g]) ** 2 for g in range(0, N_GENES, 2))) for x, y in zip(scored.predicted, scored.measured, strict=True)]
+    assert np.allclose(score("l2_heg1000", scored), expected)
+
+
+def test_pearson_delta_against_controls() -> None:
+    scored = random_scored()
+    genes = scored.highly_expressed
+    expected = [
+        np.corrcoef((scored.predicted - scored.control)[i, genes], (scored.measured - scored.control)[i, genes])[0, 1] for i in range(P)
+    ]
+    assert np.allclose(score("pearson_delta_ctrl", scored), expected)
+
+
+def test_pearson_delta_against_the_mean_of_training_perturbations() -> None:
+    scored = random_scored()
+    expected = [np.corrcoef(scored.predicted[i] - scored.reference, scored.measured[i] - scored.reference)[0, 1] for i in range(P)]
+    assert np.allclose(score("pearson_delta_pert", scored), expected)
+
+
+def naive_pds(scored: Scored) -> list[float]:
+    """Return 1 − k/(n−1), counted one by one."""
+    genes = [g for g in range(N_GENES) if not scored.is_target[g]]
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        norms = np.sqrt(sum(a[g] ** 2 for g in genes)) * np.sqrt(sum(b[g] ** 2 for g in genes))
+        return 1.0 - sum(a[g] * b[g] for g in genes) / norms if norms > 0 else 1.0
+
+    values = []
+    for i in range(P):
+        predicted = scored.predicted_bulk[i] - scored.control_bulk[i]
+        d = [distance(predicted, scored.measured_bulk[j] - scored.control_bulk[j]) for j in range(P)]
+        k = sum(x < d[i] - 1e-12 for x in d) + 0.5 * (sum(abs(x - d[i]) <= 1e-12 for x in d) - 1)
+        values.append(1 - k / (P - 1))
+    return values
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pds_counts_the_effects_that_are_nearer(seed: int) -> None:
+    scored = random_scored(seed)
+    assert np.allclose(score("pds_cosine", scored), naive_pds(scored))
+
+
+def test_pds_leaves_all_target_genes_out() -> None:
+    scored = random_scored()
+    changed = scored.predicted_bulk.copy()
+    changed[:, :3] += 100.0
+    assert np.allclose(score("pds_cosine", random_scored(predicted_bulk=changed)), score("pds_cosine", scored))
+
+
+def test_pds_ties_count_half() -> None:
+    rng = np.random.default_rng(0)
+    effect, other = rng.normal(size=N_GENES), rng.normal(size=N_GENES)
+    zero = np.zeros((P, N_GENES))
+    measured = np.stack([effect, effect, effect, other, -effect])
+    predicted = np.stack([effect] * P)
+    values = score("pds_cosine", random_scored(measured_bulk=measured, predicted_bulk=predicted, control_bulk=zero))
+    assert values.tolist() == [0.75, 0.75, 0.75, 0.25, 0.0], "three tie for the first place, then one, then the opposite"
+
+
+def test_pds_of_one_perturbation_is_no_number() -> None:
+    one = {name: np.ones((1, N_GENES)) for name in ("predicted_bulk", "measured_bulk", "control_bulk")}
+    assert np.isnan(score("pds_cosine", random_scored(labels=["L0"], **one))).all()
+
+
+def naive_energy(X: np.ndarray, Y: np.ndarray) -> float:
+    """Return 2 E‖X−Y‖ − E‖X−X'‖ − E‖Y−Y'‖ over all pairs of different cells."""
+    between = np.mean([np.sqrt(((x - y) ** 2).sum()) for x in X for y in Y])
+    within = [np.mean([np.sqrt(((Z[i] - Z[j]) ** 2).sum()) for i in range(len(Z)) for j in range(len(Z)) if i != j]) for Z in (X, Y)]
+    return 2 * between - sum(within)
+
+
+def test_energy_distance() -> None:
+    scored = random_scored()
+    expected = [naive_energy(x, y) for x, y in zip(scored.predicted_components, scored.measured_components, strict=True)]
+    assert np.allclose(score("energy_distance_euclidean_u_pca50", scored), expected)
+
+
+def test_energy_distance_of_one_distribution_is_zero_on_average() -> None:
+    rng = np.random.default_rng(0)
+    draws = [[rng.normal(size=(20, 4)) for _ in range(300)] for _ in range(2)]
+    values = score("energy_distance_euclidean_u_pca50", random_scored(predicted_components=draws[0], measured_components=draws[1]))
+    assert abs(values.mean()) < 4 * values.std() / np.sqrt(300)
+    assert values.min() < 0 < values.max(), "unbiased: it may fall below zero"
+
+
+def test_energy_distance_of_a_single_cell_is_no_number() -> None:
+    scored = random_scored()
+    components = [scored.predicted_components[0][:1], *scored.predicted_components[1:]]
+    values = score("energy_distance_euclidean_u_pca50", random_scored(predicted_components=components))
+    assert np.isnan(values[0])
+    assert np.isfinite(values[1:]).all()
+
+
+# --- extremes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_perfect_prediction_has_the_perfect_score() -> None:
+    scored = random_scored()
+    perfect = random_scored(predicted=scored.measured, predicted_bulk=scored.measured_bulk)
+    for name in set(METRICS) - {"energy_distance_euclidean_u_pca50"}:
+        assert np.allclose(score(name, perfect), METRICS[name].perfect), name
+
+
+def test_no_change_has_no_correlation_and_chance_of_discrimination() -> None:
+    scored = random_scored()
+    flat = random_scored(predicted=scored.control, predicted_bulk=scored.control_bulk)
+    assert (score("pearson_delta_ctrl", flat) == 0).all()
+    assert (score("pds_cosine", flat) == 0.5).all()
+
+
+def test_rounding_errors_are_no_effect() -> None:
+    scored = random_scored()
+    noise = 1e-9 * np.random.default_rng(1).normal(size=(P, N_GENES))
+    almost = random_scored(predicted=scored.control + noise, predicted_bulk=scored.control_bulk + noise)
+    assert (score("pearson_delta_ctrl", almost) == 0).all()
+    assert (score("pds_cosine", almost) == 0.5).all()
+
+
+def test_one_prediction_for_all_has_chance_of_discrimination() -> None:
+    scored = random_scored()
+    control = np.tile(scored.control_bulk[:1], (P, 1))
+    same = random_scored(predicted_bulk=np.tile(scored.predicted_bulk[:1], (P, 1)), control_bulk=control)
+    assert score("pds_cosine", same).mean() == pytest.approx(0.5)
+
+
+def test_an_opposite_prediction_is_the_worst() -> None:
+    scored = random_scored()
+    opposite = random_scored(predicted=2 * scored.control - scored.measured)
+    assert np.allclose(score("pearson_delta_ctrl", opposite), -1.0)
+
+
+def test_every_metric_says_its_definition_and_direction() -> None:
+    for name, metric in METRICS.items():
+        assert metric.name == name
+        assert metric.direction in ("higher", "lower")
+        assert len(metric.definition) > 30
+
+
+# --- from cells to scores -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cells(prepared: dict[str, Prepared]) -> Pairs:
+    """Return all cells of the split that holds combinations out."""
+    return Pairs.read(prepared["unseen_combination"].pairs)
+
+
+def predictions_from(cells: Pairs, change: Callable[[str, np.ndarray], np.ndarray] = lambda label, X: X, role: str = "test") -> ad.AnnData:
+    """Return predictions: the matched controls of measured cells, changed."""
+    held_out = cells.roles(role)
+    blocks, labels = [], []
+    for label in held_out.perturbations:
+        X = held_out.X[held_out.control_index[held_out.cells_of(label), 0]].toarray()
+        blocks.append(change(label, X))
+        labels += [label] * len(blocks[-1])
+    obs = pd.DataFrame({"perturbation": pd.Categorical(labels)}, index=[f"p{i}" for i in range(len(labels))])
+    return ad.AnnData(X=sparse.csr_matrix(np.vstack(blocks).astype(np.float32)), obs=obs, var=pd.DataFrame(index=cells.genes))
+
+
+def test_means_are_of_the_scored_half_and_of_matched_controls(cells: Pairs) -> None:
+    scored = score_inputs(predictions_from(cells), cells)
+    test = cells.roles("test")
+    X, batch, half = test.X.toarray().astype(float), test.obs["batch"].astype(str).to_numpy(), test.obs["half"].astype(str).to_numpy()
+    assert scored.labels == test.perturbations
+    for i, label in enumerate(scored.labels):
+        rows = np.flatnonzero((test.labels == label) & (half == "b"))
+        assert np.allclose(scored.measured[i], X[rows].mean(axis=0), atol=1e-5)
+        expected = sum((batch[rows] == b).mean() * X[test.is_control & (batch == b)].mean(axis=0) for b in ("b1", "b2"))
+        assert np.allclose(scored.control[i], expected, atol=1e-5)
+        sums = np.expm1(X[rows]).sum(axis=0)
+        assert np.allclose(scored.measured_bulk[i], np.log1p(5e4 * sums / sums.sum()), atol=1e-4)
+
+
+def test_the_reference_is_the_mean_of_training_perturbations_means(cells: Pairs) -> None:
+    scored = score_inputs(predictions_from(cells), cells)
+    train = cells.roles("train")
+    X = train.X.toarray()
+    assert np.allclose(scored.reference, np.mean([X[train.labels == label].mean(axis=0) for label in train.perturbations], axis=0), atol=1e-5)
+
+
+def test_highly_expressed_genes_are_those_of_held_out_controls(cells: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "N_HIGH_EXPRESSION", 7)
+    scored = score_inputs(predictions_from(cells), cells)
+    test = cells.roles("test")
+    mean = np.asarray(test.X[test.is_control].mean(axis=0)).ravel()
+    assert set(np.flatnonzero(scored.highly_expressed)) == set(np.argsort(-mean)[:7])
+    targets = {gene for label in scored.labels for gene in members_of(label)}
+    assert {gene for gene, is_target in zip(cells.genes, scored.is_target, strict=True) if is_target} == targets
+
+
+def test_components_are_fitted_on_training_cells(cells: Pairs) -> None:
+    scored = score_inputs(predictions_from(cells), cells)
+    changed = cells.X.copy().tolil()
+    test = np.flatnonzero((cells.obs["role"] == "test").to_numpy() & ~cells.is_control)
+    other = test[cells.labels[test] != scored.labels[0]]
+    changed[other] = 0
+    again = score_inputs(predictions_from(cells), Pairs(sparse.csr_matrix(changed), cells.obs, cells.genes, cells.control_index, cells.rows))
+    assert np.allclose(scored.measured_components[0], again.measured_components[0], atol=1e-4)
+    assert not np.allclose(scored.measured_components[1], again.measured_components[1], atol=1e-2)
+
+
+def test_validation_can_be_scored_on_its_own(cells: Pairs) -> None:
+    scored = score_inputs(predictions_from(cells, role="validation"), cells)
+    assert scored.labels == cells.roles("validation").perturbations
+
+
+def test_predictions_that_cannot_be_scored_are_explained(cells: Pairs) -> None:
+    fine = predictions_from(cells)
+    with pytest.raises(InputError, match="differ in their genes or gene order"):
+        score_inputs(fine[:, ::-1].copy(), cells)
+    label = cells.roles("train").perturbations[0]
+    training = fine.copy()
+    training.obs["perturbation"] = label
+    with pytest.raises(InputError, match=r"roles \['train'\]; exactly one held-out role"):
+        score_inputs(training, cells)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def run_model(here: Prepared, folder: Path, implementation: str, params: dict | None = None) -> pd.DataFrame:
+    """Train, predict and evaluate one model; return its metrics.tsv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    params = params or {}
+    training.train(here.pairs, here.embeddings, here.audit, folder / "model.npz", folder / "run.json", implementation, params, 0)
+    prediction.predict(here.pairs, folder / "model.npz", folder / "predictions.h5ad", implementation, params, 0, 1000)
+    provenance = {"dataset": "mine", "split": "s", "model": implementation.split(":")[1], "seed": "0", "lineage": "x"}
+    evaluate(folder / "predictions.h5ad", here.pairs, here.split, folder / "metrics.tsv", provenance)
+    return pd.read_csv(folder / "metrics.tsv", sep="\t")
+
+
+def test_the_table_of_scores(prepared: dict[str, Prepared], tmp_path: Path, cells: Pairs) -> None:
+    table = run_model(prepared["unseen_combination"], tmp_path, "baselines:Additive")
+    labels = cells.roles("test").perturbations
+    assert len(table) == len(labels) * len(METRICS)
+    assert set(table["perturbation"]) == set(labels)
+    assert set(table["metric"]) == set(METRICS)
+    assert set(table["model"]) == {"Additive"}
+    assert "lineage" not in table
+    assert (table["n_members"] == 2).all()
+    assert (table["members_seen"] == 2).all()
+    n_scored = cells.obs[cells.obs["half"] == "b"].groupby("perturbation", observed=True).size()
+    assert (table["n_cells"] == table["perturbation"].map(n_scored)).all()
+    assert table["value"].notna().all()
+
+
+def test_the_ceiling_is_above_the_model_and_the_model_above_the_floor(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+    here = prepared["unseen_combination"]
+    means = {
+        name: run_model(here, tmp_path / name, implementation).groupby("metric")["value"].mean()
+        for name, implementation in {
+            "ceiling": "ceilings:TechnicalDuplicate", "additive": "baselines:Additive", "floor": "baselines:NoChange",
+        }.items()
+    }  # fmt: skip
+    for metric in METRICS.values():
+        sign = 1 if metric.direction == "higher" else -1
+        assert sign * means["additive"][metric.name] > sign * means["floor"][metric.name], metric.name
+    assert means["ceiling"]["energy_distance_euclidean_u_pca50"] < means["additive"]["energy_distance_euclidean_u_pca50"]
+    assert abs(means["floor"]["pearson_delta_ctrl"]) < 0.4
+    assert means["ceiling"]["pearson_delta_ctrl"] > 0.8
+
+
+def test_the_ceiling_is_scored_on_the_half_it_does_not_hold(prepared: dict[str, Prepared], tmp_path: Path, cells: Pairs) -> None:
+    table = run_model(prepared["unseen_combination"], tmp_path, "ceilings:TechnicalDuplicate")
+    assert (table.loc[table["metric"] == "mae", "value"] > 0).all(), "half a is not half b"
+    other = run_model(prepared["unseen_combination"], tmp_path / "other", "baselines:NoChange")
+    assert table["n_cells"].tolist() == other["n_cells"].tolist()
+    predicted = ad.read_h5ad(tmp_path / "predictions.h5ad")
+    test = cells.roles("test")
+    for label in test.perturbations:
+        duplicate = test.X[(test.labels == label) & (test.obs["half"] == "a").to_numpy()].toarray()
+        rows = predicted.X[(predicted.obs["perturbation"] == label).to_numpy()].toarray()
+        assert np.allclose(np.sort(rows.sum(axis=1)), np.sort(duplicate.sum(axis=1)), rtol=1e-4)
+
+
+def scores(labels: list[str], values: list[float], metric: str = "mae", model: str = "m") -> pd.DataFrame:
+    """Return a table of scores as evaluate writes it."""
+    keys = {"dataset": "d", "split": "s", "model": model, "seed": 0}
+    return pd.DataFrame([{**keys, "perturbation": label, "metric": metric, "value": v} for label, v in zip(labels, values, strict=True)])
+
+
+def test_genes_that_look_like_missing_values_are_kept(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{model}.tsv" for model in ("m", "NA")]
+    for path in paths:
+        scores(["NA", "nan", "null", "TF1"], [1.0, 2.0, 3.0, np.nan], model=path.stem).to_csv(path, sep="\t", index=False)
+    benchmark(paths, tmp_path / "benchmark.tsv")
+    table = pd.read_csv(tmp_path / "benchmark.tsv", sep="\t", keep_default_na=False)
+    assert table["model"].tolist() == ["m", "NA"]
+    assert table["n_perturbations"].tolist() == [3, 3], "a label is a label, an empty score is missing"
+    assert table["value"].astype(float).tolist() == [2.0, 2.0]
+
+
+def test_one_row_per_run_and_metric_in_the_order_of_the_scores() -> None:
+    table = summarize(pd.concat([scores(["A", "B"], [1.0, 3.0], metric, model) for model in ("z", "a") for metric in ("mae", "pds_cosine")]))
+    assert table[["model", "metric"]].to_numpy().tolist() == [["z", "mae"], ["z", "pds_cosine"], ["a", "mae"], ["a", "pds_cosine"]]
+    assert table["value"].tolist() == [2.0] * 4
+    assert table["better"].tolist() == ["lower", "higher"] * 2
+    assert (table["ci_low"] >= 1.0).all()
+    assert (table["ci_high"] <= 3.0).all()
+
+
+# --- intervals ------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    n = 150
+    covered = 0
+    for _ in range(n):
+        low, high = bootstrap_interval(rng.normal(3.0, 1.0, 40))
+        covered += low <= 3.0 <= high
+    assert 0.87 <= covered / n <= 0.99
+
+
+def test_the_interval_narrows_with_perturbations_and_is_about_the_standard_error() -> None:
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (10, 100, 1000):
+        values = rng.normal(size=n)
+        low, high = bootstrap_interval(values)
+        assert low < values.mean() < high
+        widths.append(high - low)
+        if n >= 100:
+            assert high - low == pytest.approx(2 * 1.96 * values.std(ddof=1) / np.sqrt(n), rel=0.1)
+    assert widths[0] > widths[1] > widths[2]
+
+
+def test_the_interval_is_deterministic_and_ignores_missing_values() -> None:
+    values = np.random.default_rng(0).normal(size=20)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval(np.append(values, np.nan)) == bootstrap_interval(values)
+    assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+
+
+def test_fewer_than_two_perturbations_have_no_interval() -> None:
+    assert np.isnan(bootstrap_interval(np.array([1.0]))).all()
+    assert np.isnan(bootstrap_interval(np.array([np.nan, 1.0]))).all()

@@ -1,0 +1,329 @@
+"""The configuration: a good one is completed, a bad one is explained in the user's words, with file, key, value and fix."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import CONFIG_FILES, REPOSITORY, merged
+from perturbflow.errors import InputError
+from perturbflow.registry import FAMILIES, Plan, complete
+
+CONFIG = REPOSITORY / "config"
+CLOSED = ["no_change", "additive", "linear"]
+
+
+def mine(tmp_path: Path) -> dict:
+    """Return a good configuration of a user, with a screen of theirs."""
+    screen = tmp_path / "screen.h5ad"
+    screen.write_bytes(b"content")
+    return {
+        "select": {"datasets": ["my_screen"], "splits": ["unseen_combination"], "models": list(CLOSED), "seeds": [0, 1]},
+        "datasets": {
+            "my_screen": {
+                "source": {"path": str(screen)},
+                "perturbation": {"column": "guide", "control": ["NT"]},
+                "combinations": True,
+            }
+        },
+        "splits": {"frozen": {"kind": "file", "path": str(tmp_path / "roles.json")}},
+    }
+
+
+def planned(config: dict, tmp_path: Path) -> Plan:
+    """Return the plan of the user's configuration, which lies in mine.yaml."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return Plan(merged(config), [*[CONFIG / f"{name}.yaml" for name in CONFIG_FILES], path])
+
+
+def set_at(config: dict, dotted: str, value: object) -> None:
+    """Set a value deep in a configuration."""
+    *parents, last = dotted.split(".")
+    for key in parents:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+# --- good -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_configuration_is_complete_and_passes() -> None:
+    config = complete(merged({}), [])
+    assert config["select"]["datasets"] == ["renge2023"]
+    assert config["models"]["linear"]["params"] == {"n_components": 10, "ridge": 0.1}
+    assert config["datasets"]["renge2023"]["perturbation"]["separator"] == "+"
+
+
+def test_a_good_configuration_gets_defaults(tmp_path: Path) -> None:
+    plan = planned(mine(tmp_path), tmp_path)
+    block = plan.config["datasets"]["my_screen"]
+    assert block["organism"] == "human"
+    assert block["perturbation_type"] == "unknown"
+    assert block["subset"] == {}
+    assert block["covariates"] == {}
+    assert block["perturbation"] == {"column": "guide", "control": ["NT"], "separator": "+", "drop": ["nan", "*", ""]}
+    assert plan.config["splits"]["unseen_combination"]["seed"] == 0
+    assert plan.config["embeddings"] == {"sources": ["coexpression"]}
+
+
+def test_the_plan_is_the_product_of_the_selection(tmp_path: Path) -> None:
+    runs = planned(mine(tmp_path), tmp_path).runs
+    assert set(map(tuple, runs[["dataset", "split", "model", "seed"]].to_numpy())) == {
+        ("my_screen", "unseen_combination", model, seed) for model in CLOSED for seed in (0, 1)
+    }
+    assert set(runs["family"]) == set(CLOSED)
+
+
+def test_the_configuration_that_is_handed_over_is_left_as_it_is(tmp_path: Path) -> None:
+    config = merged(mine(tmp_path))
+    before = copy.deepcopy(config)
+    complete(config)
+    assert config == before
+
+
+def test_two_models_may_share_a_family(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["models"] = {"stiff": {"family": "linear", "params": {"ridge": 5.0}}}
+    config["select"]["models"] = ["linear", "stiff"]
+    plan = planned(config, tmp_path)
+    assert plan.config["models"]["stiff"]["params"] == {"n_components": 10, "ridge": 5.0}
+    assert plan.config["models"]["linear"]["params"]["ridge"] == 0.1
+    assert {"linear", "stiff"} <= set(plan.models_of_rule("train_closed_form"))
+
+
+def test_a_datasets_own_qc_overrides_the_global_one(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["qc"] = {"min_genes": 7}
+    config["datasets"]["my_screen"]["qc"] = {"min_counts": 11, "max_pct_mt": None}
+    plan = planned(config, tmp_path)
+    assert plan.qc("my_screen") == {
+        "min_counts": 11, "min_genes": 7, "max_pct_mt": None, "min_cells_per_gene": 10, "min_cells_per_perturbation": 30,
+    }  # fmt: skip
+    assert plan.qc("renge2023")["min_counts"] == 50
+
+
+def test_blocks_that_are_not_selected_may_name_files_that_are_not_there(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["datasets"]["elsewhere"] = {
+        "source": {"path": "/no/such/file.h5ad"}, "perturbation": {"column": "guide", "control": ["NT"]},
+    }  # fmt: skip
+    config["splits"]["later"] = {"kind": "file", "path": "/no/such/split.json"}
+    plan = planned(config, tmp_path)
+    assert set(plan.runs["dataset"]) == {"my_screen"}
+
+
+def test_every_family_of_the_schema_is_implemented_somewhere_and_no_other() -> None:
+    schema = yaml.safe_load((CONFIG / "schemas" / "models.schema.yaml").read_text())
+    assert set(schema["additionalProperties"]["properties"]["family"]["enum"]) == set(FAMILIES) == set(schema["$defs"])
+
+
+# --- selections that cannot be --------------------------------------------------------------------------------------
+
+
+def test_a_split_that_a_screen_cannot_serve_is_left_out_with_one_sentence(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["datasets"]["my_screen"]["combinations"] = False
+    config["select"]["splits"] = ["unseen_perturbation", "unseen_combination"]
+    plan = planned(config, tmp_path)
+    assert set(plan.runs["split"]) == {"unseen_perturbation"}
+    assert len(plan.left_out) == 1
+    assert "my_screen × unseen_combination is left out" in plan.left_out[0]
+    assert "combinations: false" in plan.left_out[0]
+
+
+def test_nothing_left_to_run_is_an_error(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["datasets"]["my_screen"]["combinations"] = False
+    with pytest.raises(InputError, match=r"Nothing is left to run.*my_screen × unseen_combination"):
+        planned(config, tmp_path)
+
+
+def test_combinations_that_are_not_declared_do_not_keep_a_split_out(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    del config["datasets"]["my_screen"]["combinations"]
+    plan = planned(config, tmp_path)
+    assert set(plan.runs["split"]) == {"unseen_combination"}
+    assert plan.left_out == []
+
+
+# --- bad ------------------------------------------------------------------------------------------------------------
+
+URL = {"url": ["https://example.org/a.h5ad"]}
+SUM = "0" * 64
+
+# what is set where, and what the message must hold
+BAD = {
+    # typos, in every kind of key
+    "top level": ("sellect", {}, ["mine.yaml: the top level: unknown key 'sellect'", "Did you mean 'select'?"]),
+    "select": ("select.modles", ["linear"], ["mine.yaml: select: unknown key 'modles'", "Did you mean 'models'?"]),
+    "qc": ("qc.min_count", 5, ["mine.yaml: qc: unknown key 'min_count'", "Did you mean 'min_counts'?"]),
+    "genes": ("genes.n_hvgs", 5, ["mine.yaml: genes: unknown key 'n_hvgs'", "Did you mean 'n_hvg'?"]),
+    "embeddings": ("embeddings.source", ["coexpression"], ["mine.yaml: embeddings: unknown key 'source'", "'sources'"]),
+    "predict": ("predict.max_cell", 5, ["mine.yaml: predict: unknown key 'max_cell'", "Did you mean 'max_cells'?"]),
+    "dataset": ("datasets.my_screen.organsim", "human", ["mine.yaml: datasets.my_screen: unknown key 'organsim'", "'organism'"]),
+    "dataset qc": ("datasets.my_screen.qc", {"max_mt": 5}, ["mine.yaml: datasets.my_screen.qc: unknown key 'max_mt'", "max_pct_mt"]),
+    "source": ("datasets.my_screen.source.pth", "x", ["mine.yaml: datasets.my_screen.source: unknown key 'pth'", "'path'"]),
+    "perturbation": (
+        "datasets.my_screen.perturbation.colum", "x",
+        ["mine.yaml: datasets.my_screen.perturbation: unknown key 'colum'", "Did you mean 'column'?"],
+    ),
+    "covariates": (
+        "datasets.my_screen.covariates", {"celltype": "x"},
+        ["mine.yaml: datasets.my_screen.covariates: unknown key 'celltype'", "Did you mean 'cell_type'?"],
+    ),
+    "split": ("splits.frozen.test_frction", 0.5, ["mine.yaml: splits.frozen: unknown key 'test_frction'", "'test_fraction'"]),
+    "model": ("models.mine", {"family": "linear", "parms": {}}, ["mine.yaml: models.mine: unknown key 'parms'", "'params'"]),
+    "params": (
+        "models.mine", {"family": "linear", "params": {"rigde": 1}},
+        ["mine.yaml: models.mine.params: unknown key 'rigde'", "Did you mean 'ridge'?"],
+    ),
+    "counterfactual": (
+        "counterfactuals.mine", {"dataset": "a", "split": "b", "model": "c", "perturbations": ["A"], "sample_per_cell": 3},
+        ["mine.yaml: counterfactuals.mine: unknown key 'sample_per_cell'", "Did you mean 'samples_per_cell'?"],
+    ),
+    # names that are not there
+    "no such model": ("select.models", ["jepa2"], ["mine.yaml: ", "model 'jepa2' is selected", "models.yaml", "Did you mean 'jepa'?", "no_change"]),
+    "no such split": ("select.splits", ["unseen_perturbations"], ["split 'unseen_perturbations'", "Did you mean 'unseen_perturbation'?"]),
+    "no such dataset": ("select.datasets", ["my_scren"], ["dataset 'my_scren'", "datasets.yaml", "Did you mean 'my_screen'?"]),
+    "no such query": ("select.counterfactuals", ["what"], ["counterfactual 'what'", "counterfactuals.yaml", "Known: "]),
+    "unknown family": (
+        "models.mine", {"family": "jeppa"}, ["mine.yaml: models.mine.family: 'jeppa' is not possible.", "Did you mean 'jepa'?"],
+    ),
+    "unknown kind": (
+        "splits.frozen.kind", "unseen_perturbtion", ["splits.frozen.kind: 'unseen_perturbtion' is not possible.", "'unseen_perturbation'?"],
+    ),
+    "unknown technology": (
+        "datasets.my_screen.perturbation_type", "CRISPR", ["datasets.my_screen.perturbation_type: 'CRISPR' is not possible", "CRISPRi"],
+    ),
+    "unknown device": ("device", "gpu", ["mine.yaml: device: 'gpu' is not possible.", "cuda"]),
+    "upper-case name": (
+        "datasets.My-Screen", {"source": URL, "perturbation": {"column": "a", "control": ["b"]}}, ["'My-Screen' cannot be a name", "lower-case"],
+    ),
+    # sources
+    "missing file": (
+        "datasets.my_screen.source", {"path": "not_here.h5ad"},
+        ["mine.yaml: datasets.my_screen.source.path: there is no file 'not_here.h5ad'", "working directory"],
+    ),
+    "two sources": (
+        "datasets.my_screen.source", {"path": "a.h5ad", **URL},
+        ["mine.yaml: datasets.my_screen.source: give exactly one of path, url, pypi (found: path, url)"],
+    ),
+    "no source": ("datasets.my_screen.source", {"member": "x"}, ["give exactly one of path, url, pypi (found: none)"]),
+    "url without checksum": (
+        "datasets.my_screen.source", URL, ["mine.yaml: datasets.my_screen: a source by url needs bytes and one of md5, sha256"],
+    ),
+    "url without size": (
+        "datasets.my_screen",
+        {"source": URL, "sha256": SUM, "perturbation": {"column": "a", "control": ["b"]}},
+        ["datasets.my_screen: a source by url needs bytes"],
+    ),
+    "pypi without checksum": (
+        "datasets.my_screen", {"source": {"pypi": "a==1"}, "md5": "0" * 32, "perturbation": {"column": "a", "control": ["b"]}},
+        ["datasets.my_screen: a source by pypi needs sha256"],
+    ),
+    "pypi without version": ("datasets.my_screen.source", {"pypi": "renge"}, ["datasets.my_screen.source.pypi", "'renge'"]),
+    "url is no list": ("datasets.my_screen.source", {"url": "https://a"}, ["datasets.my_screen.source.url: 'https://a' must be of type array"]),
+    "checksum of another kind": ("datasets.my_screen.sha256", "abc", ["mine.yaml: datasets.my_screen.sha256: 'abc'"]),
+    "missing split file": ("select.splits", ["frozen"], ["mine.yaml: splits.frozen.path: there is no file", "roles.json"]),
+    "missing table": ("embeddings.sources", [{"file": "go.tsv"}], ["mine.yaml: embeddings.sources: there is no file 'go.tsv'"]),
+    # types and values
+    "seeds are words": ("select.seeds", ["a"], ["mine.yaml: select.seeds.0: 'a' must be of type integer"]),
+    "seeds are truths": ("select.seeds", [True], ["select.seeds.0: True must be of type integer"]),
+    "seeds with a point": ("select.seeds", [1.0], ["mine.yaml: select.seeds.0: 1.0 must be of type integer"]),
+    "one seed": ("select.seeds", 3, ["select.seeds: 3 must be of type array"]),
+    "negative seed": ("select.seeds", [-1], ["select.seeds.0: -1"]),
+    "nothing selected": ("select.models", [], ["select.models: []"]),
+    "selected twice": ("select.models", ["linear", "linear"], ["select.models", "non-unique"]),
+    "models as a word": ("select.models", "linear", ["select.models: 'linear' must be of type array"]),
+    "n_hvg is a word": ("genes.n_hvg", "many", ["mine.yaml: genes.n_hvg: 'many' must be of type integer"]),
+    "percent over 100": ("qc.max_pct_mt", 120, ["mine.yaml: qc.max_pct_mt: 120"]),
+    "control is a word": (
+        "datasets.my_screen.perturbation.control", "NT", ["datasets.my_screen.perturbation.control: 'NT' must be of type array"],
+    ),
+    "control is missing": ("datasets.my_screen.perturbation", {"column": "a"}, ["datasets.my_screen.perturbation: 'control' is missing"]),
+    "fraction over 1": ("splits.unseen_combination.test_fraction", 1.5, ["mine.yaml: splits.unseen_combination.test_fraction: 1.5"]),
+    "file split without file": ("splits.mine", {"kind": "file"}, ["splits.mine: 'path' is missing"]),
+    "split without fraction": ("splits.mine", {"kind": "unseen_combination"}, ["splits.mine: 'test_fraction' is missing"]),
+    "ridge is zero": ("models.linear.params", {"ridge": 0}, ["mine.yaml: models.linear.params.ridge: 0"]),
+    "dataset is a word": ("datasets.my_screen", "screen.h5ad", ["datasets.my_screen: 'screen.h5ad' must be of type object"]),
+    "unknown source of embeddings": ("embeddings.sources", ["coexpresion"], ["embeddings.sources.0: 'coexpresion' is not possible", "coexpression"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_explained(case: str, tmp_path: Path) -> None:
+    key, value, expected = BAD[case]
+    config = mine(tmp_path)
+    set_at(config, key, value)
+    with pytest.raises(InputError) as raised:
+        planned(config, tmp_path)
+    message = str(raised.value)
+    missing = [part for part in expected if part not in message]
+    assert not missing, f"not in the message: {missing}\n{message}"
+    assert "Traceback" not in message
+    assert len(message) < 600, f"a message, not a dump:\n{message}"
+
+
+def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    set_at(config, "genes.n_hvg", "many")
+    set_at(config, "device", "gpu")
+    with pytest.raises(InputError) as raised:
+        planned(config, tmp_path)
+    assert "genes.n_hvg" in str(raised.value)
+    assert "device" in str(raised.value)
+
+
+def test_a_mistake_in_the_repositorys_files_names_that_file(tmp_path: Path) -> None:
+    broken = tmp_path / "models.yaml"
+    broken.write_text("models: {additive: {family: additiv}}\n")
+    config = merged({"models": {"additive": {"family": "additiv"}}})
+    with pytest.raises(InputError, match="models.yaml: models.additive.family: 'additiv' is not possible"):
+        complete(config, [CONFIG / "config.yaml", broken])
+
+
+# --- what-if queries ------------------------------------------------------------------------------------------------
+
+
+def query(config: dict, **changes: object) -> dict:
+    """Add a what-if query to a configuration and select it."""
+    config["counterfactuals"] = {
+        "why": {"dataset": "my_screen", "split": "unseen_combination", "model": "additive", "perturbations": ["TF1"], **changes}
+    }
+    config["select"]["counterfactuals"] = ["why"]
+    return config
+
+
+def test_a_query_is_planned_for_every_seed(tmp_path: Path) -> None:
+    plan = planned(query(mine(tmp_path)), tmp_path)
+    assert list(map(tuple, plan.queries.to_numpy())) == [("my_screen", "unseen_combination", "additive", seed, "why") for seed in (0, 1)]
+    assert plan.config["counterfactuals"]["why"]["samples_per_cell"] == 50
+    assert plan.config["counterfactuals"]["why"]["cells"] == "control"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": "additiv"}, ["model 'additiv'", "Did you mean 'additive'?"]),
+        ({"dataset": "norman"}, ["dataset 'norman'", "Known: "]),
+        ({"split": "unseen"}, ["split 'unseen'", "Known: "]),
+        ({"model": "technical_duplicate"}, ["counterfactuals.why.model", "technical_duplicate", "answers no what-if questions"]),
+        ({"split": "frozen"}, ["splits.frozen.path: there is no file", "roles.json"]),
+        ({"perturbations": []}, ["counterfactuals.why.perturbations: []"]),
+    ],
+)
+def test_a_query_that_cannot_be_answered_is_explained(changes: dict, expected: list[str], tmp_path: Path) -> None:
+    with pytest.raises(InputError) as raised:
+        planned(query(mine(tmp_path), **changes), tmp_path)
+    assert [part for part in expected if part not in str(raised.value)] == []
+
+
+def test_a_query_on_a_split_that_the_screen_cannot_serve_is_left_out(tmp_path: Path) -> None:
+    config = query(mine(tmp_path))
+    config["datasets"]["my_screen"]["combinations"] = False
+    config["select"]["splits"] = ["unseen_perturbation"]
+    plan = planned(config, tmp_path)
+    assert plan.queries.empty
+    assert len(plan.left_out) == 1
+    assert "why" in plan.left_out[0]

@@ -1,0 +1,531 @@
+"""The page: self-contained, and every number on it is the number of a file."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import OFF, SPECS, dataset_block, make_screen
+
+from perturbflow import audit, embeddings, harmonize, pairs, report, splits
+from perturbflow.benchmark import benchmark
+from perturbflow.evaluation import METRICS, evaluate
+from perturbflow.files import read_json, write_json
+from perturbflow.prediction import predict
+from perturbflow.registry import FAMILIES, Family
+from perturbflow.training import train
+
+# Gene and label at once, as a screen might bring it: it must end up as text.
+HOSTILE = "<i>TF9</i>&\"'$x_1$"
+IMPLEMENTATIONS = {
+    "no_change": ("baselines:NoChange", {}),
+    "additive": ("baselines:Additive", {}),
+    "perturbed_mean": ("baselines:PerturbedMean", {}),
+    "technical_duplicate": ("ceilings:TechnicalDuplicate", {}),
+}
+HISTORY = [{"step": step, "loss": 1 / step, "validation_loss": 1.5 / step, "rate": float("nan")} for step in (10, 20, 30, 40)]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A results folder with one screen, both splits, baselines, a ceiling and a learned model."""
+
+    folder: Path
+
+    def arguments(self) -> dict:
+        """Return what the rule hands over."""
+        runs = [
+            self.folder / "mine" / split / model / "seed_0" / "run.json"
+            for split in SPECS
+            for model in [*IMPLEMENTATIONS, "learned"]
+        ]  # fmt: skip
+        of_splits = {name: [self.folder / "mine" / split / file for split in SPECS]
+                     for name, file in (("splits", "split.json"), ("audits", "audit.json"), ("pairs", "pairs.h5ad"))}  # fmt: skip
+        return {
+            "benchmark": self.folder / "benchmark.tsv",
+            "runs": runs,
+            "metrics": [path.with_name("metrics.tsv") for path in runs],
+            "predictions": [path.with_name("predictions.h5ad") for path in runs],
+            "harmonizations": [self.folder / "mine" / "harmonization.json"],
+            **of_splits,
+            "counterfactuals": [],
+            "report": self.folder / "report.html",
+            "provenance": {"lineage": "0123456789abcdef"},
+        }
+
+    def page(self, **changes: object) -> str:
+        """Write the page and return it."""
+        arguments = {**self.arguments(), **changes}
+        report.report(**arguments)
+        return arguments["report"].read_text(encoding="utf-8")
+
+
+def run_models(here: Path, split: str) -> None:
+    """Train, predict and score; the learned model is the additive one under another name, with a history."""
+    for model, (implementation, params) in IMPLEMENTATIONS.items():
+        folder = here / model / "seed_0"
+        provenance = {"dataset": "mine", "split": split, "model": model, "seed": "0", "lineage": f"of-{model}"}
+        paths = [here / name for name in ("pairs.h5ad", "embeddings.parquet", "audit.json")]
+        train(*paths, folder / "model.npz", folder / "run.json", implementation, params, seed=0, provenance=provenance)
+        predict(here / "pairs.h5ad", folder / "model.npz", folder / "predictions.h5ad", implementation, params, seed=0, max_cells=20)
+        evaluate(folder / "predictions.h5ad", here / "pairs.h5ad", here / "split.json", folder / "metrics.tsv", provenance)
+    folder = Path(shutil.copytree(here / "additive", here / "learned")) / "seed_0"
+    run = read_json(folder / "run.json")
+    run["provenance"]["model"] = "learned"
+    write_json(folder / "run.json", {**run, "implementation": "base:Model", "history": HISTORY, "n_parameters": 7654321})
+    scores = pd.read_csv(folder / "metrics.tsv", sep="\t")
+    scores["model"] = "learned"
+    better = scores["metric"].map(lambda metric: 0.01 if METRICS[metric].direction == "higher" else -0.01)
+    scores.assign(value=scores["value"] + better).to_csv(folder / "metrics.tsv", sep="\t", index=False)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
+    """Return a results folder made by the package's own steps."""
+    folder = tmp_path_factory.mktemp("report") / "results"
+    mine = folder / "mine"
+    mine.mkdir(parents=True)
+    screen = make_screen(n_genes=60)
+    screen.var_names = [HOSTILE if name == "TF5" else name for name in screen.var_names]
+    labels = screen.obs["perturbation"].astype(str).str.replace("TF5", HOSTILE)
+    labels.iloc[np.flatnonzero(labels == "TF8")[:13]] = "nan"
+    labels.iloc[np.flatnonzero(labels == "TF6+TF7")[:35]] = "TF7"
+    screen.obs["perturbation"] = labels
+    screen.write_h5ad(mine / "screen.h5ad")
+    qc = {**OFF, "min_cells_per_perturbation": 10}
+    harmonize.harmonize(mine / "screen.h5ad", mine / "harmonized.h5ad", mine / "harmonization.json", "mine", dataset_block(), qc)
+    families = pytest.MonkeyPatch()
+    families.setitem(FAMILIES, "learned", Family("base:Model", "train_learned"))
+    for split, spec in SPECS.items():
+        here = mine / split
+        here.mkdir()
+        files = {name: here / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")}
+        splits.split(mine / "harmonized.h5ad", mine / "harmonization.json", files["split.json"], split, spec)
+        pairs.pairs(mine / "harmonized.h5ad", files["split.json"], files["pairs.h5ad"], 40)
+        embeddings.embeddings(files["pairs.h5ad"], files["embeddings.parquet"], ["coexpression"])
+        audit.audit(mine / "harmonized.h5ad", *files.values())
+        run_models(here, split)
+    of_tree = Tree(folder)
+    benchmark(of_tree.arguments()["metrics"], folder / "benchmark.tsv")
+    yield of_tree
+    families.undo()
+
+
+@pytest.fixture(scope="module")
+def page(tree: Tree) -> str:
+    """Return the page of the whole tree."""
+    return tree.page()
+
+
+@pytest.fixture
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the time of most figures."""
+    monkeypatch.setattr(report, "FIGURE_BYTES", {"leaderboard": 1, "effects": 1, "training": 1, "counterfactuals": 100_000})
+
+
+class Elements(HTMLParser):
+    """All start tags of a page with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def leaderboard_row(page: str, split: str, model: str) -> str:
+    """Return the cells of a model in the leaderboard of a split."""
+    board = page[page.index(f'<h3 id="leaderboard-mine-{split}">') :]
+    body = board[: board.index("</table>")]
+    return re.search(rf'<tr><th scope="row">(?:<span[^>]*></span>)?{model}\b.*?</tr>', body, re.DOTALL)[0]
+
+
+# --- what stands on the page ----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_fetched(page: str) -> None:
+    for tag, attributes in Elements(page).tags:
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            if (target := attributes.get(name)) is not None:
+                assert target.startswith(("#", "data:")), (tag, name, target)
+        assert "http" not in attributes.get("style", "")
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_leaderboard_has_the_values_and_intervals_of_the_benchmark(page: str, tree: Tree) -> None:
+    table = pd.read_csv(tree.folder / "benchmark.tsv", sep="\t")
+    assert len(table) == len(SPECS) * 5 * len(METRICS)
+    for row in table.itertuples():
+        cells = leaderboard_row(page, row.split, row.model)
+        assert f'<data value="{row.value}">{report._number(row.value)}</data>' in cells
+        assert f"{report._number(row.ci_low)} to {report._number(row.ci_high)}" in cells
+        assert f"{row.n_perturbations} held-out perturbations" in page
+
+
+def test_best_value_is_bold_and_no_ceiling_is(page: str, tree: Tree) -> None:
+    table = pd.read_csv(tree.folder / "benchmark.tsv", sep="\t")
+    for (split, metric), rows in table[table["model"] != "technical_duplicate"].groupby(["split", "metric"]):
+        best = rows["value"].max() if METRICS[metric].direction == "higher" else rows["value"].min()
+        position = list(METRICS).index(metric)
+        for row in rows.itertuples():
+            cell = re.findall(r"<td>.*?</td>", leaderboard_row(page, split, row.model), re.DOTALL)[position]
+            assert ("<strong>" in cell) == (row.value == best), (split, metric, row.model)
+    assert "<strong>" not in leaderboard_row(page, "unseen_combination", "technical_duplicate")
+
+
+def test_ceiling_stands_apart_and_is_explained(page: str) -> None:
+    board = page[page.index('id="leaderboard-mine-unseen_combination"') :]
+    ceiling = board[board.index('<tbody class="ceiling">') : board.index("</table>")]
+    assert "technical_duplicate" in ceiling
+    assert "no_change" not in ceiling
+    assert "<em>technical_duplicate</em> is a ceiling" in board
+
+
+def test_metrics_are_defined_and_say_which_way_is_better(page: str) -> None:
+    text = " ".join(Elements(page).text.split())
+    for metric in METRICS.values():
+        assert metric.definition in text
+        assert f"({metric.direction} is better" in text
+
+
+def test_kinds_of_models_come_from_their_families(page: str) -> None:
+    models = page[page.index('aria-label="Models"') :]
+    kinds = dict(re.findall(r'<tr><th scope="row">(?:<span[^>]*></span>)?(\w+)</th><td>(\w+)</td>', models[: models.index("</table>")]))
+    assert kinds == {**dict.fromkeys(("no_change", "additive", "perturbed_mean"), "baseline"), "technical_duplicate": "ceiling",
+                     "learned": "learned"}  # fmt: skip
+
+
+def test_what_was_dropped_is_shown(page: str, tree: Tree) -> None:
+    account = read_json(tree.folder / "mine" / "harmonization.json")
+    assert account["cells"]["dropped"] == {"unassigned": 13, "qc.min_cells_per_perturbation": 5}
+    assert "13 without an assigned perturbation" in page
+    assert "5 in perturbations of fewer than 10 cells" in page
+    assert "TF6+TF7 (5)" in page
+    assert "8 checks for leaks" in page
+    roles = read_json(tree.folder / "mine" / "unseen_combination" / "split.json")
+    assert f"<td>{roles['controls']['test']}</td>" in page
+
+
+def test_every_held_out_perturbation_is_listed_with_members_seen(page: str, tree: Tree) -> None:
+    scores = pd.read_csv(tree.folder / "mine" / "unseen_combination" / "additive" / "seed_0" / "metrics.tsv", sep="\t")
+    table = page[page.index('aria-label="Scores of every perturbation of mine × unseen_combination"') :]
+    table = html.unescape(table[: table.index("</table>")])
+    for label, rows in scores.groupby("perturbation"):
+        first = rows.iloc[0]
+        start = f'<tr><th scope="row">{label}</th><td>additive</td><td>{first["members_seen"]}</td><td><data value="{first["n_cells"]}">'
+        assert start in table
+        by_metric = rows.set_index("metric")["value"]
+        cells = "".join(f"<td>{report._number(by_metric[metric])}</td>" for metric in METRICS)
+        assert cells in table
+
+
+def test_training_and_cost_of_the_learned_model(page: str) -> None:
+    assert "loss of learned on mine × unseen_combination by training step: training from 0.100 to 0.0250; validation from" in page
+    assert '<data value="7654321">7,654,321</data>' in page
+
+
+def test_no_curve_is_drawn_of_closed_forms(tree: Tree, tmp_path: Path, few_figures: None) -> None:
+    arguments = tree.arguments()
+    baselines = {name: [path for path in arguments[name] if "learned" not in path.parts] for name in ("runs", "metrics", "predictions")}
+    benchmark(baselines["metrics"], tmp_path / "benchmark.tsv")
+    page = tree.page(**baselines, benchmark=tmp_path / "benchmark.tsv", report=tmp_path / "report.html")
+    assert "No model of this run was trained in steps" in page
+    assert "one of the best" in page  # the best baseline is drawn all the same
+
+
+def test_special_characters_of_labels_are_text(page: str) -> None:
+    assert HOSTILE in Elements(page).text
+    assert "<i>TF9" not in page
+    assert "&lt;i&gt;TF9&lt;/i&gt;&amp;" in page
+
+
+def test_every_figure_has_an_alternative_text_and_ids_are_unique(page: str) -> None:
+    tags = Elements(page).tags
+    figures = [attributes for tag, attributes in tags if tag == "svg"]
+    assert len(figures) > 12
+    assert all(figure["role"] == "img" and len(figure["aria-label"]) > 30 for figure in figures)
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    referred = {attributes["href"][1:] for _, attributes in tags if attributes.get("href", "").startswith("#")}
+    referred |= {attributes["xlink:href"][1:] for _, attributes in tags if attributes.get("xlink:href", "").startswith("#")}
+    assert referred <= set(ids)
+
+
+def test_tables_scroll_in_a_region_of_their_own(page: str) -> None:
+    tags = Elements(page).tags
+    for i, (tag, _) in enumerate(tags):
+        if tag == "table":
+            container = tags[i - 1][1]
+            assert container["class"] == "scroll"
+            assert container["tabindex"] == "0"
+            assert container["aria-label"]
+
+
+def test_provenance_names_lineage_and_command(page: str) -> None:
+    assert "<code>0123456789abcdef</code>" in page
+    assert "<code>of-additive</code>" in page
+    assert "snakemake --cores 2" in page
+
+
+def test_the_page_is_the_same_when_written_again(tree: Tree, tmp_path: Path, few_figures: None) -> None:
+    first, again = (tree.page(report=tmp_path / name) for name in ("first.html", "again.html"))
+    assert first == again
+
+
+# --- effects --------------------------------------------------------------------------------------------------------
+
+
+def test_best_and_worst_perturbations_of_the_best_model_are_shown(page: str, tree: Tree) -> None:
+    scores = pd.concat([pd.read_csv(path, sep="\t") for path in tree.arguments()["metrics"]])
+    scores = scores[(scores["split"] == "unseen_perturbation") & (scores["metric"] == "pearson_delta_ctrl")]
+    means = scores[scores["model"] != "technical_duplicate"].groupby("model")["value"].mean()
+    ranked = scores[scores["model"] == means.idxmax()].sort_values("value", ascending=False)
+    section = page[page.index('id="effects-mine-unseen_perturbation"') :]
+    section = Elements(section[: section.index("</section>")]).text
+    found = re.findall(r"^(\S.*), one of the (best|worst)$", section, re.MULTILINE)
+    n = len(ranked)
+    assert n >= 4
+    assert found == [
+        *[(label, "best") for label in ranked["perturbation"][:2]],
+        *[(label, "worst") for label in ranked["perturbation"][-2:]],
+    ]
+    value = ranked["value"].iloc[0]
+    assert f"{ranked['perturbation'].iloc[0]}, {means.idxmax()}: r = {report._number(value)}" in " ".join(section.split())
+
+
+# --- findings and seeds ---------------------------------------------------------------------------------------------
+
+
+def cards(**kinds: str) -> dict[str, report.ModelCard]:
+    return {model: report.ModelCard(model, kind, "", {}, "#0072B2", "o") for model, kind in kinds.items()}
+
+
+def score(value: float, low: float, high: float) -> dict[str, report.Score]:
+    return {"mae": report.Score(value, low, high, 5)}
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        (
+            {"a": score(1, 0.8, 1.2), "b": score(1.1, 0.9, 1.3)},
+            "By mae, all intervals overlap with that of the best value: nothing can be ranked.",
+        ),
+        ({"a": score(1, 0.8, 1.2), "b": score(2, 1.9, 2.1)}, "By mae, a is best, its interval apart from all others."),
+        (
+            {"a": score(1, 0.8, 1.2), "b": score(2, 1.9, 2.1), "c": score(1.1, 1, 1.3)},
+            "By mae, a has the best value, but its interval overlaps with c: these cannot be ranked.",
+        ),
+    ],
+)
+def test_findings_say_what_the_intervals_allow(models: dict, expected: str) -> None:
+    assert report._findings(models, {}, cards(a="baseline", b="baseline", c="baseline"))[0] == expected
+
+
+def test_findings_hold_learned_models_against_baselines() -> None:
+    kinds = cards(a="learned", b="baseline", top="ceiling")
+    apart, close = score(2, 1.9, 2.1), score(1.1, 0.9, 1.3)
+    best = score(1, 0.8, 1.2)
+    assert "The best learned model beats the best baseline, intervals apart, by mae." in report._findings(
+        {"a": best, "b": apart}, {}, kinds
+    )
+    assert "The best learned model falls behind the best baseline, intervals apart, by mae." in report._findings(
+        {"b": best, "a": apart}, {}, kinds
+    )
+    sentences = report._findings({"a": best, "b": close}, {"top": best}, kinds)
+    assert "By no metric can the best learned model be told from the best baseline." in sentences
+    assert any("the ceiling overlaps with the worst model" in sentence for sentence in sentences)
+
+
+def test_seeds_are_averaged_and_their_intervals_held_together() -> None:
+    rows = pd.DataFrame(
+        [("a", 0, "mae", 1.0, 0.5, 1.5, 4), ("a", 1, "mae", 2.0, 1.5, 2.5, 4), ("top", 0, "mae", 0.1, 0.0, 0.2, 4)],
+        columns=["model", "seed", "metric", "value", "ci_low", "ci_high", "n_perturbations"],
+    )
+    scores = report._scores(rows, cards(a="learned", top="ceiling"))
+    assert scores["a"]["mae"] == report.Score(1.5, 0.5, 2.5, 4, is_best=True)
+    assert not scores["top"]["mae"].is_best
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0622152, "0.0622"), (1.0, "1.00"), (100.4, "100"), (12345.6, "12,346"), (-0.02717, "-0.0272"), (float("nan"), "–"), (None, "–")],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert report._number(value) == text
+
+
+# --- counterfactuals ------------------------------------------------------------------------------------------------
+
+
+def test_no_section_without_counterfactuals(page: str) -> None:
+    assert 'id="counterfactuals"' not in page
+    assert "What if" not in page
+
+
+def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: Tree, tmp_path: Path, few_figures: None) -> None:
+    path = tmp_path / "results/mine/unseen_combination/learned/seed_0/counterfactuals/my_question.tsv"
+    path.parent.mkdir(parents=True)
+    rows = [
+        {
+            "perturbation": label,
+            "gene": f"G{i}",
+            "effect": -i / 7,
+            "low": -i / 7 - 0.1,
+            "high": -i / 7 + 0.1,
+            "probability_of_sign": 0.9,
+            "rank": 21 - i,
+        }
+        for label in ("TF1", HOSTILE)
+        for i in range(1, 21)
+    ]
+    pd.DataFrame(rows).to_csv(path, sep="\t", index=False)
+    page = tree.page(counterfactuals=[path], report=tmp_path / "report.html")
+    section = page[page.index('id="counterfactuals"') : page.index("</main>")]
+    genes = re.findall(r'<th scope="row">(G\d+)</th>', section)
+    assert genes == [f"G{i}" for i in range(20, 5, -1)] * 2
+    assert section.count("<svg") == 2
+    assert "my_<wbr>question" in section
+    assert "TF1: the first 15 of 20 genes" in section
+
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_beyond_the_budget_are_left_out_and_the_page_says_so(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "FIGURE_BYTES", {"leaderboard": 1, "effects": 0, "training": 0, "counterfactuals": 0})
+    page = tree.page(report=tmp_path / "report.html")
+    assert page.count("<svg") == 1
+    assert f"{2 * len(METRICS) - 1} figures are left out here" in page
+    assert "mine × unseen_combination is left out here" in page
+
+
+def test_long_tables_keep_the_best_and_the_worst() -> None:
+    rows = [
+        {"model": model, "perturbation": f"P{i}", "members_seen": 0, "n_cells": 9, "metric": metric, "value": i / 100}
+        for model in ("a", "b")
+        for i in range(50)
+        for metric in ("mae", "pearson_delta_ctrl")
+    ]
+    table = report.perturbation_table(pd.DataFrame(rows), ["a", "b"], n_rows=8)
+    assert [row["perturbation"] for row in table.rows] == ["P49", "P48", "P1", "P0"] * 2
+    assert table.n_left_out == 92
+
+
+def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are bounded by their bytes, which the page is granted here without drawing them."""
+    budget = sum(report.FIGURE_BYTES.values())
+    monkeypatch.setattr(report, "FIGURE_BYTES", dict.fromkeys(report.FIGURE_BYTES, 0))
+    names = [f"model_{i}" for i in range(15)]
+    origin = tree.folder / "mine" / "unseen_combination"
+    scores = pd.read_csv(origin / "additive" / "seed_0" / "metrics.tsv", sep="\t")
+    scores = pd.concat(
+        [scores.assign(dataset="THE_DATASET", model="THE_MODEL", perturbation=scores["perturbation"] + f"-{i}") for i in range(40)]
+    )
+    scores = scores.to_csv(sep="\t", index=False)
+    run = read_json(origin / "additive" / "seed_0" / "run.json")
+    account = read_json(tree.folder / "mine" / "harmonization.json")
+    account["perturbations"]["dropped"] = {f"DROPPED{i}": 3 for i in range(5000)}
+    summary = pd.read_csv(tree.folder / "benchmark.tsv", sep="\t").query("model == 'additive' and split == 'unseen_combination'")
+    arguments: dict[str, list[Path]] = {
+        name: [] for name in ("runs", "metrics", "predictions", "harmonizations", "splits", "audits", "pairs")
+    }
+    rows = []
+    for dataset in [f"screen_number_{i}" for i in range(25)]:
+        here = tmp_path / dataset / "unseen_combination"
+        here.mkdir(parents=True)
+        write_json(here.parent / "harmonization.json", account)
+        arguments["harmonizations"].append(here.parent / "harmonization.json")
+        for name, file in (("splits", "split.json"), ("audits", "audit.json"), ("pairs", "pairs.h5ad")):
+            (here / file).symlink_to(origin / file)
+            arguments[name].append(here / file)
+        for model in names:
+            folder = here / model / "seed_0"
+            folder.mkdir(parents=True)
+            write_json(folder / "run.json", run)
+            (folder / "metrics.tsv").write_text(scores.replace("THE_DATASET", dataset).replace("THE_MODEL", model))
+            for name, file in (("runs", "run.json"), ("metrics", "metrics.tsv"), ("predictions", "predictions.h5ad")):
+                arguments[name].append(folder / file)
+            rows.append(summary.assign(dataset=dataset, model=model))
+    pd.concat(rows).to_csv(tmp_path / "benchmark.tsv", sep="\t", index=False)
+    page = tree.page(**arguments, benchmark=tmp_path / "benchmark.tsv", report=tmp_path / "report.html")
+    assert budget + len(page.encode()) < 9_500_000
+    assert "rows in the middle are left out" in page
+    assert "4,800 more" in page
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  document.querySelectorAll("details").forEach(details => { details.open = true; });
+  const width = innerWidth, page = document.documentElement.scrollWidth;
+  const figures = [...document.querySelectorAll("svg")].map(svg => {
+    const box = svg.getBoundingClientRect();
+    return [box.width, box.height, svg.querySelectorAll("path, image, use, text").length];
+  });
+  const table = document.querySelector("table.leaderboard");
+  const button = table.tHead.rows[0].cells[1].querySelector("button");
+  button.click();
+  const order = [...table.tBodies[0].rows].map(row => Number(row.cells[1].querySelector("data").value));
+  const sort = table.tHead.rows[0].cells[1].getAttribute("aria-sort");
+  const dark = getComputedStyle(document.body).backgroundColor;
+  document.body.innerHTML = "";
+  document.body.textContent = "PROBE" + JSON.stringify({ width, page, figures, order, sort, dark }) + "EBORP";
+});
+</script>
+"""
+
+
+@pytest.fixture
+def browser(page: str, tmp_path: Path) -> Callable[..., dict]:
+    """Return a function that loads the page in Chromium and measures it; skips where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next((found for name in names if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"no browser to look at the page with; looked for {', '.join(names)}")
+
+    def look(*arguments: str) -> dict:
+        path = tmp_path / "page.html"
+        path.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=3000",
+                   f"--user-data-dir={tmp_path / 'profile'}", *arguments, "--dump-dom", path.as_uri()]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        probed = re.search(r"PROBE(.*?)EBORP</body>", done.stdout, re.DOTALL)
+        assert probed, done.stderr[-3000:]
+        console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        return {**json.loads(probed[1]), "console": console}
+
+    return look
+
+
+def test_browser_draws_every_figure_without_errors_and_sorts(browser: Callable[..., dict]) -> None:
+    seen = browser("--window-size=1280,900")
+    assert seen["console"] == []
+    assert len(seen["figures"]) > 12
+    assert all(width > 150 and height > 80 and n_marks > 10 for width, height, n_marks in seen["figures"])
+    assert seen["sort"] == "ascending"  # mae: the lower the better
+    assert seen["order"] == sorted(seen["order"])
+
+
+def test_a_phone_in_dark_mode_scrolls_tables_not_the_page(browser: Callable[..., dict]) -> None:
+    seen = browser("--window-size=400,800", "--force-dark-mode")
+    assert seen["console"] == []
+    assert seen["page"] <= seen["width"]
+    assert seen["dark"] == "rgb(20, 23, 26)"
