@@ -68,7 +68,7 @@ def quality_control(wildcards):
 def model_file(wildcards):
     """Return the file that a model's training leaves behind."""
     name = plan.family(wildcards.model).artefact
-    return "results/{dataset}/{split}/{model}/seed_{seed}/" + name
+    return f"results/{{dataset}}/{{split}}/{{model}}/seed_{{seed}}/{name}"
 
 
 def trained_models():

@@ -61,10 +61,12 @@ rule train_diffusion:
 
 
 use rule train_diffusion as train_jepa with:
+    """Train a JEPA: predict the embedding of a perturbed cell from that of a control cell and the perturbation."""
     wildcard_constraints:
         model=one_of(plan.models_of_rule("train_jepa")),
 
 
 use rule train_diffusion as train_counterfactual with:
+    """Train a counterfactual model: a flow that carries each control cell to what it would have become."""
     wildcard_constraints:
         model=one_of(plan.models_of_rule("train_counterfactual")),

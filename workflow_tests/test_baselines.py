@@ -232,16 +232,32 @@ def test_run_json_tells_what_went_in(prepared: dict[str, Prepared], tmp_path: Pa
 # --- artefacts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "a flipped byte"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
 def test_a_damaged_artefact_is_told(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "model.npz"
-    save_artefact(path, {"effect": np.random.default_rng(0).normal(size=5000)})
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    broken = {"truncated": content[: len(content) // 2], "text": b"no arrays", "empty": b"", "a flipped byte": bytes(content)}
-    path.write_bytes(broken[damage])
+    save_artefact(path, {"effect": np.zeros(50)})
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) // 2], "text": b"no arrays", "empty": b""}[damage])
     with pytest.raises(InputError, match=r"model\.npz is damaged and cannot be loaded .*Delete it and run again"):
         load_artefact(path)
+
+
+def test_wherever_a_byte_flips_the_values_are_right_or_the_damage_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.npz"
+    save_artefact(path, {"effect": np.zeros(50), "genes": np.array(["A", "B"])})
+    content = path.read_bytes()
+    n_told = 0
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            arrays = load_artefact(path)
+        except InputError:
+            n_told += 1
+        else:
+            assert all((value == 0).all() for value in arrays.values() if value.dtype.kind == "f"), position
+    assert n_told > len(content) / 3
 
 
 def test_loading_an_artefact_runs_no_code(tmp_path: Path) -> None:

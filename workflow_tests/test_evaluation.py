@@ -12,7 +12,7 @@ from perturbflow import evaluation, prediction, training
 from perturbflow.benchmark import benchmark, bootstrap_interval, summarize
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Scored, evaluate, score_inputs
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Pairs, match_controls
 from perturbflow.symbols import members_of
 from scipy import sparse
 
@@ -188,7 +188,8 @@ def test_every_metric_says_its_definition_and_direction() -> None:
     for name, metric in METRICS.items():
         assert metric.name == name
         assert metric.direction in ("higher", "lower")
-        assert len(metric.definition) > 30
+        assert metric.definition.endswith(".")
+        assert "\n" not in metric.definition
 
 
 # --- from cells to scores -------------------------------------------------------------------------------------------
@@ -224,6 +225,31 @@ def test_means_are_of_the_scored_half_and_of_matched_controls(cells: Pairs) -> N
         assert np.allclose(scored.control[i], expected, atol=1e-5)
         sums = np.expm1(X[rows]).sum(axis=0)
         assert np.allclose(scored.measured_bulk[i], np.log1p(5e4 * sums / sums.sum()), atol=1e-4)
+        sums = sum((batch[rows] == b).mean() * np.expm1(X[test.is_control & (batch == b)]).mean(axis=0) for b in ("b1", "b2"))
+        assert np.allclose(scored.control_bulk[i], np.log1p(5e4 * sums / sums.sum()), atol=1e-4)
+
+
+def test_batches_do_not_tell_perturbations_apart() -> None:
+    """Each perturbation is measured in one batch only, and has no effect to speak of: the floor must be at chance."""
+    rng = np.random.default_rng(0)
+    n_batches, n_genes = 4, 100
+    levels = [rng.gamma(2.0, 6.0, n_genes) * np.exp(rng.normal(0.0, 0.5, n_genes)) for _ in range(n_batches)]
+    counts, rows = [], []
+    for role in ("train", "test"):
+        for b in range(n_batches):
+            counts.append(rng.poisson(levels[b], (60, n_genes)))
+            rows += [("control", role, f"b{b}")] * 60
+        for p in range(24):
+            counts.append(rng.poisson(levels[p % n_batches] * np.exp(rng.normal(0.0, 0.1, n_genes)), (20, n_genes)))
+            rows += [(f"{role}{p}", role, f"b{p % n_batches}")] * 20
+    obs = pd.DataFrame(rows, columns=["perturbation", "role", "batch"]).assign(cell_type="t")
+    obs["is_control"] = obs["perturbation"] == "control"
+    index, _ = match_controls(obs, 1, 0)
+    obs["half"] = "b"
+    genes = [f"g{i}" for i in range(n_genes)]
+    cells = Pairs(sparse.csr_matrix(np.log1p(np.vstack(counts)).astype(np.float32)), obs, genes, index, np.arange(len(obs)))
+    floor = score("pds_cosine", score_inputs(predictions_from(cells), cells))
+    assert abs(floor.mean() - 0.5) < 0.15, "0.9 with one control for all batches"
 
 
 def test_the_reference_is_the_mean_of_training_perturbations_means(cells: Pairs) -> None:

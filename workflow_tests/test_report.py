@@ -390,6 +390,8 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
             "high": -i / 7 + 0.1,
             "probability_of_sign": 0.9,
             "rank": 21 - i,
+            "is_perturbed_gene": i == 20,
+            "known": "measured",
         }
         for label in ("TF1", HOSTILE)
         for i in range(1, 21)
@@ -402,6 +404,8 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     assert section.count("<svg") == 2
     assert "my_<wbr>question" in section
     assert "TF1: the first 15 of 20 genes" in section
+    assert "What training knew of TF1: measured." in section
+    assert section.count("<td>yes</td>") == 2
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------

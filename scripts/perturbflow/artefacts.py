@@ -1,6 +1,7 @@
 """Trained models on disk: arrays as npz, networks as checkpoints; neither runs code when it is loaded."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,5 +30,5 @@ def load_artefact(path: Path) -> dict[str, object]:
         import torch
 
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
         raise InputError(f"{path} is damaged and cannot be loaded ({error}). Delete it and run again: training will be repeated.") from error

@@ -640,7 +640,7 @@ def counterfactual_answers(paths: list[Path], cards: dict[str, ModelCard], drawi
     Parameters
     ----------
     paths
-        {query}.tsv files: perturbation, gene, effect, low, high, probability_of_sign, rank, and what else the step wrote.
+        {query}.tsv files: perturbation, gene, effect, low, high, probability_of_sign, rank, known, and what else the step wrote.
     """
     answers, n_tables, n_left_out = [], 0, 0
     for path in paths:
@@ -656,8 +656,18 @@ def counterfactual_answers(paths: list[Path], cards: dict[str, ModelCard], drawi
             listed = "; ".join(f"{row.gene} {_number(row.effect)} ({_interval(row.low, row.high)})" for row in top.itertuples())
             card = cards.get(model) or ModelCard(model, "learned", "", {}, COLOURS[0], MARKERS[0])
             svg = drawings.svg(f"Effects of {label} with their intervals: {listed}.", _counterfactual_figure, top, card)
-            columns = [column for column in top if column != "perturbation"]
-            blocks.append({"label": label, "rows": top[columns].to_dict("records"), "columns": columns, "svg": svg, "n_genes": len(rows)})
+            columns = [column for column in top if column not in ("perturbation", "known")]
+            known = rows["known"].iloc[0]
+            blocks.append(
+                {
+                    "label": label,
+                    "known": known,
+                    "rows": top[columns].to_dict("records"),
+                    "columns": columns,
+                    "svg": svg,
+                    "n_genes": len(rows),
+                }
+            )
         answers.append(
             {"query": path.stem, "dataset": dataset, "split": split, "model": model, "seed": seed, "path": path, "blocks": blocks}
         )
@@ -703,9 +713,11 @@ def _words(name: str) -> Markup:
 
 def _plain(value: object) -> str:
     """Return a value of a table cell."""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
     if isinstance(value, float | np.floating):
         return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else _number(value)
-    return f"{value:,}" if isinstance(value, int | np.integer) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
 
 
 def _render(**content: object) -> str:

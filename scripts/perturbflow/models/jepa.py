@@ -151,6 +151,7 @@ class World(nn.Module):
         terms = {
             "masked": (self.fill(context) - target_embedding).pow(2).mean(),
             "world": 0.5 * (error + spread[groups.member].log()).mean(),
+            "steadiness": (mean - h - groups.mean(mean - h)[groups.member]).pow(2).mean(),
             "variance": variance_term(h) + variance_term(context),
             "covariance": covariance_term(h) + covariance_term(context),
             "decoding": (self.decoder(self.encoder(target)) - batch.target).pow(2).mean(),

@@ -6,7 +6,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -114,6 +114,10 @@ class PairedCells:
     synthetic_share
         Share of targets to which the mean effect of another single perturbation is added: composed combinations, an
         assumption of additivity that measured combinations can correct. Used only where training holds combinations.
+    shifted_share
+        Share of start cells that are no controls but perturbed training cells of the same batch and cell type less the mean
+        effect of their perturbation. Screens with a hundred controls have thousands of these; without them a network learns
+        its few controls by heart.
     cells_per_draw
         Cells of one perturbation that are drawn together: 1 mixes best, more gives groups to couple within.
     """
@@ -126,6 +130,7 @@ class PairedCells:
         effects: Effects,
         control_share: float,
         synthetic_share: float,
+        shifted_share: float,
         cells_per_draw: int,
     ) -> None:
         self.cells_per_draw = cells_per_draw
@@ -141,6 +146,14 @@ class PairedCells:
         strata = pairs.obs.groupby(["role", "batch", "cell_type"], observed=True)
         self.stratum = strata.ngroup().to_numpy()
         self.controls = [rows[pairs.is_control[rows]] for rows in strata.indices.values() if pairs.is_control[rows].any()]
+        effect_of = dict(zip(effects.labels, latent.encode_effect(effects.values), strict=True))
+        none = np.zeros(latent.n_dimensions, dtype=np.float32)
+        self.shifted = self.z - torch.from_numpy(np.stack([effect_of.get(label, none) for label in pairs.labels]))
+        # Only training cells have a measured effect to be taken back; in validation all starts are controls.
+        self.shifted_share = shifted_share if set(self.labels) <= set(effect_of) else 0.0
+        self.by_stratum = np.argsort(self.stratum, kind="stable")
+        self.stratum_size = np.bincount(self.stratum)
+        self.stratum_first = np.concatenate([[0], np.cumsum(self.stratum_size)[:-1]])
         single = effects.single
         self.has_combinations = any(len(members_of(label)) > 1 for label in effects.labels)
         self.synthetic_share = synthetic_share if self.has_combinations and len(single) > 1 else 0.0
@@ -161,6 +174,11 @@ class PairedCells:
             pool = self.controls[rng.integers(len(self.controls))]
             start[i], target[i] = pool[rng.integers(0, len(pool), 2)]
         genes[is_control] = -1
+        before = self.z[start]
+        is_shifted = np.flatnonzero(rng.random(size) < self.shifted_share)
+        stratum = self.stratum[target[is_shifted]]
+        any_cell = self.by_stratum[self.stratum_first[stratum] + rng.integers(0, self.stratum_size[stratum])]
+        before[is_shifted] = self.shifted[any_cell]
         z = self.z[target]
         if self.synthetic_share:
             other = rng.integers(0, len(self.single_genes), n_draws)[draw]
@@ -170,7 +188,7 @@ class PairedCells:
             genes[is_composed, 1] = self.single_genes[other[is_composed]]
         group = draw * (self.stratum.max() + 1) + self.stratum[target]
         group[is_control] = -1 - self.stratum[target[is_control]]
-        return Batch(self.z[start], z, genes, torch.from_numpy(group))
+        return Batch(before, z, genes, torch.from_numpy(group))
 
 
 class _Stream(IterableDataset):
@@ -362,7 +380,7 @@ class LearnedModel(Model):
 
     Parameters
     ----------
-    n_latent, n_steps, batch_size, learning_rate, weight_decay, ema_decay, control_share, synthetic_share
+    n_latent, n_steps, batch_size, learning_rate, weight_decay, ema_decay, control_share, synthetic_share, shifted_share
         Shared by all learned families, see config/schemas/models.schema.yaml.
     """
 
@@ -379,10 +397,11 @@ class LearnedModel(Model):
         ema_decay: float,
         control_share: float,
         synthetic_share: float,
+        shifted_share: float,
     ) -> None:
         self.n_latent, self.n_steps, self.batch_size = n_latent, n_steps, batch_size
         self.learning_rate, self.weight_decay, self.ema_decay = learning_rate, weight_decay, ema_decay
-        self.control_share, self.synthetic_share = control_share, synthetic_share
+        self.control_share, self.synthetic_share, self.shifted_share = control_share, synthetic_share, shifted_share
 
     @abstractmethod
     def network(self, latent: LatentSpace, vectors: Tensor) -> nn.Module:
@@ -404,7 +423,7 @@ class LearnedModel(Model):
         self.seen = effects.genes
         torch.manual_seed(run.seed)
         self.net = self.network(self.latent, self.conditions.vectors)
-        shares = (self.control_share, self.synthetic_share, self.cells_per_draw)
+        shares = (self.control_share, self.synthetic_share, self.shifted_share, self.cells_per_draw)
         cells = {
             role: PairedCells(pairs.roles(role), self.latent, self.conditions, effects, *shares)
             for role in ("train", "validation")
@@ -413,12 +432,12 @@ class LearnedModel(Model):
         learner = Learner(self.net, run.seed, self.n_steps, self.learning_rate, self.weight_decay, self.ema_decay)
         optimize(learner, Batches(cells["train"], cells.get("validation"), self.batch_size, run.seed), run, type(self).__name__.lower())
         self.net = learner.average.module.cpu().eval()
-        run.facts["unseen_genes"] = {"strength": self.neighbours.strength, "bandwidth": str(self.neighbours.bandwidth)}
+        run.facts["unseen_genes"] = {name: str(getattr(self.neighbours, name)) for name in ("bandwidth", "tempering", "strength")}
         return {
             "state": self.net.state_dict(),
             "latent": {name: torch.as_tensor(value) for name, value in self.latent.state().items()},
             "own_gene": torch.as_tensor(self.own_gene.coefficients),
-            "neighbours": {"genes": self.neighbours.genes, "bandwidth": self.neighbours.bandwidth, "strength": self.neighbours.strength},
+            "neighbours": {**asdict(self.neighbours), "vectors": torch.as_tensor(self.neighbours.vectors), "sizes": torch.as_tensor(self.neighbours.sizes)},
             "condition_genes": self.conditions.genes,
             "genes": self.genes,
             "seen": self.seen,
@@ -431,9 +450,8 @@ class LearnedModel(Model):
         self.genes, self.seen = artefact["genes"], artefact["seen"]
         vectors = next(value for name, value in artefact["state"].items() if name.endswith("gene_encoder.vectors"))
         self.conditions = Conditions(artefact["condition_genes"], vectors.numpy())
-        borrowed = artefact["neighbours"]
-        rows = [self.conditions.genes.index(gene) for gene in borrowed["genes"]]
-        self.neighbours = Neighbours(borrowed["genes"], vectors[rows].numpy().astype(float), borrowed["bandwidth"], borrowed["strength"])
+        arrays = {name: artefact["neighbours"][name].numpy() for name in ("vectors", "sizes")}
+        self.neighbours = Neighbours(**{**artefact["neighbours"], **arrays})
         self.net = self.network(self.latent, vectors)
         self.net.load_state_dict(artefact["state"])
         self.net.eval()

@@ -2,16 +2,21 @@
 
 A network that is handed the vector of an unseen gene answers with the confidence of one that it knows. Here the answer is
 borrowed: each cell gets what the perturbation of one training gene would do to it, drawn by similarity of gene vectors, and
-the displacement is scaled by a strength. Bandwidth and strength are those that predict best each training gene from the others.
+the displacement is scaled by a strength. Bandwidth, tempering and strength are those that predict best each training gene
+from the others, by the mean Euclidean distance of effects.
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from perturbflow.models.effects import Effects
+from perturbflow.symbols import members_of
 
 BANDWIDTHS = (np.inf, 1.0, 0.5, 0.25)
+TEMPERINGS = (0.0, 1.0)
+STRENGTHS = np.linspace(0.0, 1.0, 21)
 LEAST_GENES = 3
 
 
@@ -25,45 +30,53 @@ class Neighbours:
         Training genes with a single effect.
     vectors
         Their standardized embeddings, (genes, dimensions).
+    sizes
+        Norms of their effects, (genes,).
     bandwidth
         Of the Gaussian kernel, in units of the median distance; infinite weighs all genes alike.
+    tempering
+        1 weighs genes by the inverse norm of their effect, so that one strong gene does not speak for all; 0 does not.
     strength
-        0 to 1: slope of measured on borrowed effects, over training genes left out in turn.
+        0 to 1: how much of the borrowed effect an unseen gene is expected to have.
     """
 
     genes: list[str]
     vectors: np.ndarray
-    bandwidth: float
-    strength: float
+    sizes: np.ndarray
+    bandwidth: float = np.inf
+    tempering: float = 0.0
+    strength: float = 1.0
 
     @classmethod
     def fit(cls, effects: Effects, vectors: dict[str, np.ndarray]) -> "Neighbours":
-        """Choose bandwidth and strength by leaving out each training gene in turn."""
-        single = effects.single or dict(zip(effects.labels, effects.values, strict=True))
-        genes = [gene for gene in single if gene in vectors]
-        if not genes:  # combinations only
-            return cls(effects.genes, np.stack([vectors[gene] for gene in effects.genes]), np.inf, 1.0)
-        table = np.stack([vectors[gene] for gene in genes])
-        measured = np.stack([single[gene] for gene in genes])
-        best = cls(genes, table, np.inf, 1.0)
+        """Choose bandwidth, tempering and strength by leaving out each training gene in turn."""
+        # Where training holds combinations only, each gene stands for all that it takes part in.
+        measured = effects.single or {
+            gene: np.mean([value for label, value in zip(effects.labels, effects.values, strict=True) if gene in members_of(label)], axis=0)
+            for gene in effects.genes
+        }
+        genes = [gene for gene in measured if gene in vectors]
+        moved = np.stack([measured[gene] for gene in genes])
+        best = cls(genes, np.stack([vectors[gene] for gene in genes]), np.linalg.norm(moved, axis=1))
         if len(genes) < LEAST_GENES:
             return best
         lowest = np.inf
-        for bandwidth in BANDWIDTHS:
-            weights = cls(genes, table, bandwidth, 1.0).weights(table, leave_out_self=True)
-            borrowed = weights @ measured
-            strength = float(np.clip((borrowed * measured).sum() / max((borrowed**2).sum(), 1e-12), 0.0, 1.0))
-            error = float(((measured - strength * borrowed) ** 2).sum())
-            if error < lowest:
-                lowest, best = error, cls(genes, table, bandwidth, strength)
-        return best
+        for bandwidth, tempering in itertools.product(BANDWIDTHS, TEMPERINGS):
+            candidate = replace(best, bandwidth=bandwidth, tempering=tempering)
+            borrowed = candidate.weights(best.vectors, leave_out_self=True) @ moved
+            for strength in STRENGTHS:
+                error = float(np.linalg.norm(moved - strength * borrowed, axis=1).mean())
+                if error < lowest:
+                    lowest, chosen = error, replace(candidate, strength=float(strength))
+        return chosen
 
     def weights(self, vectors: np.ndarray, *, leave_out_self: bool = False) -> np.ndarray:
         """Return weights over training genes that sum to 1, (vectors, genes)."""
         distances = np.linalg.norm(vectors[:, None] - self.vectors[None], axis=-1)
-        positive = distances[distances > 0]
-        scale = float(np.median(positive)) if positive.size else 1.0
+        among = np.linalg.norm(self.vectors[:, None] - self.vectors[None], axis=-1)
+        scale = float(np.median(among[among > 0])) if (among > 0).any() else 1.0
         logits = -0.5 * (distances / (self.bandwidth * scale)) ** 2 if np.isfinite(self.bandwidth) else np.zeros_like(distances)
+        logits = logits - self.tempering * np.log(np.maximum(self.sizes, 1e-12))
         if leave_out_self:
             np.fill_diagonal(logits, -np.inf)
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))

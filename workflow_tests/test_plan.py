@@ -1,0 +1,346 @@
+"""The plan: read without data or heavy packages, complete after a run, and stale exactly where something changed."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import CLOSED_FORMS, REPOSITORY, Outcome, closed_forms_config, copy_repository, make_screen, run_snakemake
+
+RULE_FILES = sorted((REPOSITORY / "rules").glob("*.smk"))
+HEAVY = ("torch", "scanpy", "anndata", "pytorch_lightning", "h5py", "sklearn")
+
+# --- before anything was run ----------------------------------------------------------------------------------------
+
+BLOCKER = f"""
+import sys
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ImportError(f"{{name}} is blocked by the test")
+
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return environment variables under which no Python process can import the heavy packages."""
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "sitecustomize.py").write_text(BLOCKER)
+    return {"PYTHONPATH": str(folder)}
+
+
+def plan_in(folder: Path, environment: dict[str, str], config: dict | None = None, *arguments: str) -> Outcome:
+    """Return a dry run of a configuration."""
+    outcome = run_snakemake(folder, "--dry-run", *arguments, config=config, environment=environment)
+    assert outcome.returncode == 0, outcome.text
+    return outcome
+
+
+def test_the_blocked_environment_blocks(light: dict[str, str]) -> None:
+    for name in HEAVY:
+        done = subprocess.run([sys.executable, "-c", f"import {name}"], env={**os.environ, **light}, capture_output=True, text=True, check=False)
+        assert "is blocked by the test" in done.stderr, name
+
+
+def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str, str], tmp_path: Path) -> None:
+    assert plan_in(tmp_path, light).jobs == {
+        "download": 1, "harmonize": 1, "split": 1, "pairs": 1, "embeddings": 1, "audit": 1,
+        "train_closed_form": 5, "train_diffusion": 1, "train_jepa": 1, "train_counterfactual": 1,
+        "predict": 8, "evaluate": 8, "benchmark": 1, "report": 1, "all": 1,
+    }  # fmt: skip
+    assert not (tmp_path / "results").exists()
+
+
+def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str], tmp_path: Path) -> None:
+    make_screen_file(tmp_path)
+    config = closed_forms_config(
+        models={"stiff": {"family": "linear", "params": {"ridge": 9.0}}},
+        counterfactuals={"why": {"dataset": "mine", "split": "unseen_combination", "model": "stiff", "perturbations": ["TF1+TF8"]}},
+    )
+    config["select"] |= {"splits": ["unseen_combination", "unseen_perturbation"], "models": ["additive", "stiff"], "seeds": [0, 3], "counterfactuals": ["why"]}
+    assert plan_in(tmp_path, light, config).jobs == {
+        "harmonize": 1, "split": 2, "pairs": 2, "embeddings": 2, "audit": 2, "train_closed_form": 8, "predict": 8, "evaluate": 8,
+        "counterfactual": 2, "benchmark": 1, "report": 1, "all": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "last", "absent"),
+    [
+        ("data", {"harmonize": 1}, "split"),
+        ("pairs", None, None),
+        ("trained", {"train_closed_form": 5}, "predict"),
+        ("evaluated", {"evaluate": 5}, "benchmark"),
+        ("report", {"report": 1, "benchmark": 1}, "all"),
+        ("results/benchmark.tsv", {"benchmark": 1}, "report"),
+    ],
+)
+def test_targets_stop_where_they_say(target: str, last: dict | None, absent: str | None, light: dict[str, str], tmp_path: Path) -> None:
+    make_screen_file(tmp_path)
+    jobs = plan_in(tmp_path, light, closed_forms_config(), target).jobs
+    expected = {"pairs": 1, "audit": 1} if last is None else last
+    assert expected.items() <= jobs.items()
+    assert (absent or "train_closed_form") not in jobs
+
+
+def test_a_split_that_cannot_be_is_left_out_with_one_line(light: dict[str, str], tmp_path: Path) -> None:
+    make_screen_file(tmp_path)
+    config = closed_forms_config()
+    config["datasets"]["mine"]["combinations"] = False
+    config["select"]["splits"] = ["unseen_perturbation", "unseen_combination"]
+    outcome = plan_in(tmp_path, light, config)
+    assert outcome.jobs["evaluate"] == len(CLOSED_FORMS)
+    assert outcome.text.count("mine × unseen_combination is left out") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"select": {"models": ["aditive"]}}, "mine.yaml: model 'aditive' is selected (select.models)"),
+        ({"genes": {"n_hvgs": 3}}, "mine.yaml: genes: unknown key 'n_hvgs'. Did you mean 'n_hvg'?"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_one_message(config: dict, message: str, tmp_path: Path) -> None:
+    outcome = run_snakemake(tmp_path, "--dry-run", config=config)
+    assert outcome.returncode != 0
+    assert outcome.text.count(message) == 1
+    assert "Traceback" not in outcome.text
+    assert not outcome.jobs
+
+
+# --- the rules ------------------------------------------------------------------------------------------------------
+
+
+def test_lint_finds_nothing(tmp_path: Path) -> None:
+    outcome = run_snakemake(tmp_path, "--lint")
+    assert outcome.returncode == 0, outcome.text
+    assert "in a good condition" in outcome.text
+
+
+def test_every_rule_is_listed_with_a_sentence_of_its_own(tmp_path: Path) -> None:
+    outcome = run_snakemake(tmp_path, "--list-rules")
+    listed = dict(re.findall(r"^(\w+) \((.+\.)\)$", outcome.stdout, flags=re.MULTILINE))
+    assert set(listed) == {name for name, _ in rules()}
+    assert len(set(listed.values())) == len(listed), "two rules share a docstring"
+
+
+def test_the_rulegraph_follows_the_data(tmp_path: Path) -> None:
+    graph = run_snakemake(tmp_path, "--rulegraph").stdout
+    names = dict(re.findall(r'(\d+)\[label = "(\w+)"', graph))
+    edges = {(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", graph)}
+    order = ["download", "harmonize", "split", "pairs", "embeddings", "audit", "train", "predict", "evaluate", "benchmark", "report", "all"]
+    place = {name: order.index(name.split("_")[0]) for name in names.values()}
+    assert {("download", "harmonize"), ("harmonize", "split"), ("pairs", "embeddings"), ("audit", "train_diffusion"), ("report", "all")} <= edges
+    assert all(place[a] < place[b] for a, b in edges)
+
+
+def rules() -> Iterator[tuple[str, str]]:
+    """Yield the name and text of every rule."""
+    for path in [REPOSITORY / "Snakefile", *RULE_FILES]:
+        text = path.read_text()
+        starts = [*re.finditer(r"^(?:rule|use rule \w+ as) (\w+)", text, flags=re.MULTILINE)]
+        ends = [start.start() for start in starts[1:]] + [len(text)]
+        for start, end in zip(starts, ends, strict=False):  # common.smk has no rule
+            yield start.group(1), text[start.start() : end]
+
+
+WORKING = [(name, text) for name, text in rules() if "localrule: True" not in text and not text.startswith("use rule")]
+
+
+@pytest.mark.parametrize(("name", "text"), WORKING, ids=[name for name, _ in WORKING])
+def test_a_rule_is_complete(name: str, text: str) -> None:
+    assert re.match(r'rule \w+:\n    """[A-Z].*\.$|rule \w+:\n    """[A-Z].*\."""', text), "a docstring first"
+    for keyword in ("output", "log", "benchmark", "conda", "threads", "resources", "params", "script"):
+        assert re.search(rf"^    {keyword}:", text, flags=re.MULTILINE), f"{name} has no {keyword}"
+    assert re.search(r'^        lineage=lineage\("\w+"\),$', text, flags=re.MULTILINE), "without lineage no edit of the code is noticed"
+    assert not re.search(r"^    (run|message|shell):", text, flags=re.MULTILINE)
+    assert text.count("\n") < 60, "a rule fits on one screen"
+
+
+@pytest.mark.parametrize(("name", "text"), WORKING, ids=[name for name, _ in WORKING])
+def test_names_of_rule_script_log_and_benchmark_agree(name: str, text: str) -> None:
+    step = name.split("_")[0]
+    assert f'"../scripts/{step}.py"' in text
+    assert (REPOSITORY / "scripts" / f"{step}.py").is_file()
+    assert re.search(rf'"logs/{step}[/.]', text)
+    assert re.search(rf'"benchmarks/{step}[/.]', text)
+    assert f'lineage=lineage("{step}")' in text
+    environment = re.search(r'"\.\./(envs/\w+\.yaml)"', text)
+    assert environment, name
+    assert (REPOSITORY / environment.group(1)).is_file()
+
+
+@pytest.mark.parametrize(("name", "text"), WORKING, ids=[name for name, _ in WORKING])
+def test_no_input_makes_a_result_stale_by_its_time_stamp(name: str, text: str) -> None:
+    """Lineage decides; an input that is not ancient would let a touched file repeat weeks of work."""
+    block = re.search(r"^    input:\n((?:        .*\n)+)", text, flags=re.MULTILINE)
+    if name == "download":
+        assert block is None
+        return
+    inputs = re.findall(r"^        \w+=(.*)$", block.group(1), flags=re.MULTILINE)
+    assert inputs
+    assert all(value.startswith("ancient(") for value in inputs)
+
+
+# --- after a run ----------------------------------------------------------------------------------------------------
+
+MODELS = ["additive", "linear"]
+AFTER_TRAINING = {"benchmark": 1, "report": 1, "all": 1}
+
+
+def make_screen_file(folder: Path) -> Path:
+    """Write the small screen where the configuration looks for it."""
+    screen = make_screen()
+    del screen.uns["effects"]
+    screen.write_h5ad(folder / "screen.h5ad")
+    return folder / "screen.h5ad"
+
+
+class Finished:
+    """A folder where everything was run, with a copy of the repository that ran it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.repository = copy_repository(folder / "repository")
+        self.screen = make_screen_file(folder)
+        self.config = closed_forms_config()
+        self.config["select"]["models"] = MODELS
+
+    def run(self, *arguments: str, config: dict | None = None) -> Outcome:
+        """Run everything."""
+        return run_snakemake(self.folder, *arguments, config=config or self.config, repository=self.repository)
+
+    def planned(self, config: dict | None = None) -> dict[str, int]:
+        """Return what would be run now."""
+        outcome = self.run("--dry-run", config=config)
+        assert outcome.returncode == 0, outcome.text
+        assert outcome.jobs or "Nothing to be done" in outcome.text
+        return outcome.jobs
+
+    def planned_with(self, name: str, before: str, after: str) -> dict[str, int]:
+        """Return what would be run after an edit of a file of the repository, and undo the edit."""
+        path = self.repository / name
+        text = path.read_text()
+        assert before in text
+        path.write_text(text.replace(before, after, 1))
+        try:
+            return self.planned()
+        finally:
+            path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Return a finished run of two closed forms."""
+    here = Finished(tmp_path_factory.mktemp("finished"))
+    outcome = here.run()
+    assert outcome.returncode == 0, outcome.text
+    return here
+
+
+def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
+    results = finished.folder / "results"
+    split = results / "mine" / "unseen_combination"
+    expected = [results / "benchmark.tsv", results / "report.html", results / "mine" / "harmonized.h5ad", results / "mine" / "harmonization.json"]
+    expected += [split / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")]
+    expected += [split / model / "seed_0" / name for model in MODELS for name in ("model.npz", "run.json", "predictions.h5ad", "metrics.tsv")]
+    assert sorted(path for path in results.rglob("*") if path.is_file()) == sorted(expected)
+    for step in ("harmonize/mine", "pairs/mine.unseen_combination", "train/mine.unseen_combination.linear.seed_0"):
+        assert (finished.folder / "logs" / f"{step}.log").read_text()
+        assert (finished.folder / "benchmarks" / f"{step}.tsv").read_text()
+
+
+def test_a_second_run_plans_nothing(finished: Finished) -> None:
+    assert finished.planned() == {}
+
+
+def test_touched_files_plan_nothing(finished: Finished) -> None:
+    touched = [path for folder in (finished.repository, finished.folder / "results") for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert len(touched) > 50
+    now = max(path.stat().st_mtime for path in touched) + 100
+    for i, path in enumerate([finished.screen, *reversed(touched)]):  # inputs end up newer than outputs
+        os.utime(path, (now + i, now + i))
+    assert finished.planned() == {}
+
+
+def test_params_of_one_model_plan_that_model(finished: Finished) -> None:
+    jobs = finished.planned({**finished.config, "models": {"linear": {"params": {"ridge": 0.7}}}})
+    assert jobs == {"train_closed_form": 1, "predict": 1, "evaluate": 1, **AFTER_TRAINING}
+
+
+def test_another_model_plans_its_own_jobs(finished: Finished) -> None:
+    select = {**finished.config["select"], "models": [*MODELS, "no_change"]}
+    jobs = finished.planned({**finished.config, "select": select})
+    assert jobs == {"train_closed_form": 1, "predict": 1, "evaluate": 1, **AFTER_TRAINING}
+
+
+def test_words_about_a_dataset_plan_nothing(finished: Finished) -> None:
+    block = {**finished.config["datasets"]["mine"], "reference": "doi:10.1/x", "licence": "MIT", "combinations": True}
+    assert finished.planned({**finished.config, "datasets": {"mine": block}}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "expected"),
+    [
+        ("pairs.py", "logger = ", "# a remark\nlogger = ", {}),
+        ("evaluation.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9", {"evaluate": 2, **AFTER_TRAINING}),
+        ("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 3",
+         {"pairs": 1, "embeddings": 1, "audit": 1, "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING}),
+        ("models/baselines.py", "1e-10 * s[0]", "1e-9 * s[0]", {"train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING}),
+        ("models/ceilings.py", '== "a"', '== "b"', {}),
+        ("download.py", "ATTEMPTS_PER_MIRROR = 3", "ATTEMPTS_PER_MIRROR = 4", {}),
+    ],
+    ids=["a comment", "metrics", "pairing", "baselines", "another family", "a step that was not needed"],
+)  # fmt: skip
+def test_an_edit_of_the_package_plans_what_depends_on_it(name: str, before: str, after: str, expected: dict, finished: Finished) -> None:
+    assert finished.planned_with(f"scripts/perturbflow/{name}", before, after) == expected
+
+
+def test_another_content_of_the_screen_plans_everything(finished: Finished) -> None:
+    content = finished.screen.read_bytes()
+    screen = make_screen(seed=1)
+    del screen.uns["effects"]
+    screen.write_h5ad(finished.screen)
+    try:
+        jobs = finished.planned()
+    finally:
+        finished.screen.write_bytes(content)
+    assert jobs == {
+        "harmonize": 1, "split": 1, "pairs": 1, "embeddings": 1, "audit": 1,
+        "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING,
+    }  # fmt: skip
+    assert finished.planned() == {}
+
+
+def test_a_broken_screen_ends_in_one_message(tmp_path: Path) -> None:
+    (tmp_path / "screen.h5ad").write_text("no screen")
+    outcome = run_snakemake(tmp_path, "data", config=closed_forms_config())
+    message = "screen.h5ad is not an h5ad file"
+    assert outcome.returncode != 0
+    assert outcome.text.count(message) == 1
+    assert "Traceback" not in outcome.text
+    log = (tmp_path / "logs" / "harmonize" / "mine.log").read_text()
+    assert message in log
+    assert "Traceback" not in log
+    assert not list((tmp_path / "results").rglob("*.*"))
+
+
+def test_a_mistake_in_the_code_leaves_its_traceback_in_the_log(finished: Finished, tmp_path: Path) -> None:
+    """What is not the user's to mend must be found by whoever can."""
+    repository = copy_repository(tmp_path / "repository")
+    module = repository / "scripts" / "perturbflow" / "harmonize.py"
+    module.write_text(module.read_text().replace("    adata, path = read_source(raw, dataset)\n", "    1 / 0\n", 1))
+    (tmp_path / "screen.h5ad").write_bytes(finished.screen.read_bytes())
+    outcome = run_snakemake(tmp_path, "data", config=closed_forms_config(), repository=repository)
+    assert outcome.returncode != 0
+    log = (tmp_path / "logs" / "harmonize" / "mine.log").read_text()
+    assert "ZeroDivisionError" in log
+    assert "harmonize failed" in log
