@@ -27,7 +27,7 @@ include: "rules/common.smk"
 include: "rules/download.smk"
 include: "rules/harmonize.smk"
 include: "rules/split.smk"
-include: "rules/pairs.smk"
+include: "rules/pair.smk"
 include: "rules/embeddings.smk"
 include: "rules/audit.smk"
 include: "rules/train.smk"
@@ -41,32 +41,44 @@ include: "rules/report.smk"
 rule all:
     """Everything that is selected: scores, report and counterfactual answers."""
     default_target: True
-    localrule: True
     input:
         "results/benchmark.tsv",
         "results/report.html",
         rules.counterfactuals.input,
+    localrule: True
 
 
 rule data:
     """The selected screens, harmonized."""
-    localrule: True
     input:
-        collect("results/{dataset}/harmonized.h5ad", dataset=plan.runs["dataset"].unique()),
+        collect(
+            "results/{dataset}/harmonized.h5ad", dataset=plan.runs["dataset"].unique()
+        ),
+    localrule: True
+
+
+rule pairs:
+    """The pairs of all selected splits, audited for leaks."""
+    input:
+        collect(
+            "results/{run.dataset}/{run.split}/audit.json",
+            run=plan.runs[["dataset", "split"]].drop_duplicates().itertuples(),
+        ),
+    localrule: True
 
 
 rule trained:
     """All selected models, trained."""
-    localrule: True
     input:
         trained_models(),
+    localrule: True
 
 
 rule evaluated:
     """All selected models, scored."""
-    localrule: True
     input:
         collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
             run=plan.runs.itertuples(),
         ),
+    localrule: True

@@ -1,10 +1,10 @@
 rule audit:
     """Look for leaks from held-out cells into training; a leak fails the run."""
     input:
-        harmonized=ancient("results/{dataset}/harmonized.h5ad"),
-        split=ancient("results/{dataset}/{split}/split.json"),
-        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
-        embeddings=ancient("results/{dataset}/{split}/embeddings.parquet"),
+        harmonized="results/{dataset}/harmonized.h5ad",
+        split="results/{dataset}/{split}/split.json",
+        pairs="results/{dataset}/{split}/pairs.h5ad",
+        embeddings="results/{dataset}/{split}/embeddings.parquet",
     output:
         audit="results/{dataset}/{split}/audit.json",
     log:

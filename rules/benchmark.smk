@@ -1,11 +1,9 @@
 rule benchmark:
     """Gather all scores in one table, with bootstrap intervals over perturbations."""
     input:
-        metrics=ancient(
-            collect(
-                "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
-                run=plan.runs.itertuples(),
-            )
+        metrics=collect(
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
+            run=plan.runs.itertuples(),
         ),
     output:
         benchmark="results/benchmark.tsv",

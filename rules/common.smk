@@ -1,10 +1,11 @@
 """The plan, and the few functions that rules look things up with."""
 
 import sys
-from dataclasses import replace
 
 from snakemake.exceptions import WorkflowError
+from snakemake.io import _IOFile
 from snakemake.settings.enums import RerunTrigger
+from snakemake.workflow import Workflow
 
 # Jobs find the package beside their script; the Snakefile has to be told where its light part is.
 sys.path.insert(0, f"{workflow.basedir}/scripts")
@@ -12,14 +13,20 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 from perturbflow.errors import InputError
 from perturbflow.registry import Plan
 
-# A script's time stamp says nothing about its content: a git checkout would retrain weeks of work.
-# The lineage that every rule carries as a parameter holds the content of all the code that the rule runs.
-if workflow.dag_settings is not None:
-    workflow.dag_settings = replace(
-        workflow.dag_settings,
-        rerun_triggers=frozenset(workflow.dag_settings.rerun_triggers)
-        - {RerunTrigger.CODE},
-    )
+
+# A time stamp says nothing about content: a git checkout or a copy would retrain weeks of work. The lineage that every rule
+# carries as a parameter holds the content of all that its result is made of, and is what makes a job run again.
+# Snakemake has no switch for this. `ancient` inputs would keep a stale result from running after what it is made of has
+# run, and the settings of a run arrive only after this file was read; hence these two answers, given when the plan is made.
+async def _no_file_is_newer(file, time):
+    """Time stamps of inputs play no part."""
+    return False
+
+
+_IOFile.is_newer = _no_file_is_newer
+Workflow.rerun_triggers = property(
+    lambda self: frozenset(self.dag_settings.rerun_triggers) - {RerunTrigger.CODE}
+)
 
 
 # For messages that name the file of a mistake; the user's own come last: they override.

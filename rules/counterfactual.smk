@@ -1,8 +1,8 @@
 rule counterfactual:
     """Answer one what-if question with a distribution."""
     input:
-        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
-        model=ancient(model_file),
+        pairs="results/{dataset}/{split}/pairs.h5ad",
+        model=model_file,
     output:
         cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",
         effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",
@@ -14,7 +14,7 @@ rule counterfactual:
         query=one_of(plan.config["counterfactuals"]),
     conda:
         "../envs/torch.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=memory_by_input(20, least=4000),
         runtime="4h",
@@ -30,9 +30,9 @@ rule counterfactual:
 
 rule counterfactuals:
     """All selected what-if questions, answered."""
-    localrule: True
     input:
         collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.tsv",
             run=plan.queries.itertuples(),
         ),
+    localrule: True

@@ -1,7 +1,7 @@
 rule embeddings:
     """Describe every perturbed gene by numbers."""
     input:
-        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
+        pairs="results/{dataset}/{split}/pairs.h5ad",
     output:
         embeddings="results/{dataset}/{split}/embeddings.parquet",
     log:

@@ -1,11 +1,9 @@
 rule evaluate:
     """Score predicted cells against measured ones, per perturbation."""
     input:
-        predictions=ancient(
-            "results/{dataset}/{split}/{model}/seed_{seed}/predictions.h5ad"
-        ),
-        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
-        split=ancient("results/{dataset}/{split}/split.json"),
+        predictions="results/{dataset}/{split}/{model}/seed_{seed}/predictions.h5ad",
+        pairs="results/{dataset}/{split}/pairs.h5ad",
+        split="results/{dataset}/{split}/split.json",
     output:
         metrics="results/{dataset}/{split}/{model}/seed_{seed}/metrics.tsv",
     log:

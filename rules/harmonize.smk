@@ -1,7 +1,7 @@
 rule harmonize:
     """Bring a screen to one schema: raw counts, canonical labels, approved symbols."""
     input:
-        raw=ancient(raw_file),
+        raw=raw_file,
     output:
         harmonized="results/{dataset}/harmonized.h5ad",
         report="results/{dataset}/harmonization.json",

@@ -1,8 +1,8 @@
 rule predict:
     """Predict cells for every held-out perturbation, each from a test control."""
     input:
-        pairs=ancient("results/{dataset}/{split}/pairs.h5ad"),
-        model=ancient(model_file),
+        pairs="results/{dataset}/{split}/pairs.h5ad",
+        model=model_file,
     output:
         predictions="results/{dataset}/{split}/{model}/seed_{seed}/predictions.h5ad",
     log:
@@ -11,7 +11,7 @@ rule predict:
         "benchmarks/predict/{dataset}.{split}.{model}.seed_{seed}.tsv"
     conda:
         "../envs/torch.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=memory_by_input(20, least=3000),
         runtime="4h",

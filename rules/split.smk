@@ -1,8 +1,8 @@
 rule split:
     """Divide perturbations and cells into training, validation and test."""
     input:
-        harmonized=ancient("results/{dataset}/harmonized.h5ad"),
-        harmonization=ancient("results/{dataset}/harmonization.json"),
+        harmonized="results/{dataset}/harmonized.h5ad",
+        harmonization="results/{dataset}/harmonization.json",
     output:
         split="results/{dataset}/{split}/split.json",
     log:

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from perturbflow import audit, embeddings, harmonize, pairs, splits
 from scipy import sparse
+
+from perturbflow import audit, embeddings, harmonize, pairs, splits
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_FILES = ("config", "datasets", "splits", "models", "counterfactuals")
@@ -31,9 +32,7 @@ CLOSED_FORMS = ["no_change", "perturbed_mean", "additive", "linear", "technical_
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def make_screen(
-    seed: int = 0, n_genes: int = 80, n_controls: int = 40, n_cells: int = 20, labels: list[str] | None = None
-) -> ad.AnnData:
+def make_screen(seed: int = 0, n_genes: int = 80, n_controls: int = 40, n_cells: int = 20, labels: list[str] | None = None) -> ad.AnnData:
     """Return raw counts of a screen with additive effects on the log scale.
 
     Every perturbed gene moves ten genes by a fold change and, in its own column, itself; `uns["effects"]` holds the log
@@ -156,7 +155,7 @@ def prepare(folder: Path, screen: ad.AnnData, spec: dict, n_hvg: int = 40) -> Pr
     screen.write_h5ad(raw)
     harmonize.harmonize(raw, here.harmonized, here.harmonization, "mine", dataset_block(), OFF)
     splits.split(here.harmonized, here.harmonization, here.split, "mine", spec)
-    pairs.pairs(here.harmonized, here.split, here.pairs, n_hvg)
+    pairs.pair(here.harmonized, here.split, here.pairs, n_hvg)
     embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
     here.run_audit()
     return here
@@ -231,7 +230,9 @@ class Outcome:
         return counts
 
 
-def run_snakemake(folder: Path, *arguments: str, config: dict | None = None, repository: Path = REPOSITORY, environment: dict | None = None) -> Outcome:
+def run_snakemake(
+    folder: Path, *arguments: str, config: dict | None = None, repository: Path = REPOSITORY, environment: dict | None = None
+) -> Outcome:
     """Run the workflow in a folder; `config` becomes the user's own configuration file there."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2", "--nocolor"]
     command += map(str, arguments)

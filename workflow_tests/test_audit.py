@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import scanpy as sc
 from conftest import SPECS, Prepared
+from scipy import sparse
+
 from perturbflow import embeddings
 from perturbflow.audit import CHECKS
 from perturbflow.embeddings import coexpression
@@ -17,7 +19,6 @@ from perturbflow.files import file_digest
 from perturbflow.pairs import Pairs
 from perturbflow.splits import names_digest
 from perturbflow.symbols import members_of
-from scipy import sparse
 
 
 def change_split(here: Prepared, change: Callable[[dict], None]) -> None:
@@ -175,18 +176,34 @@ def embeddings_of_all_cells(here: Prepared) -> None:
 
 LEAKS = [
     ("unseen_combination", a_perturbation_in_two_roles, "roles_are_disjoint: perturbations in both train and test"),
-    ("unseen_combination", a_perturbation_in_two_roles_with_its_members_reversed, "roles_are_disjoint: perturbations in both train and test"),
+    (
+        "unseen_combination",
+        a_perturbation_in_two_roles_with_its_members_reversed,
+        "roles_are_disjoint: perturbations in both train and test",
+    ),
     ("unseen_combination", a_cell_in_two_roles, "roles_are_disjoint: 1 cells in both train and test"),
     ("unseen_combination", a_label_with_unsorted_members, "labels_are_canonical: labels with unsorted or repeated members"),
     ("unseen_combination", a_test_cell_moved_to_training, "roles_of_cells_agree: cells of .* have the role train"),
-    ("unseen_combination", a_test_control_moved_to_training, "roles_of_cells_agree: the cells with the role train are not those of the split"),
-    ("unseen_combination", a_matched_control_of_another_role, "controls_are_of_the_role: 1 cells are matched with controls of another role"),
+    (
+        "unseen_combination",
+        a_test_control_moved_to_training,
+        "roles_of_cells_agree: the cells with the role train are not those of the split",
+    ),
+    (
+        "unseen_combination",
+        a_matched_control_of_another_role,
+        "controls_are_of_the_role: 1 cells are matched with controls of another role",
+    ),
     ("unseen_combination", a_matched_control_that_is_perturbed, "controls_are_of_the_role: matched controls that are perturbed"),
     ("unseen_combination", a_perturbed_cell_without_control, "controls_are_of_the_role: perturbed cells without a matched control"),
     ("unseen_combination", a_matched_control_of_another_cell_type, "controls_are_of_the_role: .* controls of another cell_type"),
     ("unseen_perturbation", a_held_out_gene_in_a_training_combination, "held_out_genes_are_unseen: held-out genes that training holds"),
     ("unseen_combination", a_target_sum_of_all_cells, "normalization_is_of_training: target sum .* is not the training cells' median"),
-    ("unseen_combination", variable_genes_of_held_out_cells, "genes_are_of_training: .* highly variable genes are not those of the training cells"),
+    (
+        "unseen_combination",
+        variable_genes_of_held_out_cells,
+        "genes_are_of_training: .* highly variable genes are not those of the training cells",
+    ),
     ("unseen_combination", embeddings_of_all_cells, "embeddings_are_of_training: co-expression embeddings differ"),
 ]
 

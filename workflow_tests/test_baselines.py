@@ -10,6 +10,8 @@ import pytest
 from conftest import Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
+
 from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
@@ -19,7 +21,6 @@ from perturbflow.prediction import nonnegative, predict
 from perturbflow.registry import FAMILIES
 from perturbflow.symbols import members_of
 from perturbflow.training import train
-from scipy import sparse
 
 EMPTY = Embeddings(pd.DataFrame())
 IMPLEMENTATIONS = {
@@ -158,7 +159,9 @@ def test_every_closed_form_of_the_registry_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_model_is_the_same_after_a_round_trip_through_its_file(implementation: str, prepared: dict[str, Prepared], tmp_path: Path) -> None:
+def test_a_model_is_the_same_after_a_round_trip_through_its_file(
+    implementation: str, prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
     cells = Pairs.read(prepared["unseen_combination"].pairs)
     model = build(implementation, IMPLEMENTATIONS[implementation])
     artefact = model.fit(cells if model.is_ceiling else cells.roles("train", "validation"), EMPTY, Run(seed=0))

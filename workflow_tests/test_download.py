@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from perturbflow import download as module
 from perturbflow.download import download
 from perturbflow.errors import InputError
@@ -124,7 +125,7 @@ def test_a_page_of_the_declared_size_is_told_by_its_checksum(server: tuple, mani
 
 
 def test_an_unreachable_server_is_named(manifest: Path) -> None:
-    with pytest.raises(InputError, match="http://127.0.0.1:9/screen.h5ad"):
+    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:9/screen\.h5ad"):
         fetch(manifest, "http://127.0.0.1:9/screen.h5ad")
     assert files_beside(manifest) == []
 

@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import Prepared
+from scipy import sparse
+
 from perturbflow import evaluation, prediction, training
 from perturbflow.benchmark import benchmark, bootstrap_interval, summarize
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Scored, evaluate, score_inputs
 from perturbflow.pairs import Pairs, match_controls
 from perturbflow.symbols import members_of
-from scipy import sparse
 
 P, N_GENES = 5, 30
 
@@ -53,7 +54,9 @@ def test_mae() -> None:
 
 def test_l2_over_highly_expressed_genes_is_no_mean() -> None:
     scored = random_scored()
-    expected = [np.sqrt(sum((x[g] - y[g]) ** 2 for g in range(0, N_GENES, 2))) for x, y in zip(scored.predicted, scored.measured, strict=True)]
+    expected = [
+        np.sqrt(sum((x[g] - y[g]) ** 2 for g in range(0, N_GENES, 2))) for x, y in zip(scored.predicted, scored.measured, strict=True)
+    ]
     assert np.allclose(score("l2_heg1000", scored), expected)
 
 
@@ -256,7 +259,9 @@ def test_the_reference_is_the_mean_of_training_perturbations_means(cells: Pairs)
     scored = score_inputs(predictions_from(cells), cells)
     train = cells.roles("train")
     X = train.X.toarray()
-    assert np.allclose(scored.reference, np.mean([X[train.labels == label].mean(axis=0) for label in train.perturbations], axis=0), atol=1e-5)
+    assert np.allclose(
+        scored.reference, np.mean([X[train.labels == label].mean(axis=0) for label in train.perturbations], axis=0), atol=1e-5
+    )
 
 
 def test_highly_expressed_genes_are_those_of_held_out_controls(cells: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +280,9 @@ def test_components_are_fitted_on_training_cells(cells: Pairs) -> None:
     test = np.flatnonzero((cells.obs["role"] == "test").to_numpy() & ~cells.is_control)
     other = test[cells.labels[test] != scored.labels[0]]
     changed[other] = 0
-    again = score_inputs(predictions_from(cells), Pairs(sparse.csr_matrix(changed), cells.obs, cells.genes, cells.control_index, cells.rows))
+    again = score_inputs(
+        predictions_from(cells), Pairs(sparse.csr_matrix(changed), cells.obs, cells.genes, cells.control_index, cells.rows)
+    )
     assert np.allclose(scored.measured_components[0], again.measured_components[0], atol=1e-4)
     assert not np.allclose(scored.measured_components[1], again.measured_components[1], atol=1e-2)
 
@@ -372,7 +379,9 @@ def test_genes_that_look_like_missing_values_are_kept(tmp_path: Path) -> None:
 
 
 def test_one_row_per_run_and_metric_in_the_order_of_the_scores() -> None:
-    table = summarize(pd.concat([scores(["A", "B"], [1.0, 3.0], metric, model) for model in ("z", "a") for metric in ("mae", "pds_cosine")]))
+    table = summarize(
+        pd.concat([scores(["A", "B"], [1.0, 3.0], metric, model) for model in ("z", "a") for metric in ("mae", "pds_cosine")])
+    )
     assert table[["model", "metric"]].to_numpy().tolist() == [["z", "mae"], ["z", "pds_cosine"], ["a", "mae"], ["a", "pds_cosine"]]
     assert table["value"].tolist() == [2.0] * 4
     assert table["better"].tolist() == ["lower", "higher"] * 2

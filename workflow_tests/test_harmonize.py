@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import sparse
+
 from perturbflow.errors import InputError
 from perturbflow.symbols import CONTROL, canonical_label, members_of
-from scipy import sparse
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,9 @@ def test_a_canonical_label_stays_as_it_is(members: list[str], separator: str) ->
 @given(st.lists(member, min_size=1, max_size=4).flatmap(lambda names: st.tuples(st.just(names), st.permutations(names))), separator)
 def test_the_order_of_members_does_not_matter(both: tuple[list[str], list[str]], separator: str) -> None:
     names, shuffled = both
-    assert canonical_label(separator.join(names), {"NT", "ctrl"}, separator) == canonical_label(separator.join(shuffled), {"NT", "ctrl"}, separator)
+    assert canonical_label(separator.join(names), {"NT", "ctrl"}, separator) == canonical_label(
+        separator.join(shuffled), {"NT", "ctrl"}, separator
+    )
 
 
 @given(st.lists(member, min_size=1, max_size=4), separator)
@@ -459,7 +462,10 @@ def test_a_real_screen_with_ensembl_ids_and_unassigned_cells(harmonized_from: Ca
     source = ad.read_h5ad(path, backed="r")
     column = next(name for name in source.obs if (source.obs[name].astype(str) == "non-targeting").any())
     result = harmonized_from(
-        path, perturbation={"column": column, "control": ["non-targeting"], "drop": ["none"]}, covariates={}, qc={"min_cells_per_perturbation": 10}
+        path,
+        perturbation={"column": column, "control": ["non-targeting"], "drop": ["none"]},
+        covariates={},
+        qc={"min_cells_per_perturbation": 10},
     )
     assert result.adata.obs["is_control"].sum() == 3951
     assert result.account["cells"]["dropped"]["unassigned"] == 58620

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from conftest import CLOSED_FORMS, closed_forms_config, copy_repository, merged
+
 from perturbflow import lineage, registry
 from perturbflow.lineage import code_digest, digest, file_fingerprint, source_files
 from perturbflow.registry import Plan
 
-DATA_STEPS = {"harmonize", "split", "pairs", "embeddings", "audit"}
+DATA_STEPS = {"harmonize", "split", "pair", "embeddings", "audit"}
 MODEL_STEPS = {"train", "predict", "evaluate"}
 LAST = {"benchmark", "report"}
 
@@ -52,7 +53,12 @@ def test_comments_docstrings_and_layout_are_no_code(edited: str, code: Callable[
 
 @pytest.mark.parametrize(
     "edited",
-    [SOURCE.replace("2 * x", "3 * x"), SOURCE.replace("double", "twice"), SOURCE.replace("x: int", "x: int = 1"), SOURCE + "\nX = 'text'\n"],
+    [
+        SOURCE.replace("2 * x", "3 * x"),
+        SOURCE.replace("double", "twice"),
+        SOURCE.replace("x: int", "x: int = 1"),
+        SOURCE + "\nX = 'text'\n",
+    ],
     ids=["value", "name", "default", "string"],
 )
 def test_an_edit_of_code_changes_the_digest(edited: str, code: Callable[[str], str]) -> None:
@@ -138,7 +144,16 @@ class Workplace:
         named = {}
         for run in plan.runs.itertuples():
             key = (run.dataset, run.split, run.model, str(run.seed))
-            for step, depth in {"harmonize": 1, "split": 2, "pairs": 2, "embeddings": 2, "audit": 2, "train": 4, "predict": 4, "evaluate": 4}.items():
+            for step, depth in {
+                "harmonize": 1,
+                "split": 2,
+                "pair": 2,
+                "embeddings": 2,
+                "audit": 2,
+                "train": 4,
+                "predict": 4,
+                "evaluate": 4,
+            }.items():
                 named[" ".join([step, *key[:depth]])] = plan.lineage(step, *key[:depth])
         return named | {step: plan.lineage(step) for step in LAST}
 
@@ -204,7 +219,7 @@ def test_an_edit_of_the_bootstrap_repeats_the_table_alone(workplace: Workplace) 
 
 def test_an_edit_of_the_pairing_repeats_all_that_comes_after(workplace: Workplace) -> None:
     changed = workplace.changed_by(lambda: workplace.edit("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 9"))
-    assert steps(changed) == {"pairs", "embeddings", "audit"} | MODEL_STEPS | LAST
+    assert steps(changed) == {"pair", "embeddings", "audit"} | MODEL_STEPS | LAST
 
 
 def test_an_edit_of_one_familys_module_repeats_that_modules_models(workplace: Workplace) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import SPECS, Prepared
+from scipy import sparse
+
 from perturbflow import embeddings, pairs
 from perturbflow.embeddings import Embeddings, coexpression, from_table
 from perturbflow.errors import InputError
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
 from perturbflow.symbols import CONTROL, members_of
-from scipy import sparse
 
 KINDS = list(SPECS)
 
@@ -115,7 +116,7 @@ def test_held_out_cells_decide_on_nothing(kind: str, prepared: dict[str, Prepare
     X[held_out] = np.random.default_rng(0).poisson(50, (held_out.sum(), screen.n_vars))
     screen.X = sparse.csr_matrix(X.astype(np.float32))
     screen.write_h5ad(tmp_path / "harmonized.h5ad")
-    pairs.pairs(tmp_path / "harmonized.h5ad", here.split, tmp_path / "pairs.h5ad", 40)
+    pairs.pair(tmp_path / "harmonized.h5ad", here.split, tmp_path / "pairs.h5ad", 40)
     embeddings.embeddings(tmp_path / "pairs.h5ad", tmp_path / "embeddings.parquet", ["coexpression"])
 
     before, after = ad.read_h5ad(here.pairs), ad.read_h5ad(tmp_path / "pairs.h5ad")
@@ -135,14 +136,14 @@ def test_training_cells_do_decide(prepared: dict[str, Prepared], tmp_path: Path)
     X[screen.obs_names.isin(roles["cells"]["train"])] *= 2
     screen.X = sparse.csr_matrix(X)
     screen.write_h5ad(tmp_path / "harmonized.h5ad")
-    pairs.pairs(tmp_path / "harmonized.h5ad", here.split, tmp_path / "pairs.h5ad", 40)
+    pairs.pair(tmp_path / "harmonized.h5ad", here.split, tmp_path / "pairs.h5ad", 40)
     before, after = (ad.read_h5ad(path).uns["perturbflow"]["target_sum"] for path in (here.pairs, tmp_path / "pairs.h5ad"))
     assert after == pytest.approx(2 * before)
 
 
 def test_more_hvgs_than_genes_keep_all(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_combination"]
-    pairs.pairs(here.harmonized, here.split, tmp_path / "pairs.h5ad", 2000)
+    pairs.pair(here.harmonized, here.split, tmp_path / "pairs.h5ad", 2000)
     adata = ad.read_h5ad(tmp_path / "pairs.h5ad")
     assert adata.n_vars == 80
     assert adata.var["highly_variable"].all()
@@ -150,7 +151,7 @@ def test_more_hvgs_than_genes_keep_all(prepared: dict[str, Prepared], tmp_path: 
 
 def test_the_same_inputs_give_the_same_pairs(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_combination"]
-    pairs.pairs(here.harmonized, here.split, tmp_path / "again.h5ad", 40)
+    pairs.pair(here.harmonized, here.split, tmp_path / "again.h5ad", 40)
     first, second = ad.read_h5ad(here.pairs), ad.read_h5ad(tmp_path / "again.h5ad")
     assert (first.X != second.X).nnz == 0
     assert np.array_equal(first.obsm["control_index"], second.obsm["control_index"])
@@ -187,7 +188,7 @@ def test_a_selection_points_at_the_same_controls(cells: Pairs) -> None:
         perturbed = ~some.is_control
         assert (some.control_index[~perturbed] == -1).all()
         assert (some.rows[some.control_index[perturbed]] == cells.control_index[some.rows[perturbed]]).all()
-        assert (some.X != cells.X[some.rows]).nnz == 0
+        assert (cells.X[some.rows] != some.X).nnz == 0
         assert list(some.obs.index) == list(cells.obs.index[some.rows])
 
 
@@ -288,5 +289,5 @@ def test_a_cell_that_the_split_does_not_place_is_left_out(prepared_copy: Callabl
     roles = json.loads(here.split.read_text())
     gone = roles["cells"]["train"].pop(0)
     here.split.write_text(json.dumps(roles))
-    pairs.pairs(here.harmonized, here.split, tmp_path / "pairs.h5ad", 40)
+    pairs.pair(here.harmonized, here.split, tmp_path / "pairs.h5ad", 40)
     assert gone not in ad.read_h5ad(tmp_path / "pairs.h5ad").obs_names

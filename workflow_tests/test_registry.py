@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import CONFIG_FILES, REPOSITORY, merged
+
 from perturbflow.errors import InputError
 from perturbflow.registry import FAMILIES, Plan, complete
 
@@ -279,7 +280,7 @@ def test_a_mistake_in_the_repositorys_files_names_that_file(tmp_path: Path) -> N
     broken = tmp_path / "models.yaml"
     broken.write_text("models: {additive: {family: additiv}}\n")
     config = merged({"models": {"additive": {"family": "additiv"}}})
-    with pytest.raises(InputError, match="models.yaml: models.additive.family: 'additiv' is not possible"):
+    with pytest.raises(InputError, match=r"models\.yaml: models\.additive\.family: 'additiv' is not possible"):
         complete(config, [CONFIG / "config.yaml", broken])
 
 

@@ -109,7 +109,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
         here.mkdir()
         files = {name: here / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")}
         splits.split(mine / "harmonized.h5ad", mine / "harmonization.json", files["split.json"], split, spec)
-        pairs.pairs(mine / "harmonized.h5ad", files["split.json"], files["pairs.h5ad"], 40)
+        pairs.pair(mine / "harmonized.h5ad", files["split.json"], files["pairs.h5ad"], 40)
         embeddings.embeddings(files["pairs.h5ad"], files["embeddings.parquet"], ["coexpression"])
         audit.audit(mine / "harmonized.h5ad", *files.values())
         run_models(here, split)

@@ -31,4 +31,6 @@ def load_artefact(path: Path) -> dict[str, object]:
 
         return torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
-        raise InputError(f"{path} is damaged and cannot be loaded ({error}). Delete it and run again: training will be repeated.") from error
+        raise InputError(
+            f"{path} is damaged and cannot be loaded ({error}). Delete it and run again: training will be repeated."
+        ) from error

@@ -36,7 +36,9 @@ def roles_are_disjoint(split: dict, adata: ad.AnnData) -> Findings:
 
 def labels_are_canonical(split: dict, adata: ad.AnnData) -> Findings:
     """Members of every label are sorted, so that A+B and B+A cannot part ways."""
-    wrong = [label for label in adata.obs["perturbation"].unique() if label != CONTROL and members_of(label) != sorted(set(members_of(label)))]
+    wrong = [
+        label for label in adata.obs["perturbation"].unique() if label != CONTROL and members_of(label) != sorted(set(members_of(label)))
+    ]
     return [f"labels with unsorted or repeated members: {', '.join(wrong[:5])}"] if wrong else []
 
 
@@ -160,7 +162,7 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
     write_json(
         audit,
         {
-            "checks": {name: "passed" for name in results},
+            "checks": dict.fromkeys(results, "passed"),
             "sha256": {path.name: file_digest(path) for path in (split, pairs, embeddings)},
             "split_sha256": roles["sha256"],
         },

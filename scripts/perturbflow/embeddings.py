@@ -66,19 +66,25 @@ def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, sep="\t")
     except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise InputError(f"{path} cannot be read as {'parquet' if path.suffix == '.parquet' else 'a tab-separated table'}: {error}.") from error
+        raise InputError(
+            f"{path} cannot be read as {'parquet' if path.suffix == '.parquet' else 'a tab-separated table'}: {error}."
+        ) from error
     if isinstance(table.index, pd.RangeIndex):
         table = table.set_index(table.columns[0])
     words = [column for column in table if not pd.api.types.is_numeric_dtype(table[column])]
     if words or table.shape[1] == 0:
-        raise InputError(f"{path}: the first column holds gene symbols, all others numbers; these hold none: {', '.join(map(str, words[:5])) or '(no columns)'}.")
+        raise InputError(
+            f"{path}: the first column holds gene symbols, all others numbers; these hold none: {', '.join(map(str, words[:5])) or '(no columns)'}."
+        )
     table.index = [approved_symbol(str(gene)) for gene in table.index]
     table = table[~table.index.duplicated()]
     table.columns = [f"{path.stem}_{column}" for column in table.columns]
     found = table.reindex(genes)
     n_found = int(found.notna().any(axis=1).sum())
     if n_found == 0:
-        raise InputError(f"{path} has no row for any of the {len(genes)} perturbed genes (for example {', '.join(genes[:5])}); is its first column the gene symbol?")
+        raise InputError(
+            f"{path} has no row for any of the {len(genes)} perturbed genes (for example {', '.join(genes[:5])}); is its first column the gene symbol?"
+        )
     return found
 
 
@@ -101,7 +107,9 @@ def embeddings(pairs: Path, embeddings: Path, sources: list) -> None:
     table.index.name = "gene"
     missing = table.index[table.isna().all(axis=1)].tolist()
     if missing:
-        logger.warning("%d of %d perturbed genes have no row: %s; models give them the mean vector", len(missing), len(genes), ", ".join(missing))
+        logger.warning(
+            "%d of %d perturbed genes have no row: %s; models give them the mean vector", len(missing), len(genes), ", ".join(missing)
+        )
     logger.info("%d perturbed genes × %d dimensions", *table.shape)
     with atomic(embeddings) as partial:
         table.to_parquet(partial)

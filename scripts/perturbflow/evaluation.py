@@ -222,7 +222,9 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
         columns["control_bulk"].append(_bulk(counts.control_mean_for(rows)))
         columns["predicted_components"].append(components(predicted))
         columns["measured_components"].append(components(measured))
-    stacked = {name: np.stack(columns[name]) for name in ("predicted", "measured", "control", "predicted_bulk", "measured_bulk", "control_bulk")}
+    stacked = {
+        name: np.stack(columns[name]) for name in ("predicted", "measured", "control", "predicted_bulk", "measured_bulk", "control_bulk")
+    }
     return Scored(
         labels=labels,
         **stacked,

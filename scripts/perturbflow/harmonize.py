@@ -284,7 +284,9 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     limit = qc["min_cells_per_perturbation"] or 0
     too_few = {label: int(n) for label, n in n_cells.items() if n < limit and label != CONTROL}
     if n_cells[CONTROL] < max(limit, 3):
-        raise InputError(f"{path}: only {n_cells[CONTROL]} control cells are left; at least {max(limit, 3)} are needed to measure an effect.")
+        raise InputError(
+            f"{path}: only {n_cells[CONTROL]} control cells are left; at least {max(limit, 3)} are needed to measure an effect."
+        )
     if too_few:
         logger.warning("%d perturbations have fewer than %d cells and are left out: %s", len(too_few), limit, too_few)
         keep = ~clean.obs["perturbation"].isin(list(too_few)).to_numpy()

@@ -1,8 +1,8 @@
 """What a result was made of, as a digest: the code that made it, its configuration and what it was made from.
 
 Snakemake sees neither an edit in an imported module nor the difference between a touched and a changed file.
-Every rule therefore carries a `lineage` as a parameter, and its inputs are `ancient`: a result is stale when the
-digest differs, and only then. Comments, docstrings and layout are not part of it.
+Every rule therefore carries a `lineage` as a parameter, and time stamps play no part (rules/common.smk): a result is stale
+when the digest differs, and only then. Comments, docstrings and layout are not part of it.
 """
 
 import ast

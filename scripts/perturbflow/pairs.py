@@ -163,7 +163,7 @@ def _halves(obs: pd.DataFrame, seed: int) -> np.ndarray:
     return half
 
 
-def pairs(harmonized: Path, split: Path, pairs: Path, n_hvg: int) -> None:
+def pair(harmonized: Path, split: Path, pairs: Path, n_hvg: int) -> None:
     """Write the control/perturbed pairs of one split.
 
     Parameters

@@ -232,7 +232,9 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
     for source in config["embeddings"]["sources"]:
         if isinstance(source, dict) and not Path(source["file"]).is_file():
             file = _holding_file(files, ["embeddings", "sources"])
-            raise InputError(f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()}).")
+            raise InputError(
+                f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()})."
+            )
         if source in ("go", "ppi"):
             raise InputError(
                 f"{_holding_file(files, ['embeddings', 'sources'])}embeddings.sources: '{source}' cannot be fetched by this version; bring the table as {{file: table.tsv}}."
@@ -341,13 +343,13 @@ class Plan:
             block = config["splits"][split]
             own = [block, file_fingerprint(block["path"]) if "path" in block else None]
             sources = [self.lineage("harmonize", dataset)]
-        elif step == "pairs":
+        elif step == "pair":
             own = config["genes"]
             sources = [self.lineage("split", dataset, split)]
         elif step == "embeddings":
             tables = [file_fingerprint(table["file"]) for table in config["embeddings"]["sources"] if isinstance(table, dict)]
             own = [config["embeddings"], tables]
-            sources = [self.lineage("pairs", dataset, split)]
+            sources = [self.lineage("pair", dataset, split)]
         elif step == "audit":
             sources = [self.lineage("embeddings", dataset, split)]
         elif step == "train":

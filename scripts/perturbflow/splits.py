@@ -64,7 +64,9 @@ def unseen_combination(labels: list[str], test_fraction: float, validation_fract
     }
 
 
-def from_file(path: Path, labels: list[str], dropped: dict[str, int], validation_fraction: float, seed: int, organism: str) -> Perturbations:
+def from_file(
+    path: Path, labels: list[str], dropped: dict[str, int], validation_fraction: float, seed: int, organism: str
+) -> Perturbations:
     """Read roles from a JSON of three lists of labels; without validation, a share of train serves, by seed."""
     content = read_json(path)
     if unknown := set(content) - set(ROLES):

@@ -97,7 +97,9 @@ def main() -> None:
                     predict(fold / "pairs.h5ad", model, fold / "predictions.h5ad", family.implementation, params, seed, 1000)
                     seconds = time.perf_counter() - started
                     scored = score_inputs(ad.read_h5ad(fold / "predictions.h5ad"), cells)
-                    variance = np.concatenate(scored.predicted_components).var(0).sum() / np.concatenate(scored.measured_components).var(0).sum()
+                    variance = (
+                        np.concatenate(scored.predicted_components).var(0).sum() / np.concatenate(scored.measured_components).var(0).sum()
+                    )
                     for metric in METRICS.values():
                         for label, value in zip(scored.labels, metric.function(scored), strict=True):
                             rows.append((i, f"{name} {json.dumps(differing)}" if differing else name, seed, label, metric.name, value))

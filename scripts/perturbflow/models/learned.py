@@ -210,8 +210,12 @@ class Batches(pl.LightningDataModule):
         self.training, self.validation, self.size, self.seed = training, validation, size, seed
 
     def train_dataloader(self) -> DataLoader:
-        """Return the batches of the current epoch."""
-        return DataLoader(_Stream(self.training, self.size, self.seed, self.trainer.current_epoch, STEPS_PER_EPOCH), batch_size=None)
+        """Return the batches of the current epoch.
+
+        Counted in steps: when a training is resumed, Lightning asks for batches before it has counted its epoch on.
+        """
+        epoch = self.trainer.global_step // STEPS_PER_EPOCH
+        return DataLoader(_Stream(self.training, self.size, self.seed, epoch, STEPS_PER_EPOCH), batch_size=None)
 
     def val_dataloader(self) -> DataLoader | list:
         """Return four fixed batches of validation perturbations."""
@@ -236,9 +240,7 @@ class Learner(pl.LightningModule):
         With a method `losses(batch) -> dict of tensors`; the entry "loss" is minimized, the others are reported.
     """
 
-    def __init__(
-        self, network: nn.Module, seed: int, n_steps: int, learning_rate: float, weight_decay: float, ema_decay: float
-    ) -> None:
+    def __init__(self, network: nn.Module, seed: int, n_steps: int, learning_rate: float, weight_decay: float, ema_decay: float) -> None:
         super().__init__()
         self.network = network
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=False)
@@ -331,7 +333,10 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     torch.set_num_threads(max(1, run.threads))
     folder = run.checkpoints / run.identity
     history = _History(name, learner.n_steps)
-    callbacks: list[Callback] = [history, ModelCheckpoint(dirpath=folder, filename="last", every_n_epochs=1, save_top_k=1, enable_version_counter=False)]
+    callbacks: list[Callback] = [
+        history,
+        ModelCheckpoint(dirpath=folder, filename="last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False),
+    ]
     if sys.stderr.isatty():
         callbacks.append(TQDMProgressBar(refresh_rate=20))
     for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
@@ -347,7 +352,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
-        check_val_every_n_epoch=5,
+        check_val_every_n_epoch=1,
         default_root_dir=str(run.checkpoints),
     )
     last = folder / "last.ckpt"
@@ -437,7 +442,11 @@ class LearnedModel(Model):
             "state": self.net.state_dict(),
             "latent": {name: torch.as_tensor(value) for name, value in self.latent.state().items()},
             "own_gene": torch.as_tensor(self.own_gene.coefficients),
-            "neighbours": {**asdict(self.neighbours), "vectors": torch.as_tensor(self.neighbours.vectors), "sizes": torch.as_tensor(self.neighbours.sizes)},
+            "neighbours": {
+                **asdict(self.neighbours),
+                "vectors": torch.as_tensor(self.neighbours.vectors),
+                "sizes": torch.as_tensor(self.neighbours.sizes),
+            },
             "condition_genes": self.conditions.genes,
             "genes": self.genes,
             "seen": self.seen,

@@ -1,14 +1,14 @@
-rule pairs:
+rule pair:
     """Select genes on training cells, normalize, and match controls within roles."""
     input:
-        harmonized=ancient("results/{dataset}/harmonized.h5ad"),
-        split=ancient("results/{dataset}/{split}/split.json"),
+        harmonized="results/{dataset}/harmonized.h5ad",
+        split="results/{dataset}/{split}/split.json",
     output:
         pairs="results/{dataset}/{split}/pairs.h5ad",
     log:
-        "logs/pairs/{dataset}.{split}.log",
+        "logs/pair/{dataset}.{split}.log",
     benchmark:
-        "benchmarks/pairs/{dataset}.{split}.tsv"
+        "benchmarks/pair/{dataset}.{split}.tsv"
     conda:
         "../envs/data.yaml"
     threads: 1
@@ -17,6 +17,6 @@ rule pairs:
         runtime="2h",
     params:
         n_hvg=lookup("genes/n_hvg", within=plan.config),
-        lineage=lineage("pairs"),
+        lineage=lineage("pair"),
     script:
-        "../scripts/pairs.py"
+        "../scripts/pair.py"

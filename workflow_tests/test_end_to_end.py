@@ -1,0 +1,145 @@
+"""The whole workflow on real screens, with models trained for less long than by default."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from perturbflow.evaluation import METRICS
+
+pytestmark = pytest.mark.slow
+
+LEARNED = {"scppdm": "diffusion", "jepa": "jepa", "counterfactual": "counterfactual"}
+QUICK = {
+    "scppdm": {"n_steps": 100, "width": 16, "n_sampling_steps": 4},
+    "jepa": {"n_steps": 100},
+    "counterfactual": {"n_steps": 100},
+}
+RENGE = Path("results/renge2023/unseen_perturbation")
+
+
+@pytest.fixture(scope="module")
+def default_job(tmp_path_factory: pytest.TempPathFactory, snakemake: Callable) -> tuple[Path, object]:
+    """Run the shipped default, all models and a what-if question, with quick trainings."""
+    wanted = "renge==0.0.5"
+    index = subprocess.run([sys.executable, "-m", "pip", "index", "versions", "renge"], capture_output=True, text=True, check=False)
+    if index.returncode:
+        pytest.skip(f"the package index cannot be reached, so {wanted} cannot be downloaded")
+    folder = tmp_path_factory.mktemp("default")
+    config = {
+        "models": {name: {"params": params} for name, params in QUICK.items()},
+        "select": {"counterfactuals": ["pou5f1_in_controls"]},
+        "counterfactuals": {"pou5f1_in_controls": {"samples_per_cell": 5, "perturbations": ["POU5F1", "NANOG+SOX2"]}},
+    }
+    return folder, snakemake(folder, config=config)
+
+
+def test_default_job_ends_well_and_leaves_every_file(default_job: tuple) -> None:
+    folder, outcome = default_job
+    assert outcome.returncode == 0, outcome.text
+    table = pd.read_csv(folder / "results/benchmark.tsv", sep="\t")
+    models = {"no_change", "perturbed_mean", "additive", "linear", "technical_duplicate", *LEARNED}
+    assert set(table["model"]) == models
+    assert set(table["metric"]) == set(METRICS)
+    assert len(table) == len(models) * len(METRICS)
+    assert (table["ci_low"] <= table["value"]).all()
+    assert (table["value"] <= table["ci_high"]).all()
+    page = (folder / "results/report.html").read_text()
+    assert all(model in page for model in models)
+    for model, family in LEARNED.items():
+        run = json.loads((folder / RENGE / model / "seed_0/run.json").read_text())
+        assert family in run["implementation"]
+        assert run["params"]["n_steps"] == 100
+        assert run["history"]
+        assert run["provenance"]["lineage"]
+
+
+def test_ceiling_is_above_every_model(default_job: tuple) -> None:
+    folder, _ = default_job
+    table = pd.read_csv(folder / "results/benchmark.tsv", sep="\t").set_index(["metric", "model"])["value"]
+    for name, metric in METRICS.items():
+        ceiling, others = table[name]["technical_duplicate"], table[name].drop("technical_duplicate")
+        assert (others < ceiling).all() if metric.direction == "higher" else (others > ceiling).all()
+
+
+def test_predictions_start_from_test_controls_and_open_as_they_are(default_job: tuple) -> None:
+    folder, _ = default_job
+    pairs = ad.read_h5ad(folder / RENGE / "pairs.h5ad")
+    for model in LEARNED:
+        predicted = ad.read_h5ad(folder / RENGE / model / "seed_0/predictions.h5ad")
+        assert list(predicted.var_names) == list(pairs.var_names)
+        assert predicted.X.dtype == np.float32
+        assert predicted.X.min() >= 0
+        start = pairs.obs.iloc[predicted.obs["control_index"].to_numpy()]
+        assert start["is_control"].all()
+        assert (start["role"] == "test").all()
+        assert (start["batch"].astype(str).to_numpy() == predicted.obs["batch"].astype(str).to_numpy()).all()
+        measured = pairs.obs.loc[pairs.obs["role"] == "test", "perturbation"].value_counts()
+        for label, n in predicted.obs["perturbation"].value_counts().items():
+            assert n == min(measured[label], 1000)
+
+
+def test_what_if_questions_are_answered(default_job: tuple) -> None:
+    folder, _ = default_job
+    answers = folder / RENGE / "counterfactual/seed_0/counterfactuals"
+    table = pd.read_csv(answers / "pou5f1_in_controls.tsv", sep="\t")
+    assert set(table["perturbation"]) == {"POU5F1", "NANOG+SOX2"}
+    assert table["probability_of_sign"].between(0, 1).all()
+    assert (table["low"] <= table["high"]).all()
+    cells = ad.read_h5ad(answers / "pou5f1_in_controls.h5ad")
+    assert {"before", "q05", "q50", "q95"} <= set(cells.layers)
+    assert (cells.layers["q05"] <= cells.layers["q95"]).all()
+    own = table[(table["perturbation"] == "POU5F1") & (table["gene"] == "POU5F1")].iloc[0]
+    np.testing.assert_allclose(own["effect"], (cells.X - cells.layers["before"])[cells.obs["perturbation"] == "POU5F1"].mean(axis=0)[
+        cells.var_names.get_loc("POU5F1")], atol=1e-4)  # fmt: skip
+
+
+def test_second_run_plans_nothing(default_job: tuple, snakemake: Callable) -> None:
+    folder, _ = default_job
+    again = snakemake(folder, "--dry-run", "--configfile", "mine.yaml")
+    assert "Nothing to be done" in again.text
+
+
+def test_snakemake_report_is_written(default_job: tuple, snakemake: Callable) -> None:
+    folder, _ = default_job
+    done = snakemake(folder, "--configfile", "mine.yaml", "--report", "snakemake_report.html")
+    assert done.returncode == 0, done.text
+    assert (folder / "snakemake_report.html").stat().st_size > 10_000
+
+
+def test_a_user_screen_on_all_kinds_of_split(tmp_path: Path, snakemake: Callable, shared_data: Callable) -> None:
+    path = shared_data("norman_k562_mini/perturbench_devel_counts.h5ad")
+    (tmp_path / "my_split.json").write_text(json.dumps({"train": ["KLF1", "FOXO4", "HK2", "MAPK1", "IER5L", "KMT2A"], "validation": [],
+                                                        "test": ["SET+KLF1", "NIT1"]}))  # fmt: skip
+    config = {
+        "select": {
+            "datasets": ["norman_mini"],
+            "splits": ["unseen_combination", "unseen_perturbation", "frozen"],
+            "models": ["no_change", "additive", "technical_duplicate", "counterfactual"],
+        },
+        "datasets": {
+            "norman_mini": {
+                "source": {"path": str(path)},
+                "subset": {"dataset": ["norman19"]},
+                "perturbation": {"column": "perturbation", "control": ["control"], "separator": "+"},
+                "covariates": {"cell_type": "cell_type"},
+                "combinations": True,
+                "qc": {"min_counts": None, "min_genes": None, "max_pct_mt": None},
+            }
+        },
+        "splits": {"frozen": {"kind": "file", "path": "my_split.json"}},
+        "models": {"counterfactual": {"params": QUICK["counterfactual"]}},
+    }
+    outcome = snakemake(tmp_path, config=config)
+    assert outcome.returncode == 0, outcome.text
+    table = pd.read_csv(tmp_path / "results/benchmark.tsv", sep="\t")
+    assert set(table["split"]) == {"unseen_combination", "unseen_perturbation", "frozen"}
+    frozen = json.loads((tmp_path / "results/norman_mini/frozen/split.json").read_text())
+    assert frozen["perturbations"]["test"] == ["KLF1+SET", "NIT1"]
+    assert frozen["perturbations"]["validation"]

@@ -1,0 +1,484 @@
+"""The learned families: their parts against closed forms, their promises on a screen with known effects, and resuming."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from perturbflow.artefacts import load_artefact, save_artefact
+from perturbflow.embeddings import Embeddings
+from perturbflow.errors import InputError
+from perturbflow.models import counterfactual, diffusion, jepa, learned
+from perturbflow.models.base import Model, Run, build
+from perturbflow.models.effects import Effects
+from perturbflow.models.latent import LatentSpace
+from perturbflow.models.learned import Batch, Conditions, PairedCells
+from perturbflow.models.neighbours import Neighbours
+from perturbflow.models.own_gene import OwnGene
+from perturbflow.pairs import Pairs
+from perturbflow.registry import FAMILIES, complete
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LEARNED = ["scppdm", "jepa", "counterfactual"]
+QUICK = {"n_steps": 600, "batch_size": 64, "n_latent": 24}
+COMBINATION = "unseen_combination"
+
+
+def registered(name: str, **changes: object) -> tuple[str, dict]:
+    """Return implementation and params of a model of the registry, with some params changed."""
+    config: dict = {"select": {"datasets": ["renge2023"], "splits": [COMBINATION], "models": [name], "seeds": [0]}}
+    for file in ("config", "datasets", "splits", "models", "counterfactuals"):
+        config = {**yaml.safe_load((REPOSITORY / f"config/{file}.yaml").read_text()), **config}
+    block = complete(config)["models"][name]
+    return FAMILIES[block["family"]].implementation, {**block["params"], **changes}
+
+
+def trained(name: str, pairs: Pairs, embeddings: Embeddings, folder: Path, seed: int = 0, **changes: object) -> tuple[Model, dict, Run]:
+    """Return a trained model, its artefact and its run."""
+    implementation, params = registered(name, **changes)
+    model = build(implementation, params)
+    run = Run(seed=seed, threads=1, checkpoints=folder / "checkpoints", identity="test")
+    artefact = model.fit(pairs.roles("train", "validation"), embeddings, run)
+    return model, artefact, run
+
+
+@pytest.fixture(scope="module")
+def screen(prepared: dict) -> tuple[Pairs, Embeddings]:
+    files = prepared[COMBINATION]
+    return Pairs.read(files.pairs), Embeddings.read(files.embeddings)
+
+
+@pytest.fixture(scope="module")
+def models(screen: tuple[Pairs, Embeddings], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Model, dict, Run]]:
+    return {name: trained(name, *screen, tmp_path_factory.mktemp(name), **QUICK) for name in LEARNED}
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_latent_space_keeps_training_effects_and_inverts(screen: tuple[Pairs, Embeddings]) -> None:
+    pairs, _ = screen
+    effects = Effects.of_training(pairs)
+    latent = LatentSpace.fit(pairs, effects, 60)
+    kept = (latent.encode_effect(effects.values) * latent.scale) @ latent.basis.T
+    assert np.linalg.norm(kept - effects.values) < 0.15 * np.linalg.norm(effects.values)
+    z = latent.encode(pairs.X)
+    np.testing.assert_allclose(latent.encode(latent.decode(z)), z, atol=1e-3)
+    training = z[(pairs.obs["role"] == "train").to_numpy()]
+    np.testing.assert_allclose(training.std(axis=0), 1.0, atol=0.02)
+
+
+def test_latent_space_ignores_held_out_cells(screen: tuple[Pairs, Embeddings]) -> None:
+    pairs, _ = screen
+    seen = pairs.roles("train", "validation")
+    a = LatentSpace.fit(pairs, Effects.of_training(pairs), 10)
+    b = LatentSpace.fit(seen.roles("train"), Effects.of_training(seen), 10)
+    np.testing.assert_allclose(a.basis, b.basis, atol=1e-6)
+
+
+def test_own_gene_recovers_a_planted_knock_down(screen: tuple[Pairs, Embeddings]) -> None:
+    pairs, _ = screen
+    effects = Effects.of_training(pairs)
+    own = OwnGene.fit(pairs, effects)
+    row = {gene: i for i, gene in enumerate(pairs.genes)}
+    training = pairs.roles("train")
+    control = training.mean_of(np.flatnonzero(training.is_control))
+    for gene, effect in effects.single.items():
+        assert own.shift(control[row[gene]]) == pytest.approx(effect[row[gene]], abs=0.45)
+        assert own.shift(control[row[gene]]) < -0.5
+    assert own.shift(0.01) >= -0.01
+    few = Effects(effects.labels[:2], effects.values[:2], effects.n_cells[:2])
+    assert OwnGene.fit(pairs, few).shift(3.0) == 0.0
+
+
+@pytest.mark.parametrize(("shared_part", "low", "high"), [(1.0, 0.8, 1.0), (0.0, 0.0, 0.3)])
+def test_neighbours_believe_others_as_far_as_they_predict(shared_part: float, low: float, high: float) -> None:
+    rng = np.random.default_rng(0)
+    genes = [f"G{i:02d}" for i in range(20)]
+    values = shared_part * rng.normal(size=200) + (1 - shared_part) * rng.normal(size=(20, 200)) + 0.01 * rng.normal(size=(20, 200))
+    effects = Effects(genes, values, np.full(20, 50))
+    neighbours = Neighbours.fit(effects, {gene: rng.normal(size=4) for gene in genes})
+    assert low <= neighbours.strength <= high
+    weights = neighbours.weights(rng.normal(size=(5, 4)))
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+
+
+def test_neighbours_borrow_from_the_near_ones() -> None:
+    rng = np.random.default_rng(1)
+    genes = [f"G{i:02d}" for i in range(20)]
+    centre = np.repeat([[0.0], [10.0]], 10, axis=0)
+    patterns = rng.normal(size=(2, 100))
+    effects = Effects(genes, np.repeat(patterns, 10, axis=0) + 0.1 * rng.normal(size=(20, 100)), np.full(20, 50))
+    vectors = centre + 0.1 * rng.normal(size=(20, 1))
+    neighbours = Neighbours.fit(effects, dict(zip(genes, vectors, strict=True)))
+    weights = neighbours.weights(np.array([[0.05], [9.9]]))
+    assert weights[0, :10].sum() > 0.95
+    assert weights[1, 10:].sum() > 0.95
+
+
+def make_pairs_of_cells(screen: tuple[Pairs, Embeddings], role: str = "train", **changes: object) -> tuple[PairedCells, Pairs, Conditions]:
+    pairs, embeddings = screen
+    effects = Effects.of_training(pairs)
+    latent = LatentSpace.fit(pairs, effects, 16)
+    table = embeddings.standardized(effects.genes)
+    conditions = Conditions(list(table.index), table.to_numpy())
+    shares = {"control_share": 0.0, "synthetic_share": 0.0, "shifted_share": 0.0, "cells_per_draw": 1, **changes}
+    cells = pairs.roles(role)
+    return PairedCells(cells, latent, conditions, effects, **shares), cells, conditions
+
+
+def test_batches_pair_cells_of_one_stratum_and_depend_on_the_seed_alone(screen: tuple[Pairs, Embeddings]) -> None:
+    cells, pairs, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
+    first, again, other = cells.batch(64, (0, 1)), cells.batch(64, (0, 1)), cells.batch(64, (0, 2))
+    for name in ("start", "target", "genes", "group"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert not torch.equal(first.target, other.target)
+    z = cells.z
+    batch_of = pairs.obs["batch"].astype(str).to_numpy()
+    for i in range(64):
+        start = int(torch.nonzero((z == first.start[i]).all(dim=1))[0])
+        target = int(torch.nonzero((z == first.target[i]).all(dim=1))[0])
+        assert pairs.is_control[start]
+        assert batch_of[start] == batch_of[target]
+        members = [conditions.genes[g] for g in first.genes[i] if g >= 0]
+        assert "+".join(members) == pairs.labels[target]
+    for group in first.group.unique():
+        assert len(first.genes[first.group == group].unique(dim=0)) == 1
+
+
+def test_composed_combinations_add_the_effect_of_the_second_gene(screen: tuple[Pairs, Embeddings]) -> None:
+    plain, _, _ = make_pairs_of_cells(screen)
+    composed, _, _ = make_pairs_of_cells(screen, synthetic_share=1.0)
+    assert composed.has_combinations
+    a, b = plain.batch(200, (3,)), composed.batch(200, (3,))
+    single = (a.genes >= 0).sum(dim=1) == 1
+    changed = (b.genes != a.genes).any(dim=1)
+    assert changed.sum() > 0.5 * single.sum()
+    effect_of = dict(zip(composed.single_genes.tolist(), composed.single_effects, strict=True))
+    for i in torch.nonzero(changed).squeeze(1).tolist():
+        assert torch.allclose(b.target[i] - a.target[i], effect_of[int(b.genes[i, 1])], atol=1e-5)
+
+
+def test_shifted_start_cells_have_the_mean_of_controls(screen: tuple[Pairs, Embeddings]) -> None:
+    cells, pairs, _ = make_pairs_of_cells(screen, shifted_share=1.0)
+    starts = torch.cat([cells.batch(500, (i,)).start for i in range(6)])
+    controls = cells.z[torch.from_numpy(pairs.is_control)]
+    assert (starts.mean(dim=0) - controls.mean(dim=0)).abs().max() < 0.35
+    held_out, _, _ = make_pairs_of_cells(screen, role="validation", shifted_share=1.0)
+    assert held_out.shifted_share == 0.0
+
+
+# --- diffusion ------------------------------------------------------------------------------------------------------
+
+
+def test_cosine_schedule_preserves_variance_and_ends_in_noise() -> None:
+    t = torch.linspace(0, 1, 11)
+    alpha, sigma = diffusion.cosine_schedule(t)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(11))
+    assert (alpha[0], sigma[0]) == (1.0, 0.0)
+    assert alpha[-1].abs() < 1e-6
+
+
+def denoiser(condition_dropout: float = 0.2) -> diffusion.Denoiser:
+    torch.manual_seed(0)
+    net = diffusion.Denoiser(6, torch.randn(5, 3), 16, 2, 1, 2, 0.0, 0.0, condition_dropout).eval()
+    torch.nn.init.normal_(net.out.weight, std=0.2)
+    torch.nn.init.normal_(net.gene_encoder.own)
+    return net
+
+
+def test_each_of_the_four_condition_states_reaches_the_network_alone() -> None:
+    net = denoiser()
+    z, t, state, genes = torch.randn(1, 6), torch.tensor([0.5]), torch.randn(1, 6), torch.tensor([[1, -1]])
+    other_state, other_genes = torch.randn(1, 6), torch.tensor([[2, 3]])
+    out = {}
+    for has_state in (False, True):
+        for has_perturbation in (False, True):
+            masks = torch.tensor([has_state]), torch.tensor([has_perturbation])
+            out[has_state, has_perturbation] = net(z, t, state, genes, *masks)
+            moved_state = not torch.allclose(out[has_state, has_perturbation], net(z, t, other_state, genes, *masks))
+            moved_genes = not torch.allclose(out[has_state, has_perturbation], net(z, t, state, other_genes, *masks))
+            assert moved_state == has_state
+            assert moved_genes == has_perturbation
+    values = list(out.values())
+    assert all(not torch.allclose(a, b) for i, a in enumerate(values) for b in values[i + 1 :])
+    control = net(z, t, state, torch.tensor([[-1, -1]]), torch.tensor([True]), torch.tensor([True]))
+    assert not torch.allclose(control, out[True, False])  # control is a condition, not a dropped one
+
+
+def test_order_of_members_makes_no_difference() -> None:
+    net = denoiser()
+    arguments = torch.randn(1, 6), torch.tensor([0.5]), torch.randn(1, 6)
+    yes = torch.tensor([True])
+    torch.testing.assert_close(net(*arguments, torch.tensor([[1, 3]]), yes, yes), net(*arguments, torch.tensor([[3, 1]]), yes, yes))
+
+
+class GaussianDenoiser(torch.nn.Module):
+    """The exact v of a Gaussian N(mean, sd²) per dimension: E[α ε − σ z_0 | z_t]."""
+
+    def __init__(self, mean: Tensor, sd: Tensor) -> None:
+        super().__init__()
+        self.mean, self.sd = mean, sd
+
+    def forward(self, z: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        alpha, sigma = (value[:, None] for value in diffusion.cosine_schedule(t))
+        variance = alpha**2 * self.sd**2 + sigma**2
+        clean = self.mean + alpha * self.sd**2 / variance * (z - alpha * self.mean)
+        noise = sigma / variance * (z - alpha * self.mean)
+        return alpha * noise - sigma * clean
+
+
+def test_sampler_recovers_a_gaussian_and_runs_backwards() -> None:
+    implementation, params = registered("scppdm", n_sampling_steps=60)
+    model = build(implementation, params)
+    model.net = GaussianDenoiser(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.5]))
+    torch.manual_seed(0)
+    noise, genes = torch.randn(4000, 2), torch.zeros(4000, 1, dtype=torch.long)
+    cells = model.flow(noise, noise, genes, to_noise=False)
+    torch.testing.assert_close(cells.mean(dim=0), torch.tensor([1.0, -2.0]), atol=0.08, rtol=0)
+    torch.testing.assert_close(cells.std(dim=0), torch.tensor([0.5, 1.5]), atol=0.08, rtol=0)
+    back = model.flow(cells, cells, genes, to_noise=True)
+    assert (back - noise).abs().mean() < 0.1
+
+
+def test_guidance_strengths_combine_the_four_predictions() -> None:
+    implementation, params = registered("scppdm", guidance_state=1.5, guidance_perturbation=3.0)
+    model = build(implementation, params)
+    model.net = denoiser()
+    z, t, state, genes = torch.randn(4, 6), torch.full((4,), 0.3), torch.randn(4, 6), torch.tensor([[1, -1]] * 4)
+    yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    none, state_only, both = (model.net(z, t, state, genes, *masks) for masks in ((no, no), (yes, no), (yes, yes)))
+    torch.testing.assert_close(model.guided(z, t, state, genes), none + 1.5 * (state_only - none) + 3.0 * (both - state_only))
+    model.guidance_state = model.guidance_perturbation = 1.0
+    torch.testing.assert_close(model.guided(z, t, state, genes), both)
+
+
+# --- JEPA -----------------------------------------------------------------------------------------------------------
+
+
+def test_vicreg_terms_against_hand_computed_values() -> None:
+    h = torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, 4.0]])
+    # Columns have variances 1 and 4, covariance 2: only the first has a hinge, 1 − √(1 + 1e-4) < 0, so both are zero.
+    assert jepa.variance_term(h) == pytest.approx(0.0, abs=1e-6)
+    assert jepa.covariance_term(h) == pytest.approx(2 * 2.0**2 / 2)
+    assert jepa.variance_term(torch.zeros(5, 3)) == pytest.approx(1 - 0.01, abs=1e-6)
+    assert jepa.effective_rank(torch.randn(500, 1) @ torch.randn(1, 8)) == pytest.approx(1.0, abs=1e-3)
+
+
+def world() -> jepa.World:
+    latent = LatentSpace(np.zeros(7), np.linalg.qr(np.random.default_rng(0).normal(size=(7, 4)))[0], np.ones(4))
+    _, params = registered("jepa")
+    architecture = {key: params[key] for key in ("own_dropout", "action_dropout", "mask_rate", "weights")}
+    return jepa.World(latent, torch.randn(5, 3), width=16, n_embedding=6, dropout=0.0, target_decay=0.9, **architecture)
+
+
+def test_target_encoder_is_the_moving_average_of_the_encoder() -> None:
+    net = world()
+    before = [parameter.clone() for parameter in net.target_encoder.parameters()]
+    for parameter in net.encoder.parameters():
+        parameter.data += 1.0
+    net.after_step(0.5)
+    for old, new, encoder in zip(before, net.target_encoder.parameters(), net.encoder.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * encoder)
+        assert not new.requires_grad
+
+
+def test_no_gradient_reaches_the_target_encoder_and_all_terms_count() -> None:
+    net = world()
+    batch = Batch(torch.randn(32, 4), torch.randn(32, 4), torch.tensor([[1, -1]] * 16 + [[2, 3]] * 16), torch.arange(32) // 8)
+    losses = net.losses(batch)
+    losses["loss"].backward()
+    assert all(parameter.grad is None for parameter in net.target_encoder.parameters())
+    assert set(net.weights) == set(losses) - {"loss"}
+    total = sum(net.weights[name] * losses[name] for name in net.weights)
+    torch.testing.assert_close(losses["loss"], total)
+
+
+# --- counterfactual -------------------------------------------------------------------------------------------------
+
+
+def test_coupling_is_optimal_within_groups() -> None:
+    start = torch.tensor([[0.0], [10.0], [0.0], [10.0]])
+    target = torch.tensor([[9.0], [1.0], [9.0], [8.0]])
+    group = torch.tensor([0, 0, 1, 2])
+    assert counterfactual.coupled(start, target, group).squeeze(1).tolist() == [10.0, 0.0, 0.0, 10.0]
+
+
+# --- promises of every learned family -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_held_out_combinations_are_predicted_better_than_no_change(name: str, models: dict, screen: tuple[Pairs, Embeddings]) -> None:
+    model, _, _ = models[name]
+    test = screen[0].roles("test")
+    for label in test.perturbations:
+        rows = test.cells_of(label)
+        start = test.X[test.control_index[rows, 0]].toarray()
+        predicted = model.predict(start, [label], len(start), 0)[0].mean(axis=0) - start.mean(axis=0)
+        measured = test.effect_of(label)
+        assert np.corrcoef(predicted, measured)[0, 1] > 0.7
+        assert np.linalg.norm(predicted - measured) < 0.85 * np.linalg.norm(measured)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_no_perturbation_leaves_cells_as_they_are(name: str, models: dict, screen: tuple[Pairs, Embeddings]) -> None:
+    model, _, _ = models[name]
+    controls = screen[0].roles("test")
+    start = controls.X[controls.is_control].toarray()
+    np.testing.assert_allclose(model.predict(start, ["control"], len(start), 0)[0], start, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_same_seed_same_cells_and_a_restored_model_is_the_same(
+    name: str, models: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path
+) -> None:
+    model, artefact, _ = models[name]
+    start = screen[0].X[:20].toarray()
+    first = model.predict(start, ["TF1+TF5"], 20, 1)
+    np.testing.assert_array_equal(first, model.predict(start, ["TF1+TF5"], 20, 1))
+    assert not np.array_equal(first, model.predict(start, ["TF1+TF5"], 20, 2))
+    save_artefact(tmp_path / "model.ckpt", artefact)
+    restored = build(*registered(name, **QUICK))
+    restored.restore(load_artefact(tmp_path / "model.ckpt"))
+    np.testing.assert_allclose(restored.predict(start, ["TF1+TF5"], 20, 1), first, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_counterfactual_gives_a_distribution_per_cell_around_its_own_state(
+    name: str, models: dict, screen: tuple[Pairs, Embeddings]
+) -> None:
+    model, _, _ = models[name]
+    start = screen[0].X[:3].toarray()
+    outcomes = model.counterfactual(start, ["TF1", "TF2"], 16, 0)
+    assert outcomes.shape == (2, 3, 16, start.shape[1])
+    assert outcomes.std(axis=2).max() > 1e-3
+    nearest = np.linalg.norm(outcomes.mean(axis=2)[0][:, None] - start[None], axis=-1).argmin(axis=1)
+    assert nearest.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_gene_without_a_vector_is_refused_and_an_unseen_one_is_borrowed(
+    name: str, models: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path
+) -> None:
+    model, _, _ = models[name]
+    start = screen[0].X[:5].toarray()
+    assert "embeddings.sources" in model.refusal("NOWHERE1")
+    with pytest.raises(InputError, match="NOWHERE1 has no embedding"):
+        model.predict(start, ["NOWHERE1"], 5, 0)
+    assert model.refusal("TF1") is None
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_history_and_facts_are_written(name: str, models: dict) -> None:
+    _, _, run = models[name]
+    assert [row["step"] for row in run.history] == list(range(100, QUICK["n_steps"] + 1, 100))
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
+    assert any("validation_loss" in row for row in run.history)
+    assert run.facts["n_parameters"] > 0
+    assert not run.checkpoints.exists()
+
+
+def test_jepa_does_not_collapse_and_uses_the_action(models: dict) -> None:
+    _, _, run = models["jepa"]
+    last = [row for row in run.history if "validation_embedding_sd" in row][-1]
+    assert last["validation_embedding_sd"] > 0.3
+    assert last["validation_effective_rank"] > 4
+    assert last["validation_distance_right_action"] < last["validation_distance_no_action"]
+    assert last["validation_distance_right_action"] < last["validation_distance_wrong_action"]
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_epochs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(learned, "STEPS_PER_EPOCH", 5)
+    return
+
+
+@pytest.mark.usefixtures("short_epochs")
+@pytest.mark.parametrize("name", LEARNED)
+def test_resumed_training_equals_uninterrupted(
+    name: str, screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"n_steps": 30, "batch_size": 16, "n_latent": 8}
+    _, whole, run = trained(name, *screen, tmp_path / "whole", **quick)
+
+    class Cut(Exception):
+        pass
+
+    def cut(self: object, trainer: object, pl_module: object) -> None:
+        if trainer.global_step == 15:
+            raise Cut
+
+    with monkeypatch.context() as patched:
+        patched.setattr(learned._History, "on_train_epoch_start", cut, raising=False)
+        with pytest.raises(Cut):
+            trained(name, *screen, tmp_path / "cut", **quick)
+    kept = tmp_path / "cut" / "checkpoints" / "test" / "last.ckpt"
+    assert kept.exists()
+    _, resumed, resumed_run = trained(name, *screen, tmp_path / "cut", **quick)
+    for key, value in whole["state"].items():
+        torch.testing.assert_close(resumed["state"][key], value, rtol=0, atol=0, msg=key)
+    assert resumed_run.history == run.history
+
+
+@pytest.mark.slow
+def test_a_killed_training_resumes_where_it_was(prepared_copy: Callable, tmp_path: Path) -> None:
+    files = prepared_copy(COMBINATION)
+    implementation, params = registered("counterfactual", n_steps=600, batch_size=32, n_latent=8)
+    outputs = ["--model", str(tmp_path / "model.ckpt"), "--run", str(tmp_path / "run.json")]
+    (tmp_path / "audit.json").write_text('{"split_sha256": ""}')
+    command = [
+        sys.executable, str(REPOSITORY / "scripts/train.py"), "--pairs", str(files.pairs), "--embeddings", str(files.embeddings),
+        "--audit", str(tmp_path / "audit.json"), *outputs, "--implementation", implementation,
+        "--params", json.dumps(params), "--seed", "0", "--device", "cpu",
+    ]  # fmt: skip
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("last.ckpt")):
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        assert job.poll() is None, job.stderr.read().decode()
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not (tmp_path / "model.ckpt").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    history = json.loads((tmp_path / "run.json").read_text())["history"]
+    assert [row["step"] for row in history] == [100, 200, 300, 400, 500, 600]
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="device: 'cuda' is configured but not available"):
+        learned.accelerator("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_training_on_a_gpu_gives_a_model_that_predicts_on_cpu(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    implementation, params = registered("scppdm", n_steps=100, batch_size=16, n_latent=8)
+    model = build(implementation, params)
+    run = Run(seed=0, device="cuda", checkpoints=tmp_path, identity="gpu")
+    model.fit(screen[0].roles("train", "validation"), screen[1], run)
+    assert run.facts["device"].startswith("cuda")
+    assert np.isfinite(model.predict(screen[0].X[:5].toarray(), ["TF1"], 5, 0)).all()
+
+
+def test_gene_table_of_a_model_names_what_training_saw(models: dict) -> None:
+    _, artefact, _ = models["jepa"]
+    assert set(artefact["seen"]) <= set(artefact["condition_genes"])
+    assert pd.Index(artefact["genes"]).is_unique
