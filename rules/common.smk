@@ -96,6 +96,11 @@ def one_of(names):
     return "|".join(names) or "(?!)"
 
 
+def memory(mb):
+    """Return a resource function: MB of memory whatever the input, doubled with every attempt."""
+    return lambda wildcards, attempt: mb * 2 ** (attempt - 1)
+
+
 def memory_by_input(factor, least=1000):
     """Return a resource function: MB of memory by MB of input, doubled with every attempt."""
     return lambda wildcards, input, attempt: int(

@@ -41,7 +41,7 @@ rule report:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(10, least=3000),
+        mem_mb=memory(4000),
         runtime="1h",
     params:
         lineage=lineage("report"),

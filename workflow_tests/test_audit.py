@@ -136,6 +136,13 @@ def a_held_out_gene_in_a_training_combination(here: Prepared) -> None:
     change_split(here, change)
 
 
+def expression_scaled_by_something_else(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        adata.X = adata.X * 1.01
+
+    change_pairs(here, change)
+
+
 def a_target_sum_of_all_cells(here: Prepared) -> None:
     def change(adata: ad.AnnData) -> None:
         totals = np.asarray(ad.read_h5ad(here.harmonized).X.sum(axis=1)).ravel()
@@ -160,7 +167,12 @@ def variable_genes_of_held_out_cells(here: Prepared) -> None:
         var = screen.var.assign(highly_variable=held_out.var["highly_variable"], is_perturbed_gene=screen.var_names.str.startswith("TF"))
         kept = (var["highly_variable"] | var["is_perturbed_gene"]).to_numpy()
         return ad.AnnData(
-            X=sparse.csr_matrix(X[:, kept], dtype=np.float32), obs=adata.obs, var=var[kept], obsm=dict(adata.obsm), uns=dict(adata.uns)
+            X=sparse.csr_matrix(X[:, kept], dtype=np.float32),
+            obs=adata.obs,
+            var=var[kept],
+            layers={"counts": screen.X[:, kept]},
+            obsm=dict(adata.obsm),
+            uns=dict(adata.uns),
         )
 
     change_pairs(here, change)
@@ -198,6 +210,7 @@ LEAKS = [
     ("unseen_combination", a_perturbed_cell_without_control, "controls_are_of_the_role: perturbed cells without a matched control"),
     ("unseen_combination", a_matched_control_of_another_cell_type, "controls_are_of_the_role: .* controls of another cell_type"),
     ("unseen_perturbation", a_held_out_gene_in_a_training_combination, "held_out_genes_are_unseen: held-out genes that training holds"),
+    ("unseen_combination", expression_scaled_by_something_else, "expression_is_normalized: X is not the counts normalized"),
     ("unseen_combination", a_target_sum_of_all_cells, "normalization_is_of_training: target sum .* is not the training cells' median"),
     (
         "unseen_combination",

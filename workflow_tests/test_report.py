@@ -15,12 +15,17 @@ import pandas as pd
 import pytest
 from conftest import OFF, SPECS, dataset_block, make_screen
 
-from perturbflow import audit, embeddings, harmonize, pairs, report, splits
+from perturbflow import audit, embeddings, harmonize, pairs, splits
 from perturbflow.benchmark import benchmark
 from perturbflow.evaluation import METRICS, evaluate
 from perturbflow.files import read_json, write_json
 from perturbflow.prediction import predict
 from perturbflow.registry import FAMILIES, Family
+from perturbflow.report import leaderboard, report
+from perturbflow.report.cards import ModelCard
+from perturbflow.report.drawing import number
+from perturbflow.report.page import FIGURE_BYTES
+from perturbflow.report.sections import perturbation_table
 from perturbflow.training import train
 
 # Gene and label at once, as a screen might bring it: it must end up as text.
@@ -64,7 +69,7 @@ class Tree:
     def page(self, **changes: object) -> str:
         """Write the page and return it."""
         arguments = {**self.arguments(), **changes}
-        report.report(**arguments)
+        report(**arguments)
         return arguments["report"].read_text(encoding="utf-8")
 
 
@@ -128,7 +133,7 @@ def page(tree: Tree) -> str:
 @pytest.fixture
 def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the time of most figures."""
-    monkeypatch.setattr(report, "FIGURE_BYTES", {"leaderboard": 1, "effects": 1, "training": 1, "counterfactuals": 100_000})
+    monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", {"leaderboard": 1, "effects": 1, "training": 1, "counterfactuals": 100_000})
 
 
 class Elements(HTMLParser):
@@ -172,8 +177,8 @@ def test_leaderboard_has_the_values_and_intervals_of_the_benchmark(page: str, tr
     assert len(table) == len(SPECS) * 5 * len(METRICS)
     for row in table.itertuples():
         cells = leaderboard_row(page, row.split, row.model)
-        assert f'<data value="{row.value}">{report._number(row.value)}</data>' in cells
-        assert f"{report._number(row.ci_low)} to {report._number(row.ci_high)}" in cells
+        assert f'<data value="{row.value}">{number(row.value)}</data>' in cells
+        assert f"{number(row.ci_low)} to {number(row.ci_high)}" in cells
         assert f"{row.n_perturbations} held-out perturbations" in page
 
 
@@ -216,7 +221,7 @@ def test_what_was_dropped_is_shown(page: str, tree: Tree) -> None:
     assert "13 without an assigned perturbation" in page
     assert "5 in perturbations of fewer than 10 cells" in page
     assert "TF6+TF7 (5)" in page
-    assert "8 checks for leaks" in page
+    assert "9 checks for leaks" in page
     roles = read_json(tree.folder / "mine" / "unseen_combination" / "split.json")
     assert f"<td>{roles['controls']['test']}</td>" in page
 
@@ -230,7 +235,7 @@ def test_every_held_out_perturbation_is_listed_with_members_seen(page: str, tree
         start = f'<tr><th scope="row">{label}</th><td>additive</td><td>{first["members_seen"]}</td><td><data value="{first["n_cells"]}">'
         assert start in table
         by_metric = rows.set_index("metric")["value"]
-        cells = "".join(f"<td>{report._number(by_metric[metric])}</td>" for metric in METRICS)
+        cells = "".join(f"<td>{number(by_metric[metric])}</td>" for metric in METRICS)
         assert cells in table
 
 
@@ -305,18 +310,18 @@ def test_best_and_worst_perturbations_of_the_best_model_are_shown(page: str, tre
         *[(label, "worst") for label in ranked["perturbation"][-2:]],
     ]
     value = ranked["value"].iloc[0]
-    assert f"{ranked['perturbation'].iloc[0]}, {means.idxmax()}: r = {report._number(value)}" in " ".join(section.split())
+    assert f"{ranked['perturbation'].iloc[0]}, {means.idxmax()}: r = {number(value)}" in " ".join(section.split())
 
 
 # --- findings and seeds ---------------------------------------------------------------------------------------------
 
 
-def cards(**kinds: str) -> dict[str, report.ModelCard]:
-    return {model: report.ModelCard(model, kind, "", {}, "#0072B2", "o") for model, kind in kinds.items()}
+def cards(**kinds: str) -> dict[str, ModelCard]:
+    return {model: ModelCard(model, kind, "", {}, "#0072B2", "o") for model, kind in kinds.items()}
 
 
-def score(value: float, low: float, high: float) -> dict[str, report.Score]:
-    return {"mae": report.Score(value, low, high, 5)}
+def score(value: float, low: float, high: float) -> dict[str, leaderboard.Score]:
+    return {"mae": leaderboard.Score(value, low, high, 5)}
 
 
 @pytest.mark.parametrize(
@@ -334,20 +339,20 @@ def score(value: float, low: float, high: float) -> dict[str, report.Score]:
     ],
 )
 def test_findings_say_what_the_intervals_allow(models: dict, expected: str) -> None:
-    assert report._findings(models, {}, cards(a="baseline", b="baseline", c="baseline"))[0] == expected
+    assert leaderboard._findings(models, {}, cards(a="baseline", b="baseline", c="baseline"))[0] == expected
 
 
 def test_findings_hold_learned_models_against_baselines() -> None:
     kinds = cards(a="learned", b="baseline", top="ceiling")
     apart, close = score(2, 1.9, 2.1), score(1.1, 0.9, 1.3)
     best = score(1, 0.8, 1.2)
-    assert "The best learned model beats the best baseline, intervals apart, by mae." in report._findings(
+    assert "The best learned model beats the best baseline, intervals apart, by mae." in leaderboard._findings(
         {"a": best, "b": apart}, {}, kinds
     )
-    assert "The best learned model falls behind the best baseline, intervals apart, by mae." in report._findings(
+    assert "The best learned model falls behind the best baseline, intervals apart, by mae." in leaderboard._findings(
         {"b": best, "a": apart}, {}, kinds
     )
-    sentences = report._findings({"a": best, "b": close}, {"top": best}, kinds)
+    sentences = leaderboard._findings({"a": best, "b": close}, {"top": best}, kinds)
     assert "By no metric can the best learned model be told from the best baseline." in sentences
     assert any("the ceiling overlaps with the worst model" in sentence for sentence in sentences)
 
@@ -357,8 +362,8 @@ def test_seeds_are_averaged_and_their_intervals_held_together() -> None:
         [("a", 0, "mae", 1.0, 0.5, 1.5, 4), ("a", 1, "mae", 2.0, 1.5, 2.5, 4), ("top", 0, "mae", 0.1, 0.0, 0.2, 4)],
         columns=["model", "seed", "metric", "value", "ci_low", "ci_high", "n_perturbations"],
     )
-    scores = report._scores(rows, cards(a="learned", top="ceiling"))
-    assert scores["a"]["mae"] == report.Score(1.5, 0.5, 2.5, 4, is_best=True)
+    scores = leaderboard._scores(rows, cards(a="learned", top="ceiling"))
+    assert scores["a"]["mae"] == leaderboard.Score(1.5, 0.5, 2.5, 4, is_best=True)
     assert not scores["top"]["mae"].is_best
 
 
@@ -367,7 +372,7 @@ def test_seeds_are_averaged_and_their_intervals_held_together() -> None:
     [(0.0622152, "0.0622"), (1.0, "1.00"), (100.4, "100"), (12345.6, "12,346"), (-0.02717, "-0.0272"), (float("nan"), "–"), (None, "–")],
 )
 def test_numbers_have_three_digits(value: float | None, text: str) -> None:
-    assert report._number(value) == text
+    assert number(value) == text
 
 
 # --- counterfactuals ------------------------------------------------------------------------------------------------
@@ -412,7 +417,7 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
 
 
 def test_figures_beyond_the_budget_are_left_out_and_the_page_says_so(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "FIGURE_BYTES", {"leaderboard": 1, "effects": 0, "training": 0, "counterfactuals": 0})
+    monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", {"leaderboard": 1, "effects": 0, "training": 0, "counterfactuals": 0})
     page = tree.page(report=tmp_path / "report.html")
     assert page.count("<svg") == 1
     assert f"{2 * len(METRICS) - 1} figures are left out here" in page
@@ -426,15 +431,15 @@ def test_long_tables_keep_the_best_and_the_worst() -> None:
         for i in range(50)
         for metric in ("mae", "pearson_delta_ctrl")
     ]
-    table = report.perturbation_table(pd.DataFrame(rows), ["a", "b"], n_rows=8)
+    table = perturbation_table(pd.DataFrame(rows), ["a", "b"], n_rows=8)
     assert [row["perturbation"] for row in table.rows] == ["P49", "P48", "P1", "P0"] * 2
     assert table.n_left_out == 92
 
 
 def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are bounded by their bytes, which the page is granted here without drawing them."""
-    budget = sum(report.FIGURE_BYTES.values())
-    monkeypatch.setattr(report, "FIGURE_BYTES", dict.fromkeys(report.FIGURE_BYTES, 0))
+    budget = sum(FIGURE_BYTES.values())
+    monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", dict.fromkeys(FIGURE_BYTES, 0))
     names = [f"model_{i}" for i in range(15)]
     origin = tree.folder / "mine" / "unseen_combination"
     scores = pd.read_csv(origin / "additive" / "seed_0" / "metrics.tsv", sep="\t")

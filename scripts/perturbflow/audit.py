@@ -8,6 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
+from scipy import sparse
 
 from perturbflow.embeddings import Embeddings, coexpression
 from perturbflow.errors import InputError
@@ -92,6 +93,15 @@ def normalization_is_of_training(split: dict, adata: ad.AnnData) -> Findings:
     return [] if np.isclose(found, expected, rtol=1e-5) else [f"target sum {found:g} is not the training cells' median {expected:g}"]
 
 
+def expression_is_normalized(split: dict, adata: ad.AnnData) -> Findings:
+    """X is log1p of the counts scaled to the recorded target sum, cell by cell."""
+    totals = adata.obs["total_counts_all_genes"].to_numpy(float)
+    scale = np.divide(float(adata.uns["perturbflow"]["target_sum"]), totals, out=np.zeros_like(totals), where=totals > 0)
+    expected = sparse.csr_matrix(sparse.diags(scale) @ sparse.csr_matrix(adata.layers["counts"])).log1p()
+    worst = abs(expected - sparse.csr_matrix(adata.X)).max() if adata.n_obs else 0.0
+    return [] if worst < 1e-3 else [f"X is not the counts normalized to the target sum: it differs by up to {worst:g}"]
+
+
 def genes_are_of_training(split: dict, adata: ad.AnnData) -> Findings:
     """The highly variable genes are those that training cells alone select."""
     n_hvg = int(adata.uns["perturbflow"]["n_hvg"])
@@ -111,6 +121,7 @@ CHECKS: tuple[Callable[[dict, ad.AnnData], Findings], ...] = (
     controls_are_of_the_role,
     held_out_genes_are_unseen,
     normalization_is_of_training,
+    expression_is_normalized,
     genes_are_of_training,
 )
 

@@ -114,7 +114,14 @@ def _labels(obs: pd.DataFrame, dataset: dict, path: Path) -> pd.Series:
     declared = dataset["perturbation"]
     source = _column(obs, declared["column"], "perturbation.column", path)
     text = source.astype(object).where(source.notna(), None).map(lambda value: None if value is None else str(value))
-    unique = [label for label in text.unique() if label is not None and label not in set(declared["drop"])]
+    unassigned = set(declared["drop"])
+
+    def is_assigned(label: str) -> bool:
+        # A combination with an unassigned member ("A+nan") is no single perturbation either.
+        members = label.split(declared["separator"]) if declared["separator"] else [label]
+        return label not in unassigned and not unassigned & {member for member in members if member}
+
+    unique = [label for label in text.unique() if label is not None and is_assigned(label)]
     renamed = {label: canonical_label(label, declared["control"], declared["separator"], dataset["organism"]) for label in unique}
     for label, canonical in renamed.items():
         if SEPARATOR in label and declared["separator"] != SEPARATOR and canonical != CONTROL:
@@ -279,6 +286,9 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
             raise InputError(f"{path}: qc.min_cells_per_gene = {qc['min_cells_per_gene']} leaves no gene; lower it in the dataset's block.")
         dropped_genes["qc.min_cells_per_gene"] = int((~seen).sum())
         clean = clean[:, seen].copy()
+        # The totals in obs are those of the genes that are kept.
+        sc.pp.calculate_qc_metrics(clean, qc_vars=["mt"], percent_top=None, log1p=False, inplace=True)
+        clean.obs["pct_counts_mt"] = clean.obs["pct_counts_mt"].fillna(0.0)
     n_cells = clean.obs["perturbation"].value_counts()
     n_cells = n_cells[n_cells > 0]
     limit = qc["min_cells_per_perturbation"] or 0

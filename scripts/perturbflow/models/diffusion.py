@@ -6,6 +6,7 @@ of their own ("guided decomposable attention"), are never concatenated, and are 
 that all four states {none, state, perturbation, both} are learned and guidance factorizes.
 """
 
+import itertools
 import math
 
 import torch
@@ -225,7 +226,7 @@ class Diffusion(LearnedModel):
         """
         times = torch.linspace(0.0, 1.0, self.n_sampling_steps + 1)
         times = times if to_noise else times.flip(0)
-        for now, then in zip(times[:-1], times[1:], strict=True):
+        for now, then in itertools.pairwise(times):
             alpha, sigma = cosine_schedule(now)
             v = self.guided(z, now.expand(len(z)), state, genes)
             clean, noise = alpha * z - sigma * v, sigma * z + alpha * v

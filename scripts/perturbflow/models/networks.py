@@ -1,5 +1,6 @@
 """Building blocks that the learned families share."""
 
+import itertools
 import math
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Return linear layers with SiLU between them."""
     layers: list[nn.Module] = []
-    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(n_in, n_out))
         if i < len(sizes) - 2:
             layers += [nn.SiLU(), nn.Dropout(dropout)]

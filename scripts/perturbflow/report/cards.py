@@ -1,0 +1,74 @@
+"""What was run: the models as every section shows them, and where the files of a run stand."""
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from perturbflow.errors import InputError
+from perturbflow.models.base import build
+from perturbflow.registry import FAMILIES, Family
+from perturbflow.report.drawing import COLOURS, INK, MARKERS
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model, as every section shows it."""
+
+    name: str
+    kind: str  # learned, baseline or ceiling
+    description: str
+    params: dict
+    colour: str
+    marker: str
+
+
+def place_of(path: Path, n: int) -> tuple[str, ...]:
+    """Return the last n folders above a file: dataset, split, model and seed stand in the path."""
+    return path.parts[-1 - n : -1]
+
+
+def read_table(paths: Iterable[Path]) -> pd.DataFrame:
+    """Return tables below each other; a dataset called 2023 and a gene called NA stay words."""
+    words = dict.fromkeys(("dataset", "split", "model", "perturbation", "gene", "metric"), str)
+    return pd.concat([pd.read_csv(path, sep="\t", dtype=words, keep_default_na=False, na_values=[""]) for path in paths], ignore_index=True)
+
+
+def _family(run: dict) -> Family:
+    for family in FAMILIES.values():
+        if family.implementation == run["implementation"]:
+            return family
+    raise InputError(f"run.json of {run['provenance']} names {run['implementation']}, which is no family of this version; train it again.")
+
+
+def _kind(run: dict) -> str:
+    """Return learned, baseline or ceiling; only closed forms are built here, the others would import torch."""
+    if _family(run).rule != "train_closed_form":
+        return "learned"
+    return "ceiling" if build(run["implementation"], run["params"]).is_ceiling else "baseline"
+
+
+def _description(run: dict) -> str:
+    """Return the first paragraph of the docstring of a model's class, read without importing it."""
+    tree = ast.parse(_family(run).source.read_text(encoding="utf-8"))
+    name = run["implementation"].split(":")[1]
+    documented = (ast.get_docstring(node) for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return " ".join((next(documented, None) or "").split("\n\n")[0].split())
+
+
+def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
+    """Return the models in the order of the runs; learned models get their colours first, ceilings have none."""
+    first = {}
+    for (_, _, model, _), run in runs.items():
+        first.setdefault(model, run)
+    kinds = {model: _kind(run) for model, run in first.items()}
+    coloured = [model for kind in ("learned", "baseline") for model in first if kinds[model] == kind]
+    looks = {
+        model: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]) for i, model in enumerate(coloured)
+    }  # fmt: skip
+    return {
+        model: ModelCard(model, kinds[model], _description(run), run["params"], *looks.get(model, (INK, "|")))
+        for model, run in first.items()
+    }

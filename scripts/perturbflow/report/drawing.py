@@ -1,0 +1,91 @@
+"""How figures and numbers look: colours, style, axes, inline SVG within bounds, digits."""
+
+import io
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe & Ito's palette with grey for black, which dark mode swallows, and without yellow, which white swallows. Names stand
+# beside colours on every figure; a marker tells models of one colour apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
+MARKERS = ("o", "s", "D", "^", "v")
+INK = "#010203"  # stands for the colour of the text around the figure: the page is read in light and in dark
+STYLE = {
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "font.family": ["DejaVu Sans"], "font.size": 8, "text.parse_math": False,
+    "svg.fonttype": "none", "svg.hashsalt": "perturbflow",
+}  # fmt: skip
+
+
+@dataclass
+class Drawings:
+    """Turns figures into inline SVG until a section's bytes are spent.
+
+    Attributes
+    ----------
+    section
+        Prefix of the ids within the figures: ids are unique on a page.
+    bytes_left
+        What the section may still take.
+    n_drawn, n_left_out
+        Figures so far.
+    """
+
+    section: str
+    bytes_left: int
+    n_drawn: int = 0
+    n_left_out: int = 0
+
+    @mpl.rc_context(STYLE)
+    def svg(self, alt: str, draw: Callable[..., Figure], *arguments: object) -> Markup | None:
+        """Return what `draw` draws with its alternative text, or None, undrawn, where the section is full."""
+        if self.bytes_left <= 0:
+            self.n_left_out += 1
+            return None
+        buffer = io.StringIO()
+        draw(*arguments).savefig(
+            buffer, format="svg", transparent=True, dpi=144, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]  # no XML declaration and no DTD within HTML
+        referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+        text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referred else "", text)
+        for reference in (' id="', 'href="#', "url(#"):
+            text = text.replace(reference, f"{reference}{self.section}-{self.n_drawn}-")
+        for idle in (r"<!--.*?-->\s*", r"<style.*?</style>\s*", r' transform="rotate\(-0 [^"]*\)"', r"\s+(?=[<\n])"):
+            text = re.sub(idle, "", text, flags=re.DOTALL)
+        text = text.replace(INK, "currentColor")
+        text = text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
+        self.n_drawn += 1
+        self.bytes_left -= len(text)
+        return Markup(text)  # noqa: S704  matplotlib escapes the text that it writes
+
+
+def new_axes(width: float, height: float, left: float, bottom: float = 0.45, top: float = 0.12, right: float = 0.15) -> Axes:
+    """Return the axes of a new figure; all in inches."""
+    figure = Figure(figsize=(width, height))
+    return figure.add_axes([left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height])
+
+
+def room_for(names: Iterable[str]) -> float:
+    """Return the inches that the longest of the names takes at the left of the axes."""
+    return 0.2 + 0.072 * max(map(len, names))
+
+
+def number(value: float | None) -> str:
+    """Return three significant digits; whole above a thousand, a dash for none."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def interval(low: float, high: float) -> str:
+    """Return both bounds in words, or that there are none."""
+    return f"{number(low)} to {number(high)}" if np.isfinite([low, high]).all() else "no interval"

@@ -1,0 +1,165 @@
+"""Predicted against measured effects of the best and worst perturbations, a scatter plot each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from perturbflow.evaluation import score_inputs
+from perturbflow.pairs import Pairs
+from perturbflow.report.cards import ModelCard
+from perturbflow.report.drawing import INK, STYLE, Drawings, new_axes, number
+from perturbflow.symbols import members_of
+
+# What the page holds of this section, besides its bytes of figures.
+LEARNED_MODELS_OF_EFFECTS = 5
+LABELLED_GENES = 5
+VECTOR_POINTS = 400  # more points than this are drawn as pixels: they would be most of the page
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which perturbations and models the scatter plots of one dataset × split show."""
+
+    reference: str
+    perturbations: dict[str, str]  # → best or worst
+    models: list[str]
+    n_models_left_out: int
+
+
+def choose(correlations: pd.DataFrame, cards: dict[str, ModelCard]) -> Chosen | None:
+    """Choose the two best and two worst perturbations of the model with the best mean correlation.
+
+    Parameters
+    ----------
+    correlations
+        Rows of metrics.tsv of one dataset × split and of pearson_delta_ctrl.
+
+    Returns
+    -------
+    None where there is no model but ceilings, or none with a score.
+    """
+    table = correlations.groupby(["model", "perturbation"])["value"].mean().unstack("model")
+    means = table.mean().dropna()
+    means = means[[cards[model].kind != "ceiling" for model in means.index]].sort_values(ascending=False, kind="stable")
+    if means.empty:
+        return None
+    learned = [model for model in means.index if cards[model].kind == "learned"]
+    baseline = [model for model in means.index if cards[model].kind == "baseline"][:1]
+    reference = means.index[0]
+    ranked = list(table[reference].dropna().sort_values(ascending=False, kind="stable").index)
+    n_best = min(2, (len(ranked) + 1) // 2)
+    n_worst = min(2, len(ranked) - n_best)
+    perturbations = dict.fromkeys(ranked[:n_best], "best") | dict.fromkeys(ranked[len(ranked) - n_worst :], "worst")
+    shown = learned[:LEARNED_MODELS_OF_EFFECTS]
+    return Chosen(reference, perturbations, [*shown, *baseline], len(learned) - len(shown))
+
+
+def _label_points(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str], labelled: list[int]) -> None:
+    """Write names beside their points where they cover the fewest others; one that finds no free place is left out."""
+    scale = axes.figure.dpi / 72
+    box = axes.get_window_extent()
+    points = axes.transData.transform(np.column_stack([x, y]))
+    taken: list[tuple[float, float, float, float]] = []
+    for i in labelled:
+        width, height = 4.5 * scale * len(names[i]), 8 * scale
+        places = []
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
+            left = points[i, 0] + dx * 5 * scale - width * (1 - dx) / 2
+            low = points[i, 1] + dy * 7 * scale - height / 2
+            place = (left, low, left + width, low + height)
+            is_inside = place[0] >= box.x0 and place[2] <= box.x1 and place[1] >= box.y0 and place[3] <= box.y1
+            if is_inside and all(place[2] < o[0] or place[0] > o[2] or place[3] < o[1] or place[1] > o[3] for o in taken):
+                covered = ((points > place[:2]) & (points < place[2:])).all(axis=1).sum()
+                places.append((covered, len(places), place))
+        if places:
+            left, low, right, high = min(places)[2]
+            taken.append((left, low, right, high))
+            centre = axes.transData.inverted().transform(((left + right) / 2, (low + high) / 2))
+            axes.text(*centre, names[i], ha="center", va="center", fontsize=7)
+
+
+@mpl.rc_context(STYLE)
+def _effect_figure(
+    measured: np.ndarray, predicted: np.ndarray, genes: list[str], targets: list[str], limit: float, card: ModelCard
+) -> Figure:
+    axes = new_axes(2.6, 2.6, left=0.55, bottom=0.45)
+    axes.set_xlim(-limit, limit)
+    axes.set_ylim(-limit, limit)
+    for line in (axes.axhline, axes.axvline):
+        line(0, color="#888888", alpha=0.5, linewidth=0.5)
+    axes.plot([-limit, limit], [-limit, limit], color="#888888", linewidth=0.8, linestyle="--")
+    is_target = np.isin(genes, targets)
+    is_vector = len(genes) <= VECTOR_POINTS
+    axes.plot(measured[~is_target], predicted[~is_target], "o", color=card.colour, alpha=0.6, markersize=3 if is_vector else 2,
+              markeredgewidth=0, rasterized=not is_vector)  # fmt: skip
+    # A gene that was switched off lies far beyond the genes that answer: it is drawn in its direction at the edge, its place in words.
+    edge = 0.96 * limit
+    reach = np.maximum(np.abs(measured), np.abs(predicted))
+    is_beyond = is_target & (reach > edge)
+    shrink = np.where(is_beyond, edge / np.maximum(reach, edge), 1)
+    names = [f"{gene} ({x:.2g}, {y:.2g})" if far else gene for gene, x, y, far in zip(genes, measured, predicted, is_beyond, strict=True)]
+    measured, predicted = measured * shrink, predicted * shrink
+    axes.plot(measured[is_target], predicted[is_target], "*", color=INK, markersize=9, markeredgewidth=0)
+    strongest = [i for i in np.argsort(-np.abs(measured), kind="stable") if not is_target[i]][:LABELLED_GENES]
+    labelled = [*np.flatnonzero(is_target), *strongest]
+    _label_points(axes, measured, predicted, names, labelled)
+    axes.locator_params(nbins=5)
+    axes.set_xlabel("measured effect")
+    axes.set_ylabel("predicted effect")
+    return axes.figure
+
+
+def effect_figures(
+    chosen: Chosen,
+    pairs: Path,
+    predictions: dict[str, Path],
+    correlations: dict[tuple, float],
+    cards: dict[str, ModelCard],
+    drawings: Drawings,
+) -> list[dict]:
+    """Return scatter plots of predicted against measured effects, one list of panels per perturbation.
+
+    Parameters
+    ----------
+    predictions
+        Model → predictions.h5ad of the seed that is shown.
+    correlations
+        (model, perturbation) → pearson_delta_ctrl of that seed, from metrics.tsv.
+    """
+    cells = Pairs.read(pairs)
+    genes = np.array(cells.genes)
+    scored = {model: score_inputs(ad.read_h5ad(predictions[model]), cells) for model in chosen.models}
+    shown = []
+    for label, why in chosen.perturbations.items():
+        targets = members_of(label)
+        panels = []
+        effects = {}
+        for model, inputs in scored.items():
+            if label in inputs.labels:  # a model may have refused it
+                row = inputs.labels.index(label)
+                mask = inputs.highly_expressed | np.isin(genes, targets)
+                control = inputs.control[row]
+                effects[model] = ((inputs.measured[row] - control)[mask], (inputs.predicted[row] - control)[mask], genes[mask].tolist())
+        # One scale per perturbation, so that the models' panels can be compared by eye.
+        limit = 1.12 * max(
+            (np.abs(values[~np.isin(names, targets)]).max(initial=0) for *both, names in effects.values() for values in both), default=1
+        )
+        for model, (measured, predicted, names) in effects.items():
+            r = correlations.get((model, label), float("nan"))
+            alt = (
+                f"Scatter plot of predicted against measured effects of {label} by {model}, {len(names)} genes, r {number(r)}. "
+                f"Perturbed genes shown: {', '.join(gene for gene in targets if gene in names) or 'none'}."
+            )
+            svg = drawings.svg(alt, _effect_figure, measured, predicted, names, targets, limit or 1, cards[model])
+            if svg:
+                panels.append({"svg": svg, "model": model, "r": r})
+        if panels:
+            missing = [gene for gene in targets if gene not in cells.genes]
+            shown.append({"label": label, "why": why, "panels": panels, "missing": missing})
+    return shown

@@ -1,0 +1,194 @@
+"""The page: what every section says of a dataset × split, put into the template beside this file."""
+
+import json
+import logging
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anndata as ad
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+
+from perturbflow import __version__
+from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
+from perturbflow.files import atomic, read_json
+from perturbflow.report.cards import model_cards, place_of, read_table
+from perturbflow.report.drawing import Drawings, interval, number
+from perturbflow.report.effects import Chosen, choose, effect_figures
+from perturbflow.report.leaderboard import Leaderboard, leaderboard
+from perturbflow.report.sections import (
+    CORRELATION,
+    Names,
+    PerturbationTable,
+    counterfactual_answers,
+    data_account,
+    perturbation_table,
+    training_curves,
+)
+from perturbflow.splits import ROLES
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
+
+# What a page of less than 10 MB holds, whatever was selected: bytes of figures per section, and rows
+# of the table of perturbations. `effects` and `sections` bound their lists beside what they list.
+FIGURE_BYTES = {"leaderboard": 2_800_000, "effects": 2_000_000, "training": 800_000, "counterfactuals": 700_000}
+PERTURBATION_ROWS = 4000
+
+
+@dataclass
+class Group:
+    """All that the page says of one dataset × split."""
+
+    dataset: str
+    split: str
+    spec: dict
+    roles: dict[str, dict]
+    n_cells: int
+    n_genes: int
+    checks: list[str]
+    leaderboard: Leaderboard
+    perturbations: PerturbationTable
+    left_out: Names
+    chosen: Chosen | None = None
+    effects: list[dict] = field(default_factory=list)
+    curves: list[dict] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Dataset × split."""
+        return f"{self.dataset} × {self.split}"
+
+    @property
+    def anchor(self) -> str:
+        """What ids of this group end with."""
+        return f"{self.dataset}-{self.split}"
+
+
+def _words(name: str) -> Markup:
+    """Return a name that may be broken after an underscore: long names must not widen a phone's page."""
+    return Markup("_<wbr>").join(str(name).split("_"))
+
+
+def _plain(value: object) -> str:
+    """Return a value of a table cell."""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, float | np.floating):
+        return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else number(value)
+    return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
+
+
+def _render(**content: object) -> str:
+    loader = jinja2.FileSystemLoader(TEMPLATE.parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "interval": lambda score: interval(score.low, score.high), "words": _words, "plain": _plain}
+    return environment.get_template(TEMPLATE.name).render(**content)
+
+
+def _versions(runs: Iterable[dict]) -> Iterator[tuple[str, list[str]]]:
+    found: dict[str, set[str]] = {"python": {platform.python_version()}, "perturbflow": {__version__}, "matplotlib": {mpl.__version__}}
+    for run in runs:
+        for name, version in run["versions"].items():
+            found.setdefault(name, set()).add(str(version))
+    yield from ((name, sorted(versions)) for name, versions in sorted(found.items()))
+
+
+def report(
+    benchmark: Path,
+    runs: list[Path],
+    metrics: list[Path],
+    predictions: list[Path],
+    harmonizations: list[Path],
+    splits: list[Path],
+    audits: list[Path],
+    pairs: list[Path],
+    counterfactuals: list[Path],
+    report: Path,
+    provenance: dict | None = None,
+) -> None:
+    """Write the page.
+
+    Parameters
+    ----------
+    benchmark
+        results/benchmark.tsv.
+    runs, metrics, predictions
+        run.json, metrics.tsv and predictions.h5ad of every run.
+    harmonizations
+        harmonization.json of every dataset.
+    splits, audits, pairs
+        split.json, audit.json and pairs.h5ad of every dataset × split.
+    counterfactuals
+        {query}.tsv of every answered what-if question.
+    report
+        HTML to be written: one file, nothing fetched.
+    """
+    facts = {place_of(path, 4): read_json(path) for path in runs}
+    cards = model_cards(facts)
+    predicted = {place_of(path, 4): path for path in predictions}
+    seeds = list(dict.fromkeys(int(run["seed"]) for run in facts.values()))
+    accounts = {place_of(path, 1)[0]: data_account(read_json(path)) for path in harmonizations}
+    roles, checked, paired = ({place_of(path, 2): path for path in paths} for paths in (splits, audits, pairs))
+    scores, summary = read_table(metrics), read_table([benchmark])
+    drawings = {section: Drawings(section, n) for section, n in FIGURE_BYTES.items()}
+
+    groups = []
+    for dataset, split in dict.fromkeys((dataset, split) for dataset, split, _, _ in facts):
+        here = (scores["dataset"] == dataset) & (scores["split"] == split)
+        rows = summary[(summary["dataset"] == dataset) & (summary["split"] == split)]
+        division = read_json(roles[dataset, split])
+        of_role = {
+            role: {"perturbations": Names.of(division["perturbations"][role]), "n": len(division["perturbations"][role]),
+                   "controls": division["controls"][role], "cells": len(division["cells"][role])}
+            for role in ROLES
+        }  # fmt: skip
+        shape = ad.read_h5ad(paired[dataset, split], backed="r").shape
+        n_rows = PERTURBATION_ROWS // len(roles)
+        group = Group(
+            dataset, split, division["spec"], of_role, *shape,
+            [check for check, result in read_json(checked[dataset, split])["checks"].items() if result == "passed"],
+            leaderboard(rows, cards, drawings["leaderboard"]),
+            perturbation_table(scores[here], [model for model in cards if model in set(rows["model"])], n_rows),
+            Names.of(division["left_out"]),
+        )  # fmt: skip
+        histories: dict[str, list[list[dict]]] = {}
+        for place, run in facts.items():
+            if place[:2] == (dataset, split) and run["history"]:
+                histories.setdefault(place[2], []).append(run["history"])
+        group.curves = training_curves(histories, group.title, cards, drawings["training"])
+        correlations = scores[here & (scores["metric"] == CORRELATION)]
+        group.chosen = choose(correlations, cards)
+        if group.chosen and drawings["effects"].bytes_left > 0:
+            seed = f"seed_{seeds[0]}"
+            of_model = {model: predicted[dataset, split, model, seed] for model in group.chosen.models}
+            of_seed = correlations[correlations["seed"] == seeds[0]].set_index(["model", "perturbation"])["value"].to_dict()
+            group.effects = effect_figures(group.chosen, paired[dataset, split], of_model, of_seed, cards, drawings["effects"])
+        logger.info("%s: %d figures of effects, %d of training", group.title, len(group.effects), len(group.curves))
+        groups.append(group)
+
+    answers, n_tables_left_out = counterfactual_answers(counterfactuals, cards, drawings["counterfactuals"])
+    page = _render(
+        cards=cards,
+        groups=groups,
+        datasets=accounts,
+        seeds=seeds,
+        metrics={name: metric for name, metric in METRICS.items() if name in set(summary["metric"])},
+        runs=[{"place": place, **run} for place, run in facts.items()],
+        answers=answers,
+        n_tables_left_out=n_tables_left_out,
+        n_left_out={section: drawing.n_left_out for section, drawing in drawings.items()},
+        n_high_expression=N_HIGH_EXPRESSION,
+        benchmark=benchmark,
+        versions=list(_versions([*facts.values(), *accounts.values()])),
+        provenance=provenance or {},
+        params_of=lambda card: json.dumps(card.params, ensure_ascii=False) if card.params else "",
+    )
+    with atomic(report) as partial:
+        partial.write_text(page, encoding="utf-8")
+    logger.info("%s: %.1f MB, %d figures", report, len(page.encode()) / 1e6, sum(drawing.n_drawn for drawing in drawings.values()))

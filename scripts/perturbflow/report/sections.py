@@ -1,0 +1,216 @@
+"""The smaller sections: every perturbation, training curves, what was dropped of the data, answered what-if questions."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from perturbflow.evaluation import METRICS, pearson_delta_ctrl
+from perturbflow.report.cards import ModelCard, place_of, read_table
+from perturbflow.report.drawing import COLOURS, INK, MARKERS, STYLE, Drawings, interval, new_axes, number, room_for
+
+CORRELATION = pearson_delta_ctrl.__name__
+
+# What the page holds of these sections, besides their bytes of figures.
+COUNTERFACTUAL_TABLES = 60
+NAMES = 200
+CURVES_PER_MODEL = 4
+GENES_OF_COUNTERFACTUAL = 15
+
+REASONS = {
+    "unassigned": "without an assigned perturbation",
+    "subset": "outside the chosen subset",
+    "qc.min_counts": "with fewer than {limit:,} counts",
+    "qc.min_genes": "with fewer than {limit:,} genes",
+    "qc.max_pct_mt": "with more than {limit:g} % mitochondrial counts",
+    "qc.min_cells_per_gene": "seen in fewer than {limit:,} cells",
+    "qc.min_cells_per_perturbation": "in perturbations of fewer than {limit:,} cells",
+}
+VALIDATION = re.compile(r"^(?:validation|val|valid)_")
+
+
+# --- every perturbation ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PerturbationTable:
+    """Metrics per model × perturbation."""
+
+    rows: list[dict]
+    metrics: list[str]
+    n_left_out: int
+
+
+def perturbation_table(scores: pd.DataFrame, models: list[str], n_rows: int) -> PerturbationTable:
+    """Return one row per model × perturbation, averaged over seeds; where there are too many, the best and worst per model."""
+    keys = ["model", "perturbation", "members_seen", "n_cells"]
+    table = scores.pivot_table(index=keys, columns="metric", values="value", aggfunc="mean", dropna=False, observed=True)
+    table = table.loc[scores.drop_duplicates(keys).set_index(keys).index].reset_index()
+    n_all = len(table)
+    share = max(2, n_rows // max(1, len(models)))
+    kept = []
+    for model in models:
+        rows = table[table["model"] == model]
+        if len(rows) > share:
+            rows = rows.sort_values(CORRELATION, ascending=False, kind="stable")
+            rows = pd.concat([rows.head(share - share // 2), rows.tail(share // 2)])
+        kept.append(rows)
+    table = pd.concat(kept)
+    return PerturbationTable(table.to_dict("records"), [metric for metric in METRICS if metric in table], n_all - len(table))
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def _curves(history: list[dict]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return quantity → training or validation → points; the step is the row's `step`, else `epoch`, else its number."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for i, row in enumerate(history):
+        step = row.get("step", row.get("epoch", i))
+        for key, value in row.items():
+            if key not in ("step", "epoch") and isinstance(value, int | float) and np.isfinite(value):
+                role = "validation" if VALIDATION.match(key) else "training"
+                curves.setdefault(VALIDATION.sub("", key).removeprefix("train_"), {}).setdefault(role, []).append((step, value))
+    drawable = {name: by_role for name, by_role in curves.items() if any(len(points) > 1 for points in by_role.values())}
+    return dict(sorted(drawable.items(), key=lambda item: ("loss" not in item[0], "validation" not in item[1])))
+
+
+@mpl.rc_context(STYLE)
+def _curve_figure(of_seeds: list[dict[str, list[tuple[float, float]]]], card: ModelCard) -> Figure:
+    axes = new_axes(3.0, 2.2, left=0.6)
+    values = [value for by_role in of_seeds for points in by_role.values() for _, value in points]
+    for by_role in of_seeds:
+        for role, points in by_role.items():
+            dashes, shade = ("--", INK) if role == "validation" else ("-", card.colour)
+            axes.plot(*np.transpose(points), dashes, color=shade, linewidth=1.4)
+    if min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.locator_params(axis="y", nbins=5)
+    axes.locator_params(axis="x", nbins=4)
+    axes.set_xlabel("step")
+    return axes.figure
+
+
+def training_curves(histories: dict[str, list[list[dict]]], where: str, cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:
+    """Return the curves of the models of one dataset × split; seeds share a panel."""
+    shown = []
+    for model, of_seeds in histories.items():
+        curves = [_curves(history) for history in of_seeds]
+        names = list(dict.fromkeys(name for by_name in curves for name in by_name))
+        panels = []
+        for name in names[:CURVES_PER_MODEL]:
+            points = [by_name[name] for by_name in curves if name in by_name]
+            ends = "; ".join(f"{role} from {number(line[0][1])} to {number(line[-1][1])}" for role, line in points[0].items())
+            alt = f"{name} of {model} on {where} by training step: {ends}."
+            if svg := drawings.svg(alt, _curve_figure, points, cards[model]):
+                panels.append({"svg": svg, "name": name, "roles": list(points[0])})
+        if panels:
+            shown.append({"model": model, "panels": panels, "left_out": names[CURVES_PER_MODEL:], "n_seeds": len(of_seeds)})
+    return shown
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def _reason(reason: str, qc: dict) -> str:
+    limit = qc.get(reason.removeprefix("qc."))
+    return REASONS[reason].format(limit=limit) if reason in REASONS and ("{" not in REASONS[reason] or limit is not None) else reason
+
+
+@dataclass(frozen=True)
+class Names:
+    """A list of names that may be too long to show."""
+
+    shown: list[str]
+    n_left_out: int
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "Names":
+        """Keep the first NAMES."""
+        names = list(names)
+        return cls(names[:NAMES], max(0, len(names) - NAMES))
+
+
+def data_account(account: dict) -> dict:
+    """Return harmonization.json in the words of the page."""
+    perturbations, qc = account["perturbations"], account["qc"]
+    return {
+        **account,
+        "n_perturbations": len(perturbations["kept"]) - 1,  # control is among the kept labels
+        "n_controls": perturbations["kept"].get("control", 0),
+        "cells_dropped": [(_reason(reason, qc), n) for reason, n in account["cells"]["dropped"].items()],
+        "genes_dropped": [(_reason(reason, qc), n) for reason, n in account["genes"]["dropped"].items()],
+        "genes_renamed": Names.of(f"{before} → {after}" for before, after in account["genes"]["renamed"].items()),
+        "perturbations_dropped": Names.of(f"{label} ({n:,})" for label, n in perturbations["dropped"].items()),
+        "perturbations_renamed": Names.of(f"{before} → {after}" for before, after in perturbations["renamed"].items()),
+        "not_measured": Names.of(perturbations["not_measured"]),
+    }
+
+
+# --- counterfactuals ------------------------------------------------------------------------------------------------
+
+
+@mpl.rc_context(STYLE)
+def _counterfactual_figure(genes: pd.DataFrame, card: ModelCard) -> Figure:
+    axes = new_axes(3.6, 0.62 + 0.2 * len(genes), left=room_for(genes["gene"]))
+    rows = np.arange(len(genes))
+    axes.axvline(0, color="#888888", linewidth=0.6)
+    axes.hlines(rows, genes["low"], genes["high"], color=card.colour, linewidth=4, alpha=0.35)
+    axes.plot(genes["effect"], rows, "o", color=card.colour, markersize=4)
+    axes.set_yticks(rows, genes["gene"])
+    axes.set_ylim(len(genes) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("effect on log1p expression")
+    return axes.figure
+
+
+def counterfactual_answers(paths: list[Path], cards: dict[str, ModelCard], drawings: Drawings) -> tuple[list[dict], int]:
+    """Return the top genes of every answer, and how many tables were left out.
+
+    Parameters
+    ----------
+    paths
+        {query}.tsv files: perturbation, gene, effect, low, high, probability_of_sign, rank, known, and what else the step wrote.
+    """
+    answers, n_tables, n_left_out = [], 0, 0
+    for path in paths:
+        dataset, split, model, seed, _ = place_of(path, 5)
+        table = read_table([path])
+        blocks = []
+        for label, rows in table.groupby("perturbation", sort=False):
+            if n_tables >= COUNTERFACTUAL_TABLES:
+                n_left_out += 1
+                continue
+            n_tables += 1
+            top = rows.sort_values("rank", kind="stable").head(GENES_OF_COUNTERFACTUAL)
+            listed = "; ".join(f"{row.gene} {number(row.effect)} ({interval(row.low, row.high)})" for row in top.itertuples())
+            card = cards.get(model) or ModelCard(model, "learned", "", {}, COLOURS[0], MARKERS[0])
+            svg = drawings.svg(f"Effects of {label} with their intervals: {listed}.", _counterfactual_figure, top, card)
+            columns = [column for column in top if column not in ("perturbation", "known")]
+            known = rows["known"].iloc[0]
+            blocks.append(
+                {
+                    "label": label,
+                    "known": known,
+                    "rows": top[columns].to_dict("records"),
+                    "columns": columns,
+                    "svg": svg,
+                    "n_genes": len(rows),
+                }
+            )
+        answers.append(
+            {"query": path.stem, "dataset": dataset, "split": split, "model": model, "seed": seed, "path": path, "blocks": blocks}
+        )
+    return answers, n_left_out
