@@ -106,7 +106,8 @@ def _named_imports(script: Path) -> list[Path]:
     if script.parent.name != "scripts":
         return []
     modules = [node.module for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
-    return [PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py") for module in modules if module.startswith("perturbflow.")]
+    places = [PACKAGE.parent.joinpath(*module.split(".")) for module in modules if module.startswith("perturbflow.")]
+    return [file for place in places for file in (sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")])]
 
 
 def environment_files() -> list[Path]:

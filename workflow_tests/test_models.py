@@ -108,10 +108,30 @@ def test_neighbours_believe_others_as_far_as_they_predict(shared_part: float, lo
     genes = [f"G{i:02d}" for i in range(20)]
     values = shared_part * rng.normal(size=200) + (1 - shared_part) * rng.normal(size=(20, 200)) + 0.01 * rng.normal(size=(20, 200))
     effects = Effects(genes, values, np.full(20, 50))
-    neighbours = Neighbours.fit(effects, {gene: rng.normal(size=4) for gene in genes})
+    neighbours = Neighbours.fit(effects, effects, {gene: rng.normal(size=4) for gene in genes})
     assert low <= neighbours.strength <= high
     weights = neighbours.weights(rng.normal(size=(5, 4)))
     np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+
+
+def test_effects_of_disjoint_controls_share_no_noise(screen: tuple[Pairs, Embeddings]) -> None:
+    pairs, _ = screen
+    first, second = Effects.with_disjoint_controls(pairs)
+    whole = Effects.of_training(pairs)
+    assert first.labels == second.labels == whole.labels
+    # Both halves have about as many controls per batch, so their mean is the effect against all controls.
+    np.testing.assert_allclose((first.values + second.values) / 2, whole.values, atol=1e-4)
+    assert np.abs(first.values - second.values).max() > 0.01
+
+
+def test_shared_control_noise_is_not_taken_for_a_common_response() -> None:
+    rng = np.random.default_rng(0)
+    genes = [f"G{i:02d}" for i in range(12)]
+    own = rng.normal(size=(12, 300))
+    first, second = (Effects(genes, own - 1.5 * rng.normal(size=300), np.full(12, 50)) for _ in range(2))
+    vectors = {gene: rng.normal(size=4) for gene in genes}
+    assert Neighbours.fit(first, second, vectors).strength < 0.3
+    assert Neighbours.fit(first, first, vectors).strength > 0.7  # what sharing the controls would have led to
 
 
 def test_neighbours_borrow_from_the_near_ones() -> None:
@@ -121,7 +141,7 @@ def test_neighbours_borrow_from_the_near_ones() -> None:
     patterns = rng.normal(size=(2, 100))
     effects = Effects(genes, np.repeat(patterns, 10, axis=0) + 0.1 * rng.normal(size=(20, 100)), np.full(20, 50))
     vectors = centre + 0.1 * rng.normal(size=(20, 1))
-    neighbours = Neighbours.fit(effects, dict(zip(genes, vectors, strict=True)))
+    neighbours = Neighbours.fit(effects, effects, dict(zip(genes, vectors, strict=True)))
     weights = neighbours.weights(np.array([[0.05], [9.9]]))
     assert weights[0, :10].sum() > 0.95
     assert weights[1, 10:].sum() > 0.95

@@ -34,10 +34,35 @@ class Effects:
         values = np.stack([training.effect_of(label) for label in labels])
         return cls(labels, values, np.array([len(training.cells_of(label)) for label in labels]))
 
+    @classmethod
+    def with_disjoint_controls(cls, pairs: Pairs) -> "tuple[Effects, Effects]":
+        """Measure the effects of all training perturbations twice, each time against half of the controls.
+
+        Effects that are measured against the same controls share the controls' noise, and look alike for it: with a hundred
+        controls that is half of a weak effect. Whether effects resemble one another is told from two of disjoint controls.
+        """
+        training = pairs.roles("train")
+        strata = training.obs[training.is_control].groupby(["batch", "cell_type"], observed=True)
+        is_odd = (strata.cumcount() % 2 == 1).to_numpy()
+        is_alone = (strata["role"].transform("size") < 2).to_numpy()
+        halves = []
+        for keep in (is_odd, ~is_odd):
+            mask = np.ones(len(training.labels), dtype=bool)
+            mask[np.flatnonzero(training.is_control)] = keep | is_alone
+            halves.append(cls.of_training(training.select(mask)))
+        return halves[0], halves[1]
+
     @property
     def single(self) -> dict[str, np.ndarray]:
         """Effects of genes perturbed alone."""
         return {label: value for label, value in zip(self.labels, self.values, strict=True) if len(members_of(label)) == 1}
+
+    def by_gene(self) -> dict[str, np.ndarray]:
+        """Return the effect of each gene: alone, or where training holds combinations only, the mean of all it takes part in."""
+        return self.single or {
+            gene: np.mean([value for label, value in zip(self.labels, self.values, strict=True) if gene in members_of(label)], axis=0)
+            for gene in self.genes
+        }
 
     @property
     def genes(self) -> list[str]:

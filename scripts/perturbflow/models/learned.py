@@ -423,7 +423,7 @@ class LearnedModel(Model):
         self.own_gene = OwnGene.fit(pairs, effects)
         table = embeddings.standardized(effects.genes)
         self.conditions = Conditions(list(table.index), table.to_numpy())
-        self.neighbours = Neighbours.fit(effects, dict(zip(table.index, table.to_numpy(float), strict=True)))
+        self.neighbours = Neighbours.fit(*Effects.with_disjoint_controls(pairs), dict(zip(table.index, table.to_numpy(float), strict=True)))
         self.genes = pairs.genes
         self.seen = effects.genes
         torch.manual_seed(run.seed)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perturbflow.models.effects import Effects
-from perturbflow.symbols import members_of
 
 BANDWIDTHS = (np.inf, 1.0, 0.5, 0.25)
 TEMPERINGS = (0.0, 1.0)
@@ -48,26 +47,31 @@ class Neighbours:
     strength: float = 1.0
 
     @classmethod
-    def fit(cls, effects: Effects, vectors: dict[str, np.ndarray]) -> "Neighbours":
-        """Choose bandwidth, tempering and strength by leaving out each training gene in turn."""
-        # Where training holds combinations only, each gene stands for all that it takes part in.
-        measured = effects.single or {
-            gene: np.mean([value for label, value in zip(effects.labels, effects.values, strict=True) if gene in members_of(label)], axis=0)
-            for gene in effects.genes
-        }
-        genes = [gene for gene in measured if gene in vectors]
-        moved = np.stack([measured[gene] for gene in genes])
-        best = cls(genes, np.stack([vectors[gene] for gene in genes]), np.linalg.norm(moved, axis=1))
+    def fit(cls, first: Effects, second: Effects, vectors: dict[str, np.ndarray]) -> "Neighbours":
+        """Choose bandwidth, tempering and strength by leaving out each training gene in turn.
+
+        Parameters
+        ----------
+        first, second
+            The same effects against disjoint controls: what is borrowed comes from one, what is predicted from the other.
+        vectors
+            Standardized embedding per gene.
+        """
+        by_gene = first.by_gene(), second.by_gene()
+        genes = [gene for gene in by_gene[0] if gene in vectors]
+        moved = [np.stack([effects[gene] for gene in genes]) for effects in by_gene]
+        best = cls(genes, np.stack([vectors[gene] for gene in genes]), np.linalg.norm((moved[0] + moved[1]) / 2, axis=1))
         if len(genes) < LEAST_GENES:
             return best
         lowest = np.inf
         for bandwidth, tempering in itertools.product(BANDWIDTHS, TEMPERINGS):
             candidate = replace(best, bandwidth=bandwidth, tempering=tempering)
-            borrowed = candidate.weights(best.vectors, leave_out_self=True) @ moved
+            weights = candidate.weights(best.vectors, leave_out_self=True)
+            borrowed = [weights @ effects for effects in moved]
             for strength in STRENGTHS:
-                error = float(np.linalg.norm(moved - strength * borrowed, axis=1).mean())
-                if error < lowest:
-                    lowest, chosen = error, replace(candidate, strength=float(strength))
+                errors = [np.linalg.norm(moved[1 - i] - strength * borrowed[i], axis=1).mean() for i in (0, 1)]
+                if sum(errors) < lowest:
+                    lowest, chosen = sum(errors), replace(candidate, strength=float(strength))
         return chosen
 
     def weights(self, vectors: np.ndarray, *, leave_out_self: bool = False) -> np.ndarray:
