@@ -75,6 +75,10 @@ class Pairs:
         """Perturbation label per cell."""
         return self.obs["perturbation"].astype(str).to_numpy()
 
+    @cached_property
+    def _rows_of(self) -> dict[str, np.ndarray]:
+        return pd.Series(self.labels).groupby(self.labels, sort=False).indices
+
     @property
     def perturbations(self) -> list[str]:
         """Sorted labels other than control."""
@@ -82,7 +86,7 @@ class Pairs:
 
     def cells_of(self, label: str) -> np.ndarray:
         """Return the rows of one perturbation."""
-        return np.flatnonzero(self.labels == label)
+        return self._rows_of.get(label, np.empty(0, dtype=np.int64))
 
     @cached_property
     def _stratum_control_means(self) -> dict[tuple, np.ndarray]:

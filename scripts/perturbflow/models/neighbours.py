@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.spatial.distance import cdist, pdist
 
 from perturbflow.models.effects import Effects
 
@@ -76,8 +77,8 @@ class Neighbours:
 
     def weights(self, vectors: np.ndarray, *, leave_out_self: bool = False) -> np.ndarray:
         """Return weights over training genes that sum to 1, (vectors, genes)."""
-        distances = np.linalg.norm(vectors[:, None] - self.vectors[None], axis=-1)
-        among = np.linalg.norm(self.vectors[:, None] - self.vectors[None], axis=-1)
+        distances = cdist(vectors, self.vectors)
+        among = pdist(self.vectors)
         scale = float(np.median(among[among > 0])) if (among > 0).any() else 1.0
         logits = -0.5 * (distances / (self.bandwidth * scale)) ** 2 if np.isfinite(self.bandwidth) else np.zeros_like(distances)
         logits = logits - self.tempering * np.log(np.maximum(self.sizes, 1e-12))
