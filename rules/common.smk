@@ -67,6 +67,18 @@ def dataset_block(wildcards):
     return plan.dataset(wildcards.dataset)
 
 
+def source_megabytes(wildcards, input):
+    """Return the size of what harmonize reads; the manifest of a download says nothing of it."""
+    n_bytes = plan.config["datasets"][wildcards.dataset].get("bytes")
+    return n_bytes / 1e6 if n_bytes else input.size_mb
+
+
+def harmonize_memory(wildcards, input, attempt):
+    """Return MB of memory for harmonize by the size of the source, doubled with every attempt."""
+    megabytes = source_megabytes(wildcards, input)
+    return int((3000 + 20 * megabytes) * 2 ** (attempt - 1))
+
+
 def quality_control(wildcards):
     """Return the limits of quality control of a dataset."""
     return plan.qc(wildcards.dataset)

@@ -13,7 +13,7 @@ rule harmonize:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(20, least=3000),
+        mem_mb=harmonize_memory,
         runtime="4h",
     params:
         name="{dataset}",

@@ -35,6 +35,7 @@ def random_scored(seed: int = 0, **changes: object) -> Scored:
         "measured_components": [rng.normal(1.0, size=(9 - i, 4)) for i in range(P)],
         **changes,
     }
+    values.setdefault("predicted_start", [np.arange(len(cells)) for cells in values["predicted_components"]])
     return Scored(**values)
 
 
@@ -156,6 +157,19 @@ def test_energy_distance_of_one_distribution_is_zero_on_average() -> None:
     assert values.min() < 0 < values.max(), "unbiased: it may fall below zero"
 
 
+def test_cells_of_one_start_are_no_independent_draws() -> None:
+    rng = np.random.default_rng(0)
+    cells = rng.normal(size=(12, 4))
+    twice, start = np.repeat(cells, 2, axis=0), np.repeat(np.arange(12), 2)
+    measured = [rng.normal(size=(9, 4))]
+    once = random_scored(predicted_components=[cells], measured_components=measured)
+    both = random_scored(predicted_components=[twice], measured_components=measured, predicted_start=[start])
+    name = "energy_distance_euclidean_u_pca50"
+    assert np.allclose(score(name, both), score(name, once))
+    naive = random_scored(predicted_components=[twice], measured_components=measured)
+    assert score(name, naive) > score(name, once) + 0.05
+
+
 def test_energy_distance_of_a_single_cell_is_no_number() -> None:
     scored = random_scored()
     components = [scored.predicted_components[0][:1], *scored.predicted_components[1:]]
@@ -222,12 +236,13 @@ def cells(prepared: dict[str, Prepared]) -> Pairs:
 def predictions_from(cells: Pairs, change: Callable[[str, np.ndarray], np.ndarray] = lambda label, X: X, role: str = "test") -> ad.AnnData:
     """Return predictions: the matched controls of measured cells, changed."""
     held_out = cells.roles(role)
-    blocks, labels = [], []
+    blocks, labels, starts = [], [], []
     for label in held_out.perturbations:
-        X = held_out.X[held_out.control_index[held_out.cells_of(label), 0]].toarray()
-        blocks.append(change(label, X))
+        start = held_out.control_index[held_out.cells_of(label), 0]
+        blocks.append(change(label, held_out.X[start].toarray()))
         labels += [label] * len(blocks[-1])
-    obs = pd.DataFrame({"perturbation": pd.Categorical(labels)}, index=[f"p{i}" for i in range(len(labels))])
+        starts += held_out.rows[start].tolist()
+    obs = pd.DataFrame({"perturbation": pd.Categorical(labels), "control_index": starts}, index=[f"p{i}" for i in range(len(labels))])
     return ad.AnnData(X=sparse.csr_matrix(np.vstack(blocks).astype(np.float32)), obs=obs, var=pd.DataFrame(index=cells.genes))
 
 
@@ -440,3 +455,20 @@ def test_the_interval_is_deterministic_and_ignores_missing_values() -> None:
 def test_fewer_than_two_perturbations_have_no_interval() -> None:
     assert np.isnan(bootstrap_interval(np.array([1.0]))).all()
     assert np.isnan(bootstrap_interval(np.array([np.nan, 1.0]))).all()
+
+
+def test_no_change_is_the_control_mean_whatever_controls_were_drawn(cells: Pairs) -> None:
+    scored = score_inputs(predictions_from(cells), cells)
+    assert np.allclose(scored.predicted, scored.control, atol=1e-6)
+    assert (score("pearson_delta_ctrl", scored) == 0).all()
+    assert np.allclose(score("pds_cosine", scored), 0.5)
+
+
+def test_a_ceiling_is_scored_as_measured(cells: Pairs) -> None:
+    predictions = predictions_from(cells, lambda label, X: X + 1.0)
+    moved = score_inputs(predictions, cells)
+    predictions.uns["perturbflow"] = {"starts_from_controls": False}
+    plain = score_inputs(predictions, cells)
+    of_first = (predictions.obs["perturbation"] == plain.labels[0]).to_numpy()
+    assert np.allclose(plain.predicted[0], predictions.X[of_first].mean(axis=0), atol=1e-5)
+    assert np.allclose(moved.predicted, moved.control + 1.0, atol=1e-5)

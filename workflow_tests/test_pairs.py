@@ -291,3 +291,15 @@ def test_a_cell_that_the_split_does_not_place_is_left_out(prepared_copy: Callabl
     here.split.write_text(json.dumps(roles))
     pairs.pair(here.harmonized, here.split, tmp_path / "pairs.h5ad", 40)
     assert gone not in ad.read_h5ad(tmp_path / "pairs.h5ad").obs_names
+
+
+def test_a_batch_without_controls_is_compared_with_those_of_its_cell_type(prepared: dict[str, Prepared]) -> None:
+    everything = Pairs.read(prepared["unseen_combination"].pairs).roles("train")
+    in_b2 = (everything.obs["batch"].astype(str) == "b2").to_numpy()
+    without = everything.select(~(in_b2 & everything.is_control))
+    rows = without.cells_of("TF1")
+    batch = without.obs.iloc[rows]["batch"].astype(str)
+    controls = without.mean_of(np.flatnonzero(without.is_control))
+    expected = controls  # all that is left is b1, for cells of b1 and b2 alike
+    assert set(batch) == {"b1", "b2"}
+    np.testing.assert_allclose(without.control_mean_for(rows), expected, atol=1e-5)

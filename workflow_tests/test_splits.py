@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perturbflow.errors import InputError
-from perturbflow.splits import ROLES, divide_controls, from_file, members_seen, names_digest, split, unseen_combination, unseen_perturbation
+from perturbflow.splits import (
+    CONTROL_FRACTIONS,
+    ROLES,
+    divide_controls,
+    from_file,
+    members_seen,
+    names_digest,
+    split,
+    unseen_combination,
+    unseen_perturbation,
+)
 from perturbflow.symbols import CONTROL, members_of
 
 KINDS = {"unseen_perturbation": unseen_perturbation, "unseen_combination": unseen_combination}
@@ -242,3 +252,11 @@ def test_perturbations_that_a_file_does_not_name_are_left_out(prepared: dict[str
     obs = ad.read_h5ad(here.harmonized).obs
     placed = [cell for role in ROLES for cell in content["cells"][role]]
     assert set(obs.loc[placed, "perturbation"]) == {CONTROL, "TF1", "TF2", "TF3", "TF4", "TF1+TF2"}
+
+
+def test_batches_with_few_controls_are_divided_together() -> None:
+    for per_batch in (1, 2):
+        obs = pd.DataFrame({"batch": [f"b{i}" for i in range(60) for _ in range(per_batch)], "cell_type": "x"})
+        obs.index = [f"cell_{i}" for i in range(len(obs))]
+        shares = divide_controls(obs, seed=0).value_counts(normalize=True)
+        assert {role: pytest.approx(shares[role], abs=0.02) for role in CONTROL_FRACTIONS} == CONTROL_FRACTIONS

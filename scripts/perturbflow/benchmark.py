@@ -31,7 +31,7 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     The same seed resamples the same perturbations for every model, so that intervals differ by model alone.
     """
     rows = []
-    for keys, values in scores.groupby(KEYS, sort=False)["value"]:
+    for keys, values in scores.groupby(KEYS, sort=False, dropna=False)["value"]:
         low, high = bootstrap_interval(values.to_numpy(float))
         rows.append(
             {

@@ -67,6 +67,8 @@ def run(function: Callable, snakemake: object | None = None) -> None:
     if snakemake is None:
         _configure_logging(None)
         arguments = vars(_argument_parser(function).parse_args())
+        hints = typing.get_type_hints(function)
+        arguments = {name: _as_declared(value, hints.get(name)) for name, value in arguments.items()}
     else:
         _configure_logging(snakemake.log[0] if snakemake.log else None)
         arguments = {**dict(snakemake.input), **dict(snakemake.output), **dict(snakemake.params)}

@@ -52,10 +52,12 @@ def _extrapolation(label: str, training: list[str]) -> str:
     """Say what training knew of a perturbation."""
     if label in training:
         return "measured"
+    if label == CONTROL:
+        return "no perturbation"
     seen = {gene for other in training for gene in members_of(other)}
     n_seen = sum(gene in seen for gene in members_of(label))
     return (
-        "combination of measured genes"
+        "composed of measured genes"
         if n_seen == len(members_of(label))
         else f"{len(members_of(label)) - n_seen} gene(s) never perturbed in training"
     )

@@ -47,12 +47,12 @@ def coexpression(pairs: Pairs, genes: list[str]) -> pd.DataFrame:
     Genes that vary together over unperturbed and perturbed training cells lie close together. Genes × 32 at most;
     NaN for a gene that was not measured.
     """
-    training = pairs.roles("train")
-    X = training.X.toarray().astype(np.float64)
-    X -= X.mean(axis=0)
-    spread = X.std(axis=0)
-    X /= np.where(spread > 0, spread, 1.0)
-    eigenvalues, vectors = np.linalg.eigh(X.T @ X / len(X))
+    X = pairs.roles("train").X.astype(np.float64)
+    mean = np.asarray(X.mean(axis=0)).ravel()
+    covariance = np.asarray((X.T @ X).todense()) / X.shape[0] - np.outer(mean, mean)
+    spread = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
+    scale = np.where(spread > 1e-8, spread, 1.0)
+    eigenvalues, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
     leading = np.argsort(eigenvalues)[::-1][: min(N_COEXPRESSION, len(pairs.genes))]
     # The sign of an eigenvector is arbitrary: fixed here, so that equal data give equal numbers.
     signs = np.sign(vectors[np.abs(vectors[:, leading]).argmax(axis=0), leading])

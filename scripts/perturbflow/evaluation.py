@@ -1,8 +1,9 @@
 """Scores of predicted cells against measured ones.
 
-Notation: x̄ mean of the measured cells of a perturbation (half 'b', the same for every model), x̂ mean of the predicted
-cells, c̄ mean of the measured controls of the test role, weighted as the perturbation's cells are over batch and cell
-type; all log1p-normalized. The measured controls are used on both sides.
+Notation: x̄ mean of the measured cells of a perturbation (half 'b', the same for every model), c̄ mean of the measured
+controls of the test role, weighted as the perturbation's cells are over batch and cell type, x̂ mean of the predicted cells
+less the mean of the controls that they started from plus c̄; all log1p-normalized. That removes the chance with which
+starting controls were drawn: `no_change` has x̂ = c̄, as in the definitions. The measured controls are used on both sides.
 """
 
 import logging
@@ -28,7 +29,7 @@ N_HIGH_EXPRESSION = 1000
 N_COMPONENTS = 50
 BULK_TOTAL = 5e4
 MAX_CELLS_OF_DISTANCE = 2000
-NO_EFFECT = 1e-6  # a predicted effect smaller than this everywhere is none: its correlation would be that of rounding errors
+NO_EFFECT = 1e-5  # a predicted effect smaller than this everywhere is none: its correlation would be that of rounding errors
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Scored:
         Mask of the perturbed genes of each perturbation, (P, genes).
     predicted_components, measured_components
         Per perturbation, cells × 50 principal components fitted on training cells.
+    predicted_start
+        Per perturbation, which control each predicted cell started from, (cells,).
     """
 
     labels: list[str]
@@ -65,6 +68,7 @@ class Scored:
     own_target: np.ndarray
     predicted_components: list[np.ndarray]
     measured_components: list[np.ndarray]
+    predicted_start: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -147,11 +151,16 @@ def pds_cosine(scored: Scored) -> np.ndarray:
 
 
 def energy_distance_euclidean_u_pca50(scored: Scored) -> np.ndarray:
-    """2 E‖X−Y‖ − E‖X−X'‖ − E‖Y−Y'‖ of predicted and measured cells, unsquared Euclidean, U-statistic, 50 train-fitted PCs."""
+    """2 E‖X−Y‖ − E‖X−X'‖ − E‖Y−Y'‖ of predicted and measured cells, unsquared Euclidean, U-statistic, 50 train-fitted PCs.
+
+    Predicted cells of one starting control are no independent draws: such pairs are left out of E‖X−X'‖.
+    """
     values = []
-    for predicted, measured in zip(scored.predicted_components, scored.measured_components, strict=True):
-        within = [pdist(cells).mean() if len(cells) > 1 else np.nan for cells in (predicted, measured)]
-        values.append(2 * cdist(predicted, measured).mean() - sum(within))
+    for predicted, start, measured in zip(scored.predicted_components, scored.predicted_start, scored.measured_components, strict=True):
+        independent = pdist(start[:, None].astype(float)) > 0
+        within_predicted = pdist(predicted)[independent].mean() if independent.any() else np.nan
+        within_measured = pdist(measured).mean() if len(measured) > 1 else np.nan
+        values.append(2 * cdist(predicted, measured).mean() - within_predicted - within_measured)
     return np.array(values)
 
 
@@ -178,6 +187,10 @@ def _bulk(profile: np.ndarray) -> np.ndarray:
     """Return log(1 + 5·10⁴·P/ΣP), P the sum or mean of normalized counts over cells, (genes,)."""
     profile = np.asarray(profile, dtype=np.float64).ravel()
     return np.log1p(BULK_TOTAL * profile / max(profile.sum(), 1e-12))
+
+
+def _mean(X: sparse.csr_matrix) -> np.ndarray:
+    return np.asarray(X.mean(axis=0), dtype=np.float64).ravel()
 
 
 def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
@@ -217,26 +230,38 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
         sample = sample[np.sort(rng.choice(sample.shape[0], 20_000, replace=False))]
     pca = PCA(n_components, svd_solver="randomized", random_state=0).fit(sample.toarray())
 
-    def components(X: sparse.csr_matrix) -> np.ndarray:
-        if X.shape[0] > MAX_CELLS_OF_DISTANCE:
-            X = X[np.sort(rng.choice(X.shape[0], MAX_CELLS_OF_DISTANCE, replace=False))]
-        return pca.transform(X.toarray())
+    def sampled(X: sparse.csr_matrix) -> np.ndarray:
+        rows = np.arange(X.shape[0])
+        return rows if len(rows) <= MAX_CELLS_OF_DISTANCE else np.sort(rng.choice(rows, MAX_CELLS_OF_DISTANCE, replace=False))
 
     X = sparse.csr_matrix(predictions.X)
+    # A ceiling's cells are measured ones: they started from nothing.
+    declared = predictions.uns.get("perturbflow", {}).get("starts_from_controls", True)
+    starts_from_controls = bool(declared) and "control_index" in predictions.obs
+    start = predictions.obs["control_index"].to_numpy() if starts_from_controls else np.arange(predictions.n_obs)
     columns: dict[str, list] = {name: [] for name in Scored.__annotations__}
     counts = replace(held_out, X=held_out.X.expm1())  # normalized, no longer logarithmic
     for label in labels:
         rows = held_out.cells_of(label)
         rows = rows[scored_half[rows]]
-        predicted, measured = X[predicted_labels == label], held_out.X[rows]
-        columns["predicted"].append(np.asarray(predicted.mean(axis=0), dtype=np.float64).ravel())
+        of_label = np.flatnonzero(predicted_labels == label)
+        predicted, measured = X[of_label], held_out.X[rows]
+        control, control_profile = held_out.control_mean_for(rows), counts.control_mean_for(rows)
+        mean, profile = _mean(predicted), _mean(predicted.expm1())
+        if starts_from_controls:
+            begun = cells.X[start[of_label]]
+            mean = mean - _mean(begun) + control
+            profile = np.maximum(profile - _mean(begun.expm1()) + control_profile, 0.0)
+        columns["predicted"].append(mean)
         columns["measured"].append(held_out.mean_of(rows).astype(np.float64))
-        columns["control"].append(held_out.control_mean_for(rows).astype(np.float64))
-        columns["predicted_bulk"].append(_bulk(predicted.expm1().sum(axis=0)))
+        columns["control"].append(control.astype(np.float64))
+        columns["predicted_bulk"].append(_bulk(profile))
         columns["measured_bulk"].append(_bulk(counts.mean_of(rows)))
-        columns["control_bulk"].append(_bulk(counts.control_mean_for(rows)))
-        columns["predicted_components"].append(components(predicted))
-        columns["measured_components"].append(components(measured))
+        columns["control_bulk"].append(_bulk(control_profile))
+        chosen = sampled(predicted)
+        columns["predicted_components"].append(pca.transform(predicted[chosen].toarray()))
+        columns["predicted_start"].append(start[of_label][chosen])
+        columns["measured_components"].append(pca.transform(measured[sampled(measured)].toarray()))
     stacked = {
         name: np.stack(columns[name]) for name in ("predicted", "measured", "control", "predicted_bulk", "measured_bulk", "control_bulk")
     }
@@ -248,6 +273,7 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
         own_target=np.stack([np.isin(cells.genes, members_of(label)) for label in labels]),
         predicted_components=columns["predicted_components"],
         measured_components=columns["measured_components"],
+        predicted_start=columns["predicted_start"],
     )
 
 

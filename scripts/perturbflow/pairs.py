@@ -89,10 +89,12 @@ class Pairs:
         return self._rows_of.get(label, np.empty(0, dtype=np.int64))
 
     @cached_property
-    def _stratum_control_means(self) -> dict[tuple, np.ndarray]:
+    def _control_means(self) -> dict[tuple, np.ndarray]:
+        """Mean control per (batch, cell type, role), and per (cell type, role)."""
         controls = self.obs[self.is_control]
-        groups = controls.groupby(["batch", "cell_type", "role"], observed=True).indices
         X = self.X[np.flatnonzero(self.is_control)]
+        keys = ["batch", "cell_type", "role"]
+        groups = {**controls.groupby(keys, observed=True).indices, **controls.groupby(keys[1:], observed=True).indices}
         return {key: np.asarray(X[rows].mean(axis=0)).ravel() for key, rows in groups.items()}
 
     def mean_of(self, rows: np.ndarray) -> np.ndarray:
@@ -103,14 +105,11 @@ class Pairs:
         """Return the mean control of the cells' role, weighted as the cells are over batch and cell type, (genes,).
 
         A perturbation with many cells in one batch is compared with that batch, so that batch effects are no effects.
+        For a batch without controls those of the role's other batches serve, as they do in `match_controls`.
         """
-        means = self._stratum_control_means
         strata = self.obs.iloc[rows].groupby(["batch", "cell_type", "role"], observed=True).size()
-        weighted = {key: n for key, n in strata.items() if key in means}
-        if not weighted:
-            matched = self.control_index[rows]
-            return self.mean_of(matched[matched >= 0])
-        return sum(n * means[key] for key, n in weighted.items()) / sum(weighted.values())
+        means = [n * self._control_means[key if key in self._control_means else key[1:]] for key, n in strata.items()]
+        return sum(means) / len(rows)
 
     def effect_of(self, label: str) -> np.ndarray:
         """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""
@@ -147,7 +146,10 @@ def match_controls(obs: pd.DataFrame, k: int, seed: int) -> tuple[np.ndarray, in
             n_relaxed += len(cells)
             pool = relaxed.get((role, cell_type))
         if pool is None:
-            raise InputError(f"no control cell of cell type '{cell_type}' has the role {role}: {label} cannot be compared with anything.")
+            raise InputError(
+                f"no control cell of cell type '{cell_type}' has the role {role}: {label} cannot be compared with anything. "
+                "Leave this cell type out through subset in the dataset's block, or drop covariates.cell_type."
+            )
         rounds = -(-len(cells) * k // len(pool))
         drawn = np.concatenate([rng.permutation(pool) for _ in range(rounds)])[: len(cells) * k]
         index[cells["row"].to_numpy()] = drawn.reshape(k, len(cells)).T

@@ -69,5 +69,6 @@ def predict(
     for column in ("perturbation", "cell_type", "batch"):
         obs[column] = pd.Categorical(obs[column])
     out = ad.AnnData(X=sparse.vstack(blocks, format="csr"), obs=obs, var=pd.DataFrame(index=cells.genes))
+    out.uns["perturbflow"] = {"starts_from_controls": not family.is_ceiling}
     with atomic(predictions) as partial:
         out.write_h5ad(partial, compression="gzip")

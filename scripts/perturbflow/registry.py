@@ -353,7 +353,8 @@ class Plan:
         elif step == "audit":
             sources = [self.lineage("embeddings", dataset, split)]
         elif step == "train":
-            own = [config["models"][model], seed, config["device"]]
+            is_learned = self.family(model).rule != "train_closed_form"
+            own = [config["models"][model], seed, config["device"] if is_learned else None]
             sources = [self.lineage("audit", dataset, split)]
             code.append(self.family(model).source)
         elif step == "predict":

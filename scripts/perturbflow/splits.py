@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import json
 import logging
-import math
 from pathlib import Path
 
 import anndata as ad
@@ -19,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("train", "validation", "test")
 # Controls are split too: a model that starts from a control it was trained on would be scored on its own training data.
-CONTROL_FRACTIONS = {"train": 0.5, "validation": 0.2, "test": 0.3}
+CONTROL_FRACTIONS = {"train": 0.5, "test": 0.3, "validation": 0.2}
 
 Perturbations = dict[str, list[str]]
 
@@ -107,17 +106,21 @@ def members_seen(label: str, train: list[str]) -> int:
 
 
 def divide_controls(obs: pd.DataFrame, seed: int) -> pd.Series:
-    """Return a role for every control cell, divided within batch and cell type by CONTROL_FRACTIONS."""
+    """Return a role for every control cell, divided within batch and cell type by CONTROL_FRACTIONS.
+
+    Each next control goes to the role that is furthest behind its share, so that three controls serve all three roles.
+    Batches with fewer than three are divided together, per cell type.
+    """
     roles = pd.Series(index=obs.index, dtype=object)
     rng = np.random.default_rng(seed)
-    for _, cells in obs.groupby(["batch", "cell_type"], observed=True, sort=True):
-        order = rng.permutation(np.sort(cells.index.to_numpy()))
-        # Test and validation are served first, so that a stratum with three controls has one in each role.
-        n_test = max(1, math.floor(CONTROL_FRACTIONS["test"] * len(order))) if len(order) > 1 else 0
-        n_validation = max(1, math.floor(CONTROL_FRACTIONS["validation"] * len(order))) if len(order) > 2 else 0
-        roles[order[:n_test]] = "test"
-        roles[order[n_test : n_test + n_validation]] = "validation"
-        roles[order[n_test + n_validation :]] = "train"
+    n_in_stratum = obs.groupby(["batch", "cell_type"], observed=True)["batch"].transform("size")
+    batch = obs["batch"].astype(str).where(n_in_stratum >= len(ROLES), "")
+    for _, cells in obs.groupby([batch, obs["cell_type"].astype(str)], sort=True):
+        given = dict.fromkeys(CONTROL_FRACTIONS, 0)
+        for n, cell in enumerate(rng.permutation(np.sort(cells.index.to_numpy())), start=1):
+            role = max(given, key=lambda role: CONTROL_FRACTIONS[role] * n - given[role])
+            given[role] += 1
+            roles[cell] = role
     return roles
 
 

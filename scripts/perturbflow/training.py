@@ -1,8 +1,10 @@
 """Train one model and leave behind what prediction and readers of the run need."""
 
+import inspect
 import logging
 import platform
 import resource
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +15,7 @@ from perturbflow import __version__
 from perturbflow.artefacts import save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.files import file_digest, read_json, write_json
-from perturbflow.lineage import digest
+from perturbflow.lineage import code_digest, digest
 from perturbflow.models.base import Run, build
 from perturbflow.pairs import Pairs
 
@@ -56,7 +58,7 @@ def train(
         device=device,
         threads=threads,
         checkpoints=model.parent / "checkpoints",
-        identity=digest(implementation, params, seed, inputs, (provenance or {}).get("lineage")),
+        identity=digest(implementation, params, seed, inputs, code_digest(Path(inspect.getfile(type(family))))),
     )
     started = time.perf_counter()
     seen = cells if family.is_ceiling else cells.roles("train", "validation")
@@ -86,4 +88,6 @@ def train(
             "history": circumstances.history,
         },
     )  # fmt: skip
+    # Only now is the state of the training of no more use.
+    shutil.rmtree(circumstances.checkpoints, ignore_errors=True)
     logger.info("trained in %.1f s, %s parameters", seconds, f"{n_parameters:,}")

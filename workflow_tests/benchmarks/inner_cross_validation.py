@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from perturbflow.embeddings import embeddings  # noqa: E402
 from perturbflow.evaluation import METRICS, score_inputs  # noqa: E402
 from perturbflow.files import read_json, write_json  # noqa: E402
-from perturbflow.pairs import Pairs, pairs  # noqa: E402
+from perturbflow.pairs import Pairs, pair  # noqa: E402
 from perturbflow.prediction import predict  # noqa: E402
 from perturbflow.registry import FAMILIES, complete  # noqa: E402
 from perturbflow.splits import split  # noqa: E402
@@ -82,7 +82,7 @@ def main() -> None:
             write_json(fold / "roles.json", roles)
             spec = {"kind": "file", "path": str(fold / "roles.json"), "validation_fraction": 0.1, "seed": 0}
             split(arguments.folder / "harmonized.h5ad", arguments.folder / "harmonization.json", fold / "split.json", "inner", spec)
-            pairs(arguments.folder / "harmonized.h5ad", fold / "split.json", fold / "pairs.h5ad", 2000)
+            pair(arguments.folder / "harmonized.h5ad", fold / "split.json", fold / "pairs.h5ad", 2000)
             embeddings(fold / "pairs.h5ad", fold / "embeddings.parquet", ["coexpression"])
             write_json(fold / "audit.json", {"split_sha256": ""})
             cells = Pairs.read(fold / "pairs.h5ad")

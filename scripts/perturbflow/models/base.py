@@ -58,7 +58,7 @@ class Model(ABC):
 
     @abstractmethod
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Learn from training cells (and validation cells for stopping) and return all that prediction needs."""
+        """Learn from training cells (validation cells are reported on, no more) and return all that prediction needs."""
 
     @abstractmethod
     def restore(self, artefact: Artefact) -> None:

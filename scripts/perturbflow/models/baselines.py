@@ -71,10 +71,11 @@ class Additive(MeanShift):
     """
 
     def learn(self, effects: Effects, genes: list[str]) -> Artefact:
-        """Keep single effects and their mean; without any single, the mean of all effects."""
+        """Keep single effects and their mean; without any single, the mean effect per member of all combinations."""
         single = effects.single
         values = np.stack(list(single.values())) if single else np.zeros((0, len(genes)))
-        mean = values.mean(axis=0) if single else effects.values.mean(axis=0)
+        per_member = effects.values / np.array([[len(members_of(label))] for label in effects.labels])
+        mean = values.mean(axis=0) if single else per_member.mean(axis=0)
         return {"genes": np.array(list(single), dtype=str), "effects": values, "mean": mean}
 
     def effect(self, perturbation: str) -> np.ndarray:

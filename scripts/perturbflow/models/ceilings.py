@@ -26,6 +26,7 @@ class TechnicalDuplicate(Model):
         self.artefact = artefact
 
     def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
-        """Return measured cells, each once: at most n of the duplicate half."""
-        labels = self.artefact["labels"]
-        return np.stack([self.artefact["X"][labels == perturbation][:n] for perturbation in perturbations])
+        """Return measured cells, each once: at most n of the duplicate half, drawn at random."""
+        rng = np.random.default_rng(seed)
+        rows = [rng.permutation(np.flatnonzero(self.artefact["labels"] == perturbation))[:n] for perturbation in perturbations]
+        return np.stack([self.artefact["X"][chosen] for chosen in rows])

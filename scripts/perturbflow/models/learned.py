@@ -7,7 +7,6 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -150,13 +149,14 @@ class PairedCells:
         none = np.zeros(latent.n_dimensions, dtype=np.float32)
         self.shifted = self.z - torch.from_numpy(np.stack([effect_of.get(label, none) for label in pairs.labels]))
         # Only training cells have a measured effect to be taken back; in validation all starts are controls.
-        self.shifted_share = shifted_share if set(self.labels) <= set(effect_of) else 0.0
+        is_training = set(self.labels) <= set(effect_of)
+        self.shifted_share = shifted_share if is_training else 0.0
         self.by_stratum = np.argsort(self.stratum, kind="stable")
         self.stratum_size = np.bincount(self.stratum)
         self.stratum_first = np.concatenate([[0], np.cumsum(self.stratum_size)[:-1]])
         single = effects.single
         self.has_combinations = any(len(members_of(label)) > 1 for label in effects.labels)
-        self.synthetic_share = synthetic_share if self.has_combinations and len(single) > 1 else 0.0
+        self.synthetic_share = synthetic_share if is_training and self.has_combinations and len(single) > 1 else 0.0
         self.single_effects = torch.from_numpy(latent.encode_effect(np.stack(list(single.values())))) if single else None
         self.single_genes = conditions.index(list(single))[:, 0] if single else None
 
@@ -363,14 +363,6 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     run.facts["device"] = str(trainer.strategy.root_device)
     run.facts["n_parameters"] = sum(parameter.numel() for parameter in learner.network.parameters())
     run.facts["versions"] = {"torch": torch.__version__, "pytorch_lightning": pl.__version__}
-    _remove(run.checkpoints)
-
-
-def _remove(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    if folder.exists():
-        folder.rmdir()
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -490,8 +482,7 @@ class LearnedModel(Model):
                 predicted[p, block] = start[block] + (moved.numpy() * self.latent.scale) @ self.latent.basis.T
             for gene in members_of(perturbation):
                 if gene not in self.seen and gene in row:
-                    level = start[:, row[gene]]
-                    predicted[p, :, row[gene]] = level + self.own_gene.shift(float(level.mean()))
+                    predicted[p, :, row[gene]] += self.own_gene.shift(float(start[:, row[gene]].mean()))
         return predicted
 
     def _displacement(self, z: Tensor, perturbation: str, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
