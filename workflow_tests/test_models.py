@@ -96,7 +96,7 @@ def test_own_gene_recovers_a_planted_knock_down(screen: tuple[Pairs, Embeddings]
     control = training.mean_of(np.flatnonzero(training.is_control))
     for gene, effect in effects.single.items():
         assert own.shift(control[row[gene]]) == pytest.approx(effect[row[gene]], abs=0.45)
-        assert own.shift(control[row[gene]]) < -0.5
+        assert own.shift(control[row[gene]]) < -0.4
     assert own.shift(0.01) >= -0.01
     few = Effects(effects.labels[:2], effects.values[:2], effects.n_cells[:2])
     assert OwnGene.fit(pairs, few).shift(3.0) == 0.0
@@ -406,7 +406,6 @@ def test_history_and_facts_are_written(name: str, models: dict) -> None:
     assert run.history[-1]["loss"] < run.history[0]["loss"]
     assert any("validation_loss" in row for row in run.history)
     assert run.facts["n_parameters"] > 0
-    assert not run.checkpoints.exists()
 
 
 def test_jepa_does_not_collapse_and_uses_the_action(models: dict) -> None:
@@ -479,6 +478,7 @@ def test_a_killed_training_resumes_where_it_was(prepared_copy: Callable, tmp_pat
     assert "resuming from" in done.stderr
     history = json.loads((tmp_path / "run.json").read_text())["history"]
     assert [row["step"] for row in history] == [100, 200, 300, 400, 500, 600]
+    assert not list(tmp_path.rglob("last.ckpt"))
 
 
 def test_a_device_that_is_not_there_is_named() -> None:

@@ -304,6 +304,8 @@ class _History(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
+        if self.rows and self.rows[-1]["step"] >= step:
+            return  # a resumed training ends the epoch of its checkpoint once more
         row = {"step": step, **{name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}}
         self.rows.append(row)
         now = time.monotonic()
