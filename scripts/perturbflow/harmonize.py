@@ -272,7 +272,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         kept_as = str(column)
         while kept_as in SCHEMA_OBS or (kept_as != column and kept_as in adata.obs):
             kept_as = f"source_{kept_as}"
-        obs[kept_as] = values.astype(str).to_numpy() if values.dtype == object else values.to_numpy()
+        obs[kept_as] = pd.Categorical(values.astype(str)) if values.dtype == object else values.to_numpy()
     var = genes.set_index(pd.Index(genes["gene_name"].to_numpy()))
     clean = ad.AnnData(X=counts, obs=obs, var=var)
     if not clean.obs_names.is_unique:

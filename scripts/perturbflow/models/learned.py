@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -360,7 +361,10 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     last = folder / "last.ckpt"
     if last.exists():
         logger.info("%s: resuming from %s", name, last)
-    trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    with warnings.catch_warnings():
+        # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     run.history.extend(history.rows)
     run.facts["device"] = str(trainer.strategy.root_device)
     run.facts["n_parameters"] = sum(parameter.numel() for parameter in learner.network.parameters())
