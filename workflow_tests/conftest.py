@@ -284,7 +284,7 @@ def closed_forms_config(**changes: object) -> dict:
                 "source": {"path": "screen.h5ad"},
                 "perturbation": {"column": "perturbation", "control": ["control"]},
                 "covariates": {"batch": "lane"},
-                "qc": OFF,
+                "qc": dict(OFF),
             }
         },
         **changes,

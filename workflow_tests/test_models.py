@@ -19,11 +19,11 @@ from torch import Tensor
 from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import counterfactual, diffusion, jepa, learned
+from perturbflow.models import batches, counterfactual, diffusion, jepa, optimization
 from perturbflow.models.base import Model, Run, build
+from perturbflow.models.batches import Batch, Conditions, PairedCells
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace
-from perturbflow.models.learned import Batch, Conditions, PairedCells
 from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.own_gene import OwnGene
 from perturbflow.pairs import Pairs
@@ -422,7 +422,7 @@ def test_jepa_does_not_collapse_and_uses_the_action(models: dict) -> None:
 
 @pytest.fixture
 def short_epochs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(learned, "STEPS_PER_EPOCH", 5)
+    monkeypatch.setattr(batches, "STEPS_PER_EPOCH", 5)
     return
 
 
@@ -442,7 +442,7 @@ def test_resumed_training_equals_uninterrupted(
             raise Cut
 
     with monkeypatch.context() as patched:
-        patched.setattr(learned._History, "on_train_epoch_start", cut, raising=False)
+        patched.setattr(optimization._History, "on_train_epoch_start", cut, raising=False)
         with pytest.raises(Cut):
             trained(name, *screen, tmp_path / "cut", **quick)
     kept = tmp_path / "cut" / "checkpoints" / "test" / "last.ckpt"
@@ -485,7 +485,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match="device: 'cuda' is configured but not available"):
-        learned.accelerator("cuda")
+        optimization.accelerator("cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

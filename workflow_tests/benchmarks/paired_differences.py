@@ -13,8 +13,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from perturbflow.benchmark import bootstrap_interval  # noqa: E402
-from perturbflow.evaluation import METRICS  # noqa: E402
+from perturbflow.benchmark import bootstrap_interval
+from perturbflow.evaluation import METRICS
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from perturbflow.models.batches import Batch
 from perturbflow.models.latent import LatentSpace
-from perturbflow.models.learned import Batch, LearnedModel
+from perturbflow.models.learned import LearnedModel
 from perturbflow.models.networks import GeneEncoder, TimeEmbedding, mlp
 
 

@@ -1,0 +1,208 @@
+"""Batches of matched control and perturbed cells in latent coordinates, the same for the same seed and step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from perturbflow.models.effects import Effects
+from perturbflow.models.latent import LatentSpace
+from perturbflow.pairs import Pairs
+from perturbflow.symbols import members_of
+
+STEPS_PER_EPOCH = 100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Matched cells, in latent coordinates: B start cells, what perturbation they got, and cells that did get it.
+
+    Attributes
+    ----------
+    start, target
+        (B, dimensions).
+    genes
+        (B, members) of gene indices, -1 for none; all -1 for control.
+    group
+        (B,): equal where cells share perturbation, batch and cell type, so that any start goes with any target.
+    """
+
+    start: Tensor
+    target: Tensor
+    genes: Tensor
+    group: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move all tensors."""
+        return Batch(*(getattr(self, name).to(device) for name in ("start", "target", "genes", "group")))
+
+
+class Conditions:
+    """The perturbed genes that a model knows, as indices of their vectors.
+
+    Parameters
+    ----------
+    genes
+        Gene symbols, in the order of `vectors`.
+    vectors
+        Standardized embeddings, (genes, dimensions).
+    """
+
+    def __init__(self, genes: Sequence[str], vectors: np.ndarray) -> None:
+        self.genes = list(genes)
+        self.vectors = torch.as_tensor(np.asarray(vectors), dtype=torch.float32)
+        self._index = {gene: i for i, gene in enumerate(self.genes)}
+
+    def index(self, labels: Sequence[str], width: int = 2) -> Tensor:
+        """Return gene indices of the members, (labels, members), padded with -1."""
+        members = [members_of(label) for label in labels]
+        width = max([width, *map(len, members)])
+        table = torch.full((len(labels), width), -1, dtype=torch.long)
+        for row, genes in enumerate(members):
+            for column, gene in enumerate(genes):
+                table[row, column] = self._index[gene]
+        return table
+
+    def unknown(self, label: str) -> list[str]:
+        """Return the members that have no vector."""
+        return [gene for gene in members_of(label) if gene not in self._index]
+
+
+class PairedCells:
+    """Draws batches of matched cells, the same for the same seed and step.
+
+    Every training perturbation is drawn equally often, controls with a share of their own: a control cell's target is
+    another control of its stratum, which teaches what no perturbation does.
+
+    Parameters
+    ----------
+    pairs
+        Cells of one role.
+    latent
+        Fitted on training cells.
+    conditions
+        Gene indices.
+    effects
+        Mean effects of training perturbations, for synthetic combinations.
+    control_share
+        Share of controls in a batch.
+    synthetic_share
+        Share of targets to which the mean effect of another single perturbation is added: composed combinations, an
+        assumption of additivity that measured combinations can correct. Used only where training holds combinations.
+    shifted_share
+        Share of start cells that are no controls but perturbed training cells of the same batch and cell type less the mean
+        effect of their perturbation. Screens with a hundred controls have thousands of these; without them a network learns
+        its few controls by heart.
+    cells_per_draw
+        Cells of one perturbation that are drawn together: 1 mixes best, more gives groups to couple within.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        latent: LatentSpace,
+        conditions: Conditions,
+        effects: Effects,
+        control_share: float,
+        synthetic_share: float,
+        shifted_share: float,
+        cells_per_draw: int,
+    ) -> None:
+        self.cells_per_draw = cells_per_draw
+        self.z = torch.from_numpy(latent.encode(pairs.X))
+        self.labels = pairs.perturbations
+        self.genes = conditions.index(self.labels)
+        cells = [pairs.cells_of(label) for label in self.labels]
+        self.cells = np.concatenate(cells)
+        self.n_cells = np.array([len(rows) for rows in cells])
+        self.first_cell = np.concatenate([[0], np.cumsum(self.n_cells)[:-1]])
+        self.control_index = pairs.control_index
+        self.control_share = control_share
+        strata = pairs.obs.groupby(["role", "batch", "cell_type"], observed=True)
+        self.stratum = strata.ngroup().to_numpy()
+        self.controls = [rows[pairs.is_control[rows]] for rows in strata.indices.values() if pairs.is_control[rows].any()]
+        effect_of = dict(zip(effects.labels, latent.encode_effect(effects.values), strict=True))
+        none = np.zeros(latent.n_dimensions, dtype=np.float32)
+        self.shifted = self.z - torch.from_numpy(np.stack([effect_of.get(label, none) for label in pairs.labels]))
+        # Only training cells have a measured effect to be taken back; in validation all starts are controls.
+        is_training = set(self.labels) <= set(effect_of)
+        self.shifted_share = shifted_share if is_training else 0.0
+        self.by_stratum = np.argsort(self.stratum, kind="stable")
+        self.stratum_size = np.bincount(self.stratum)
+        self.stratum_first = np.concatenate([[0], np.cumsum(self.stratum_size)[:-1]])
+        single = effects.single
+        self.has_combinations = any(len(members_of(label)) > 1 for label in effects.labels)
+        self.synthetic_share = synthetic_share if is_training and self.has_combinations and len(single) > 1 else 0.0
+        self.single_effects = torch.from_numpy(latent.encode_effect(np.stack(list(single.values())))) if single else None
+        self.single_genes = conditions.index(list(single))[:, 0] if single else None
+
+    def batch(self, size: int, seed: tuple[int, ...]) -> Batch:
+        """Return a batch that depends on the seed alone."""
+        rng = np.random.default_rng(seed)
+        draw = np.arange(size) // self.cells_per_draw
+        n_draws = draw[-1] + 1
+        drawn = rng.integers(0, len(self.labels), n_draws)[draw]
+        target = self.cells[self.first_cell[drawn] + rng.integers(0, self.n_cells[drawn])]
+        start = self.control_index[target, rng.integers(0, self.control_index.shape[1], size)]
+        genes = self.genes[drawn].clone()
+        is_control = np.flatnonzero(rng.random(size) < self.control_share)
+        for i in is_control:
+            pool = self.controls[rng.integers(len(self.controls))]
+            start[i], target[i] = pool[rng.integers(0, len(pool), 2)]
+        genes[is_control] = -1
+        before = self.z[start]
+        is_shifted = np.flatnonzero(rng.random(size) < self.shifted_share)
+        stratum = self.stratum[target[is_shifted]]
+        any_cell = self.by_stratum[self.stratum_first[stratum] + rng.integers(0, self.stratum_size[stratum])]
+        before[is_shifted] = self.shifted[any_cell]
+        z = self.z[target]
+        if self.synthetic_share:
+            other = rng.integers(0, len(self.single_genes), n_draws)[draw]
+            is_composed = (rng.random(n_draws) < self.synthetic_share)[draw]
+            is_composed &= ((genes >= 0).sum(dim=1) == 1).numpy() & (self.single_genes[other] != genes[:, 0]).numpy()
+            z[is_composed] += self.single_effects[other[is_composed]]
+            genes[is_composed, 1] = self.single_genes[other[is_composed]]
+        group = draw * (self.stratum.max() + 1) + self.stratum[target]
+        group[is_control] = -1 - self.stratum[target[is_control]]
+        return Batch(before, z, genes, torch.from_numpy(group))
+
+
+class _Stream(IterableDataset):
+    """One epoch of batches."""
+
+    def __init__(self, cells: PairedCells, size: int, seed: int, epoch: int, n_batches: int) -> None:
+        self.cells, self.size, self.seed, self.epoch, self.n_batches = cells, size, seed, epoch, n_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i in range(self.n_batches):
+            yield self.cells.batch(self.size, (self.seed, self.epoch, i))
+
+
+class Batches(pl.LightningDataModule):
+    """Batches that depend on seed and epoch, so that a resumed training sees what it would have seen."""
+
+    def __init__(self, training: PairedCells, validation: PairedCells | None, size: int, seed: int) -> None:
+        super().__init__()
+        self.training, self.validation, self.size, self.seed = training, validation, size, seed
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the batches of the current epoch.
+
+        Counted in steps: when a training is resumed, Lightning asks for batches before it has counted its epoch on.
+        """
+        epoch = self.trainer.global_step // STEPS_PER_EPOCH
+        return DataLoader(_Stream(self.training, self.size, self.seed, epoch, STEPS_PER_EPOCH), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Return four fixed batches of validation perturbations."""
+        if self.validation is None:
+            return []
+        return DataLoader(_Stream(self.validation, self.size, self.seed, 2**31, 4), batch_size=None)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch."""
+        return batch.to(device)

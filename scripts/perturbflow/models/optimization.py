@@ -1,0 +1,160 @@
+"""A training loop that survives being killed: PyTorch Lightning's Trainer, an average of weights, and a history."""
+
+import logging
+import math
+import sys
+import time
+import warnings
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from perturbflow.errors import InputError
+from perturbflow.models.base import Run
+from perturbflow.models.batches import Batch, Batches
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Learner(pl.LightningModule):
+    """A network, its exponential moving average, and the optimization of a loss.
+
+    Parameters
+    ----------
+    network
+        With a method `losses(batch) -> dict of tensors`; the entry "loss" is minimized, the others are reported.
+    """
+
+    def __init__(self, network: nn.Module, seed: int, n_steps: int, learning_rate: float, weight_decay: float, ema_decay: float) -> None:
+        super().__init__()
+        self.network = network
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=False)
+        self.seed, self.n_steps, self.learning_rate, self.weight_decay = seed, n_steps, learning_rate, weight_decay
+
+    def configure_optimizers(self) -> dict:
+        """AdamW with a linear warm-up and a cosine decay."""
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        warm_up = min(100, self.n_steps // 10)
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / max(1, warm_up)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.n_steps)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Tie noise and dropout to the step, so that a resumed training draws what it would have drawn."""
+        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Minimize the network's loss."""
+        losses = self.network.losses(batch)
+        if not torch.isfinite(losses["loss"]):
+            raise InputError(f"the loss is no number at step {self.global_step}; lower learning_rate in the model's params.")
+        self.log_dict({name: value.detach() for name, value in losses.items()}, on_step=False, on_epoch=True, batch_size=len(batch.genes))
+        return losses["loss"]
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        """Move the average, and let the network do what it does after a step."""
+        self.average.update_parameters(self.network)
+        if hasattr(self.network, "after_step"):
+            self.network.after_step(self.global_step / self.n_steps)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Report the averaged network's loss on validation perturbations, with noise tied to the batch."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(batch_idx)
+            losses = self.average.module.losses(batch)
+        values = {f"validation_{name}": value for name, value in losses.items()}
+        self.log_dict(values, on_epoch=True, batch_size=len(batch.genes))
+
+
+class _History(Callback):
+    """Keeps one row per epoch and writes a line every few seconds."""
+
+    def __init__(self, name: str, n_steps: int) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.name, self.n_steps = name, n_steps
+        self.started = self.last_line = time.monotonic()
+        self.first_step: int | None = None
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.rows = state_dict["rows"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first_step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = trainer.global_step
+        if self.rows and self.rows[-1]["step"] >= step:
+            return  # a resumed training ends the epoch of its checkpoint once more
+        row = {"step": step, **{name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}}
+        self.rows.append(row)
+        now = time.monotonic()
+        if now - self.last_line >= SECONDS_BETWEEN_LINES or step >= self.n_steps:
+            self.last_line = now
+            rate = (step - self.first_step) / max(now - self.started, 1e-9)
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+            left = (self.n_steps - step) / max(rate, 1e-9)
+            logger.info("%s: step %d of %d, %s; about %.0f s left", self.name, step, self.n_steps, numbers, left)
+
+
+def accelerator(device: str) -> str:
+    """Return Lightning's word for a device; InputError where it is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise InputError(f"device: '{device}' is configured but not available here; set device: auto or cpu.")
+    return device
+
+
+def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
+    """Train a learner to its last step, from the last checkpoint of the same training where there is one.
+
+    Checkpoints of another identity (other params, data, code or seed) are left alone and not resumed.
+    """
+    torch.set_num_threads(max(1, run.threads))
+    folder = run.checkpoints / run.identity
+    history = _History(name, learner.n_steps)
+    callbacks: list[Callback] = [
+        history,
+        ModelCheckpoint(dirpath=folder, filename="last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False),
+    ]
+    if sys.stderr.isatty():
+        callbacks.append(TQDMProgressBar(refresh_rate=20))
+    for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    trainer = pl.Trainer(
+        max_steps=learner.n_steps,
+        accelerator=accelerator(run.device),
+        devices=1,
+        logger=False,
+        callbacks=callbacks,
+        enable_progress_bar=sys.stderr.isatty(),
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        check_val_every_n_epoch=1,
+        default_root_dir=str(run.checkpoints),
+    )
+    last = folder / "last.ckpt"
+    if last.exists():
+        logger.info("%s: resuming from %s", name, last)
+    with warnings.catch_warnings():
+        # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    run.history.extend(history.rows)
+    run.facts["device"] = str(trainer.strategy.root_device)
+    run.facts["n_parameters"] = sum(parameter.numel() for parameter in learner.network.parameters())
+    run.facts["versions"] = {"torch": torch.__version__, "pytorch_lightning": pl.__version__}
