@@ -160,3 +160,10 @@ def test_a_script_does_its_work_from_the_command_line(prepared: dict[str, Prepar
     assert "roles.json: 'TF99' in 'train' cannot be used" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "failed.json").exists()
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "workflow_tests/benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_starts(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout

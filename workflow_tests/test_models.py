@@ -272,6 +272,12 @@ def test_sampler_recovers_a_gaussian_and_runs_backwards() -> None:
     assert (back - noise).abs().mean() < 0.1
 
 
+def test_a_width_that_heads_cannot_share_is_refused() -> None:
+    implementation, params = registered("scppdm", width=64, n_heads=3)
+    with pytest.raises(InputError, match="width = 64 cannot be shared by n_heads = 3"):
+        build(implementation, params)
+
+
 def test_guidance_strengths_combine_the_four_predictions() -> None:
     implementation, params = registered("scppdm", guidance_state=1.5, guidance_perturbation=3.0)
     model = build(implementation, params)

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from perturbflow.errors import InputError
 from perturbflow.models.batches import Batch
 from perturbflow.models.latent import LatentSpace
 from perturbflow.models.learned import LearnedModel
@@ -196,6 +197,8 @@ class Diffusion(LearnedModel):
         **shared: float,
     ) -> None:
         super().__init__(**shared)
+        if width % n_heads:
+            raise InputError(f"params width = {width} cannot be shared by n_heads = {n_heads}; choose a multiple of it.")
         self.architecture = {
             "width": width, "n_tokens": n_tokens, "n_blocks": n_blocks, "n_heads": n_heads,
             "dropout": dropout, "own_dropout": own_dropout, "condition_dropout": condition_dropout,
