@@ -128,7 +128,7 @@ CHECKS: tuple[Callable[[dict, ad.AnnData], Findings], ...] = (
 
 def _embedding_leaks(table: pd.DataFrame, cells: Pairs) -> Findings:
     """The co-expression part of the embeddings is what training cells alone give."""
-    columns = [column for column in table if column.startswith("coexpression_")]
+    columns = [column for column in table if column.startswith("coexpression:")]
     if not columns:
         return []
     expected = coexpression(cells, table.index.tolist())

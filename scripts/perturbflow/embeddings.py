@@ -34,6 +34,16 @@ class Embeddings:
         """Read embeddings.parquet."""
         return cls(pd.read_parquet(path))
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources that the columns come from, in order."""
+        return list(dict.fromkeys(column.split(":")[0] for column in self.table))
+
+    def of_source(self, source: str) -> "Embeddings":
+        """Return the columns of one source, without the genes that it has no row for."""
+        columns = [column for column in self.table if column.split(":")[0] == source]
+        return Embeddings(self.table[columns].dropna(how="all"))
+
     def standardized(self, training_genes: list[str]) -> pd.DataFrame:
         """Return the table centred and scaled by the training genes; what is missing becomes 0, their mean."""
         reference = self.table.loc[self.table.index.intersection(training_genes)]
@@ -57,7 +67,7 @@ def coexpression(pairs: Pairs, genes: list[str]) -> pd.DataFrame:
     # The sign of an eigenvector is arbitrary: fixed here, so that equal data give equal numbers.
     signs = np.sign(vectors[np.abs(vectors[:, leading]).argmax(axis=0), leading])
     loadings = vectors[:, leading] * signs * np.sqrt(np.maximum(eigenvalues[leading], 0.0))
-    table = pd.DataFrame(loadings, index=pairs.genes, columns=[f"coexpression_{i}" for i in range(len(leading))])
+    table = pd.DataFrame(loadings, index=pairs.genes, columns=[f"coexpression:{i}" for i in range(len(leading))])
     return table.reindex(genes)
 
 
@@ -78,7 +88,7 @@ def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
         )
     table.index = [approved_symbol(str(gene)) for gene in table.index]
     table = table[~table.index.duplicated()]
-    table.columns = [f"{path.stem}_{column}" for column in table.columns]
+    table.columns = [f"{path.stem}:{column}" for column in table.columns]
     found = table.reindex(genes)
     n_found = int(found.notna().any(axis=1).sum())
     if n_found == 0:

@@ -80,6 +80,11 @@ class Pairs:
         return pd.Series(self.labels).groupby(self.labels, sort=False).indices
 
     @property
+    def strata(self) -> np.ndarray:
+        """Batch and cell type of every cell, as one word."""
+        return (self.obs["batch"].astype(str) + "|" + self.obs["cell_type"].astype(str)).to_numpy()
+
+    @property
     def perturbations(self) -> list[str]:
         """Sorted labels other than control."""
         return sorted(set(self.labels) - {CONTROL})
@@ -100,6 +105,11 @@ class Pairs:
     def mean_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the mean expression of cells, (genes,)."""
         return np.asarray(self.X[rows].mean(axis=0)).ravel()
+
+    def variance_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the variance of expression over cells, (genes,)."""
+        X = self.X[rows].astype(np.float64)
+        return np.asarray(X.power(2).mean(axis=0)).ravel() - np.asarray(X.mean(axis=0)).ravel() ** 2
 
     def control_mean_for(self, rows: np.ndarray) -> np.ndarray:
         """Return the mean control of the cells' role, weighted as the cells are over batch and cell type, (genes,).

@@ -58,7 +58,8 @@ def predict(
         if len(measured) > max_cells:
             measured = np.sort(rng.choice(measured, max_cells, replace=False))
         start = cells.control_index[measured, 0]
-        predicted = family.predict(cells.X[start].toarray(), [label], len(start), seed)[0]
+        strata = {"strata": cells.strata[start]} if family.reads_strata else {}
+        predicted = family.predict(cells.X[start].toarray(), [label], len(start), seed, **strata)[0]
         start = start[: len(predicted)]
         blocks.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
         obs = cells.obs.iloc[start][["cell_type", "batch"]].astype(str)

@@ -30,7 +30,8 @@ class Family:
     """Where a model family lives and what its training leaves behind."""
 
     implementation: str  # "module:Class" below perturbflow.models
-    rule: str  # which rule trains it
+    kind: str  # baseline, ablation, ceiling or learned
+    rule: str = "train_closed_form"  # which rule trains it
     answers_counterfactuals: bool = False
 
     @property
@@ -44,15 +45,31 @@ class Family:
         return PACKAGE / "models" / f"{self.implementation.split(':')[0]}.py"
 
 
+def _baseline(implementation: str) -> Family:
+    return Family(implementation, "baseline", answers_counterfactuals=True)
+
+
 FAMILIES = {
-    "no_change": Family("baselines:NoChange", "train_closed_form", answers_counterfactuals=True),
-    "perturbed_mean": Family("baselines:PerturbedMean", "train_closed_form", answers_counterfactuals=True),
-    "additive": Family("baselines:Additive", "train_closed_form", answers_counterfactuals=True),
-    "linear": Family("baselines:Linear", "train_closed_form", answers_counterfactuals=True),
-    "technical_duplicate": Family("ceilings:TechnicalDuplicate", "train_closed_form"),
-    "diffusion": Family("diffusion:Diffusion", "train_diffusion", answers_counterfactuals=True),
-    "jepa": Family("jepa:Jepa", "train_jepa", answers_counterfactuals=True),
-    "counterfactual": Family("counterfactual:Counterfactual", "train_counterfactual", answers_counterfactuals=True),
+    "no_change": _baseline("baselines:NoChange"),
+    "perturbed_mean": _baseline("baselines:PerturbedMean"),
+    "matching_mean": _baseline("baselines:MatchingMean"),
+    "additive": _baseline("baselines:Additive"),
+    "shrunken_additive": _baseline("baselines:ShrunkenAdditive"),
+    "latent_additive": _baseline("baselines:LatentAdditive"),
+    "linear": _baseline("baselines:Linear"),
+    "transfer": _baseline("baselines:Transfer"),
+    "ridge": _baseline("regressions:Ridge"),
+    "random_forest": _baseline("regressions:RandomForest"),
+    "nearest_perturbation": _baseline("regressions:NearestPerturbation"),
+    "covariance_response": _baseline("regressions:CovarianceResponse"),
+    "stacked": _baseline("stacked:Stacked"),
+    "shuffled_labels": Family("ablations:ShuffledLabels", "ablation"),
+    "batch_only": Family("ablations:BatchOnly", "ablation"),
+    "technical_duplicate": Family("ceilings:TechnicalDuplicate", "ceiling"),
+    "interpolated_duplicate": Family("ceilings:InterpolatedDuplicate", "ceiling"),
+    "diffusion": Family("diffusion:Diffusion", "learned", "train_diffusion", answers_counterfactuals=True),
+    "jepa": Family("jepa:Jepa", "learned", "train_jepa", answers_counterfactuals=True),
+    "counterfactual": Family("counterfactual:Counterfactual", "learned", "train_counterfactual", answers_counterfactuals=True),
 }
 
 

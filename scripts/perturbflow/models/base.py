@@ -55,6 +55,7 @@ class Model(ABC):
     """
 
     is_ceiling: ClassVar[bool] = False  # a ceiling may see measured test cells; a model never does
+    reads_strata: ClassVar[bool] = False  # predict also takes strata: batch and cell type of every control cell
 
     @abstractmethod
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:

@@ -1,51 +1,22 @@
-"""Closed forms that shift control cells by a predicted mean effect. Seconds, and hard to beat."""
-
-from abc import abstractmethod
-from collections.abc import Sequence
+"""Closed forms that know a gene by its effect alone: means, sums, and the bilinear form of the field's benchmarks."""
 
 import numpy as np
 
-from perturbflow.embeddings import Embeddings
-from perturbflow.models.base import Artefact, Model, Run, start_cells
-from perturbflow.models.effects import Effects
-from perturbflow.pairs import Pairs
+from perturbflow.models.base import Artefact
+from perturbflow.models.shift import MeanShift, Training, least_error
 from perturbflow.symbols import members_of
 
-
-class MeanShift(Model):
-    """A model whose every prediction is a control cell plus one effect per perturbation."""
-
-    artefact: Artefact
-
-    @abstractmethod
-    def learn(self, effects: Effects, genes: list[str]) -> Artefact:
-        """Return the arrays that `effect` needs."""
-
-    @abstractmethod
-    def effect(self, perturbation: str) -> np.ndarray:
-        """Return the predicted mean effect, (genes,)."""
-
-    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Measure training effects and learn from them."""
-        self.artefact = self.learn(Effects.of_training(pairs), pairs.genes)
-        return self.artefact
-
-    def restore(self, artefact: Artefact) -> None:
-        """Take over the arrays."""
-        self.artefact = artefact
-
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
-        """Shift control cells; deterministic, whatever the seed."""
-        start = start_cells(cells, n)
-        return np.stack([start + self.effect(perturbation) for perturbation in perturbations]).astype(np.float32)
+LATENT_RIDGES = (0.1, 0.3, 1.0, 3.0)
+LATENT_COMPONENTS = (5, 15, 50)
+LEAST_CELLS = 10  # of a perturbation in a context: fewer give noise for an effect
 
 
 class NoChange(MeanShift):
     """Perturbed cells look like controls: the floor."""
 
-    def learn(self, effects: Effects, genes: list[str]) -> Artefact:
+    def learn(self, training: Training) -> Artefact:
         """Nothing to learn."""
-        return {"effect": np.zeros(len(genes))}
+        return {"effect": np.zeros(len(training.genes))}
 
     def effect(self, perturbation: str) -> np.ndarray:
         """No effect."""
@@ -55,9 +26,9 @@ class NoChange(MeanShift):
 class PerturbedMean(MeanShift):
     """Every perturbation has the mean effect of the training perturbations (Systema's non-control mean)."""
 
-    def learn(self, effects: Effects, genes: list[str]) -> Artefact:
+    def learn(self, training: Training) -> Artefact:
         """Average effects over perturbations, not over cells."""
-        return {"effect": effects.values.mean(axis=0)}
+        return {"effect": training.effects.values.mean(axis=0)}
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Return the mean effect."""
@@ -70,19 +41,152 @@ class Additive(MeanShift):
     Ahlmann-Eltze, Huber & Anders 2025, x̂_{a+b} = x̄_a + x̄_b − c̄.
     """
 
-    def learn(self, effects: Effects, genes: list[str]) -> Artefact:
+    def learn(self, training: Training) -> Artefact:
         """Keep single effects and their mean; without any single, the mean effect per member of all combinations."""
-        single = effects.single
-        values = np.stack(list(single.values())) if single else np.zeros((0, len(genes)))
-        per_member = effects.values / np.array([[len(members_of(label))] for label in effects.labels])
-        mean = values.mean(axis=0) if single else per_member.mean(axis=0)
+        effects, single = training.effects, training.effects.single
+        values = np.stack(list(single.values())) if single else np.zeros((0, len(training.genes)))
+        mean = values.mean(axis=0) if single else (effects.values / effects.order[:, None]).mean(axis=0)
         return {"genes": np.array(list(single), dtype=str), "effects": values, "mean": mean}
+
+    def members(self, perturbation: str) -> np.ndarray:
+        """Return the effect of every member, (members, genes)."""
+        row = {gene: i for i, gene in enumerate(self.artefact["genes"].tolist())}
+        effects, mean = self.artefact["effects"], self.artefact["mean"]
+        return np.stack([effects[row[gene]] if gene in row else mean for gene in members_of(perturbation)])
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Sum over members."""
-        row = {gene: i for i, gene in enumerate(self.artefact["genes"].tolist())}
-        effects, mean = self.artefact["effects"], self.artefact["mean"]
-        return sum(effects[row[gene]] if gene in row else mean for gene in members_of(perturbation))
+        return self.members(perturbation).sum(axis=0)
+
+
+class MatchingMean(Additive):
+    """The mean of the members' single effects; a member never measured alone counts as the mean effect.
+
+    Systema 2025, x̂_{a+b} = ½ (m_a + m_b), m_a the mean of single a, or that of all training perturbations if unseen.
+    """
+
+    def learn(self, training: Training) -> Artefact:
+        """Keep single effects and the mean of all training perturbations."""
+        return {**super().learn(training), "mean": training.effects.values.mean(axis=0)}
+
+    def effect(self, perturbation: str) -> np.ndarray:
+        """Average over members."""
+        return self.members(perturbation).mean(axis=0)
+
+
+class ShrunkenAdditive(Additive):
+    """The sum of single effects times the factor that fits held-out training combinations best; the plain sum without any."""
+
+    def learn(self, training: Training) -> Artefact:
+        """Fit the factor by least squares over inner folds."""
+        explained = energy = 0.0
+        for inner, held_out in training.rounds(of_genes=False):
+            plain = Additive().learned(inner)
+            for label, value in zip(held_out.labels, held_out.values, strict=True):
+                predicted = plain.effect(label)
+                explained, energy = explained + predicted @ value, energy + predicted @ predicted
+        factor = max(explained / energy, 0.0) if energy > 0 else 1.0
+        return {**super().learn(training), "factor": np.array(factor)}
+
+    def effect(self, perturbation: str) -> np.ndarray:
+        """Shrink the sum of a combination; a single effect stays as it is."""
+        effect = super().effect(perturbation)
+        return float(self.artefact["factor"]) * effect if len(members_of(perturbation)) > 1 else effect
+
+
+class LatentSum(MeanShift):
+    """Members add up in a latent space; their vectors are fitted to all training perturbations, alone or combined, at once.
+
+    y_p = (μ_o + Σ_{g ∈ p} z_g) V with V the leading principal directions of training effects, μ_o an intercept for
+    perturbations of o members, and z_g by ridge regression on the indicators of members. An unseen member has z = 0.
+
+    Parameters
+    ----------
+    n_components
+        Directions of V.
+    ridge
+        Penalty on z, in perturbations.
+    """
+
+    def __init__(self, n_components: int, ridge: float) -> None:
+        self.n_components = n_components
+        self.ridge = ridge
+
+    def learn(self, training: Training) -> Artefact:
+        """Solve the ridge regression."""
+        effects = training.effects
+        _, _, directions = np.linalg.svd(effects.values, full_matrices=False)
+        V = directions[: self.n_components]  # (K, genes)
+        genes, orders = effects.genes, sorted(set(effects.order.tolist()))
+        members = np.array([[gene in members_of(label) for gene in genes] for label in effects.labels], dtype=float)
+        design = np.hstack([effects.order[:, None] == orders, members])  # (perturbations, orders + genes)
+        penalty = np.diag([1e-6] * len(orders) + [self.ridge] * len(genes))
+        solved = np.linalg.solve(design.T @ design + penalty, design.T @ (effects.values @ V.T))
+        return {"V": V, "orders": np.array(orders), "intercepts": solved[: len(orders)],
+                "genes": np.array(genes, dtype=str), "z": solved[len(orders) :]}  # fmt: skip
+
+    def effect(self, perturbation: str) -> np.ndarray:
+        """Add up and decode; an order that training lacks has the intercept of the nearest, by the number of members."""
+        members = members_of(perturbation)
+        orders, row = self.artefact["orders"], {gene: i for i, gene in enumerate(self.artefact["genes"].tolist())}
+        nearest = int(np.abs(orders - len(members)).argmin())
+        latent = self.artefact["intercepts"][nearest] * len(members) / orders[nearest]
+        return (latent + self.artefact["z"][[row[gene] for gene in members if gene in row]].sum(axis=0)) @ self.artefact["V"]
+
+
+class LatentAdditive(MeanShift):
+    """The linear form of PerturBench's latent additive model (arXiv 2408.10609): `LatentSum`, its two constants by inner folds."""
+
+    def learn(self, training: Training) -> Artefact:
+        """Choose the number of directions and the penalty, then fit."""
+        of_genes = not (training.effects.order > 1).any()
+        candidates = [LatentSum(k, ridge) for k in LATENT_COMPONENTS for ridge in LATENT_RIDGES]
+        self.chosen = least_error(candidates, training, of_genes=of_genes)
+        return self.chosen.learn(training)
+
+    def restore(self, artefact: Artefact) -> None:
+        """Take over the arrays."""
+        super().restore(artefact)
+        self.chosen = LatentSum(0, 0.0)
+        self.chosen.restore(artefact)
+
+    def effect(self, perturbation: str) -> np.ndarray:
+        """Add up in the latent space."""
+        return self.chosen.effect(perturbation)
+
+
+class Transfer(MeanShift):
+    """The mean effect of the same perturbation in the contexts it was measured in, each context alike; else the mean effect.
+
+    A context is a batch × cell type with controls of its own and at least ten cells of the perturbation. The "Shared" lookup of the
+    Virtual Cell Challenge 2026, which no network of its authors beat.
+    """
+
+    def learn(self, training: Training) -> Artefact:
+        """Average over contexts."""
+        by_context = effects_by_context(training)
+        effects = {label: np.mean([of[label] for of in by_context.values() if label in of] or [training.effects.of(label)], axis=0)
+                   for label in training.effects.labels}  # fmt: skip
+        values = np.stack(list(effects.values()))
+        return {"labels": np.array(list(effects), dtype=str), "effects": values, "mean": values.mean(axis=0)}
+
+    def effect(self, perturbation: str) -> np.ndarray:
+        """Look the perturbation up."""
+        labels = self.artefact["labels"].tolist()
+        return self.artefact["effects"][labels.index(perturbation)] if perturbation in labels else self.artefact["mean"]
+
+
+def effects_by_context(training: Training) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """Return, per batch × cell type, the effects of all perturbations that have at least ten cells in it."""
+    pairs = training.pairs
+    effects: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    known = set(training.effects.labels)
+    strata = pairs.obs[["batch", "cell_type"]].astype(str)
+    has_controls = set(strata[pairs.is_control].itertuples(index=False, name=None))
+    for (batch, cell_type, label), rows in strata.assign(label=pairs.labels).groupby(["batch", "cell_type", "label"]).indices.items():
+        if label in known and len(rows) >= LEAST_CELLS and (batch, cell_type) in has_controls:
+            effects.setdefault((batch, cell_type), {})[label] = pairs.mean_of(rows) - pairs.control_mean_for(rows)
+    return effects
 
 
 class Linear(MeanShift):
@@ -98,9 +202,9 @@ class Linear(MeanShift):
         self.n_components = n_components
         self.ridge = ridge
 
-    def learn(self, effects: Effects, genes: list[str]) -> Artefact:
+    def learn(self, training: Training) -> Artefact:
         """Solve for W."""
-        row = {gene: i for i, gene in enumerate(genes)}
+        effects, genes, row = training.effects, training.genes, training.row
         usable = [i for i, label in enumerate(effects.labels) if all(gene in row for gene in members_of(label))]
         Y = np.column_stack([np.zeros(len(genes)), *effects.values[usable]])  # (genes, conditions)
         b = Y.mean(axis=1)

@@ -1,5 +1,6 @@
 """Mean effects of training perturbations: the raw material of every closed form."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,13 @@ class Effects:
         Training perturbations, sorted.
     values
         (perturbations, genes), log1p-normalized.
-    n_cells
-        Cells behind each.
+    errors
+        Their squared standard errors, of the same shape: sampling of perturbed cells alone.
     """
 
     labels: list[str]
     values: np.ndarray
-    n_cells: np.ndarray
+    errors: np.ndarray
 
     @classmethod
     def of_training(cls, pairs: Pairs) -> "Effects":
@@ -32,7 +33,8 @@ class Effects:
         training = pairs.roles("train")
         labels = training.perturbations
         values = np.stack([training.effect_of(label) for label in labels])
-        return cls(labels, values, np.array([len(training.cells_of(label)) for label in labels]))
+        errors = np.stack([training.variance_of(rows) / len(rows) for rows in map(training.cells_of, labels)])
+        return cls(labels, values, errors)
 
     @classmethod
     def with_disjoint_controls(cls, pairs: Pairs) -> "tuple[Effects, Effects]":
@@ -51,6 +53,20 @@ class Effects:
             mask[np.flatnonzero(training.is_control)] = keep | is_alone
             halves.append(cls.of_training(training.select(mask)))
         return halves[0], halves[1]
+
+    def without(self, labels: Collection[str]) -> "Effects":
+        """Return all effects but these."""
+        keep = [i for i, label in enumerate(self.labels) if label not in labels]
+        return Effects([self.labels[i] for i in keep], self.values[keep], self.errors[keep])
+
+    def of(self, label: str) -> np.ndarray:
+        """Return one effect, (genes,)."""
+        return self.values[self.labels.index(label)]
+
+    @property
+    def order(self) -> np.ndarray:
+        """Members of every label, (perturbations,)."""
+        return np.array([len(members_of(label)) for label in self.labels])
 
     @property
     def single(self) -> dict[str, np.ndarray]:

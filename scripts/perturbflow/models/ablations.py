@@ -1,0 +1,58 @@
+"""Ablations: models from which one thing is taken away. What they still score needs no more than what they have left."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+
+from perturbflow.embeddings import Embeddings
+from perturbflow.models.base import Artefact, Model, Run, start_cells
+from perturbflow.models.effects import Effects
+from perturbflow.models.stacked import Stacked
+from perturbflow.pairs import Pairs
+from perturbflow.symbols import CONTROL, members_of
+
+
+class ShuffledLabels(Stacked):
+    """`Stacked` on training cells whose perturbations were exchanged at random, singles with singles, combinations with combinations."""
+
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Exchange labels, then learn."""
+        rng = np.random.default_rng(run.seed)
+        new_label = {CONTROL: CONTROL}
+        for order in sorted({len(members_of(label)) for label in pairs.perturbations}):
+            labels = [label for label in pairs.perturbations if len(members_of(label)) == order]
+            new_label |= dict(zip(labels, map(str, rng.permutation(labels)), strict=True))
+        obs = pairs.obs.assign(perturbation=[new_label[label] for label in pairs.labels])
+        return super().fit(replace(pairs, obs=obs), embeddings, run)
+
+
+class BatchOnly(Model):
+    """The mean effect of all training perturbations in the cell's batch and cell type: the perturbation is not looked at."""
+
+    reads_strata: ClassVar[bool] = True
+
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Average effects over perturbations, per batch × cell type."""
+        training = pairs.roles("train")
+        strata = training.strata
+        overall = Effects.of_training(training).values.mean(axis=0)
+        effects = {}
+        for stratum in sorted(set(strata[~training.is_control])):
+            here = training.select((strata == stratum) | training.is_control)
+            effects[stratum] = np.mean([here.effect_of(label) for label in here.perturbations], axis=0)
+        self.artefact = {"strata": np.array(list(effects), dtype=str), "effects": np.stack(list(effects.values())), "overall": overall}
+        return self.artefact
+
+    def restore(self, artefact: Artefact) -> None:
+        """Take over the arrays."""
+        self.artefact = artefact
+
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, strata: np.ndarray | None = None) -> np.ndarray:
+        """Shift each control cell by the mean effect of its stratum; by that of all where the stratum is new or not told."""
+        known = self.artefact["strata"].tolist()
+        told = [""] * len(cells) if strata is None else list(strata)
+        effects = [self.artefact["effects"][known.index(stratum)] if stratum in known else self.artefact["overall"] for stratum in told]
+        start = start_cells(cells + np.stack(effects), n)
+        return np.repeat(start[None].astype(np.float32), len(perturbations), axis=0)

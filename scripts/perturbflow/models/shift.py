@@ -1,0 +1,124 @@
+"""What closed forms share: one effect per perturbation, added to control cells, and inner cross-validation over perturbations."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from perturbflow.embeddings import Embeddings
+from perturbflow.models.base import Artefact, Model, Run, start_cells
+from perturbflow.models.effects import Effects
+from perturbflow.pairs import Pairs
+from perturbflow.symbols import members_of
+
+N_FOLDS = 5
+MAX_GENES_ONE_BY_ONE = 20  # few genes are held out one by one
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a closed form learns from.
+
+    Attributes
+    ----------
+    pairs
+        Training cells and their controls.
+    embeddings
+        Vectors of the perturbed genes.
+    seed
+        Governs folds and whatever is drawn.
+    effects
+        Mean effects of the training perturbations.
+    halves
+        The same, each against half of the controls: what is learned from one is judged on the other, so that the noise of
+        shared controls does not pass for skill.
+    """
+
+    pairs: Pairs
+    embeddings: Embeddings
+    seed: int
+    effects: Effects
+    halves: tuple[Effects, Effects]
+
+    @classmethod
+    def of(cls, pairs: Pairs, embeddings: Embeddings, seed: int) -> "Training":
+        """Measure the effects of all training perturbations."""
+        training = pairs.roles("train")
+        return cls(training, embeddings, seed, Effects.of_training(training), Effects.with_disjoint_controls(training))
+
+    @property
+    def genes(self) -> list[str]:
+        """Measured genes, the columns of an effect."""
+        return self.pairs.genes
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """Column of an effect for every measured gene."""
+        return {gene: i for i, gene in enumerate(self.genes)}
+
+    def folds(self, *, of_genes: bool) -> list[set[str]]:
+        """Return sets of perturbations to be held out: all that involve some of the genes, or combinations alone."""
+        rng = np.random.default_rng(self.seed)
+        labels = self.effects.labels
+        if of_genes:
+            genes = rng.permutation(self.effects.genes)
+            parts = np.array_split(genes, len(genes) if len(genes) <= MAX_GENES_ONE_BY_ONE else N_FOLDS)
+            folds = [{label for label in labels if not set(part).isdisjoint(members_of(label))} for part in parts]
+        else:
+            combinations = rng.permutation([label for label in labels if len(members_of(label)) > 1])
+            folds = [set(map(str, combinations[i::N_FOLDS])) for i in range(N_FOLDS)]
+        return [fold for fold in folds if fold and len(fold) < len(labels)]
+
+    def rounds(self, *, of_genes: bool) -> Iterator[tuple["Training", Effects]]:
+        """Yield inner training sets and the effects held out from them, measured against controls that they do not hold."""
+        for held_out in self.folds(of_genes=of_genes):
+            rest = [half.without(held_out) for half in self.halves]
+            known = set(rest[0].labels)
+            for seen, judged in ((0, 1), (1, 0)):
+                yield replace(self, effects=rest[seen], halves=(rest[0], rest[1])), self.halves[judged].without(known)
+
+
+class MeanShift(Model):
+    """A model whose every prediction is a control cell plus one effect per perturbation."""
+
+    artefact: Artefact
+
+    @abstractmethod
+    def learn(self, training: Training) -> Artefact:
+        """Return the arrays that `effect` needs."""
+
+    @abstractmethod
+    def effect(self, perturbation: str) -> np.ndarray:
+        """Return the predicted mean effect, (genes,)."""
+
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Measure training effects and learn from them."""
+        return self.learned(Training.of(pairs, embeddings, run.seed)).artefact
+
+    def learned(self, training: Training) -> "MeanShift":
+        """Learn, and return the model itself."""
+        self.restore(self.learn(training))
+        return self
+
+    def restore(self, artefact: Artefact) -> None:
+        """Take over the arrays."""
+        self.artefact = artefact
+
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
+        """Shift control cells; deterministic, whatever the seed."""
+        start = start_cells(cells, n)
+        return np.stack([start + self.effect(perturbation) for perturbation in perturbations]).astype(np.float32)
+
+
+def least_error(candidates: Sequence[MeanShift], training: Training, *, of_genes: bool) -> MeanShift:
+    """Return the candidate that predicts held-out training perturbations with the least squared error; the first where none can be held out."""
+    errors = np.zeros(len(candidates))
+    for inner, held_out in training.rounds(of_genes=of_genes):
+        for i, candidate in enumerate(candidates):
+            candidate.learned(inner)
+            errors[i] += sum(
+                ((candidate.effect(label) - value) ** 2).sum() for label, value in zip(held_out.labels, held_out.values, strict=True)
+            )
+    return candidates[int(errors.argmin())]

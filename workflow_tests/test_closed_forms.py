@@ -1,0 +1,388 @@
+"""Closed forms that learn from several perturbations at once: each is right where its assumption holds, and judged on what it has not seen."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Prepared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from perturbflow.embeddings import Embeddings
+from perturbflow.models.ablations import BatchOnly, ShuffledLabels
+from perturbflow.models.base import Run, build
+from perturbflow.models.baselines import Additive, LatentSum, Transfer, effects_by_context
+from perturbflow.models.ceilings import InterpolatedDuplicate
+from perturbflow.models.effects import Effects
+from perturbflow.models.regressions import KernelRidge
+from perturbflow.models.shift import MeanShift, Training, least_error
+from perturbflow.models.stacked import ShrunkenEntries, Stacked, stacking_weights
+from perturbflow.pairs import Pairs
+from perturbflow.registry import FAMILIES
+from perturbflow.symbols import members_of
+
+N_GENES = 60
+TARGETS = [f"G{i}" for i in range(12)]
+NO_VECTORS = Embeddings(pd.DataFrame())
+
+
+def make_training(
+    effects: dict[str, np.ndarray], embeddings: Embeddings = NO_VECTORS, n: int = 40, noise: float = 0.2, batches: int = 1, seed: int = 0
+) -> Training:
+    """Return training cells with these effects, n per perturbation and batch, around controls of level 3."""
+    rng = np.random.default_rng(seed)
+    blocks, rows = [], []
+    for batch in range(batches):
+        for label, effect in {"control": np.zeros(N_GENES), **effects}.items():
+            m = 2 * n if label == "control" else n
+            blocks.append(3.0 + 0.5 * batch + effect + noise * rng.normal(size=(m, N_GENES)))
+            rows += [(label, label == "control", f"b{batch}")] * m
+    obs = pd.DataFrame(rows, columns=["perturbation", "is_control", "batch"]).assign(cell_type="t", role="train", half="")
+    index = np.full((len(obs), 1), -1, dtype=np.int32)
+    genes = [f"G{i}" for i in range(N_GENES)]
+    return Training.of(Pairs(sparse.csr_matrix(np.vstack(blocks)), obs, genes, index, np.arange(len(obs))), embeddings, 0)
+
+
+@pytest.fixture(scope="module")
+def singles() -> dict[str, np.ndarray]:
+    """Return effects of twelve genes, drawn from three programmes that a gene's vector tells."""
+    rng = np.random.default_rng(0)
+    programmes = rng.normal(size=(3, N_GENES))
+    return {gene: vector @ programmes for gene, vector in vectors().table.iterrows() if gene in TARGETS}
+
+
+def vectors() -> Embeddings:
+    """Return vectors of all targets and of three genes that training lacks."""
+    rng = np.random.default_rng(1)
+    genes = [*TARGETS, "G30", "G31", "G32"]
+    return Embeddings(pd.DataFrame(rng.normal(size=(len(genes), 3)), index=genes, columns=["known:0", "known:1", "known:2"]))
+
+
+def doubles(singles: dict[str, np.ndarray], factor: float = 1.0) -> dict[str, np.ndarray]:
+    """Return neighbouring targets combined: a factor times the sum."""
+    return {f"{a}+{b}": factor * (singles[a] + singles[b]) for a, b in zip(sorted(TARGETS), sorted(TARGETS)[1:], strict=False)}
+
+
+def error(model: MeanShift, label: str, truth: np.ndarray) -> float:
+    """Return the relative error of a predicted effect."""
+    return float(np.linalg.norm(model.effect(label) - truth) / np.linalg.norm(truth))
+
+
+def family(name: str) -> MeanShift:
+    """Return a new model of a family."""
+    return build(FAMILIES[name].implementation, {})
+
+
+# --- sums -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_matching_mean_is_half_the_sum_and_the_mean_effect_for_the_unseen(singles: dict[str, np.ndarray]) -> None:
+    training = make_training(singles)
+    model = family("matching_mean").learned(training)
+    of = training.effects.of
+    np.testing.assert_allclose(model.effect("G1+G2"), (of("G1") + of("G2")) / 2)
+    np.testing.assert_allclose(model.effect("G1+G99"), (of("G1") + training.effects.values.mean(axis=0)) / 2)
+    np.testing.assert_allclose(model.effect("G99"), training.effects.values.mean(axis=0))
+
+
+@pytest.mark.parametrize("factor", [0.4, 0.8, 1.0])
+def test_the_shrunken_sum_finds_the_planted_factor(factor: float, singles: dict[str, np.ndarray]) -> None:
+    training = make_training({**singles, **doubles(singles, factor)})
+    model = family("shrunken_additive").learned(training)
+    assert float(model.artefact["factor"]) == pytest.approx(factor, abs=0.03)
+    np.testing.assert_allclose(model.effect("G3"), training.effects.of("G3"))
+    assert error(model, "G0+G7", factor * (singles["G0"] + singles["G7"])) < 0.1
+
+
+def test_without_combinations_the_shrunken_sum_is_the_sum(singles: dict[str, np.ndarray]) -> None:
+    training = make_training(singles)
+    assert float(family("shrunken_additive").learned(training).artefact["factor"]) == 1.0
+
+
+def test_members_seen_in_combinations_alone_are_told_apart_in_the_latent_sum(singles: dict[str, np.ndarray]) -> None:
+    some = {gene: singles[gene] for gene in sorted(TARGETS)[:6]}
+    training = make_training({**some, **doubles(singles)})
+    unseen = "+".join(sorted(["G8", sorted(TARGETS)[0]]))
+    truth = sum(singles[gene] for gene in members_of(unseen))
+    latent, plain = family("latent_additive").learned(training), Additive().learned(training)
+    assert error(latent, unseen, truth) < 0.35 < error(plain, unseen, truth)
+
+
+def test_the_latent_sum_of_enough_directions_is_ridge_regression_on_members(singles: dict[str, np.ndarray]) -> None:
+    from sklearn.linear_model import Ridge
+
+    training = make_training(singles)
+    ours = LatentSum(1000, 0.7).learned(training)
+    indicators = np.array([[gene in members_of(label) for gene in training.effects.genes] for label in training.effects.labels], float)
+    theirs = Ridge(alpha=0.7).fit(indicators, training.effects.values)
+    predicted = np.stack([ours.effect(label) for label in training.effects.labels])
+    np.testing.assert_allclose(predicted, theirs.predict(indicators), atol=1e-4)
+
+
+def test_shrinking_entry_by_entry_takes_noise_off(singles: dict[str, np.ndarray]) -> None:
+    sparse_effects = {gene: np.where(np.arange(N_GENES) < 10, effect, 0.0) for gene, effect in singles.items()}
+    training = make_training(sparse_effects, n=10, noise=1.0)
+    truth = sparse_effects["G0"] + sparse_effects["G1"]
+    assert error(ShrunkenEntries().learned(training), "G0+G1", truth) < 0.9 * error(Additive().learned(training), "G0+G1", truth)
+
+
+# --- gene vectors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "worst"), [("ridge", 0.2), ("nearest_perturbation", 1.0), ("random_forest", 1.0)])
+def test_an_unseen_gene_is_told_from_its_vector(name: str, worst: float, singles: dict[str, np.ndarray]) -> None:
+    table = vectors()
+    rng = np.random.default_rng(0)
+    programmes = rng.normal(size=(3, N_GENES))
+    model = family(name).learned(make_training(singles, table))
+    mean = np.mean(list(singles.values()), axis=0)
+    ours, theirs = 0.0, 0.0
+    for gene in ("G30", "G31", "G32"):
+        truth = table.table.loc[gene].to_numpy() @ programmes
+        ours, theirs = ours + error(model, gene, truth), theirs + float(np.linalg.norm(mean - truth) / np.linalg.norm(truth))
+    assert ours < theirs
+    assert ours / 3 < worst
+
+
+@pytest.mark.parametrize("name", ["ridge", "nearest_perturbation", "random_forest", "covariance_response"])
+def test_a_known_gene_keeps_its_effect_and_members_add_up(name: str, singles: dict[str, np.ndarray]) -> None:
+    training = make_training(singles, vectors())
+    model = family(name).learned(training)
+    np.testing.assert_allclose(model.effect("G1"), training.effects.of("G1"))
+    np.testing.assert_allclose(model.effect("G1+G30"), training.effects.of("G1") + model.effect("G30"))
+
+
+@pytest.mark.parametrize("name", ["ridge", "nearest_perturbation", "random_forest"])
+def test_without_a_vector_a_gene_gets_the_mean_effect(name: str, singles: dict[str, np.ndarray]) -> None:
+    table = vectors().table.copy()
+    table.loc["G30"] = np.nan
+    training = make_training(singles, Embeddings(table))
+    mean = np.mean([training.effects.of(gene) for gene in singles], axis=0)
+    for embeddings in (Embeddings(table), NO_VECTORS):
+        model = family(name).learned(replace(training, embeddings=embeddings))
+        np.testing.assert_allclose(model.effect("G30"), mean)
+
+
+def test_the_dual_form_is_ridge_regression(singles: dict[str, np.ndarray]) -> None:
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(0)
+    X, Y, new = rng.normal(size=(10, 4)), rng.normal(size=(10, 7)), rng.normal(size=(3, 4))
+    X -= X.mean(axis=0)
+    scale = (X**2).sum(axis=1).mean()
+    expected = Ridge(alpha=0.5 * scale).fit(X, Y).predict(new)
+    np.testing.assert_allclose(KernelRidge(0.5).regress(X, Y, new), expected, atol=1e-8)
+
+
+def test_sources_are_told_apart_by_the_name_before_the_colon() -> None:
+    table = pd.DataFrame({"a_b:0": [1.0, np.nan], "a_b:x_1": [2.0, np.nan], "c:0": [3.0, 4.0]}, index=["G1", "G2"])
+    embeddings = Embeddings(table)
+    assert embeddings.sources == ["a_b", "c"]
+    assert embeddings.of_source("a_b").table.index.tolist() == ["G1"]
+
+
+def test_a_target_moves_what_covaries_with_it() -> None:
+    rng = np.random.default_rng(0)
+    loadings = np.zeros((15, N_GENES))
+    for gene in range(15):
+        loadings[gene, [gene, 40 + gene]] = 1.0, 0.5
+    drop = {f"G{i}": -1.0 * loadings[i] for i in range(12)}
+    training = make_training(drop, Embeddings(pd.DataFrame(index=[f"G{i}" for i in range(15)])), n=100)
+    controls = np.flatnonzero(training.pairs.is_control)
+    X = training.pairs.X.toarray()
+    X[controls] = 3.0 + rng.normal(size=(len(controls), 15)) @ loadings
+    training = Training.of(replace(training.pairs, X=sparse.csr_matrix(X)), training.embeddings, 0)
+    effect = family("covariance_response").learned(training).effect("G13")
+    assert effect[13] == pytest.approx(-1.0, abs=0.3)
+    assert effect[53] == pytest.approx(effect[13] / 2, abs=0.1)
+    assert np.abs(np.delete(effect, [13, 53])).max() < 0.3
+
+
+# --- contexts -------------------------------------------------------------------------------------------------------
+
+
+def test_transfer_weighs_contexts_alike(singles: dict[str, np.ndarray]) -> None:
+    training = make_training({"G0": singles["G0"], "G1": singles["G1"]}, batches=2)
+    obs = training.pairs.obs
+    in_second = (obs["perturbation"] == "G0").to_numpy() & (obs["batch"] == "b1").to_numpy()
+    keep = ~in_second | (np.cumsum(in_second) <= 12)  # 40 cells in one batch, 12 in the other
+    X = training.pairs.X.toarray()
+    X[in_second] += 1.0
+    pairs = replace(training.pairs, X=sparse.csr_matrix(X)).select(keep)
+    model = Transfer().learned(Training.of(pairs, NO_VECTORS, 0))
+    np.testing.assert_allclose(model.effect("G0").mean(), singles["G0"].mean() + 0.5, atol=0.05)
+    np.testing.assert_allclose(model.effect("G77"), model.artefact["effects"].mean(axis=0))
+
+
+def test_contexts_with_few_cells_or_no_controls_do_not_count(singles: dict[str, np.ndarray]) -> None:
+    training = make_training({"G0": singles["G0"]}, batches=3)
+    obs = training.pairs.obs
+    few = (obs["perturbation"] == "G0").to_numpy() & (obs["batch"] == "b1").to_numpy()
+    no_controls = (obs["perturbation"] == "control").to_numpy() & (obs["batch"] == "b2").to_numpy()
+    pairs = training.pairs.select(~(few & (np.cumsum(few) > 9)) & ~no_controls)
+    assert set(effects_by_context(Training.of(pairs, NO_VECTORS, 0))) == {("b0", "t")}
+
+
+# --- stacking -------------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 1000), n_parts=st.integers(1, 6), n_examples=st.integers(0, 12))
+@settings(max_examples=40, deadline=None)
+def test_weights_are_never_negative_and_few_examples_stay_near_the_prior(seed: int, n_parts: int, n_examples: int) -> None:
+    rng = np.random.default_rng(seed)
+    prior = np.eye(n_parts)[0]
+    examples = [([rng.normal(size=30) for _ in range(n_parts)], rng.normal(size=30)) for _ in range(n_examples)]
+    weights = stacking_weights(iter(examples), prior)
+    assert weights.shape == (n_parts,)
+    assert (weights >= 0).all()
+    if n_examples == 0:
+        np.testing.assert_array_equal(weights, prior)
+
+
+def test_many_examples_outweigh_the_prior() -> None:
+    rng = np.random.default_rng(0)
+    examples = []
+    for _ in range(400):
+        a, b = rng.normal(size=(2, 50))
+        examples.append(([a, b], 0.2 * a + 0.7 * b))
+    np.testing.assert_allclose(stacking_weights(iter(examples), np.array([1.0, 0.0])), [0.2, 0.7], atol=0.02)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_stacked_beats_the_sum_where_it_fails_and_keeps_up_where_it_holds(factor: float, singles: dict[str, np.ndarray]) -> None:
+    training = make_training({**singles, **doubles(singles, factor)}, vectors(), n=12, noise=1.0)
+    stacked, plain = Stacked().learned(training), Additive().learned(training)
+    labels = ["G0+G7", "G2+G9", "G11+G4"]
+    ours, theirs = (np.mean([error(model, label, factor * sum(singles[g] for g in members_of(label))) for label in labels]) for model in (stacked, plain))  # fmt: skip
+    assert ours < (0.6 if factor < 1 else 1.0) * theirs
+
+
+def test_stacked_uses_vectors_that_tell_and_not_those_that_do_not(singles: dict[str, np.ndarray]) -> None:
+    table = vectors().table
+    noise = pd.DataFrame(np.random.default_rng(5).normal(size=(len(table), 3)), index=table.index, columns=["noise:0", "noise:1", "noise:2"])
+    model = Stacked().learned(make_training(singles, Embeddings(table.join(noise))))
+    weights = dict(zip(model.artefact["gene_parts"].tolist(), model.artefact["gene_weights"], strict=True))
+    assert weights["kernel_ridge known"] > 5 * weights["kernel_ridge noise"]
+    programmes = np.random.default_rng(0).normal(size=(3, N_GENES))
+    truth = table.loc["G30"].to_numpy() @ programmes
+    others = np.arange(N_GENES) != 30
+    assert np.corrcoef(model.effect("G30")[others], truth[others])[0, 1] > 0.5
+
+
+def test_stacked_sets_the_level_of_an_unseen_target() -> None:
+    effects = {gene: np.where(np.arange(N_GENES) == int(gene[1:]), -2.0, 0.0) for gene in TARGETS}
+    model = Stacked().learned(make_training(effects, vectors()))
+    assert model.effect("G30")[30] == pytest.approx(-2.0, abs=0.3)
+    assert np.abs(np.delete(model.effect("G30"), 30)).max() < 0.2
+
+
+def test_in_another_context_stacked_gives_a_perturbation_its_own_effect(singles: dict[str, np.ndarray]) -> None:
+    model = Stacked().learned(make_training(singles, batches=3))
+    assert error(model, "G3", singles["G3"]) < 0.15
+    assert model.artefact["context_weights"][0] > 0.8
+
+
+@pytest.mark.parametrize("kind", ["unseen_perturbation", "unseen_combination"])
+def test_stacked_serves_every_held_out_perturbation_of_a_screen(kind: str, prepared: dict[str, Prepared]) -> None:
+    cells = Pairs.read(prepared[kind].pairs)
+    model = Stacked()
+    model.fit(cells.roles("train", "validation"), Embeddings.read(prepared[kind].embeddings), Run(seed=0))
+    for label in [*cells.roles("test").perturbations, "NEVER_HEARD", "NEVER_HEARD+TF1"]:
+        effect = model.effect(label)
+        assert effect.shape == (len(cells.genes),)
+        assert np.isfinite(effect).all()
+
+
+def test_held_out_perturbations_do_not_reach_the_inner_training(singles: dict[str, np.ndarray]) -> None:
+    training = make_training({**singles, **doubles(singles)})
+    for of_genes in (True, False):
+        times: dict[str, int] = {}
+        for inner, held_out in training.rounds(of_genes=of_genes):
+            assert not set(inner.effects.labels) & set(held_out.labels)
+            assert set(inner.effects.labels) | set(held_out.labels) == set(training.effects.labels)
+            if of_genes:
+                fold_genes = set.intersection(*[set(members_of(label)) for label in held_out.labels])
+                assert not any(fold_genes & set(members_of(label)) for label in inner.effects.labels)
+            for label in held_out.labels:
+                times[label] = times.get(label, 0) + 1
+        tested = {label for label in training.effects.labels if of_genes or len(members_of(label)) > 1}
+        assert set(times) == tested
+
+
+def test_what_is_learned_is_judged_against_other_controls(singles: dict[str, np.ndarray]) -> None:
+    training = make_training(singles)
+    first, second = training.halves
+    for inner, held_out in training.rounds(of_genes=True):
+        label = inner.effects.labels[0]
+        learned_from_first = np.array_equal(inner.effects.of(label), first.of(label))
+        judged = second if learned_from_first else first
+        np.testing.assert_array_equal(held_out.values[0], judged.of(held_out.labels[0]))
+
+
+def test_the_candidate_with_the_least_error_is_chosen(singles: dict[str, np.ndarray]) -> None:
+    training = make_training(singles, vectors())
+    chosen = least_error([KernelRidge(1e4), KernelRidge(0.03)], training, of_genes=True)
+    assert chosen.ridge == 0.03
+
+
+# --- ablations and ceilings -----------------------------------------------------------------------------------------
+
+
+def test_shuffled_labels_know_the_mean_but_not_who_is_who(singles: dict[str, np.ndarray]) -> None:
+    training = make_training({**singles, **doubles(singles)}, vectors())
+    shuffled, honest = ShuffledLabels(), Stacked()
+    for model in (shuffled, honest):
+        model.fit(training.pairs, training.embeddings, Run(seed=3))
+    errors = [np.mean([error(model, f"{a}+{b}", singles[a] + singles[b]) for a, b in (("G0", "G7"), ("G2", "G9"))]) for model in (shuffled, honest)]  # fmt: skip
+    assert errors[0] > 3 * errors[1]
+    assert set(shuffled.artefact["measured"]) == set(honest.artefact["measured"])
+
+
+def test_batch_only_tells_batches_apart_and_nothing_else(singles: dict[str, np.ndarray]) -> None:
+    training = make_training(singles, batches=2)
+    X = training.pairs.X.toarray()
+    moved = ~training.pairs.is_control & (training.pairs.obs["batch"] == "b1").to_numpy()
+    X[moved, 5] += 2.0
+    pairs = replace(training.pairs, X=sparse.csr_matrix(X))
+    model = BatchOnly()
+    model.fit(pairs, NO_VECTORS, Run(seed=0))
+    start = np.zeros((3, N_GENES))
+    predicted = model.predict(start, ["G0", "G1"], 6, 0, strata=np.array(["b0|t", "b1|t", "new|t"]))
+    np.testing.assert_array_equal(predicted[0], predicted[1])
+    np.testing.assert_array_equal(predicted[0, :3], predicted[0, 3:])
+    difference = predicted[0, 1] - predicted[0, 0]
+    assert difference[5] == pytest.approx(2.0, abs=0.1)
+    assert np.abs(np.delete(difference, 5)).max() < 0.1
+    assert predicted[0, 2, 5] == pytest.approx(predicted[0, :2, 5].mean(), abs=0.1)
+
+
+@pytest.fixture
+def held_out_pairs() -> Callable[[np.ndarray], Pairs]:
+    """Return a function: a screen with one held-out perturbation of this effect, in halves, and two training perturbations."""
+
+    def make(effect: np.ndarray) -> Pairs:
+        training = make_training({"G1": np.ones(N_GENES), "G2": np.ones(N_GENES), "G3": effect, "extra": np.zeros(N_GENES)}, n=60)
+        obs = training.pairs.obs.copy()
+        is_test = obs["perturbation"].isin(["G3", "extra"]).to_numpy()
+        obs.loc[is_test, "role"] = "test"
+        obs.loc[obs["perturbation"] == "extra", ["perturbation", "is_control"]] = ["control", True]
+        halves = obs["perturbation"].to_numpy() == "G3"
+        obs.loc[halves, "half"] = np.resize(["a", "b"], halves.sum())
+        return replace(training.pairs, obs=obs)
+
+    return make
+
+
+def test_the_interpolated_duplicate_is_the_duplicate_where_sure_and_the_mean_effect_where_not(held_out_pairs: Callable) -> None:
+    effect = np.where(np.arange(N_GENES) < 20, -2.0, 0.0)
+    pairs = held_out_pairs(effect)
+    model = InterpolatedDuplicate()
+    model.fit(pairs, NO_VECTORS, Run(seed=0))
+    mean = model.predict(np.zeros((1, N_GENES)), ["G3"], 100, 0)[0].mean(axis=0)
+    control = pairs.roles("test").mean_of(np.flatnonzero(pairs.roles("test").is_control))
+    np.testing.assert_allclose((mean - control)[:20], -2.0, atol=0.15)  # sure: as measured
+    assert (mean - control)[20:].mean() > 0.5  # nothing measured: as the training perturbations do
+    assert model.artefact["X"].shape == (30, N_GENES)
