@@ -16,7 +16,6 @@ from perturbflow.models.ablations import BatchOnly, ShuffledLabels
 from perturbflow.models.base import Run, build
 from perturbflow.models.baselines import Additive, LatentSum, Transfer, effects_by_context
 from perturbflow.models.ceilings import InterpolatedDuplicate
-from perturbflow.models.effects import Effects
 from perturbflow.models.regressions import KernelRidge
 from perturbflow.models.shift import MeanShift, Training, least_error
 from perturbflow.models.stacked import ShrunkenEntries, Stacked, stacking_weights
@@ -262,7 +261,9 @@ def test_stacked_beats_the_sum_where_it_fails_and_keeps_up_where_it_holds(factor
 
 def test_stacked_uses_vectors_that_tell_and_not_those_that_do_not(singles: dict[str, np.ndarray]) -> None:
     table = vectors().table
-    noise = pd.DataFrame(np.random.default_rng(5).normal(size=(len(table), 3)), index=table.index, columns=["noise:0", "noise:1", "noise:2"])
+    noise = pd.DataFrame(
+        np.random.default_rng(5).normal(size=(len(table), 3)), index=table.index, columns=["noise:0", "noise:1", "noise:2"]
+    )
     model = Stacked().learned(make_training(singles, Embeddings(table.join(noise))))
     weights = dict(zip(model.artefact["gene_parts"].tolist(), model.artefact["gene_weights"], strict=True))
     assert weights["kernel_ridge known"] > 5 * weights["kernel_ridge noise"]

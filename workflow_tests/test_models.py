@@ -90,16 +90,16 @@ def test_latent_space_ignores_held_out_cells(screen: tuple[Pairs, Embeddings]) -
 def test_own_gene_recovers_a_planted_knock_down(screen: tuple[Pairs, Embeddings]) -> None:
     pairs, _ = screen
     effects = Effects.of_training(pairs)
-    own = OwnGene.fit(pairs, effects)
-    row = {gene: i for i, gene in enumerate(pairs.genes)}
     training = pairs.roles("train")
-    control = training.mean_of(np.flatnonzero(training.is_control))
+    own = OwnGene.fit(training, effects)
+    row = {gene: i for i, gene in enumerate(pairs.genes)}
+    control = training.control_level
     for gene, effect in effects.single.items():
         assert own.shift(control[row[gene]]) == pytest.approx(effect[row[gene]], abs=0.45)
         assert own.shift(control[row[gene]]) < -0.4
     assert own.shift(0.01) >= -0.01
     few = Effects(effects.labels[:2], effects.values[:2], effects.errors[:2])
-    assert OwnGene.fit(pairs, few).shift(3.0) == 0.0
+    assert OwnGene.fit(training, few).shift(3.0) == 0.0
 
 
 @pytest.mark.parametrize(("shared_part", "low", "high"), [(1.0, 0.8, 1.0), (0.0, 0.0, 0.3)])

@@ -102,6 +102,17 @@ class Pairs:
         groups = {**controls.groupby(keys, observed=True).indices, **controls.groupby(keys[1:], observed=True).indices}
         return {key: np.asarray(X[rows].mean(axis=0)).ravel() for key, rows in groups.items()}
 
+    @cached_property
+    def control_level(self) -> np.ndarray:
+        """Mean expression of all controls, (genes,)."""
+        return self.mean_of(np.flatnonzero(self.is_control))
+
+    @cached_property
+    def control_covariance(self) -> np.ndarray:
+        """Covariance of genes over all controls, (genes, genes)."""
+        X = self.X[np.flatnonzero(self.is_control)].astype(np.float64)
+        return np.asarray((X.T @ X).todense()) / X.shape[0] - np.outer(self.control_level, self.control_level)
+
     def mean_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the mean expression of cells, (genes,)."""
         return np.asarray(self.X[rows].mean(axis=0)).ravel()

@@ -68,7 +68,7 @@ class LearnedModel(Model):
         """Fit the latent space in closed form, then train the network."""
         effects = Effects.of_training(pairs)
         self.latent = LatentSpace.fit(pairs, effects, self.n_latent)
-        self.own_gene = OwnGene.fit(pairs, effects)
+        self.own_gene = OwnGene.fit(pairs.roles("train"), effects)
         table = embeddings.standardized(effects.genes)
         self.conditions = Conditions(list(table.index), table.to_numpy())
         self.neighbours = Neighbours.fit(*Effects.with_disjoint_controls(pairs), dict(zip(table.index, table.to_numpy(float), strict=True)))

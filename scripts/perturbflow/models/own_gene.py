@@ -27,11 +27,9 @@ class OwnGene:
 
     @classmethod
     def fit(cls, pairs: Pairs, effects: Effects) -> "OwnGene":
-        """Fit on the training targets that are measured."""
+        """Fit on the targets that are measured; pairs are the training cells."""
         row = {gene: i for i, gene in enumerate(pairs.genes)}
-        training = pairs.roles("train")
-        control = training.mean_of(np.flatnonzero(training.is_control))
-        targets = [(control[row[gene]], effect[row[gene]]) for gene, effect in effects.single.items() if gene in row]
+        targets = [(pairs.control_level[row[gene]], effect[row[gene]]) for gene, effect in effects.single.items() if gene in row]
         if len(targets) < LEAST_TARGETS:
             return cls(np.zeros(2))
         level, moved = np.array(targets).T

@@ -146,7 +146,7 @@ class RandomForest(Additive):
     def learn(self, training: Training) -> Artefact:
         """Choose the leaf size on small forests, then grow a large one."""
         candidates = [Forest(size, N_TREES // 10, training.seed) for size in LEAF_SIZES]
-        chosen = least_error(candidates, training, of_genes=True)
+        chosen = least_error(candidates, training, of_genes=True, one_by_one=False)
         return Forest(chosen.leaf_size, N_TREES, training.seed).learn(training)
 
 
@@ -159,18 +159,16 @@ class CovarianceResponse(GeneTable):
 
     def guess(self, training: Training, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
         """Respond in proportion to the covariance."""
-        X = training.pairs.X[np.flatnonzero(training.pairs.is_control)].toarray().astype(float)
-        X -= X.mean(axis=0)
-        level = training.pairs.mean_of(np.flatnonzero(training.pairs.is_control))
+        covariance, level = training.pairs.control_covariance, training.pairs.control_level
         own = OwnGene.fit(training.pairs, training.effects)
 
         def response(gene: str) -> np.ndarray:
             if gene not in training.row:
-                return np.zeros(X.shape[1])
-            target = X[:, training.row[gene]]
-            return target @ X / max(target @ target, 1e-12) * own.shift(float(level[training.row[gene]]))
+                return np.zeros(len(level))
+            target = training.row[gene]
+            return covariance[target] / max(covariance[target, target], 1e-12) * own.shift(float(level[target]))
 
-        pairs = [(response(gene), effect) for gene, effect in known.items()]
-        energy = sum(predicted @ predicted for predicted, _ in pairs)
-        c = max(sum(predicted @ effect for predicted, effect in pairs) / energy, 0.0) if energy > 0 else 0.0
+        responses = np.stack([response(gene) for gene in known])
+        energy = (responses**2).sum()
+        c = max((responses * np.stack(list(known.values()))).sum() / energy, 0.0) if energy > 0 else 0.0
         return c * np.stack([response(gene) for gene in genes])

@@ -58,22 +58,22 @@ class Training:
         """Column of an effect for every measured gene."""
         return {gene: i for i, gene in enumerate(self.genes)}
 
-    def folds(self, *, of_genes: bool) -> list[set[str]]:
+    def folds(self, *, of_genes: bool, one_by_one: bool = True) -> list[set[str]]:
         """Return sets of perturbations to be held out: all that involve some of the genes, or combinations alone."""
         rng = np.random.default_rng(self.seed)
         labels = self.effects.labels
         if of_genes:
             genes = rng.permutation(self.effects.genes)
-            parts = np.array_split(genes, len(genes) if len(genes) <= MAX_GENES_ONE_BY_ONE else N_FOLDS)
+            parts = np.array_split(genes, len(genes) if one_by_one and len(genes) <= MAX_GENES_ONE_BY_ONE else N_FOLDS)
             folds = [{label for label in labels if not set(part).isdisjoint(members_of(label))} for part in parts]
         else:
             combinations = rng.permutation([label for label in labels if len(members_of(label)) > 1])
             folds = [set(map(str, combinations[i::N_FOLDS])) for i in range(N_FOLDS)]
         return [fold for fold in folds if fold and len(fold) < len(labels)]
 
-    def rounds(self, *, of_genes: bool) -> Iterator[tuple["Training", Effects]]:
+    def rounds(self, *, of_genes: bool, one_by_one: bool = True) -> Iterator[tuple["Training", Effects]]:
         """Yield inner training sets and the effects held out from them, measured against controls that they do not hold."""
-        for held_out in self.folds(of_genes=of_genes):
+        for held_out in self.folds(of_genes=of_genes, one_by_one=one_by_one):
             rest = [half.without(held_out) for half in self.halves]
             known = set(rest[0].labels)
             for seen, judged in ((0, 1), (1, 0)):
@@ -112,10 +112,10 @@ class MeanShift(Model):
         return np.stack([start + self.effect(perturbation) for perturbation in perturbations]).astype(np.float32)
 
 
-def least_error(candidates: Sequence[MeanShift], training: Training, *, of_genes: bool) -> MeanShift:
+def least_error(candidates: Sequence[MeanShift], training: Training, *, of_genes: bool, one_by_one: bool = True) -> MeanShift:
     """Return the candidate that predicts held-out training perturbations with the least squared error; the first where none can be held out."""
     errors = np.zeros(len(candidates))
-    for inner, held_out in training.rounds(of_genes=of_genes):
+    for inner, held_out in training.rounds(of_genes=of_genes, one_by_one=one_by_one):
         for i, candidate in enumerate(candidates):
             candidate.learned(inner)
             errors[i] += sum(

@@ -168,8 +168,7 @@ class Stacked(MeanShift):
         """Find the weights of all cases, then fit all parts to the whole of training."""
         sources = training.embeddings.sources
         self.own_gene = OwnGene.fit(training.pairs, training.effects)
-        control = training.pairs.mean_of(np.flatnonzero(training.pairs.is_control))
-        self.own_shift = {gene: self.own_gene.shift(float(control[row])) for gene, row in training.row.items()}
+        self.own_shift = {gene: self.own_gene.shift(float(training.pairs.control_level[row])) for gene, row in training.row.items()}
         self.gene_parts = gene_parts(sources, len(training.effects.single))
         self.gene_weights = stacking_weights(self._gene_examples(training), np.zeros(len(self.gene_parts)))
         parts = combination_parts()
