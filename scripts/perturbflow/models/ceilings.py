@@ -16,8 +16,10 @@ class TechnicalDuplicate(Model):
     is_ceiling: ClassVar[bool] = True
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Keep half 'a' of all held-out perturbations."""
-        duplicate = np.flatnonzero((pairs.obs["half"] == "a").to_numpy())
+        """Keep half 'a' of all held-out perturbations; of one that has cells in test and in validation, those in test."""
+        is_test = (pairs.obs["role"] == "test").to_numpy()
+        is_of_its_role = is_test | ~np.isin(pairs.labels, pairs.labels[is_test])
+        duplicate = np.flatnonzero((pairs.obs["half"] == "a").to_numpy() & is_of_its_role)
         self.artefact = {"X": pairs.X[duplicate].toarray(), "labels": pairs.labels[duplicate].astype(str)}
         return self.artefact
 
