@@ -64,7 +64,7 @@ class Evidence:
     @cached_property
     def counts(self) -> sparse.csr_matrix:
         """Counts of all genes of the screen, cells × genes."""
-        counts = sparse.csr_matrix(self.screen.X, copy=True)
+        counts = sparse.csr_matrix(self.screen.X)
         counts.eliminate_zeros()
         counts.sort_indices()
         return counts
