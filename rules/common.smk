@@ -67,6 +67,11 @@ def dataset_block(wildcards):
     return plan.dataset(wildcards.dataset)
 
 
+def split_block(wildcards):
+    """Return a split's block as this screen's division reads it."""
+    return plan.split(wildcards.split, wildcards.dataset)
+
+
 def source_megabytes(wildcards, input):
     """Return the size of what harmonize reads; the manifest of a download says nothing of it."""
     n_bytes = plan.config["datasets"][wildcards.dataset].get("bytes")

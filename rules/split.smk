@@ -1,5 +1,5 @@
 rule split:
-    """Divide perturbations and cells into training, validation and test."""
+    """Divide perturbations, contexts or cells into training, validation and test."""
     input:
         harmonized="results/{dataset}/harmonized.h5ad",
         harmonization="results/{dataset}/harmonization.json",
@@ -17,7 +17,7 @@ rule split:
         runtime="1h",
     params:
         name="{split}",
-        spec=lookup("splits/{split}", within=plan.config),
+        spec=split_block,
         lineage=lineage("split"),
     script:
         "../scripts/split.py"

@@ -165,12 +165,20 @@ SPECS = {
     kind: {"kind": kind, "test_fraction": 0.3, "validation_fraction": 0.15, "seed": 0}
     for kind in ("unseen_perturbation", "unseen_combination")
 }
+# Perturbations have cells in several roles here.
+SPECS_OF_CELLS = {
+    "unseen_context": {
+        "kind": "unseen_context", "covariate": "batch", "held_out": ["b2"], "test_fraction": 0.5, "validation_fraction": 0.2, "seed": 0,
+    },
+    "random_cells": {"kind": "random_cells", "test_fraction": 0.25, "validation_fraction": 0.15, "seed": 0},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prepared]:
-    """Return both kinds of split of one screen, prepared once; not to be written to."""
-    return {kind: prepare(tmp_path_factory.mktemp(kind), make_screen(), spec) for kind, spec in SPECS.items()}
+    """Return all kinds of split of one screen, prepared once; not to be written to."""
+    specs = {**SPECS, **SPECS_OF_CELLS}
+    return {kind: prepare(tmp_path_factory.mktemp(kind), make_screen(), spec) for kind, spec in specs.items()}
 
 
 @pytest.fixture

@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
-from conftest import SPECS, Prepared
+from conftest import SPECS, SPECS_OF_CELLS, Prepared, make_screen, prepare
 from scipy import sparse
 
-from perturbflow import embeddings
-from perturbflow.audit import CHECKS
+from perturbflow import embeddings, pairs
+from perturbflow.audit import CHECKS, GUIDE
 from perturbflow.embeddings import coexpression
 from perturbflow.errors import InputError
 from perturbflow.files import file_digest
@@ -186,6 +187,85 @@ def embeddings_of_all_cells(here: Prepared) -> None:
     coexpression(everywhere, genes).astype(np.float32).to_parquet(here.embeddings)
 
 
+def cells_of_every_perturbation_passed_off_as_perturbations_held_out(here: Prepared) -> None:
+    change_split(here, lambda split: split["spec"].update(kind="unseen_perturbation"))
+
+
+def cells_of_the_held_out_context_in_training(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        obs = ad.read_h5ad(here.pairs).obs
+        moved = obs.index[(obs["role"] == "test") & obs["is_control"]][:3]
+        split["cells"]["test"] = [cell for cell in split["cells"]["test"] if cell not in set(moved)]
+        split["cells"]["train"] = sorted([*split["cells"]["train"], *moved])
+        for role in ("train", "test"):
+            split["sha256"][role]["cells"] = names_digest(split["cells"][role])
+
+    change_split(here, change)
+    pairs.pair(here.harmonized, here.split, here.pairs, 40)
+    embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
+
+
+def guides_as_perturbations(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        split["perturbations"]["train"].append("TF1_g1")
+        split["perturbations"]["test"].append("TF1_g2")
+
+    change_split(here, change)
+
+
+def control_pairs_drawn_without_the_seed(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        adata.obsm["control_index"] = pairs.match_controls(adata.obs, 8, seed=12345)[0]
+
+    change_pairs(here, change)
+
+
+def an_experiment_twice(here: Prepared, columns: slice = slice(None)) -> None:
+    """Copy a training cell's counts over a test control's, under another name, and prepare all that follows anew."""
+    roles = json.loads(here.split.read_text())
+    screen = ad.read_h5ad(here.harmonized)
+    X = screen.X.toarray()
+    X[screen.obs_names.get_loc(roles["cells"]["test"][0])] = X[screen.obs_names.get_loc(roles["cells"]["train"][0])]
+    X[:, columns] = 0
+    screen.X = sparse.csr_matrix(X)
+    screen.write_h5ad(here.harmonized)
+    pairs.pair(here.harmonized, here.split, here.pairs, 40)
+    embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
+
+
+def an_experiment_twice_under_two_names(here: Prepared) -> None:
+    an_experiment_twice(here, slice(0, 0))
+
+
+def de_lists_of_all_cells(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        adata.uns["rank_genes_groups_cov_all"] = {"TF1": adata.var_names[:5].tolist()}
+
+    change_pairs(here, change)
+
+
+def coordinates_of_the_source(here: Prepared) -> None:
+    screen = ad.read_h5ad(here.harmonized)
+    screen.obsm["X_pca"] = np.zeros((screen.n_obs, 2))
+    screen.write_h5ad(here.harmonized)
+
+
+def an_outcome_in_obs(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        adata.obs["bulk_fitness"] = 1.0
+
+    change_pairs(here, change)
+
+
+def a_cell_with_another_label(here: Prepared) -> None:
+    def change(adata: ad.AnnData) -> None:
+        obs = adata.obs
+        label = next(label for label in json.loads(here.split.read_text())["perturbations"]["train"] if label != "TF1")
+        obs.iloc[int(np.flatnonzero(obs["perturbation"] == label)[0]), obs.columns.get_loc("perturbation")] = "TF1"
+
+    change_pairs(here, change)
+
+
 LEAKS = [
     ("unseen_combination", a_perturbation_in_two_roles, "roles_are_disjoint: perturbations in both train and test"),
     (
@@ -218,20 +298,51 @@ LEAKS = [
         "genes_are_of_training: .* highly variable genes are not those of the training cells",
     ),
     ("unseen_combination", embeddings_of_all_cells, "embeddings_are_of_training: co-expression embeddings differ"),
+    (
+        "random_cells",
+        cells_of_every_perturbation_passed_off_as_perturbations_held_out,
+        "roles_are_disjoint: perturbations in both train and test",
+    ),
+    (
+        "unseen_context",
+        cells_of_every_perturbation_passed_off_as_perturbations_held_out,
+        "roles_are_disjoint: perturbations in both train and test",
+    ),
+    ("random_cells", a_cell_in_two_roles, "roles_are_disjoint: 1 cells in both train and test"),
+    (
+        "unseen_context",
+        cells_of_the_held_out_context_in_training,
+        "held_out_contexts_are_unseen: 3 cells are on the wrong side of the held-out batch b2",
+    ),
+    (
+        "unseen_perturbation",
+        guides_as_perturbations,
+        "guides_of_a_gene_stay_together: guides of one gene, one held out and one in training: TF1_g2 and TF1_g1",
+    ),
+    (
+        "unseen_combination",
+        control_pairs_drawn_without_the_seed,
+        "controls_are_matched_by_seed: .* cells are matched with other controls than the split's seed gives",
+    ),
+    ("unseen_combination", an_experiment_twice_under_two_names, "no_cell_twice: 1 held-out cells have the counts of a training cell"),
+    ("unseen_combination", de_lists_of_all_cells, "nothing_else_is_carried: pairs.h5ad carries uns rank_genes_groups_cov_all"),
+    ("unseen_combination", coordinates_of_the_source, "nothing_else_is_carried: harmonized.h5ad carries obsm X_pca"),
+    ("unseen_combination", an_outcome_in_obs, "nothing_else_is_carried: pairs.h5ad carries obs bulk_fitness"),
+    ("unseen_combination", a_cell_with_another_label, "cells_are_those_of_the_screen: .* differ in obs perturbation"),
 ]
 
 
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("kind", [*SPECS, *SPECS_OF_CELLS])
 def test_a_clean_split_passes_and_its_files_are_digested(kind: str, prepared: dict[str, Prepared]) -> None:
     here = prepared[kind]
     content = json.loads(here.audit.read_text())
-    assert set(content["checks"]) == {*[check.__name__ for check in CHECKS], "embeddings_are_of_training"}
+    assert set(content["checks"]) == {check.__name__ for check in CHECKS}
     assert set(content["checks"].values()) == {"passed"}
     assert content["sha256"] == {path.name: file_digest(path) for path in (here.split, here.pairs, here.embeddings)}
     assert content["split_sha256"] == json.loads(here.split.read_text())["sha256"]
 
 
-@pytest.mark.parametrize(("kind", "plant", "message"), LEAKS, ids=[plant.__name__ for _, plant, _ in LEAKS])
+@pytest.mark.parametrize(("kind", "plant", "message"), LEAKS, ids=[f"{plant.__name__}-{kind}" for kind, plant, _ in LEAKS])
 def test_a_planted_leak_is_caught_and_named(kind: str, plant: Callable, message: str, prepared_copy: Callable) -> None:
     here = prepared_copy(kind)
     here.audit.unlink()
@@ -244,4 +355,65 @@ def test_a_planted_leak_is_caught_and_named(kind: str, plant: Callable, message:
 
 def test_every_check_has_its_leak() -> None:
     caught = {message.split(":")[0] for _, _, message in LEAKS}
-    assert caught == {*[check.__name__ for check in CHECKS], "embeddings_are_of_training"}
+    assert caught == {check.__name__ for check in CHECKS}
+
+
+def test_cells_so_shallow_that_chance_makes_them_alike_are_no_copies(prepared_copy: Callable) -> None:
+    here = prepared_copy("unseen_combination")
+    an_experiment_twice(here, slice(4, None))  # four genes are left of eighty
+    counts = ad.read_h5ad(here.harmonized).to_df().drop_duplicates()
+    roles = json.loads(here.split.read_text())["cells"]
+    assert len(counts) < sum(map(len, roles.values())), "there must be cells that are alike"
+    here.run_audit()
+
+
+def test_what_was_fitted_on_training_cells_is_digested(prepared: dict[str, Prepared], prepared_copy: Callable) -> None:
+    here = prepared_copy("unseen_combination")
+    first = json.loads(here.audit.read_text())["fitted_sha256"]
+    assert set(first) == {"training_cells", "target_sum", "highly_variable_genes", "coexpression"}
+    assert first["training_cells"] == json.loads(here.split.read_text())["sha256"]["train"]["cells"]
+    screen = ad.read_h5ad(here.harmonized)
+    roles = json.loads(here.split.read_text())["cells"]
+
+    def fitted_after(role: str) -> dict[str, str]:
+        changed = screen.copy()
+        X = changed.X.toarray()
+        X[changed.obs_names.isin(roles[role])] += np.random.default_rng(0).poisson(3, X.shape[1])
+        changed.X = sparse.csr_matrix(X)
+        changed.write_h5ad(here.harmonized)
+        pairs.pair(here.harmonized, here.split, here.pairs, 40)
+        embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
+        here.run_audit()
+        return json.loads(here.audit.read_text())["fitted_sha256"]
+
+    assert fitted_after("test") == first, "test cells have no part in what is fitted"
+    changed = fitted_after("train")
+    assert changed["training_cells"] == first["training_cells"]
+    assert changed["target_sum"] != first["target_sum"]
+    assert changed["coexpression"] != first["coexpression"]
+
+
+@pytest.mark.parametrize(
+    ("label", "gene"),
+    [("ATF2g1", "ATF2"), ("p-sgELK1-6", "ELK1"), ("TF1_sg2", "TF1"), ("TF1-2", "TF1"), ("TF1", None), ("RAG1", None), ("CEBPA", None)],
+)
+def test_guides_are_told_from_genes(label: str, gene: str | None) -> None:
+    match = GUIDE.fullmatch(label)
+    assert (match["gene"] if match else None) == gene
+
+
+def test_nothing_of_the_source_but_counts_and_obs_is_carried(tmp_path: Path) -> None:
+    screen = make_screen()
+    screen.obs["bulk_fitness"] = 1.0
+    screen.uns["rank_genes_groups_cov_all"] = {"TF1": ["GENE1"]}
+    screen.var["highly_variable"] = True
+    screen.obsm["X_pca"] = np.zeros((screen.n_obs, 2))
+    screen.varm["PCs"] = np.zeros((screen.n_vars, 2))
+    screen.layers["scaled"] = screen.X.copy()
+    here = prepare(tmp_path, screen, SPECS["unseen_perturbation"])
+    harmonized, paired = ad.read_h5ad(here.harmonized), ad.read_h5ad(here.pairs)
+    assert set(harmonized.uns) == set(paired.uns) == {"perturbflow"}
+    assert not [*harmonized.obsm, *harmonized.varm, *harmonized.layers, *paired.varm]
+    assert set(harmonized.var) == {"gene_name", "gene_id", "original_name"}
+    assert "bulk_fitness" in harmonized.obs, "the source's columns stay with the screen"
+    assert "bulk_fitness" not in paired.obs, "and go no further"

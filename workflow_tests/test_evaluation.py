@@ -243,7 +243,8 @@ def predictions_from(cells: Pairs, change: Callable[[str, np.ndarray], np.ndarra
         labels += [label] * len(blocks[-1])
         starts += held_out.rows[start].tolist()
     obs = pd.DataFrame({"perturbation": pd.Categorical(labels), "control_index": starts}, index=[f"p{i}" for i in range(len(labels))])
-    return ad.AnnData(X=sparse.csr_matrix(np.vstack(blocks).astype(np.float32)), obs=obs, var=pd.DataFrame(index=cells.genes))
+    X = sparse.csr_matrix(np.vstack(blocks).astype(np.float32))
+    return ad.AnnData(X=X, obs=obs, var=pd.DataFrame(index=cells.genes), uns={"perturbflow": {"role": role}})
 
 
 def test_means_are_of_the_scored_half_and_of_matched_controls(cells: Pairs) -> None:
@@ -329,7 +330,7 @@ def test_predictions_that_cannot_be_scored_are_explained(cells: Pairs) -> None:
     label = cells.roles("train").perturbations[0]
     training = fine.copy()
     training.obs["perturbation"] = label
-    with pytest.raises(InputError, match=r"roles \['train'\]; exactly one held-out role"):
+    with pytest.raises(InputError, match=f"predictions of the role test hold perturbations without test cells: {label}"):
         score_inputs(training, cells)
 
 

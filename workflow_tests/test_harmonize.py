@@ -448,6 +448,16 @@ def test_a_damaged_download_is_told(harmonized_from: Callable, tmp_path: Path) -
         harmonized_from(manifest)
 
 
+def test_the_screens_of_a_merged_file_are_told_apart(harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = tiny_screen()
+    screen.obs["study"] = np.where(np.arange(screen.n_obs) % 2, "first", "second")
+    assert set(harmonized_from(screen).adata.obs["dataset"]) == {"mine"}
+    obs = harmonized_from(screen, covariates={"dataset": "study", "batch": "lane"}).adata.obs
+    assert set(obs["dataset"]) == {"first", "second"}
+    assert set(obs["batch"]) == {"first:b1", "first:b2", "second:b1", "second:b2"}, "lanes of two screens are no one batch"
+    assert (obs["batch"].astype(str) == obs["dataset"].astype(str) + ":" + obs["lane"].astype(str)).all()
+
+
 # --- real screens ---------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SPECS, Prepared
+from conftest import SPECS, SPECS_OF_CELLS, Prepared
 from scipy import sparse
 
 from perturbflow import embeddings, pairs
@@ -17,12 +17,12 @@ from perturbflow.errors import InputError
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
 from perturbflow.symbols import CONTROL, members_of
 
-KINDS = list(SPECS)
+KINDS = [*SPECS, *SPECS_OF_CELLS]
 
 
 @pytest.fixture(params=KINDS)
 def adata(request: pytest.FixtureRequest, prepared: dict[str, Prepared]) -> ad.AnnData:
-    """Return pairs.h5ad of either kind of split."""
+    """Return pairs.h5ad of every kind of split."""
     return ad.read_h5ad(prepared[request.param].pairs)
 
 
@@ -165,9 +165,11 @@ def test_held_out_perturbations_are_halved_within_batch(adata: ad.AnnData) -> No
     obs = adata.obs
     in_halves = obs["half"].isin(["a", "b"])
     assert (in_halves == ((obs["role"] != "train") & ~obs["is_control"])).all()
-    sizes = obs[in_halves].groupby(["perturbation", "batch", "half"], observed=True).size().unstack("half")
+    sizes = obs[in_halves].groupby(["perturbation", "role", "batch", "half"], observed=True).size().unstack("half", fill_value=0)
     assert ((sizes["a"] - sizes["b"]).abs() <= 1).all()
-    assert (sizes > 0).all().all()
+    of_role = sizes.groupby(["perturbation", "role"], observed=True).sum()
+    assert (of_role > 0).all().all()
+    assert (of_role["b"] - of_role["a"]).isin([0, 1]).all()
 
 
 def test_an_only_cell_is_scored_rather_than_kept_as_duplicate() -> None:
@@ -269,7 +271,7 @@ def test_sources_are_concatenated_in_order(prepared: dict[str, Prepared], tmp_pa
     embeddings.embeddings(prepared["unseen_combination"].pairs, target, [{"file": str(path)}, "coexpression"])
     table = pd.read_parquet(target)
     assert table.columns[0] == "go_x"
-    assert table.columns[1] == "coexpression_0"
+    assert table.columns[1] == "coexpression:0"
     assert list(table.index) == [f"TF{i}" for i in range(1, 9)]
     assert (table.dtypes == np.float32).all()
 

@@ -54,9 +54,9 @@ def test_the_blocked_environment_blocks(light: dict[str, str]) -> None:
 
 def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str, str], tmp_path: Path) -> None:
     assert plan_in(tmp_path, light).jobs == {
-        "download": 1, "harmonize": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
-        "train_closed_form": 5, "train_diffusion": 1, "train_jepa": 1, "train_counterfactual": 1,
-        "predict": 8, "evaluate": 8, "benchmark": 1, "report": 1, "all": 1,
+        "download": 1, "harmonize": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2,
+        "train_closed_form": 10, "train_diffusion": 2, "train_jepa": 2, "train_counterfactual": 2,
+        "predict": 16, "evaluate": 16, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
     assert not (tmp_path / "results").exists()
 
@@ -104,6 +104,15 @@ def test_a_split_that_cannot_be_is_left_out_with_one_line(light: dict[str, str],
     outcome = plan_in(tmp_path, light, config)
     assert outcome.jobs["evaluate"] == len(CLOSED_FORMS)
     assert outcome.text.count("mine × unseen_combination is left out") == 1
+
+
+def test_folds_are_planned_as_splits_of_their_own(light: dict[str, str], tmp_path: Path) -> None:
+    make_screen_file(tmp_path)
+    config = closed_forms_config(splits={"genes": {"kind": "unseen_perturbation", "folds": 3}})
+    config["select"] |= {"splits": ["genes"], "models": ["additive"]}
+    outcome = plan_in(tmp_path, light, config)
+    assert {"split": 3, "pair": 3, "audit": 3, "train_closed_form": 3, "evaluate": 3, "benchmark": 1}.items() <= outcome.jobs.items()
+    assert plan_in(tmp_path, light, config, "results/mine/genes_fold_2/split.json").jobs["split"] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The configuration: a good one is completed, a bad one is explained in the user's words, with file, key, value and fix."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,89 @@ def test_combinations_that_are_not_declared_do_not_keep_a_split_out(tmp_path: Pa
     assert plan.left_out == []
 
 
+def test_a_family_that_serves_some_kinds_of_split_is_left_out_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "linear", replace(FAMILIES["linear"], split_kinds=("unseen_perturbation", "unseen_context")))
+    config = query(mine(tmp_path), model="linear")
+    config["select"]["splits"] = ["unseen_perturbation", "unseen_combination"]
+    plan = planned(config, tmp_path)
+    assert set(plan.runs.loc[plan.runs["model"] == "linear", "split"]) == {"unseen_perturbation"}
+    assert set(plan.runs.loc[plan.runs["model"] == "additive", "split"]) == {"unseen_perturbation", "unseen_combination"}
+    why = "is left out: family linear serves unseen_perturbation, unseen_context only."
+    assert plan.left_out == [f"linear × unseen_combination {why}", f"counterfactual why {why}"]
+    assert plan.queries.empty
+
+
+def test_a_screen_without_the_covariate_has_no_contexts_to_hold_out(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["select"]["splits"] = ["unseen_combination", "unseen_context"]
+    plan = planned(config, tmp_path)
+    assert plan.left_out == [
+        "my_screen × unseen_context is left out: my_screen declares no covariates.batch, so all its cells are of one context."
+    ]
+    for covariates in ({"batch": "lane"}, {"dataset": "study"}):
+        config["datasets"]["my_screen"]["covariates"] = covariates
+        plan = planned(config, tmp_path)
+        assert set(plan.runs["split"]) == {"unseen_combination", "unseen_context"}
+        assert plan.left_out == []
+
+
+def test_a_screens_division_reads_its_own_held_out_contexts(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["datasets"]["my_screen"]["covariates"] = {"batch": "lane"}
+    config["select"]["splits"] = ["unseen_context"]
+    plan = planned(config, tmp_path)
+    assert plan.split("unseen_context", "renge2023")["held_out"] == ["day_5"]
+    assert "held_out" not in plan.split("unseen_context", "my_screen")
+    assert "covariate" not in plan.split("unseen_combination", "my_screen"), "keys that a kind has no use for are not filled in"
+    before = plan.lineage("split", "my_screen", "unseen_context")
+    set_at(config, "splits.unseen_context.held_out", {"renge2023": ["day_2"]})
+    assert planned(config, tmp_path).lineage("split", "my_screen", "unseen_context") == before
+    set_at(config, "splits.unseen_context.held_out", {"my_screen": ["lane 2"]})
+    assert planned(config, tmp_path).lineage("split", "my_screen", "unseen_context") != before
+
+
+# --- folds ----------------------------------------------------------------------------------------------------------
+
+
+def with_folds(tmp_path: Path, *selected: str) -> dict:
+    """Return a configuration with three folds of genes."""
+    config = mine(tmp_path)
+    config["splits"]["genes"] = {"kind": "unseen_perturbation", "folds": 3}
+    config["select"]["splits"] = list(selected)
+    return config
+
+
+@pytest.mark.parametrize("selected", [("genes",), ("genes", "genes_fold_1"), ("genes_fold_0", "genes_fold_1", "genes_fold_2")])
+def test_folds_stand_for_splits_of_their_own(selected: tuple[str, ...], tmp_path: Path) -> None:
+    plan = planned(with_folds(tmp_path, *selected), tmp_path)
+    assert list(dict.fromkeys(plan.runs["split"])) == ["genes_fold_0", "genes_fold_1", "genes_fold_2"]
+    assert plan.split("genes_fold_1", "my_screen") == {
+        "kind": "unseen_perturbation", "folds": 3, "fold": 1, "name": "genes", "validation_fraction": 0.1, "seed": 0,
+    }  # fmt: skip
+    assert "genes" not in plan.config["splits"]
+    assert len({plan.lineage("split", "my_screen", f"genes_fold_{i}") for i in range(3)}) == 3
+
+
+def test_one_fold_can_be_selected_and_asked(tmp_path: Path) -> None:
+    plan = planned(query(with_folds(tmp_path, "genes_fold_2"), split="genes_fold_1"), tmp_path)
+    assert set(plan.runs["split"]) == {"genes_fold_2"}
+    assert set(plan.queries["split"]) == {"genes_fold_1"}
+
+
+def test_a_query_names_one_fold(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"mine.yaml: counterfactuals.why.split: 'genes' has folds.*genes_fold_0, genes_fold_1, genes_fold_2"
+    ):
+        planned(query(with_folds(tmp_path, "genes"), split="genes"), tmp_path)
+
+
+def test_folds_that_cannot_be_are_left_out_with_one_sentence(tmp_path: Path) -> None:
+    config = with_folds(tmp_path, "unseen_perturbation", "doubles")
+    config["datasets"]["my_screen"]["combinations"] = False
+    config["splits"]["doubles"] = {"kind": "unseen_combination", "folds": 5}
+    assert planned(config, tmp_path).left_out == ["my_screen × doubles is left out: my_screen holds no combinations (combinations: false)."]
+
+
 # --- bad ------------------------------------------------------------------------------------------------------------
 
 URL = {"url": ["https://example.org/a.h5ad"]}
@@ -246,6 +330,37 @@ BAD = {
     "fraction over 1": ("splits.unseen_combination.test_fraction", 1.5, ["mine.yaml: splits.unseen_combination.test_fraction: 1.5"]),
     "file split without file": ("splits.mine", {"kind": "file"}, ["splits.mine: 'path' is missing"]),
     "split without fraction": ("splits.mine", {"kind": "unseen_combination"}, ["splits.mine: 'test_fraction' is missing"]),
+    "folds and a fraction": (
+        "splits.mine", {"kind": "unseen_combination", "folds": 3, "test_fraction": 0.2},
+        ["mine.yaml: splits.mine: folds say what is held out in turn", "remove one of them"],
+    ),
+    "folds of contexts": (
+        "splits.mine", {"kind": "unseen_context", "folds": 3},
+        ["mine.yaml: splits.mine.folds: kind unseen_context has no use for it", "unseen_perturbation and unseen_combination"],
+    ),
+    "one fold": ("splits.mine", {"kind": "unseen_combination", "folds": 1}, ["mine.yaml: splits.mine.folds: 1"]),
+    "a name that is a fold's": (
+        "splits", {"a": {"kind": "unseen_combination", "folds": 2}, "a_fold_1": {"kind": "unseen_combination", "test_fraction": 0.2}},
+        ["mine.yaml: splits.a_fold_1: this is a fold of splits.a"],
+    ),
+    "no such fold": ("select.splits", ["unseen_combination_fold_9"], ["split 'unseen_combination_fold_9'", "Known: "]),
+    "context of another kind": (
+        "splits.mine", {"kind": "random_cells", "test_fraction": 0.2, "covariate": "batch"},
+        ["mine.yaml: splits.mine.covariate: kind random_cells has no use for it; it belongs to unseen_context"],
+    ),
+    "unknown covariate": (
+        "splits.mine", {"kind": "unseen_context", "test_fraction": 0.2, "covariate": "lane"},
+        ["mine.yaml: splits.mine.covariate: 'lane' is not possible", "cell_type"],
+    ),
+    "held out of no dataset": (
+        "splits.mine", {"kind": "unseen_context", "test_fraction": 0.2, "held_out": {"my_scren": ["a"]}},
+        ["mine.yaml: splits.mine.held_out: there is no dataset 'my_scren'", "Did you mean 'my_screen'?"],
+    ),
+    "held out as a word": (
+        "splits.mine", {"kind": "unseen_context", "test_fraction": 0.2, "held_out": {"my_screen": "a"}},
+        ["mine.yaml: splits.mine.held_out.my_screen: 'a' must be of type array"],
+    ),
+    "contexts without fraction": ("splits.mine", {"kind": "unseen_context"}, ["splits.mine: 'test_fraction' is missing"]),
     "ridge is zero": ("models.linear.params", {"ridge": 0}, ["mine.yaml: models.linear.params.ridge: 0"]),
     "dataset is a word": ("datasets.my_screen", "screen.h5ad", ["datasets.my_screen: 'screen.h5ad' must be of type object"]),
     "unknown source of embeddings": ("embeddings.sources", ["coexpresion"], ["embeddings.sources.0: 'coexpresion' is not possible", "coexpression"]),

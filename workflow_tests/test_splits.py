@@ -10,20 +10,25 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Prepared
+from conftest import SPECS, SPECS_OF_CELLS, Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perturbflow import embeddings, pairs
 from perturbflow.errors import InputError
 from perturbflow.splits import (
     CONTROL_FRACTIONS,
+    GENERALIZATION,
+    LABEL_KINDS,
     ROLES,
     divide_controls,
     from_file,
     members_seen,
     names_digest,
+    random_cells,
     split,
     unseen_combination,
+    unseen_context,
     unseen_perturbation,
 )
 from perturbflow.symbols import CONTROL, members_of
@@ -107,6 +112,196 @@ def test_too_few_for_a_split_is_explained() -> None:
 @pytest.mark.parametrize(("label", "n"), [("A", 1), ("C", 0), ("A+B", 2), ("A+C", 1), ("C+D", 0)])
 def test_members_seen_counts_what_was_measured_alone(label: str, n: int) -> None:
     assert members_seen(label, ["A", "B", "D+E"]) == n
+
+
+# --- folds ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(labels=screens, k=st.integers(2, 3), seed=seeds)
+@settings(max_examples=40, deadline=None)
+def test_everything_is_in_the_test_set_of_one_fold(kind: str, labels: list[str], k: int, seed: int) -> None:
+    folds = [KINDS[kind](labels, None, 0.1, seed, fold=(i, k)) for i in range(k)]
+    if kind == "unseen_combination":
+        held_out = [label for roles in folds for label in roles["test"]]
+        assert sorted(held_out) == sorted(label for label in labels if "+" in label)
+    else:
+        singles = [label for roles in folds for label in roles["test"] if "+" not in label]
+        assert sorted(singles) == sorted(label for label in labels if "+" not in label)
+        for roles in folds:
+            seen = {gene for label in roles["train"] for gene in members_of(label)}
+            assert all(set(members_of(label)) - seen for label in roles["test"])
+    for roles in folds:
+        assert sorted(label for role in ROLES for label in roles[role]) == labels
+
+
+def test_every_gene_is_held_out_by_one_fold() -> None:
+    labels = [*GENES, *[f"{a}+{b}" for a, b in pairwise(GENES)]]
+    folds = [unseen_perturbation(labels, None, 0.1, 0, fold=(i, 4)) for i in range(4)]
+    held_out = [{label for label in roles["test"] if "+" not in label} for roles in folds]
+    assert sorted(gene for genes in held_out for gene in genes) == GENES
+    assert max(map(len, held_out)) - min(map(len, held_out)) <= 1
+    for genes, roles in zip(held_out, folds, strict=True):
+        assert {label for label in labels if set(members_of(label)) & genes} == set(roles["test"])
+
+
+def test_more_folds_than_genes_are_explained() -> None:
+    with pytest.raises(InputError, match=r"9 folds cannot be made of 3: A, B, C. Set folds to 3 or fewer"):
+        unseen_perturbation(["A", "B", "C"], None, 0.1, 0, fold=(0, 9))
+
+
+# --- contexts and cells ---------------------------------------------------------------------------------------------
+
+
+def cells_of(contexts: list[str], labels: list[str], n: int = 10, n_controls: int = 12) -> pd.DataFrame:
+    """Return obs with n cells per perturbation and context."""
+    rows = [(label, day) for day in contexts for label in [CONTROL, *labels] for _ in range(n_controls if label == CONTROL else n)]
+    obs = pd.DataFrame(rows, columns=["perturbation", "batch"], index=[f"cell_{i}" for i in range(len(rows))])
+    return obs.assign(cell_type="t", dataset="d", is_control=obs["perturbation"] == CONTROL)
+
+
+@given(
+    contexts=st.sets(st.sampled_from("abcdef"), min_size=2).map(sorted),
+    labels=st.sets(st.sampled_from(GENES), min_size=1, max_size=4).map(sorted),
+    n=st.integers(1, 9),
+    fraction=fractions,
+    seed=seeds,
+    shuffling=st.randoms(use_true_random=False),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_cell_of_a_held_out_context_is_elsewhere(
+    contexts: list[str], labels: list[str], n: int, fraction: tuple[float, float], seed: int, shuffling: random.Random
+) -> None:
+    obs = cells_of(contexts, labels, n)
+    roles = unseen_context(obs, "batch", None, *fraction, seed)
+    held_out = set(obs.loc[roles == "test", "batch"])
+    assert len(held_out) == min(len(contexts) - 1, max(1, round(fraction[0] * len(contexts))))
+    assert (obs["batch"].isin(held_out) == (roles == "test")).all(), "all of them, controls included, and nothing else"
+    perturbed = ~obs["is_control"]
+    shares = pd.crosstab([obs["perturbation"], obs["batch"]], roles[perturbed & (roles != "test")]).reindex(columns=["train", "validation"])
+    assert ((shares.fillna(0)["validation"] - fraction[1] * n).abs() < 1).all(), "a share of every perturbation × context"
+    assert set(roles[obs["is_control"]]) == set(ROLES)
+    order = list(obs.index)
+    shuffling.shuffle(order)
+    assert unseen_context(obs.loc[order], "batch", None, *fraction, seed)[obs.index].equals(roles), "the order of cells plays no part"
+
+
+def test_contexts_that_are_named_are_held_out() -> None:
+    obs = cells_of(["day_2", "day_3", "day_5"], ["A", "B"])
+    roles = unseen_context(obs, "batch", ["day_5"], 0.9, 0.1, 0)
+    assert set(obs.loc[roles == "test", "batch"]) == {"day_5"}
+    numbers = unseen_context(obs.assign(batch=obs["batch"].str[-1]), "batch", [5, 3], 0.9, 0.1, 0)
+    assert set(obs.loc[numbers == "test", "batch"]) == {"day_3", "day_5"}
+
+
+def test_perturbations_that_only_the_held_out_context_has_are_left_out() -> None:
+    obs = cells_of(["day_2", "day_5"], ["A", "B"])
+    obs = obs[~((obs["perturbation"] == "B") & (obs["batch"] == "day_2"))]
+    roles = unseen_context(obs, "batch", ["day_5"], 0.5, 0.1, 0)
+    assert (roles.isna() == (obs["perturbation"] == "B")).all()
+
+
+@pytest.mark.parametrize(
+    ("contexts", "held_out", "change", "message"),
+    [
+        (["x", "y"], ["day_9"], None, "held_out: day_9 is no value of batch in this screen; its values: x, y"),
+        (["x", "y"], ["y", "x"], None, r"held_out names all values of batch \(x, y\); leave at least one"),
+        (["x"], None, None, "at least 2 values of batch; this screen has one, 'x'.*covariates.batch.*select.splits"),
+        (["x", "y"], ["y"], "y", r"the held-out values of batch \(y\) hold no control cell"),
+        (["x", "y"], ["y"], "x", r"the other values of batch \(x\) hold no control cell"),
+    ],
+)
+def test_contexts_that_cannot_be_held_out_are_explained(contexts: list, held_out: list | None, change: str | None, message: str) -> None:
+    obs = cells_of(contexts, ["A", "B"])
+    obs = obs[~(obs["is_control"] & (obs["batch"] == change))]
+    with pytest.raises(InputError, match=message):
+        unseen_context(obs, "batch", held_out, 0.25, 0.1, 0)
+
+
+@given(n=st.integers(2, 30), fraction=fractions, seed=seeds)
+@settings(max_examples=30, deadline=None)
+def test_cells_of_every_perturbation_are_divided_by_fractions(n: int, fraction: tuple[float, float], seed: int) -> None:
+    obs = cells_of(["b1", "b2"], ["A", "B+C"], n)
+    roles = random_cells(obs, *fraction, seed)
+    assert roles.notna().all()
+    counts = pd.crosstab(obs["perturbation"], roles).reindex(columns=ROLES, fill_value=0)
+    for label in ("A", "B+C"):
+        for role, share in zip(("test", "validation"), fraction, strict=True):
+            assert abs(counts.loc[label, role] - share * 2 * n) < 1
+    assert set(pd.crosstab(obs.loc[obs["is_control"], "batch"], roles).columns) >= {"train", "test"}
+
+
+def test_fractions_that_leave_nothing_to_learn_from_are_explained() -> None:
+    with pytest.raises(InputError, match=r"0.7 and validation_fraction 0.3 leave no cell for training"):
+        random_cells(cells_of(["b"], ["A"]), 0.7, 0.3, 0)
+
+
+@pytest.mark.parametrize("kind", SPECS_OF_CELLS)
+def test_perturbations_of_cell_splits_have_cells_in_several_roles(kind: str, prepared: dict[str, Prepared]) -> None:
+    content = json.loads(prepared[kind].split.read_text())
+    labels = content["perturbations"]
+    assert labels["train"] == labels["test"]
+    assert set(content["members_seen"]) == {*labels["validation"], *labels["test"]}
+    assert {len(members_of(label)) for label, n in content["members_seen"].items() if n == 2} == {2}
+    cells = [cell for role in ROLES for cell in content["cells"][role]]
+    assert len(cells) == len(set(cells)) == ad.read_h5ad(prepared[kind].harmonized).n_obs
+    assert content["n_cells_left_out"] == 0
+    if kind == "unseen_context":
+        assert content["contexts"] == {"train": ["b1"], "validation": ["b1"], "test": ["b2"]}
+
+
+def test_every_split_says_what_its_scores_are_evidence_of(prepared: dict[str, Prepared]) -> None:
+    for kind in (*SPECS, *SPECS_OF_CELLS):
+        assert json.loads(prepared[kind].split.read_text())["generalization"] == GENERALIZATION[kind]
+    assert set(GENERALIZATION) == {*LABEL_KINDS, *SPECS_OF_CELLS}
+    assert "no evidence of generalization" in GENERALIZATION["random_cells"]
+
+
+def test_an_error_names_the_split(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+    here = prepared["unseen_context"]
+    spec = {**SPECS_OF_CELLS["unseen_context"], "held_out": ["day_5"]}
+    with pytest.raises(InputError, match=r"splits.later: held_out: day_5 is no value of batch in this screen; its values: b1, b2"):
+        split(here.harmonized, here.harmonization, tmp_path / "split.json", "later", spec)
+
+
+def test_a_fold_of_a_screen(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+    here = prepared["unseen_perturbation"]
+    spec = {"kind": "unseen_perturbation", "folds": 4, "fold": 1, "name": "genes", "validation_fraction": 0.1, "seed": 0}
+    split(here.harmonized, here.harmonization, tmp_path / "split.json", "genes_fold_1", spec)
+    content = json.loads((tmp_path / "split.json").read_text())
+    assert content["name"] == "genes_fold_1"
+    assert content["spec"] == spec
+    assert sum("+" not in label for label in content["perturbations"]["test"]) == 2
+
+
+# --- a real screen --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("covariate", "held_out"), [("dataset", "mcfaline23"), ("cell_type", "A172")])
+def test_a_whole_screen_or_cell_line_is_held_out(
+    covariate: str, held_out: str, harmonized_from: Callable, shared_data: Callable, tmp_path: Path
+) -> None:
+    path = shared_data("norman_k562_mini/perturbench_devel_counts.h5ad")
+    merged = harmonized_from(path, covariates={"dataset": "dataset", "cell_type": "cell_type"}, qc={"min_cells_per_perturbation": 30})
+    obs = merged.adata.obs
+    assert set(obs["dataset"]) == {"norman19", "mcfaline23"}
+    assert set(obs["batch"]) == {"norman19:unknown", "mcfaline23:unknown"}
+    spec = {
+        "kind": "unseen_context", "covariate": covariate, "held_out": [held_out],
+        "test_fraction": 0.5, "validation_fraction": 0.1, "seed": 0,
+    }  # fmt: skip
+    here = Prepared(tmp_path)
+    split(merged.path, merged.report, here.split, "mine", spec)
+    content = json.loads(here.split.read_text())
+    assert content["contexts"]["test"] == [held_out]
+    elsewhere = set(obs.loc[obs[covariate] != held_out, "perturbation"]) - {CONTROL}
+    there = set(obs.loc[obs[covariate] == held_out, "perturbation"]) - {CONTROL}
+    assert set(content["perturbations"]["test"]) == there & elsewhere
+    assert content["n_cells_left_out"] == obs.loc[obs[covariate] == held_out, "perturbation"].isin(there - elsewhere).sum()
+    pairs.pair(merged.path, here.split, here.pairs, 100)
+    embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
+    here.run_audit()
+    assert json.loads(here.audit.read_text())["checks"]["no_cell_twice"] == "passed"
 
 
 # --- controls -------------------------------------------------------------------------------------------------------

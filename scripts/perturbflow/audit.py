@@ -1,7 +1,11 @@
 """Look for anything of held-out cells in what a model is trained on. A leak fails the run and is named."""
 
+import hashlib
 import logging
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import anndata as ad
@@ -9,132 +13,316 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 from scipy import sparse
+from scipy.stats import poisson
 
 from perturbflow.embeddings import Embeddings, coexpression
 from perturbflow.errors import InputError
 from perturbflow.files import file_digest, read_json, write_json
-from perturbflow.pairs import Pairs
-from perturbflow.splits import ROLES, names_digest
+from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.splits import LABEL_KINDS, ROLES, names_digest
 from perturbflow.symbols import CONTROL, SEPARATOR, members_of
 
 logger = logging.getLogger(__name__)
 
+# How many cells of a whole screen may look like copies by chance, in expectation, before copies are spoken of.
+CHANCE_COPIES = 1e-3
+# ATF2g1, p-sgELK1-6, KLF1_sg2, KLF1-2: guides as public screens name them.
+GUIDE = re.compile(r"(?:p-)?(?:sg)?(?P<gene>.+?)(?:[._-]?(?:sg|g|guide)[._-]?|[._-])\d+")
+PLACES = {"uns": {"perturbflow"}, "obsm": set(), "varm": set(), "obsp": set(), "varp": set(), "layers": set()}
+PLACES_OF_PAIRS = {**PLACES, "obsm": {"control_index"}, "layers": {"counts"}, "obs": {*CARRIED_OBS, "role", "half"},
+                   "var": {"gene_name", "gene_id", "original_name", "highly_variable", "is_perturbed_gene"}}  # fmt: skip
+
 Findings = list[str]
 
 
-def roles_are_disjoint(split: dict, adata: ad.AnnData) -> Findings:
-    """No perturbation and no cell has two roles, whatever the order of a combination's members."""
-    found = []
+@dataclass(frozen=True)
+class Evidence:
+    """What training reads of one split, and what it must follow from.
+
+    Attributes
+    ----------
+    split
+        Content of split.json.
+    pairs
+        pairs.h5ad.
+    screen
+        harmonized.h5ad: the cells of `pairs`, in the same order.
+    embeddings
+        Gene vectors, genes × dimensions.
+    """
+
+    split: dict
+    pairs: ad.AnnData
+    screen: ad.AnnData
+    embeddings: pd.DataFrame
+
+    @property
+    def holds_out_perturbations(self) -> bool:
+        """Whether perturbations are what is held out, rather than contexts or cells."""
+        return self.split["spec"]["kind"] in LABEL_KINDS
+
+    @cached_property
+    def counts(self) -> sparse.csr_matrix:
+        """Counts of all genes of the screen, cells × genes."""
+        counts = sparse.csr_matrix(self.screen.X)
+        counts.eliminate_zeros()
+        counts.sort_indices()
+        return counts
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """Counts per cell over all genes of the screen, (cells,)."""
+        return np.asarray(self.counts.sum(axis=1)).ravel()
+
+    @cached_property
+    def is_train(self) -> np.ndarray:
+        """Mask of training cells."""
+        return (self.pairs.obs["role"] == "train").to_numpy()
+
+    def gene_of(self, member: str) -> str:
+        """Return the measured gene that a member is a guide of; any other member as it is."""
+        match = GUIDE.fullmatch(member)
+        return match["gene"] if match and member not in self.screen.var_names and match["gene"] in self.screen.var_names else member
+
+
+# --- roles ----------------------------------------------------------------------------------------------------------
+
+
+def roles_are_disjoint(evidence: Evidence) -> Findings:
+    """No cell has two roles; where perturbations are held out, no perturbation has, whatever the order of its members."""
+    split, found = evidence.split, []
     for i, first in enumerate(ROLES):
         for second in ROLES[i + 1 :]:
             sets = [{SEPARATOR.join(sorted(members_of(label))) for label in split["perturbations"][role]} for role in (first, second)]
-            if shared := sorted(sets[0] & sets[1]):
+            if evidence.holds_out_perturbations and (shared := sorted(sets[0] & sets[1])):
                 found.append(f"perturbations in both {first} and {second}: {', '.join(shared[:5])}")
             if shared := sorted(set(split["cells"][first]) & set(split["cells"][second])):
                 found.append(f"{len(shared)} cells in both {first} and {second}, for example {shared[0]}")
     return found
 
 
-def labels_are_canonical(split: dict, adata: ad.AnnData) -> Findings:
+def labels_are_canonical(evidence: Evidence) -> Findings:
     """Members of every label are sorted, so that A+B and B+A cannot part ways."""
-    wrong = [
-        label for label in adata.obs["perturbation"].unique() if label != CONTROL and members_of(label) != sorted(set(members_of(label)))
-    ]
+    labels = evidence.pairs.obs["perturbation"].unique()
+    wrong = [label for label in labels if label != CONTROL and members_of(label) != sorted(set(members_of(label)))]
     return [f"labels with unsorted or repeated members: {', '.join(wrong[:5])}"] if wrong else []
 
 
-def roles_of_cells_agree(split: dict, adata: ad.AnnData) -> Findings:
-    """Every cell has the role that the split gives its perturbation, and controls have all three."""
-    found = []
-    roles = adata.obs["role"].astype(str)
+def roles_of_cells_agree(evidence: Evidence) -> Findings:
+    """Every cell has the role that the split gives it, and that its perturbation may have."""
+    split, obs, found = evidence.split, evidence.pairs.obs, []
+    roles = obs["role"].astype(str)
     for role in ROLES:
         allowed = {*split["perturbations"][role], CONTROL}
-        strangers = sorted(set(adata.obs.loc[roles == role, "perturbation"].astype(str)) - allowed)
+        strangers = sorted(set(obs.loc[roles == role, "perturbation"].astype(str)) - allowed)
         if strangers:
             found.append(f"cells of {', '.join(strangers[:5])} have the role {role}, which the split does not give them")
-        if names_digest(adata.obs_names[roles == role].tolist()) != split["sha256"][role]["cells"]:
+        if names_digest(obs.index[roles == role].tolist()) != split["sha256"][role]["cells"]:
             found.append(f"the cells with the role {role} are not those of the split")
     return found
 
 
-def controls_are_of_the_role(split: dict, adata: ad.AnnData) -> Findings:
+def held_out_genes_are_unseen(evidence: Evidence) -> Findings:
+    """In unseen_perturbation, no gene of a held-out single occurs in any training perturbation."""
+    if evidence.split["spec"]["kind"] != "unseen_perturbation":
+        return []
+    roles = evidence.split["perturbations"]
+    seen = {gene for label in roles["train"] for gene in members_of(label)}
+    singles = [label for role in ("validation", "test") for label in roles[role] if len(members_of(label)) == 1]
+    leaked = sorted(set(singles) & seen)
+    return [f"held-out genes that training holds, alone or in a combination: {', '.join(leaked[:5])}"] if leaked else []
+
+
+def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
+    """A gene's guides are no perturbations of their own: none is held out while training holds another."""
+    if not evidence.holds_out_perturbations:
+        return []
+
+    def perturbed(label: str) -> str:
+        return SEPARATOR.join(sorted({evidence.gene_of(member) for member in members_of(label)}))
+
+    roles = evidence.split["perturbations"]
+    trained = {perturbed(label): label for label in roles["train"]}
+    for label in roles["train"] if evidence.split["spec"]["kind"] == "unseen_perturbation" else []:
+        trained |= {evidence.gene_of(member): member for member in members_of(label)}
+    held_out = [label for role in ("validation", "test") for label in roles[role]]
+    shared = [f"{label} and {trained[perturbed(label)]}" for label in held_out if trained.get(perturbed(label), label) != label]
+    return [f"guides of one gene, one held out and one in training: {', '.join(shared[:5])}; label cells by gene"] if shared else []
+
+
+def held_out_contexts_are_unseen(evidence: Evidence) -> Findings:
+    """In unseen_context, training and validation hold no cell of a held-out context, controls included, and test no other."""
+    if evidence.split["spec"]["kind"] != "unseen_context":
+        return []
+    covariate, held_out = evidence.split["spec"]["covariate"], evidence.split["contexts"]["test"]
+    is_test = (evidence.pairs.obs["role"] == "test").to_numpy()
+    wrong = evidence.screen.obs[covariate].astype(str).isin(held_out).to_numpy() != is_test
+    return [f"{wrong.sum()} cells are on the wrong side of the held-out {covariate} {', '.join(held_out)}"] if wrong.any() else []
+
+
+def no_cell_twice(evidence: Evidence) -> Findings:
+    """No held-out cell has the counts of a training cell in every gene: one experiment under two names, or cells copied.
+
+    UMI counts vary at least as Poisson draws around a cell's rates (Sarkar & Stephens 2021), whatever the rates: another cell
+    has the count x > 0 of a gene with probability Poisson(x; x) ≤ 1/e at most, and all counts of a cell with the product of
+    these over its expressed genes at most. Cells of which chance copies are expected in the screen, shallow ones, are
+    passed over: those where product × held-out × training cells exceeds `CHANCE_COPIES`.
+    """
+    counts = evidence.counts
+    rows = [
+        hashlib.blake2b(counts.indices[start:end].tobytes() + counts.data[start:end].tobytes(), digest_size=16).digest()
+        for start, end in zip(counts.indptr[:-1], counts.indptr[1:], strict=True)
+    ]
+    trained = {rows[i]: i for i in np.flatnonzero(evidence.is_train)}
+    copies = [i for i in np.flatnonzero(~evidence.is_train) if rows[i] in trained]
+    least = np.log(evidence.is_train.sum() * max((~evidence.is_train).sum(), 1) / CHANCE_COPIES)
+    copies = [i for i in copies if -poisson.logpmf(counts[i].data, counts[i].data).sum() > least]
+    if not copies:
+        return []
+    obs = evidence.screen.obs
+
+    def place(i: int) -> str:
+        return f"{obs.index[i]} ({obs['perturbation'].iloc[i]}, {obs['dataset'].iloc[i]}, {obs['batch'].iloc[i]})"
+
+    return [
+        f"{len(copies)} held-out cells have the counts of a training cell in every gene, for example {place(copies[0])} and "
+        f"{place(trained[rows[copies[0]]])}; keep one of the copies through subset in the dataset's block"
+    ]
+
+
+# --- controls -------------------------------------------------------------------------------------------------------
+
+
+def controls_are_of_the_role(evidence: Evidence) -> Findings:
     """Matched controls are controls, and of the cell's own role and cell type."""
-    index = np.asarray(adata.obsm["control_index"])
-    perturbed = np.flatnonzero(~adata.obs["is_control"].to_numpy(bool))
-    matched = index[perturbed]
+    obs = evidence.pairs.obs
+    is_control = obs["is_control"].to_numpy(bool)
+    perturbed = np.flatnonzero(~is_control)
+    matched = np.asarray(evidence.pairs.obsm["control_index"])[perturbed]
     found = []
     if (matched < 0).any():
         return ["perturbed cells without a matched control"]
-    if not adata.obs["is_control"].to_numpy(bool)[matched].all():
+    if not is_control[matched].all():
         found.append("matched controls that are perturbed cells")
     for column in ("role", "cell_type"):
-        codes = adata.obs[column].astype("category").cat.codes.to_numpy()
+        codes = obs[column].astype("category").cat.codes.to_numpy()
         n_wrong = int((codes[matched] != codes[perturbed][:, None]).any(axis=1).sum())
         if n_wrong:
             found.append(f"{n_wrong} cells are matched with controls of another {column}")
     return found
 
 
-def held_out_genes_are_unseen(split: dict, adata: ad.AnnData) -> Findings:
-    """In unseen_perturbation, no gene of a held-out single occurs in any training perturbation."""
-    if split["spec"]["kind"] != "unseen_perturbation":
-        return []
-    seen = {gene for label in split["perturbations"]["train"] for gene in members_of(label)}
-    singles = [label for role in ("validation", "test") for label in split["perturbations"][role] if len(members_of(label)) == 1]
-    leaked = sorted(set(singles) & seen)
-    return [f"held-out genes that training holds, alone or in a combination: {', '.join(leaked[:5])}"] if leaked else []
+def controls_are_matched_by_seed(evidence: Evidence) -> Findings:
+    """The matching is what the split's seed gives, so that a pairing can be made again and none was chosen by its outcome."""
+    try:
+        expected, _ = match_controls(evidence.pairs.obs, CONTROLS_PER_CELL, evidence.split["spec"]["seed"])
+    except InputError as error:
+        return [str(error)]
+    differs = (np.asarray(evidence.pairs.obsm["control_index"]) != expected).any(axis=1)
+    return [f"{differs.sum()} cells are matched with other controls than the split's seed gives"] if differs.any() else []
 
 
-def normalization_is_of_training(split: dict, adata: ad.AnnData) -> Findings:
+# --- what is fitted -------------------------------------------------------------------------------------------------
+
+
+def nothing_else_is_carried(evidence: Evidence) -> Findings:
+    """The files hold what this workflow computes and no result of the source: DE lists, coordinates, outcome-derived columns.
+
+    harmonized.h5ad keeps the source's obs; of these, only `CARRIED_OBS` reach what models read.
+    """
+    found = []
+    for name, adata, places in (("harmonized.h5ad", evidence.screen, PLACES), ("pairs.h5ad", evidence.pairs, PLACES_OF_PAIRS)):
+        for place, known in places.items():
+            if unknown := sorted(map(str, set(getattr(adata, place)) - known)):
+                found.append(f"{name} carries {place} {', '.join(unknown[:5])}, which this workflow does not make")
+    return found
+
+
+def cells_are_those_of_the_screen(evidence: Evidence) -> Findings:
+    """Labels and covariates are those of harmonized.h5ad, cell by cell."""
+    pairs, screen = evidence.pairs.obs, evidence.screen.obs
+    columns = [column for column in CARRIED_OBS if (pairs[column].astype(str).to_numpy() != screen[column].astype(str).to_numpy()).any()]
+    return [f"pairs.h5ad and harmonized.h5ad differ in obs {', '.join(columns)}"] if columns else []
+
+
+def normalization_is_of_training(evidence: Evidence) -> Findings:
     """The normalization target is the median of training cells' totals, over all genes of the screen."""
-    training = adata.obs[(adata.obs["role"] == "train").to_numpy()]
-    expected = float(training["total_counts_all_genes"].median())
-    found = float(adata.uns["perturbflow"]["target_sum"])
+    expected = float(np.median(evidence.totals[evidence.is_train]))
+    found = float(evidence.pairs.uns["perturbflow"]["target_sum"])
     return [] if np.isclose(found, expected, rtol=1e-5) else [f"target sum {found:g} is not the training cells' median {expected:g}"]
 
 
-def expression_is_normalized(split: dict, adata: ad.AnnData) -> Findings:
-    """X is log1p of the counts scaled to the recorded target sum, cell by cell."""
-    totals = adata.obs["total_counts_all_genes"].to_numpy(float)
-    scale = np.divide(float(adata.uns["perturbflow"]["target_sum"]), totals, out=np.zeros_like(totals), where=totals > 0)
-    expected = sparse.csr_matrix(sparse.diags(scale) @ sparse.csr_matrix(adata.layers["counts"])).log1p()
-    worst = abs(expected - sparse.csr_matrix(adata.X)).max() if adata.n_obs else 0.0
+def expression_is_normalized(evidence: Evidence) -> Findings:
+    """X is log1p of the screen's counts scaled to the recorded target sum, cell by cell."""
+    pairs, totals = evidence.pairs, evidence.totals.astype(float)
+    scale = np.divide(float(pairs.uns["perturbflow"]["target_sum"]), totals, out=np.zeros_like(totals), where=totals > 0)
+    counts = evidence.counts[:, evidence.screen.var_names.get_indexer(pairs.var_names)]
+    expected = sparse.csr_matrix(sparse.diags(scale) @ counts).log1p()
+    worst = abs(expected - sparse.csr_matrix(pairs.X)).max() if pairs.n_obs else 0.0
     return [] if worst < 1e-3 else [f"X is not the counts normalized to the target sum: it differs by up to {worst:g}"]
 
 
-def genes_are_of_training(split: dict, adata: ad.AnnData) -> Findings:
+def genes_are_of_training(evidence: Evidence) -> Findings:
     """The highly variable genes are those that training cells alone select."""
-    n_hvg = int(adata.uns["perturbflow"]["n_hvg"])
-    if adata.uns["all_genes_are_variable"]:
+    pairs, screen = evidence.pairs, evidence.screen
+    if pairs.n_vars == screen.n_vars and pairs.var["highly_variable"].all():
         return []
-    training = adata.uns["normalized_training"]
+    n_hvg = int(pairs.uns["perturbflow"]["n_hvg"])
+    training = ad.AnnData(X=evidence.counts[evidence.is_train], var=pd.DataFrame(index=screen.var_names))
+    sc.pp.normalize_total(training, target_sum=float(np.median(evidence.totals[evidence.is_train])))
+    sc.pp.log1p(training)
     sc.pp.highly_variable_genes(training, n_top_genes=n_hvg, flavor="seurat")
     expected = set(training.var_names[training.var["highly_variable"]])
-    found = set(adata.var_names[adata.var["highly_variable"]])
+    found = set(pairs.var_names[pairs.var["highly_variable"]])
     return [] if found == expected else [f"{len(found - expected)} of {n_hvg} highly variable genes are not those of the training cells"]
 
 
-CHECKS: tuple[Callable[[dict, ad.AnnData], Findings], ...] = (
+def embeddings_are_of_training(evidence: Evidence) -> Findings:
+    """The co-expression part of the embeddings is what training cells alone give."""
+    table = evidence.embeddings.filter(like="coexpression:")
+    if table.empty:
+        return []
+    pairs = evidence.pairs
+    cells = Pairs(sparse.csr_matrix(pairs.X), pairs.obs, list(pairs.var_names), pairs.obsm["control_index"], np.arange(pairs.n_obs))
+    expected = coexpression(cells, table.index.tolist())
+    if not np.allclose(table, expected[table.columns], atol=1e-3, equal_nan=True):
+        return ["co-expression embeddings differ from those of the training cells alone"]
+    return []
+
+
+CHECKS: tuple[Callable[[Evidence], Findings], ...] = (
     roles_are_disjoint,
     labels_are_canonical,
     roles_of_cells_agree,
-    controls_are_of_the_role,
     held_out_genes_are_unseen,
+    guides_of_a_gene_stay_together,
+    held_out_contexts_are_unseen,
+    no_cell_twice,
+    controls_are_of_the_role,
+    controls_are_matched_by_seed,
+    nothing_else_is_carried,
+    cells_are_those_of_the_screen,
     normalization_is_of_training,
     expression_is_normalized,
     genes_are_of_training,
+    embeddings_are_of_training,
 )
 
 
-def _embedding_leaks(table: pd.DataFrame, cells: Pairs) -> Findings:
-    """The co-expression part of the embeddings is what training cells alone give."""
-    columns = [column for column in table if column.startswith("coexpression:")]
-    if not columns:
-        return []
-    expected = coexpression(cells, table.index.tolist())
-    if not np.allclose(table[columns], expected[columns], atol=1e-3, equal_nan=True):
-        return ["co-expression embeddings differ from those of the training cells alone"]
-    return []
+# --- the step -------------------------------------------------------------------------------------------------------
+
+
+def fitted_digests(evidence: Evidence) -> dict[str, str]:
+    """Return the SHA-256 of the training cells and of each thing fitted on them: equal where two runs learned from the same."""
+    pairs = evidence.pairs
+    table = evidence.embeddings.filter(like="coexpression:")
+    vectors = [names_digest(list(table.index)).encode(), np.ascontiguousarray(table.to_numpy("<f4")).tobytes()]
+    return {
+        "training_cells": names_digest(pairs.obs_names[evidence.is_train].tolist()),
+        "target_sum": hashlib.sha256(repr(float(pairs.uns["perturbflow"]["target_sum"])).encode()).hexdigest(),
+        "highly_variable_genes": names_digest(pairs.var_names[pairs.var["highly_variable"]].tolist()),
+        "coexpression": hashlib.sha256(b"".join(vectors)).hexdigest(),
+    }
 
 
 def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: Path) -> None:
@@ -145,7 +333,8 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
     harmonized, split, pairs, embeddings
         The screen, the roles, the pairs and the gene vectors of one split.
     audit
-        JSON to be written: every check by name, and the SHA-256 of every file that training reads.
+        JSON to be written: every check by name, the SHA-256 of every file that training reads, of training cells, and of each
+        thing fitted on them.
 
     Raises
     ------
@@ -153,19 +342,9 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
         If anything leaked; nothing is written then.
     """
     roles = read_json(split)
-    adata = ad.read_h5ad(pairs)
-    screen = ad.read_h5ad(harmonized)
-    screen = screen[adata.obs_names]
-    totals = np.asarray(screen.X.sum(axis=1)).ravel()
-    adata.obs["total_counts_all_genes"] = totals
-    adata.uns["all_genes_are_variable"] = bool(adata.var["highly_variable"].all()) and adata.n_vars == screen.n_vars
-    if not adata.uns["all_genes_are_variable"]:
-        training = screen[(adata.obs["role"] == "train").to_numpy()].copy()
-        sc.pp.normalize_total(training, target_sum=float(np.median(totals[(adata.obs["role"] == "train").to_numpy()])))
-        sc.pp.log1p(training)
-        adata.uns["normalized_training"] = training
-    results = {check.__name__: check(roles, adata) for check in CHECKS}
-    results["embeddings_are_of_training"] = _embedding_leaks(Embeddings.read(embeddings).table, Pairs.read(pairs))
+    cells = ad.read_h5ad(pairs)
+    evidence = Evidence(roles, cells, ad.read_h5ad(harmonized)[cells.obs_names].copy(), Embeddings.read(embeddings).table)
+    results = {check.__name__: check(evidence) for check in CHECKS}
     leaks = [f"{name}: {finding}" for name, findings in results.items() for finding in findings]
     if leaks:
         raise InputError(f"Leak in {pairs.parent}: training would see what it is tested on.\n" + "\n".join(leaks))
@@ -176,5 +355,6 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
             "checks": dict.fromkeys(results, "passed"),
             "sha256": {path.name: file_digest(path) for path in (split, pairs, embeddings)},
             "split_sha256": roles["sha256"],
+            "fitted_sha256": fitted_digests(evidence),
         },
     )

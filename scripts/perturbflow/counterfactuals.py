@@ -48,19 +48,21 @@ def selected_cells(cells: Pairs, selection: str | dict) -> Pairs:
     return test.select(mask)
 
 
-def _extrapolation(label: str, training: list[str]) -> str:
+def _is_new_context(training: Pairs, chosen: Pairs) -> bool:
+    """Tell whether training saw no cell of the batches and cell types of the cells that are asked."""
+    context = ["dataset", "batch", "cell_type"]
+    return training.obs[context].drop_duplicates().merge(chosen.obs[context].drop_duplicates()).empty
+
+
+def _extrapolation(label: str, training: list[str], is_new_context: bool) -> str:
     """Say what training knew of a perturbation."""
-    if label in training:
-        return "measured"
     if label == CONTROL:
         return "no perturbation"
     seen = {gene for other in training for gene in members_of(other)}
-    n_seen = sum(gene in seen for gene in members_of(label))
-    return (
-        "composed of measured genes"
-        if n_seen == len(members_of(label))
-        else f"{len(members_of(label)) - n_seen} gene(s) never perturbed in training"
-    )
+    n_unseen = sum(gene not in seen for gene in members_of(label))
+    if n_unseen:
+        return f"{n_unseen} gene(s) never perturbed in training"
+    return ("measured" if label in training else "composed of measured genes") + (", in other contexts" if is_new_context else "")
 
 
 def summarize(model: Model, start: np.ndarray, label: str, samples: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
@@ -125,7 +127,8 @@ def counterfactual(pairs: Path, model: Path, cells: Path, effects: Path, impleme
         chosen = chosen.select(keep)
     family = build(implementation, params)
     family.restore(load_artefact(model))
-    training = everything.roles("train").perturbations
+    training = everything.roles("train")
+    is_new_context = _is_new_context(training, chosen)
     start = chosen.X.toarray()
     blocks, tables = [], []
     for text in dict.fromkeys(query["perturbations"]):
@@ -133,7 +136,7 @@ def counterfactual(pairs: Path, model: Path, cells: Path, effects: Path, impleme
         if reason := family.refusal(label):
             raise InputError(f"'{text}' cannot be answered by this model: {reason}.")
         layers, probability_up, cell_effects = summarize(family, start, label, query["samples_per_cell"], seed)
-        known = _extrapolation(label, training)
+        known = _extrapolation(label, training.perturbations, is_new_context)
         obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=known)
         obs.index = [f"{label}:{cell}" for cell in chosen.obs.index]
         mean = layers.pop("mean")

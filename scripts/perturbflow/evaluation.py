@@ -193,6 +193,11 @@ def _mean(X: sparse.csr_matrix) -> np.ndarray:
     return np.asarray(X.mean(axis=0), dtype=np.float64).ravel()
 
 
+def scored_role(predictions: ad.AnnData) -> str:
+    """Return the role whose measured cells these predictions are scored on: the role belongs to cells, not to labels."""
+    return str(predictions.uns.get("perturbflow", {}).get("role", "test"))
+
+
 def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
     """Bring predicted and measured cells together.
 
@@ -213,10 +218,10 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
     predicted_labels = predictions.obs["perturbation"].astype(str).to_numpy()
     labels = sorted(set(predicted_labels))
     training = cells.roles("train")
-    roles = cells.obs.loc[np.isin(cells.labels, labels), "role"].unique()
-    if len(roles) != 1 or roles[0] == "train":
-        raise InputError(f"predictions hold perturbations of the roles {sorted(roles)}; exactly one held-out role can be scored.")
-    held_out = cells.roles(roles[0])
+    role = scored_role(predictions)
+    held_out = cells.roles(role)
+    if strangers := sorted(set(labels) - set(held_out.perturbations)):
+        raise InputError(f"predictions of the role {role} hold perturbations without {role} cells: {', '.join(strangers[:5])}.")
     scored_half = (held_out.obs["half"] == "b").to_numpy()
     controls = held_out.X[held_out.is_control]
     reference = np.mean([training.mean_of(training.cells_of(label)) for label in training.perturbations], axis=0)
@@ -289,8 +294,10 @@ def evaluate(predictions: Path, pairs: Path, split: Path, metrics: Path, provena
     """
     roles = read_json(split)
     cells = Pairs.read(pairs)
-    scored = score_inputs(ad.read_h5ad(predictions), cells)
-    n_cells = cells.obs.loc[(cells.obs["half"] == "b").to_numpy(), "perturbation"].value_counts()
+    predicted = ad.read_h5ad(predictions)
+    scored = score_inputs(predicted, cells)
+    is_scored = (cells.obs["half"] == "b") & (cells.obs["role"] == scored_role(predicted))
+    n_cells = cells.obs.loc[is_scored.to_numpy(), "perturbation"].value_counts()
     keys = {key: (provenance or {}).get(key, "") for key in ("dataset", "split", "model", "seed")}
     rows = [
         {

@@ -258,15 +258,17 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     obs["is_control"] = (labels == CONTROL).to_numpy()
     obs["n_perturbations"] = labels.map(lambda label: len(members_of(label))).to_numpy(np.int64)
     obs["perturbation_type"] = pd.Categorical([dataset["perturbation_type"]] * len(obs))
-    for covariate in ("cell_type", "batch"):
+    for covariate, undeclared in (("cell_type", UNKNOWN), ("batch", UNKNOWN), ("dataset", name)):
         column = dataset["covariates"].get(covariate)
         if column is None:
-            values = pd.Series(UNKNOWN, index=adata.obs_names)
+            values = pd.Series(undeclared, index=adata.obs_names)
         else:
             values = _column(adata.obs, column, f"covariates.{covariate}", path).astype(object)
             values = values.where(values.notna(), UNKNOWN).astype(str)
         obs[covariate] = pd.Categorical(values.to_numpy())
-    obs["dataset"] = pd.Categorical([name] * len(obs))
+    if "dataset" in dataset["covariates"]:
+        # Lane 1 of one screen and lane 1 of another are two batches.
+        obs["batch"] = pd.Categorical(obs["dataset"].astype(str) + ":" + obs["batch"].astype(str))
     for column in adata.obs:
         values = adata.obs[column]
         kept_as = str(column)

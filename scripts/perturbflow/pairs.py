@@ -178,12 +178,12 @@ def match_controls(obs: pd.DataFrame, k: int, seed: int) -> tuple[np.ndarray, in
 
 
 def _halves(obs: pd.DataFrame, seed: int) -> np.ndarray:
-    """Divide the held-out cells of every perturbation in two, within batch: 'a' is the technical duplicate, 'b' is scored."""
+    """Divide the cells of every perturbation × held-out role in two, within batch: 'a' is the technical duplicate, 'b' is scored."""
     rng = np.random.default_rng(seed)
     half = np.full(len(obs), "", dtype=object)
     held_out = (obs["role"] != "train").to_numpy() & ~obs["is_control"].to_numpy(bool)
     table = obs.assign(row=np.arange(len(obs)))[held_out]
-    for _, cells in table.groupby("perturbation", observed=True):
+    for _, cells in table.groupby(["perturbation", "role"], observed=True):
         shuffled = cells.iloc[rng.permutation(len(cells))].sort_values(["batch", "cell_type"], kind="stable")
         half[shuffled["row"].to_numpy()[0::2]] = "b"
         half[shuffled["row"].to_numpy()[1::2]] = "a"

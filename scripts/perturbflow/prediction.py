@@ -44,7 +44,7 @@ def predict(
         A trained model.
     predictions
         AnnData to be written: X log1p-normalized like pairs.h5ad; obs perturbation, cell_type, batch, control_index (row of
-        pairs.h5ad of the control that the cell started from).
+        pairs.h5ad of the control that the cell started from); uns["perturbflow"] starts_from_controls and role.
     role
         test, or validation for choosing hyper-parameters.
     """
@@ -70,6 +70,6 @@ def predict(
     for column in ("perturbation", "cell_type", "batch"):
         obs[column] = pd.Categorical(obs[column])
     out = ad.AnnData(X=sparse.vstack(blocks, format="csr"), obs=obs, var=pd.DataFrame(index=cells.genes))
-    out.uns["perturbflow"] = {"starts_from_controls": not family.is_ceiling}
+    out.uns["perturbflow"] = {"starts_from_controls": not family.is_ceiling, "role": role}
     with atomic(predictions) as partial:
         out.write_h5ad(partial, compression="gzip")

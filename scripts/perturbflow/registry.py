@@ -23,6 +23,12 @@ from perturbflow.lineage import PACKAGE, SCRIPTS, code_digest, digest, file_fing
 
 SCHEMAS = SCRIPTS.parent / "config" / "schemas"
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
+# Keys of a split's block that only some kinds have a use for.
+SPLIT_KEYS = {
+    "covariate": ("unseen_context",),
+    "held_out": ("unseen_context",),
+    "folds": ("unseen_perturbation", "unseen_combination"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Family:
     kind: str  # baseline, ablation, ceiling or learned
     rule: str = "train_closed_form"  # which rule trains it
     answers_counterfactuals: bool = False
+    split_kinds: tuple[str, ...] = ()  # the only ones that the family can serve; empty: all
 
     @property
     def artefact(self) -> str:
@@ -57,7 +64,7 @@ FAMILIES = {
     "shrunken_additive": _baseline("baselines:ShrunkenAdditive"),
     "latent_additive": _baseline("baselines:LatentAdditive"),
     "linear": _baseline("baselines:Linear"),
-    "transfer": _baseline("baselines:Transfer"),
+    "transfer": Family("baselines:Transfer", "baseline", answers_counterfactuals=True, split_kinds=("unseen_context",)),
     "ridge": _baseline("regressions:Ridge"),
     "random_forest": _baseline("regressions:RandomForest"),
     "nearest_perturbation": _baseline("regressions:NearestPerturbation"),
@@ -200,6 +207,36 @@ def _check_dataset(name: str, block: dict, files: Sequence[Path]) -> None:
         raise InputError(f"{file}datasets.{name}: a source by {kinds[0]} needs {needed}: without them a broken download passes for data.")
 
 
+def _check_split(name: str, block: dict, datasets: dict, files: Sequence[Path]) -> None:
+    """Check what the schema cannot say in the user's words; the block is as the user wrote it."""
+    for key, kinds in SPLIT_KEYS.items():
+        if key in block and block["kind"] not in kinds:
+            file = _holding_file(files, ["splits", name, key])
+            raise InputError(f"{file}splits.{name}.{key}: kind {block['kind']} has no use for it; it belongs to {' and '.join(kinds)}.")
+    if "folds" in block and "test_fraction" in block:
+        file = _holding_file(files, ["splits", name, "folds"])
+        raise InputError(f"{file}splits.{name}: folds say what is held out in turn, so test_fraction has no meaning; remove one of them.")
+    for dataset in block.get("held_out", {}):
+        if dataset not in datasets:
+            file = _holding_file(files, ["splits", name, "held_out"])
+            raise InputError(f"{file}splits.{name}.held_out: there is no dataset '{dataset}'.{_suggestion(str(dataset), list(datasets))}")
+
+
+def _expand_folds(splits: dict, files: Sequence[Path]) -> tuple[dict, dict[str, list[str]]]:
+    """Return the splits with k blocks {name}_fold_{i} in place of each block of k folds, and these names by the block's."""
+    expanded, folds = {}, {}
+    for name, block in splits.items():
+        blocks = {name: block}
+        if "folds" in block:
+            blocks = {f"{name}_fold_{i}": {**block, "fold": i, "name": name} for i in range(block["folds"])}
+            folds[name] = list(blocks)
+            if taken := [fold for fold in blocks if fold in splits]:
+                file = _holding_file(files, ["splits", taken[0]])
+                raise InputError(f"{file}splits.{taken[0]}: this is a fold of splits.{name}; give the block another name.")
+        expanded |= blocks
+    return expanded, folds
+
+
 def complete(config: dict, files: Sequence[Path] = ()) -> dict:
     """Return the configuration checked and completed with defaults.
 
@@ -223,6 +260,15 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
         schema = _schema(name)
         _check(registry, schema, [name], files)
         config[name] = _with_defaults(schema, registry)
+        if name == "splits":
+            for split, block in registry.items():
+                _check_split(split, block, config["datasets"], files)
+    config["splits"] = {
+        name: {key: value for key, value in block.items() if block["kind"] in SPLIT_KEYS.get(key, (block["kind"],))}
+        for name, block in config["splits"].items()
+    }
+    config["splits"], folds = _expand_folds(config["splits"], files)
+    config["select"]["splits"] = list(dict.fromkeys(fold for name in config["select"]["splits"] for fold in folds.get(name, [name])))
     params = _schema("models")["$defs"]
     for name, block in config["models"].items():
         schema = params[block["family"]]
@@ -232,6 +278,12 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
         _check_names(config["select"][kind], config[kind], kind, ["select", kind], files)
     for name in config["select"]["counterfactuals"]:
         query = config["counterfactuals"][name]
+        if query["split"] in folds:
+            file = _holding_file(files, ["counterfactuals", name, "split"])
+            raise InputError(
+                f"{file}counterfactuals.{name}.split: '{query['split']}' has folds, each with models of its own; name one of "
+                f"{', '.join(folds[query['split']])}."
+            )
         for kind in ("dataset", "split", "model"):
             _check_names([query[kind]], config[f"{kind}s"], f"{kind}s", ["counterfactuals", name, kind], files)
         family = config["models"][query["model"]]["family"]
@@ -288,27 +340,27 @@ class Plan:
 
     def __init__(self, config: dict, files: Sequence[Path] = ()) -> None:
         self.config = complete(config, files)
-        self.left_out: list[str] = []
         self.lineage = cache(self._lineage)
         select = self.config["select"]
-        rows = []
+        rows, left_out = [], []
         for dataset in select["datasets"]:
             for split in select["splits"]:
                 if reason := self._why_impossible(dataset, split):
-                    self.left_out.append(f"{dataset} × {split} is left out: {reason}.")
-                else:
-                    rows += [
-                        (dataset, split, model, seed, self.config["models"][model]["family"])
-                        for model in select["models"]
-                        for seed in select["seeds"]
-                    ]
+                    left_out.append(f"{dataset} × {self._base(split)} is left out: {reason}.")
+                    continue
+                for model in select["models"]:
+                    if reason := self._why_unfit(model, split):
+                        left_out.append(f"{model} × {self._base(split)} is left out: {reason}.")
+                    else:
+                        rows += [(dataset, split, model, seed, self.config["models"][model]["family"]) for seed in select["seeds"]]
+        self.left_out = list(dict.fromkeys(left_out))
         if not rows:
             raise InputError("Nothing is left to run. " + " ".join(self.left_out))
         self.runs = pd.DataFrame(rows, columns=["dataset", "split", "model", "seed", "family"])
         queries = []
         for name in select["counterfactuals"]:
             query = self.config["counterfactuals"][name]
-            if reason := self._why_impossible(query["dataset"], query["split"]):
+            if reason := self._why_impossible(query["dataset"], query["split"]) or self._why_unfit(query["model"], query["split"]):
                 self.left_out.append(f"counterfactual {name} is left out: {reason}.")
             else:
                 queries += [(query["dataset"], query["split"], query["model"], seed, name) for seed in select["seeds"]]
@@ -316,10 +368,23 @@ class Plan:
 
     def _why_impossible(self, dataset: str, split: str) -> str | None:
         """Return why a screen cannot serve a split, or None."""
-        is_combination = self.config["splits"][split]["kind"] == "unseen_combination"
-        if is_combination and self.config["datasets"][dataset].get("combinations") is False:
+        block, screen = self.config["splits"][split], self.config["datasets"][dataset]
+        if block["kind"] == "unseen_combination" and screen.get("combinations") is False:
             return f"{dataset} holds no combinations (combinations: false)"
+        # Batches of a merged file differ at least by the screen that they belong to.
+        declared = {*screen["covariates"], *(["batch"] if "dataset" in screen["covariates"] else [])}
+        if block["kind"] == "unseen_context" and block["covariate"] not in declared:
+            return f"{dataset} declares no covariates.{block['covariate']}, so all its cells are of one context"
         return None
+
+    def _why_unfit(self, model: str, split: str) -> str | None:
+        """Return why a model cannot serve a split, or None."""
+        kind, kinds = self.config["splits"][split]["kind"], self.family(model).split_kinds
+        return f"family {self.config['models'][model]['family']} serves {', '.join(kinds)} only" if kinds and kind not in kinds else None
+
+    def _base(self, split: str) -> str:
+        """Return the name that a split was selected by: folds share one."""
+        return self.config["splits"][split].get("name", split)
 
     def models_of_rule(self, rule: str) -> list[str]:
         """Return the names of the models that a training rule trains."""
@@ -333,6 +398,13 @@ class Plan:
         """Return what harmonization reads of a dataset's block: a change of the rest makes nothing stale."""
         unread = ("reference", "licence", "qc", "combinations", "bytes", "md5", "sha256")
         return {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
+
+    def split(self, name: str, dataset: str) -> dict:
+        """Return a split's block as one screen's division reads it: held_out is the list of this screen, if it has one."""
+        block = dict(self.config["splits"][name])
+        if held_out := block.pop("held_out", {}).get(dataset):
+            block["held_out"] = held_out
+        return block
 
     def qc(self, dataset: str) -> dict:
         """Return the limits of quality control of a dataset: the global ones, overridden by its own."""
@@ -357,7 +429,7 @@ class Plan:
             path = config["datasets"][dataset]["source"].get("path")
             sources = [file_fingerprint(path) if path else self.lineage("download", dataset)]
         elif step == "split":
-            block = config["splits"][split]
+            block = self.split(split, dataset)
             own = [block, file_fingerprint(block["path"]) if "path" in block else None]
             sources = [self.lineage("harmonize", dataset)]
         elif step == "pair":

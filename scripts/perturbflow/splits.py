@@ -1,4 +1,8 @@
-"""Divide perturbations, and with them cells, into training, validation and test."""
+"""Divide perturbations, contexts or cells into training, validation and test.
+
+A role belongs to a cell. Where perturbations are held out (`LABEL_KINDS`), all cells of a perturbation have one role; where
+contexts or cells are, a perturbation has cells in several.
+"""
 
 import difflib
 import hashlib
@@ -20,7 +24,26 @@ ROLES = ("train", "validation", "test")
 # Controls are split too: a model that starts from a control it was trained on would be scored on its own training data.
 CONTROL_FRACTIONS = {"train": 0.5, "test": 0.3, "validation": 0.2}
 
+# Kinds that hold perturbations out: a label has one role.
+LABEL_KINDS = ("unseen_perturbation", "unseen_combination", "file")
+# What is held out, and what a score is therefore evidence of.
+GENERALIZATION = {
+    "unseen_perturbation": "Genes are held out: scores say how well effects of genes that training never saw perturbed are predicted, "
+    "in contexts that training knows.",
+    "unseen_combination": "Combinations are held out while every gene perturbed alone is in training: scores say how well known "
+    "effects are combined, and nothing of new genes.",
+    "unseen_context": "Contexts are held out, with all their cells, controls included: scores say how well effects measured in other "
+    "contexts carry over to the controls of a new one, and nothing of new perturbations.",
+    "random_cells": "Cells are held out at random, and training saw other cells of every perturbation in every context: scores measure "
+    "interpolation and are no evidence of generalization.",
+    "file": "Perturbations are held out by a list of the user's own: scores say how well these are predicted; how many of their genes "
+    "training saw perturbed alone stands beside each.",
+}
+
 Perturbations = dict[str, list[str]]
+
+
+# --- perturbations held out -----------------------------------------------------------------------------------------
 
 
 def _take(names: list[str], fraction: float, rng: np.random.Generator) -> set[str]:
@@ -29,13 +52,28 @@ def _take(names: list[str], fraction: float, rng: np.random.Generator) -> set[st
     return set(rng.permutation(sorted(names))[:n])
 
 
-def unseen_perturbation(labels: list[str], test_fraction: float, validation_fraction: float, seed: int) -> Perturbations:
-    """Hold out genes: every perturbation with a held-out member goes where the gene goes, test before validation."""
+def _test_names(names: list[str], test_fraction: float | None, fold: tuple[int, int] | None, rng: np.random.Generator) -> set[str]:
+    """Return a random share of the names, or one of k folds: disjoint, together all names, sizes equal but for one."""
+    if fold is None:
+        return _take(names, test_fraction, rng)
+    i, k = fold
+    if k > len(names):
+        raise InputError(f"{k} folds cannot be made of {len(names)}: {', '.join(names)}. Set folds to {len(names)} or fewer.")
+    return set(rng.permutation(sorted(names))[i::k])
+
+
+def unseen_perturbation(
+    labels: list[str], test_fraction: float | None, validation_fraction: float, seed: int, fold: tuple[int, int] | None = None
+) -> Perturbations:
+    """Hold out genes: every perturbation with a held-out member goes where the gene goes, test before validation.
+
+    With a fold (i, k) in place of a test fraction, the i-th of k parts of the genes is held out: each gene in one fold.
+    """
     genes = sorted({gene for label in labels for gene in members_of(label)})
     if len(genes) < 3:
         raise InputError(f"split unseen_perturbation needs at least 3 perturbed genes; this screen has {len(genes)}: {', '.join(genes)}.")
     rng = np.random.default_rng(seed)
-    test = _take(genes, test_fraction, rng)
+    test = _test_names(genes, test_fraction, fold, rng)
     validation = _take(sorted(set(genes) - test), validation_fraction * len(genes) / max(1, len(genes) - len(test)), rng)
     roles: Perturbations = {role: [] for role in ROLES}
     for label in labels:
@@ -44,8 +82,10 @@ def unseen_perturbation(labels: list[str], test_fraction: float, validation_frac
     return roles
 
 
-def unseen_combination(labels: list[str], test_fraction: float, validation_fraction: float, seed: int) -> Perturbations:
-    """Hold out combinations; every single perturbation is in training."""
+def unseen_combination(
+    labels: list[str], test_fraction: float | None, validation_fraction: float, seed: int, fold: tuple[int, int] | None = None
+) -> Perturbations:
+    """Hold out combinations, a share or a fold (i, k) of them; every single perturbation is in training."""
     combinations = sorted(label for label in labels if len(members_of(label)) > 1)
     if len(combinations) < 2:
         raise InputError(
@@ -53,7 +93,7 @@ def unseen_combination(labels: list[str], test_fraction: float, validation_fract
             "Set combinations: false in the dataset's block, or check perturbation.separator."
         )
     rng = np.random.default_rng(seed)
-    test = _take(combinations, test_fraction, rng)
+    test = _test_names(combinations, test_fraction, fold, rng)
     rest = sorted(set(combinations) - test)
     validation = _take(rest, validation_fraction * len(combinations) / max(1, len(rest)), rng) if rest else set()
     return {
@@ -105,28 +145,135 @@ def members_seen(label: str, train: list[str]) -> int:
     return sum(gene in train for gene in members_of(label))
 
 
-def divide_controls(obs: pd.DataFrame, seed: int) -> pd.Series:
-    """Return a role for every control cell, divided within batch and cell type by CONTROL_FRACTIONS.
+# --- cells ----------------------------------------------------------------------------------------------------------
 
-    Each next control goes to the role that is furthest behind its share, so that three controls serve all three roles.
-    Batches with fewer than three are divided together, per cell type.
+
+def _divide(cells: pd.DataFrame, strata: list[pd.Series], fractions: dict[str, float], seed: int) -> pd.Series:
+    """Return a role for every cell, divided within strata by fractions.
+
+    In random order, each next cell of a stratum goes to the role that is furthest behind its share.
     """
-    roles = pd.Series(index=obs.index, dtype=object)
+    roles = pd.Series(index=cells.index, dtype=object)
     rng = np.random.default_rng(seed)
-    n_in_stratum = obs.groupby(["batch", "cell_type"], observed=True)["batch"].transform("size")
-    batch = obs["batch"].astype(str).where(n_in_stratum >= len(ROLES), "")
-    for _, cells in obs.groupby([batch, obs["cell_type"].astype(str)], sort=True):
-        given = dict.fromkeys(CONTROL_FRACTIONS, 0)
-        for n, cell in enumerate(rng.permutation(np.sort(cells.index.to_numpy())), start=1):
-            role = max(given, key=lambda role: CONTROL_FRACTIONS[role] * n - given[role])
+    for _, stratum in cells.groupby([column.astype(str) for column in strata], sort=True):
+        given = dict.fromkeys(fractions, 0)
+        for n, cell in enumerate(rng.permutation(np.sort(stratum.index.to_numpy())), start=1):
+            role = max(given, key=lambda role: fractions[role] * n - given[role])
             given[role] += 1
             roles[cell] = role
     return roles
 
 
+def divide_controls(obs: pd.DataFrame, seed: int, fractions: dict[str, float] = CONTROL_FRACTIONS) -> pd.Series:
+    """Return a role for every control cell, divided within batch and cell type by fractions.
+
+    Three controls serve all three roles. Batches with fewer than three are divided together, per cell type.
+    """
+    n_in_stratum = obs.groupby(["batch", "cell_type"], observed=True)["batch"].transform("size")
+    batch = obs["batch"].astype(str).where(n_in_stratum >= len(ROLES), "")
+    return _divide(obs, [batch, obs["cell_type"]], fractions, seed)
+
+
+def by_perturbation(obs: pd.DataFrame, roles: Perturbations, seed: int) -> pd.Series:
+    """Return the role of every cell where perturbations have roles; controls are divided, cells of other labels have none."""
+    role_of_label = {label: role for role in ROLES for label in roles[role]}
+    role_of_cell = obs["perturbation"].astype(str).map(role_of_label).astype(object)
+    controls = obs[obs["is_control"].to_numpy(bool)]
+    role_of_cell[controls.index] = divide_controls(controls, seed)
+    return role_of_cell
+
+
+def unseen_context(
+    obs: pd.DataFrame, covariate: str, held_out: list | None, test_fraction: float, validation_fraction: float, seed: int
+) -> pd.Series:
+    """Hold out contexts: the values of a covariate, with all their controls and all cells of perturbations seen elsewhere.
+
+    Parameters
+    ----------
+    obs
+        Cells with perturbation, is_control, batch, cell_type and the covariate.
+    held_out
+        The contexts to be held out; without it a share of them, by seed: at least one, never all.
+    validation_fraction
+        Share of the other contexts' cells, per perturbation × context; their controls are divided between training and
+        validation as elsewhere.
+
+    Returns
+    -------
+    A role per cell; none for cells of held-out contexts whose perturbation is in no other.
+
+    Raises
+    ------
+    InputError
+        If the screen has one context or lacks a held-out one, or if a side is left without cells or controls.
+    """
+    context = obs[covariate].astype(str)
+    known = sorted(context.unique())
+    if len(known) < 2:
+        raise InputError(
+            f"split unseen_context needs at least 2 values of {covariate}; this screen has one, '{known[0]}'. Name the obs column that "
+            f"tells contexts apart under covariates.{covariate} in the dataset's block, or take the split out of select.splits."
+        )
+    if held_out is None:
+        test = _take(known, min(test_fraction, 1 - 1 / len(known)), np.random.default_rng(seed))
+    else:
+        test = set(map(str, held_out))
+    if unknown := sorted(test - set(known)):
+        raise InputError(f"held_out: {', '.join(unknown)} is no value of {covariate} in this screen; its values: {', '.join(known)}.")
+    if test == set(known):
+        raise InputError(f"held_out names all values of {covariate} ({', '.join(known)}); leave at least one to learn from.")
+    is_test, is_control = context.isin(test), obs["is_control"].astype(bool)
+    for where, side in (("the held-out", is_test), ("the other", ~is_test)):
+        if not (side & is_control).any():
+            raise InputError(
+                f"{where} values of {covariate} ({', '.join(sorted(context[side].unique()))}) hold no control cell to compare with; "
+                "hold out others through held_out in the split's block."
+            )
+    controls, perturbed = obs[~is_test & is_control], obs[~is_test & ~is_control]
+    shares = {role: CONTROL_FRACTIONS[role] for role in ("train", "validation")}
+    roles = pd.Series(index=obs.index, dtype=object)
+    roles[controls.index] = divide_controls(controls, seed, {role: share / sum(shares.values()) for role, share in shares.items()})
+    fractions = {"train": 1 - validation_fraction, "validation": validation_fraction}
+    roles[perturbed.index] = _divide(perturbed, [perturbed["perturbation"], perturbed[covariate]], fractions, seed)
+    seen = obs["perturbation"].isin(obs.loc[roles == "train", "perturbation"].unique())
+    roles[is_test & (is_control | seen)] = "test"
+    return roles
+
+
+def random_cells(obs: pd.DataFrame, test_fraction: float, validation_fraction: float, seed: int) -> pd.Series:
+    """Hold out cells of every perturbation, and controls within batch and cell type, at random: interpolation."""
+    if test_fraction + validation_fraction >= 1:
+        raise InputError(f"test_fraction {test_fraction} and validation_fraction {validation_fraction} leave no cell for training.")
+    fractions = {"train": 1 - test_fraction - validation_fraction, "test": test_fraction, "validation": validation_fraction}
+    is_control = obs["is_control"].to_numpy(bool)
+    controls, perturbed = obs[is_control], obs[~is_control]
+    of_perturbed = _divide(perturbed, [perturbed["perturbation"]], fractions, seed)
+    return pd.concat([divide_controls(controls, seed, fractions), of_perturbed])[obs.index]
+
+
+# --- the step -------------------------------------------------------------------------------------------------------
+
+
 def names_digest(names: list[str]) -> str:
     """Return the SHA-256 of a set of names, whatever their order."""
     return hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()
+
+
+def _roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict) -> pd.Series:
+    """Return the role of every cell under a split's block; missing where it has none."""
+    shares = {key: spec[key] for key in ("validation_fraction", "seed")}
+    if spec["kind"] == "random_cells":
+        return random_cells(obs, spec["test_fraction"], **shares)
+    if spec["kind"] == "unseen_context":
+        return unseen_context(obs, spec["covariate"], spec.get("held_out"), spec["test_fraction"], **shares)
+    labels = sorted(set(obs["perturbation"].astype(str)) - {CONTROL})
+    if spec["kind"] == "file":
+        roles = from_file(Path(spec["path"]), labels, account["perturbations"]["dropped"], **shares, organism=account["organism"])
+    else:
+        divide = {"unseen_perturbation": unseen_perturbation, "unseen_combination": unseen_combination}[spec["kind"]]
+        fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
+        roles = divide(labels, spec.get("test_fraction"), **shares, fold=fold)
+    return by_perturbation(obs, roles, spec["seed"])
 
 
 def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: dict) -> None:
@@ -137,9 +284,10 @@ def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: d
     harmonized, harmonization
         The screen in its common schema, and the account of what was dropped.
     split
-        JSON to be written: perturbations per role, members seen per held-out perturbation, cells per role, SHA-256 of each.
+        JSON to be written: perturbations and cells per role with the SHA-256 of each, members seen per held-out perturbation,
+        what was left out, and what the scores are evidence of.
     name, spec
-        The split's name and block.
+        The split's name and block, as `Plan.split` gives it: held_out is the list of this screen.
 
     Raises
     ------
@@ -147,41 +295,42 @@ def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: d
         If the split is not possible on this screen.
     """
     obs = ad.read_h5ad(harmonized, backed="r").obs
-    account = read_json(harmonization)
-    labels = sorted(set(obs["perturbation"].astype(str)) - {CONTROL})
-    arguments = {key: spec[key] for key in ("validation_fraction", "seed")}
-    if spec["kind"] == "file":
-        organism = account["organism"]
-        roles = from_file(Path(spec["path"]), labels, account["perturbations"]["dropped"], **arguments, organism=organism)
-    else:
-        kinds = {"unseen_perturbation": unseen_perturbation, "unseen_combination": unseen_combination}
-        roles = kinds[spec["kind"]](labels, spec["test_fraction"], **arguments)
+    try:
+        role_of_cell = _roles_of_cells(obs, read_json(harmonization), spec)
+    except InputError as error:
+        raise InputError(f"splits.{name}: {error}") from error
+    labels = obs["perturbation"].astype(str)
+    cells = {role: sorted(obs.index[role_of_cell == role]) for role in ROLES}
+    perturbations = {role: sorted(set(labels[cells[role]]) - {CONTROL}) for role in ROLES}
     for role in ("train", "test"):
-        if not roles[role]:
+        if not perturbations[role]:
             raise InputError(f"splits.{name} leaves no {role} perturbation on this screen; change its fractions or seed.")
-
-    role_of_label = {label: role for role in ROLES for label in roles[role]}
-    role_of_cell = obs["perturbation"].astype(str).map(role_of_label).astype(object)
-    controls = obs[obs["is_control"].to_numpy()]
-    role_of_cell[controls.index] = divide_controls(controls, spec["seed"])
-    cells = {role: sorted(role_of_cell.index[role_of_cell == role]) for role in ROLES}
-    n_controls = {role: int((role_of_cell[controls.index] == role).sum()) for role in ROLES}
-    left_out = sorted(set(labels) - set(role_of_label))
+    n_controls = {role: int(obs.loc[cells[role], "is_control"].sum()) for role in ROLES}
+    n_left_out = int(role_of_cell.isna().sum())
+    left_out = sorted(set(labels) - {CONTROL}.union(*perturbations.values()))
+    if n_left_out:
+        logger.info("%d cells have no role in this split and are left out", n_left_out)
     if left_out:
-        logger.info("%d perturbations of the screen have no role in this split and are left out: %s", len(left_out), ", ".join(left_out))
+        logger.info("%d perturbations of the screen are left out with all their cells: %s", len(left_out), ", ".join(left_out))
     for role in ROLES:
-        logger.info("%s: %d perturbations, %d cells, %d of them controls", role, len(roles[role]), len(cells[role]), n_controls[role])
-    held_out = [*roles["validation"], *roles["test"]]
-    write_json(
-        split,
-        {
-            "name": name,
-            "spec": spec,
-            "perturbations": {role: sorted(roles[role]) for role in ROLES},
-            "left_out": left_out,
-            "members_seen": {label: members_seen(label, roles["train"]) for label in held_out},
-            "controls": n_controls,
-            "cells": cells,
-            "sha256": {role: {"perturbations": names_digest(roles[role]), "cells": names_digest(cells[role])} for role in ROLES},
-        },
-    )
+        logger.info(
+            "%s: %d perturbations, %d cells, %d of them controls", role, len(perturbations[role]), len(cells[role]), n_controls[role]
+        )
+    held_out = {*perturbations["validation"], *perturbations["test"]}
+    content = {
+        "name": name,
+        "spec": spec,
+        "generalization": GENERALIZATION[spec["kind"]],
+        "perturbations": perturbations,
+        "left_out": left_out,
+        "n_cells_left_out": n_left_out,
+        "members_seen": {label: members_seen(label, perturbations["train"]) for label in held_out},
+        "controls": n_controls,
+        "cells": cells,
+        "sha256": {role: {"perturbations": names_digest(perturbations[role]), "cells": names_digest(cells[role])} for role in ROLES},
+    }
+    if spec["kind"] == "unseen_context":
+        contexts = obs[spec["covariate"]].astype(str)
+        content["contexts"] = {role: sorted(set(contexts[cells[role]])) for role in ROLES}
+        logger.info("held out: %s %s", spec["covariate"], ", ".join(content["contexts"]["test"]))
+    write_json(split, content)

@@ -129,7 +129,7 @@ class PairedCells:
         none = np.zeros(latent.n_dimensions, dtype=np.float32)
         self.shifted = self.z - torch.from_numpy(np.stack([effect_of.get(label, none) for label in pairs.labels]))
         # Only training cells have a measured effect to be taken back; in validation all starts are controls.
-        is_training = set(self.labels) <= set(effect_of)
+        is_training = bool((pairs.obs["role"] == "train").all())
         self.shifted_share = shifted_share if is_training else 0.0
         self.by_stratum = np.argsort(self.stratum, kind="stable")
         self.stratum_size = np.bincount(self.stratum)
