@@ -31,6 +31,7 @@ class Family:
 
     implementation: str  # "module:Class" below perturbflow.models
     rule: str  # which rule trains it
+    kind: str  # baseline, ablation (a model robbed of what it should need), ceiling (made of measured cells) or learned
     answers_counterfactuals: bool = False
 
     @property
@@ -45,14 +46,14 @@ class Family:
 
 
 FAMILIES = {
-    "no_change": Family("baselines:NoChange", "train_closed_form", answers_counterfactuals=True),
-    "perturbed_mean": Family("baselines:PerturbedMean", "train_closed_form", answers_counterfactuals=True),
-    "additive": Family("baselines:Additive", "train_closed_form", answers_counterfactuals=True),
-    "linear": Family("baselines:Linear", "train_closed_form", answers_counterfactuals=True),
-    "technical_duplicate": Family("ceilings:TechnicalDuplicate", "train_closed_form"),
-    "diffusion": Family("diffusion:Diffusion", "train_diffusion", answers_counterfactuals=True),
-    "jepa": Family("jepa:Jepa", "train_jepa", answers_counterfactuals=True),
-    "counterfactual": Family("counterfactual:Counterfactual", "train_counterfactual", answers_counterfactuals=True),
+    "no_change": Family("baselines:NoChange", "train_closed_form", "baseline", answers_counterfactuals=True),
+    "perturbed_mean": Family("baselines:PerturbedMean", "train_closed_form", "baseline", answers_counterfactuals=True),
+    "additive": Family("baselines:Additive", "train_closed_form", "baseline", answers_counterfactuals=True),
+    "linear": Family("baselines:Linear", "train_closed_form", "baseline", answers_counterfactuals=True),
+    "technical_duplicate": Family("ceilings:TechnicalDuplicate", "train_closed_form", "ceiling"),
+    "diffusion": Family("diffusion:Diffusion", "train_diffusion", "learned", answers_counterfactuals=True),
+    "jepa": Family("jepa:Jepa", "train_jepa", "learned", answers_counterfactuals=True),
+    "counterfactual": Family("counterfactual:Counterfactual", "train_counterfactual", "learned", answers_counterfactuals=True),
 }
 
 
@@ -312,6 +313,11 @@ class Plan:
         """Return the family of a model."""
         return FAMILIES[self.config["models"][model]["family"]]
 
+    @property
+    def families(self) -> dict[str, str]:
+        """Return model → family of all runs, in their order."""
+        return dict(zip(self.runs["model"], self.runs["family"], strict=True))
+
     def dataset(self, name: str) -> dict:
         """Return what harmonization reads of a dataset's block: a change of the rest makes nothing stale."""
         unread = ("reference", "licence", "qc", "combinations", "bytes", "md5", "sha256")
@@ -368,6 +374,7 @@ class Plan:
             sources = [self.lineage("train", **here)]
             code.append(self.family(model).source)
         elif step == "benchmark":
+            own = self.families
             sources = [self.lineage("evaluate", *run) for run in self._run_keys()]
         elif step == "report":
             sources = [self.lineage("benchmark")]
