@@ -221,7 +221,7 @@ def compare(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COMPARISONS)
     table["metric_family"] = [METRICS[metric].family for metric in table["metric"]]
     table["headline"] = [METRICS[metric].headline for metric in table["metric"]]
-    return table.assign(**panel.keys)[COMPARISONS]
+    return table.assign(**panel.keys)[COMPARISONS].astype({"headline": bool, "is_best_baseline": bool})  # in an empty table, too
 
 
 # --- strata ---------------------------------------------------------------------------------------------------------
@@ -233,10 +233,10 @@ def _bins(values: pd.Series) -> pd.Series:
     Equal values share a bin; where that leaves one bin there is nothing to compare, and all are NaN.
     """
     n = values.notna().sum()
-    if n < MIN_PERTURBATIONS:
-        return pd.Series(np.nan, index=values.index, dtype=object)
-    codes = pd.qcut(values, 3 if n >= 9 else 2, labels=False, duplicates="drop")
-    return codes.map(dict(enumerate(BINS.get(int(codes.max()) + 1, ()))))
+    codes = pd.Series(np.nan, index=values.index)
+    if n >= MIN_PERTURBATIONS:
+        codes = pd.qcut(values, 3 if n >= 9 else 2, labels=False, duplicates="drop")
+    return codes.map(dict(enumerate(BINS.get(codes.nunique(), ()))))
 
 
 def stratify(panel: Panel, families: dict[str, str]) -> pd.DataFrame:

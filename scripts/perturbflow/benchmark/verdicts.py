@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 from perturbflow.benchmark.tables import CANNOT_TELL, TELLS, TOO_FEW
@@ -90,7 +91,7 @@ def judge(summary: pd.DataFrame, calibration: pd.DataFrame, comparisons: pd.Data
     tells = telling(calibration)
     headlines = comparisons[comparisons["headline"]]
     counts = [tells.get(row.metric, True) and row.verdict != TOO_FEW for row in headlines.itertuples()]
-    counted = headlines[counts]
+    counted = headlines[np.array(counts, dtype=bool)]
     ranks = summary[summary["metric"] == RANK].groupby("model")["value"].mean()
     # Where measured cells themselves cannot be told apart, no model can be blamed for it.
     ceilings = ranks[ranks.index.isin(summary.loc[summary["kind"] == "ceiling", "model"])]
