@@ -41,7 +41,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 # What a page of less than 10 MB holds, whatever was selected: bytes of figures per section, and rows
 # of the table of perturbations. `effects` and `sections` bound their lists beside what they list.
-FIGURE_BYTES = {"leaderboard": 2_800_000, "effects": 2_000_000, "training": 800_000, "counterfactuals": 700_000}
+FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_600_000, "training": 600_000, "counterfactuals": 600_000}
 PERTURBATION_ROWS = 4000
 
 

@@ -15,7 +15,7 @@ STRATA = {
     "n_cells": "by number of measured cells scored",
     "members_seen": "by how many of the perturbed genes training knew alone",
 }
-MODELS_OF_STRATA = 8
+MODELS_OF_STRATA = 6
 
 
 @dataclass(frozen=True)
