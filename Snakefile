@@ -8,7 +8,8 @@ Path grammar, with five wildcards only (dataset, split, model, seed, and query f
   results/{dataset}/{split}/pairs.h5ad, embeddings.parquet, audit.json what models train on, and the proof that nothing leaked
   results/{dataset}/{split}/{model}/seed_{seed}/model.npz|.ckpt, run.json, predictions.h5ad, metrics.tsv
   results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, {query}.tsv
-  results/benchmark.tsv, results/report.html                           all scores; one page to read
+  results/{benchmark,calibration,comparisons,strata,verdicts}.tsv      all scores, and what they allow to say
+  results/report.html                                                  one page to read
 """
 
 from snakemake.utils import min_version
@@ -42,7 +43,7 @@ rule all:
     """Everything that is selected: scores, report and counterfactual answers."""
     default_target: True
     input:
-        "results/benchmark.tsv",
+        rules.benchmark.output,
         "results/report.html",
         rules.counterfactuals.input,
     localrule: True

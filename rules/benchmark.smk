@@ -1,5 +1,5 @@
 rule benchmark:
-    """Gather all scores in one table, with bootstrap intervals over perturbations."""
+    """Gather all scores: means, what the metrics can tell, differences to baselines, strata, and a verdict per model."""
     input:
         metrics=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
@@ -7,6 +7,10 @@ rule benchmark:
         ),
     output:
         benchmark="results/benchmark.tsv",
+        calibration="results/calibration.tsv",
+        comparisons="results/comparisons.tsv",
+        strata="results/strata.tsv",
+        verdicts="results/verdicts.tsv",
     log:
         "logs/benchmark.log",
     benchmark:
@@ -15,9 +19,10 @@ rule benchmark:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=memory_by_input(20, least=2000),
         runtime="1h",
     params:
+        families=plan.families,
         lineage=lineage("benchmark"),
     script:
         "../scripts/benchmark.py"

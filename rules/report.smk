@@ -2,6 +2,10 @@ rule report:
     """Write one self-contained page that a biologist can read."""
     input:
         benchmark="results/benchmark.tsv",
+        calibration="results/calibration.tsv",
+        comparisons="results/comparisons.tsv",
+        strata="results/strata.tsv",
+        verdicts="results/verdicts.tsv",
         runs=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/run.json",
             run=plan.runs.itertuples(),

@@ -1,4 +1,4 @@
-"""Write one self-contained page: benchmark and run artefacts → results/report.html."""
+"""Write one self-contained page: tables of the benchmark and run artefacts → results/report.html."""
 
 from perturbflow.cli import run
 from perturbflow.report import report

@@ -263,7 +263,7 @@ def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
     results = finished.folder / "results"
     split = results / "mine" / "unseen_combination"
     expected = [
-        results / "benchmark.tsv",
+        *[results / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")],
         results / "report.html",
         results / "mine" / "harmonized.h5ad",
         results / "mine" / "harmonization.json",

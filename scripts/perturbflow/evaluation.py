@@ -77,9 +77,22 @@ class Metric:
 
     name: str
     function: Callable[[Scored], np.ndarray]  # → (P,)
-    direction: str  # "higher" or "lower" is better
+    family: str
+    formula: str
+    source: str
+    direction: str  # "higher", "lower" or, where the value nearest to perfect is best, "target"
+    unit: str
+    range: tuple[float, float]
+    needs: str
     perfect: float
-    definition: str
+    useless: float | None
+    headline: bool
+
+    def loss(self, values: np.ndarray) -> np.ndarray:
+        """Return how far values are from perfect: lower is better."""
+        if self.direction == "target":
+            return np.abs(values - self.perfect)
+        return self.perfect - values if self.direction == "higher" else values - self.perfect
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -150,7 +163,7 @@ def pds_cosine(scored: Scored) -> np.ndarray:
     return 1.0 - k / (n - 1)
 
 
-def energy_distance_euclidean_u_pca50(scored: Scored) -> np.ndarray:
+def energy_distance(scored: Scored) -> np.ndarray:
     """2 E‖X−Y‖ − E‖X−X'‖ − E‖Y−Y'‖ of predicted and measured cells, unsquared Euclidean, U-statistic, 50 train-fitted PCs.
 
     Predicted cells of one starting control are no independent draws: such pairs are left out of E‖X−X'‖.
@@ -164,21 +177,24 @@ def energy_distance_euclidean_u_pca50(scored: Scored) -> np.ndarray:
     return np.array(values)
 
 
-def _metric(function: Callable[[Scored], np.ndarray], direction: str, perfect: float) -> Metric:
-    return Metric(function.__name__, function, direction, perfect, " ".join((function.__doc__ or "").split()))
+def _metric(function: Callable[[Scored], np.ndarray], family: str, direction: str, perfect: float, headline: bool = False) -> Metric:
+    formula = " ".join((function.__doc__ or "").split())
+    return Metric(
+        function.__name__, function, family, formula, "", direction, "", (-np.inf, np.inf), "pseudobulk", perfect, None, headline
+    )  # fmt: skip
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        _metric(mae, "lower", 0.0),
-        _metric(l2_heg1000, "lower", 0.0),
-        _metric(l2_heg1000_off_target, "lower", 0.0),
-        _metric(pearson_delta_ctrl, "higher", 1.0),
-        _metric(pearson_delta_ctrl_off_target, "higher", 1.0),
-        _metric(pearson_delta_pert, "higher", 1.0),
-        _metric(pds_cosine, "higher", 1.0),
-        _metric(energy_distance_euclidean_u_pca50, "lower", 0.0),
+        _metric(mae, "error", "lower", 0.0),
+        _metric(l2_heg1000, "error", "lower", 0.0, headline=True),
+        _metric(l2_heg1000_off_target, "error", "lower", 0.0),
+        _metric(pearson_delta_ctrl, "effect", "higher", 1.0),
+        _metric(pearson_delta_ctrl_off_target, "effect", "higher", 1.0),
+        _metric(pearson_delta_pert, "effect", "higher", 1.0, headline=True),
+        _metric(pds_cosine, "discrimination", "higher", 1.0, headline=True),
+        _metric(energy_distance, "distribution", "lower", 0.0, headline=True),
     )
 }
 
@@ -306,6 +322,8 @@ def evaluate(predictions: Path, pairs: Path, split: Path, metrics: Path, provena
             "n_members": len(members_of(label)),
             "members_seen": roles["members_seen"][label],
             "n_cells": int(n_cells[label]),
+            "reliability": np.nan,
+            "effect_size": np.nan,
             "metric": metric.name,
             "value": value,
         }

@@ -394,6 +394,11 @@ class Plan:
         """Return the family of a model."""
         return FAMILIES[self.config["models"][model]["family"]]
 
+    @property
+    def families(self) -> dict[str, str]:
+        """Return model → family of all runs, in their order."""
+        return dict(zip(self.runs["model"], self.runs["family"], strict=True))
+
     def dataset(self, name: str) -> dict:
         """Return what harmonization reads of a dataset's block: a change of the rest makes nothing stale."""
         unread = ("reference", "licence", "qc", "combinations", "bytes", "md5", "sha256")
@@ -457,6 +462,7 @@ class Plan:
             sources = [self.lineage("train", **here)]
             code.append(self.family(model).source)
         elif step == "benchmark":
+            own = self.families
             sources = [self.lineage("evaluate", *run) for run in self._run_keys()]
         elif step == "report":
             sources = [self.lineage("benchmark")]

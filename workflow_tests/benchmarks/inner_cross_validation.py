@@ -110,7 +110,7 @@ def main() -> None:
     if arguments.out:
         table.to_csv(arguments.out, sep="\t", index=False)
     wide = table.pivot_table(index="model", columns="metric", values="value", sort=False)
-    print(wide.rename(columns={"energy_distance_euclidean_u_pca50": "energy"}).round(4).to_string())
+    print(wide.rename(columns={"energy_distance": "energy"}).round(4).to_string())
 
 
 if __name__ == "__main__":

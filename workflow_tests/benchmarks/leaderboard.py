@@ -1,6 +1,9 @@
-"""Print a leaderboard of results/benchmark.tsv as Markdown, as it stands in the README.
+"""Print the tables of the benchmark as Markdown, as they stand in the README.
 
-python workflow_tests/benchmarks/leaderboard.py results/benchmark.tsv renge2023
+python workflow_tests/benchmarks/leaderboard.py results renge2023
+
+One leaderboard per split, with the headline metrics unless --all is given, and below it the verdict on every model. With
+--against MODEL: the paired differences to that baseline instead; above zero is better than it, whatever the metric's direction.
 """
 
 import argparse
@@ -8,30 +11,54 @@ from pathlib import Path
 
 import pandas as pd
 
+ARROWS = {"higher": "↑", "lower": "↓", "target": "◎"}
 
-def leaderboard(table: pd.DataFrame) -> str:
-    """Return Markdown: one row per model, value and 95 % interval per metric, means over seeds."""
-    arrow = {"higher": "↑", "lower": "↓"}
-    direction = table.drop_duplicates("metric").set_index("metric")["better"]
-    by_model = table.groupby(["model", "metric"], sort=False)[["value", "ci_low", "ci_high"]].mean()
-    lines = ["| model | " + " | ".join(f"{metric} {arrow[direction[metric]]}" for metric in direction.index) + " |"]
-    lines.append("| --- |" + " --- |" * len(direction))
-    for model in table["model"].unique():
-        cells = [by_model.loc[(model, metric)] for metric in direction.index]
-        lines.append(f"| {model} | " + " | ".join(f"{c['value']:.3f} ({c['ci_low']:.2f}, {c['ci_high']:.2f})" for c in cells) + " |")
-    return "\n".join(lines)
+
+def markdown(cells: pd.DataFrame, heads: list[str]) -> str:
+    """Return one row per model, in the order of the index, and one column per metric."""
+    lines = ["| model | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    return "\n".join(lines + [f"| {model} | " + " | ".join(row) + " |" for model, row in zip(cells.index, cells.to_numpy(), strict=True)])
+
+
+def leaderboard(rows: pd.DataFrame) -> str:
+    """Return value and 95 % interval per model × metric, means over seeds."""
+    means = rows.groupby(["model", "metric"], sort=False)[["value", "ci_low", "ci_high"]].mean()
+    cells = means.apply(lambda c: f"{c['value']:.3f} ({c['ci_low']:.2f}, {c['ci_high']:.2f})", axis=1).unstack(fill_value="")
+    better = rows.drop_duplicates("metric").set_index("metric")["better"].map(ARROWS)
+    cells = cells.loc[rows["model"].unique(), better.index]
+    return markdown(cells, [f"{metric} {arrow}" for metric, arrow in better.items()])
+
+
+def differences(rows: pd.DataFrame) -> str:
+    """Return the mean difference and its 95 % interval per model × metric."""
+    cells = rows.set_index(["model", "metric"]).apply(
+        lambda c: f"{c['difference']:+.3f} ({c['ci_low']:+.3f}, {c['ci_high']:+.3f})", axis=1
+    )  # fmt: skip
+    cells = cells.unstack(fill_value="").loc[rows["model"].unique(), rows["metric"].unique()]
+    return markdown(cells, list(cells.columns))
 
 
 def main() -> None:
-    """Print one table per split of a dataset."""
+    """Print the tables of a dataset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", type=Path)
+    parser.add_argument("results", type=Path)
     parser.add_argument("dataset")
+    parser.add_argument("--against", metavar="MODEL")
+    parser.add_argument("--all", action="store_true", help="all metrics")
     arguments = parser.parse_args()
-    table = pd.read_csv(arguments.benchmark, sep="\t")
-    for split, rows in table[table["dataset"] == arguments.dataset].groupby("split", sort=False):
-        n, seeds = rows["n_perturbations"].iloc[0], rows["seed"].nunique()
-        print(f"{split}: {n} held-out perturbations, {seeds} seed{'s' * (seeds > 1)}\n\n{leaderboard(rows)}\n")
+    names = ("benchmark", "comparisons", "verdicts")
+    tables = {name: pd.read_csv(arguments.results / f"{name}.tsv", sep="\t") for name in names}
+    tables = {name: table[table["dataset"] == arguments.dataset] for name, table in tables.items()}
+    for split, rows in tables["benchmark"].groupby("split", sort=False):
+        print(f"{split}: {rows['n_perturbations'].max()} held-out perturbations, {rows['seed'].nunique()} seed(s)\n")
+        if arguments.against:
+            rows = tables["comparisons"].query("split == @split and baseline == @arguments.against")
+        rows = rows if arguments.all else rows[rows["headline"]]
+        print((differences if arguments.against else leaderboard)(rows) + "\n")
+        if not arguments.against:
+            for row in tables["verdicts"].query("split == @split").itertuples():
+                print(f"* `{row.model}`: {row.sentence}")
+            print()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.models.base import build
 from perturbflow.registry import FAMILIES, Family
 from perturbflow.report.drawing import COLOURS, INK, MARKERS
 
@@ -18,7 +17,7 @@ class ModelCard:
     """A model, as every section shows it."""
 
     name: str
-    kind: str  # learned, baseline or ceiling
+    kind: str  # learned, baseline, ablation or ceiling
     description: str
     params: dict
     colour: str
@@ -43,13 +42,6 @@ def _family(run: dict) -> Family:
     raise InputError(f"run.json of {run['provenance']} names {run['implementation']}, which is no family of this version; train it again.")
 
 
-def _kind(run: dict) -> str:
-    """Return learned, baseline or ceiling; only closed forms are built here, the others would import torch."""
-    if _family(run).rule != "train_closed_form":
-        return "learned"
-    return "ceiling" if build(run["implementation"], run["params"]).is_ceiling else "baseline"
-
-
 def _description(run: dict) -> str:
     """Return the first paragraph of the docstring of a model's class, read without importing it."""
     tree = ast.parse(_family(run).source.read_text(encoding="utf-8"))
@@ -63,8 +55,8 @@ def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
     first = {}
     for (_, _, model, _), run in runs.items():
         first.setdefault(model, run)
-    kinds = {model: _kind(run) for model, run in first.items()}
-    coloured = [model for kind in ("learned", "baseline") for model in first if kinds[model] == kind]
+    kinds = {model: _family(run).kind for model, run in first.items()}
+    coloured = [model for kind in ("learned", "baseline", "ablation") for model in first if kinds[model] == kind]
     looks = {
         model: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]) for i, model in enumerate(coloured)
     }  # fmt: skip

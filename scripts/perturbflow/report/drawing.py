@@ -86,6 +86,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
+def signed(value: float) -> str:
+    """Return two significant digits with the sign, as differences are read."""
+    return ("0" if value == 0 else f"{value:+.2g}") if np.isfinite(value) else "–"
+
+
 def interval(low: float, high: float) -> str:
     """Return both bounds in words, or that there are none."""
     return f"{number(low)} to {number(high)}" if np.isfinite([low, high]).all() else "no interval"

@@ -1,6 +1,5 @@
-"""The leaderboard of one dataset × split: scores, what their intervals allow to say, and a figure per metric."""
+"""The leaderboard of one dataset × split: scores, raw and scaled, and a figure per headline metric."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -8,9 +7,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from perturbflow.benchmark.tables import PRIMARY
 from perturbflow.evaluation import METRICS
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.drawing import INK, STYLE, Drawings, interval, new_axes, number, room_for
+
+SCALED = "scaled_{}_{}".format(*PRIMARY)
+
+
+def which_is_better(metric: str) -> str:
+    """Return in words which values of a metric are better."""
+    if METRICS[metric].direction == "target":
+        return f"nearer to {METRICS[metric].perfect:g} is better"
+    return f"{METRICS[metric].direction} is better"
 
 
 @dataclass(frozen=True)
@@ -22,10 +31,7 @@ class Score:
     high: float
     n_perturbations: int
     is_best: bool = False
-
-    def overlaps(self, other: "Score") -> bool:
-        """Return whether the intervals overlap; an interval that is not known overlaps with all."""
-        return not (self.low > other.high or self.high < other.low)
+    scaled: float = float("nan")  # no change is 0, the technical duplicate 1
 
 
 @dataclass(frozen=True)
@@ -34,84 +40,29 @@ class Leaderboard:
 
     models: dict[str, dict[str, Score]]
     ceilings: dict[str, dict[str, Score]]
-    metrics: list[str]
+    headlines: list[str]
+    others: list[str]
+    best_baselines: dict[str, list[str]]  # → families of the headline metrics by which they are
     n_perturbations: int
-    findings: list[str]
     figures: list[dict]
-
-
-def _is_better(metric: str, a: float, b: float) -> bool:
-    return a > b if METRICS[metric].direction == "higher" else a < b
-
-
-def _ranked(metric: str, scores: dict[str, Score]) -> list[str]:
-    """Return the models that have a value, best first."""
-    known = {model: score.value for model, score in scores.items() if np.isfinite(score.value)}
-    return sorted(known, key=known.get, reverse=METRICS[metric].direction == "higher")
 
 
 def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[str, Score]]:
     """Return model → metric → score; the mean over seeds, and the interval that holds the intervals of all seeds."""
     means = rows.groupby(["model", "metric"], sort=False).agg(
-        value=("value", "mean"), low=("ci_low", "min"), high=("ci_high", "max"), n_perturbations=("n_perturbations", "max")
-    )
-    is_model = np.array([cards[model].kind != "ceiling" for model in means.index.get_level_values("model")])
-    best = means["value"].where(is_model).groupby("metric").agg(["min", "max"])
+        value=("value", "mean"), low=("ci_low", "min"), high=("ci_high", "max"), n_perturbations=("n_perturbations", "max"),
+        scaled=(SCALED, "mean"),
+    )  # fmt: skip
+    loss = pd.Series([float(METRICS[metric].loss(value)) for (_, metric), value in means["value"].items()], index=means.index)
+    loss[[cards[model].kind == "ceiling" for model in means.index.get_level_values("model")]] = np.nan
+    best = loss.groupby("metric").transform("min")
     table: dict[str, dict[str, Score]] = {}
-    for ((model, metric), row), is_rival in zip(means.iterrows(), is_model, strict=True):
-        winner = best.loc[metric, "max" if METRICS[metric].direction == "higher" else "min"]
-        is_best = bool(is_rival and row["value"] == winner)
-        table.setdefault(model, {})[metric] = Score(row["value"], row["low"], row["high"], int(row["n_perturbations"]), is_best)
+    for (model, metric), row in means.iterrows():
+        table.setdefault(model, {})[metric] = Score(
+            row["value"], row["low"], row["high"], int(row["n_perturbations"]), bool(loss[model, metric] == best[model, metric]),
+            row["scaled"],
+        )  # fmt: skip
     return table
-
-
-def _listed(names: Iterable[str]) -> str:
-    *most, last = list(names)
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def _findings(models: dict[str, dict[str, Score]], ceilings: dict[str, dict[str, Score]], cards: dict[str, ModelCard]) -> list[str]:
-    """Return what the intervals allow to say, in sentences."""
-    metrics = list(next(iter(models.values()))) if models else []
-    alone: dict[str, list[str]] = {}
-    tied: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    unranked, better, worse, blind = [], [], [], []
-    for metric in metrics:
-        scores = {model: by_metric[metric] for model, by_metric in models.items() if metric in by_metric}
-        ranked = _ranked(metric, scores)
-        if len(ranked) < 2:
-            continue
-        best, worst = ranked[0], ranked[-1]
-        close = tuple(model for model in scores if model != best and scores[model].overlaps(scores[best]))
-        if len(close) == len(ranked) - 1:
-            unranked.append(metric)
-        elif close:
-            tied.setdefault((best, close), []).append(metric)
-        else:
-            alone.setdefault(best, []).append(metric)
-        learned, simple = (next((model for model in ranked if cards[model].kind == kind), None) for kind in ("learned", "baseline"))
-        if learned and simple and not scores[learned].overlaps(scores[simple]):
-            (better if _is_better(metric, scores[learned].value, scores[simple].value) else worse).append(metric)
-        if any(metric in by_metric and by_metric[metric].overlaps(scores[worst]) for by_metric in ceilings.values()):
-            blind.append(metric)
-    sentences = [f"By {_listed(names)}, {best} is best, its interval apart from all others." for best, names in alone.items()]
-    sentences += [
-        f"By {_listed(names)}, {best} has the best value, but its interval overlaps with {_listed(close)}: these cannot be ranked."
-        for (best, close), names in tied.items()
-    ]
-    if unranked:
-        sentences.append(f"By {_listed(unranked)}, all intervals overlap with that of the best value: nothing can be ranked.")
-    kinds = {cards[model].kind for model in models}
-    if {"learned", "baseline"} <= kinds:
-        if better:
-            sentences.append(f"The best learned model beats the best baseline, intervals apart, by {_listed(better)}.")
-        if worse:
-            sentences.append(f"The best learned model falls behind the best baseline, intervals apart, by {_listed(worse)}.")
-        if not better and not worse:
-            sentences.append("By no metric can the best learned model be told from the best baseline.")
-    if blind:
-        sentences.append(f"By {_listed(blind)}, the ceiling overlaps with the worst model: here this tells no good model from a bad one.")
-    return sentences
 
 
 @mpl.rc_context(STYLE)
@@ -135,7 +86,7 @@ def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[st
     axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
     axes.set_axisbelow(b=True)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(f"{METRICS[metric].direction} is better")
+    axes.set_xlabel(which_is_better(metric))
     return axes.figure
 
 
@@ -145,16 +96,19 @@ def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawi
     models = {model: row for model, row in scores.items() if cards[model].kind != "ceiling"}
     ceilings = {model: row for model, row in scores.items() if cards[model].kind == "ceiling"}
     metrics = [metric for metric in METRICS if any(metric in row for row in scores.values())]
+    headlines = [metric for metric in metrics if METRICS[metric].headline]
+    best = rows[rows["is_best_baseline"] & rows["headline"]].drop_duplicates("metric").groupby("model", sort=False)["metric_family"]
     figures = []
-    for metric in metrics:
+    for metric in headlines:
         shown, limits = ({model: row[metric] for model, row in some.items() if metric in row} for some in (models, ceilings))
         if not shown:
             continue
         alt = "; ".join(
             f"{model} {number(score.value)} ({interval(score.low, score.high)})" for model, score in {**shown, **limits}.items()
         )
-        alt = f"{metric}, {METRICS[metric].direction} is better, 95 % intervals in brackets: {alt}."
+        alt = f"{metric}, {which_is_better(metric)}, 95 % intervals in brackets: {alt}."
         if svg := drawings.svg(alt, _leaderboard_figure, metric, shown, limits, cards):
             figures.append({"svg": svg, "metric": metric})
     n = max((score.n_perturbations for row in scores.values() for score in row.values()), default=0)
-    return Leaderboard(models, ceilings, metrics, n, _findings(models, ceilings, cards), figures)
+    others = [metric for metric in metrics if metric not in headlines]
+    return Leaderboard(models, ceilings, headlines, others, best.agg(list).to_dict(), n, figures)

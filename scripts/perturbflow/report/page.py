@@ -11,15 +11,18 @@ import anndata as ad
 import jinja2
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
 
 from perturbflow import __version__
+from perturbflow.benchmark.bootstrap import MIN_PERTURBATIONS
+from perturbflow.benchmark.panel import FOLD
 from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
 from perturbflow.files import atomic, read_json
-from perturbflow.report.cards import model_cards, place_of, read_table
-from perturbflow.report.drawing import Drawings, interval, number
+from perturbflow.report.cards import ModelCard, model_cards, place_of, read_table
+from perturbflow.report.drawing import Drawings, interval, number, signed
 from perturbflow.report.effects import Chosen, choose, effect_figures
-from perturbflow.report.leaderboard import Leaderboard, leaderboard
+from perturbflow.report.leaderboard import Leaderboard, leaderboard, which_is_better
 from perturbflow.report.sections import (
     CORRELATION,
     Names,
@@ -29,6 +32,7 @@ from perturbflow.report.sections import (
     perturbation_table,
     training_curves,
 )
+from perturbflow.report.verdicts import CalibrationTable, StrataTable, VerdictTable, calibration_table, strata_tables, verdict_table
 from perturbflow.splits import ROLES
 
 logger = logging.getLogger(__name__)
@@ -37,13 +41,13 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 # What a page of less than 10 MB holds, whatever was selected: bytes of figures per section, and rows
 # of the table of perturbations. `effects` and `sections` bound their lists beside what they list.
-FIGURE_BYTES = {"leaderboard": 2_800_000, "effects": 2_000_000, "training": 800_000, "counterfactuals": 700_000}
+FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_600_000, "training": 600_000, "counterfactuals": 600_000}
 PERTURBATION_ROWS = 4000
 
 
 @dataclass
 class Group:
-    """All that the page says of one dataset × split."""
+    """What the page says of the runs of one dataset × split."""
 
     dataset: str
     split: str
@@ -52,7 +56,6 @@ class Group:
     n_cells: int
     n_genes: int
     checks: list[str]
-    leaderboard: Leaderboard
     perturbations: PerturbationTable
     left_out: Names
     chosen: Chosen | None = None
@@ -68,6 +71,70 @@ class Group:
     def anchor(self) -> str:
         """What ids of this group end with."""
         return f"{self.dataset}-{self.split}"
+
+
+@dataclass(frozen=True)
+class Board:
+    """What the tables of the benchmark say of one dataset × split; the folds of a k-fold split have one more, which pools them."""
+
+    dataset: str
+    split: str
+    n_folds: int  # that it pools
+    is_fold: bool
+    generalization: str
+    verdicts: VerdictTable
+    leaderboard: Leaderboard
+    calibration: CalibrationTable
+    strata: list[StrataTable]
+
+    @property
+    def title(self) -> str:
+        """Dataset × split."""
+        return f"{self.dataset} × {self.split}"
+
+    @property
+    def anchor(self) -> str:
+        """What ids of this board end with."""
+        return f"{self.dataset}-{self.split}"
+
+
+def _boards(
+    tables: dict[str, pd.DataFrame], generalizations: dict[tuple[str, str], str], cards: dict[str, ModelCard], drawings: Drawings
+) -> list[Board]:
+    """Return a board per dataset × split of benchmark.tsv.
+
+    Parameters
+    ----------
+    tables
+        Name → table of the benchmark.
+    generalizations
+        What every split of the runs says of itself.
+    """
+    places = list(tables["benchmark"][["dataset", "split"]].drop_duplicates().itertuples(index=False, name=None))
+    pools: dict[tuple[str, str], list[str]] = {}
+    for dataset, split in places:
+        whole = (dataset, fold["name"]) if (fold := FOLD.match(split)) else (dataset, split)
+        is_fold = whole in places and whole not in generalizations  # a table of no run of its own is one that pools
+        pools.setdefault(whole if is_fold else (dataset, split), []).append(split)
+    boards = []
+    for (dataset, whole), members in pools.items():
+        for split in sorted(members, key=lambda name, whole=whole: name != whole):  # what pools the folds comes first
+            of = {name: table[(table["dataset"] == dataset) & (table["split"] == split)] for name, table in tables.items()}
+            board = leaderboard(of["benchmark"], cards, drawings)
+            boards.append(
+                Board(
+                    dataset,
+                    split,
+                    n_folds=len(members) - 1 if split == whole else 0,
+                    is_fold=split != whole,
+                    generalization=generalizations[dataset, split if split != whole or len(members) == 1 else members[0]],
+                    verdicts=verdict_table(of["verdicts"], of["comparisons"], cards),
+                    leaderboard=board,
+                    calibration=calibration_table(of["calibration"]),
+                    strata=strata_tables(of["strata"], list(board.best_baselines), cards),
+                )
+            )
+    return boards
 
 
 def _words(name: str) -> Markup:
@@ -87,7 +154,14 @@ def _plain(value: object) -> str:
 def _render(**content: object) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATE.parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "interval": lambda score: interval(score.low, score.high), "words": _words, "plain": _plain}
+    environment.filters |= {
+        "number": number,
+        "interval": lambda score: interval(score.low, score.high),
+        "words": _words,
+        "plain": _plain,
+        "better": which_is_better,
+        "signed": signed,
+    }
     return environment.get_template(TEMPLATE.name).render(**content)
 
 
@@ -101,6 +175,10 @@ def _versions(runs: Iterable[dict]) -> Iterator[tuple[str, list[str]]]:
 
 def report(
     benchmark: Path,
+    calibration: Path,
+    comparisons: Path,
+    strata: Path,
+    verdicts: Path,
     runs: list[Path],
     metrics: list[Path],
     predictions: list[Path],
@@ -116,8 +194,8 @@ def report(
 
     Parameters
     ----------
-    benchmark
-        results/benchmark.tsv.
+    benchmark, calibration, comparisons, strata, verdicts
+        Tables of the rule benchmark.
     runs, metrics, predictions
         run.json, metrics.tsv and predictions.h5ad of every run.
     harmonizations
@@ -135,14 +213,18 @@ def report(
     seeds = list(dict.fromkeys(int(run["seed"]) for run in facts.values()))
     accounts = {place_of(path, 1)[0]: data_account(read_json(path)) for path in harmonizations}
     roles, checked, paired = ({place_of(path, 2): path for path in paths} for paths in (splits, audits, pairs))
-    scores, summary = read_table(metrics), read_table([benchmark])
+    scores = read_table(metrics)
+    files = {"benchmark": benchmark, "calibration": calibration, "comparisons": comparisons, "strata": strata, "verdicts": verdicts}
+    tables = {name: read_table([path]) for name, path in files.items()}
+    divisions = {place: read_json(path) for place, path in roles.items()}
     drawings = {section: Drawings(section, n) for section, n in FIGURE_BYTES.items()}
 
+    generalizations = {place: division.get("generalization", "") for place, division in divisions.items()}
+    boards = _boards(tables, generalizations, cards, drawings["leaderboard"])
     groups = []
     for dataset, split in dict.fromkeys((dataset, split) for dataset, split, _, _ in facts):
         here = (scores["dataset"] == dataset) & (scores["split"] == split)
-        rows = summary[(summary["dataset"] == dataset) & (summary["split"] == split)]
-        division = read_json(roles[dataset, split])
+        division = divisions[dataset, split]
         of_role = {
             role: {"perturbations": Names.of(division["perturbations"][role]), "n": len(division["perturbations"][role]),
                    "controls": division["controls"][role], "cells": len(division["cells"][role])}
@@ -153,8 +235,7 @@ def report(
         group = Group(
             dataset, split, division["spec"], of_role, *shape,
             [check for check, result in read_json(checked[dataset, split])["checks"].items() if result == "passed"],
-            leaderboard(rows, cards, drawings["leaderboard"]),
-            perturbation_table(scores[here], [model for model in cards if model in set(rows["model"])], n_rows),
+            perturbation_table(scores[here], [model for model in cards if model in set(scores.loc[here, "model"])], n_rows),
             Names.of(division["left_out"]),
         )  # fmt: skip
         histories: dict[str, list[list[dict]]] = {}
@@ -175,16 +256,18 @@ def report(
     answers, n_tables_left_out = counterfactual_answers(counterfactuals, cards, drawings["counterfactuals"])
     page = _render(
         cards=cards,
+        boards=boards,
         groups=groups,
         datasets=accounts,
         seeds=seeds,
-        metrics={name: metric for name, metric in METRICS.items() if name in set(summary["metric"])},
+        metrics={name: metric for name, metric in METRICS.items() if name in set(tables["benchmark"]["metric"])},
         runs=[{"place": place, **run} for place, run in facts.items()],
         answers=answers,
         n_tables_left_out=n_tables_left_out,
         n_left_out={section: drawing.n_left_out for section, drawing in drawings.items()},
         n_high_expression=N_HIGH_EXPRESSION,
-        benchmark=benchmark,
+        files=files,
+        min_perturbations=MIN_PERTURBATIONS,
         versions=list(_versions([*facts.values(), *accounts.values()])),
         provenance=provenance or {},
         params_of=lambda card: json.dumps(card.params, ensure_ascii=False) if card.params else "",

@@ -48,7 +48,7 @@ class PerturbationTable:
 
 
 def perturbation_table(scores: pd.DataFrame, models: list[str], n_rows: int) -> PerturbationTable:
-    """Return one row per model × perturbation, averaged over seeds; where there are too many, the best and worst per model."""
+    """Return the headline metrics of every model × perturbation, averaged over seeds; where there are too many, the best and worst."""
     keys = ["model", "perturbation", "members_seen", "n_cells"]
     table = scores.pivot_table(index=keys, columns="metric", values="value", aggfunc="mean", dropna=False, observed=True)
     table = table.loc[scores.drop_duplicates(keys).set_index(keys).index].reset_index()
@@ -62,7 +62,11 @@ def perturbation_table(scores: pd.DataFrame, models: list[str], n_rows: int) -> 
             rows = pd.concat([rows.head(share - share // 2), rows.tail(share // 2)])
         kept.append(rows)
     table = pd.concat(kept)
-    return PerturbationTable(table.to_dict("records"), [metric for metric in METRICS if metric in table], n_all - len(table))
+    return PerturbationTable(
+        table.to_dict("records"),
+        [metric for metric in METRICS if metric in table and (METRICS[metric].headline or metric == CORRELATION)],
+        n_all - len(table),
+    )
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""All scores in tables: means with intervals, on a scale, against every baseline, by stratum, and a verdict per model.
+
+One bootstrap serves all of them (`bootstrap`): 95 % intervals over perturbations, and over seeds where there are several.
+Everything but a metric's own mean is computed on losses, so that lower is better whatever the metric.
+"""
+
+import logging
+from pathlib import Path
+
+import pandas as pd
+
+from perturbflow.benchmark.panel import panels
+from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
+from perturbflow.benchmark.verdicts import judge
+from perturbflow.errors import InputError
+from perturbflow.evaluation import METRICS
+from perturbflow.files import atomic
+from perturbflow.registry import FAMILIES
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["benchmark"]
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """Return the scores of one run; a gene called NA stays a word."""
+    words = dict.fromkeys(("dataset", "split", "model", "perturbation", "metric"), str)
+    scores = pd.read_csv(path, sep="\t", dtype=words, keep_default_na=False, na_values=[""])
+    if unknown := sorted(set(scores["metric"]) - set(METRICS)):
+        raise InputError(f"{path}: '{unknown[0]}' is no metric of this version; evaluate again.")
+    return scores
+
+
+def benchmark(
+    metrics: list[Path],
+    families: dict[str, str],
+    benchmark: Path,
+    calibration: Path,
+    comparisons: Path,
+    strata: Path,
+    verdicts: Path,
+) -> None:
+    """Write all tables of the benchmark.
+
+    Parameters
+    ----------
+    metrics
+        The metrics.tsv of every run.
+    families
+        Model → name of its family.
+    benchmark
+        Table to be written: per run × metric the mean with its interval, raw and scaled (`tables.summarize`).
+    calibration
+        Table to be written: what every metric can tell on these data (`tables.calibrate`).
+    comparisons
+        Table to be written: every model against every baseline and ablation (`tables.compare`).
+    strata
+        Table to be written: headline metrics by kind of perturbation (`tables.stratify`).
+    verdicts
+        Table to be written: one line per model × dataset × split (`verdicts.judge`).
+
+    Raises
+    ------
+    InputError
+        If a run holds a metric that this version does not know, or `families` lacks a model.
+    """
+    scores = pd.concat([_read(path) for path in metrics], ignore_index=True)
+    for model in scores["model"].unique():
+        if families.get(model) not in FAMILIES:
+            raise InputError(f"families: '{families.get(model)}' of model '{model}' is no family; known: {', '.join(FAMILIES)}.")
+    tables: dict[Path, list[pd.DataFrame]] = {path: [] for path in (benchmark, calibration, comparisons, strata, verdicts)}
+    for panel in panels(scores):
+        compared, calibrated = compare(panel, families), calibrate(panel, families)
+        summary = summarize(panel, families)
+        judged = judge(summary, calibrated, compared)
+        for path, table in zip(tables, (summary, calibrated, compared, stratify(panel, families), judged), strict=True):
+            tables[path].append(table)
+        logger.info("%s × %s: %d models, %d perturbations", panel.dataset, panel.split, len(panel.models), len(panel.perturbations))
+        for row in judged.itertuples():
+            logger.info("  %s: %s", row.model, row.sentence)
+    for path, parts in tables.items():
+        # A part without rows has no types to contribute.
+        table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+        with atomic(path) as partial:
+            table.to_csv(partial, sep="\t", index=False, float_format="%.6g")

@@ -1,0 +1,86 @@
+"""The scores of one dataset × split as one array."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from perturbflow.evaluation import METRICS
+
+FOLD = re.compile(r"^(?P<name>.+)_fold_\d+$")
+FACTS = ["n_members", "members_seen", "n_cells", "reliability", "effect_size"]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The scores of all runs of one dataset × split: K metrics × M models × S seeds × P perturbations.
+
+    Attributes
+    ----------
+    metrics, models, seeds
+        In the order of the scores.
+    perturbations
+        Label and measured facts of the P perturbations.
+    values
+        (K, M, S, P); NaN where a metric is undefined or a model gave no prediction.
+    """
+
+    dataset: str
+    split: str
+    metrics: list[str]
+    models: list[str]
+    seeds: list[int]
+    perturbations: pd.DataFrame
+    values: np.ndarray
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """How far from perfect every value is, (K, M, S, P)."""
+        return np.stack([METRICS[metric].loss(values) for metric, values in zip(self.metrics, self.values, strict=True)])
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """What every row of a table begins with."""
+        return {"dataset": self.dataset, "split": self.split}
+
+    def model_of(self, family: str, families: dict[str, str]) -> int | None:
+        """Return the position of the first model of a family, or None."""
+        return next((i for i, model in enumerate(self.models) if families[model] == family), None)
+
+
+def _panel(dataset: str, split: str, scores: pd.DataFrame) -> Panel:
+    codes, names = [], []
+    for key in ("metric", "model", "seed"):
+        code, found = pd.factorize(scores[key])
+        codes.append(code)
+        names.append(list(found))
+    # A perturbation is held out in one fold; were it in two, these would be two tests.
+    labels = pd.MultiIndex.from_frame(scores[["split", "perturbation"]])
+    code, found = pd.factorize(labels)
+    values = np.full((*map(len, names), len(found)), np.nan)
+    values[(*codes, code)] = scores["value"]
+    facts = scores.loc[~labels.duplicated(), ["perturbation", *FACTS]].reset_index(drop=True)
+    return Panel(dataset, split, *names, facts, values)
+
+
+def panels(scores: pd.DataFrame) -> Iterator[Panel]:
+    """Yield a panel per dataset × split and, after the folds of a k-fold split, one that pools the perturbations of all folds.
+
+    Parameters
+    ----------
+    scores
+        Rows of metrics.tsv.
+    """
+    for dataset, of_dataset in scores.groupby("dataset", sort=False):
+        splits = list(of_dataset["split"].unique())
+        folds: dict[str, list[str]] = {}
+        for split in splits:
+            yield _panel(dataset, split, of_dataset[of_dataset["split"] == split])
+            if fold := FOLD.match(split):
+                folds.setdefault(fold["name"], []).append(split)
+        for name, pooled in folds.items():
+            if len(pooled) > 1 and name not in splits:
+                yield _panel(dataset, name, of_dataset[of_dataset["split"].isin(pooled)])
