@@ -104,54 +104,48 @@ def _counts(X: sparse.csc_matrix) -> sparse.csc_matrix:
 # --- controls -------------------------------------------------------------------------------------------------------
 
 
-class Controls:
-    """Measured controls of one role, by the strata of the cells that are compared with them.
+def _stratify(obs: pd.DataFrame) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Return the stratum of each cell, and the batch and cell type of each stratum."""
+    grouped = obs.groupby(["batch", "cell_type"], observed=True, sort=False)
+    return grouped.ngroup().to_numpy(), [(str(batch), str(cell_type)) for batch, cell_type in grouped.size().index]
 
-    A stratum is a batch and a cell type. Where it holds no control, those of its cell type in other batches serve, as in
-    `pairs.match_controls`.
-    """
+
+class Controls:
+    """Measured controls of one role, in pools: one of each stratum (batch and cell type), and one of each cell type."""
 
     def __init__(self, X: sparse.csr_matrix, obs: pd.DataFrame) -> None:
         keys = obs[["batch", "cell_type"]].astype(str)
         self.X = X
         self.rows = {**keys.groupby(["batch", "cell_type"]).indices, **keys.groupby("cell_type").indices}
-        self._place = {name: i for i, name in enumerate(self.rows)}
 
-    def strata(self, obs: pd.DataFrame) -> np.ndarray:
-        """Return the stratum, an index into `rows`, that serves each cell."""
-        group, names = pd.MultiIndex.from_frame(obs[["batch", "cell_type"]].astype(str)).factorize()
-        if not self.serve(obs):
-            missing = {cell_type for _, cell_type in names} - self.rows.keys()
-            raise InputError(
-                f"no control of the scored role has the cell type {', '.join(sorted(missing))}: its cells cannot be scored. "
-                "Predict from controls of the same cell type, as `predict` does."
-            )
-        return np.array([self._place[name if name in self._place else name[1]] for name in names])[group]
+    def pools(self, strata: list[tuple[str, str]]) -> np.ndarray:
+        """Return the pool that serves each stratum, -1 for none.
 
-    def serve(self, obs: pd.DataFrame) -> bool:
-        """Return whether there are controls of every cell type of these cells."""
-        return set(obs["cell_type"].astype(str)) <= self.rows.keys()
+        Where a stratum holds no control, those of its cell type in other batches serve, as in `pairs.match_controls`.
+        """
+        place = {name: i for i, name in enumerate(self.rows)}
+        return np.array([place.get(stratum, place.get(stratum[1], -1)) for stratum in strata])
 
-    def weights(self, obs: pd.DataFrame) -> np.ndarray:
-        """Return the share of these cells in each stratum, (strata,)."""
-        return np.bincount(self.strata(obs), minlength=len(self.rows)) / len(obs)
+    def shares(self, pool: np.ndarray) -> np.ndarray:
+        """Return the share of cells in each pool, (pools,), given the pool of each cell."""
+        return np.bincount(pool, minlength=len(self.rows)) / len(pool)
 
     @cached_property
     def means(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and sampling variance of log1p-normalized controls, (strata, genes) each."""
+        """Mean and sampling variance of log1p-normalized controls, (pools, genes) each."""
         found = [(*_mean_and_variance(self.X[rows].tocsc()), len(rows)) for rows in self.rows.values()]
         return np.stack([mean for mean, _, _ in found]), np.stack([np.nan_to_num(variance) / n for _, variance, n in found])
 
     @cached_property
     def profiles(self) -> tuple[np.ndarray, Spread]:
-        """Mean normalized counts and their spread, strata first; a single control is taken for exact."""
+        """Mean normalized counts and their spread, pools first; a single control is taken for exact."""
         found = [_profile(_counts(self.X[rows].tocsc())) for rows in self.rows.values()]
         parts = ([getattr(spread, name) for _, spread in found] for name in Spread.__annotations__)
         return np.stack([mean for mean, _ in found]), Spread(*(np.nan_to_num(np.stack(part)) for part in parts))
 
     @cached_property
     def sorted(self) -> SortedCells:
-        """Controls of every stratum, each gene's values in order."""
+        """Controls of every pool, each gene's values in order."""
         return SortedCells(self.X, list(self.rows.values()))
 
     def halves(self, obs: pd.DataFrame) -> list[Controls]:
@@ -185,31 +179,46 @@ class Measured:
 
     def __init__(self, cells: Pairs, labels: list[str], role: str) -> None:
         self.labels, self.genes = labels, cells.genes
-        self.obs = cells.obs[["perturbation", "is_control", "role", "batch", "cell_type"]].assign(perturbation=cells.labels)
+        self.stratum, self.strata = _stratify(cells.obs)
         of_role = (cells.obs["role"] == role).to_numpy()
         is_train = (cells.obs["role"] == "train").to_numpy()
+        is_scored = of_role & np.isin(cells.labels, labels)
         half = cells.obs["half"].astype(str).to_numpy()
-        is_scored = np.isin(cells.labels, labels)
         self.is_control = of_role & cells.is_control
+        self.rows, self.duplicates = (self._rows_of(cells, is_scored & (half == name)) for name in "ba")
         of_pca = np.flatnonzero(is_train)
         if len(of_pca) > CELLS_OF_PCA:
             of_pca = np.sort(np.random.default_rng(0).choice(of_pca, CELLS_OF_PCA, replace=False))
-        is_kept = self.is_control | (of_role & is_scored & (half == "b"))
+        is_kept = self.is_control | (is_scored & (half == "b"))
         is_kept[of_pca] = True
-        self._is_duplicate = of_role & is_scored & (half == "a")
 
         # Sums are taken over groups: training controls by stratum, perturbed cells by label and by what they are to us.
-        use = np.select([is_train, self._is_duplicate], ["train", "duplicate"], "other")
-        self._groups = self.obs[["perturbation", "batch", "cell_type"]].astype(str).assign(use=use)
-        self._groups.loc[~cells.is_control, ["batch", "cell_type"]] = ""
-        group, names = pd.MultiIndex.from_frame(self._groups).factorize()
-        self._groups = names.to_frame(index=False, name=list(self._groups)).assign(n=np.bincount(group))
-        self._of_label = self._groups.groupby("perturbation").indices
-        self._use = self._groups["use"].to_numpy()
-        self._sums, self._squares, self.X = self._read(cells, is_kept, group)
-        self._rows = np.flatnonzero(is_kept)
-        self.controls = Controls(self.at(np.flatnonzero(self.is_control)), self.obs[self.is_control])
+        keys = pd.DataFrame(
+            {
+                "perturbation": pd.Categorical(cells.labels),
+                "use": np.select([is_train, is_scored & (half == "a")], ["train", "duplicate"], "other"),
+                "stratum": np.where(cells.is_control, self.stratum, -1),
+            }
+        )
+        grouped = keys.groupby(list(keys), observed=True, sort=False)
+        self._groups = grouped.size().rename("n").reset_index()
+        self._of_label = self._groups.groupby("perturbation", observed=True).indices
+        self._sums, self._squares, self.X = self._read(cells, is_kept, grouped.ngroup().to_numpy())
+        self._kept = np.flatnonzero(is_kept)
+        is_training = is_train & ~cells.is_control
+        code, _ = pd.factorize(cells.labels[is_training])
+        shares = np.bincount(code * len(self.strata) + self.stratum[is_training], minlength=(code.max() + 1) * len(self.strata))
+        shares = shares.reshape(-1, len(self.strata))
+        self._training_shares = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)  # (strata,)
+        self.controls = Controls(self.at(np.flatnonzero(self.is_control)), cells.obs[self.is_control])
+        self.halves = self.controls.halves(cells.obs[self.is_control])
         self.training_sample = self.at(of_pca)
+
+    @staticmethod
+    def _rows_of(cells: Pairs, mask: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the rows of pairs.h5ad under a mask, by label."""
+        rows = np.flatnonzero(mask)
+        return {label: rows[places] for label, places in pd.Series(rows).groupby(cells.labels[mask]).indices.items()}
 
     def _read(self, cells: Pairs, is_kept: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix]:
         """Return the sum of x per group, the sum of x² per scored label and of all other perturbed cells, and the kept cells."""
@@ -227,22 +236,16 @@ class Measured:
 
     def at(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return kept cells by their rows in pairs.h5ad."""
-        return self.X[np.searchsorted(self._rows, rows)]
-
-    def starts(self, index: np.ndarray) -> sparse.csr_matrix:
-        """Return the controls that predicted cells started from."""
-        is_row = (index >= 0) & (index < len(self.obs))
-        if not is_row.all() or not self.is_control[index].all():
-            raise InputError(
-                "predictions: obs.control_index holds rows of pairs.h5ad that are no controls of the scored role; "
-                "predict from these, or set uns['perturbflow']['starts_from_controls'] to False."
-            )
-        return self.at(index)
+        return self.X[np.searchsorted(self._kept, rows)]
 
     def _mean(self, groups: np.ndarray) -> np.ndarray:
         return self._sums[groups].sum(axis=0) / self._groups["n"].to_numpy()[groups].sum()
 
-    def references(self, scored_obs: list[pd.DataFrame]) -> np.ndarray:
+    def _groups_of(self, label: str, use: str) -> np.ndarray:
+        groups = self._of_label[label]
+        return groups[self._groups["use"].to_numpy()[groups] == use]
+
+    def references(self) -> np.ndarray:
         """Return r per perturbation: the mean of the training perturbations' means, in the perturbation's strata, (P, genes).
 
         mean_q x̄_q + Σ_s w_s k_s − mean_q c̄_q over training perturbations q, where w_s is the share of the perturbation's cells
@@ -250,26 +253,19 @@ class Measured:
         stratum that is mean_q x̄_q, as published. Where training has no controls of a stratum (a context that was held
         out), k_s is the mean of the scored role's.
         """
-        in_training = {label: groups[self._use[groups] == "train"] for label, groups in self._of_label.items()}
-        controls = self._groups.iloc[in_training.pop(CONTROL)]
-        means = np.stack([self._mean(groups) for groups in in_training.values() if len(groups)])
-        exact = {name: self._mean(rows.index) for name, rows in controls.groupby(["batch", "cell_type"])}
-        relaxed = {name: self._mean(rows.index) for name, rows in controls.groupby("cell_type")}
-
-        training = self.obs[(self.obs["role"] == "train").to_numpy() & ~self.obs["is_control"].to_numpy(bool)]
-        share = pd.crosstab(training["perturbation"], [training["batch"].astype(str), training["cell_type"].astype(str)], normalize="index")
-        own_controls = sum(weight * exact.get(name, relaxed.get(name[1])) for name, weight in share.mean().items())
-        response = means.mean(axis=0) - own_controls
-
-        references = []
-        for obs in scored_obs:
-            strata = obs[["batch", "cell_type"]].astype(str).value_counts(normalize=True)
-            of_role = dict(zip(strata.index, self.controls.strata(strata.index.to_frame()), strict=True))
-            references.append(
-                response
-                + sum(weight * (exact[name] if name in exact else self.controls.means[0][of_role[name]]) for name, weight in strata.items())
-            )
-        return np.stack(references)
+        trained = [groups for label in self._of_label if label != CONTROL and len(groups := self._groups_of(label, "train"))]
+        controls = self._groups.iloc[self._groups_of(CONTROL, "train")]
+        exact = {stratum: self._mean(rows.index) for stratum, rows in controls.groupby("stratum")}
+        cell_type = controls["stratum"].map(lambda stratum: self.strata[stratum][1])
+        relaxed = {name: self._mean(rows.index) for name, rows in controls.groupby(cell_type)}
+        of_training, of_scored = np.zeros((2, len(self.strata), len(self.genes)))
+        for stratum, (pool, (_, name)) in enumerate(zip(self.controls.pools(self.strata), self.strata, strict=True)):
+            if self._training_shares[stratum]:
+                of_training[stratum] = exact.get(stratum, relaxed.get(name))
+            if stratum in exact or pool >= 0:  # other strata hold no scored cell
+                of_scored[stratum] = exact.get(stratum, self.controls.means[0][pool])
+        shares = [np.bincount(self.stratum[self.rows[label]], minlength=len(self.strata)) / len(self.rows[label]) for label in self.labels]
+        return np.mean([self._mean(groups) for groups in trained], axis=0) - self._training_shares @ of_training + shares @ of_scored
 
     def weights(self, means: np.ndarray, variances: np.ndarray, n_cells: np.ndarray) -> np.ndarray:
         """Return the weight of each gene: ((|t| − min|t|) / (max|t| − min|t|))², divided by its sum (Mejia et al. 2025), (P, genes).
@@ -299,14 +295,25 @@ class Measured:
             weights.append(t / t.sum() if t.sum() > 0 else np.full(len(t), 1 / len(t)))
         return np.stack(weights)
 
-    def duplicate(self, label: str) -> np.ndarray:
-        """Return the mean of half 'a' of a scored perturbation, (genes,)."""
-        groups = self._of_label[label]
-        return self._mean(groups[self._use[groups] == "duplicate"])
+    def reliability(self, label: str, mean: np.ndarray) -> float:
+        """Return Pearson's r of the effects of both halves, each against its own half of the controls; NaN where a half is empty.
 
-    def obs_of_duplicate(self, label: str) -> pd.DataFrame:
-        """Return obs of half 'a' of a scored perturbation."""
-        return self.obs[self._is_duplicate & (self.obs["perturbation"] == label).to_numpy()]
+        Parameters
+        ----------
+        mean
+            Of half 'b', (genes,).
+        """
+        groups = self._groups_of(label, "duplicate")
+        if not len(groups):
+            return np.nan
+        effects = []
+        for half, rows, profile in zip(self.halves, (self.duplicates[label], self.rows[label]), (self._mean(groups), mean), strict=True):
+            pool = half.pools(self.strata)[self.stratum[rows]]
+            if (pool < 0).any():
+                return np.nan
+            effect = profile - half.shares(pool) @ half.means[0]
+            effects.append((effect - effect.mean()) / max(effect.std(), 1e-12))
+        return float(np.mean(effects[0] * effects[1]))
 
 
 # --- one perturbation after another ---------------------------------------------------------------------------------
@@ -331,14 +338,24 @@ class Predictions:
         # A ceiling's cells are measured ones: they started from nothing.
         declared = predictions.uns.get("perturbflow", {}).get("starts_from_controls", True)
         self.starts_from_controls = bool(declared) and "control_index" in predictions.obs
-        if "control_index" in predictions.obs:
-            self._index = predictions.obs["control_index"].to_numpy()
         if self.starts_from_controls:
-            self._obs = measured.obs.iloc[self._index]
+            self._index = predictions.obs["control_index"].to_numpy()
+            is_row = (self._index >= 0) & (self._index < len(measured.is_control))
+            if not is_row.all() or not measured.is_control[self._index].all():
+                raise InputError(
+                    "predictions: obs.control_index holds rows of pairs.h5ad that are no controls of the scored role; "
+                    "predict from these, or set uns['perturbflow']['starts_from_controls'] to False."
+                )
+            stratum, strata = measured.stratum[self._index], measured.strata
         elif {"batch", "cell_type"} <= set(predictions.obs):
-            self._obs = predictions.obs
+            stratum, strata = _stratify(predictions.obs)
+            if missing := {cell_type for (_, cell_type), pool in zip(strata, measured.controls.pools(strata), strict=True) if pool < 0}:
+                raise InputError(
+                    f"predictions: no control of the scored role has the cell type {', '.join(sorted(missing))}, which obs.cell_type holds."
+                )
         else:
             raise InputError("predictions: obs needs control_index, or batch and cell_type, to be compared with controls of the same kind.")
+        self._pool = measured.controls.pools(strata)[stratum]
 
     def cells(self, label: str) -> sparse.csc_matrix:
         """Return the predicted cells of a perturbation."""
@@ -350,9 +367,9 @@ class Predictions:
         X.eliminate_zeros()
         return X
 
-    def obs(self, label: str) -> pd.DataFrame:
-        """Return batch and cell type of the predicted cells of a perturbation."""
-        return self._obs.iloc[self._rows[label]]
+    def pool(self, label: str) -> np.ndarray:
+        """Return the pool of controls that serves each predicted cell of a perturbation."""
+        return self._pool[self._rows[label]]
 
     def start(self, label: str) -> np.ndarray:
         """Return a number per predicted cell that cells of one starting control share."""
@@ -360,16 +377,15 @@ class Predictions:
 
     def begun(self, label: str) -> sparse.csr_matrix:
         """Return the controls that the cells started from."""
-        return self._measured.starts(self._index[self._rows[label]])
+        return self._measured.at(self._index[self._rows[label]])
 
 
-def _differential(X: sparse.csc_matrix, profile: np.ndarray, obs: pd.DataFrame, controls: Controls, is_tested: np.ndarray) -> Differential:
-    """Test cells against the controls of their strata, (genes,) each."""
+def _differential(X: sparse.csc_matrix, profile: np.ndarray, pool: np.ndarray, controls: Controls, is_tested: np.ndarray) -> Differential:
+    """Test cells, whose mean profile this is, against the controls of their pools, (genes,) each."""
     from scipy.stats import false_discovery_control
 
-    strata = controls.strata(obs)
-    control = np.bincount(strata, minlength=len(controls.rows)) / len(strata) @ controls.profiles[0]
-    z = np.where(is_tested, controls.sorted.rank_sum(X, strata), np.nan)
+    control = controls.shares(pool) @ controls.profiles[0]
+    z = np.where(is_tested, controls.sorted.rank_sum(X, pool), np.nan)
     q = np.full(len(z), np.nan)
     if is_tested.any():
         q[is_tested] = false_discovery_control(p_value(z[is_tested]))
@@ -393,7 +409,7 @@ class _Comparison:
         self.highly_expressed[np.argsort(-_mean_and_variance(X)[0], kind="stable")[:N_HIGH_EXPRESSION]] = True
         profile = _profile(_counts(X))[0]
         self._is_expressed = 1e6 * profile > TESTED_CPM * profile.sum()
-        self._halves = self.controls.halves(measured.obs[measured.is_control])
+        self._pools = self.controls.pools(measured.strata)
         self._pca = _fit_components(measured.training_sample)
         self._rng = np.random.default_rng(0)
 
@@ -403,30 +419,12 @@ class _Comparison:
         chosen = np.arange(n) if n <= MAX_CELLS_OF_DISTANCE else np.sort(self._rng.choice(n, MAX_CELLS_OF_DISTANCE, replace=False))
         return self._pca.transform(X[chosen].toarray()), chosen
 
-    def _reliability(self, label: str, mean: np.ndarray, obs: pd.DataFrame) -> float:
-        """Return Pearson's r of the effects of both halves, each against its own controls; NaN where a half is empty."""
-        duplicate = self.measured.obs_of_duplicate(label)
-        if duplicate.empty or not all(half.serve(side) for half, side in zip(self._halves, (duplicate, obs), strict=True)):
-            return np.nan
-        a = self.measured.duplicate(label) - self._halves[0].weights(duplicate) @ self._halves[0].means[0]
-        b = mean - self._halves[1].weights(obs) @ self._halves[1].means[0]
-        a, b = a - a.mean(), b - b.mean()
-        norm = np.linalg.norm(a) * np.linalg.norm(b)
-        return float(a @ b / norm) if norm > 0 else np.nan
-
-    def of(self, label: str, rows: np.ndarray, own_target: np.ndarray) -> dict:
-        """Return what `Scored` holds of one perturbation.
-
-        Parameters
-        ----------
-        rows
-            Its scored cells, as rows of pairs.h5ad.
-        own_target
-            Mask of its own genes.
-        """
-        controls, is_tested = self.controls, self._is_expressed & ~own_target
-        X, Y, obs = self.predicted.cells(label), self.measured.at(rows).tocsc(), self.measured.obs.iloc[rows]
-        weights = controls.weights(obs)
+    def of(self, label: str, own_target: np.ndarray) -> dict:
+        """Return what `Scored` holds of one perturbation, given the mask of its own genes."""
+        controls, is_tested, rows = self.controls, self._is_expressed & ~own_target, self.measured.rows[label]
+        X, Y = self.predicted.cells(label), self.measured.at(rows).tocsc()
+        pool = self._pools[self.measured.stratum[rows]]
+        weights = controls.shares(pool)
         control, control_profile = weights @ controls.means[0], weights @ controls.profiles[0]
         control_spread = controls.profiles[1].weighted(weights)
 
@@ -439,20 +437,20 @@ class _Comparison:
             "measured_variance": variance,
             "measured_bulk": _bulk(profile),
             "measured_bulk_variance": spread.of_bulk(profile),
-            "measured_test": _differential(Y, profile, obs, controls, is_tested),
+            "measured_test": _differential(Y, profile, pool, controls, is_tested),
             "measured_components": components,
             "control": control,
             "control_bulk": _bulk(control_profile),
             "control_bulk_variance": control_spread.of_bulk(control_profile),
             "n_cells": len(rows),
-            "reliability": self._reliability(label, mean, obs),
+            "reliability": self.measured.reliability(label, mean),
             "effect_size": np.sqrt(max(0.0, np.square(mean - control).sum() - noise)),
         }
 
         mean, variance = _mean_and_variance(X)
         counts = _counts(X)
         profile, spread = _profile(counts)
-        test = _differential(X, profile, self.predicted.obs(label), controls, is_tested)
+        test = _differential(X, profile, self.predicted.pool(label), controls, is_tested)
         if self.predicted.starts_from_controls:
             # What the chance of drawing starts adds, to the mean and to its noise, is taken off; the noise of c̄ comes in its place.
             begun = self.predicted.begun(label).tocsc()
@@ -504,10 +502,8 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
         )
     measured = Measured(cells, labels, role)
     comparison = _Comparison(measured, Predictions(predictions, measured))
-    rows_of = pd.Series(cells.labels[is_scored]).groupby(cells.labels[is_scored]).indices
-    row_of_scored = np.flatnonzero(is_scored)
     own_target = np.stack([np.isin(cells.genes, members_of(label)) for label in labels])
-    found = [comparison.of(label, row_of_scored[rows_of[label]], own) for label, own in zip(labels, own_target, strict=True)]
+    found = [comparison.of(label, own) for label, own in zip(labels, own_target, strict=True)]
 
     def collected(name: str) -> np.ndarray | list | Differential:
         values = [of_label[name] for of_label in found]
@@ -519,7 +515,7 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
     return Scored(
         labels=labels,
         **values,
-        reference=measured.references([measured.obs.iloc[row_of_scored[rows_of[label]]] for label in labels]),
+        reference=measured.references(),
         weight=measured.weights(values["measured"], values["measured_variance"], values["n_cells"]),
         highly_expressed=comparison.highly_expressed,
         own_target=own_target,
