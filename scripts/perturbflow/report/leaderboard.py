@@ -15,13 +15,6 @@ from perturbflow.report.drawing import INK, STYLE, Drawings, interval, new_axes,
 SCALED = "scaled_{}_{}".format(*PRIMARY)
 
 
-def which_is_better(metric: str) -> str:
-    """Return in words which values of a metric are better."""
-    if METRICS[metric].direction == "target":
-        return f"nearer to {METRICS[metric].perfect:g} is better"
-    return f"{METRICS[metric].direction} is better"
-
-
 @dataclass(frozen=True)
 class Score:
     """A model's mean over perturbations on one metric."""
@@ -86,7 +79,7 @@ def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[st
     axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
     axes.set_axisbelow(b=True)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(which_is_better(metric))
+    axes.set_xlabel(METRICS[metric].reading)
     return axes.figure
 
 
@@ -106,7 +99,7 @@ def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawi
         alt = "; ".join(
             f"{model} {number(score.value)} ({interval(score.low, score.high)})" for model, score in {**shown, **limits}.items()
         )
-        alt = f"{metric}, {which_is_better(metric)}, 95 % intervals in brackets: {alt}."
+        alt = f"{metric}, {METRICS[metric].reading}, 95 % intervals in brackets: {alt}."
         if svg := drawings.svg(alt, _leaderboard_figure, metric, shown, limits, cards):
             figures.append({"svg": svg, "metric": metric})
     n = max((score.n_perturbations for row in scores.values() for score in row.values()), default=0)

@@ -22,7 +22,7 @@ from perturbflow.files import atomic, read_json
 from perturbflow.report.cards import ModelCard, model_cards, place_of, read_table
 from perturbflow.report.drawing import Drawings, interval, number, signed
 from perturbflow.report.effects import Chosen, choose, effect_figures
-from perturbflow.report.leaderboard import Leaderboard, leaderboard, which_is_better
+from perturbflow.report.leaderboard import Leaderboard, leaderboard
 from perturbflow.report.sections import (
     CORRELATION,
     Names,
@@ -159,7 +159,6 @@ def _render(**content: object) -> str:
         "interval": lambda score: interval(score.low, score.high),
         "words": _words,
         "plain": _plain,
-        "better": which_is_better,
         "signed": signed,
     }
     return environment.get_template(TEMPLATE.name).render(**content)
