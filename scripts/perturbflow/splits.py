@@ -153,7 +153,7 @@ def _divide(cells: pd.DataFrame, strata: list[pd.Series], fractions: dict[str, f
 
     In random order, each next cell of a stratum goes to the role that is furthest behind its share.
     """
-    roles = pd.Series(index=cells.index, dtype=object)
+    roles: dict[str, str] = {}
     rng = np.random.default_rng(seed)
     for _, stratum in cells.groupby([column.astype(str) for column in strata], sort=True):
         given = dict.fromkeys(fractions, 0)
@@ -161,7 +161,7 @@ def _divide(cells: pd.DataFrame, strata: list[pd.Series], fractions: dict[str, f
             role = max(given, key=lambda role: fractions[role] * n - given[role])
             given[role] += 1
             roles[cell] = role
-    return roles
+    return pd.Series(roles, dtype=object).reindex(cells.index)
 
 
 def divide_controls(obs: pd.DataFrame, seed: int, fractions: dict[str, float] = CONTROL_FRACTIONS) -> pd.Series:
