@@ -1,7 +1,7 @@
 """Write pairs.h5ad, split.json and predictions.h5ad of a made screen, of any size: cells are written as they are drawn.
 
-    python workflow_tests/benchmarks/made_predictions.py made --genes 2000 --perturbations 300 --controls 30000 --scored 500 --predicted 1000
-    python scripts/evaluate.py --predictions made/predictions.h5ad --pairs made/pairs.h5ad --split made/split.json --metrics made/metrics.tsv
+python workflow_tests/benchmarks/made_predictions.py made --genes 2000 --perturbations 300 --controls 30000 --scored 500 --predicted 1000
+python scripts/evaluate.py --predictions made/predictions.h5ad --pairs made/pairs.h5ad --split made/split.json --metrics made/metrics.tsv
 """
 
 import argparse
@@ -87,7 +87,9 @@ def generate(folder: Path, size: Size, seed: int, starts_from_controls: bool) ->
     obs = pd.DataFrame([group[:3] for group in groups], columns=["perturbation", "role", "half"]).loc[np.repeat(range(len(groups)), n_of)]
     obs.index = [f"cell_{i}" for i in range(len(obs))]
     obs["is_control"] = (obs["perturbation"] == "control").to_numpy()
-    obs = obs.assign(n_perturbations=(~obs["is_control"]).astype(int), perturbation_type="CRISPRi", cell_type="made", batch="one", dataset="made")
+    obs = obs.assign(
+        n_perturbations=(~obs["is_control"]).astype(int), perturbation_type="CRISPRi", cell_type="made", batch="one", dataset="made"
+    )
     obs["role"] = pd.Categorical(obs["role"], categories=["train", "validation", "test"])
     obs["half"] = pd.Categorical(obs["half"], categories=["", "a", "b"])
     for column in ("perturbation", "perturbation_type", "cell_type", "batch", "dataset"):
