@@ -1,7 +1,7 @@
 """The documents say what is: every key, every default, every command, the graph of rules.
 
 Run as a script (PYTHONPATH=scripts python workflow_tests/test_docs.py), it writes the generated parts anew: the tables of
-model params and the rule graph.
+model params and of metrics, and the rule graph.
 """
 
 import json
@@ -115,9 +115,27 @@ def test_params_of_every_family_are_documented(family):
     assert expected in CONFIG_README.read_text(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
 
 
-@pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
-def test_every_metric_is_documented(metric):
-    assert f"| `{metric.name}` | {metric.direction} |" in section("Metrics")
+def metrics_table() -> str:
+    """Return the table of metrics."""
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else f"{value:g}".replace("inf", "∞").replace("-", "−")
+
+    lines = ["| metric | family | better | range | perfect | useless | unit | needs | definition | source |", "| --- " * 10 + "|"]
+    for metric in METRICS.values():
+        name = f"**`{metric.name}`**" if metric.headline else f"`{metric.name}`"
+        values = (*metric.range, metric.perfect, metric.useless)
+        low, high, perfect, useless = map(shown, values)
+        lines.append(
+            f"| {name} | {metric.family} | {metric.direction} | {low} to {high} | {perfect} | {useless} | {metric.unit} | {metric.needs} "
+            f"| {metric.formula} | {metric.source} |"
+        )
+    return "\n".join(lines)
+
+
+def test_metrics_are_documented():
+    expected = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
+    assert expected in CONFIG_README.read_text(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
 
 
 # --- examples and commands ------------------------------------------------------------------------------------------
@@ -233,6 +251,8 @@ def test_rule_graph_is_current():
 def renew() -> None:
     """Write the generated parts anew."""
     text = CONFIG_README.read_text()
+    table = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
+    text = re.sub(r"<!-- metrics -->\n.*?<!-- metrics: end -->", lambda _: table, text, flags=re.DOTALL)
     for family in FAMILIES:
         pattern = rf"<!-- params: {family} -->\n.*?<!-- params: end -->"
         table = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"

@@ -1,11 +1,12 @@
 """Control/perturbed pairs: genes selected and counts normalized by training cells, controls matched within the role."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -50,9 +51,17 @@ class Pairs:
 
     @classmethod
     def read(cls, path: Path) -> "Pairs":
-        """Read pairs.h5ad."""
-        adata = ad.read_h5ad(path)
-        return cls(sparse.csr_matrix(adata.X), adata.obs, list(adata.var_names), adata.obsm["control_index"], np.arange(adata.n_obs))
+        """Read pairs.h5ad; raw counts stay on disk."""
+        cells = cls.open(path)
+        return replace(cells, X=cells.X.to_memory())
+
+    @classmethod
+    def open(cls, path: Path) -> "Pairs":
+        """Read pairs.h5ad but for X, whose rows are read when they are asked for, as X[rows]."""
+        file = h5py.File(path)
+        obs, var = ad.io.read_elem(file["obs"]), ad.io.read_elem(file["var"])
+        index = ad.io.read_elem(file["obsm/control_index"])
+        return cls(ad.io.sparse_dataset(file["X"]), obs, list(var.index), index, np.arange(len(obs)))
 
     def select(self, mask: np.ndarray) -> "Pairs":
         """Return the cells under the mask; controls are matched within a role, so keep or drop roles whole."""

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -33,10 +34,9 @@ def main() -> None:
     for model in models:
         cells = []
         for metric in METRICS.values():
-            sign = 1.0 if metric.direction == "higher" else -1.0
-            difference = sign * (table.loc[metric.name, model] - table.loc[metric.name, arguments.against]).to_numpy()
+            difference = (metric.loss(table.loc[metric.name, arguments.against]) - metric.loss(table.loc[metric.name, model])).to_numpy()
             low, high = bootstrap_interval(difference)
-            cells.append(f"{difference.mean():+.3f} ({low:+.3f}, {high:+.3f})")
+            cells.append(f"{np.nanmean(difference):+.3f} ({low:+.3f}, {high:+.3f})")
         print(f"| {model} | " + " | ".join(cells) + " |")
 
 

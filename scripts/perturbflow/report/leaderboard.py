@@ -41,13 +41,13 @@ class Leaderboard:
 
 
 def _is_better(metric: str, a: float, b: float) -> bool:
-    return a > b if METRICS[metric].direction == "higher" else a < b
+    return METRICS[metric].loss(a) < METRICS[metric].loss(b)
 
 
 def _ranked(metric: str, scores: dict[str, Score]) -> list[str]:
     """Return the models that have a value, best first."""
     known = {model: score.value for model, score in scores.items() if np.isfinite(score.value)}
-    return sorted(known, key=known.get, reverse=METRICS[metric].direction == "higher")
+    return sorted(known, key=lambda model: METRICS[metric].loss(known[model]))
 
 
 def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[str, Score]]:
@@ -56,11 +56,11 @@ def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[s
         value=("value", "mean"), low=("ci_low", "min"), high=("ci_high", "max"), n_perturbations=("n_perturbations", "max")
     )
     is_model = np.array([cards[model].kind != "ceiling" for model in means.index.get_level_values("model")])
-    best = means["value"].where(is_model).groupby("metric").agg(["min", "max"])
+    losses = pd.Series([METRICS[metric].loss(value) for (_, metric), value in means["value"].items()], index=means.index)
+    best = losses.where(is_model).groupby("metric").min()
     table: dict[str, dict[str, Score]] = {}
     for ((model, metric), row), is_rival in zip(means.iterrows(), is_model, strict=True):
-        winner = best.loc[metric, "max" if METRICS[metric].direction == "higher" else "min"]
-        is_best = bool(is_rival and row["value"] == winner)
+        is_best = bool(is_rival and losses[model, metric] == best[metric])
         table.setdefault(model, {})[metric] = Score(row["value"], row["low"], row["high"], int(row["n_perturbations"]), is_best)
     return table
 
@@ -135,7 +135,7 @@ def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[st
     axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
     axes.set_axisbelow(b=True)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(f"{METRICS[metric].direction} is better")
+    axes.set_xlabel(METRICS[metric].reading)
     return axes.figure
 
 
@@ -153,7 +153,7 @@ def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawi
         alt = "; ".join(
             f"{model} {number(score.value)} ({interval(score.low, score.high)})" for model, score in {**shown, **limits}.items()
         )
-        alt = f"{metric}, {METRICS[metric].direction} is better, 95 % intervals in brackets: {alt}."
+        alt = f"{metric}, {METRICS[metric].reading}, 95 % intervals in brackets: {alt}."
         if svg := drawings.svg(alt, _leaderboard_figure, metric, shown, limits, cards):
             figures.append({"svg": svg, "metric": metric})
     n = max((score.n_perturbations for row in scores.values() for score in row.values()), default=0)

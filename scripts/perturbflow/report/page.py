@@ -38,7 +38,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 # What a page of less than 10 MB holds, whatever was selected: bytes of figures per section, and rows
 # of the table of perturbations. `effects` and `sections` bound their lists beside what they list.
 FIGURE_BYTES = {"leaderboard": 2_800_000, "effects": 2_000_000, "training": 800_000, "counterfactuals": 700_000}
-PERTURBATION_ROWS = 4000
+PERTURBATION_ROWS = 3500
 
 
 @dataclass

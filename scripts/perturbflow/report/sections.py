@@ -11,11 +11,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from perturbflow.evaluation import METRICS, pearson_delta_ctrl
+from perturbflow.evaluation import METRICS
 from perturbflow.report.cards import ModelCard, place_of, read_table
 from perturbflow.report.drawing import COLOURS, INK, MARKERS, STYLE, Drawings, interval, new_axes, number, room_for
 
-CORRELATION = pearson_delta_ctrl.__name__
+CORRELATION = METRICS["pearson_delta_ctrl"].name
 
 # What the page holds of these sections, besides their bytes of figures.
 COUNTERFACTUAL_TABLES = 60

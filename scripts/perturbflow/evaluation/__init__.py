@@ -1,0 +1,17 @@
+"""Scores of predicted cells against measured ones.
+
+Notation: x̄ mean of the measured cells of a perturbation (half 'b', the same for every model), c̄ mean of the measured
+controls of the scored role, weighted as the perturbation's cells are over batch and cell type, x̂ mean of the predicted cells
+less the mean of the controls that they started from plus c̄; all log1p-normalized. That removes the chance with which
+starting controls were drawn: `no_change` has x̂ = c̄, as in the definitions. The measured controls are used on both sides.
+
+inputs brings predicted and measured cells together as `Scored`; pseudobulk, differential and distributions hold the metrics, functions of it;
+registry says what they mean; table writes metrics.tsv.
+"""
+
+from perturbflow.evaluation.inputs import N_HIGH_EXPRESSION, score_inputs
+from perturbflow.evaluation.registry import METRICS, Metric
+from perturbflow.evaluation.scored import Differential, Scored
+from perturbflow.evaluation.table import evaluate
+
+__all__ = ["METRICS", "N_HIGH_EXPRESSION", "Differential", "Metric", "Scored", "evaluate", "score_inputs"]

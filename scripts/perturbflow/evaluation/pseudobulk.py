@@ -1,0 +1,205 @@
+"""Metrics of mean expression: error, effect, ranking, discrimination, and error weighted by significance.
+
+What compares perturbations with one another does so on effects, Δ̂ = x̂ − c̄ and Δ = x̄ − c̄, each against its own c̄:
+otherwise the batches that perturbations were measured in would tell them apart. Where c̄ is common, that is the published form.
+"""
+
+import numpy as np
+
+from perturbflow.evaluation.scored import NO_EFFECT, Scored
+
+TOLERANCE = 1e-6  # distances this near, relative to the largest, are equal: equal predictions differ by rounding
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return Pearson's r per row; 0 where a row is constant or smaller than NO_EFFECT."""
+    is_flat = (np.abs(a).max(axis=1) < NO_EFFECT) | (np.abs(b).max(axis=1) < NO_EFFECT)
+    return np.where(is_flat, 0.0, _cosine(a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)))
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosine per row; 0 where a row is zero."""
+    norm = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.divide((a * b).sum(axis=1), norm, out=np.zeros(len(a)), where=norm > 0)
+
+
+def _effects(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
+    """Return Δ̂ and Δ; an effect of rounding errors is zero."""
+    return tuple(_without_rounding(profile - scored.control) for profile in (scored.predicted, scored.measured))
+
+
+def _without_rounding(effects: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(effects).max(axis=1, keepdims=True) < NO_EFFECT, 0.0, effects)
+
+
+def _distances(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
+    """Return cityblock, euclidean or cosine distances of all rows; the cosine distance of a zero effect is 1."""
+    from scipy.spatial.distance import cdist
+
+    if kind != "cosine":
+        return cdist(a, b, kind)
+    norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)[None, :]
+    return 1.0 - np.divide(a @ b.T, norms, out=np.zeros(norms.shape), where=norms > 0)
+
+
+def _nearer(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, per row, the share of the others that are nearer than the diagonal, and of those as near; NaN for a single row."""
+    n = len(distance)
+    if n < 2:
+        return np.full(n, np.nan), np.full(n, np.nan)
+    own = np.diag(distance)[:, None]
+    is_tie = np.abs(distance - own) <= TOLERANCE * distance.max(axis=1, keepdims=True)
+    return ((distance < own) & ~is_tie).sum(axis=1) / (n - 1), (is_tie.sum(axis=1) - 1) / (n - 1)
+
+
+# --- error ----------------------------------------------------------------------------------------------------------
+
+
+def mae(scored: Scored) -> np.ndarray:
+    """Mean over genes of abs(x̂ − x̄)."""
+    return np.abs(scored.predicted - scored.measured).mean(axis=1)
+
+
+def l2_heg1000(scored: Scored) -> np.ndarray:
+    """‖x̂ − x̄‖ over the 1,000 genes most expressed in controls."""
+    genes = scored.highly_expressed
+    return np.linalg.norm(scored.predicted[:, genes] - scored.measured[:, genes], axis=1)
+
+
+def l2_heg1000_off_target(scored: Scored) -> np.ndarray:
+    """l2_heg1000 without the perturbed genes themselves, whose level is the easiest part of an effect to predict."""
+    difference = np.where(scored.own_target, 0.0, scored.predicted - scored.measured)
+    return np.linalg.norm(difference[:, scored.highly_expressed], axis=1)
+
+
+def expr_mse_unbiased_norm(scored: Scored) -> np.ndarray:
+    """N_p / mean_q D_q, N = mean over genes of (b̂ − b)² − min(Ĉ, C) − C, D of (b − b_c)² − C − C_c.
+
+    b = log(1 + 5·10⁴·P/ΣP) of summed normalized counts P of cells and controls (c), C their sampling variances by the
+    infinitesimal jackknife; without the perturbed genes. The mean over perturbations is ΣN/ΣD. Ĉ holds the noise of what the
+    model changed in its starting controls, and of c̄: no change has 1. Below 0 for cells nearer to the measured ones than a second
+    sample. Ĉ has no cap ρ as in the source. NaN where measured effects do not exceed their noise, or of a single cell.
+    """
+    genes = ~scored.own_target
+    noise = np.minimum(scored.predicted_bulk_variance, scored.measured_bulk_variance) + scored.measured_bulk_variance
+    error = np.square(scored.predicted_bulk - scored.measured_bulk) - noise
+    effect = np.square(scored.measured_bulk - scored.control_bulk) - scored.measured_bulk_variance - scored.control_bulk_variance
+    numerator, denominator = ((part * genes).sum(axis=1) / genes.sum(axis=1) for part in (error, effect))
+    is_known = np.isfinite(denominator)
+    mean = denominator[is_known].mean() if is_known.any() else np.nan
+    return numerator / mean if mean > 0 else np.full(len(numerator), np.nan)
+
+
+# --- effect ---------------------------------------------------------------------------------------------------------
+
+
+def pearson_delta_ctrl(scored: Scored) -> np.ndarray:
+    """Pearson's r of Δ̂ and Δ over the 1,000 genes most expressed in controls; 0 where nothing is predicted.
+
+    It rewards the average response.
+    """
+    genes = scored.highly_expressed
+    control = scored.control[:, genes]
+    return _correlation(scored.predicted[:, genes] - control, scored.measured[:, genes] - control)
+
+
+def pearson_delta_ctrl_off_target(scored: Scored) -> np.ndarray:
+    """pearson_delta_ctrl without the perturbed genes themselves."""
+    values = []
+    for predicted, measured, control, own in zip(scored.predicted, scored.measured, scored.control, scored.own_target, strict=True):
+        genes = scored.highly_expressed & ~own
+        values.append(_correlation((predicted - control)[None, genes], (measured - control)[None, genes])[0])
+    return np.array(values)
+
+
+def pearson_delta_pert(scored: Scored) -> np.ndarray:
+    """Pearson's r of x̂ − r and x̄ − r over all genes, r the mean of the training perturbations' means.
+
+    r is moved to the perturbation's composition of batches and cell types by the training controls of these (by those of the
+    scored role where training has none). The average response scores about 0.
+    """
+    return _correlation(scored.predicted - scored.reference, scored.measured - scored.reference)
+
+
+def cosine_logfc(scored: Scored) -> np.ndarray:
+    """Cosine of Δ̂ and Δ over all genes; 0 where nothing is predicted."""
+    return _cosine(*_effects(scored))
+
+
+# --- ranking --------------------------------------------------------------------------------------------------------
+
+
+def _rank(scored: Scored, kind: str) -> np.ndarray:
+    predicted, measured = _effects(scored)
+    nearer, ties = _nearer(_distances(measured, predicted, kind))
+    return nearer + ties
+
+
+def rank_cosine(scored: Scored) -> np.ndarray:
+    """Share of the other perturbations q with d(Δ̂_q, Δ_p) ≤ d(Δ̂_p, Δ_p), d the cosine distance.
+
+    One prediction for all has 1: a mean above 0.4 is a sign of mode collapse.
+    """
+    return _rank(scored, "cosine")
+
+
+def rank_rmse(scored: Scored) -> np.ndarray:
+    """rank_cosine with the root mean squared error for d."""
+    return _rank(scored, "euclidean")
+
+
+# --- discrimination -------------------------------------------------------------------------------------------------
+
+
+def _pds(scored: Scored, kind: str) -> np.ndarray:
+    genes = ~scored.own_target.any(axis=0)
+    bulks = (scored.predicted_bulk, scored.measured_bulk)
+    predicted, measured = (_without_rounding((bulk - scored.control_bulk)[:, genes]) for bulk in bulks)
+    nearer, ties = _nearer(_distances(predicted, measured, kind))
+    return 1.0 - nearer - 0.5 * ties
+
+
+def pds_l1(scored: Scored) -> np.ndarray:
+    """pds_cosine with the sum of absolute differences for the distance."""
+    return _pds(scored, "cityblock")
+
+
+def pds_l2(scored: Scored) -> np.ndarray:
+    """pds_cosine with the Euclidean distance."""
+    return _pds(scored, "euclidean")
+
+
+def pds_cosine(scored: Scored) -> np.ndarray:
+    """1 − k/(n − 1), k the measured effects that are nearer to the prediction than its own; ties count half.
+
+    By the cosine distance of b − b_c, b the log bulk log(1 + 5·10⁴·P/ΣP) of normalized counts. All perturbed genes of the panel
+    are left out.
+    """
+    return _pds(scored, "cosine")
+
+
+def centroid_accuracy(scored: Scored) -> np.ndarray:
+    """Share of the other perturbations q with ‖Δ̂_p − Δ_q‖ > ‖Δ̂_p − Δ_p‖ over all genes; ties count half."""
+    nearer, ties = _nearer(_distances(*_effects(scored), "euclidean"))
+    return 1.0 - nearer - 0.5 * ties
+
+
+# --- weighted -------------------------------------------------------------------------------------------------------
+
+
+def wmse(scored: Scored) -> np.ndarray:
+    """Σ w (x̂ − x̄)² over all genes, w ∝ (abs(t) − min abs(t))², Σ w = 1.
+
+    t is Welch's, of the measured cells against all perturbed cells of other labels.
+    """
+    return (scored.weight * np.square(scored.predicted - scored.measured)).sum(axis=1)
+
+
+def r2_w_delta(scored: Scored) -> np.ndarray:
+    """1 − Σ w (x̂ − x̄)² / Σ w (δ − Σ w δ)², w as in wmse, δ = x̄ − r with r as in pearson_delta_pert.
+
+    The average response has at most 0.
+    """
+    delta = scored.measured - scored.reference
+    spread = (scored.weight * np.square(delta - (scored.weight * delta).sum(axis=1, keepdims=True))).sum(axis=1)
+    return 1.0 - np.divide(wmse(scored), spread, out=np.full(len(spread), np.nan), where=spread > 0)

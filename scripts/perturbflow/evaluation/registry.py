@@ -1,0 +1,113 @@
+"""The metrics, and what has to be known to read them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from perturbflow.evaluation import differential, distributions, pseudobulk
+from perturbflow.evaluation.scored import Scored
+
+AHLMANN_ELTZE = "Ahlmann-Eltze et al., Nat Methods 2025"
+SYSTEMA = "Viñas Torné et al. (Systema), Nat Biotechnol 2025"
+PERTURBENCH = "Wu et al. (PerturBench), NeurIPS D&B 2025"
+VCC = "Virtual Cell Challenge 2026"
+CELL_EVAL = "cell-eval 0.8"
+MEJIA = "Mejia et al., arXiv:2506.22641"
+SCPERTEVAL = "scPertEval 0.2"
+OURS = "this repository"
+
+Family = Literal["error", "effect", "ranking", "discrimination", "weighted", "differential_expression", "distribution"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score: its name says its variant.
+
+    Attributes
+    ----------
+    function
+        Scored → one value per perturbation, (P,); NaN where it is undefined.
+    formula
+        The function's docstring, in one line.
+    direction
+        higher or lower is better, or target: nearer to `perfect` is.
+    unit
+        Of a value: log1p expression, its square, distance in principal components, share, correlation, ratio.
+    needs
+        What it is computed from: pseudobulk (means of log1p cells), counts (unlogged normalized counts; predictions hold
+        no others), cells, or de (tests against controls).
+    perfect, useless
+        Value of a prediction that is the truth, and of one of no use (no change, or chance); None where that depends on the data.
+    headline
+        Whether verdicts on its family are given on it.
+    """
+
+    name: str
+    function: Callable[[Scored], np.ndarray]
+    family: Family
+    formula: str
+    source: str
+    direction: Literal["higher", "lower", "target"]
+    unit: str
+    range: tuple[float, float]
+    needs: Literal["pseudobulk", "cells", "counts", "de"]
+    perfect: float
+    useless: float | None
+    headline: bool = False
+
+    @property
+    def reading(self) -> str:
+        """Which way is better, in words."""
+        return f"nearer to {self.perfect:g} is better" if self.direction == "target" else f"{self.direction} is better"
+
+    def loss(self, values: np.ndarray) -> np.ndarray:
+        """Return how far values are from perfect, lower is better; below 0 only by the noise of a metric without bias."""
+        if self.direction == "target":
+            return np.abs(values - self.perfect)
+        return self.perfect - values if self.direction == "higher" else values - self.perfect
+
+
+def _metric(function: Callable[[Scored], np.ndarray], family: Family, source: str, direction: str, unit: str, range_: tuple[float, float],
+            needs: str, perfect: float, useless: float | None, *, headline: bool = False) -> Metric:  # fmt: skip
+    formula = " ".join((function.__doc__ or "").split())
+    return Metric(function.__name__, function, family, formula, source, direction, unit, range_, needs, perfect, useless, headline)
+
+
+INF = float("inf")
+POSITIVE, ANY, SHARE, CORRELATION = (0.0, INF), (-INF, INF), (0.0, 1.0), (-1.0, 1.0)
+e, f, d = pseudobulk, distributions, differential
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _metric(e.mae, "error", VCC, "lower", "log1p expression", POSITIVE, "pseudobulk", 0.0, None),
+        _metric(e.l2_heg1000, "error", AHLMANN_ELTZE, "lower", "log1p expression", POSITIVE, "pseudobulk", 0.0, None, headline=True),
+        _metric(e.l2_heg1000_off_target, "error", OURS, "lower", "log1p expression", POSITIVE, "pseudobulk", 0.0, None),
+        _metric(e.expr_mse_unbiased_norm, "error", VCC, "lower", "ratio", ANY, "counts", 0.0, 1.0),
+        _metric(e.pearson_delta_ctrl, "effect", AHLMANN_ELTZE, "higher", "correlation", CORRELATION, "pseudobulk", 1.0, 0.0),
+        _metric(e.pearson_delta_ctrl_off_target, "effect", OURS, "higher", "correlation", CORRELATION, "pseudobulk", 1.0, 0.0),
+        _metric(e.pearson_delta_pert, "effect", SYSTEMA, "higher", "correlation", CORRELATION, "pseudobulk", 1.0, 0.0, headline=True),
+        _metric(e.cosine_logfc, "effect", PERTURBENCH, "higher", "correlation", CORRELATION, "pseudobulk", 1.0, 0.0),
+        _metric(e.rank_cosine, "ranking", PERTURBENCH, "lower", "share", SHARE, "pseudobulk", 0.0, 0.5, headline=True),
+        _metric(e.rank_rmse, "ranking", PERTURBENCH, "lower", "share", SHARE, "pseudobulk", 0.0, 0.5),
+        _metric(e.pds_l1, "discrimination", VCC, "higher", "share", SHARE, "counts", 1.0, 0.5),
+        _metric(e.pds_l2, "discrimination", VCC, "higher", "share", SHARE, "counts", 1.0, 0.5),
+        _metric(e.pds_cosine, "discrimination", VCC, "higher", "share", SHARE, "counts", 1.0, 0.5, headline=True),
+        _metric(e.centroid_accuracy, "discrimination", SYSTEMA, "higher", "share", SHARE, "pseudobulk", 1.0, 0.5),
+        _metric(e.wmse, "weighted", MEJIA, "lower", "log1p expression²", POSITIVE, "pseudobulk", 0.0, None),
+        _metric(e.r2_w_delta, "weighted", MEJIA, "higher", "ratio", (-INF, 1.0), "pseudobulk", 1.0, 0.0, headline=True),
+        _metric(d.sig_jaccard, "differential_expression", VCC, "higher", "share", SHARE, "de", 1.0, 0.0),
+        _metric(d.direction_fidelity, "differential_expression", VCC, "higher", "share", SHARE, "de", 1.0, 0.0),
+        _metric(d.direction_reach, "differential_expression", VCC, "higher", "share", SHARE, "de", 1.0, None),
+        _metric(d.lfc_nmae, "differential_expression", VCC, "lower", "ratio", POSITIVE, "de", 0.0, 1.0),
+        _metric(d.overlap_at_n, "differential_expression", CELL_EVAL, "higher", "share", SHARE, "de", 1.0, 0.0),
+        _metric(d.auprc, "differential_expression", CELL_EVAL, "higher", "share", SHARE, "de", 1.0, None, headline=True),
+        _metric(f.energy_distance, "distribution", "Székely & Rizzo 2013", "lower", "component", ANY, "cells", 0.0, None, headline=True),
+        _metric(f.mmd, "distribution", SCPERTEVAL, "lower", "kernel", (-2.0, 2.0), "cells", 0.0, None),
+        _metric(f.sinkhorn_w2, "distribution", SCPERTEVAL, "lower", "component", POSITIVE, "cells", 0.0, None),
+        _metric(f.variance_ratio, "distribution", OURS, "target", "ratio", POSITIVE, "cells", 1.0, None),
+        _metric(f.quantile_coverage, "distribution", OURS, "target", "share", SHARE, "cells", 0.9, None),
+    )
+}  # fmt: skip

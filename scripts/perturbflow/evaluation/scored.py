@@ -1,0 +1,101 @@
+"""What the metrics read of a model: pseudobulks, tests and components of every perturbation."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+NO_EFFECT = 1e-5  # an effect smaller than this in every gene is none: its direction would be that of rounding errors
+BULK_TOTAL = 5e4
+FDR = 0.05
+
+
+@dataclass(frozen=True)
+class Differential:
+    """Differential expression of cells against measured controls, (P, genes) each; NaN where a gene was not tested.
+
+    Attributes
+    ----------
+    z
+        Standardized rank sum; positive where expression is higher than in controls.
+    q
+        p-value, adjusted within the perturbation (Benjamini and Hochberg 1995).
+    lfc
+        log2((m + 10⁻⁹) / (m_c + 10⁻⁹)) of the mean normalized counts of cells and of controls.
+    """
+
+    z: np.ndarray
+    q: np.ndarray
+    lfc: np.ndarray
+
+    @cached_property
+    def is_significant(self) -> np.ndarray:
+        """Mask of genes with q below 0.05."""
+        return self.q < FDR
+
+
+@dataclass(frozen=True)
+class Scored:
+    """All perturbations of one model, as the metrics read them. (P perturbations, genes) throughout, unless said otherwise.
+
+    Attributes
+    ----------
+    labels
+        The P perturbations.
+    predicted, measured, control
+        x̂, x̄ and c̄, log1p-normalized.
+    reference
+        r: mean of the training perturbations' means, in the strata of the perturbation.
+    predicted_bulk, measured_bulk, control_bulk
+        log(1 + 5·10⁴ · share of the summed normalized counts).
+    predicted_bulk_variance, measured_bulk_variance, control_bulk_variance
+        Sampling variance of the three.
+    weight
+        Share of a gene in the weighted metrics; sums to 1 over genes.
+    highly_expressed
+        Mask of the 1,000 genes with the highest mean in measured controls, (genes,).
+    own_target
+        Mask of the perturbed genes of each perturbation.
+    predicted_test, measured_test
+        Differential expression of predicted and of measured cells.
+    predicted_variance, measured_variance
+        Variance over the cells of a perturbation, log1p-normalized.
+    coverage
+        Share of measured cells between the 5 and 95 % quantiles of the predicted ones; NaN but for `highly_expressed`.
+    predicted_components, measured_components
+        Per perturbation, cells × 50 principal components fitted on training cells.
+    predicted_start
+        Per perturbation, which control each of these predicted cells started from, (cells,).
+    n_cells
+        Measured cells that are scored, (P,).
+    reliability
+        Pearson's r of the effects of the two halves of the measured cells, each against its own half of the controls, (P,).
+    effect_size
+        √max(0, ‖x̄ − c̄‖² − sampling variance of x̄ and c̄, summed over genes), (P,).
+    """
+
+    labels: list[str]
+    predicted: np.ndarray
+    measured: np.ndarray
+    control: np.ndarray
+    reference: np.ndarray
+    predicted_bulk: np.ndarray
+    measured_bulk: np.ndarray
+    control_bulk: np.ndarray
+    predicted_bulk_variance: np.ndarray
+    measured_bulk_variance: np.ndarray
+    control_bulk_variance: np.ndarray
+    weight: np.ndarray
+    highly_expressed: np.ndarray
+    own_target: np.ndarray
+    predicted_test: Differential
+    measured_test: Differential
+    predicted_variance: np.ndarray
+    measured_variance: np.ndarray
+    coverage: np.ndarray
+    predicted_components: list[np.ndarray]
+    measured_components: list[np.ndarray]
+    predicted_start: list[np.ndarray]
+    n_cells: np.ndarray
+    reliability: np.ndarray
+    effect_size: np.ndarray
