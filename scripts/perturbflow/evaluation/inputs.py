@@ -143,10 +143,9 @@ class Controls:
         parts = ([getattr(spread, name) for _, spread in found] for name in Spread.__annotations__)
         return np.stack([mean for mean, _ in found]), Spread(*(np.nan_to_num(np.stack(part)) for part in parts))
 
-    @cached_property
-    def sorted(self) -> SortedCells:
-        """Controls of every pool, each gene's values in order."""
-        return SortedCells(self.X, list(self.rows.values()))
+    def sorted(self, pools: np.ndarray) -> SortedCells:
+        """Return the controls of these pools, each gene's values in order."""
+        return SortedCells(self.X, [rows if pool in pools else rows[:0] for pool, rows in enumerate(self.rows.values())])
 
     def halves(self, obs: pd.DataFrame) -> list[Controls]:
         """Divide the controls, whose obs this is, in two within every stratum."""
@@ -334,7 +333,7 @@ class Predictions:
         self._X, self._measured = predictions.X, measured
         if predictions.isbacked and getattr(self._X, "format", "csr") != "csr":
             self._X = self._X.to_memory().tocsr()
-        self._rows = predictions.obs.groupby("perturbation", observed=True).indices
+        self.rows = predictions.obs.groupby("perturbation", observed=True).indices
         # A ceiling's cells are measured ones: they started from nothing.
         declared = predictions.uns.get("perturbflow", {}).get("starts_from_controls", True)
         self.starts_from_controls = bool(declared) and "control_index" in predictions.obs
@@ -355,11 +354,11 @@ class Predictions:
                 )
         else:
             raise InputError("predictions: obs needs control_index, or batch and cell_type, to be compared with controls of the same kind.")
-        self._pool = measured.controls.pools(strata)[stratum]
+        self.pool = measured.controls.pools(strata)[stratum]  # of controls that serves each cell
 
     def cells(self, label: str) -> sparse.csc_matrix:
         """Return the predicted cells of a perturbation."""
-        rows = self._rows[label]
+        rows = self.rows[label]
         is_run = rows[-1] - rows[0] == len(rows) - 1  # as `predict` writes them; rows here and there take longer to read
         X = sparse.csc_matrix(self._X[rows[0] : rows[-1] + 1] if is_run else self._X[rows], dtype=np.float32)
         if not np.isfinite(X.data).all() or (X.data < 0).any():
@@ -367,36 +366,20 @@ class Predictions:
         X.eliminate_zeros()
         return X
 
-    def pool(self, label: str) -> np.ndarray:
-        """Return the pool of controls that serves each predicted cell of a perturbation."""
-        return self._pool[self._rows[label]]
-
     def start(self, label: str) -> np.ndarray:
         """Return a number per predicted cell that cells of one starting control share."""
-        return self._index[self._rows[label]] if self.starts_from_controls else self._rows[label]
+        return self._index[self.rows[label]] if self.starts_from_controls else self.rows[label]
 
     def begun(self, label: str) -> sparse.csr_matrix:
         """Return the controls that the cells started from."""
-        return self._measured.at(self._index[self._rows[label]])
-
-
-def _differential(X: sparse.csc_matrix, profile: np.ndarray, pool: np.ndarray, controls: Controls, is_tested: np.ndarray) -> Differential:
-    """Test cells, whose mean profile this is, against the controls of their pools, (genes,) each."""
-    from scipy.stats import false_discovery_control
-
-    control = controls.shares(pool) @ controls.profiles[0]
-    z = np.where(is_tested, controls.sorted.rank_sum(X, pool), np.nan)
-    q = np.full(len(z), np.nan)
-    if is_tested.any():
-        q[is_tested] = false_discovery_control(p_value(z[is_tested]))
-    return Differential(z, q, np.where(is_tested, np.log2((profile + LFC_OFFSET) / (control + LFC_OFFSET)), np.nan))
+        return self._measured.at(self._index[self.rows[label]])
 
 
 def _fit_components(training: sparse.csr_matrix) -> PCA:
     from sklearn.decomposition import PCA
 
     n_components = min(N_COMPONENTS, training.shape[1] - 1, training.shape[0] - 1)
-    return PCA(n_components, svd_solver="randomized", random_state=0).fit(training.toarray())
+    return PCA(n_components, svd_solver="randomized", iterated_power=3, random_state=0).fit(training.toarray())
 
 
 class _Comparison:
@@ -409,7 +392,9 @@ class _Comparison:
         self.highly_expressed[np.argsort(-_mean_and_variance(X)[0], kind="stable")[:N_HIGH_EXPRESSION]] = True
         profile = _profile(_counts(X))[0]
         self._is_expressed = 1e6 * profile > TESTED_CPM * profile.sum()
-        self._pools = self.controls.pools(measured.strata)
+        self._pool = self.controls.pools(measured.strata)[measured.stratum]
+        scored = [self._pool[rows] for rows in measured.rows.values()]
+        self._sorted = self.controls.sorted(np.unique(np.concatenate([*scored, predicted.pool])))
         self._pca = _fit_components(measured.training_sample)
         self._rng = np.random.default_rng(0)
 
@@ -419,11 +404,22 @@ class _Comparison:
         chosen = np.arange(n) if n <= MAX_CELLS_OF_DISTANCE else np.sort(self._rng.choice(n, MAX_CELLS_OF_DISTANCE, replace=False))
         return self._pca.transform(X[chosen].toarray()), chosen
 
+    def _differential(self, X: sparse.csc_matrix, profile: np.ndarray, pool: np.ndarray, is_tested: np.ndarray) -> Differential:
+        """Test cells, whose mean profile this is, against the controls of their pools, (genes,) each."""
+        from scipy.stats import false_discovery_control
+
+        control = self.controls.shares(pool) @ self.controls.profiles[0]
+        z = np.where(is_tested, self._sorted.rank_sum(X, pool), np.nan)
+        q = np.full(len(z), np.nan)
+        if is_tested.any():
+            q[is_tested] = false_discovery_control(p_value(z[is_tested]))
+        return Differential(z, q, np.where(is_tested, np.log2((profile + LFC_OFFSET) / (control + LFC_OFFSET)), np.nan))
+
     def of(self, label: str, own_target: np.ndarray) -> dict:
         """Return what `Scored` holds of one perturbation, given the mask of its own genes."""
         controls, is_tested, rows = self.controls, self._is_expressed & ~own_target, self.measured.rows[label]
         X, Y = self.predicted.cells(label), self.measured.at(rows).tocsc()
-        pool = self._pools[self.measured.stratum[rows]]
+        pool = self._pool[rows]
         weights = controls.shares(pool)
         control, control_profile = weights @ controls.means[0], weights @ controls.profiles[0]
         control_spread = controls.profiles[1].weighted(weights)
@@ -437,7 +433,7 @@ class _Comparison:
             "measured_variance": variance,
             "measured_bulk": _bulk(profile),
             "measured_bulk_variance": spread.of_bulk(profile),
-            "measured_test": _differential(Y, profile, pool, controls, is_tested),
+            "measured_test": self._differential(Y, profile, pool, is_tested),
             "measured_components": components,
             "control": control,
             "control_bulk": _bulk(control_profile),
@@ -450,7 +446,7 @@ class _Comparison:
         mean, variance = _mean_and_variance(X)
         counts = _counts(X)
         profile, spread = _profile(counts)
-        test = _differential(X, profile, self.predicted.pool(label), controls, is_tested)
+        test = self._differential(X, profile, self.predicted.pool[self.predicted.rows[label]], is_tested)
         if self.predicted.starts_from_controls:
             # What the chance of drawing starts adds, to the mean and to its noise, is taken off; the noise of c̄ comes in its place.
             begun = self.predicted.begun(label).tocsc()
