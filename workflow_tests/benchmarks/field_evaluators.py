@@ -267,9 +267,10 @@ def ours(folder: Path, metrics: tuple[str, ...] | None = None) -> "tuple[pd.Data
     from perturbflow.evaluation import METRICS, score_inputs
     from perturbflow.pairs import Pairs
 
-    scored = score_inputs(ad.read_h5ad(folder / "predictions.h5ad", backed="r"), Pairs.open(folder / "pairs.h5ad"))
-    functions = {name: metric.function for name, metric in METRICS.items() if metrics is None or name in metrics}
-    return pd.DataFrame({name: function(scored) for name, function in functions.items()}, index=scored.labels), scored
+    asked = {name: metric for name, metric in METRICS.items() if metrics is None or name in metrics}
+    needs = frozenset(metric.needs for metric in asked.values())
+    scored = score_inputs(ad.read_h5ad(folder / "predictions.h5ad", backed="r"), Pairs.open(folder / "pairs.h5ad"), needs)
+    return pd.DataFrame({name: metric.function(scored) for name, metric in asked.items()}, index=scored.labels), scored
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
