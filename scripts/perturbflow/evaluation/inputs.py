@@ -16,7 +16,7 @@ from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.evaluation.ranks import SortedCells, p_value
-from perturbflow.evaluation.scored import BULK_TOTAL, Differential, Scored
+from perturbflow.evaluation.scored import BULK_TOTAL, NEEDED, Differential, Scored
 from perturbflow.symbols import CONTROL, members_of
 
 if TYPE_CHECKING:  # seconds to import, and the report takes METRICS alone from this package
@@ -31,7 +31,8 @@ CELLS_OF_PCA = 5000
 MAX_CELLS_OF_DISTANCE = 1000
 TESTED_CPM = 5.0
 LFC_OFFSET = 1e-9
-ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 2048  # of float64 and index copies of them there are several
+NEEDS = frozenset({"pseudobulk", "counts", "de", "cells"})  # what a metric may be computed from
 
 
 # --- sums over cells ------------------------------------------------------------------------------------------------
@@ -174,9 +175,11 @@ class Measured:
         All cells of pairs.h5ad; X may be on disk.
     labels, role
         Perturbations and role that are scored.
+    is_sampled
+        Whether a sample of training cells is wanted, too.
     """
 
-    def __init__(self, cells: Pairs, labels: list[str], role: str) -> None:
+    def __init__(self, cells: Pairs, labels: list[str], role: str, is_sampled: bool) -> None:
         self.labels, self.genes = labels, cells.genes
         self.stratum, self.strata = _stratify(cells.obs)
         of_role = (cells.obs["role"] == role).to_numpy()
@@ -185,7 +188,7 @@ class Measured:
         half = cells.obs["half"].astype(str).to_numpy()
         self.is_control = of_role & cells.is_control
         self.rows, self.duplicates = (self._rows_of(cells, is_scored & (half == name)) for name in "ba")
-        of_pca = np.flatnonzero(is_train)
+        of_pca = np.flatnonzero(is_train & is_sampled)
         if len(of_pca) > CELLS_OF_PCA:
             of_pca = np.sort(np.random.default_rng(0).choice(of_pca, CELLS_OF_PCA, replace=False))
         is_kept = self.is_control | (is_scored & (half == "b"))
@@ -333,6 +336,7 @@ class Predictions:
         self._X, self._measured = predictions.X, measured
         if predictions.isbacked and getattr(self._X, "format", "csr") != "csr":
             self._X = self._X.to_memory().tocsr()
+        self._block, self._block_start = self._X[:0], 0
         self.rows = predictions.obs.groupby("perturbation", observed=True).indices
         # A ceiling's cells are measured ones: they started from nothing.
         declared = predictions.uns.get("perturbflow", {}).get("starts_from_controls", True)
@@ -360,11 +364,17 @@ class Predictions:
         """Return the predicted cells of a perturbation."""
         rows = self.rows[label]
         is_run = rows[-1] - rows[0] == len(rows) - 1  # as `predict` writes them; rows here and there take longer to read
-        X = sparse.csc_matrix(self._X[rows[0] : rows[-1] + 1] if is_run else self._X[rows], dtype=np.float32)
+        X = sparse.csc_matrix(self._run(rows[0], rows[-1] + 1) if is_run else self._X[rows], dtype=np.float32)
         if not np.isfinite(X.data).all() or (X.data < 0).any():
             raise InputError(f"predictions of {label} hold negative or missing values; X is log1p-normalized expression, 0 or more.")
         X.eliminate_zeros()
         return X
+
+    def _run(self, first: int, last: int) -> sparse.csr_matrix:
+        """Return a range of rows; those after it are read with it, as every reading has its price."""
+        if not self._block_start <= first < last <= self._block_start + self._block.shape[0]:
+            self._block, self._block_start = self._X[first : max(last, first + ROWS_AT_ONCE)], first
+        return self._block[first - self._block_start : last - self._block_start]
 
     def start(self, label: str) -> np.ndarray:
         """Return a number per predicted cell that cells of one starting control share."""
@@ -383,10 +393,10 @@ def _fit_components(training: sparse.csr_matrix) -> PCA:
 
 
 class _Comparison:
-    """All that is compared of one perturbation after another."""
+    """All that is compared of one perturbation after another, as far as it is needed."""
 
-    def __init__(self, measured: Measured, predicted: Predictions) -> None:
-        self.measured, self.predicted, self.controls = measured, predicted, measured.controls
+    def __init__(self, measured: Measured, predicted: Predictions, needs: frozenset[str]) -> None:
+        self.measured, self.predicted, self.controls, self._needs = measured, predicted, measured.controls, needs
         X = self.controls.X.tocsc()
         self.highly_expressed = np.zeros(X.shape[1], dtype=bool)
         self.highly_expressed[np.argsort(-_mean_and_variance(X)[0], kind="stable")[:N_HIGH_EXPRESSION]] = True
@@ -394,8 +404,10 @@ class _Comparison:
         self._is_expressed = 1e6 * profile > TESTED_CPM * profile.sum()
         self._pool = self.controls.pools(measured.strata)[measured.stratum]
         scored = [self._pool[rows] for rows in measured.rows.values()]
-        self._sorted = self.controls.sorted(np.unique(np.concatenate([*scored, predicted.pool])))
-        self._pca = _fit_components(measured.training_sample)
+        if "de" in needs:
+            self._sorted = self.controls.sorted(np.unique(np.concatenate([*scored, predicted.pool])))
+        if "cells" in needs:
+            self._pca = _fit_components(measured.training_sample)
         self._rng = np.random.default_rng(0)
 
     def _components(self, X: sparse.csc_matrix) -> tuple[np.ndarray, np.ndarray]:
@@ -427,14 +439,11 @@ class _Comparison:
         mean, variance = _mean_and_variance(Y)
         profile, spread = _profile(_counts(Y))
         noise = np.nansum(variance) / len(rows) + (weights**2 @ controls.means[1]).sum()
-        components, _ = self._components(Y)
         found = {
             "measured": mean,
             "measured_variance": variance,
             "measured_bulk": _bulk(profile),
             "measured_bulk_variance": spread.of_bulk(profile),
-            "measured_test": self._differential(Y, profile, pool, is_tested),
-            "measured_components": components,
             "control": control,
             "control_bulk": _bulk(control_profile),
             "control_bulk_variance": control_spread.of_bulk(control_profile),
@@ -442,34 +451,45 @@ class _Comparison:
             "reliability": self.measured.reliability(label, mean),
             "effect_size": np.sqrt(max(0.0, np.square(mean - control).sum() - noise)),
         }
+        if "de" in self._needs:
+            found["measured_test"] = self._differential(Y, profile, pool, is_tested)
 
         mean, variance = _mean_and_variance(X)
         counts = _counts(X)
         profile, spread = _profile(counts)
-        test = self._differential(X, profile, self.predicted.pool[self.predicted.rows[label]], is_tested)
+        if "de" in self._needs:
+            found["predicted_test"] = self._differential(X, profile, self.predicted.pool[self.predicted.rows[label]], is_tested)
         if self.predicted.starts_from_controls:
             # What the chance of drawing starts adds, to the mean and to its noise, is taken off; the noise of c̄ comes in its place.
             begun = self.predicted.begun(label).tocsc()
             mean = mean - _mean_and_variance(begun)[0] + control
             change, spread = _profile((counts - _counts(begun)).tocsc())
             profile, spread = np.maximum(change + control_profile, 0.0), spread + control_spread
-        components, chosen = self._components(X)
-        coverage = np.full(X.shape[1], np.nan)
-        genes = self.highly_expressed
-        coverage[genes] = SortedCells(X[:, genes].tocsr(), [np.arange(X.shape[0])]).coverage(Y[:, genes])
+        if "cells" in self._needs:
+            found |= self._of_cells(label, X, Y)
         return found | {
             "predicted": mean,
             "predicted_variance": variance,
             "predicted_bulk": _bulk(profile),
             "predicted_bulk_variance": spread.of_bulk(profile),
-            "predicted_test": test,
-            "predicted_components": components,
+        }
+
+    def _of_cells(self, label: str, X: sparse.csc_matrix, Y: sparse.csc_matrix) -> dict:
+        """Return what `Scored` holds of the distribution of predicted cells X and of measured cells Y."""
+        measured, _ = self._components(Y)
+        predicted, chosen = self._components(X)
+        coverage = np.full(X.shape[1], np.nan)
+        genes = self.highly_expressed
+        coverage[genes] = SortedCells(X[:, genes].tocsr(), [np.arange(X.shape[0])]).coverage(Y[:, genes])
+        return {
+            "measured_components": measured,
+            "predicted_components": predicted,
             "predicted_start": self.predicted.start(label)[chosen],
             "coverage": coverage,
         }
 
 
-def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
+def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = NEEDS) -> Scored:
     """Bring predicted and measured cells together.
 
     Parameters
@@ -479,6 +499,8 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
         (test where it is silent).
     cells
         All cells of pairs.h5ad, in memory or opened.
+    needs
+        `Metric.needs` of the metrics that will read it: tests and distributions of cells take most of the time.
 
     Raises
     ------
@@ -496,8 +518,8 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
             f"predictions of the role {role} hold {', '.join(missing[:5])}, of which no cell has that role: only held-out cells can be "
             "scored. Predict the perturbations of this split, or name the right role in uns['perturbflow']['role']."
         )
-    measured = Measured(cells, labels, role)
-    comparison = _Comparison(measured, Predictions(predictions, measured))
+    measured = Measured(cells, labels, role, is_sampled="cells" in needs)
+    comparison = _Comparison(measured, Predictions(predictions, measured), needs)
     own_target = np.stack([np.isin(cells.genes, members_of(label)) for label in labels])
     found = [comparison.of(label, own) for label, own in zip(labels, own_target, strict=True)]
 
@@ -507,7 +529,7 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs) -> Scored:
             return Differential(*(np.stack([getattr(test, part) for test in values]) for part in Differential.__annotations__))
         return values if name.endswith(("_components", "_start")) else np.stack(values)
 
-    values = {name: collected(name) for name in found[0]}
+    values = dict.fromkeys(NEEDED) | {name: collected(name) for name in found[0]}
     return Scored(
         labels=labels,
         **values,

@@ -8,6 +8,8 @@ import numpy as np
 NO_EFFECT = 1e-5  # an effect smaller than this in every gene is none: its direction would be that of rounding errors
 BULK_TOTAL = 5e4
 FDR = 0.05
+# Fields of `Scored` that are None where no metric needs tests or cells.
+NEEDED = ("predicted_test", "measured_test", "coverage", "predicted_components", "measured_components", "predicted_start")
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,14 @@ class Scored:
     weight: np.ndarray
     highly_expressed: np.ndarray
     own_target: np.ndarray
-    predicted_test: Differential
-    measured_test: Differential
+    predicted_test: Differential | None
+    measured_test: Differential | None
     predicted_variance: np.ndarray
     measured_variance: np.ndarray
-    coverage: np.ndarray
-    predicted_components: list[np.ndarray]
-    measured_components: list[np.ndarray]
-    predicted_start: list[np.ndarray]
+    coverage: np.ndarray | None
+    predicted_components: list[np.ndarray] | None
+    measured_components: list[np.ndarray] | None
+    predicted_start: list[np.ndarray] | None
     n_cells: np.ndarray
     reliability: np.ndarray
     effect_size: np.ndarray

@@ -1,0 +1,467 @@
+"""Compare this workflow's scores with those of the field's evaluators, cell-eval and scperteval, on the same predictions.
+
+    pip install -r envs/requirements.txt -r workflow_tests/benchmarks/field_evaluators.txt
+    python workflow_tests/benchmarks/field_evaluators.py agreement
+    python workflow_tests/benchmarks/field_evaluators.py agreement --results results/renge2023/unseen_perturbation/additive/seed_0
+    python workflow_tests/benchmarks/field_evaluators.py speed
+    python workflow_tests/benchmarks/field_evaluators.py scale
+
+agreement: the greatest difference per metric over the perturbations of a made screen, or of a model's folder in a finished run:
+on the files as they are, and on inputs from which everything is taken out in which we differ by design. speed: wall time and
+peak memory, on the metrics that cell-eval has too and on all of ours. scale: ours on many cells. Each measurement is a process
+of its own, from its start to its end.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "scripts"))
+
+if TYPE_CHECKING:  # theirs are not to be timed with our imports
+    from perturbflow.evaluation import Scored
+
+SIZES = {  # of made_predictions.py: genes, perturbations, controls, scored, predicted
+    "agreement": (900, 25, 200, 80, 80),
+    "speed": (5_000, 100, 1_000, 100, 100),
+    "scale": (2_000, 300, 30_000, 500, 1_000),
+}
+TOLERANCE = 1e-6
+CELL_EVAL_SHARED = (
+    "mae", "mse", "pearson_delta", "discrimination_score_l1", "discrimination_score_l2", "discrimination_score_cosine",
+    "overlap_at_N", "pr_auc", "de_sig_genes_recall", "de_nsig_counts",
+)  # fmt: skip
+OURS_SHARED = ("mae", "l2_heg1000", "pearson_delta_ctrl", "pds_l1", "pds_l2", "pds_cosine", "overlap_at_n", "auprc", "sig_jaccard")
+
+
+# --- what is compared with what -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of ours beside one of theirs.
+
+    Attributes
+    ----------
+    ours, evaluator, theirs
+        Names; `theirs` is what is called on the files as they are.
+    feed, call
+        The inputs freed of our differences, and what is called on them; see `FEEDS`.
+    differs
+        What the files as they are differ in, besides the controls: theirs know no batches and no starting cells.
+    value
+        Their table (perturbations × metrics), name in it, and (perturbations, genes) → values on our scale.
+    is_same
+        Whether the definitions are the same on `feed`.
+    """
+
+    ours: str
+    evaluator: str
+    theirs: str
+    feed: str
+    call: str
+    differs: str
+    value: Callable[[pd.DataFrame, str, tuple[int, int]], pd.Series] = lambda table, name, shape: table[name]
+    is_same: bool = True
+
+
+def _norm(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
+    return np.sqrt(table[name] * shape[1])
+
+
+def _discrimination(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
+    return 1 - shape[0] * (1 - table[name]) / (shape[0] - 1)
+
+
+def _overlap(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
+    return table[name].where(table["de_nsig_counts_real"] > 0)  # theirs is 0 where nothing is significant, ours undefined
+
+
+def _jaccard(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
+    both = table["de_sig_genes_recall"].fillna(0) * table["de_nsig_counts_real"]
+    union = table["de_nsig_counts_real"] + table["de_nsig_counts_pred"] - both
+    return (both / union).where(union > 0, 1.0)
+
+
+FEEDS = {
+    "effects": "one row per perturbation: effects on one common control",
+    "highest": "the same, the 1,000 genes highest in controls",
+    "centred": "one row per perturbation, our reference mean in the place of the control",
+    "bulks": "one row per perturbation: log bulks, panel targets left out",
+    "components": "cells as our 50 principal components",
+    "tested": "cells; per perturbation the genes that ours tests",
+    "ordered": "the same, predicted q replaced by the ranks of p",
+    "weighted": "cells; per perturbation all cells of the others as the pool, our reference in the place of the control",
+}
+HEG = "all genes; ours the 1,000 highest in controls"
+PDS = "log differences of means, own target left out (of singles only), 1 − k/n, ties as sorted; ours log bulks, all targets of the panel left out, 1 − k/(n − 1), ties half"
+TEST = "all genes, geometric means; ours genes above 5 CPM in controls, own target left out, arithmetic means"
+PCA = "components fitted on what is scored; ours on training cells"
+POOL = "t against the other scored cells; ours against all perturbed cells of other labels"
+COMPARISONS = (
+    Comparison("mae", "cell-eval", "mae", "effects", "mae", "–"),
+    Comparison("l2_heg1000", "cell-eval", "mse", "highest", "mse", HEG, _norm),
+    Comparison("l2_heg1000", "scperteval", "l2_heg_k=1000", "highest", "l2_heg_k=1000", "–"),
+    Comparison("pearson_delta_ctrl", "cell-eval", "pearson_delta", "highest", "pearson_delta", HEG),
+    Comparison("pearson_delta_ctrl", "scperteval", "pearson_ctrl_heg_k=1000", "highest", "pearson_ctrl_heg_k=1000", "–"),
+    Comparison("pearson_delta_pert", "scperteval", "pearson_pert", "centred", "pearson_ctrl", "mean of the other scored perturbations as reference; ours of training's"),
+    Comparison("pds_l1", "cell-eval", "discrimination_score_l1", "bulks", "discrimination_score_l1", PDS, _discrimination),
+    Comparison("pds_l2", "cell-eval", "discrimination_score_l2", "bulks", "discrimination_score_l2", PDS, _discrimination),
+    Comparison("pds_cosine", "cell-eval", "discrimination_score_cosine", "bulks", "discrimination_score_cosine", PDS, _discrimination),
+    Comparison("centroid_accuracy", "scperteval", "nir", "effects", "nir", "–"),
+    Comparison("rank_rmse", "scperteval", "rank", "effects", "rank", "–"),
+    Comparison("wmse", "scperteval", "wmse_exp2", "weighted", "wmse_exp2", POOL),
+    Comparison("r2_w_delta", "scperteval", "weighted_r2_pert_exp2", "weighted", "weighted_r2_ctrl_exp2", f"{POOL}; reference as for pearson_delta_pert"),
+    Comparison("overlap_at_n", "cell-eval", "overlap_at_N", "tested", "overlap_at_N", TEST, _overlap),
+    Comparison("auprc", "cell-eval", "pr_auc", "ordered", "pr_auc", f"{TEST}; ordered by q, equal below 1e-10; ours by p"),
+    Comparison("sig_jaccard", "cell-eval", "de_sig_genes_recall", "tested", "de_sig_genes_recall", f"{TEST}; from recall and numbers of genes", _jaccard),
+    Comparison("energy_distance", "scperteval", "energy_distance_pca_k=50", "components", "energy_distance_top_k=50", PCA),
+    Comparison("mmd", "scperteval", "unbiased_mmd_median_pca_k=50", "components", "unbiased_mmd_median_top_k=50", PCA),
+    Comparison("sinkhorn_w2", "scperteval", "sinkhorn_w2_pca_k=50", "components", "sinkhorn_w2_top_k=50", f"{PCA}; in single precision", is_same=False),
+    Comparison("sinkhorn_w2", "geomloss", "sinkhorn", "components", "sinkhorn", "what scperteval calls, in double precision"),
+)  # fmt: skip
+ONE_STRATUM = {
+    "tested",
+    "ordered",
+    "weighted",
+}  # feeds of cells: the same only where ours sees one batch and cells that started from nothing
+
+
+# --- theirs, each in a process of its own ---------------------------------------------------------------------------
+
+
+def cell_eval(measured: ad.AnnData, predicted: ad.AnnData, metrics: list[str], tests: dict | None = None) -> pd.DataFrame:
+    """Return perturbations × cell-eval's metrics, of pdex' tests or of those given as de_real and de_pred."""
+    from cell_eval import MetricsEvaluator
+    from cell_eval.metrics import metrics_registry
+
+    needs_test = any(name.startswith(("de_", "overlap", "precision", "pr_", "roc_")) for name in metrics)
+    columns = {"control_pert": "control", "pert_col": "perturbation"}
+    with tempfile.TemporaryDirectory() as outdir:
+        evaluator = MetricsEvaluator(predicted, measured, **columns, outdir=outdir, skip_de=not needs_test, **(tests or {}))
+        skipped = sorted(set(metrics_registry.list_metrics()) - set(metrics))
+        results, _ = evaluator.compute(skip_metrics=skipped, write_csv=False, break_on_error=True)
+    return results.to_pandas().set_index("perturbation")
+
+
+def pdex_tests(measured: ad.AnnData, predicted: ad.AnnData, tested: pd.DataFrame, is_ordered: bool) -> dict:
+    """Return pdex' tests of some genes per perturbation, adjusted for these; with is_ordered, predicted q are ranks of p."""
+    import polars
+    from pdex import pdex
+    from scipy.stats import false_discovery_control
+
+    tests = {}
+    for name, cells in (("de_real", measured), ("de_pred", predicted)):
+        genes = cells[:, cells.var_names.isin(tested["feature"])].copy()
+        table = pdex(genes, "perturbation", "ref", is_log1p=True, geometric_mean=False, reference="control", as_pandas=True)
+        table = table.merge(tested, on=["target", "feature"])
+        p = table.groupby("target")["p_value"]
+        table["fdr"] = p.rank() / (len(genes.var) + 1) if is_ordered and name == "de_pred" else p.transform(false_discovery_control)
+        tests[name] = polars.from_pandas(table)
+    return tests
+
+
+def geomloss(measured: ad.AnnData, predicted: ad.AnnData, _: list[str]) -> pd.DataFrame:
+    """Return the Sinkhorn distance that scperteval has, in double precision."""
+    import torch
+    from geomloss import SamplesLoss
+
+    loss = SamplesLoss(loss="sinkhorn", p=2, blur=0.05, debias=True, backend="tensorized")
+    labels = sorted(set(measured.obs["perturbation"]) - {"control"})
+    sides = [[torch.as_tensor(cells[cells.obs["perturbation"] == label].X.copy()) for label in labels] for cells in (measured, predicted)]
+    values = [(2 * loss(x, y).clamp(min=0)).sqrt().item() for x, y in zip(*sides, strict=True)]
+    return pd.DataFrame({"sinkhorn": values}, index=labels)
+
+
+def scperteval(measured: ad.AnnData, predicted: ad.AnnData, protocols: list[str]) -> pd.DataFrame:
+    """Return perturbations × scperteval's protocols."""
+    from scperteval import prepare, score
+
+    prepared = prepare(measured, protocols, min_cells=1)
+    scores = {name: score(prepared, name, predicted).per_perturbation.set_index("perturbation")["score"] for name in protocols}
+    return pd.DataFrame(scores)
+
+
+def scperteval_weighted(
+    measured: ad.AnnData, predicted: ad.AnnData, protocols: list[str], pairs: ad.AnnData, centred: ad.AnnData
+) -> pd.DataFrame:
+    """Return scperteval's weighted protocols, one perturbation at a time: its scored cells, and all cells of the others as 'other'."""
+    reference = centred[centred.obs["perturbation"] == "control"].copy()
+    reference.var_names = measured.var_names
+    rows = []
+    for label in sorted(set(measured.obs["perturbation"]) - {"control"}):
+        others = pairs[~pairs.obs["perturbation"].isin([label, "control"])].copy()
+        others.obs["perturbation"] = "other"
+        cells = ad.concat([measured[measured.obs["perturbation"] == label], others, reference])
+        guess = ad.concat([predicted[predicted.obs["perturbation"] == label], others[:1]])
+        rows.append(scperteval(in_float64(cells), in_float64(guess), protocols).loc[[label]])
+    return pd.concat(rows)
+
+
+def in_float64(cells: ad.AnnData) -> ad.AnnData:
+    """Return cells in double precision, so that rounding is no part of what differs."""
+    return ad.AnnData(
+        sparse.csr_matrix(cells.X, dtype=np.float64), cells.obs[["perturbation"]].astype(str), pd.DataFrame(index=cells.var_names)
+    )
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------
+
+
+def field_inputs(pairs: Path, predictions: Path) -> tuple[ad.AnnData, ad.AnnData]:
+    """Return measured and predicted cells as the field's evaluators want them, the same measured controls in both."""
+    cells = ad.read_h5ad(pairs)
+    measured = cells[(cells.obs["role"] == "test") & (cells.obs["half"] != "a")].copy()
+    predicted = ad.concat([ad.read_h5ad(predictions), measured[measured.obs["is_control"]]])
+    del measured.layers["counts"]
+    return measured, predicted
+
+
+def feeds(scored: "Scored") -> Iterator[tuple[str, list[str], list[str], np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield what FEEDS promises of rows: name, labels of measured and of predicted rows, the rows, and those of controls."""
+    labels = scored.labels
+    common = scored.control.mean(axis=0)
+    measured, predicted = scored.measured - scored.control + common, scored.predicted - scored.control + common
+    yield "effects", labels, labels, measured, predicted, common[None]
+    highest = scored.highly_expressed
+    yield "highest", labels, labels, measured[:, highest], predicted[:, highest], common[None, highest]
+    reference = np.broadcast_to(scored.reference, scored.measured.shape)
+    common = reference.mean(axis=0)
+    yield "centred", labels, labels, scored.measured - reference + common, scored.predicted - reference + common, common[None]
+    kept = ~scored.own_target.any(axis=0)
+    measured, predicted = ((bulk - scored.control_bulk)[:, kept] for bulk in (scored.measured_bulk, scored.predicted_bulk))
+    yield "bulks", labels, labels, measured, predicted, np.zeros((1, kept.sum()))
+    names = [np.repeat(labels, [len(rows) for rows in cells]) for cells in (scored.measured_components, scored.predicted_components)]
+    measured, predicted = np.concatenate(scored.measured_components), np.concatenate(scored.predicted_components)
+    yield "components", *names, measured, predicted, np.zeros((2, measured.shape[1]))
+
+
+def write_feeds(scored: "Scored", genes: list[str], folder: Path) -> None:
+    """Write {feed}.measured.h5ad and {feed}.predicted.h5ad of every feed of rows, and tested.tsv."""
+    for feed, *labels, measured, predicted, control in feeds(scored):
+        lift = max(0.0, -min(rows.min() for rows in (measured, predicted, control)))  # cell-eval takes negative values for a mistake
+        for name, of_rows, rows in zip(("measured", "predicted"), labels, (measured, predicted), strict=True):
+            obs = pd.DataFrame({"perturbation": [*of_rows, *["control"] * len(control)]}).rename(index=str)
+            columns = pd.DataFrame(index=[f"column_{i}" for i in range(rows.shape[1])])  # no gene's name: nothing more is left out
+            ad.AnnData(np.vstack([rows, control]) + lift, obs, columns).write_h5ad(folder / f"{feed}.{name}.h5ad")
+    at, gene = np.nonzero(~np.isnan(scored.measured_test.z))
+    tested = pd.DataFrame({"target": np.array(scored.labels)[at], "feature": np.array(genes)[gene]})
+    tested.to_csv(folder / "tested.tsv", sep="\t", index=False)
+
+
+def ours(folder: Path, metrics: tuple[str, ...] | None = None) -> "tuple[pd.DataFrame, Scored]":
+    """Return perturbations × our metrics, and what they read."""
+    from perturbflow.evaluation import METRICS, score_inputs
+    from perturbflow.pairs import Pairs
+
+    asked = {name: metric for name, metric in METRICS.items() if metrics is None or name in metrics}
+    needs = frozenset(metric.needs for metric in asked.values())
+    scored = score_inputs(ad.read_h5ad(folder / "predictions.h5ad", backed="r"), Pairs.open(folder / "pairs.h5ad"), needs)
+    return pd.DataFrame({name: metric.function(scored) for name, metric in asked.items()}, index=scored.labels), scored
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path, feed: str) -> tuple[ad.AnnData, ad.AnnData]:
+    return ad.read_h5ad(folder / f"{feed}.measured.h5ad"), ad.read_h5ad(folder / f"{feed}.predicted.h5ad")
+
+
+def work_prepare(folder: Path) -> None:
+    """The evaluators' inputs of a screen."""
+    for name, cells in zip(("measured", "predicted"), field_inputs(folder / "pairs.h5ad", folder / "predictions.h5ad"), strict=True):
+        cells.write_h5ad(folder / f"cells.{name}.h5ad")
+
+
+def work_ours(folder: Path) -> None:
+    """All our metrics, and every feed."""
+    scores, scored = ours(folder)
+    scores.to_csv(folder / "ours.tsv", sep="\t", index_label="perturbation")
+    write_feeds(scored, list(ad.read_h5ad(folder / "predictions.h5ad", backed="r").var_names), folder)
+
+
+def work_evaluator(folder: Path, name: str) -> None:
+    """All that is compared with one evaluator: {evaluator}.{feed}.tsv."""
+    comparisons = [comparison for comparison in COMPARISONS if comparison.evaluator == name]
+    cells = read(folder, "cells")
+    evaluate = {"cell-eval": cell_eval, "scperteval": scperteval, "geomloss": geomloss}[name]
+    asked = {"cells": [comparison.theirs for comparison in comparisons]} if name != "geomloss" else {}
+    for comparison in comparisons:
+        asked.setdefault(comparison.feed, []).append(comparison.call)
+    for feed, calls in asked.items():
+        if feed in ("tested", "ordered"):
+            doubles = [in_float64(side) for side in cells]
+            tested = pd.read_csv(folder / "tested.tsv", sep="\t")
+            table = cell_eval(*doubles, [*calls, "de_nsig_counts"], pdex_tests(*doubles, tested, feed == "ordered"))
+        elif feed == "weighted":
+            table = scperteval_weighted(*cells, calls, ad.read_h5ad(folder / "pairs.h5ad"), read(folder, "centred")[0])
+        else:
+            also = ["de_nsig_counts"] if "overlap_at_N" in calls else []
+            table = evaluate(*read(folder, feed), sorted({*calls, *also}))
+        table.to_csv(folder / f"{name}.{feed}.tsv", sep="\t", index_label="perturbation")
+
+
+def work_ours_shared(folder: Path) -> None:
+    """Our metrics that cell-eval has too."""
+    ours(folder, OURS_SHARED)
+
+
+def work_ours_all(folder: Path) -> None:
+    """The workflow's step."""
+    from perturbflow.evaluation import evaluate
+
+    evaluate(folder / "predictions.h5ad", folder / "pairs.h5ad", folder / "split.json", folder / "metrics.tsv")
+
+
+def work_cell_eval_shared(folder: Path) -> None:
+    """cell-eval's metrics that we have too."""
+    cell_eval(*read(folder, "cells"), list(CELL_EVAL_SHARED))
+
+
+WORK = {
+    "prepare": work_prepare,
+    "ours": work_ours,
+    "cell-eval": lambda folder: work_evaluator(folder, "cell-eval"),
+    "scperteval": lambda folder: work_evaluator(folder, "scperteval"),
+    "geomloss": lambda folder: work_evaluator(folder, "geomloss"),
+    "ours, shared metrics": work_ours_shared,
+    "ours, all metrics": work_ours_all,
+    "cell-eval, shared metrics": work_cell_eval_shared,
+}
+
+
+def measured_process(command: list[object]) -> tuple[float, float, float]:
+    """Run a Python script to its end; return wall seconds, CPU seconds and peak resident memory in GiB."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(map(str, command))} failed:\n{log.read().decode()[-4000:]}")
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+
+
+def work(name: str, folder: Path) -> tuple[float, float, float]:
+    """Do one piece of WORK in a process of its own."""
+    return measured_process([__file__, "work", "--name", name, "--folder", folder])
+
+
+def make(folder: Path, what: str) -> None:
+    """Write the made screen of one kind of measurement."""
+    names = ("genes", "perturbations", "controls", "scored", "predicted")
+    options = [word for name, n in zip(names, SIZES[what], strict=True) for word in (f"--{name}", n)]
+    # Cells that start from nothing keep their plain mean, as theirs do.
+    measured_process([HERE / "made_predictions.py", folder, *options, *(["--from-nothing"] if what == "agreement" else [])])
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def greatest_difference(ours: pd.Series, theirs: pd.Series) -> float:
+    """Return the greatest absolute difference; infinite where a value is undefined for one of the two alone."""
+    if (ours.isna() != theirs.isna()).any():
+        return np.inf
+    return float((ours - theirs).abs().max())
+
+
+def agreement(folder: Path) -> pd.DataFrame:
+    """Return one row per comparison: greatest differences over perturbations, and whether the definitions are the same."""
+    for name in ("prepare", "ours", "cell-eval", "scperteval", "geomloss"):
+        work(name, folder)
+
+    def table(name: str) -> pd.DataFrame:
+        return pd.read_csv(folder / f"{name}.tsv", sep="\t", index_col="perturbation")
+
+    scores, cells = table("ours"), ad.read_h5ad(folder / "pairs.h5ad", backed="r")
+    is_plain = cells.obs[["batch", "cell_type"]].drop_duplicates().shape[0] == 1
+    shape = (len(scores), cells.n_vars)
+    rows = []
+    for comparison in COMPARISONS:
+        differences = []
+        for feed, name in (("cells", comparison.theirs), (comparison.feed, comparison.call)):
+            if feed == "cells" and comparison.evaluator == "geomloss":
+                differences.append(np.nan)
+                continue
+            theirs = comparison.value(
+                table(f"{comparison.evaluator}.{feed}"), name, (shape[0], min(shape[1], 1000) if feed == "highest" else shape[1])
+            )
+            differences.append(greatest_difference(scores[comparison.ours], theirs.reindex(scores.index)))
+        is_same = comparison.is_same and (is_plain or comparison.feed not in ONE_STRATUM)
+        rows.append((comparison.ours, f"{comparison.evaluator} {comparison.theirs}", *differences, is_same, comparison.differs))
+    return pd.DataFrame(rows, columns=["ours", "theirs", "as they are", "same inputs", "same", "differs"])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table in Markdown."""
+    lines = [table.columns, ["---"] * table.shape[1], *table.astype(str).itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def show_agreement(folder: Path) -> None:
+    """Print the table of agreement; fail where the same definition gives another value."""
+    table = agreement(folder)
+    wrong = table[table["same"] & ~(table["same inputs"] <= TOLERANCE)]
+    table["as they are"] = table["as they are"].map("{:.0e}".format)
+    table["same inputs"] = table["same inputs"].map("{:.0e}".format)
+    print(markdown(table))
+    if len(wrong):
+        raise SystemExit(f"more than {TOLERANCE:g} apart where the definition is the same: {', '.join(wrong['ours'])}")
+
+
+def show_speed(folder: Path) -> None:
+    """Print wall time, CPU time and peak memory of each, and the ratios to cell-eval's."""
+    work("prepare", folder)
+    names = ("cell-eval, shared metrics", "ours, shared metrics", "ours, all metrics")
+    table = pd.DataFrame([work(name, folder) for name in names], columns=["seconds", "CPU seconds", "peak GiB"], index=names)
+    ratios = table.iloc[0] / table
+    table["times as fast"], table["by CPU"], table["of the memory"] = ratios["seconds"], ratios["CPU seconds"], 1 / ratios["peak GiB"]
+    print(markdown(table.round(2).reset_index(names="")))
+
+
+def show_scale(folder: Path) -> None:
+    """Print wall time and peak memory of our evaluation of many cells."""
+    seconds, _, peak = work("ours, all metrics", folder)
+    n_cells, n_genes = ad.read_h5ad(folder / "predictions.h5ad", backed="r").shape
+    print(f"{n_cells:,} predicted cells × {n_genes:,} genes: {seconds:.0f} s, peak {peak:.2f} GiB")
+
+
+def main() -> None:
+    """Print the tables of one kind of measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=(*SIZES, "work"), help="work is what this script calls itself with")
+    parser.add_argument("--results", type=Path, help="agreement on a model's folder of a finished run instead of a made screen")
+    parser.add_argument("--folder", type=Path, help="keep what is made here, and use it the next time")
+    parser.add_argument("--name", choices=WORK, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.what == "work":
+        WORK[arguments.name](arguments.folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments.results:
+            for file in (arguments.results / "predictions.h5ad", arguments.results.parents[1] / "pairs.h5ad"):
+                (folder / file.name).unlink(missing_ok=True)
+                (folder / file.name).symlink_to(file.resolve())
+        elif not (folder / "split.json").exists():
+            make(folder, arguments.what)
+        {"agreement": show_agreement, "speed": show_speed, "scale": show_scale}[arguments.what](folder)
+
+
+if __name__ == "__main__":
+    main()
