@@ -30,7 +30,7 @@ HARD = RNG.uniform(0.5, 1.5, N)  # how hard each perturbation is, for all models
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Know families and metrics of every kind, whatever the version; each model here is named after its family."""
     for name, kind in KINDS.items():
-        monkeypatch.setitem(FAMILIES, name, Family(f"none:{name}", "train_closed_form", kind))
+        monkeypatch.setitem(FAMILIES, name, Family(f"none:{name}", kind))
     for name in list(METRICS):
         monkeypatch.delitem(METRICS, name)
     made = [("loss", "error", "lower", 0.0, True), ("score", "effect", "higher", 1.0, True), ("rank_cosine", "ranking", "lower", 0.0, True),

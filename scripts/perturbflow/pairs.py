@@ -119,8 +119,8 @@ class Pairs:
     @cached_property
     def control_covariance(self) -> np.ndarray:
         """Covariance of genes over all controls, (genes, genes)."""
-        X = self.X[np.flatnonzero(self.is_control)].astype(np.float64)
-        return np.asarray((X.T @ X).todense()) / X.shape[0] - np.outer(self.control_level, self.control_level)
+        X = self.X[np.flatnonzero(self.is_control)].toarray() - self.control_level
+        return X.T @ X / len(X)
 
     def mean_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the mean expression of cells, (genes,)."""
