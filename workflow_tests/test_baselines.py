@@ -311,6 +311,23 @@ def test_predictions_have_the_genes_scale_and_cells_of_the_measured(predictions:
     assert all(len(members_of(label)) == 2 for label in predicted.obs["perturbation"].unique())
 
 
+@pytest.mark.parametrize("implementation", [family.implementation for family in CLOSED_FORMS if family.kind == "ceiling"])
+def test_the_cells_of_a_ceiling_keep_their_batch(implementation: str, prepared: dict[str, Prepared], tmp_path: Path) -> None:
+    here = prepared["unseen_combination"]
+    train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", implementation, {}, 0)
+    predict(here.pairs, tmp_path / "model.npz", tmp_path / "predictions.h5ad", implementation, {}, 0, 1000)
+    predicted, pairs = ad.read_h5ad(tmp_path / "predictions.h5ad"), ad.read_h5ad(here.pairs)
+    start = pairs.obs.iloc[predicted.obs["control_index"]]
+    assert (start["batch"].astype(str).to_numpy() == predicted.obs["batch"].astype(str).to_numpy()).all()
+    duplicates = pairs[(pairs.obs["role"] == "test") & (pairs.obs["half"] == "a")]
+    of = ["perturbation", "batch"]
+    assert predicted.obs.groupby(of, observed=True).size().to_dict() == duplicates.obs.groupby(of, observed=True).size().to_dict()
+    if implementation.endswith("TechnicalDuplicate"):
+        for batch in ("b1", "b2"):
+            cells = [some[(some.obs["batch"] == batch).to_numpy()].X.toarray() for some in (predicted, duplicates)]
+            np.testing.assert_allclose(*(np.sort(values.sum(axis=1)) for values in cells), rtol=1e-5)
+
+
 def test_predicted_means_are_control_plus_effect(predictions: tuple[ad.AnnData, ad.AnnData]) -> None:
     predicted, pairs = predictions
     label = predicted.obs["perturbation"].cat.categories[0]

@@ -57,12 +57,13 @@ def predict(
         measured = cells.cells_of(label)
         if len(measured) > max_cells:
             measured = np.sort(rng.choice(measured, max_cells, replace=False))
+        if family.is_ceiling:  # its cells are measured ones: it says which
+            measured = np.searchsorted(cells.rows, family.rows(label, len(measured), seed))
         start = cells.control_index[measured, 0]
         strata = {"strata": cells.strata[start]} if family.reads_strata else {}
         predicted = family.predict(cells.X[start].toarray(), [label], len(start), seed, **strata)[0]
-        start = start[: len(predicted)]
         blocks.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
-        obs = cells.obs.iloc[start][["cell_type", "batch"]].astype(str)
+        obs = cells.obs.iloc[measured if family.is_ceiling else start][["cell_type", "batch"]].astype(str)
         rows.append(obs.assign(perturbation=label, control_index=cells.rows[start].astype(np.int32)))
         logger.info("%s: %d cells", label, len(predicted))
     obs = pd.concat(rows, ignore_index=True)[["perturbation", "cell_type", "batch", "control_index"]]

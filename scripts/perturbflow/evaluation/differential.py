@@ -47,7 +47,7 @@ def sig_jaccard(scored: Scored) -> np.ndarray:
 
 
 def direction_fidelity(scored: Scored) -> np.ndarray:
-    """K / max(n̂, n), k the genes called in the prediction whose fold change has the measured sign, n̂ and n the genes called.
+    """Share k / max(n̂, n), k the genes called in the prediction whose fold change has the measured sign, n̂ and n the genes called.
 
     NaN where nothing is called.
     """

@@ -21,13 +21,14 @@ class TechnicalDuplicate(Model):
         """Keep half 'a' of all held-out perturbations."""
         cells = pairs.select((pairs.obs["half"] == "a").to_numpy() | pairs.is_control)
         of_role = {role: cells.roles(role) for role in ("validation", "test")}  # a perturbation may be held out in both: test counts
-        X, labels = [], []
+        X, labels, of_pairs = [], [], []
         for label in sorted({label for held_out in of_role.values() for label in held_out.perturbations}):
             held_out = of_role["test" if label in of_role["test"].perturbations else "validation"]
             rows = held_out.cells_of(label)
             X.append(self.duplicate(held_out, rows, pairs))
             labels += [label] * len(rows)
-        self.artefact = {"X": np.vstack(X), "labels": np.array(labels, dtype=str)}
+            of_pairs.append(held_out.rows[rows])
+        self.artefact = {"X": np.vstack(X), "labels": np.array(labels, dtype=str), "rows": np.concatenate(of_pairs)}
         return self.artefact
 
     def duplicate(self, held_out: Pairs, rows: np.ndarray, pairs: Pairs) -> np.ndarray:
@@ -40,9 +41,14 @@ class TechnicalDuplicate(Model):
 
     def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
         """Return measured cells, each once: at most n of the duplicate half, drawn at random."""
-        rng = np.random.default_rng(seed)
-        rows = [rng.permutation(np.flatnonzero(self.artefact["labels"] == perturbation))[:n] for perturbation in perturbations]
-        return np.stack([self.artefact["X"][chosen] for chosen in rows])
+        return np.stack([self.artefact["X"][self._drawn(perturbation, n, seed)] for perturbation in perturbations])
+
+    def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
+        """Return the row of pairs.h5ad of every cell that `predict` returns."""
+        return self.artefact["rows"][self._drawn(perturbation, n, seed)]
+
+    def _drawn(self, perturbation: str, n: int, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).permutation(np.flatnonzero(self.artefact["labels"] == perturbation))[:n]
 
 
 class InterpolatedDuplicate(TechnicalDuplicate):

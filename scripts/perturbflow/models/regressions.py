@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
-from sklearn.ensemble import RandomForestRegressor
 
 from perturbflow.models.base import Artefact
 from perturbflow.models.baselines import Additive
@@ -116,6 +115,8 @@ class Forest(VectorTable):
 
     def regress(self, X: np.ndarray, Y: np.ndarray, new: np.ndarray) -> np.ndarray:
         """Grow the trees on scores and decode."""
+        from sklearn.ensemble import RandomForestRegressor  # a second to import, and stacked needs none
+
         mean = Y.mean(axis=0)
         _, _, directions = np.linalg.svd(Y - mean, full_matrices=False)
         V = directions[:N_DIRECTIONS]
