@@ -106,6 +106,7 @@ def auprc(scored: Scored) -> np.ndarray:
 
     p orders genes as the standardized rank sum does, which does not run out of digits. NaN where none or all are significant.
     """
+
     def one(z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray) -> float:
         return _average_precision(real, np.abs(z_hat)) if 0 < real.sum() < len(real) else np.nan
 
