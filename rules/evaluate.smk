@@ -14,7 +14,7 @@ rule evaluate:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(20, least=3000),
+        mem_mb=memory_by_input(5, least=2000),
         runtime="2h",
     params:
         lineage=lineage("evaluate"),

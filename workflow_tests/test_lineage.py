@@ -73,14 +73,14 @@ def test_only_what_is_imported_counts() -> None:
 
 def test_imports_of_imports_count_too() -> None:
     names = {path.name for path in source_files(lineage.SCRIPTS / "evaluate.py")}
-    assert {"evaluate.py", "evaluation.py", "pairs.py", "splits.py", "symbols.py"} <= names
+    assert {"evaluate.py", "inputs.py", "pseudobulk.py", "pairs.py", "splits.py", "symbols.py"} <= names
     assert not names & {"download.py", "baselines.py", "registry.py", "training.py"}
 
 
 def test_no_training_of_a_closed_form_depends_on_a_learned_model() -> None:
     names = {path.name for path in source_files(lineage.SCRIPTS / "train.py", lineage.PACKAGE / "models" / "baselines.py")}
     assert "baselines.py" in names
-    assert not names & {"diffusion.py", "jepa.py", "counterfactual.py", "ceilings.py", "evaluation.py"}
+    assert not names & {"diffusion.py", "jepa.py", "counterfactual.py", "ceilings.py", "pseudobulk.py"}
 
 
 def test_a_digest_depends_on_values_and_not_on_the_order_of_keys() -> None:
@@ -207,7 +207,7 @@ def test_a_comment_makes_nothing_stale(workplace: Workplace) -> None:
 
 
 def test_an_edit_of_the_metrics_repeats_scores_and_no_training(workplace: Workplace) -> None:
-    changed = workplace.changed_by(lambda: workplace.edit("evaluation.py", "N_COMPONENTS = 50", "N_COMPONENTS = 49"))
+    changed = workplace.changed_by(lambda: workplace.edit("evaluation/inputs.py", "N_COMPONENTS = 50", "N_COMPONENTS = 49"))
     assert steps(changed) == {"evaluate", "benchmark", "report"}
     assert len(changed) == len(CLOSED_FORMS) + 2
 

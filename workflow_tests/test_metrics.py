@@ -493,6 +493,16 @@ def test_reliability_is_of_effects_and_shares_no_control() -> None:
     assert (strong.n_cells == 10).all()
 
 
+def test_single_controls_of_many_batches_serve_by_their_cell_type() -> None:
+    cells = batched_cells(1.0, held_out=False)
+    alone = (cells.is_control & (cells.obs["role"] == "test")).to_numpy()
+    cells.obs.loc[alone, "batch"] = [f"alone{i}" for i in range(alone.sum())]
+    scored = score_inputs(predictions_from(cells), cells)
+    assert np.allclose(scored.control, cells.X[alone].mean(axis=0), atol=1e-5)
+    assert np.isfinite(scored.reliability).all()
+    assert np.isfinite(scored.measured_test.z).any()
+
+
 def test_a_perturbation_in_several_roles_is_scored_by_its_cells(cells: Pairs) -> None:
     """The role belongs to the cell: training cells of the same label are no truth, and no others for its weights."""
     label = cells.roles("test").perturbations[0]

@@ -304,7 +304,7 @@ def test_words_about_a_dataset_plan_nothing(finished: Finished) -> None:
     ("name", "before", "after", "expected"),
     [
         ("pairs.py", "logger = ", "# a remark\nlogger = ", {}),
-        ("evaluation.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9", {"evaluate": 2, **AFTER_TRAINING}),
+        ("evaluation/inputs.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9", {"evaluate": 2, **AFTER_TRAINING}),
         ("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 3",
          {"pair": 1, "embeddings": 1, "audit": 1, "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING}),
         ("models/baselines.py", "1e-10 * s[0]", "1e-9 * s[0]", {"train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING}),

@@ -5,12 +5,12 @@ controls of the scored role, weighted as the perturbation's cells are over batch
 less the mean of the controls that they started from plus c̄; all log1p-normalized. That removes the chance with which
 starting controls were drawn: `no_change` has x̂ = c̄, as in the definitions. The measured controls are used on both sides.
 
-inputs brings predicted and measured cells together as `Scored`; pseudobulk, differential and distributions hold the metrics, functions of it;
-registry says what they mean; table writes metrics.tsv.
+`inputs` brings predicted and measured cells together as `Scored` (`scored`; `ranks` does the tests); `pseudobulk`, `differential` and
+`distributions` compute the metrics from it, `metrics` says what they mean, and `table` writes metrics.tsv.
 """
 
 from perturbflow.evaluation.inputs import N_HIGH_EXPRESSION, score_inputs
-from perturbflow.evaluation.registry import METRICS, Metric
+from perturbflow.evaluation.metrics import METRICS, Metric
 from perturbflow.evaluation.scored import Differential, Scored
 from perturbflow.evaluation.table import evaluate
 

@@ -104,11 +104,6 @@ def _mean_and_variance(X: sparse.csc_matrix) -> tuple[np.ndarray, np.ndarray]:
     return mean, (np.maximum(squares - n * mean**2, 0.0) / (n - 1) if n > 1 else np.full(len(mean), np.nan))
 
 
-def _counts(X: sparse.csc_matrix) -> sparse.csc_matrix:
-    """Return normalized counts of log1p-normalized cells."""
-    return X._with_data(np.expm1(X.data), copy=False)
-
-
 # --- controls -------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +142,7 @@ class Controls:
     @cached_property
     def profiles(self) -> tuple[np.ndarray, Spread]:
         """Mean normalized counts and their spread, pools first; a single control is taken for exact."""
-        found = [_profile(_counts(self.X[rows].tocsc())) for rows in self.rows.values()]
+        found = [_profile(self.X[rows].tocsc().expm1()) for rows in self.rows.values()]
         parts = ([getattr(spread, name) for _, spread in found] for name in Spread.__annotations__)
         return np.stack([mean for mean, _ in found]), Spread(*(np.nan_to_num(np.stack(part)) for part in parts))
 
@@ -156,9 +151,10 @@ class Controls:
         return SortedCells(self.X, [rows if pool in pools else rows[:0] for pool, rows in enumerate(self.rows.values())])
 
     def halves(self, obs: pd.DataFrame) -> list[Controls]:
-        """Divide the controls, whose obs this is, in two within every stratum."""
-        position = obs.groupby(["batch", "cell_type"], observed=True).cumcount().to_numpy()
-        return [Controls(self.X[position % 2 == half], obs[position % 2 == half]) for half in (0, 1)]
+        """Divide the controls, whose obs this is, in two, evenly over strata."""
+        half = np.empty(len(obs), dtype=int)
+        half[np.argsort(_stratify(obs)[0], kind="stable")] = np.arange(len(obs)) % 2
+        return [Controls(self.X[half == i], obs[half == i]) for i in (0, 1)]
 
 
 # --- the pass over measured cells -----------------------------------------------------------------------------------
@@ -408,7 +404,7 @@ class _Comparison:
         X = self.controls.X.tocsc()
         self.highly_expressed = np.zeros(X.shape[1], dtype=bool)
         self.highly_expressed[np.argsort(-_mean_and_variance(X)[0], kind="stable")[:N_HIGH_EXPRESSION]] = True
-        profile = _profile(_counts(X))[0]
+        profile = _profile(X.expm1())[0]
         self._is_expressed = 1e6 * profile > TESTED_CPM * profile.sum()
         self._pool = self.controls.pools(measured.strata)[measured.stratum]
         scored = [self._pool[rows] for rows in measured.rows.values()]
@@ -445,7 +441,7 @@ class _Comparison:
         control_spread = controls.profiles[1].weighted(weights)
 
         mean, variance = _mean_and_variance(Y)
-        profile, spread = _profile(_counts(Y))
+        profile, spread = _profile(Y.expm1())
         noise = np.nansum(variance) / len(rows) + (weights**2 @ controls.means[1]).sum()
         found = {
             "measured": mean,
@@ -463,7 +459,7 @@ class _Comparison:
             found["measured_test"] = self._differential(Y, profile, pool, is_tested)
 
         mean, variance = _mean_and_variance(X)
-        counts = _counts(X)
+        counts = X.expm1()
         profile, spread = _profile(counts)
         if "de" in self._needs:
             found["predicted_test"] = self._differential(X, profile, self.predicted.pool[self.predicted.rows[label]], is_tested)
@@ -471,7 +467,7 @@ class _Comparison:
             # What the chance of drawing starts adds, to the mean and to its noise, is taken off; the noise of c̄ comes in its place.
             begun = self.predicted.begun(label).tocsc()
             mean = mean - _mean_and_variance(begun)[0] + control
-            change, spread = _profile((counts - _counts(begun)).tocsc())
+            change, spread = _profile((counts - begun.expm1()).tocsc())
             profile, spread = np.maximum(change + control_profile, 0.0), spread + control_spread
         if "cells" in self._needs:
             found |= self._of_cells(label, X, Y)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from perturbflow.evaluation.inputs import score_inputs
-from perturbflow.evaluation.registry import METRICS
+from perturbflow.evaluation.metrics import METRICS
 from perturbflow.files import atomic, read_json
 from perturbflow.symbols import members_of
 

@@ -13,6 +13,7 @@ AHLMANN_ELTZE = "Ahlmann-Eltze et al., Nat Methods 2025"
 SYSTEMA = "Viñas Torné et al. (Systema), Nat Biotechnol 2025"
 PERTURBENCH = "Wu et al. (PerturBench), NeurIPS D&B 2025"
 VCC = "Virtual Cell Challenge 2026"
+VCC_2025 = "Virtual Cell Challenge 2025"
 CELL_EVAL = "cell-eval 0.8"
 MEJIA = "Mejia et al., arXiv:2506.22641"
 SCPERTEVAL = "scPertEval 0.2"
@@ -82,7 +83,7 @@ e, f, d = pseudobulk, distributions, differential
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        _metric(e.mae, "error", VCC, "lower", "log1p expression", POSITIVE, "pseudobulk", 0.0, None),
+        _metric(e.mae, "error", VCC_2025, "lower", "log1p expression", POSITIVE, "pseudobulk", 0.0, None),
         _metric(e.l2_heg1000, "error", AHLMANN_ELTZE, "lower", "log1p expression", POSITIVE, "pseudobulk", 0.0, None, headline=True),
         _metric(e.l2_heg1000_off_target, "error", OURS, "lower", "log1p expression", POSITIVE, "pseudobulk", 0.0, None),
         _metric(e.expr_mse_unbiased_norm, "error", VCC, "lower", "ratio", ANY, "counts", 0.0, 1.0),
@@ -92,8 +93,8 @@ METRICS: dict[str, Metric] = {
         _metric(e.cosine_logfc, "effect", PERTURBENCH, "higher", "correlation", CORRELATION, "pseudobulk", 1.0, 0.0),
         _metric(e.rank_cosine, "ranking", PERTURBENCH, "lower", "share", SHARE, "pseudobulk", 0.0, 0.5, headline=True),
         _metric(e.rank_rmse, "ranking", PERTURBENCH, "lower", "share", SHARE, "pseudobulk", 0.0, 0.5),
-        _metric(e.pds_l1, "discrimination", VCC, "higher", "share", SHARE, "counts", 1.0, 0.5),
-        _metric(e.pds_l2, "discrimination", VCC, "higher", "share", SHARE, "counts", 1.0, 0.5),
+        _metric(e.pds_l1, "discrimination", VCC_2025, "higher", "share", SHARE, "counts", 1.0, 0.5),
+        _metric(e.pds_l2, "discrimination", CELL_EVAL, "higher", "share", SHARE, "counts", 1.0, 0.5),
         _metric(e.pds_cosine, "discrimination", VCC, "higher", "share", SHARE, "counts", 1.0, 0.5, headline=True),
         _metric(e.centroid_accuracy, "discrimination", SYSTEMA, "higher", "share", SHARE, "pseudobulk", 1.0, 0.5),
         _metric(e.wmse, "weighted", MEJIA, "lower", "log1p expression²", POSITIVE, "pseudobulk", 0.0, None),
