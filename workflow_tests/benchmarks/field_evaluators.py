@@ -136,10 +136,6 @@ COMPARISONS = (
 # The same on the made screen alone: one batch, few cells, that started from nothing, and no two predictions alike.
 MADE_ONLY = {"tested", "ordered", "weighted", "components"}
 TIES_DIFFER = {"rank_rmse", "centroid_accuracy"}
-    "tested",
-    "ordered",
-    "weighted",
-}  # feeds of cells: the same only where ours sees one batch and cells that started from nothing
 
 
 # --- theirs, each in a process of its own ---------------------------------------------------------------------------
