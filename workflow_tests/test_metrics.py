@@ -13,7 +13,7 @@ from scipy import sparse, stats
 from sklearn.metrics import average_precision_score
 from test_evaluation import P, predictions_from, random_scored, score
 
-from perturbflow.evaluation import METRICS, Differential, Scored, inputs, score_inputs
+from perturbflow.evaluation import METRICS, Differential, Scored, differential, inputs, score_inputs
 from perturbflow.evaluation.distributions import sinkhorn_divergence
 from perturbflow.evaluation.ranks import SortedCells, p_value
 from perturbflow.pairs import Pairs, match_controls
@@ -317,6 +317,23 @@ def test_metrics_of_differential_expression_by_hand() -> None:
     # Called by abs(lfc): 1, 2, 0, 4; all four asked for, of which 4 is none.
     assert score("overlap_at_n", scored).tolist() == [3 / 4]
     assert score("auprc", scored)[0] == pytest.approx(average_precision_score([1, 1, 1, 1, 0], [9, 8, 7, 1, 6]))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30).filter(lambda genes: any(real for real, _ in genes)))
+def test_average_precision_is_sklearns_with_ties_too(genes: list[tuple[bool, int]]) -> None:
+    is_real, z = (np.array(column) for column in zip(*genes, strict=True))
+    assert differential._average_precision(is_real, z) == pytest.approx(average_precision_score(is_real, z))
+
+
+def test_what_is_not_needed_is_left_out_and_changes_nothing_else(prepared: dict[str, Prepared]) -> None:
+    cells = Pairs.read(prepared["unseen_perturbation"].pairs)
+    predictions = predictions_from(cells)
+    whole, part = score_inputs(predictions, cells), score_inputs(predictions, cells, frozenset({"pseudobulk", "de"}))
+    assert part.coverage is None
+    assert part.predicted_components is None
+    for name, metric in METRICS.items():
+        if metric.needs != "cells":
+            np.testing.assert_array_equal(metric.function(part), metric.function(whole), err_msg=name)
 
 
 def test_lfc_error_of_ten_genes() -> None:

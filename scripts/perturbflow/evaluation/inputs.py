@@ -47,6 +47,13 @@ def _sums(X: sparse.csc_matrix, values: np.ndarray) -> np.ndarray:
     return out
 
 
+def _add_sums(total: np.ndarray, X: sparse.csr_matrix, group: np.ndarray) -> None:
+    """Add the sum of the rows of X in each group to that group's row of `total`, (groups, genes)."""
+    present, place = np.unique(group, return_inverse=True)
+    member = sparse.csr_matrix((np.ones(len(group)), (place, np.arange(len(group)))), shape=(len(present), len(group)))
+    total[present] += (member @ X).toarray()
+
+
 @dataclass(frozen=True)
 class Spread:
     """Sampling variance of a mean profile P, and its covariance with ΣP: what the variance of a bulk is made of."""
@@ -223,14 +230,15 @@ class Measured:
         n_genes, place = len(self.genes), {label: i for i, label in enumerate(self.labels)}
         others = len(place)
         square = np.array([others + 1 if label == CONTROL else place.get(label, others) for label in self._groups["perturbation"]])
-        sums, squares = np.zeros(len(self._groups) * n_genes), np.zeros((others + 2) * n_genes)
+        sums, squares = np.zeros((len(self._groups), n_genes)), np.zeros((others + 2, n_genes))
         kept = []
         for rows, X in _blocks(cells):
-            of_value = np.repeat(group[rows], np.diff(X.indptr))
-            sums += np.bincount(of_value * n_genes + X.indices, X.data, minlength=len(sums))
-            squares += np.bincount(square[of_value] * n_genes + X.indices, np.square(X.data, dtype=np.float64), minlength=len(squares))
             kept.append(X[is_kept[rows]])
-        return sums.reshape(-1, n_genes), squares.reshape(-1, n_genes)[: others + 1], sparse.vstack(kept, format="csr")
+            X = X.astype(np.float64)
+            _add_sums(sums, X, group[rows])
+            np.square(X.data, out=X.data)
+            _add_sums(squares, X, square[group[rows]])
+        return sums, squares[: others + 1], sparse.vstack(kept, format="csr")
 
     def at(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return kept cells by their rows in pairs.h5ad."""
