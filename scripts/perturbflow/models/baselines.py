@@ -48,11 +48,15 @@ class Additive(MeanShift):
         mean = values.mean(axis=0) if single else (effects.values / effects.order[:, None]).mean(axis=0)
         return {"genes": np.array(list(single), dtype=str), "effects": values, "mean": mean}
 
+    def restore(self, artefact: Artefact) -> None:
+        """Take over the arrays."""
+        super().restore(artefact)
+        self.row = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
+
     def members(self, perturbation: str) -> np.ndarray:
         """Return the effect of every member, (members, genes)."""
-        row = {gene: i for i, gene in enumerate(self.artefact["genes"].tolist())}
         effects, mean = self.artefact["effects"], self.artefact["mean"]
-        return np.stack([effects[row[gene]] if gene in row else mean for gene in members_of(perturbation)])
+        return np.stack([effects[self.row[gene]] if gene in self.row else mean for gene in members_of(perturbation)])
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Sum over members."""
@@ -118,8 +122,7 @@ class LatentSum(MeanShift):
         _, _, directions = np.linalg.svd(effects.values, full_matrices=False)
         V = directions[: self.n_components]  # (K, genes)
         genes, orders = effects.genes, sorted(set(effects.order.tolist()))
-        members = np.array([[gene in members_of(label) for gene in genes] for label in effects.labels], dtype=float)
-        design = np.hstack([effects.order[:, None] == orders, members])  # (perturbations, orders + genes)
+        design = np.hstack([effects.order[:, None] == orders, effects.indicators()])  # (perturbations, orders + genes)
         penalty = np.diag([1e-6] * len(orders) + [self.ridge] * len(genes))
         solved = np.linalg.solve(design.T @ design + penalty, design.T @ (effects.values @ V.T))
         return {"V": V, "orders": np.array(orders), "intercepts": solved[: len(orders)],

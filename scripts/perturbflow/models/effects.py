@@ -68,6 +68,14 @@ class Effects:
         """Members of every label, (perturbations,)."""
         return np.array([len(members_of(label)) for label in self.labels])
 
+    def indicators(self) -> np.ndarray:
+        """Return 1 where a gene is a member of a perturbation, else 0, (perturbations, genes as in `genes`)."""
+        column = {gene: i for i, gene in enumerate(self.genes)}
+        table = np.zeros((len(self.labels), len(column)))
+        for row, label in zip(table, self.labels, strict=True):
+            row[[column[gene] for gene in members_of(label)]] = 1.0
+        return table
+
     @property
     def single(self) -> dict[str, np.ndarray]:
         """Effects of genes perturbed alone."""

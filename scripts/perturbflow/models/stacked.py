@@ -189,19 +189,24 @@ class Stacked(MeanShift):
             "gene_weights": self.gene_weights, "gene_parts": np.array(list(self.gene_parts), dtype=str),
         }  # fmt: skip
         artefact["guesses"] = np.stack([whole.effects.of(gene) for gene in artefact["genes"].tolist()] or [np.zeros(len(training.genes))])
-        for group, models, of in (("combination", parts, whole), ("context", contexts, training)):
+        # A gene without a row in the embeddings has nothing to be guessed from but what the mean is worth.
+        artefact["other"] = self.gene_weights[0] * training.effects.values.mean(axis=0)
+        used = weights["seen"] + weights["unseen"]
+        for group, models, of, share in (("combination", parts, whole, used), ("context", contexts, training, context_weights)):
             for i, model in enumerate(models.values()):
-                artefact |= {f"{group}.{i}.{key}": value for key, value in model.learn(of).items()}
+                if share[i] > 0:
+                    artefact |= {f"{group}.{i}.{key}": value for key, value in model.learn(of).items()}
         return artefact
 
     def restore(self, artefact: Artefact) -> None:
-        """Hand every part its arrays."""
+        """Hand every part its arrays; one without weight has none."""
         super().restore(artefact)
         self.parts = {"combination": list(combination_parts().values()), "context": list(context_parts().values())}
         for group, models in self.parts.items():
             for i, model in enumerate(models):
                 prefix = f"{group}.{i}."
-                model.restore({key.removeprefix(prefix): value for key, value in artefact.items() if key.startswith(prefix)})
+                if own := {key.removeprefix(prefix): value for key, value in artefact.items() if key.startswith(prefix)}:
+                    model.restore(own)
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Mix the parts of the case that the perturbation is."""
@@ -210,15 +215,13 @@ class Stacked(MeanShift):
         members = members_of(perturbation)
         if len(members) == 1:
             guessed = self.artefact["genes"].tolist()
-            # A gene without a row in the embeddings has nothing to be guessed from but what the mean is worth.
-            mean_weight = self.artefact["gene_weights"][0]
-            return self.artefact["guesses"][guessed.index(perturbation)] if perturbation in guessed else (
-                mean_weight * self.parts["combination"][0].artefact["mean"])  # fmt: skip
+            return self.artefact["guesses"][guessed.index(perturbation)] if perturbation in guessed else self.artefact["other"]
         case = "seen" if set(members) <= set(self.artefact["known"].tolist()) else "unseen"
         return self._mix("combination", perturbation, self.artefact[f"{case}_weights"])
 
     def _mix(self, group: str, perturbation: str, weights: np.ndarray) -> np.ndarray:
-        return sum(weight * part.effect(perturbation) for weight, part in zip(weights, self.parts[group], strict=True))
+        used = [(weight, part) for weight, part in zip(weights, self.parts[group], strict=True) if weight > 0]
+        return sum((weight * part.effect(perturbation) for weight, part in used), np.zeros_like(self.artefact["other"]))
 
     def _gene_examples(self, training: Training) -> Examples:
         """Yield what the gene parts say of each gene held out, but for the gene's own level."""
@@ -251,16 +254,20 @@ class Stacked(MeanShift):
         missing = [gene for gene in training.embeddings.table.index if gene not in effects.labels]
         if not missing:
             return training
-        refitted = LatentSum(10_000, 0.3).learned(training)
-        fitted = [part.learned(_singles_only(training)) for part in self.gene_parts.values()]
+        in_combinations = set(missing) & set(effects.genes)
+        refitted = LatentSum(10_000, 0.3).learned(training) if in_combinations else None
+        singles = _singles_only(training)
+        fitted = [
+            (weight, part.learned(singles)) for weight, part in zip(self.gene_weights, self.gene_parts.values(), strict=True) if weight > 0
+        ]
         values = []
         for gene in missing:
-            if gene in effects.genes:
+            if gene in in_combinations:
                 values.append(refitted.effect(gene))
                 continue
-            value = sum(weight * part.effect(gene) for weight, part in zip(self.gene_weights, fitted, strict=True))
+            value = sum((weight * part.effect(gene) for weight, part in fitted), np.zeros(len(training.genes)))
             if gene in training.row and self.own_gene.coefficients.any():
-                value = np.where(np.array(training.genes) == gene, self.own_shift[gene], value)
+                value[training.row[gene]] = self.own_shift[gene]
             values.append(value)
         added = Effects(
             [*effects.labels, *missing], np.vstack([effects.values, *values]), np.vstack([effects.errors, np.zeros_like(values)])
