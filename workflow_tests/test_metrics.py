@@ -13,7 +13,7 @@ from scipy import sparse, stats
 from sklearn.metrics import average_precision_score
 from test_evaluation import P, predictions_from, random_scored, score
 
-from perturbflow.evaluation import METRICS, Differential, Scored, differential, inputs, score_inputs
+from perturbflow.evaluation import METRICS, Differential, Scored, differential, profiles, score_inputs
 from perturbflow.evaluation.distributions import sinkhorn_divergence
 from perturbflow.evaluation.ranks import SortedCells, p_value
 from perturbflow.pairs import Pairs, match_controls
@@ -360,7 +360,7 @@ def test_variance_of_a_bulk_is_the_delete_one_jackknife() -> None:
     rng = np.random.default_rng(0)
     n = 500
     counts = rng.poisson(rng.gamma(3.0, 1.0, (n, 1)) * rng.gamma(1.0, 2.0, 40)).astype(np.float64)
-    profile, spread = inputs._profile(sparse.csc_matrix(counts))
+    profile, spread = profiles.mean_profile(sparse.csc_matrix(counts))
     assert np.allclose(profile, counts.mean(axis=0))
     left_out = np.stack([bulk(np.delete(counts, i, axis=0).sum(axis=0)) for i in range(n)])
     exact = (n - 1) / n * np.square(left_out - left_out.mean(axis=0)).sum(axis=0)

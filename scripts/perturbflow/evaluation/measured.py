@@ -1,0 +1,191 @@
+"""One pass over the measured cells: all that metrics need of them but the cells of the scored half and the controls of the role."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from perturbflow.evaluation.controls import Controls, stratify
+from perturbflow.evaluation.profiles import add_sums
+from perturbflow.symbols import CONTROL
+
+if TYPE_CHECKING:
+    from perturbflow.pairs import Pairs
+
+CELLS_OF_PCA = 5000
+ROWS_AT_ONCE = 2048  # of float64 and index copies of them there are several
+
+
+def run_of_rows(X: sparse.csr_matrix, first: int, last: int) -> sparse.csr_matrix:
+    """Return a copy of a range of rows; scipy, which looks at every column, takes several times as long."""
+    if not (sparse.issparse(X) and X.format == "csr"):  # in a file, or given in another form
+        return X[first:last]
+    here = slice(X.indptr[first], X.indptr[last])
+    parts = (X.data[here], X.indices[here], X.indptr[first : last + 1] - X.indptr[first])
+    return sparse.csr_matrix(parts, shape=(last - first, X.shape[1]), copy=True)
+
+
+def _blocks(cells: Pairs) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """Yield ranges of rows and their cells, without stored zeros."""
+    for start in range(0, len(cells.obs), ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, len(cells.obs)))
+        X = sparse.csr_matrix(run_of_rows(cells.X, rows.start, rows.stop), dtype=np.float32)
+        X.eliminate_zeros()
+        yield rows, X
+
+
+class Measured:
+    """What one pass over all measured cells leaves.
+
+    Parameters
+    ----------
+    cells
+        All cells of pairs.h5ad; X may be on disk.
+    labels, role
+        Perturbations and role that are scored.
+    is_sampled
+        Whether a sample of training cells is wanted, too.
+    """
+
+    def __init__(self, cells: Pairs, labels: list[str], role: str, is_sampled: bool) -> None:
+        self.labels, self.genes = labels, cells.genes
+        self.stratum, self.strata = stratify(cells.obs)
+        of_role = (cells.obs["role"] == role).to_numpy()
+        is_train = (cells.obs["role"] == "train").to_numpy()
+        is_scored = of_role & np.isin(cells.labels, labels)
+        half = cells.obs["half"].astype(str).to_numpy()
+        self.is_control = of_role & cells.is_control
+        self.rows, self.duplicates = (self._rows_of(cells, is_scored & (half == name)) for name in "ba")
+        of_pca = np.flatnonzero(is_train & is_sampled)
+        if len(of_pca) > CELLS_OF_PCA:
+            of_pca = np.sort(np.random.default_rng(0).choice(of_pca, CELLS_OF_PCA, replace=False))
+        is_kept = self.is_control | (is_scored & (half == "b"))
+        is_kept[of_pca] = True
+
+        # Sums are taken over groups: training controls by stratum, perturbed cells by label and by what they are to us.
+        keys = pd.DataFrame(
+            {
+                "perturbation": pd.Categorical(cells.labels),
+                "use": np.select([is_train, is_scored & (half == "a")], ["train", "duplicate"], "other"),
+                "stratum": np.where(cells.is_control, self.stratum, -1),
+            }
+        )
+        grouped = keys.groupby(list(keys), observed=True, sort=False)
+        self._groups = grouped.size().rename("n").reset_index()
+        self._of_label = self._groups.groupby("perturbation", observed=True).indices
+        self._sums, self._squares, self.X = self._read(cells, is_kept, grouped.ngroup().to_numpy())
+        self._kept = np.flatnonzero(is_kept)
+        is_training = is_train & ~cells.is_control
+        code, _ = pd.factorize(cells.labels[is_training])
+        shares = np.bincount(code * len(self.strata) + self.stratum[is_training], minlength=(code.max() + 1) * len(self.strata))
+        shares = shares.reshape(-1, len(self.strata))
+        self._training_shares = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)  # (strata,)
+        self.controls = Controls(self.at(np.flatnonzero(self.is_control)), cells.obs[self.is_control])
+        self.halves = self.controls.halves(cells.obs[self.is_control])
+        self.training_sample = self.at(of_pca)
+
+    @staticmethod
+    def _rows_of(cells: Pairs, mask: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the rows of pairs.h5ad under a mask, by label."""
+        rows = np.flatnonzero(mask)
+        return {label: rows[places] for label, places in pd.Series(rows).groupby(cells.labels[mask]).indices.items()}
+
+    def _read(self, cells: Pairs, is_kept: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix]:
+        """Return the sum of x per group, the sum of x² per scored label and of all other perturbed cells, and the kept cells."""
+        n_genes, place = len(self.genes), {label: i for i, label in enumerate(self.labels)}
+        others = len(place)
+        square = np.array([others + 1 if label == CONTROL else place.get(label, others) for label in self._groups["perturbation"]])
+        sums, squares = np.zeros((len(self._groups), n_genes)), np.zeros((others + 2, n_genes))
+        kept = []
+        for rows, X in _blocks(cells):
+            kept.append(X[is_kept[rows]])
+            X = X.astype(np.float64)
+            add_sums(sums, X, group[rows])
+            np.square(X.data, out=X.data)
+            add_sums(squares, X, square[group[rows]])
+        return sums, squares[: others + 1], sparse.vstack(kept, format="csr")
+
+    def at(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return kept cells by their rows in pairs.h5ad."""
+        return self.X[np.searchsorted(self._kept, rows)]
+
+    def _mean(self, groups: np.ndarray) -> np.ndarray:
+        return self._sums[groups].sum(axis=0) / self._groups["n"].to_numpy()[groups].sum()
+
+    def _groups_of(self, label: str, use: str) -> np.ndarray:
+        groups = self._of_label[label]
+        return groups[self._groups["use"].to_numpy()[groups] == use]
+
+    def references(self) -> np.ndarray:
+        """Return r per perturbation: the mean of the training perturbations' means, in the perturbation's strata, (P, genes).
+
+        mean_q x̄_q + Σ_s w_s k_s − mean_q c̄_q over training perturbations q, where w_s is the share of the perturbation's cells
+        in stratum s, k_s the mean of the training controls there and c̄_q the training controls' mean in q's strata. With one
+        stratum that is mean_q x̄_q, as published. Where training has no controls of a stratum (a context that was held
+        out), k_s is the mean of the scored role's.
+        """
+        trained = [groups for label in self._of_label if label != CONTROL and len(groups := self._groups_of(label, "train"))]
+        controls = self._groups.iloc[self._groups_of(CONTROL, "train")]
+        exact = {stratum: self._mean(rows.index) for stratum, rows in controls.groupby("stratum")}
+        cell_type = controls["stratum"].map(lambda stratum: self.strata[stratum][1])
+        relaxed = {name: self._mean(rows.index) for name, rows in controls.groupby(cell_type)}
+        of_training, of_scored = np.zeros((2, len(self.strata), len(self.genes)))
+        for stratum, (pool, (_, name)) in enumerate(zip(self.controls.pools(self.strata), self.strata, strict=True)):
+            if self._training_shares[stratum]:
+                of_training[stratum] = exact.get(stratum, relaxed.get(name))
+            if stratum in exact or pool >= 0:  # other strata hold no scored cell
+                of_scored[stratum] = exact.get(stratum, self.controls.means[0][pool])
+        shares = [np.bincount(self.stratum[self.rows[label]], minlength=len(self.strata)) / len(self.rows[label]) for label in self.labels]
+        return np.mean([self._mean(groups) for groups in trained], axis=0) - self._training_shares @ of_training + shares @ of_scored
+
+    def weights(self, means: np.ndarray, variances: np.ndarray, n_cells: np.ndarray) -> np.ndarray:
+        """Return the weight of each gene: ((|t| − min|t|) / (max|t| − min|t|))², divided by its sum (Mejia et al. 2025), (P, genes).
+
+        t is Welch's, of the scored cells against all perturbed cells of other labels, whatever their role.
+
+        Parameters
+        ----------
+        means, variances, n_cells
+            Of the scored cells.
+        """
+        of_perturbed = (self._groups["perturbation"] != CONTROL).to_numpy()
+        sums, squares = self._sums[of_perturbed].sum(axis=0), self._squares.sum(axis=0)
+        n = self._groups["n"].to_numpy()
+        weights = []
+        for i, label in enumerate(self.labels):
+            own = self._of_label[label]
+            n_others = n[of_perturbed].sum() - n[own].sum()
+            if n_others < 2 or n_cells[i] < 2:
+                weights.append(np.full(len(self.genes), np.nan))
+                continue
+            mean = (sums - self._sums[own].sum(axis=0)) / n_others
+            variance = np.maximum(squares - self._squares[i] - n_others * mean**2, 0.0) / (n_others - 1)
+            error = np.sqrt(variances[i] / n_cells[i] + variance / n_others)
+            t = np.abs(np.divide(means[i] - mean, error, out=np.zeros(len(mean)), where=error > 0))
+            t = (t - t.min()) ** 2
+            weights.append(t / t.sum() if t.sum() > 0 else np.full(len(t), 1 / len(t)))
+        return np.stack(weights)
+
+    def reliability(self, label: str, mean: np.ndarray) -> float:
+        """Return Pearson's r of the effects of both halves, each against its own half of the controls; NaN where a half is empty.
+
+        Parameters
+        ----------
+        mean
+            Of half 'b', (genes,).
+        """
+        groups = self._groups_of(label, "duplicate")
+        if not len(groups):
+            return np.nan
+        effects = []
+        for half, rows, profile in zip(self.halves, (self.duplicates[label], self.rows[label]), (self._mean(groups), mean), strict=True):
+            pool = half.pools(self.strata)[self.stratum[rows]]
+            if (pool < 0).any():
+                return np.nan
+            effect = profile - half.shares(pool) @ half.means[0]
+            effects.append((effect - effect.mean()) / max(effect.std(), 1e-12))
+        return float(np.mean(effects[0] * effects[1]))
