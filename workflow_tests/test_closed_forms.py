@@ -273,6 +273,14 @@ def test_stacked_uses_vectors_that_tell_and_not_those_that_do_not(singles: dict[
     assert np.corrcoef(model.effect("G30")[others], truth[others])[0, 1] > 0.5
 
 
+def test_a_few_combinations_bear_sums_alone(singles: dict[str, np.ndarray]) -> None:
+    few = dict(list(doubles(singles, 3.0).items())[:3])  # their mean and their intercept would say much of three
+    model = Stacked().learned(make_training({**singles, **few}, vectors()))
+    assert len(model.artefact["seen_weights"]) == 4
+    assert len(Stacked().learned(make_training({**singles, **doubles(singles)}, vectors())).artefact["seen_weights"]) > 4
+    assert np.isfinite(model.effect("G0+G30")).all()
+
+
 def test_stacked_sets_the_level_of_an_unseen_target() -> None:
     effects = {gene: np.where(np.arange(N_GENES) == int(gene[1:]), -2.0, 0.0) for gene in TARGETS}
     model = Stacked().learned(make_training(effects, vectors()))

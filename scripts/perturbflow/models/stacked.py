@@ -10,7 +10,8 @@ Three cases have weights of their own, each found by non-negative least squares 
 * a perturbation of training in another context: its effect there, and the mean.
 
 Weights are pulled towards the plain sum (for combinations), the plain effect (contexts) or zero (genes), as by one more training
-perturbation, because a handful of perturbations tells little. The level of an unseen gene itself follows `OwnGene`.
+perturbation, because a handful of perturbations tells little; for the same reason fewer parts are mixed where training has under 40
+genes or ten combinations. The level of an unseen gene itself follows `OwnGene`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from perturbflow.models.shift import MeanShift, Training
 from perturbflow.symbols import members_of
 
 LEAST_GENES_OF_FULL_STACK = 40
+LEAST_COMBINATIONS_OF_FULL_STACK = 10
 PRIOR = 1.0  # training perturbations that the prior weights count as
 N_INTERACTION_DIRECTIONS = 5
 
@@ -118,13 +120,18 @@ def gene_parts(embeddings_sources: Sequence[str], n_genes: int) -> dict[str, Mea
     return parts
 
 
-def combination_parts() -> dict[str, MeanShift]:
-    """Return what a combination's effect is mixed from; the first is the plain sum."""
-    return {
+def combination_parts(n_combinations: int) -> dict[str, MeanShift]:
+    """Return what a combination's effect is mixed from, the plain sum first; few training combinations bear sums alone."""
+    sums = {
         "sum": Additive(),
         "shrunken sum": ShrunkenEntries(),
         "sum on 5 directions": Projected(5),
         "sum on 15 directions": Projected(15),
+    }
+    if n_combinations < LEAST_COMBINATIONS_OF_FULL_STACK:
+        return sums
+    return {
+        **sums,
         "refitted members 0.3": LatentSum(10_000, 0.3),
         "refitted members 1": LatentSum(10_000, 1.0),
         "refitted members 3": LatentSum(10_000, 3.0),
@@ -171,13 +178,13 @@ class Stacked(MeanShift):
         self.own_shift = {gene: self.own_gene.shift(float(training.pairs.control_level[row])) for gene, row in training.row.items()}
         self.gene_parts = gene_parts(sources, len(training.effects.single))
         self.gene_weights = stacking_weights(self._gene_examples(training), np.zeros(len(self.gene_parts)))
-        parts = combination_parts()
+        parts = combination_parts(int((training.effects.order > 1).sum()))
         plain = np.eye(len(parts))[0]
         weights = {}
         for name, of_genes in (("seen", False), ("unseen", True)):
             weights[name] = stacking_weights(self._combination_examples(training, parts, of_genes=of_genes), plain)
         contexts = context_parts()
-        context_weights = stacking_weights(_context_examples(training, contexts), np.eye(len(contexts))[0])
+        context_weights = stacking_weights(_context_examples(training), np.eye(len(contexts))[0])
 
         whole = self._with_guesses(training)
         measured = set(training.effects.labels)
@@ -187,6 +194,7 @@ class Stacked(MeanShift):
             "genes": np.array(sorted(set(whole.effects.labels) - measured), dtype=str),
             "seen_weights": weights["seen"], "unseen_weights": weights["unseen"], "context_weights": context_weights,
             "gene_weights": self.gene_weights, "gene_parts": np.array(list(self.gene_parts), dtype=str),
+            "n_combinations": np.array((training.effects.order > 1).sum()),
         }  # fmt: skip
         artefact["guesses"] = np.stack([whole.effects.of(gene) for gene in artefact["genes"].tolist()] or [np.zeros(len(training.genes))])
         # A gene without a row in the embeddings has nothing to be guessed from but what the mean is worth.
@@ -201,7 +209,10 @@ class Stacked(MeanShift):
     def restore(self, artefact: Artefact) -> None:
         """Hand every part its arrays; one without weight has none."""
         super().restore(artefact)
-        self.parts = {"combination": list(combination_parts().values()), "context": list(context_parts().values())}
+        self.parts = {
+            "combination": list(combination_parts(int(artefact["n_combinations"])).values()),
+            "context": list(context_parts().values()),
+        }
         for group, models in self.parts.items():
             for i, model in enumerate(models):
                 prefix = f"{group}.{i}."
@@ -281,7 +292,7 @@ def _singles_only(training: Training) -> Training:
     return replace(training, effects=training.effects.without(combinations)) if training.effects.single else training
 
 
-def _context_examples(training: Training, parts: dict[str, MeanShift]) -> Examples:
+def _context_examples(training: Training) -> Examples:
     """Yield what other contexts say of each perturbation in each context; twice, as all examples are counted."""
     by_context = effects_by_context(training)
     for context, effects in by_context.items():
