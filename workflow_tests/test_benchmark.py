@@ -1,6 +1,6 @@
 """The tables of the benchmark: known answers, planted cases, and intervals that cover what they say."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +27,21 @@ HARD = RNG.uniform(0.5, 1.5, N)  # how hard each perturbation is, for all models
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
+def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Know families and metrics of every kind, whatever the version; each model here is named after its family."""
     for name, kind in KINDS.items():
         monkeypatch.setitem(FAMILIES, name, Family(f"none:{name}", kind))
-    for name in list(METRICS):
-        monkeypatch.delitem(METRICS, name)
+    real = dict(METRICS)
+    METRICS.clear()
     made = [("loss", "error", "lower", 0.0, True), ("score", "effect", "higher", 1.0, True), ("rank_cosine", "ranking", "lower", 0.0, True),
             ("width", "distribution", "target", 1.0, False)]  # fmt: skip
     for name, family, direction, perfect, headline in made:
         metric = Metric(name=name, function=lambda _: None, family=family, formula="", source="", direction=direction, unit="",
                         range=(-np.inf, np.inf), needs="pseudobulk", perfect=perfect, useless=None, headline=headline)  # fmt: skip
-        monkeypatch.setitem(METRICS, name, metric)
+        METRICS[name] = metric
+    yield
+    METRICS.clear()
+    METRICS.update(real)  # in their order
 
 
 def scores(

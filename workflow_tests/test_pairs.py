@@ -242,7 +242,7 @@ def test_a_users_table_is_read_by_symbol_and_missing_genes_are_empty(tmp_path: P
     table = from_table(path, ["AARS1", "TF2", "TF3"])
     assert table.loc["AARS1"].tolist() == [1, 2]
     assert table.loc["TF3"].isna().all()
-    assert list(table.columns) == ["go_x", "go_y"]
+    assert list(table.columns) == ["go:x", "go:y"]
     pd.DataFrame({"x": [1.0]}, index=pd.Index(["TF2"], name="gene")).to_parquet(tmp_path / "t.parquet")
     assert from_table(tmp_path / "t.parquet", ["TF2"]).loc["TF2"].tolist() == [1.0]
 
@@ -270,7 +270,7 @@ def test_sources_are_concatenated_in_order(prepared: dict[str, Prepared], tmp_pa
     target = tmp_path / "embeddings.parquet"
     embeddings.embeddings(prepared["unseen_combination"].pairs, target, [{"file": str(path)}, "coexpression"])
     table = pd.read_parquet(target)
-    assert table.columns[0] == "go_x"
+    assert table.columns[0] == "go:x"
     assert table.columns[1] == "coexpression:0"
     assert list(table.index) == [f"TF{i}" for i in range(1, 9)]
     assert (table.dtypes == np.float32).all()
