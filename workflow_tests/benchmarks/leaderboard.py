@@ -2,31 +2,50 @@
 
 python workflow_tests/benchmarks/leaderboard.py results renge2023
 
-One leaderboard per split, with the headline metrics unless --all is given, and below it the verdict on every model. With
+One leaderboard per split, with the headline metrics unless --all is given: the mean, its 95 % interval in round brackets, the value
+scaled from no change (0) to the technical duplicate (1) in square ones, the best baseline in bold; below it what the metrics can tell
+here, and the verdict on every model. With
 --against MODEL: the paired differences to that baseline instead; above zero is better than it, whatever the metric's direction.
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+SCALED = "scaled_no_change_technical_duplicate"
 ARROWS = {"higher": "↑", "lower": "↓", "target": "◎"}
 
 
-def markdown(cells: pd.DataFrame, heads: list[str]) -> str:
-    """Return one row per model, in the order of the index, and one column per metric."""
-    lines = ["| model | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+def markdown(cells: pd.DataFrame, heads: list[str], first: str = "model") -> str:
+    """Return one row per entry of the index, in its order, and one column per head."""
+    lines = [f"| {first} | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     return "\n".join(lines + [f"| {model} | " + " | ".join(row) + " |" for model, row in zip(cells.index, cells.to_numpy(), strict=True)])
 
 
 def leaderboard(rows: pd.DataFrame) -> str:
-    """Return value and 95 % interval per model × metric, means over seeds."""
-    means = rows.groupby(["model", "metric"], sort=False)[["value", "ci_low", "ci_high"]].mean()
-    cells = means.apply(lambda c: f"{c['value']:.3f} ({c['ci_low']:.2f}, {c['ci_high']:.2f})", axis=1).unstack(fill_value="")
+    """Return value, 95 % interval and scaled value per model × metric, means over seeds."""
+    means = rows.groupby(["model", "metric"], sort=False)[["value", "ci_low", "ci_high", SCALED, "is_best_baseline"]].mean()
+    cells = means.apply(_cell, axis=1).unstack(fill_value="")
     better = rows.drop_duplicates("metric").set_index("metric")["better"].map(ARROWS)
     cells = cells.loc[rows["model"].unique(), better.index]
     return markdown(cells, [f"{metric} {arrow}" for metric, arrow in better.items()])
+
+
+def _cell(score: pd.Series) -> str:
+    bold = "**" if score["is_best_baseline"] else ""
+    scaled = "" if np.isnan(score[SCALED]) else f" [{score[SCALED]:.2f}]"
+    return f"{bold}{score['value']:.3f}{bold} ({score['ci_low']:.2f}, {score['ci_high']:.2f}){scaled}"
+
+
+def calibration(rows: pd.DataFrame) -> str:
+    """Return, per metric, DRF and BDS of the technical duplicate against both negative controls; ✗ where it cannot tell."""
+    rows = rows[rows["positive"] == "technical_duplicate"]
+    told = rows["verdict"].map({"tells": ""}).fillna(" ✗")
+    rows = rows.assign(drf=rows["drf"].map("{:.2f}".format), bds=rows["bds"].map("{:.2f}".format) + told)
+    cells = rows.set_index(["metric", "negative"])[["drf", "bds"]].unstack().loc[rows["metric"].unique()]
+    return markdown(cells, [f"{score.upper()} against {negative}" for score, negative in cells.columns], "metric")
 
 
 def differences(rows: pd.DataFrame) -> str:
@@ -46,7 +65,7 @@ def main() -> None:
     parser.add_argument("--against", metavar="MODEL")
     parser.add_argument("--all", action="store_true", help="all metrics")
     arguments = parser.parse_args()
-    names = ("benchmark", "comparisons", "verdicts")
+    names = ("benchmark", "calibration", "comparisons", "verdicts")
     tables = {name: pd.read_csv(arguments.results / f"{name}.tsv", sep="\t") for name in names}
     tables = {name: table[table["dataset"] == arguments.dataset] for name, table in tables.items()}
     for split, rows in tables["benchmark"].groupby("split", sort=False):
@@ -56,6 +75,8 @@ def main() -> None:
         rows = rows if arguments.all else rows[rows["headline"]]
         print((differences if arguments.against else leaderboard)(rows) + "\n")
         if not arguments.against:
+            known = tables["calibration"].query("split == @split")
+            print(calibration(known if arguments.all else known[known["headline"]]) + "\n")
             for row in tables["verdicts"].query("split == @split").itertuples():
                 print(f"* `{row.model}`: {row.sentence}")
             print()
