@@ -248,7 +248,7 @@ def run_snakemake(
         (folder / "mine.yaml").write_text(yaml.safe_dump(config))
         command += ["--configfile", "mine.yaml"]
     variables = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache"), **(environment or {})}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=800, env=variables, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1500, env=variables, check=False)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
