@@ -34,7 +34,7 @@ GENERALIZATION = {
     "effects are combined, and nothing of new genes.",
     "unseen_context": "Contexts are held out, with all their cells, controls included: scores say how well effects measured in other "
     "contexts carry over to the controls of a new one, and nothing of new perturbations.",
-    "random_cells": "Cells are held out at random, and training saw other cells of every perturbation in every context: scores measure "
+    "random_cells": "Cells are held out at random, and training saw other cells of every perturbation: scores measure "
     "interpolation and are no evidence of generalization.",
     "file": "Perturbations are held out by a list of the user's own: scores say how well these are predicted; how many of their genes "
     "training saw perturbed alone stands beside each.",

@@ -9,6 +9,7 @@ import numpy as np
 from perturbflow.evaluation.scored import NO_EFFECT, Scored
 
 TOLERANCE = 1e-6  # distances this near, relative to the largest, are equal: equal predictions differ by rounding
+ALIKE = 0.1  # predicted effects this near, relative to their norm, are one: clipping at zero tells them apart by their starting controls
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -42,13 +43,13 @@ def _distances(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
     return 1.0 - np.divide(a @ b.T, norms, out=np.zeros(norms.shape), where=norms > 0)
 
 
-def _nearer(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return, per row, the share of the others that are nearer than the diagonal, and of those as near; NaN for a single row."""
+def _nearer(distance: np.ndarray, is_alike: np.ndarray | bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return, per row, the share of the others that are nearer than the diagonal, and of those as near or alike; NaN for a single row."""
     n = len(distance)
     if n < 2:
         return np.full(n, np.nan), np.full(n, np.nan)
     own = np.diag(distance)[:, None]
-    is_tie = np.abs(distance - own) <= TOLERANCE * distance.max(axis=1, keepdims=True)
+    is_tie = (np.abs(distance - own) <= TOLERANCE * distance.max(axis=1, keepdims=True)) | is_alike
     return ((distance < own) & ~is_tie).sum(axis=1) / (n - 1), (is_tie.sum(axis=1) - 1) / (n - 1)
 
 
@@ -131,14 +132,17 @@ def cosine_logfc(scored: Scored) -> np.ndarray:
 
 def _rank(scored: Scored, kind: str) -> np.ndarray:
     predicted, measured = _effects(scored)
-    nearer, ties = _nearer(_distances(measured, predicted, kind))
-    return nearer + ties
+    norms = np.linalg.norm(predicted, axis=1)
+    is_alike = _distances(predicted, predicted, "euclidean") <= ALIKE * np.maximum.outer(norms, norms)
+    nearer, ties = _nearer(_distances(measured, predicted, kind), is_alike)
+    return nearer + 0.5 * ties
 
 
 def rank_cosine(scored: Scored) -> np.ndarray:
-    """Share of the other perturbations q with d(Δ̂_q, Δ_p) ≤ d(Δ̂_p, Δ_p), d the cosine distance.
+    """Share of the other perturbations q with d(Δ̂_q, Δ_p) < d(Δ̂_p, Δ_p), d the cosine distance; ties count half (whole in the source).
 
-    One prediction for all has 1: a mean above 0.4 is a sign of mode collapse.
+    Predictions that differ by less than a tenth of their norm are ties: clipping at zero tells one prediction for all apart by the
+    cells it started from. One prediction for all has 0.5; a mean above 0.4 is a sign of mode collapse.
     """
     return _rank(scored, "cosine")
 

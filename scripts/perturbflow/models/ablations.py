@@ -23,7 +23,8 @@ class ShuffledLabels(Stacked):
         new_label = {CONTROL: CONTROL}
         for order in sorted({len(members_of(label)) for label in pairs.perturbations}):
             labels = [label for label in pairs.perturbations if len(members_of(label)) == order]
-            new_label |= dict(zip(labels, map(str, rng.permutation(labels)), strict=True))
+            drawn = [str(label) for label in rng.permutation(labels)]
+            new_label |= dict(zip(drawn, [*drawn[1:], drawn[0]], strict=True))  # a cycle: none keeps its own, unless it is alone
         obs = pairs.obs.assign(perturbation=[new_label[label] for label in pairs.labels])
         return super().fit(replace(pairs, obs=obs), embeddings, run)
 
