@@ -216,6 +216,13 @@ def test_a_metric_that_cannot_tell_says_why(ceiling: np.ndarray, n: int, reason:
     assert reason in row.reason
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_negative_control_that_is_perfect_leaves_no_range() -> None:
+    (row,) = calibrate(panel(scores({"no_change": np.zeros(N), "technical_duplicate": np.zeros(N)})), FAMILY_OF).itertuples()
+    assert np.isnan([row.drf, row.drf_low, row.drf_high]).all()
+    assert (row.bds, row.verdict) == (0.5, "cannot tell")
+
+
 def test_every_pair_of_controls_among_the_runs_is_calibrated() -> None:
     models = {**FLOOR, "perturbed_mean": around(0.9), **CEILING, "interpolated_duplicate": around(0.15)}
     table = calibrate(panel(scores(models), scores(models, "score")), FAMILY_OF)

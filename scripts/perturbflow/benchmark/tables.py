@@ -129,7 +129,7 @@ def calibrate(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
             useless = np.where(np.isnan(gain), np.nan, panel.losses[:, n])
             size, range_, worst = n_perturbations(gain), mean(gain), mean(useless)
             drf = np.where(worst > 0, _ratio(range_, worst), np.nan)
-            low, high = interval(_ratio(resampled_means(gain), resampled_means(useless)), size)
+            low, high = interval(_ratio(resampled_means(gain), resampled_means(useless)), np.where(worst > 0, size, 0))
             bds = _share_won(gain)
             bds_low, bds_high = share_interval(bds, size)
             is_ordered = (bds_low > 0.5) & (drf > 0) & (low > 0)
