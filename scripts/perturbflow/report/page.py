@@ -45,8 +45,25 @@ FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_600_000, "training": 600_
 PERTURBATION_ROWS = 4000
 
 
+class OfSplit:
+    """What is shown of one dataset × split: its title and its anchor."""
+
+    dataset: str
+    split: str
+
+    @property
+    def title(self) -> str:
+        """Dataset × split."""
+        return f"{self.dataset} × {self.split}"
+
+    @property
+    def anchor(self) -> str:
+        """What its ids end with."""
+        return f"{self.dataset}-{self.split}"
+
+
 @dataclass
-class Group:
+class Group(OfSplit):
     """What the page says of the runs of one dataset × split."""
 
     dataset: str
@@ -62,19 +79,9 @@ class Group:
     effects: list[dict] = field(default_factory=list)
     curves: list[dict] = field(default_factory=list)
 
-    @property
-    def title(self) -> str:
-        """Dataset × split."""
-        return f"{self.dataset} × {self.split}"
-
-    @property
-    def anchor(self) -> str:
-        """What ids of this group end with."""
-        return f"{self.dataset}-{self.split}"
-
 
 @dataclass(frozen=True)
-class Board:
+class Board(OfSplit):
     """What the tables of the benchmark say of one dataset × split; the folds of a k-fold split have one more, which pools them."""
 
     dataset: str
@@ -86,16 +93,6 @@ class Board:
     leaderboard: Leaderboard
     calibration: CalibrationTable
     strata: list[StrataTable]
-
-    @property
-    def title(self) -> str:
-        """Dataset × split."""
-        return f"{self.dataset} × {self.split}"
-
-    @property
-    def anchor(self) -> str:
-        """What ids of this board end with."""
-        return f"{self.dataset}-{self.split}"
 
 
 def _boards(
