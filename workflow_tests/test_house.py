@@ -32,7 +32,7 @@ ORDER = (
     ("report",),
 )
 # These hold no step: all may import them, and they import only one another.
-SUPPORT = ("errors", "files", "cli", "lineage", "symbols", "artefacts", "__init__")
+SUPPORT = ("errors", "files", "cli", "lineage", "symbols", "hgnc", "artefacts", "__init__")
 
 
 def stage(module: str) -> int:

@@ -1,5 +1,6 @@
 """The lineage: what a result is made of, and nothing else, decides whether it is stale."""
 
+import gzip
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,7 +136,7 @@ class Workplace:
     def __init__(self, folder: Path, repository: Path) -> None:
         self.folder, self.repository = folder, repository
         self.config = closed_forms_config()
-        self.edited: dict[Path, str] = {}
+        self.edited: dict[Path, bytes] = {}
         (folder / "screen.h5ad").write_bytes(b"content")
 
     def lineages(self) -> dict[str, str]:
@@ -167,11 +168,15 @@ class Workplace:
 
     def edit(self, name: str, before: str, after: str) -> None:
         """Replace text in a module of the package."""
-        path = self.repository / "scripts" / "perturbflow" / name
-        text = path.read_text()
+        text = (self.repository / "scripts" / "perturbflow" / name).read_text()
         assert before in text
-        self.edited.setdefault(path, text)
-        path.write_text(text.replace(before, after, 1))
+        self.write(name, text.replace(before, after, 1).encode())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the package."""
+        path = self.repository / "scripts" / "perturbflow" / name
+        self.edited.setdefault(path, path.read_bytes())
+        path.write_bytes(content)
         forget_code()
 
 
@@ -192,8 +197,8 @@ def workplace(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(module, "PACKAGE", repository / "scripts" / "perturbflow")
     workplace = Workplace(folder, repository)
     yield workplace
-    for path, text in workplace.edited.items():
-        path.write_text(text)
+    for path, content in workplace.edited.items():
+        path.write_bytes(content)
         forget_code()
 
 
@@ -227,8 +232,10 @@ def test_an_edit_of_one_familys_module_repeats_that_modules_models(workplace: Wo
     assert changed == {f"{step} mine unseen_combination technical_duplicate 0" for step in MODEL_STEPS} | LAST
 
 
-def test_an_edit_of_the_table_of_renamed_symbols_repeats_everything(workplace: Workplace) -> None:
-    changed = workplace.changed_by(lambda: workplace.edit("renamed_symbols.tsv", "AARS\tAARS1", "AARS\tAARS9"))
+def test_an_edit_of_the_table_of_symbols_repeats_everything(workplace: Workplace) -> None:
+    text = gzip.decompress((workplace.repository / "scripts" / "perturbflow" / "hgnc.tsv.gz").read_bytes())
+    assert b"\nAARS1\t" in text
+    changed = workplace.changed_by(lambda: workplace.write("hgnc.tsv.gz", gzip.compress(text.replace(b"\nAARS1\t", b"\nAARS9\t"))))
     assert steps(changed) == DATA_STEPS | MODEL_STEPS | LAST
 
 

@@ -131,8 +131,9 @@ def counterfactual(pairs: Path, model: Path, cells: Path, effects: Path, impleme
     is_new_context = _is_new_context(training, chosen)
     start = chosen.X.toarray()
     blocks, tables = [], []
+    measured = dict(zip(chosen.genes, chosen.genes, strict=True))
     for text in dict.fromkeys(query["perturbations"]):
-        label = canonical_label(text, {CONTROL}, SEPARATOR)
+        label = canonical_label(text, {CONTROL}, SEPARATOR, measured=measured)
         if reason := family.refusal(label):
             raise InputError(f"'{text}' cannot be answered by this model: {reason}.")
         layers, probability_up, cell_effects = summarize(family, start, label, query["samples_per_cell"], seed)

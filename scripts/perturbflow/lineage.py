@@ -62,7 +62,7 @@ def _imports(path: Path) -> set[Path]:
 def _files_beside(path: Path) -> list[Path]:
     """Return the tables and templates beside a module that it names: they are part of what it does."""
     constants = {str(node.value) for node in ast.walk(_parsed(path)) if isinstance(node, ast.Constant)}
-    named = sorted(path.parent / name for name in constants if name.endswith((".tsv", ".html")))
+    named = sorted(path.parent / name for name in constants if name.endswith((".tsv", ".tsv.gz", ".html")))
     return [file for file in named if file.is_file()]
 
 

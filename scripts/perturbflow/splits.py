@@ -110,12 +110,13 @@ def from_file(
     content = read_json(path)
     if unknown := set(content) - set(ROLES):
         raise InputError(f"{path}: unknown key {sorted(unknown)}; a split file has the lists train, validation and test.")
+    genes = {gene: gene for label in [*labels, *dropped] for gene in members_of(label)}
     roles: Perturbations = {}
     for role in ROLES:
         listed = content.get(role, [])
         if not isinstance(listed, list) or not all(isinstance(label, str) for label in listed):
             raise InputError(f"{path}: '{role}' must be a list of labels.")
-        canonical = [canonical_label(label, {CONTROL}, SEPARATOR, organism) for label in listed]
+        canonical = [canonical_label(label, {CONTROL}, SEPARATOR, organism, genes) for label in listed]
         roles[role] = sorted({label for label in canonical if label != CONTROL})
     known = set(labels)
     for role, listed in roles.items():

@@ -1,39 +1,114 @@
 """Labels and gene symbols: one canonical form for both, so that a perturbed gene finds its row."""
 
-import csv
-from collections.abc import Iterable
+import gzip
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 CONTROL = "control"
 SEPARATOR = "+"
 
-_TABLE = Path(__file__).with_name("renamed_symbols.tsv")
+TABLE = Path(__file__).with_name("hgnc.tsv.gz")
+ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?")
+
+# Two letters are words of many vocabularies (NA, KO, WT): they are no evidence of a gene that has another name today.
+SHORTEST_OLD_NAME = 3
+# Reporters, controls and treatments of screens that happen to be old names of genes too (RFP of TRIM27, LPS of IRF6).
+NO_GENES = {"BFP", "RFP", "GAL4", "CTR", "NTG", "IFN", "LPS"}
+# Spreadsheets turn MARCH1 and MARC1 into 1-Mar.
+DATE = re.compile(r"(\d{1,2})-(Mar|Sep|Dec)")
+STEMS = {"Mar": ("MARCH", "MARC"), "Sep": ("SEPT", "SEP"), "Dec": ("DEC",)}
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """HGNC's table: approved symbols, and what points to them."""
+
+    approved: frozenset[str]
+    previous: Mapping[str, list[str]]
+    alias: Mapping[str, list[str]]
+    of_ensembl_id: Mapping[str, str]
 
 
 @cache
-def _renamed() -> dict[str, str]:
-    with _TABLE.open(encoding="utf-8") as file:
-        return {row["previous"]: row["approved"] for row in csv.DictReader((line for line in file if line[0] != "#"), delimiter="\t")}
+def human_symbols() -> Symbols:
+    """Return the table that ships with the workflow (symbols approved by HGNC, see `perturbflow.hgnc`)."""
+    approved, ids = set(), {}
+    previous, alias = defaultdict(list), defaultdict(list)
+    with gzip.open(TABLE, "rt", encoding="utf-8") as file:
+        lines = (line.rstrip("\n").split("\t") for line in file if line[0] != "#")
+        next(lines)
+        for symbol, before, others, ensembl_id, _ in lines:
+            approved.add(symbol)
+            if ensembl_id:
+                ids[ensembl_id] = symbol
+            for names, column in ((previous, before), (alias, others)):
+                for name in column.split("|") if column else ():
+                    names[name].append(symbol)
+    return Symbols(frozenset(approved), dict(previous), dict(alias), ids)
 
 
-def approved_symbol(symbol: str, organism: str = "human") -> str:
-    """Return the current approved symbol of a gene; a symbol that is not known to have been renamed is returned as it is."""
-    return _renamed().get(symbol, symbol) if organism == "human" else symbol
+def candidates(name: str) -> list[str]:
+    """Return the human genes that a name may mean today: one, several where it is ambiguous, none where it is unknown.
+
+    In this order: an approved symbol, an Ensembl id, a previous symbol (the official name when older annotations were made), an alias.
+    """
+    table = human_symbols()
+    if name in table.approved:
+        return [name]
+    if named := ENSEMBL_ID.fullmatch(name):
+        return [table.of_ensembl_id[named[1]]] if named[1] in table.of_ensembl_id else []
+    if date := DATE.fullmatch(name):
+        number, month = date.groups()
+        return sorted({gene for stem in STEMS[month] for gene in candidates(f"{stem}{int(number)}")})
+    if len(name) < SHORTEST_OLD_NAME or name in NO_GENES:
+        return []
+    return table.previous.get(name) or table.alias.get(name) or []
 
 
-def canonical_label(label: str, control: Iterable[str], separator: str | None, organism: str = "human") -> str:
+def approved_symbol(name: str, organism: str = "human") -> str:
+    """Return the approved symbol of a gene; a name that is unknown, ambiguous or a mere alias is returned as it is.
+
+    Aliases never were official: any word can be one (TF6 is TFG, TAG is LINC01194), so it takes more than the name to follow one
+    (`canonical_label`).
+    """
+    genes = candidates(name) if organism == "human" else []
+    is_alias = len(genes) == 1 and name in human_symbols().alias and name not in human_symbols().previous and name != genes[0]
+    return genes[0] if len(genes) == 1 and not is_alias else name
+
+
+def _target(member: str, organism: str, measured: Mapping[str, str]) -> str:
+    if member in measured:
+        return measured[member]
+    gene = approved_symbol(member, organism)
+    if gene == member and organism == "human" and len(meant := candidates(member)) == 1 and meant[0] in measured.values():
+        return meant[0]
+    return gene
+
+
+def canonical_label(
+    label: str, control: Iterable[str], separator: str | None, organism: str = "human", measured: Mapping[str, str] | None = None
+) -> str:
     """Return `control`, `GENE`, or `A+B` with approved symbols, members sorted, and control members left out.
 
     `A+ctrl`, `ctrl+A` and `A+A` are all `A`; a label whose members are all controls is `control`. A label that names nothing
     (blank, or a separator alone) gives an empty string: it is no control.
+
+    Parameters
+    ----------
+    measured
+        Genes of the screen, name in the file → name now. A member that is one of these names goes where that gene went; a member that
+        is none, but an alias of one measured gene, is that gene. So a perturbed gene finds its row.
     """
     control = {*control, CONTROL}
     if label in control:
         return CONTROL
     members = [member.strip() for member in (label.split(separator) if separator else [label])]
     named = [member for member in members if member]
-    genes = {approved_symbol(member, organism) for member in named if member not in control}
+    genes = {_target(member, organism, measured or {}) for member in named if member not in control}
     return SEPARATOR.join(sorted(genes)) or (CONTROL if named else "")
 
 
