@@ -1,80 +1,41 @@
 """Bring any screen to one schema: raw counts, canonical labels, approved symbols, and an account of what was dropped."""
 
 import logging
-import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 import scanpy as sc
 from scipy import sparse
 
 from perturbflow import __version__
+from perturbflow.annotation import canonical_labels, gene_table, in_subset, schema_obs
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, read_json, write_json
 from perturbflow.recipes import RECIPES
-from perturbflow.symbols import CONTROL, SEPARATOR, approved_symbol, canonical_label, members_of
+from perturbflow.sources import NotCounts, Source, open_source
+from perturbflow.symbols import CONTROL, members_of
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN = "unknown"
-ENSEMBL_COLUMNS = ("gene_id", "ensembl_id", "ensemble_id", "ensembl_gene_id", "gene_ids")
-SYMBOL_COLUMNS = ("gene_name", "gene_symbol", "symbol", "feature_name", "gene_short_name")
-ENSEMBL_ID = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$")
-SCHEMA_OBS = (
-    "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
-    "total_counts", "n_genes_by_counts", "pct_counts_mt",
-)  # fmt: skip
 
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def _read_h5ad(path: Path) -> ad.AnnData:
-    if not h5py.is_hdf5(path):
-        start = path.open("rb").read(64)
-        shown = "an HTML page" if start.lstrip().lower().startswith((b"<!doctype", b"<html")) else f"it starts with {start[:8]!r}"
-        raise InputError(f"{path} is not an h5ad file ({shown}). Save the screen with anndata's write_h5ad.")
-    try:
-        return ad.read_h5ad(path)
-    except Exception as error:
-        raise InputError(f"{path} is an HDF5 file that anndata cannot read ({type(error).__name__}: {error}). Is it complete?") from error
-
-
-def read_source(raw: Path, dataset: dict) -> tuple[ad.AnnData, Path]:
-    """Return the screen as it came, and the file it came from.
-
-    `raw` is the user's h5ad, or the manifest that `download` wrote beside the file.
-    """
-    path = raw
+def read_source(raw: Path, dataset: dict) -> Source:
+    """Open the screen as it came: the user's h5ad, or what the manifest of a download names."""
+    files = {"file": raw}
     if raw.name == "manifest.json":
         manifest = read_json(raw)
         path = raw.parent / manifest["file"]
         if not path.exists() or path.stat().st_size != manifest["bytes"]:
             raise InputError(f"{path} is missing or not the {manifest['bytes']:,} bytes that were downloaded. Delete {raw} and run again.")
-    if "recipe" in dataset:
-        return RECIPES[dataset["recipe"]](path, dataset["source"].get("member", "")), path
-    return _read_h5ad(path), path
+        files = {"file": path}
+    return RECIPES[dataset["recipe"]](files, dataset) if "recipe" in dataset else open_source(files, dataset)
 
 
-def _problem_with_counts(X: sparse.csr_matrix) -> str | None:
-    values = X.data
-    if not np.isfinite(values).all():
-        return "it holds NaN or infinite values"
-    if values.size and values.min() < 0:
-        return f"it holds negative values (the lowest is {values.min():g})"
-    fractional = np.abs(values - np.rint(values)) > 1e-4
-    if fractional.any():
-        return f"it holds values that are no integers (for example {values[fractional][0]:g})"
-    return None
-
-
-def raw_counts(adata: ad.AnnData, path: Path) -> sparse.csr_matrix:
-    """Return raw UMI counts, cells × genes: X if it holds them, else layers['counts'].
+def raw_counts(source: Source, rows: np.ndarray) -> sparse.csr_matrix:
+    """Return raw UMI counts of the wanted rows, cells × genes: X if it holds them, else layers['counts'].
 
     Raises
     ------
@@ -82,81 +43,21 @@ def raw_counts(adata: ad.AnnData, path: Path) -> sparse.csr_matrix:
         If neither holds non-negative integers.
     """
     problems = []
-    for place, matrix in (("X", adata.X), ("layers['counts']", adata.layers.get("counts"))):
-        if matrix is None:
-            continue
-        counts = sparse.csr_matrix(matrix)
-        counts.eliminate_zeros()
-        problem = _problem_with_counts(counts)
-        if problem is None:
+    candidate: Source | None = source
+    while candidate is not None:
+        try:
+            counts = sparse.vstack([block for _, block in candidate.blocks(rows)], format="csr")
+        except NotCounts as problem:
+            problems.append(f"{candidate.place}: {problem}")
+            candidate = candidate.alternative
+        else:
             if problems:
-                logger.info("%s: counts are taken from %s (X: %s)", path, place, problems[0])
-            counts.data = np.rint(counts.data).astype(np.float32)
-            return counts.astype(np.float32)
-        problems.append(f"{place}: {problem}")
+                logger.info("%s: counts are taken from %s (%s)", source.files[0], candidate.place, problems[0])
+            return counts
     raise InputError(
-        f"{path}: raw UMI counts are needed, {'; '.join(problems)}. "
+        f"{source.files[0]}: raw UMI counts are needed, {'; '.join(problems)}. "
         "Put the integer counts into X or layers['counts']; normalization is done later, on training cells."
     )
-
-
-# --- labels and genes -----------------------------------------------------------------------------------------------
-
-
-def _column(obs: pd.DataFrame, column: str, key: str, path: Path) -> pd.Series:
-    if column not in obs:
-        raise InputError(f"{path}: obs has no column '{column}' ({key}). Its columns: {', '.join(map(str, obs.columns)) or '(none)'}.")
-    return obs[column]
-
-
-def _labels(obs: pd.DataFrame, dataset: dict, path: Path) -> pd.Series:
-    """Return canonical labels; missing where the cell has no assigned perturbation."""
-    declared = dataset["perturbation"]
-    source = _column(obs, declared["column"], "perturbation.column", path)
-    text = source.astype(object).where(source.notna(), None).map(lambda value: None if value is None else str(value))
-    unassigned = set(declared["drop"])
-
-    def is_assigned(label: str) -> bool:
-        # A combination with an unassigned member ("A+nan") is no single perturbation either.
-        members = label.split(declared["separator"]) if declared["separator"] else [label]
-        return label not in unassigned and not unassigned & {member for member in members if member}
-
-    unique = [label for label in text.unique() if label is not None and is_assigned(label)]
-    renamed = {label: canonical_label(label, declared["control"], declared["separator"], dataset["organism"]) for label in unique}
-    for label, canonical in renamed.items():
-        if SEPARATOR in label and declared["separator"] != SEPARATOR and canonical != CONTROL:
-            raise InputError(
-                f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here, but "
-                f"perturbation.separator is {declared['separator']!r}. Set it to '{SEPARATOR}', or rename the label in the file."
-            )
-    labels = text.map({label: canonical for label, canonical in renamed.items() if canonical})
-    if not (labels == CONTROL).any():
-        common = ", ".join(f"'{label}' ({n:,})" for label, n in Counter(text.dropna()).most_common(8))
-        raise InputError(
-            f"{path}: no control cells: none of perturbation.control = {declared['control']} is in obs['{declared['column']}']. "
-            f"Its most common labels: {common}. Name the control label in perturbation.control."
-        )
-    return labels
-
-
-def _genes(var: pd.DataFrame, organism: str) -> pd.DataFrame:
-    """Return gene_name (approved symbol), gene_id (Ensembl id or empty) and original_name per source gene."""
-    names = pd.Series(var.index.astype(str), index=var.index)
-    ids = next((var[column].astype(object).where(var[column].notna(), "").astype(str) for column in ENSEMBL_COLUMNS if column in var), None)
-    if names.str.match(ENSEMBL_ID).mean() > 0.5:
-        ids = names
-        symbols = next((var[column] for column in SYMBOL_COLUMNS if column in var), None)
-        if symbols is not None:
-            usable = symbols.notna() & (symbols.astype(str).str.len() > 0)
-            names = symbols.astype(object).where(usable, names).astype(str)
-    if ids is None:
-        ids = pd.Series("", index=var.index)
-    ids = ids.where(ids.str.match(ENSEMBL_ID), "").str.replace(r"\.\d+$", "", regex=True)
-    approved = names.map(lambda name: approved_symbol(name, organism))
-    # A previous symbol whose successor is measured too would merge two genes: it is left as it is.
-    taken = set(names)
-    approved = approved.where(~((approved != names) & approved.isin(taken)), names)
-    return pd.DataFrame({"gene_name": approved.to_numpy(), "gene_id": ids.to_numpy(), "original_name": names.to_numpy()})
 
 
 def _merge_duplicates(counts: sparse.csr_matrix, genes: pd.DataFrame) -> tuple[sparse.csr_matrix, pd.DataFrame, int]:
@@ -227,54 +128,30 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     InputError
         For a file, column, label or value that cannot be used; the message has the fix.
     """
-    adata, path = read_source(raw, dataset)
-    logger.info("%s: %s cells × %s genes", path, f"{adata.n_obs:,}", f"{adata.n_vars:,}")
+    source = read_source(raw, dataset)
+    path = source.files[0]
+    n_source = len(source.obs), len(source.var)
+    logger.info("%s: %s cells × %s genes", path, f"{n_source[0]:,}", f"{n_source[1]:,}")
     dropped: Counter = Counter()
-    n_source = adata.shape
-    for column, values in dataset["subset"].items():
-        keep = _column(adata.obs, column, "subset", path).astype(str).isin(list(map(str, values))).to_numpy()
-        if not keep.any():
-            found = ", ".join(map(str, adata.obs[column].astype(str).unique()[:8]))
-            raise InputError(f"{path}: subset {column} = {values} keeps no cell. obs['{column}'] holds: {found}.")
-        dropped["subset"] += int((~keep).sum())
-        adata = adata[keep].copy()
-
-    labels = _labels(adata.obs, dataset, path)
+    rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
+    if dataset["subset"]:
+        dropped["subset"] = n_source[0] - len(rows)
+    labels = canonical_labels(source.obs.iloc[rows], dataset, path)
     assigned = labels.notna().to_numpy()
     dropped["unassigned"] = int((~assigned).sum())
-    adata, labels = adata[assigned].copy(), labels[assigned]
-    source_labels = adata.obs[dataset["perturbation"]["column"]].astype(str)
+    rows, labels = rows[assigned], labels[assigned]
+    source_obs = source.obs.iloc[rows]
+    pairs = pd.DataFrame({"before": source_obs[dataset["perturbation"]["column"]].to_numpy(), "after": labels.to_numpy()}).drop_duplicates()
     renamed_labels = {
-        str(before): after for before, after in zip(source_labels, labels, strict=True) if before != after and after != CONTROL
+        str(before): str(after) for before, after in pairs.itertuples(index=False) if str(before) != after and after != CONTROL
     }
 
-    counts = raw_counts(adata, path)
-    genes = _genes(adata.var, dataset["organism"])
+    counts = raw_counts(source, rows)
+    genes = gene_table(source.var, dataset["organism"])
     renamed_genes = dict(genes.loc[genes["gene_name"] != genes["original_name"], ["original_name", "gene_name"]].to_numpy())
     counts, genes, n_merged = _merge_duplicates(counts, genes)
 
-    obs = pd.DataFrame(index=adata.obs_names.astype(str))
-    obs["perturbation"] = pd.Categorical(labels.to_numpy())
-    obs["is_control"] = (labels == CONTROL).to_numpy()
-    obs["n_perturbations"] = labels.map(lambda label: len(members_of(label))).to_numpy(np.int64)
-    obs["perturbation_type"] = pd.Categorical([dataset["perturbation_type"]] * len(obs))
-    for covariate, undeclared in (("cell_type", UNKNOWN), ("batch", UNKNOWN), ("dataset", name)):
-        column = dataset["covariates"].get(covariate)
-        if column is None:
-            values = pd.Series(undeclared, index=adata.obs_names)
-        else:
-            values = _column(adata.obs, column, f"covariates.{covariate}", path).astype(object)
-            values = values.where(values.notna(), UNKNOWN).astype(str)
-        obs[covariate] = pd.Categorical(values.to_numpy())
-    if "dataset" in dataset["covariates"]:
-        # Lane 1 of one screen and lane 1 of another are two batches.
-        obs["batch"] = pd.Categorical(obs["dataset"].astype(str) + ":" + obs["batch"].astype(str))
-    for column in adata.obs:
-        values = adata.obs[column]
-        kept_as = str(column)
-        while kept_as in SCHEMA_OBS or (kept_as != column and kept_as in adata.obs):
-            kept_as = f"source_{kept_as}"
-        obs[kept_as] = pd.Categorical(values.astype(str)) if values.dtype == object else values.to_numpy()
+    obs = schema_obs(source_obs, labels, name, dataset, path)
     var = genes.set_index(pd.Index(genes["gene_name"].to_numpy()))
     clean = ad.AnnData(X=counts, obs=obs, var=var)
     if not clean.obs_names.is_unique:

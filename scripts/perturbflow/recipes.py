@@ -9,14 +9,16 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
+from perturbflow.sources import InMemory, Source
 
 
-def renge2023(archive: Path, member: str) -> ad.AnnData:
+def renge2023(files: dict[str, Path], dataset: dict) -> Source:
     """Read Ishikawa et al. 2023 from the source distribution of `renge`.
 
     `E_*.csv` holds log1p of UMI counts (cells × genes); `X_*.csv` an indicator of the knocked-out gene per cell
     and the day after perturbation in its last column; cells without an indicator are the study's controls.
     """
+    archive, member = files["file"], dataset["source"]["member"]
     tables = {}
     with tarfile.open(archive) as tar:
         for entry in tar:
@@ -39,7 +41,7 @@ def renge2023(archive: Path, member: str) -> ad.AnnData:
         index=expression.index,
     )
     X = sparse.csr_matrix(np.rint(counts).astype(np.float32))
-    return ad.AnnData(X=X, obs=obs, var=pd.DataFrame(index=expression.columns))
+    return InMemory(ad.AnnData(X=X, obs=obs, var=pd.DataFrame(index=expression.columns)), [archive])
 
 
 RECIPES = {"renge2023": renge2023}
