@@ -62,6 +62,13 @@ def raw_file(wildcards):
     return source.get("path", f"resources/{wildcards.dataset}/raw/manifest.json")
 
 
+def source_files(wildcards, output):
+    """Return what download retrieves. Snakemake takes a function of the output for no reason to run
+    again: that is for the lineage to say, since the same bytes may come from another mirror.
+    """
+    return plan.files(wildcards.dataset)
+
+
 def dataset_block(wildcards):
     """Return what harmonize needs of a dataset's block."""
     return plan.dataset(wildcards.dataset)
@@ -74,8 +81,8 @@ def split_block(wildcards):
 
 def source_megabytes(wildcards, input):
     """Return the size of what harmonize reads; the manifest of a download says nothing of it."""
-    n_bytes = plan.config["datasets"][wildcards.dataset].get("bytes")
-    return n_bytes / 1e6 if n_bytes else input.size_mb
+    files = plan.files(wildcards.dataset).values()
+    return sum(file.get("bytes", 0) for file in files) / 1e6 or input.size_mb
 
 
 def harmonize_memory(wildcards, input, attempt):

@@ -1,5 +1,5 @@
 rule download:
-    """Retrieve a screen's file byte for byte and verify size and checksum."""
+    """Retrieve a screen's files byte for byte and verify size and checksum."""
     output:
         manifest="resources/{dataset}/raw/manifest.json",
     log:
@@ -13,10 +13,7 @@ rule download:
         mem_mb=1000,
         runtime="12h",
     params:
-        source=lookup("datasets/{dataset}/source", within=plan.config),
-        size=lookup("datasets/{dataset}/bytes", within=plan.config, default=None),
-        md5=lookup("datasets/{dataset}/md5", within=plan.config, default=None),
-        sha256=lookup("datasets/{dataset}/sha256", within=plan.config, default=None),
+        files=source_files,
         lineage=lineage("download"),
     script:
         "../scripts/download.py"

@@ -14,6 +14,7 @@ import pytest
 from perturbflow import download as module
 from perturbflow.download import download
 from perturbflow.errors import InputError
+from perturbflow.origins import file_name
 
 CONTENT = bytes(range(256)) * 40
 MD5, SHA256 = hashlib.md5(CONTENT).hexdigest(), hashlib.sha256(CONTENT).hexdigest()
@@ -71,7 +72,8 @@ def manifest(tmp_path: Path) -> Path:
 
 def fetch(manifest: Path, *urls: str, size: int | None = len(CONTENT), md5: str | None = None, sha256: str | None = SHA256) -> None:
     """Download from mirrors what is declared."""
-    download(manifest, {"url": list(urls)}, size, md5, sha256)
+    declared = {"name": file_name(urls[0]), "url": list(urls), "bytes": size, "md5": md5, "sha256": sha256}
+    download(manifest, {"file": {key: value for key, value in declared.items() if value is not None}})
 
 
 def files_beside(manifest: Path) -> list[str]:
@@ -85,7 +87,7 @@ def test_the_right_file_arrives_with_its_manifest(sums: dict, server: tuple, man
     fetch(manifest, f"{address}/right/screen.h5ad", **sums)
     assert files_beside(manifest) == ["manifest.json", "screen.h5ad"]
     assert (manifest.parent / "screen.h5ad").read_bytes() == CONTENT
-    content = json.loads(manifest.read_text())
+    content = json.loads(manifest.read_text())["files"]["file"]
     assert content["file"] == "screen.h5ad"
     assert content["bytes"] == len(CONTENT)
     assert content["sha256"] == SHA256
@@ -150,7 +152,7 @@ def test_the_second_mirror_serves_where_the_first_fails(first: str, server: tupl
     fetch(manifest, f"{address}/{first}/screen.h5ad", f"{address}/right/screen.h5ad")
     assert files_beside(manifest) == ["manifest.json", "screen.h5ad"]
     assert (manifest.parent / "screen.h5ad").read_bytes() == CONTENT
-    assert json.loads(manifest.read_text())["source"] == f"{address}/right/screen.h5ad"
+    assert json.loads(manifest.read_text())["files"]["file"]["source"] == f"{address}/right/screen.h5ad"
     assert asked["/right/screen.h5ad"] == 1
 
 
@@ -193,7 +195,7 @@ def reachable_index(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.mark.usefixtures("reachable_index")
 def test_a_wrong_checksum_of_a_package_is_explained(manifest: Path) -> None:
     with pytest.raises(InputError) as raised:
-        download(manifest, {"pypi": "renge==0.0.5", "member": "examples/data"}, sha256="0" * 64)
+        download(manifest, {"file": {"name": "renge-0.0.5.tar.gz", "pypi": "renge==0.0.5", "sha256": "0" * 64}})
     message = str(raised.value)
     assert "renge==0.0.5" in message
     assert "wrong checksum" in message

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from perturbflow.errors import InputError
-from perturbflow.files import atomic, file_digest, read_json, write_json
+from perturbflow.files import atomic, file_digest, manifest_files, read_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -59,3 +59,17 @@ def test_digests_are_of_the_content(tmp_path: Path) -> None:
     path.write_bytes(b"content")
     assert file_digest(path) == hashlib.sha256(b"content").hexdigest()
     assert file_digest(path, "md5") == hashlib.md5(b"content").hexdigest()
+
+
+def test_a_manifest_leads_to_the_files_beside_it(tmp_path: Path) -> None:
+    for name, content in (("m.mtx", b"123"), ("b.tsv", b"12")):
+        (tmp_path / name).write_bytes(content)
+    manifest = tmp_path / "manifest.json"
+    write_json(manifest, {"files": {"matrix": {"file": "m.mtx", "bytes": 3}, "barcodes": {"file": "b.tsv", "bytes": 2}}})
+    assert manifest_files(manifest) == {"matrix": tmp_path / "m.mtx", "barcodes": tmp_path / "b.tsv"}
+    (tmp_path / "b.tsv").write_bytes(b"1")
+    with pytest.raises(InputError, match=r"b\.tsv is missing or not the 2 bytes.*Delete .*manifest\.json"):
+        manifest_files(manifest)
+    (tmp_path / "b.tsv").unlink()
+    with pytest.raises(InputError, match=r"b\.tsv is missing"):
+        manifest_files(manifest)

@@ -440,7 +440,7 @@ def test_what_is_no_count_is_an_error(value: float, message: str, harmonized_fro
 def test_a_damaged_download_is_told(harmonized_from: Callable, tmp_path: Path) -> None:
     manifest = tmp_path / "raw" / "manifest.json"
     manifest.parent.mkdir()
-    manifest.write_text('{"file": "screen.h5ad", "bytes": 10}')
+    manifest.write_text('{"files": {"file": {"file": "screen.h5ad", "bytes": 10}}}')
     with pytest.raises(InputError, match=r"screen\.h5ad is missing .*Delete .*manifest\.json"):
         harmonized_from(manifest)
     (manifest.parent / "screen.h5ad").write_bytes(b"123")

@@ -20,7 +20,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 
 # The way the data flow: a module imports from its own line and from lines above it. A new module takes a place here.
 ORDER = (
-    ("registry",),
+    ("origins", "registry"),
     ("download",),
     ("sources", "recipes", "annotation", "harmonize"),
     ("splits",),

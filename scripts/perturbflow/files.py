@@ -48,3 +48,23 @@ def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
     """Return the hexadecimal digest of a file's content."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def manifest_files(manifest: str | Path) -> dict[str, Path]:
+    """Return role → path of the files that a manifest names, which lie beside it.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or has another size than was downloaded.
+    """
+    manifest = Path(manifest)
+    found = {}
+    for role, entry in read_json(manifest)["files"].items():
+        path = manifest.parent / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise InputError(
+                f"{path} is missing or not the {entry['bytes']:,} bytes that were downloaded. Delete {manifest} and run again."
+            )
+        found[role] = path
+    return found

@@ -14,7 +14,7 @@ from scipy import sparse
 from perturbflow import __version__
 from perturbflow.annotation import canonical_labels, gene_table, in_subset, schema_obs
 from perturbflow.errors import InputError
-from perturbflow.files import atomic, file_digest, read_json, write_json
+from perturbflow.files import atomic, file_digest, manifest_files, write_json
 from perturbflow.recipes import RECIPES
 from perturbflow.sources import NotCounts, Source, open_source
 from perturbflow.symbols import CONTROL, members_of
@@ -24,13 +24,7 @@ logger = logging.getLogger(__name__)
 
 def read_source(raw: Path, dataset: dict) -> Source:
     """Open the screen as it came: the user's h5ad, or what the manifest of a download names."""
-    files = {"file": raw}
-    if raw.name == "manifest.json":
-        manifest = read_json(raw)
-        path = raw.parent / manifest["file"]
-        if not path.exists() or path.stat().st_size != manifest["bytes"]:
-            raise InputError(f"{path} is missing or not the {manifest['bytes']:,} bytes that were downloaded. Delete {raw} and run again.")
-        files = {"file": path}
+    files = manifest_files(raw) if raw.name == "manifest.json" else {"file": raw}
     return RECIPES[dataset["recipe"]](files, dataset) if "recipe" in dataset else open_source(files, dataset)
 
 

@@ -20,6 +20,7 @@ from referencing.jsonschema import DRAFT202012
 
 from perturbflow.errors import InputError
 from perturbflow.lineage import PACKAGE, SCRIPTS, code_digest, digest, file_fingerprint
+from perturbflow.origins import CONTENT_KEYS, content_of, files_of, problem_of, resolved
 
 SCHEMAS = SCRIPTS.parent / "config" / "schemas"
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
@@ -187,24 +188,23 @@ def _check_names(selected: list[str], known: dict, kind: str, where: list[str], 
             )
 
 
-def _check_dataset(name: str, block: dict, files: Sequence[Path]) -> None:
-    source = block["source"]
-    kinds = [key for key in ("path", "url", "pypi") if key in source]
-    file = _holding_file(files, ["datasets", name, "source", *kinds[:1]])
-    if len(kinds) != 1:
-        raise InputError(f"{file}datasets.{name}.source: give exactly one of path, url, pypi (found: {', '.join(kinds) or 'none'}).")
-    if kinds[0] == "path":
-        path = Path(source["path"])
-        if not path.is_file():
-            raise InputError(
-                f"{file}datasets.{name}.source.path: there is no file '{path}' (looked for {path.absolute()}). "
-                "Relative paths start at the working directory."
-            )
-        return
-    needed = "bytes and one of md5, sha256" if kinds[0] == "url" else "sha256"
-    has_sum = "sha256" in block or (kinds[0] == "url" and "md5" in block)
-    if not has_sum or (kinds[0] == "url" and "bytes" not in block):
-        raise InputError(f"{file}datasets.{name}: a source by {kinds[0]} needs {needed}: without them a broken download passes for data.")
+def _check_source(where: list[str], block: dict, files: Sequence[Path]) -> None:
+    """Check what a block says of where its files come from."""
+    if problem := problem_of(block):
+        keys, sentence = problem
+        file = _holding_file(files, [*where, *keys]) or _holding_file(files, [*where, "source"])
+        raise InputError(f"{file}{'.'.join([*where, *keys])}: {sentence}")
+
+
+def _check_path(where: list[str], block: dict, files: Sequence[Path]) -> None:
+    """Check that the user's own file is there; only what is selected has to be."""
+    path = block["source"].get("path")
+    if path is not None and not Path(path).is_file():
+        file = _holding_file(files, [*where, "source", "path"])
+        raise InputError(
+            f"{file}{'.'.join(where)}.source.path: there is no file '{path}' (looked for {Path(path).absolute()}). "
+            "Relative paths start at the working directory."
+        )
 
 
 def _check_split(name: str, block: dict, datasets: dict, files: Sequence[Path]) -> None:
@@ -263,6 +263,9 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
         if name == "splits":
             for split, block in registry.items():
                 _check_split(split, block, config["datasets"], files)
+    for name, block in config["datasets"].items():
+        _check_source(["datasets", name], block, files)
+    config["datasets"] = {name: resolved(block) for name, block in config["datasets"].items()}
     config["splits"] = {
         name: {key: value for key, value in block.items() if block["kind"] in SPLIT_KEYS.get(key, (block["kind"],))}
         for name, block in config["splits"].items()
@@ -292,7 +295,7 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
             raise InputError(f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions.")
     queries = [config["counterfactuals"][name] for name in config["select"]["counterfactuals"]]
     for name in dict.fromkeys([*config["select"]["datasets"], *[query["dataset"] for query in queries]]):
-        _check_dataset(name, config["datasets"][name], files)
+        _check_path(["datasets", name], config["datasets"][name], files)
     for name in dict.fromkeys([*config["select"]["splits"], *[query["split"] for query in queries]]):
         path = config["splits"][name].get("path")
         if path is not None and not Path(path).is_file():
@@ -401,8 +404,15 @@ class Plan:
 
     def dataset(self, name: str) -> dict:
         """Return what harmonization reads of a dataset's block: a change of the rest makes nothing stale."""
-        unread = ("reference", "licence", "qc", "combinations", "bytes", "md5", "sha256")
-        return {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
+        unread = ("reference", "licence", "qc", "combinations", *CONTENT_KEYS)
+        block = {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
+        # Where a download came from is in its manifest; a mirror more makes nothing stale.
+        block["source"] = {key: value for key, value in block["source"].items() if key in ("path", "member")}
+        return block
+
+    def files(self, dataset: str) -> dict[str, dict]:
+        """Return role → file that a dataset's download retrieves: name, mirrors, and what it must be."""
+        return files_of(self.config["datasets"][dataset])
 
     def split(self, name: str, dataset: str) -> dict:
         """Return a split's block as one screen's division reads it: held_out is the list of this screen, if it has one."""
@@ -427,8 +437,7 @@ class Plan:
         sources: list[str] = []
         code = [SCRIPTS / f"{step}.py"]
         if step == "download":
-            block = config["datasets"][dataset]
-            own = {key: block.get(key) for key in ("source", "bytes", "md5", "sha256")}
+            own = content_of(config["datasets"][dataset])
         elif step == "harmonize":
             own = [self.dataset(dataset), self.qc(dataset)]
             path = config["datasets"][dataset]["source"].get("path")
