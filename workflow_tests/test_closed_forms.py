@@ -91,14 +91,29 @@ def test_the_matching_mean_is_half_the_sum_and_the_mean_effect_for_the_unseen(si
 def test_the_shrunken_sum_finds_the_planted_factor(factor: float, singles: dict[str, np.ndarray]) -> None:
     training = make_training({**singles, **doubles(singles, factor)})
     model = family("shrunken_additive").learned(training)
-    assert float(model.artefact["factor"]) == pytest.approx(factor, abs=0.03)
+    assert model.artefact["factors"][0] == pytest.approx(factor, abs=0.03)
     np.testing.assert_allclose(model.effect("G3"), training.effects.of("G3"))
     assert error(model, "G0+G7", factor * (singles["G0"] + singles["G7"])) < 0.1
 
 
 def test_without_combinations_the_shrunken_sum_is_the_sum(singles: dict[str, np.ndarray]) -> None:
     training = make_training(singles)
-    assert float(family("shrunken_additive").learned(training).artefact["factor"]) == 1.0
+    assert family("shrunken_additive").learned(training).artefact["factors"].tolist() == [1.0, 1.0]
+
+
+def test_sums_of_unseen_members_have_constants_of_their_own(singles: dict[str, np.ndarray]) -> None:
+    """Members' effects that share nothing: an unseen member adds noise alone, and inner folds over genes find that out."""
+    some = {gene: singles[gene] - np.mean(list(singles.values()), axis=0) for gene in sorted(TARGETS)}
+    pairs = doubles(some)
+    known = {label: value for label, value in {**some, **pairs}.items() if sorted(TARGETS)[0] not in members_of(label)}
+    unseen = [label for label in pairs if label not in known]
+    training = make_training(known)
+    shrunken = family("shrunken_additive").learned(training)
+    assert shrunken.artefact["factors"][1] < shrunken.artefact["factors"][0]
+    latent = family("latent_additive").learned(training)
+    by_genes, by_combinations = (sum(error(latent._chosen[name], label, pairs[label]) for label in unseen) for name in ("unseen", "seen"))
+    assert sum(error(latent, label, pairs[label]) for label in unseen) == by_genes
+    assert by_genes <= by_combinations
 
 
 def test_members_seen_in_combinations_alone_are_told_apart_in_the_latent_sum(singles: dict[str, np.ndarray]) -> None:

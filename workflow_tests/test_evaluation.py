@@ -25,7 +25,7 @@ def random_scored(seed: int = 0, **changes: object) -> Scored:
     rng = np.random.default_rng(seed)
     sides = ("predicted", "measured", "control")
     arrays = {name: rng.normal(size=(P, N_GENES)) for name in (*sides, "reference", *(f"{side}_bulk" for side in sides))}
-    spreads = (*(f"{side}_bulk_variance" for side in sides), "predicted_variance", "measured_variance", "weight", "coverage")
+    spreads = (*(f"{side}_bulk_variance" for side in sides), "predicted_variance", "measured_variance", "coverage")
     arrays |= {name: rng.uniform(0.01, 0.05, (P, N_GENES)) for name in spreads}
     z, lfc = rng.normal(0.0, 3.0, (2, 2, P, N_GENES))
     tests = [Differential(z[i], 2 * ndtr(-np.abs(z[i])), lfc[i]) for i in (0, 1)]
@@ -34,7 +34,7 @@ def random_scored(seed: int = 0, **changes: object) -> Scored:
         "labels": [f"L{i}" for i in range(P)],
         "predicted_test": tests[0],
         "measured_test": tests[1],
-        "n_cells": np.arange(P),
+        "n_cells": np.arange(P) + 2,
         "reliability": np.ones(P),
         "effect_size": np.ones(P),
         "highly_expressed": np.arange(N_GENES) % 2 == 0,

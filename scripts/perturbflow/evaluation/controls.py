@@ -39,15 +39,20 @@ class Controls:
         return np.bincount(pool, minlength=len(self.rows)) / len(pool)
 
     @cached_property
+    def counts(self) -> sparse.csr_matrix:
+        """Normalized counts, in the order of X."""
+        return self.X.expm1()
+
+    @cached_property
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and sampling variance of log1p-normalized controls, (pools, genes) each."""
-        found = [(*mean_and_variance(self.X[rows].tocsc()), len(rows)) for rows in self.rows.values()]
+        found = [(*mean_and_variance(self.X[rows]), len(rows)) for rows in self.rows.values()]
         return np.stack([mean for mean, _, _ in found]), np.stack([np.nan_to_num(variance) / n for _, variance, n in found])
 
     @cached_property
     def profiles(self) -> tuple[np.ndarray, Spread]:
         """Mean normalized counts and their spread, pools first; a single control is taken for exact."""
-        found = [mean_profile(self.X[rows].tocsc().expm1()) for rows in self.rows.values()]
+        found = [mean_profile(self.counts[rows]) for rows in self.rows.values()]
         parts = ([getattr(spread, name) for _, spread in found] for name in Spread.__annotations__)
         return np.stack([mean for mean, _ in found]), Spread(*(np.nan_to_num(np.stack(part)) for part in parts))
 

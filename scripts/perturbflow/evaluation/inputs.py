@@ -13,7 +13,7 @@ from scipy import sparse
 from perturbflow.errors import InputError
 from perturbflow.evaluation.controls import stratify
 from perturbflow.evaluation.measured import ROWS_AT_ONCE, Measured, run_of_rows
-from perturbflow.evaluation.profiles import bulk, mean_and_variance, mean_profile
+from perturbflow.evaluation.profiles import bulk, mean_and_variance, mean_change, mean_profile
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.evaluation.scored import NEEDED, Differential, Scored
 from perturbflow.symbols import members_of
@@ -44,7 +44,7 @@ class Predictions:
     """
 
     def __init__(self, predictions: ad.AnnData, measured: Measured) -> None:
-        self._X, self._measured = predictions.X, measured
+        self._X, self._controls = predictions.X, np.flatnonzero(measured.is_control)
         if predictions.isbacked and getattr(self._X, "format", "csr") != "csr":
             self._X = self._X.to_memory().tocsr()
         self._block, self._block_start = self._X[:0], 0
@@ -71,18 +71,20 @@ class Predictions:
             raise InputError("predictions: obs needs control_index, or batch and cell_type, to be compared with controls of the same kind.")
         self.pool = measured.controls.pools(strata)[stratum]  # of controls that serves each cell
 
-    def cells(self, label: str) -> sparse.csc_matrix:
+    def cells(self, label: str) -> sparse.csr_matrix:
         """Return the predicted cells of a perturbation."""
         rows = self.rows[label]
         is_run = rows[-1] - rows[0] == len(rows) - 1  # as `predict` writes them; rows here and there take longer to read
-        X = sparse.csc_matrix(self._run(rows[0], rows[-1] + 1) if is_run else self._X[rows], dtype=np.float32)
+        X = sparse.csr_matrix(self._run(rows[0], rows[-1] + 1) if is_run else self._X[rows]).astype(np.float32, copy=False)
         if not np.isfinite(X.data).all() or (X.data < 0).any():
             raise InputError(f"predictions of {label} hold negative or missing values; X is log1p-normalized expression, 0 or more.")
         X.eliminate_zeros()
         return X
 
     def _run(self, first: int, last: int) -> sparse.csr_matrix:
-        """Return a range of rows; those after it are read with it, as every reading has its price."""
+        """Return a copy of a range of rows; from disk those after it are read with it, as every reading has its price."""
+        if sparse.issparse(self._X):
+            return run_of_rows(self._X, first, last)
         if not self._block_start <= first < last <= self._block_start + self._block.shape[0]:
             end = min(max(last, first + ROWS_AT_ONCE), self._X.shape[0])
             self._block, self._block_start = run_of_rows(self._X, first, end), first
@@ -92,9 +94,9 @@ class Predictions:
         """Return a number per predicted cell that cells of one starting control share."""
         return self._index[self.rows[label]] if self.starts_from_controls else self.rows[label]
 
-    def begun(self, label: str) -> sparse.csr_matrix:
-        """Return the controls that the cells started from."""
-        return self._measured.at(self._index[self.rows[label]])
+    def begun(self, label: str) -> np.ndarray:
+        """Return the rows of `Controls` that the cells started from."""
+        return np.searchsorted(self._controls, self._index[self.rows[label]])
 
 
 def _fit_components(training: sparse.csr_matrix) -> PCA:
@@ -109,10 +111,10 @@ class _Comparison:
 
     def __init__(self, measured: Measured, predicted: Predictions, needs: frozenset[str]) -> None:
         self.measured, self.predicted, self.controls, self._needs = measured, predicted, measured.controls, needs
-        X = self.controls.X.tocsc()
+        X = self.controls.X
         self.highly_expressed = np.zeros(X.shape[1], dtype=bool)
         self.highly_expressed[np.argsort(-mean_and_variance(X)[0], kind="stable")[:N_HIGH_EXPRESSION]] = True
-        profile = mean_profile(X.expm1())[0]
+        profile = mean_profile(self.controls.counts)[0]
         self._is_expressed = 1e6 * profile > TESTED_CPM * profile.sum()
         self._pool = self.controls.pools(measured.strata)[measured.stratum]
         scored = [self._pool[rows] for rows in measured.rows.values()]
@@ -122,25 +124,25 @@ class _Comparison:
             self._pca = _fit_components(measured.training_sample)
         self._rng = np.random.default_rng(0)
 
-    def _components(self, X: sparse.csc_matrix) -> tuple[np.ndarray, np.ndarray]:
+    def _components(self, X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
         """Return the components of at most MAX_CELLS_OF_DISTANCE cells, and which cells these are."""
         n = X.shape[0]
         chosen = np.arange(n) if n <= MAX_CELLS_OF_DISTANCE else np.sort(self._rng.choice(n, MAX_CELLS_OF_DISTANCE, replace=False))
         return self._pca.transform(X[chosen].toarray()), chosen
 
-    def _differential(self, X: sparse.csc_matrix, profile: np.ndarray, pool: np.ndarray, is_tested: np.ndarray) -> Differential:
-        """Test cells, whose mean profile this is, against the controls of their pools, (genes,) each."""
+    def _differential(self, X: sparse.csr_matrix, profile: np.ndarray, pool: np.ndarray, is_tested: np.ndarray) -> np.ndarray:
+        """Return what `Differential` holds of cells with this mean profile, tested against the controls of their pools, (3, genes)."""
         control = self.controls.shares(pool) @ self.controls.profiles[0]
         z = np.where(is_tested, self._sorted.rank_sum(X, pool), np.nan)
         q = np.full(len(z), np.nan)
         if is_tested.any():
             q[is_tested] = adjusted(p_value(z[is_tested]))
-        return Differential(z, q, np.where(is_tested, np.log2((profile + LFC_OFFSET) / (control + LFC_OFFSET)), np.nan))
+        return np.stack([z, q, np.where(is_tested, np.log2((profile + LFC_OFFSET) / (control + LFC_OFFSET)), np.nan)])
 
     def of(self, label: str, own_target: np.ndarray) -> dict:
         """Return what `Scored` holds of one perturbation, given the mask of its own genes."""
         controls, is_tested, rows = self.controls, self._is_expressed & ~own_target, self.measured.rows[label]
-        X, Y = self.predicted.cells(label), self.measured.at(rows).tocsc()
+        X, Y = self.predicted.cells(label), self.measured.at(rows)
         pool = self._pool[rows]
         weights = controls.shares(pool)
         control, control_profile = weights @ controls.means[0], weights @ controls.profiles[0]
@@ -171,9 +173,9 @@ class _Comparison:
             found["predicted_test"] = self._differential(X, profile, self.predicted.pool[self.predicted.rows[label]], is_tested)
         if self.predicted.starts_from_controls:
             # What the chance of drawing starts adds, to the mean and to its noise, is taken off; the noise of c̄ comes in its place.
-            begun = self.predicted.begun(label).tocsc()
-            mean = mean - mean_and_variance(begun)[0] + control
-            change, spread = mean_profile((counts - begun.expm1()).tocsc())
+            begun = self.predicted.begun(label)
+            mean = mean - mean_and_variance(controls.X[begun])[0] + control
+            change, spread = mean_change(counts, controls.counts, begun)
             profile, spread = np.maximum(change + control_profile, 0.0), spread + control_spread
         if "cells" in self._needs:
             found |= self._of_cells(label, X, Y)
@@ -184,18 +186,15 @@ class _Comparison:
             "predicted_bulk_variance": spread.of_bulk(profile),
         }
 
-    def _of_cells(self, label: str, X: sparse.csc_matrix, Y: sparse.csc_matrix) -> dict:
+    def _of_cells(self, label: str, X: sparse.csr_matrix, Y: sparse.csr_matrix) -> dict:
         """Return what `Scored` holds of the distribution of predicted cells X and of measured cells Y."""
         measured, _ = self._components(Y)
         predicted, chosen = self._components(X)
-        coverage = np.full(X.shape[1], np.nan)
-        genes = self.highly_expressed
-        coverage[genes] = SortedCells(X[:, genes].tocsr(), [np.arange(X.shape[0])]).coverage(Y[:, genes])
         return {
             "measured_components": measured,
             "predicted_components": predicted,
             "predicted_start": self.predicted.start(label)[chosen],
-            "coverage": coverage,
+            "coverage": SortedCells(X, [np.arange(X.shape[0])]).coverage(Y),
         }
 
 
@@ -231,20 +230,21 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = 
     measured = Measured(cells, labels, role, is_sampled="cells" in needs)
     comparison = _Comparison(measured, Predictions(predictions, measured), needs)
     own_target = np.stack([np.isin(cells.genes, members_of(label)) for label in labels])
-    found = [comparison.of(label, own) for label, own in zip(labels, own_target, strict=True)]
-
-    def collected(name: str) -> np.ndarray | list | Differential:
-        values = [of_label[name] for of_label in found]
-        if name.endswith("_test"):
-            return Differential(*(np.stack([getattr(test, part) for test in values]) for part in Differential.__annotations__))
-        return values if name.endswith(("_components", "_start")) else np.stack(values)
-
-    values = dict.fromkeys(NEEDED) | {name: collected(name) for name in found[0]}
+    values: dict = dict.fromkeys(NEEDED)
+    for i, (label, own) in enumerate(zip(labels, own_target, strict=True)):
+        for name, value in comparison.of(label, own).items():
+            if name.endswith(("_components", "_start")):  # of as many cells as each perturbation has
+                values[name] = [*(values[name] or []), value]
+                continue
+            if values.get(name) is None:
+                values[name] = np.empty((len(labels), *np.shape(value)), np.asarray(value).dtype)
+            values[name][i] = value
+    if "de" in needs:
+        values |= {name: Differential(*np.moveaxis(values[name], 1, 0)) for name in ("predicted_test", "measured_test")}
     return Scored(
         labels=labels,
         **values,
         reference=measured.references(),
-        weight=measured.weights(values["measured"], values["measured_variance"], values["n_cells"]),
         highly_expressed=comparison.highly_expressed,
         own_target=own_target,
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from perturbflow.pairs import Pairs
 
 CELLS_OF_PCA = 5000
-ROWS_AT_ONCE = 2048  # of float64 and index copies of them there are several
+ROWS_AT_ONCE = 2048  # there are several copies of them
 
 
 def run_of_rows(X: sparse.csr_matrix, first: int, last: int) -> sparse.csr_matrix:
@@ -29,11 +29,18 @@ def run_of_rows(X: sparse.csr_matrix, first: int, last: int) -> sparse.csr_matri
     return sparse.csr_matrix(parts, shape=(last - first, X.shape[1]), copy=True)
 
 
+def _stored(X: sparse.csr_matrix) -> np.ndarray:
+    """Return how many values each row of a matrix in memory or on disk holds."""
+    if sparse.issparse(X):
+        return np.diff(X.tocsr().indptr)
+    return np.diff(X.group["indptr"][:])
+
+
 def _blocks(cells: Pairs) -> Iterator[tuple[slice, sparse.csr_matrix]]:
     """Yield ranges of rows and their cells, without stored zeros."""
     for start in range(0, len(cells.obs), ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, len(cells.obs)))
-        X = sparse.csr_matrix(run_of_rows(cells.X, rows.start, rows.stop), dtype=np.float32)
+        X = sparse.csr_matrix(run_of_rows(cells.X, rows.start, rows.stop)).astype(np.float32, copy=False)
         X.eliminate_zeros()
         yield rows, X
 
@@ -77,7 +84,7 @@ class Measured:
         grouped = keys.groupby(list(keys), observed=True, sort=False)
         self._groups = grouped.size().rename("n").reset_index()
         self._of_label = self._groups.groupby("perturbation", observed=True).indices
-        self._sums, self._squares, self.X = self._read(cells, is_kept, grouped.ngroup().to_numpy())
+        self._sums, self.X = self._read(cells, is_kept, grouped.ngroup().to_numpy())
         self._kept = np.flatnonzero(is_kept)
         is_training = is_train & ~cells.is_control
         code, _ = pd.factorize(cells.labels[is_training])
@@ -94,20 +101,20 @@ class Measured:
         rows = np.flatnonzero(mask)
         return {label: rows[places] for label, places in pd.Series(rows).groupby(cells.labels[mask]).indices.items()}
 
-    def _read(self, cells: Pairs, is_kept: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix]:
-        """Return the sum of x per group, the sum of x² per scored label and of all other perturbed cells, and the kept cells."""
-        n_genes, place = len(self.genes), {label: i for i, label in enumerate(self.labels)}
-        others = len(place)
-        square = np.array([others + 1 if label == CONTROL else place.get(label, others) for label in self._groups["perturbation"]])
-        sums, squares = np.zeros((len(self._groups), n_genes)), np.zeros((others + 2, n_genes))
-        kept = []
+    def _read(self, cells: Pairs, is_kept: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, sparse.csr_matrix]:
+        """Return the sum of x per group, and the kept cells."""
+        sums = np.zeros((len(self._groups), len(self.genes)))
+        # Places for all kept values are made beforehand: to put blocks together takes the memory twice.
+        n_stored = _stored(cells.X)[is_kept].sum()
+        data, indices = np.empty(n_stored, np.float32), np.empty(n_stored, np.int32)
+        sizes, n = [[0]], 0
         for rows, X in _blocks(cells):
-            kept.append(X[is_kept[rows]])
-            X = X.astype(np.float64)
             add_sums(sums, X, group[rows])
-            np.square(X.data, out=X.data)
-            add_sums(squares, X, square[group[rows]])
-        return sums, squares[: others + 1], sparse.vstack(kept, format="csr")
+            X = X[is_kept[rows]]
+            here = slice(n, n := n + X.nnz)
+            data[here], indices[here] = X.data, X.indices
+            sizes.append(np.diff(X.indptr))
+        return sums, sparse.csr_matrix((data[:n], indices[:n], np.cumsum(np.concatenate(sizes))), shape=(is_kept.sum(), len(self.genes)))
 
     def at(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return kept cells by their rows in pairs.h5ad."""
@@ -141,34 +148,6 @@ class Measured:
                 of_scored[stratum] = exact.get(stratum, self.controls.means[0][pool])
         shares = [np.bincount(self.stratum[self.rows[label]], minlength=len(self.strata)) / len(self.rows[label]) for label in self.labels]
         return np.mean([self._mean(groups) for groups in trained], axis=0) - self._training_shares @ of_training + shares @ of_scored
-
-    def weights(self, means: np.ndarray, variances: np.ndarray, n_cells: np.ndarray) -> np.ndarray:
-        """Return the weight of each gene: ((|t| − min|t|) / (max|t| − min|t|))², divided by its sum (Mejia et al. 2025), (P, genes).
-
-        t is Welch's, of the scored cells against all perturbed cells of other labels, whatever their role.
-
-        Parameters
-        ----------
-        means, variances, n_cells
-            Of the scored cells.
-        """
-        of_perturbed = (self._groups["perturbation"] != CONTROL).to_numpy()
-        sums, squares = self._sums[of_perturbed].sum(axis=0), self._squares.sum(axis=0)
-        n = self._groups["n"].to_numpy()
-        weights = []
-        for i, label in enumerate(self.labels):
-            own = self._of_label[label]
-            n_others = n[of_perturbed].sum() - n[own].sum()
-            if n_others < 2 or n_cells[i] < 2:
-                weights.append(np.full(len(self.genes), np.nan))
-                continue
-            mean = (sums - self._sums[own].sum(axis=0)) / n_others
-            variance = np.maximum(squares - self._squares[i] - n_others * mean**2, 0.0) / (n_others - 1)
-            error = np.sqrt(variances[i] / n_cells[i] + variance / n_others)
-            t = np.abs(np.divide(means[i] - mean, error, out=np.zeros(len(mean)), where=error > 0))
-            t = (t - t.min()) ** 2
-            weights.append(t / t.sum() if t.sum() > 0 else np.full(len(t), 1 / len(t)))
-        return np.stack(weights)
 
     def reliability(self, label: str, mean: np.ndarray) -> float:
         """Return Pearson's r of the effects of both halves, each against its own half of the controls; NaN where a half is empty.

@@ -7,23 +7,67 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
+from perturbflow.evaluation.compiled import compiled
 from perturbflow.evaluation.scored import BULK_TOTAL
 
 
-def _sums(X: sparse.csc_matrix, values: np.ndarray) -> np.ndarray:
-    """Return the sum per gene of values that belong to the stored entries of X, in float64, (genes,)."""
-    filled = np.flatnonzero(np.diff(X.indptr))
-    out = np.zeros(X.shape[1])
-    if len(filled):
-        out[filled] = np.add.reduceat(values, X.indptr[filled], dtype=np.float64)
-    return out
+@compiled
+def _add(total: np.ndarray, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, group: np.ndarray) -> None:
+    for cell in range(len(group)):
+        for i in range(indptr[cell], indptr[cell + 1]):
+            total[group[cell], indices[i]] += values[i]
+
+
+@compiled
+def _sums(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_genes: int) -> np.ndarray:
+    """Return Σ x and Σ x² over cells, (genes, 2)."""
+    sums = np.zeros((n_genes, 2))
+    for i in range(indptr[0], indptr[-1]):
+        value = np.float64(values[i])
+        sums[indices[i], 0] += value
+        sums[indices[i], 1] += value * value
+    return sums
+
+
+@compiled
+def _products(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, total: np.ndarray, n_genes: int) -> np.ndarray:
+    """Return Σ x·t over cells, t the total of the cell, (genes,)."""
+    products = np.zeros(n_genes)
+    for cell in range(len(total)):
+        for i in range(indptr[cell], indptr[cell + 1]):
+            products[indices[i]] += values[i] * total[cell]
+    return products
+
+
+@compiled
+def _change(
+    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_genes: int,
+    row: np.ndarray, from_indptr: np.ndarray, from_indices: np.ndarray, from_values: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Return `_sums`, totals and `_products` of cells less the row of another matrix that each started from."""
+    sums, products, total, change = np.zeros((n_genes, 2)), np.zeros(n_genes), np.zeros(len(row)), np.zeros(n_genes)
+    for cell in range(len(row)):
+        here, there = range(indptr[cell], indptr[cell + 1]), range(from_indptr[row[cell]], from_indptr[row[cell] + 1])
+        for i in here:
+            change[indices[i]] += values[i]
+            total[cell] += values[i]
+        for i in there:
+            change[from_indices[i]] -= from_values[i]
+            total[cell] -= from_values[i]
+        for side, entries in ((indices, here), (from_indices, there)):
+            for i in entries:
+                gene = side[i]
+                value = change[gene]
+                sums[gene, 0] += value
+                sums[gene, 1] += value * value
+                products[gene] += value * total[cell]
+                change[gene] = 0.0  # a gene of both sides counts once
+    return sums, total, products
 
 
 def add_sums(total: np.ndarray, X: sparse.csr_matrix, group: np.ndarray) -> None:
     """Add the sum of the rows of X in each group to that group's row of `total`, (groups, genes)."""
-    present, place = np.unique(group, return_inverse=True)
-    member = sparse.csr_matrix((np.ones(len(group)), (place, np.arange(len(group)))), shape=(len(present), len(group)))
-    total[present] += (member @ X).toarray()
+    _add(total, X.indptr, X.indices, X.data, group)
 
 
 @dataclass(frozen=True)
@@ -57,20 +101,31 @@ def bulk(profile: np.ndarray) -> np.ndarray:
     return np.log1p(BULK_TOTAL * profile / max(profile.sum(), 1e-12))
 
 
-def mean_profile(counts: sparse.csc_matrix) -> tuple[np.ndarray, Spread]:
-    """Return the mean of normalized counts over cells and its spread; NaN for a single cell."""
-    n = counts.shape[0]
-    total = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-    mean = _sums(counts, counts.data) / n
+def _profile(sums: np.ndarray, total: np.ndarray, products: np.ndarray) -> tuple[np.ndarray, Spread]:
+    n, (sums, squares) = len(total), sums.T
+    mean = sums / n
     scale = 1 / (n * (n - 1)) if n > 1 else np.nan
-    variance = (_sums(counts, np.square(counts.data, dtype=np.float64)) - n * mean**2) * scale
-    covariance = (_sums(counts, counts.data * total[counts.indices]) - n * mean * total.mean()) * scale
+    variance = (squares - n * mean**2) * scale
+    covariance = (products - n * mean * total.mean()) * scale
     return mean, Spread(np.maximum(variance, 0.0), covariance, np.square(total - total.mean()).sum() * scale)
 
 
-def mean_and_variance(X: sparse.csc_matrix) -> tuple[np.ndarray, np.ndarray]:
+def mean_profile(counts: sparse.csr_matrix) -> tuple[np.ndarray, Spread]:
+    """Return the mean of normalized counts over cells and its spread; NaN for a single cell."""
+    total = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    arrays = (counts.indptr, counts.indices, counts.data)
+    return _profile(_sums(*arrays, counts.shape[1]), total, _products(*arrays, total, counts.shape[1]))
+
+
+def mean_change(counts: sparse.csr_matrix, started_from: sparse.csr_matrix, row: np.ndarray) -> tuple[np.ndarray, Spread]:
+    """Return `mean_profile` of cells less the rows of another matrix that they started from."""
+    arrays = (counts.indptr, counts.indices, counts.data, counts.shape[1])
+    return _profile(*_change(*arrays, row, started_from.indptr, started_from.indices, started_from.data))
+
+
+def mean_and_variance(X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and variance over cells, (genes,); the variance of a single cell is NaN."""
     n = X.shape[0]
-    mean = _sums(X, X.data) / n
-    squares = _sums(X, np.square(X.data, dtype=np.float64))
+    sums, squares = _sums(X.indptr, X.indices, X.data, X.shape[1]).T
+    mean = sums / n
     return mean, (np.maximum(squares - n * mean**2, 0.0) / (n - 1) if n > 1 else np.full(len(mean), np.nan))

@@ -194,7 +194,7 @@ def centroid_accuracy(scored: Scored) -> np.ndarray:
 def wmse(scored: Scored) -> np.ndarray:
     """Σ w (x̂ − x̄)² over all genes, w ∝ (abs(t) − min abs(t))², Σ w = 1.
 
-    t is Welch's, of the measured cells against all perturbed cells of other labels.
+    t is Welch's, of the measured cells against those of all other perturbations that are scored.
     """
     return (scored.weight * np.square(scored.predicted - scored.measured)).sum(axis=1)
 

@@ -1,72 +1,161 @@
-"""Rank sums and quantiles of sparse cells, all genes at once.
+"""Rank sums and quantiles of sparse cells, all genes at once: compiled walks along each gene's nonzero values in order; zeros are counted.
 
-Positive float32 numbers are ordered as their bits are. A cell's nonzero value becomes the integer
-(gene · groups + group) · 2³² + bits, so that one sort puts every gene's values in order and one search places the values of
-other cells among them; zeros are counted. Nothing is densified, and the counts are exact.
+Positive float32 numbers are ordered as their bits are: a nonzero value becomes the integer (gene · groups + group) · 2³² + bits, so that
+one sort puts the values of all genes and groups in order. Nothing is densified, and the counts are exact.
 """
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from scipy import sparse
 from scipy.special import ndtr
 
-VALUES_AT_ONCE = 4_000_000  # about 60 bytes each while they are ranked
-_HALF = np.uint64(32)
+from perturbflow.evaluation.compiled import compiled
+
+STEPS = 20  # to the next value, above which halving finds it sooner
 
 
-def _runs(X: sparse.csc_matrix, group: np.ndarray, n_groups: int, genes: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct keys of some genes' nonzero values, in order, and how often each occurs."""
-    first, last = X.indptr[genes.start], X.indptr[genes.stop]
-    gene = np.repeat(np.arange(genes.start, genes.stop), np.diff(X.indptr[genes.start : genes.stop + 1]))
-    keys = (gene * n_groups + group[X.indices[first:last]]).astype(np.uint64) << _HALF
-    keys |= X.data[first:last].view(np.uint32)
+@compiled
+def _keys(indptr: np.ndarray, indices: np.ndarray, bits: np.ndarray, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (gene · groups + group) · 2³² + bits of the stored values of a CSR matrix."""
+    keys = np.empty(indptr[len(group)] - indptr[0], dtype=np.uint64)
+    for cell in range(len(group)):
+        for i in range(indptr[cell], indptr[cell + 1]):
+            keys[i] = np.uint64(np.int64(indices[i]) * n_groups + group[cell]) << np.uint64(32) | np.uint64(bits[i])
+    return keys
+
+
+@compiled
+def _segments(keys: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bits of ascending keys, and where those of each of n genes and groups begin, (n + 1,)."""
+    bits, start = np.empty(len(keys), dtype=np.uint32), np.zeros(n + 1, dtype=np.int64)
+    for i in range(len(keys)):
+        bits[i] = np.uint32(keys[i] & np.uint64(0xFFFFFFFF))
+        start[np.int64(keys[i] >> np.uint64(32)) + 1] += 1
+    for i in range(n):
+        start[i + 1] += start[i]
+    return bits, start
+
+
+def _sorted_bits(X: sparse.csr_matrix, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of cells by gene and group, ascending, as bits, and where those of gene · groups + group begin."""
+    keys = _keys(X.indptr, X.indices, X.data.view(np.uint32), group, n_groups)
     keys.sort()
-    is_first = np.ones(len(keys), dtype=bool)
-    np.not_equal(keys[1:], keys[:-1], out=is_first[1:])
-    position = np.flatnonzero(is_first)
-    return keys[position], np.diff(position, append=len(keys))
+    return _segments(keys, X.shape[1] * n_groups)
 
 
-def _gene_blocks(X: sparse.csc_matrix) -> Iterator[slice]:
-    """Yield ranges of genes that hold about VALUES_AT_ONCE values each."""
-    n_blocks = max(1, -(-X.nnz // VALUES_AT_ONCE))
-    edges = np.searchsorted(X.indptr, np.linspace(0, X.nnz, n_blocks + 1)[1:-1])
-    edges = np.unique([0, *edges, X.shape[1]])
-    yield from (slice(int(a), int(b)) for a, b in pairwise(edges))
+@compiled
+def _below(values: np.ndarray, first: int, last: int, value: int, is_near: bool) -> int:
+    """Return the place of the first of the ascending values[first:last] that is not less; is_near: a step at a time is faster."""
+    if is_near:
+        while first < last and values[first] < value:
+            first += 1
+        return first
+    while first < last:
+        middle = (first + last) // 2
+        if values[middle] < value:
+            first = middle + 1
+        else:
+            last = middle
+    return first
 
 
-def _ties(n: np.ndarray) -> np.ndarray:
-    n = n.astype(np.float64)
-    return n * (n * n - 1)
+@compiled
+def _after(values: np.ndarray, first: int, last: int) -> int:
+    """Return the place of the first of the ascending values[first:last] that differs from values[first]."""
+    place = first + 1
+    while place < last and values[place] == values[first]:
+        place += 1
+    return place
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where the distinct nonzero values of some cells stand among the sorted ones, one entry per value, and the zeros.
+@compiled
+def _ties(n: float) -> float:
+    return n * (n * n - 1.0)
 
-    Attributes
-    ----------
-    group
-        gene · groups + group, from 0 for the first of these genes.
-    times
-        How often the value occurs in the cells.
-    below
-        Nonzero values of sorted cells, of all genes and groups before it and of its own, that are less.
-    ties
-        Sorted cells of its group with this value.
-    zeros, nonzero
-        Cells without and with expression, (genes · groups,).
-    """
 
-    group: np.ndarray
-    times: np.ndarray
-    below: np.ndarray
-    ties: np.ndarray
-    zeros: np.ndarray
-    nonzero: np.ndarray
+@compiled
+def _rank_sums(
+    values: np.ndarray, start: np.ndarray, n: np.ndarray, present: np.ndarray,
+    sorted_values: np.ndarray, sorted_start: np.ndarray, size: np.ndarray, own_ties: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Return `SortedCells.rank_sum` of cells, n of each group that is present, whose values and starts these are."""
+    n_genes, n_groups = (len(start) - 1) // len(n), len(size)
+    z = np.zeros(n_genes)
+    for gene in range(n_genes):
+        excess = variance = 0.0
+        for group in range(len(n)):
+            here, there = gene * len(n) + group, gene * n_groups + present[group]
+            place, last = sorted_start[there], sorted_start[there + 1]
+            n_sorted = size[present[group]]
+            zeros, sorted_zeros = n[group] - (start[here + 1] - start[here]), n_sorted - (last - place)
+            # Of sorted cells: those with less, zeros among them, and half of those with as much.
+            u = 0.5 * zeros * sorted_zeros
+            ties = own_ties[there] + _ties(zeros + sorted_zeros)
+            is_near = last - place < STEPS * (start[here + 1] - start[here])
+            i = start[here]
+            while i < start[here + 1]:
+                after = _after(values, i, start[here + 1])
+                times = after - i
+                place = _below(sorted_values, place, last, values[i], is_near)
+                others = 0
+                if place < last and sorted_values[place] == values[i]:
+                    others = _after(sorted_values, place, last) - place
+                u += times * (sorted_zeros + place - sorted_start[there] + 0.5 * others)
+                if others or times > 1:
+                    ties += _ties(times + others) - _ties(others)
+                i = after
+            total, pairs = n[group] + n_sorted, float(n[group]) * n_sorted
+            excess += u - pairs / 2
+            variance += pairs / 12 * (total + 1 - ties / max(float(total) * (total - 1), 1.0))
+        # Where all cells are alike, rounding leaves a variance of about 0.
+        if variance > 1e-6:
+            z[gene] = np.sign(excess) * max(abs(excess) - 0.5, 0.0) / np.sqrt(variance)
+    return z
+
+
+@compiled
+def _covered(below: float, ties: float, n_sorted: float, low: float, high: float) -> float:
+    """Return the share of the ranks of the ties, or of the one place between values, that lies between two quantiles."""
+    begin, width = below / n_sorted, ties / n_sorted
+    inside = min(begin + width, high) - max(begin, low)
+    if ties > 0:
+        return max(inside, 0.0) / width
+    return 1.0 if inside >= 0 else 0.0
+
+
+@compiled
+def _coverage(
+    indptr: np.ndarray, indices: np.ndarray, bits: np.ndarray, n_genes: int,
+    sorted_values: np.ndarray, sorted_start: np.ndarray, n_sorted: int, low: float, high: float,
+) -> np.ndarray:  # fmt: skip
+    """Return `SortedCells.coverage` of the cells of a CSR matrix."""
+    n = len(indptr) - 1
+    zeros, share = np.full(n_genes, n), np.zeros(n_genes)
+    for i in range(indptr[n]):
+        gene = indices[i]
+        first, last = sorted_start[gene], sorted_start[gene + 1]
+        place = _below(sorted_values, first, last, bits[i], False)
+        ties = 0
+        if place < last and sorted_values[place] == bits[i]:
+            ties = _after(sorted_values, place, last) - place
+        share[gene] += _covered(n_sorted - last + place, ties, n_sorted, low, high)
+        zeros[gene] -= 1
+    for gene in range(n_genes):
+        sorted_zeros = n_sorted - (sorted_start[gene + 1] - sorted_start[gene])
+        share[gene] += zeros[gene] * _covered(0.0, sorted_zeros, n_sorted, low, high)
+    return share / n
+
+
+@compiled
+def _ties_within(values: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Return Σ t³ − t over the values that occur t times, of each gene and group."""
+    ties = np.zeros(len(start) - 1)
+    for here in range(len(ties)):
+        i = start[here]
+        while i < start[here + 1]:
+            after = _after(values, i, start[here + 1])
+            ties[here] += _ties(after - i)
+            i = after
+    return ties
 
 
 class SortedCells:
@@ -75,38 +164,18 @@ class SortedCells:
     Parameters
     ----------
     X
-        float32 without negative values or stored zeros, cells × genes.
+        Without negative values or stored zeros, cells × genes.
     groups
         Rows of X in each group; a row may be in several.
     """
 
     def __init__(self, X: sparse.csr_matrix, groups: list[np.ndarray]) -> None:
-        self.n_groups, self.n_genes = len(groups), X.shape[1]
         self.size = np.array([len(rows) for rows in groups])  # (groups,)
-        stacked = X[np.concatenate(groups)].tocsc()
-        group = np.repeat(np.arange(self.n_groups), self.size)
-        runs = [_runs(stacked, group, self.n_groups, genes) for genes in _gene_blocks(stacked)]
-        values, times = (np.concatenate(parts) for parts in zip(*runs, strict=True))
-        of_value = (values >> _HALF).astype(np.int64)
-        n = self.n_genes * self.n_groups
-        nonzero = np.bincount(of_value, times, minlength=n)
-        self._values = np.append(values, np.iinfo(np.uint64).max)
-        self._times = np.append(times, 0)
-        self._before = np.concatenate([[0.0], np.cumsum(times)])
-        self._first = np.cumsum(nonzero) - nonzero
-        self._zeros = np.tile(self.size, self.n_genes) - nonzero  # (genes · groups,)
-        self._ties = np.bincount(of_value, _ties(times), minlength=n)
+        stacked = X[np.concatenate(groups)]
+        self._values, self._start = _sorted_bits(stacked, np.repeat(np.arange(len(groups)), self.size), len(groups))
+        self._ties = _ties_within(self._values, self._start)
 
-    def _places(self, X: sparse.csc_matrix, group: np.ndarray, genes: slice) -> _Places:
-        values, times = _runs(X, group, self.n_groups, genes)
-        of_value = (values >> _HALF).astype(np.int64) - genes.start * self.n_groups
-        at = np.searchsorted(self._values, values)
-        ties = np.where(self._values[at] == values, self._times[at], 0)
-        n = np.bincount(group, minlength=self.n_groups)
-        nonzero = np.bincount(of_value, times, minlength=(genes.stop - genes.start) * self.n_groups)
-        return _Places(of_value, times, self._before[at], ties, np.tile(n, genes.stop - genes.start) - nonzero, nonzero)
-
-    def rank_sum(self, X: sparse.csc_matrix, group: np.ndarray) -> np.ndarray:
+    def rank_sum(self, X: sparse.csr_matrix, group: np.ndarray) -> np.ndarray:
         """Return the standardized Wilcoxon rank sum of cells against the sorted cells, stratified by group, (genes,).
 
         Mann and Whitney's U, its mean and its variance, corrected for ties, are summed over the groups that the cells are in
@@ -120,52 +189,17 @@ class SortedCells:
         group
             Group of each cell.
         """
-        n = np.bincount(group, minlength=self.n_groups)
-        is_in = n > 0
-        total, pairs = n + self.size, n * self.size  # (groups,)
-        z = np.zeros(self.n_genes)
-        for genes in _gene_blocks(X):
-            here = slice(genes.start * self.n_groups, genes.stop * self.n_groups)
-            found = self._places(X, group, genes)
-            zeros = self._zeros[here]
-            # Of sorted cells: those with less, zeros among them, and half of those with as much.
-            u = np.bincount(found.group, found.times * found.below, minlength=len(zeros))
-            u = u + found.nonzero * (zeros - self._first[here]) + 0.5 * found.zeros * zeros
-            ties = self._ties[here] + _ties(found.zeros + zeros)
-            tied = np.flatnonzero((found.ties > 0) | (found.times > 1))
-            if len(tied):
-                of_value, times, others = found.group[tied], found.times[tied], found.ties[tied]
-                u += 0.5 * np.bincount(of_value, times * others, minlength=len(zeros))
-                ties += np.bincount(of_value, _ties(times + others) - _ties(others), minlength=len(zeros))
-            variance = pairs / 12 * (total + 1 - ties.reshape(-1, self.n_groups) / np.maximum(total * (total - 1), 1))
-            variance = variance[:, is_in].sum(axis=1)
-            excess = (u.reshape(-1, self.n_groups) - pairs / 2)[:, is_in].sum(axis=1)
-            excess = np.sign(excess) * np.maximum(np.abs(excess) - 0.5, 0.0)
-            # Where all cells are alike, rounding leaves a variance of about 0.
-            z[genes] = np.divide(excess, np.sqrt(np.maximum(variance, 0.0)), out=np.zeros(len(excess)), where=variance > 1e-6)
-        return z
+        present, place, n = np.unique(group, return_inverse=True, return_counts=True)
+        values, start = _sorted_bits(X, place, len(present))
+        return _rank_sums(values, start, n, present, self._values, self._start, self.size, self._ties)
 
-    def coverage(self, X: sparse.csc_matrix, low: float = 0.05, high: float = 0.95) -> np.ndarray:
+    def coverage(self, X: sparse.csr_matrix, low: float = 0.05, high: float = 0.95) -> np.ndarray:
         """Return the share of cells between two quantiles of the sorted cells, which are one group, (genes,).
 
         A cell that ties with sorted ones stands on each of their ranks with equal probability (randomized probability integral
         transform, Smith 1985), in expectation: the sorted cells themselves are covered by exactly high − low, whatever the ties.
         """
-        n_sorted, n = self.size[0], X.shape[0]
-
-        def covered(below: np.ndarray, ties: np.ndarray) -> np.ndarray:
-            start, width = below / n_sorted, ties / n_sorted
-            inside = np.minimum(start + width, high) - np.maximum(start, low)
-            return np.where(ties > 0, np.maximum(inside, 0.0) / np.maximum(width, 1e-300), inside >= 0)
-
-        share = np.zeros(self.n_genes)
-        for genes in _gene_blocks(X):
-            found = self._places(X, np.zeros(n, dtype=np.int64), genes)
-            zeros = self._zeros[genes]
-            below = found.below + (zeros - self._first[genes])[found.group]
-            inside = np.bincount(found.group, found.times * covered(below, found.ties), minlength=len(zeros))
-            share[genes] = (inside + found.zeros * covered(np.zeros(len(zeros)), zeros)) / n
-        return share
+        return _coverage(X.indptr, X.indices, X.data.view(np.uint32), X.shape[1], self._values, self._start, self.size[0], low, high)
 
 
 def p_value(z: np.ndarray) -> np.ndarray:

@@ -52,8 +52,6 @@ class Scored:
         log(1 + 5·10⁴ · share of the summed normalized counts).
     predicted_bulk_variance, measured_bulk_variance, control_bulk_variance
         Sampling variance of the three.
-    weight
-        Share of a gene in the weighted metrics; sums to 1 over genes.
     highly_expressed
         Mask of the 1,000 genes with the highest mean in measured controls, (genes,).
     own_target
@@ -63,7 +61,7 @@ class Scored:
     predicted_variance, measured_variance
         Variance over the cells of a perturbation, log1p-normalized.
     coverage
-        Share of measured cells between the 5 and 95 % quantiles of the predicted ones; NaN but for `highly_expressed`.
+        Share of measured cells between the 5 and 95 % quantiles of the predicted ones.
     predicted_components, measured_components
         Per perturbation, cells × 50 principal components fitted on training cells.
     predicted_start
@@ -87,7 +85,6 @@ class Scored:
     predicted_bulk_variance: np.ndarray
     measured_bulk_variance: np.ndarray
     control_bulk_variance: np.ndarray
-    weight: np.ndarray
     highly_expressed: np.ndarray
     own_target: np.ndarray
     predicted_test: Differential | None
@@ -101,3 +98,22 @@ class Scored:
     n_cells: np.ndarray
     reliability: np.ndarray
     effect_size: np.ndarray
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """((|t| − min|t|) / (max|t| − min|t|))² of each gene, divided by its sum (Mejia et al. 2025), (P, genes).
+
+        t is Welch's, of the measured cells against those of all other perturbations that are scored; NaN where either is a single cell.
+        """
+        n, n_others = self.n_cells[:, None], self.n_cells.sum() - self.n_cells[:, None]
+        sums, squares = n * self.measured, (n - 1) * np.nan_to_num(self.measured_variance) + n * self.measured**2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean = (sums.sum(axis=0) - sums) / n_others
+            variance = np.maximum(squares.sum(axis=0) - squares - n_others * mean**2, 0.0) / (n_others - 1)
+            error = np.sqrt(self.measured_variance / n + variance / n_others)
+            t = np.abs(self.measured - mean) / error
+        t = np.where(error > 0, t, 0.0)
+        t = (t - t.min(axis=1, keepdims=True)) ** 2
+        total = t.sum(axis=1, keepdims=True)
+        weight = np.divide(t, total, out=np.full(t.shape, 1 / t.shape[1]), where=total > 0)
+        return np.where((n < 2) | (n_others < 2), np.nan, weight)

@@ -79,23 +79,30 @@ class MatchingMean(Additive):
 
 
 class ShrunkenAdditive(Additive):
-    """The sum of single effects times the factor that fits held-out training combinations best; the plain sum without any."""
+    """The sum of single effects times the factor that fits held-out training combinations best; the plain sum without any.
+
+    One factor for combinations whose members were all measured alone, one for the others: what is unseen adds noise.
+    """
 
     def learn(self, training: Training) -> Artefact:
-        """Fit the factor by least squares over inner folds."""
-        explained = energy = 0.0
-        for inner, held_out in training.rounds(of_genes=False):
-            plain = Additive().learned(inner)
-            for label, value in zip(held_out.labels, held_out.values, strict=True):
-                predicted = plain.effect(label)
-                explained, energy = explained + predicted @ value, energy + predicted @ predicted
-        factor = max(explained / energy, 0.0) if energy > 0 else 1.0
-        return {**super().learn(training), "factor": np.array(factor)}
+        """Fit both factors by least squares over inner folds of combinations and of genes."""
+        explained, energy = np.zeros((2, 2))
+        for of_genes in (False, True):
+            for inner, held_out in training.rounds(of_genes=of_genes):
+                plain = Additive().learned(inner)
+                for label, value in zip(held_out.labels, held_out.values, strict=True):
+                    if len(members_of(label)) > 1 and (is_unseen := not plain.row.keys() >= set(members_of(label))) == of_genes:
+                        predicted = plain.effect(label)
+                        explained[int(is_unseen)] += predicted @ value
+                        energy[int(is_unseen)] += predicted @ predicted
+        factors = np.maximum(np.divide(explained, energy, out=np.ones(2), where=energy > 0), 0.0)
+        return {**super().learn(training), "factors": factors}
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Shrink the sum of a combination; a single effect stays as it is."""
-        effect = super().effect(perturbation)
-        return float(self.artefact["factor"]) * effect if len(members_of(perturbation)) > 1 else effect
+        members = members_of(perturbation)
+        is_unseen = not self.row.keys() >= set(members)
+        return super().effect(perturbation) * (self.artefact["factors"][int(is_unseen)] if len(members) > 1 else 1.0)
 
 
 class LatentSum(MeanShift):
@@ -138,24 +145,31 @@ class LatentSum(MeanShift):
 
 
 class LatentAdditive(MeanShift):
-    """The linear form of PerturBench's latent additive model (arXiv 2408.10609): `LatentSum`, its two constants by inner folds."""
+    """The linear form of PerturBench's latent additive model (arXiv 2408.10609): `LatentSum`, its two constants by inner folds.
+
+    Held-out combinations choose them for perturbations of seen members, held-out genes for the others.
+    """
 
     def learn(self, training: Training) -> Artefact:
-        """Choose the number of directions and the penalty, then fit."""
-        of_genes = not (training.effects.order > 1).any()
+        """Choose the number of directions and the penalty for both, then fit."""
         candidates = [LatentSum(k, ridge) for k in LATENT_COMPONENTS for ridge in LATENT_RIDGES]
-        self.chosen = least_error(candidates, training, of_genes=of_genes)
-        return self.chosen.learn(training)
+        unseen = least_error(candidates, training, of_genes=True).learn(training)
+        has_combinations = (training.effects.order > 1).any()
+        seen = least_error(candidates, training, of_genes=False).learn(training) if has_combinations else unseen
+        return {f"{name}.{key}": value for name, part in (("seen", seen), ("unseen", unseen)) for key, value in part.items()}
 
     def restore(self, artefact: Artefact) -> None:
         """Take over the arrays."""
         super().restore(artefact)
-        self.chosen = LatentSum(0, 0.0)
-        self.chosen.restore(artefact)
+        self._chosen = {}
+        for name in ("seen", "unseen"):
+            self._chosen[name] = LatentSum(0, 0.0)
+            self._chosen[name].restore({key.split(".")[1]: value for key, value in artefact.items() if key.split(".")[0] == name})
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Add up in the latent space."""
-        return self.chosen.effect(perturbation)
+        is_seen = set(members_of(perturbation)) <= set(self.artefact["seen.genes"].tolist())
+        return self._chosen["seen" if is_seen else "unseen"].effect(perturbation)
 
 
 class Transfer(MeanShift):
