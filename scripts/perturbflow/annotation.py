@@ -1,18 +1,18 @@
 """What is known of cells and genes before a count is read: which cells are wanted, their labels and covariates, gene symbols."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.symbols import CONTROL, SEPARATOR, approved_symbol, canonical_label, members_of
+from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
 
 UNKNOWN = "unknown"
 ENSEMBL_COLUMNS = ("gene_id", "ensembl_id", "ensemble_id", "ensembl_gene_id", "gene_ids")
 SYMBOL_COLUMNS = ("gene_name", "gene_symbol", "symbol", "feature_name", "gene_short_name")
-ENSEMBL_ID = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$")
 SCHEMA_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
     "total_counts", "n_genes_by_counts", "pct_counts_mt",
@@ -24,6 +24,16 @@ def column_of(obs: pd.DataFrame, column: str, key: str, path: Path) -> pd.Series
     if column not in obs:
         raise InputError(f"{path}: obs has no column '{column}' ({key}). Its columns: {', '.join(map(str, obs.columns)) or '(none)'}.")
     return obs[column]
+
+
+def check_shape(found: tuple[int, int], dataset: dict, path: Path) -> None:
+    """Raise InputError unless the source has the cells and genes that its block declares."""
+    declared = tuple(dataset.get("shape", found))
+    if found != declared:
+        raise InputError(
+            f"{path}: {found[0]:,} cells × {found[1]:,} genes, but the block declares shape: {list(declared)}. "
+            "The file at the source has changed, or is another one. If it is the right one, correct shape."
+        )
 
 
 def as_text(values: pd.Series) -> pd.Categorical:
@@ -44,15 +54,43 @@ def in_subset(obs: pd.DataFrame, subset: dict[str, list], path: Path) -> np.ndar
     wanted = np.ones(len(obs), bool)
     for column, values in subset.items():
         text = as_text(column_of(obs, column, "subset", path))
-        wanted &= text.isin(list(map(str, values)))
+        # A column of whole numbers in which some are missing holds 1.0 where 1 is meant.
+        wholes = [str(float(value)) for value in values if isinstance(value, int) and not isinstance(value, bool)]
+        wanted &= text.isin([*map(str, values), *wholes])
         if not wanted.any():
             found = ", ".join(text.categories[:8])
             raise InputError(f"{path}: subset {column} = {values} keeps no cell. obs['{column}'] holds: {found}.")
     return wanted
 
 
-def canonical_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> pd.Series:
+def is_excluded(obs: pd.DataFrame, exclude: dict[str, str], path: Path) -> np.ndarray:
+    """Return which cells hold, in one of the columns, a value that its regular expression finds something in."""
+    excluded = np.zeros(len(obs), bool)
+    for column, pattern in exclude.items():
+        text = as_text(column_of(obs, column, "exclude", path))
+        excluded |= text.isin([value for value in text.categories if re.search(pattern, value)])
+    return excluded
+
+
+def _members(label: str, declared: dict) -> list[str]:
+    """Return the members that a label names, in the words of the block: first pattern, then separator, then rename."""
+    parts = [label]
+    if "pattern" in declared:
+        matches = re.finditer(declared["pattern"], label)
+        parts = [next((group for group in match.groups() if group is not None), "") for match in matches] or parts
+    if declared["separator"]:
+        parts = [member for part in parts for member in part.split(declared["separator"])]
+    renamed = declared.get("rename", {})
+    return [renamed.get(member.strip(), member.strip()) for member in parts]
+
+
+def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> pd.Series:
     """Return canonical labels as a categorical; missing where the cell has no assigned perturbation.
+
+    Parameters
+    ----------
+    genes
+        The screen's genes (`gene_table`), which labels follow.
 
     Raises
     ------
@@ -62,26 +100,33 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> pd.Series:
     declared = dataset["perturbation"]
     source = column_of(obs, declared["column"], "perturbation.column", path)
     text = as_text(source)
-    unassigned = set(declared["drop"])
+    control, unassigned = {CONTROL, *declared["control"]}, set(declared["drop"])
+    # Drugs are no genes: theirs are not the names that HGNC approves.
+    organism, measured = dataset["organism"], dict(zip(genes["original_name"], genes["gene_name"], strict=True))
+    if dataset["perturbation_type"] == "drug":
+        organism, measured = "", {}
 
-    def is_assigned(label: str) -> bool:
+    def canonical(label: str) -> str | None:
+        if label in unassigned:
+            return None
+        if label in control:
+            return CONTROL
+        members = _members(label, declared)
         # A combination with an unassigned member ("A+nan") is no single perturbation either.
-        members = label.split(declared["separator"]) if declared["separator"] else [label]
-        return label not in unassigned and not unassigned & {member for member in members if member}
-
-    renamed = {
-        label: canonical_label(label, declared["control"], declared["separator"], dataset["organism"])
-        for label in text.categories
-        if is_assigned(label)
-    }
-    for label, canonical in renamed.items():
-        if SEPARATOR in label and declared["separator"] != SEPARATOR and canonical != CONTROL:
+        if unassigned & {member for member in members if member}:
+            return None
+        if any(SEPARATOR in member for member in members if member not in control):
             raise InputError(
                 f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here, but "
-                f"perturbation.separator is {declared['separator']!r}. Set it to '{SEPARATOR}', or rename the label in the file."
+                f"perturbation.separator is {declared['separator']!r}. Set it to '{SEPARATOR}', or give the label another name with "
+                "perturbation.rename."
             )
-    canonical = pd.Categorical([renamed.get(label) or None for label in text.categories])
-    labels = pd.Series(pd.Categorical.from_codes(np.append(canonical.codes, -1)[text.codes], canonical.categories), index=obs.index)
+        return label_of(members, control, organism, measured) or None
+
+    categories = pd.Categorical([canonical(label) for label in text.categories])
+    labels = pd.Series(pd.Categorical.from_codes(np.append(categories.codes, -1)[text.codes], categories.categories), index=obs.index)
+    if "dose" in declared:
+        labels = _with_dose(labels, column_of(obs, declared["dose"], "perturbation.dose", path))
     if not (labels == CONTROL).any():
         common = ", ".join(f"'{label}' ({n:,})" for label, n in pd.Series(text).value_counts().head(8).items())
         raise InputError(
@@ -89,6 +134,42 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> pd.Series:
             f"Its most common labels: {common}. Name the control label in perturbation.control."
         )
     return labels
+
+
+def _with_dose(labels: pd.Series, dose: pd.Series) -> pd.Series:
+    """Return labels of perturbed cells followed by `@` and the dose, where it is known: a drug at two doses is two perturbations."""
+    table = pd.DataFrame({"label": labels.astype(object).to_numpy(), "dose": dose.astype(object).to_numpy()})
+    codes, pairs = pd.factorize(pd.MultiIndex.from_frame(table))
+    texts = [
+        None if pd.isna(label) else label if label == CONTROL or pd.isna(amount) else f"{label}@{_number(amount)}"
+        for label, amount in pairs
+    ]
+    unique = pd.Categorical(texts)
+    return pd.Series(pd.Categorical.from_codes(unique.codes[codes], unique.categories), index=labels.index)
+
+
+def _number(value: object) -> str:
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return str(value)
+
+
+def _covariate(obs: pd.DataFrame, declared: str | list[str] | dict | None, undeclared: str, key: str, path: Path) -> pd.Categorical:
+    """Return a covariate of cells: a column, several joined by `|`, or one value for all."""
+    if declared is None or isinstance(declared, dict):
+        value = undeclared if declared is None else declared["value"]
+        return pd.Categorical.from_codes(np.zeros(len(obs), np.int8), [value])
+    columns = [declared] if isinstance(declared, str) else declared
+    codes = np.zeros(len(obs), np.int64)
+    texts = [""]
+    for column in columns:
+        values = as_text(column_of(obs, column, key, path))
+        values = values.add_categories({UNKNOWN} - set(values.categories)).fillna(UNKNOWN)
+        codes, seen = pd.factorize(codes * len(values.categories) + values.codes)
+        texts = ["|".join(filter(None, (texts[i // len(values.categories)], values.categories[i % len(values.categories)]))) for i in seen]
+    merged = pd.Categorical(texts)
+    return pd.Categorical.from_codes(merged.codes[codes], merged.categories)
 
 
 def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict, path: Path) -> pd.DataFrame:
@@ -107,18 +188,9 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
     n_members = np.array([len(members_of(label)) for label in labels.cat.categories], np.int64)
     obs["n_perturbations"] = n_members[labels.cat.codes]
 
-    def constant(value: str) -> pd.Categorical:
-        return pd.Categorical.from_codes(np.zeros(len(obs), np.int8), [value])
-
-    obs["perturbation_type"] = constant(dataset["perturbation_type"])
+    obs["perturbation_type"] = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), [dataset["perturbation_type"]])
     for covariate, undeclared in (("cell_type", UNKNOWN), ("batch", UNKNOWN), ("dataset", name)):
-        column = dataset["covariates"].get(covariate)
-        if column is None:
-            obs[covariate] = constant(undeclared)
-        else:
-            values = as_text(column_of(source, column, f"covariates.{covariate}", path))
-            values = values.add_categories({UNKNOWN} - set(values.categories)).fillna(UNKNOWN)
-            obs[covariate] = values.reorder_categories(sorted(values.categories)).remove_unused_categories()
+        obs[covariate] = _covariate(source, dataset["covariates"].get(covariate), undeclared, f"covariates.{covariate}", path)
     if "dataset" in dataset["covariates"]:
         # Lane 1 of one screen and lane 1 of another are two batches.
         obs["batch"] = pd.Categorical(obs["dataset"].astype(str) + ":" + obs["batch"].astype(str))
@@ -131,21 +203,51 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
     return obs
 
 
-def gene_table(var: pd.DataFrame, organism: str) -> pd.DataFrame:
-    """Return gene_name (approved symbol), gene_id (Ensembl id or empty) and original_name per source gene."""
-    names = pd.Series(var.index.astype(str), index=var.index)
-    ids = next((var[column].astype(object).where(var[column].notna(), "").astype(str) for column in ENSEMBL_COLUMNS if column in var), None)
-    if names.str.match(ENSEMBL_ID).mean() > 0.5:
+def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
+    """Return gene_name (approved symbol), gene_id (Ensembl id or empty), original_name and is_wanted per source gene.
+
+    A name that is approved stays. Otherwise the Ensembl id decides where HGNC knows it, else a previous symbol of one gene is renamed.
+    Two genes of the file are never given one name: where another has it, or two would come to share it, they stay as they are.
+    """
+    names = pd.Series(var.index.astype(str))
+    columns = {column: var[column].astype(object).where(var[column].notna(), "").astype(str) for column in var}
+    ids = next((columns[column] for column in ENSEMBL_COLUMNS if column in columns), None)
+    if names.str.fullmatch(ENSEMBL_ID).mean() > 0.5:
         ids = names
-        symbols = next((var[column] for column in SYMBOL_COLUMNS if column in var), None)
-        if symbols is not None:
-            usable = symbols.notna() & (symbols.astype(str).str.len() > 0)
-            names = symbols.astype(object).where(usable, names).astype(str)
-    if ids is None:
-        ids = pd.Series("", index=var.index)
-    ids = ids.where(ids.str.match(ENSEMBL_ID), "").str.replace(r"\.\d+$", "", regex=True)
-    approved = names.map(lambda name: approved_symbol(name, organism))
-    # A previous symbol whose successor is measured too would merge two genes: it is left as it is.
-    taken = set(names)
-    approved = approved.where(~((approved != names) & approved.isin(taken)), names)
-    return pd.DataFrame({"gene_name": approved.to_numpy(), "gene_id": ids.to_numpy(), "original_name": names.to_numpy()})
+        symbols = next((columns[column] for column in SYMBOL_COLUMNS if column in columns), names)
+        names = pd.Series(np.where(symbols.str.len() > 0, symbols, names))
+    ids = pd.Series("" if ids is None else ids.to_numpy(), index=names.index, dtype=object)
+    ids = ids.where(ids.str.fullmatch(ENSEMBL_ID), "").str.replace(r"\.\d+$", "", regex=True)
+    approved = names
+    if dataset["organism"] == "human":
+        table = human_symbols()
+        by_id = ids.map(table.of_ensembl_id)
+        approved = names.where(names.isin(table.approved) | by_id.isna(), by_id)
+        approved = approved.where(approved != names, names.map(approved_symbol))
+        is_renamed = approved != names
+        claims = names[is_renamed].groupby(approved[is_renamed]).nunique()
+        approved = approved.where(~is_renamed | ~(approved.isin(set(names)) | approved.isin(claims.index[claims > 1])), names)
+    wanted = np.where(ids != "", ids, names)
+    pattern = dataset.get("gene_pattern", "")
+    return pd.DataFrame(
+        {
+            "gene_name": approved.to_numpy(),
+            "gene_id": ids.to_numpy(),
+            "original_name": names.to_numpy(),
+            "is_wanted": [bool(re.search(pattern, name)) for name in wanted] if pattern else True,
+        }
+    )
+
+
+def contradicting(genes: pd.DataFrame) -> dict[str, str]:
+    """Return approved symbol → the approved symbol that HGNC has for the gene's Ensembl id, where they differ."""
+    table = human_symbols()
+    by_id = genes["gene_id"].map(table.of_ensembl_id)
+    differ = by_id.notna() & (by_id != genes["gene_name"]) & genes["gene_name"].isin(table.approved)
+    return dict(zip(genes.loc[differ, "gene_name"], by_id[differ], strict=True))
+
+
+def ambiguous(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names that may mean several genes today, and which: they were left alone."""
+    meant = {name: candidates(name) for name in names}
+    return {name: genes for name, genes in meant.items() if len(genes) > 1}

@@ -12,7 +12,7 @@ import scanpy as sc
 from scipy import sparse
 
 from perturbflow import __version__
-from perturbflow.annotation import canonical_labels, gene_table, in_subset, schema_obs
+from perturbflow.annotation import ambiguous, canonical_labels, check_shape, contradicting, gene_table, in_subset, is_excluded, schema_obs
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, manifest_files, write_json
 from perturbflow.recipes import RECIPES
@@ -126,11 +126,19 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     path = source.files[0]
     n_source = len(source.obs), len(source.var)
     logger.info("%s: %s cells × %s genes", path, f"{n_source[0]:,}", f"{n_source[1]:,}")
+    if note := dataset.get("note"):
+        logger.warning("%s: %s", name, note)
+    check_shape(n_source, dataset, path)
+    genes = gene_table(source.var, dataset)
     dropped: Counter = Counter()
     rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
     if dataset["subset"]:
         dropped["subset"] = n_source[0] - len(rows)
-    labels = canonical_labels(source.obs.iloc[rows], dataset, path)
+    if "exclude" in dataset:
+        excluded = is_excluded(source.obs.iloc[rows], dataset["exclude"], path)
+        dropped["exclude"] = int(excluded.sum())
+        rows = rows[~excluded]
+    labels = canonical_labels(source.obs.iloc[rows], dataset, genes, path)
     assigned = labels.notna().to_numpy()
     dropped["unassigned"] = int((~assigned).sum())
     rows, labels = rows[assigned], labels[assigned]
@@ -141,7 +149,11 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     }
 
     counts = raw_counts(source, rows)
-    genes = gene_table(source.var, dataset["organism"])
+    wanted = genes["is_wanted"].to_numpy()
+    dropped_genes: Counter = Counter()
+    if "gene_pattern" in dataset:
+        dropped_genes["gene_pattern"] = int((~wanted).sum())
+        counts, genes = counts[:, wanted], genes[wanted]
     renamed_genes = dict(genes.loc[genes["gene_name"] != genes["original_name"], ["original_name", "gene_name"]].to_numpy())
     counts, genes, n_merged = _merge_duplicates(counts, genes)
 
@@ -152,7 +164,6 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         clean.obs_names_make_unique()
 
     clean = _quality_control(clean, qc, dataset["organism"], path, dropped)
-    dropped_genes: Counter = Counter()
     if qc["min_cells_per_gene"] is not None:
         seen = clean.X.getnnz(axis=0) >= qc["min_cells_per_gene"]
         if not seen.any():
@@ -185,15 +196,22 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     for column in clean.obs.select_dtypes("category"):
         clean.obs[column] = clean.obs[column].cat.remove_unused_categories()
     clean.var = clean.var[["gene_name", "gene_id", "original_name"]]
+    is_human = dataset["organism"] == "human"
+    perturbed = {gene for label in kept for gene in members_of(label)} if dataset["perturbation_type"] != "drug" else set()
+    contradictions = contradicting(clean.var) if is_human else {}
+    if len(contradictions) > 0.05 * clean.n_vars:
+        logger.warning("%s: names and Ensembl ids of %d genes contradict one another; are they shifted?", path, len(contradictions))
     account = {
         "dataset": name,
+        "note": note or "",
         "organism": dataset["organism"],
         "source": {"file": str(path), "bytes": path.stat().st_size, "sha256": file_digest(path)},
         "cells": {"source": n_source[0], "kept": clean.n_obs, "dropped": dict(dropped)},
         "genes": {"source": n_source[1], "kept": clean.n_vars, "dropped": dict(dropped_genes), "merged": n_merged,
-                  "renamed": renamed_genes},
+                  "renamed": renamed_genes, "contradicting": contradictions},
         "perturbations": {"kept": kept, "dropped": too_few, "renamed": renamed_labels,
-                          "not_measured": sorted({gene for label in kept for gene in members_of(label)} - set(clean.var_names))},
+                          "not_measured": sorted(perturbed - set(clean.var_names))},
+        "ambiguous": ambiguous(sorted({*perturbed, *clean.var_names})) if is_human else {},
         "qc": qc,
         "versions": {"perturbflow": __version__, "anndata": version("anndata"), "scanpy": version("scanpy")},
     }  # fmt: skip

@@ -106,7 +106,8 @@ def _problem_with_file(file: dict, kind: str) -> str | None:
         )
     if kind == "pypi":
         return None if "sha256" in file else "a source by pypi needs sha256: without it a broken download passes for data."
-    is_pinned = "bytes" in file and ("md5" in file or "sha256" in file)
+    # Of several files GEO gives no sizes; a checksum says all that a size says, only later.
+    is_pinned = ("bytes" in file or kind == "files") and ("md5" in file or "sha256" in file)
     if is_pinned and "checksum" in file:
         return "its size and checksum are given. Leave checksum: unpublished out."
     if not is_pinned and "checksum" not in file:

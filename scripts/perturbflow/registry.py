@@ -4,6 +4,7 @@ This is imported by the Snakefile: standard library, PyYAML, pandas and jsonsche
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -196,6 +197,24 @@ def _check_source(where: list[str], block: dict, files: Sequence[Path]) -> None:
         raise InputError(f"{file}{'.'.join([*where, *keys])}: {sentence}")
 
 
+def _check_patterns(name: str, block: dict, files: Sequence[Path]) -> None:
+    """Check that the regular expressions of a block can be read, and that the one of labels has a group."""
+    patterns = {("exclude", column): pattern for column, pattern in block.get("exclude", {}).items()}
+    patterns |= {("perturbation", "pattern"): block["perturbation"].get("pattern"), ("gene_pattern",): block.get("gene_pattern")}
+    for keys, pattern in patterns.items():
+        problem = None
+        try:
+            if pattern is not None and re.compile(pattern).groups == 0 and keys[0] == "perturbation":
+                problem = "it needs a group, (...), that holds the perturbed gene"
+        except re.error as error:
+            problem = f"{error} at position {error.pos}"
+        if problem:
+            where = ["datasets", name, *keys]
+            raise InputError(
+                f"{_holding_file(files, where)}{'.'.join(where)}: '{pattern}' cannot serve as a regular expression: {problem}."
+            )
+
+
 def _check_path(where: list[str], block: dict, files: Sequence[Path]) -> None:
     """Check that the user's own file is there; only what is selected has to be."""
     path = block["source"].get("path")
@@ -265,6 +284,7 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
                 _check_split(split, block, config["datasets"], files)
     for name, block in config["datasets"].items():
         _check_source(["datasets", name], block, files)
+        _check_patterns(name, block, files)
     config["datasets"] = {name: resolved(block) for name, block in config["datasets"].items()}
     config["splits"] = {
         name: {key: value for key, value in block.items() if block["kind"] in SPLIT_KEYS.get(key, (block["kind"],))}

@@ -89,13 +89,10 @@ def _target(member: str, organism: str, measured: Mapping[str, str]) -> str:
     return gene
 
 
-def canonical_label(
-    label: str, control: Iterable[str], separator: str | None, organism: str = "human", measured: Mapping[str, str] | None = None
-) -> str:
-    """Return `control`, `GENE`, or `A+B` with approved symbols, members sorted, and control members left out.
+def label_of(members: Iterable[str], control: Iterable[str], organism: str = "human", measured: Mapping[str, str] | None = None) -> str:
+    """Return the canonical label of the members of a combination: approved symbols, sorted, joined by `+`, control members left out.
 
-    `A+ctrl`, `ctrl+A` and `A+A` are all `A`; a label whose members are all controls is `control`. A label that names nothing
-    (blank, or a separator alone) gives an empty string: it is no control.
+    Without a member that names anything it is an empty string: no control.
 
     Parameters
     ----------
@@ -104,12 +101,21 @@ def canonical_label(
         is none, but an alias of one measured gene, is that gene. So a perturbed gene finds its row.
     """
     control = {*control, CONTROL}
-    if label in control:
-        return CONTROL
-    members = [member.strip() for member in (label.split(separator) if separator else [label])]
-    named = [member for member in members if member]
+    named = [member.strip() for member in members if member.strip()]
     genes = {_target(member, organism, measured or {}) for member in named if member not in control}
     return SEPARATOR.join(sorted(genes)) or (CONTROL if named else "")
+
+
+def canonical_label(
+    label: str, control: Iterable[str], separator: str | None, organism: str = "human", measured: Mapping[str, str] | None = None
+) -> str:
+    """Return `control`, `GENE`, or `A+B` (`label_of`) for a label whose members are joined by `separator`; None: it is never split.
+
+    `A+ctrl`, `ctrl+A` and `A+A` are all `A`; a label whose members are all controls is `control`.
+    """
+    if label in {*control, CONTROL}:
+        return CONTROL
+    return label_of(label.split(separator) if separator else [label], control, organism, measured)
 
 
 def members_of(label: str) -> list[str]:
