@@ -22,7 +22,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ORDER = (
     ("origins", "registry"),
     ("download",),
-    ("sources", "recipes", "annotation", "harmonize"),
+    ("sources", "triplets", "recipes", "annotation", "harmonize"),
     ("splits",),
     ("pairs",),
     ("embeddings", "audit"),

@@ -204,7 +204,7 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
 
 
 def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
-    """Return gene_name (approved symbol), gene_id (Ensembl id or empty), original_name and is_wanted per source gene.
+    """Return gene_name (approved symbol), gene_id (Ensembl id or empty) and original_name per source gene.
 
     A name that is approved stays. Otherwise the Ensembl id decides where HGNC knows it, else a previous symbol of one gene is renamed.
     Two genes of the file are never given one name: where another has it, or two would come to share it, they stay as they are.
@@ -227,16 +227,15 @@ def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
         is_renamed = approved != names
         claims = names[is_renamed].groupby(approved[is_renamed]).nunique()
         approved = approved.where(~is_renamed | ~(approved.isin(set(names)) | approved.isin(claims.index[claims > 1])), names)
-    wanted = np.where(ids != "", ids, names)
-    pattern = dataset.get("gene_pattern", "")
-    return pd.DataFrame(
-        {
-            "gene_name": approved.to_numpy(),
-            "gene_id": ids.to_numpy(),
-            "original_name": names.to_numpy(),
-            "is_wanted": [bool(re.search(pattern, name)) for name in wanted] if pattern else True,
-        }
-    )
+    return pd.DataFrame({"gene_name": approved.to_numpy(), "gene_id": ids.to_numpy(), "original_name": names.to_numpy()})
+
+
+def is_wanted(genes: pd.DataFrame, pattern: str, path: Path) -> np.ndarray:
+    """Return in which genes' Ensembl ids, names where they have none, a regular expression finds something."""
+    wanted = genes["gene_id"].where(genes["gene_id"] != "", genes["original_name"]).str.contains(pattern).to_numpy()
+    if not wanted.any():
+        raise InputError(f"{path}: gene_pattern '{pattern}' keeps no gene. Its genes: {', '.join(genes['original_name'].head(8))}, ...")
+    return wanted
 
 
 def contradicting(genes: pd.DataFrame) -> dict[str, str]:

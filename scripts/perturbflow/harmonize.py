@@ -12,11 +12,21 @@ import scanpy as sc
 from scipy import sparse
 
 from perturbflow import __version__
-from perturbflow.annotation import ambiguous, canonical_labels, check_shape, contradicting, gene_table, in_subset, is_excluded, schema_obs
+from perturbflow.annotation import (
+    ambiguous,
+    canonical_labels,
+    check_shape,
+    contradicting,
+    gene_table,
+    in_subset,
+    is_excluded,
+    is_wanted,
+    schema_obs,
+)
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, manifest_files, write_json
 from perturbflow.recipes import RECIPES
-from perturbflow.sources import NotCounts, Source, open_source
+from perturbflow.sources import NotCounts, SomeGenes, Source, open_source
 from perturbflow.symbols import CONTROL, members_of
 
 logger = logging.getLogger(__name__)
@@ -130,7 +140,11 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         logger.warning("%s: %s", name, note)
     check_shape(n_source, dataset, path)
     genes = gene_table(source.var, dataset)
-    dropped: Counter = Counter()
+    dropped, dropped_genes = Counter(), Counter()
+    if "gene_pattern" in dataset:
+        wanted = np.flatnonzero(is_wanted(genes, dataset["gene_pattern"], path))
+        dropped_genes["gene_pattern"] = len(genes) - len(wanted)
+        source, genes = SomeGenes(source, wanted), genes.iloc[wanted].reset_index(drop=True)
     rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
     if dataset["subset"]:
         dropped["subset"] = n_source[0] - len(rows)
@@ -149,11 +163,6 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     }
 
     counts = raw_counts(source, rows)
-    wanted = genes["is_wanted"].to_numpy()
-    dropped_genes: Counter = Counter()
-    if "gene_pattern" in dataset:
-        dropped_genes["gene_pattern"] = int((~wanted).sum())
-        counts, genes = counts[:, wanted], genes[wanted]
     renamed_genes = dict(genes.loc[genes["gene_name"] != genes["original_name"], ["original_name", "gene_name"]].to_numpy())
     counts, genes, n_merged = _merge_duplicates(counts, genes)
 

@@ -10,6 +10,7 @@ from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.sources import InMemory, Source
+from perturbflow.triplets import open_triplets
 
 
 def renge2023(files: dict[str, Path], dataset: dict) -> Source:
@@ -44,4 +45,9 @@ def renge2023(files: dict[str, Path], dataset: dict) -> Source:
     return InMemory(ad.AnnData(X=X, obs=obs, var=pd.DataFrame(index=expression.columns)), [archive])
 
 
-RECIPES = {"renge2023": renge2023}
+def tenx(files: dict[str, Path], dataset: dict) -> Source:
+    """Read 10x triplets with a table of cell identities: one by its roles, or all of a tar."""
+    return open_triplets(files)
+
+
+RECIPES = {"renge2023": renge2023, "tenx": tenx}

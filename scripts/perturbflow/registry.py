@@ -25,6 +25,8 @@ from perturbflow.origins import CONTENT_KEYS, content_of, files_of, problem_of, 
 
 SCHEMAS = SCRIPTS.parent / "config" / "schemas"
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
+# Names in a message; of more, the nearest ones.
+LISTED = 20
 # Keys of a split's block that only some kinds have a use for.
 SPLIT_KEYS = {
     "covariate": ("unseen_context",),
@@ -122,7 +124,9 @@ def _with_defaults(schema: dict, value: object) -> object:
 def _suggestion(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"{hint} Known: {', '.join(sorted(known)) or '(none)'}."
+    listed = known if len(known) <= LISTED else difflib.get_close_matches(word, known, n=LISTED, cutoff=0.0)
+    more = f", {len(known) - len(listed)} more" if len(known) > len(listed) else ""
+    return f"{hint} Known: {', '.join(sorted(listed)) or '(none)'}{more}."
 
 
 def _explain(error: ValidationError, path: list[str]) -> str:

@@ -104,6 +104,20 @@ class InMemory(Source):
             yield wanted, as_counts(sparse.csr_matrix(matrix[wanted]))
 
 
+class SomeGenes(Source):
+    """Some genes of another source."""
+
+    def __init__(self, source: Source, genes: np.ndarray):
+        self._source, self._genes = source, genes
+        self.obs, self.var, self.files, self.place = source.obs, source.var.iloc[genes], source.files, source.place
+        self.alternative = SomeGenes(source.alternative, genes) if source.alternative else None
+
+    def blocks(self, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+        """See `Source.blocks`."""
+        for numbers, counts in self._source.blocks(rows):
+            yield numbers, counts[:, self._genes]
+
+
 def open_source(files: dict[str, Path], dataset: dict) -> Source:
     """Open the one h5ad of a source.
 
