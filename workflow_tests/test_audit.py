@@ -213,6 +213,14 @@ def guides_as_perturbations(here: Prepared) -> None:
     change_split(here, change)
 
 
+def guides_within_a_combination(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        split["perturbations"]["train"].append("TF1_g1")
+        split["perturbations"]["test"].append("TF1_g2+TF2_g1")
+
+    change_split(here, change)
+
+
 def control_pairs_drawn_without_the_seed(here: Prepared) -> None:
     def change(adata: ad.AnnData) -> None:
         adata.obsm["control_index"] = pairs.match_controls(adata.obs, 8, seed=12345)[0]
@@ -318,6 +326,11 @@ LEAKS = [
         "unseen_perturbation",
         guides_as_perturbations,
         "guides_of_a_gene_stay_together: guides of one gene, one held out and one in training: TF1_g2 and TF1_g1",
+    ),
+    (
+        "unseen_perturbation",
+        guides_within_a_combination,
+        r"guides_of_a_gene_stay_together: guides of one gene, one held out and one in training: TF1_g2\+TF2_g1 and TF1",
     ),
     (
         "unseen_combination",

@@ -142,12 +142,19 @@ def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
         return SEPARATOR.join(sorted({evidence.gene_of(member) for member in members_of(label)}))
 
     roles = evidence.split["perturbations"]
-    trained = {perturbed(label): label for label in roles["train"]}
-    for label in roles["train"] if evidence.split["spec"]["kind"] == "unseen_perturbation" else []:
-        trained |= {evidence.gene_of(member): member for member in members_of(label)}
     held_out = [label for role in ("validation", "test") for label in roles[role]]
+    trained = {perturbed(label): label for label in roles["train"]}
     shared = [f"{label} and {trained[perturbed(label)]}" for label in held_out if trained.get(perturbed(label), label) != label]
-    return [f"guides of one gene, one held out and one in training: {', '.join(shared[:5])}; label cells by gene"] if shared else []
+    if evidence.split["spec"]["kind"] == "unseen_perturbation":  # alone or in a combination, a gene is seen or it is not
+        members = {member for label in roles["train"] for member in members_of(label)}
+        guide = {evidence.gene_of(member): member for member in members}
+        unseen = [(label, member) for label in held_out for member in members_of(label) if member not in members]
+        shared += [f"{label} and {guide[gene]}" for label, member in unseen if (gene := evidence.gene_of(member)) in guide]
+    return (
+        [f"guides of one gene, one held out and one in training: {', '.join(dict.fromkeys(shared[:5]))}; label cells by gene"]
+        if shared
+        else []
+    )
 
 
 def held_out_contexts_are_unseen(evidence: Evidence) -> Findings:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.base import Artefact, Model, Run, start_cells
@@ -39,10 +40,12 @@ class BatchOnly(Model):
         training = pairs.roles("train")
         strata = training.strata
         overall = Effects.of_training(training).values.mean(axis=0)
-        effects = {}
-        for stratum in sorted(set(strata[~training.is_control])):
-            here = training.select((strata == stratum) | training.is_control)
-            effects[stratum] = np.mean([here.effect_of(label) for label in here.perturbations], axis=0)
+        of_label: dict[str, list[np.ndarray]] = {}
+        perturbed = pd.DataFrame({"stratum": strata, "label": training.labels})[~training.is_control]
+        for (stratum, _), index in perturbed.groupby(["stratum", "label"]).groups.items():
+            rows = index.to_numpy()
+            of_label.setdefault(stratum, []).append(training.mean_of(rows) - training.control_mean_for(rows))
+        effects = {stratum: np.mean(values, axis=0) for stratum, values in of_label.items()}
         self.artefact = {"strata": np.array(list(effects), dtype=str), "effects": np.stack(list(effects.values())), "overall": overall}
         return self.artefact
 
