@@ -79,18 +79,6 @@ def split_block(wildcards):
     return plan.split(wildcards.split, wildcards.dataset)
 
 
-def source_megabytes(wildcards, input):
-    """Return the size of what harmonize reads; the manifest of a download says nothing of it."""
-    files = plan.files(wildcards.dataset).values()
-    return sum(file.get("bytes", 0) for file in files) / 1e6 or input.size_mb
-
-
-def harmonize_memory(wildcards, input, attempt):
-    """Return MB of memory for harmonize by the size of the source, doubled with every attempt."""
-    megabytes = source_megabytes(wildcards, input)
-    return int((3000 + 20 * megabytes) * 2 ** (attempt - 1))
-
-
 def quality_control(wildcards):
     """Return the limits of quality control of a dataset."""
     return plan.qc(wildcards.dataset)

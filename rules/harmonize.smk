@@ -11,9 +11,9 @@ rule harmonize:
         "benchmarks/harmonize/{dataset}.tsv"
     conda:
         "../envs/data.yaml"
-    threads: 1
+    threads: 4
     resources:
-        mem_mb=harmonize_memory,
+        mem_mb=memory(4000),
         runtime="4h",
     params:
         name="{dataset}",

@@ -18,7 +18,7 @@ ENVS = REPOSITORY / "envs"
 PACKAGE = REPOSITORY / "scripts" / "perturbflow"
 
 # conda's name → PyPI's, where they differ.
-PYPI_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+PYPI_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "python-isal": "isal"}
 # Import name → PyPI's name, where they differ.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "pytorch_lightning": "pytorch-lightning"}
 # What is imported behind a call: pandas' parquet engine.

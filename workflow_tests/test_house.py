@@ -22,7 +22,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ORDER = (
     ("origins", "registry"),
     ("download",),
-    ("sources", "triplets", "recipes", "annotation", "harmonize"),
+    ("sources", "triplets", "recipes", "annotation", "counts", "harmonize"),
     ("splits",),
     ("pairs",),
     ("embeddings", "audit"),
@@ -32,7 +32,7 @@ ORDER = (
     ("report",),
 )
 # These hold no step: all may import them, and they import only one another.
-SUPPORT = ("errors", "files", "cli", "lineage", "symbols", "hgnc", "artefacts", "__init__")
+SUPPORT = ("errors", "files", "cli", "lineage", "symbols", "hgnc", "artefacts", "compiled", "kernels", "hdf5", "streaming", "__init__")
 
 
 def stage(module: str) -> int:

@@ -1,11 +1,12 @@
 """Files that appear whole or not at all, and the digests of their content."""
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from perturbflow.errors import InputError
@@ -25,6 +26,15 @@ def atomic(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what a killed process left beside `path` when it wrote it as HDF5; a file that is being written is locked, and stays."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
+        with suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
 
 
 def write_json(path: str | Path, content: object) -> None:

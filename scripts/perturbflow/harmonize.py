@@ -2,14 +2,14 @@
 
 import logging
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
-import scanpy as sc
-from scipy import sparse
 
 from perturbflow import __version__
 from perturbflow.annotation import (
@@ -23,98 +23,69 @@ from perturbflow.annotation import (
     is_wanted,
     schema_obs,
 )
+from perturbflow.counts import Genes, screen_counts, within_limits, write_counts
 from perturbflow.errors import InputError
-from perturbflow.files import atomic, file_digest, manifest_files, write_json
+from perturbflow.files import atomic, file_digest, manifest_files, read_json, remove_leftovers, write_json
 from perturbflow.recipes import RECIPES
-from perturbflow.sources import NotCounts, SomeGenes, Source, open_source
+from perturbflow.sources import SomeGenes, open_source
 from perturbflow.symbols import CONTROL, members_of
 
 logger = logging.getLogger(__name__)
 
 
-def read_source(raw: Path, dataset: dict) -> Source:
-    """Open the screen as it came: the user's h5ad, or what the manifest of a download names."""
-    files = manifest_files(raw) if raw.name == "manifest.json" else {"file": raw}
-    return RECIPES[dataset["recipe"]](files, dataset) if "recipe" in dataset else open_source(files, dataset)
+def _merged_genes(genes: pd.DataFrame, organism: str) -> tuple[Genes, pd.DataFrame]:
+    """Return how genes of one symbol become one, and the table of unique genes."""
+    codes, unique = pd.factorize(genes["gene_name"])
+    joined = genes.groupby(codes)["original_name"].agg("; ".join)
+    genes = genes.drop_duplicates("gene_name").set_index(pd.Index(unique))
+    genes["original_name"] = joined.to_numpy()
+    is_mt = genes.index.str.startswith("mt-" if organism == "mouse" else "MT-")
+    return Genes(codes, is_mt), genes
 
 
-def raw_counts(source: Source, rows: np.ndarray) -> sparse.csr_matrix:
-    """Return raw UMI counts of the wanted rows, cells × genes: X if it holds them, else layers['counts'].
+def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the cells per perturbation of those that have enough, control included, and of those that have too few.
 
     Raises
     ------
     InputError
-        If neither holds non-negative integers.
+        If the controls or all perturbations are too few.
     """
-    problems = []
-    candidate: Source | None = source
-    while candidate is not None:
-        try:
-            counts = sparse.vstack([block for _, block in candidate.blocks(rows)], format="csr")
-        except NotCounts as problem:
-            problems.append(f"{candidate.place}: {problem}")
-            candidate = candidate.alternative
-        else:
-            if problems:
-                logger.info("%s: counts are taken from %s (%s)", source.files[0], candidate.place, problems[0])
-            return counts
-    raise InputError(
-        f"{source.files[0]}: raw UMI counts are needed, {'; '.join(problems)}. "
-        "Put the integer counts into X or layers['counts']; normalization is done later, on training cells."
-    )
-
-
-def _merge_duplicates(counts: sparse.csr_matrix, genes: pd.DataFrame) -> tuple[sparse.csr_matrix, pd.DataFrame, int]:
-    """Sum the counts of rows of one symbol, so that the gene index is unique."""
-    codes, unique = pd.factorize(genes["gene_name"])
-    n_merged = len(genes) - len(unique)
-    if n_merged:
-        indicator = sparse.csr_matrix((np.ones(len(codes), np.float32), (np.arange(len(codes)), codes)))
-        counts = sparse.csr_matrix(counts @ indicator)
-        joined = genes.groupby(codes)["original_name"].agg("; ".join)
-        genes = genes.drop_duplicates("gene_name").reset_index(drop=True)
-        genes["original_name"] = joined.to_numpy()
-    return counts, genes, n_merged
-
-
-# --- quality control ------------------------------------------------------------------------------------------------
-
-
-def _explain_empty(name: str, limit: float, values: np.ndarray, path: Path) -> InputError:
-    middle = np.median(values) if len(values) else float("nan")
-    return InputError(
-        f"{path}: qc.{name} = {limit} leaves no cell (median of the file: {middle:g}). "
-        f"Set a limit that suits this screen, or null, under qc in its block."
-    )
-
-
-def _quality_control(adata: ad.AnnData, qc: dict, organism: str, path: Path, dropped: Counter) -> ad.AnnData:
-    adata.var["mt"] = adata.var_names.str.startswith("mt-" if organism == "mouse" else "MT-")
-    sc.pp.calculate_qc_metrics(adata, qc_vars=["mt"], percent_top=None, log1p=False, inplace=True)
-    adata.obs["pct_counts_mt"] = adata.obs["pct_counts_mt"].fillna(0.0)
-    for name, column, is_lower_limit in (
-        ("min_counts", "total_counts", True),
-        ("min_genes", "n_genes_by_counts", True),
-        ("max_pct_mt", "pct_counts_mt", False),
-    ):
-        if qc[name] is None:
-            continue
-        values = adata.obs[column].to_numpy()
-        keep = values >= qc[name] if is_lower_limit else values <= qc[name]
-        if not keep.any():
-            raise _explain_empty(name, qc[name], values, path)
-        dropped[f"qc.{name}"] = int((~keep).sum())
-        adata = adata[keep].copy()
-    if not adata.obs["is_control"].any():
+    n_cells = perturbation.value_counts()
+    n_cells = {label: int(n) for label, n in n_cells[n_cells > 0].items()}
+    n_controls = n_cells.get(CONTROL, 0)
+    if not n_controls:
         raise InputError(f"{path}: quality control leaves no control cells. Lower the limits under qc in the dataset's block.")
-    return adata
+    if n_controls < max(limit, 3):
+        raise InputError(f"{path}: only {n_controls} control cells are left; at least {max(limit, 3)} are needed to measure an effect.")
+    too_few = {label: n for label, n in n_cells.items() if n < limit and label != CONTROL}
+    kept = {label: n for label, n in n_cells.items() if label not in too_few}
+    if len(kept) < 2:
+        raise InputError(
+            f"{path}: no perturbation has {limit} cells or more (most: {max(too_few.values(), default=0)}). "
+            "Lower qc.min_cells_per_perturbation in the dataset's block."
+        )
+    if too_few:
+        shown = ", ".join(f"{label} ({n})" for label, n in list(too_few.items())[:8])
+        logger.warning("%d perturbations have fewer than %d cells and are left out: %s ...", len(too_few), limit, shown)
+    return kept, too_few
 
 
-# --- the step -------------------------------------------------------------------------------------------------------
+def _provenance(raw: Path, files: dict[str, Path]) -> dict:
+    """Return file, bytes and sha256 of the source; of several files by their role. A manifest has the checksum already."""
+    known = read_json(raw)["files"] if raw.name == "manifest.json" else {}
+    described = {
+        role: {"file": str(path), "bytes": path.stat().st_size, "sha256": known[role]["sha256"] if known else file_digest(path)}
+        for role, path in files.items()
+    }
+    return described["file"] if list(described) == ["file"] else described
 
 
-def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dict, qc: dict) -> None:
+def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dict, qc: dict, threads: int = 1) -> None:
     """Bring one screen to the schema of harmonized.h5ad and write an account of everything dropped or renamed.
+
+    The counts are read once, in blocks of cells. Which genes and perturbations are too rare is known only at the end; until then the
+    counts of the cells within the limits lie beside the output in a file without a name (about 3 bytes per nonzero value).
 
     Parameters
     ----------
@@ -126,25 +97,32 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         JSON to be written: cells, genes and perturbations kept, dropped and renamed, by reason.
     name, dataset, qc
         The dataset's name, its block and its limits of quality control.
+    threads
+        Threads that decode and encode beside the one that counts.
 
     Raises
     ------
     InputError
         For a file, column, label or value that cannot be used; the message has the fix.
     """
-    source = read_source(raw, dataset)
+    files = manifest_files(raw) if raw.name == "manifest.json" else {"file": raw}
+    source = RECIPES[dataset["recipe"]](files, dataset) if "recipe" in dataset else open_source(files, dataset)
+    source.threads, source.scratch = threads, harmonized.parent
+    harmonized.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(harmonized)
     path = source.files[0]
     n_source = len(source.obs), len(source.var)
     logger.info("%s: %s cells × %s genes", path, f"{n_source[0]:,}", f"{n_source[1]:,}")
+
     if note := dataset.get("note"):
         logger.warning("%s: %s", name, note)
     check_shape(n_source, dataset, path)
-    genes = gene_table(source.var, dataset)
+    source_genes = gene_table(source.var, dataset)
     dropped, dropped_genes = Counter(), Counter()
     if "gene_pattern" in dataset:
-        wanted = np.flatnonzero(is_wanted(genes, dataset["gene_pattern"], path))
-        dropped_genes["gene_pattern"] = len(genes) - len(wanted)
-        source, genes = SomeGenes(source, wanted), genes.iloc[wanted].reset_index(drop=True)
+        wanted = np.flatnonzero(is_wanted(source_genes, dataset["gene_pattern"], path))
+        dropped_genes["gene_pattern"] = len(source_genes) - len(wanted)
+        source, source_genes = SomeGenes(source, wanted), source_genes.iloc[wanted].reset_index(drop=True)
     rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
     if dataset["subset"]:
         dropped["subset"] = n_source[0] - len(rows)
@@ -152,82 +130,66 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         excluded = is_excluded(source.obs.iloc[rows], dataset["exclude"], path)
         dropped["exclude"] = int(excluded.sum())
         rows = rows[~excluded]
-    labels = canonical_labels(source.obs.iloc[rows], dataset, genes, path)
+    labels = canonical_labels(source.obs.iloc[rows], dataset, source_genes, path)
     assigned = labels.notna().to_numpy()
     dropped["unassigned"] = int((~assigned).sum())
     rows, labels = rows[assigned], labels[assigned]
     source_obs = source.obs.iloc[rows]
-    pairs = pd.DataFrame({"before": source_obs[dataset["perturbation"]["column"]].to_numpy(), "after": labels.to_numpy()}).drop_duplicates()
+    pairs = pd.DataFrame({"before": source_obs[dataset["perturbation"]["column"]].array, "after": labels.array}).drop_duplicates()
     renamed_labels = {
         str(before): str(after) for before, after in pairs.itertuples(index=False) if str(before) != after and after != CONTROL
     }
-
-    counts = raw_counts(source, rows)
-    renamed_genes = dict(genes.loc[genes["gene_name"] != genes["original_name"], ["original_name", "gene_name"]].to_numpy())
-    counts, genes, n_merged = _merge_duplicates(counts, genes)
-
     obs = schema_obs(source_obs, labels, name, dataset, path)
-    var = genes.set_index(pd.Index(genes["gene_name"].to_numpy()))
-    clean = ad.AnnData(X=counts, obs=obs, var=var)
-    if not clean.obs_names.is_unique:
-        clean.obs_names_make_unique()
+    if not obs.index.is_unique:
+        obs.index = ad.utils.make_index_unique(obs.index)
+    renamed_genes = dict(
+        source_genes.loc[source_genes["gene_name"] != source_genes["original_name"], ["original_name", "gene_name"]].to_numpy()
+    )
+    genes, var = _merged_genes(source_genes, dataset["organism"])
 
-    clean = _quality_control(clean, qc, dataset["organism"], path, dropped)
-    if qc["min_cells_per_gene"] is not None:
-        seen = clean.X.getnnz(axis=0) >= qc["min_cells_per_gene"]
-        if not seen.any():
-            raise InputError(f"{path}: qc.min_cells_per_gene = {qc['min_cells_per_gene']} leaves no gene; lower it in the dataset's block.")
-        dropped_genes["qc.min_cells_per_gene"] = int((~seen).sum())
-        clean = clean[:, seen].copy()
-        # The totals in obs are those of the genes that are kept.
-        sc.pp.calculate_qc_metrics(clean, qc_vars=["mt"], percent_top=None, log1p=False, inplace=True)
-        clean.obs["pct_counts_mt"] = clean.obs["pct_counts_mt"].fillna(0.0)
-    n_cells = clean.obs["perturbation"].value_counts()
-    n_cells = n_cells[n_cells > 0]
-    limit = qc["min_cells_per_perturbation"] or 0
-    too_few = {label: int(n) for label, n in n_cells.items() if n < limit and label != CONTROL}
-    if n_cells[CONTROL] < max(limit, 3):
-        raise InputError(
-            f"{path}: only {n_cells[CONTROL]} control cells are left; at least {max(limit, 3)} are needed to measure an effect."
-        )
+    with ThreadPoolExecutor(1) as beside:
+        described = beside.submit(_provenance, raw, files)
+        screened = screen_counts(source, rows, genes, qc)
+        provenance = described.result()
+    is_within, dropped_by_limit = within_limits(screened, qc, path)
+    dropped.update(dropped_by_limit)
+    obs = obs[is_within]
+    kept, too_few = _rare_perturbations(obs["perturbation"], qc["min_cells_per_perturbation"] or 0, path)
+    is_kept = ~obs["perturbation"].isin(list(too_few)).to_numpy()
     if too_few:
-        logger.warning("%d perturbations have fewer than %d cells and are left out: %s", len(too_few), limit, too_few)
-        keep = ~clean.obs["perturbation"].isin(list(too_few)).to_numpy()
-        dropped["qc.min_cells_per_perturbation"] = int((~keep).sum())
-        clean = clean[keep].copy()
-    kept = {label: int(n) for label, n in n_cells.items() if label not in too_few}
-    if len(kept) < 2:
-        raise InputError(
-            f"{path}: no perturbation has {limit} cells or more (most: {n_cells.drop(CONTROL).max() if len(n_cells) > 1 else 0}). "
-            "Lower qc.min_cells_per_perturbation in the dataset's block."
-        )
-
-    for column in clean.obs.select_dtypes("category"):
-        clean.obs[column] = clean.obs[column].cat.remove_unused_categories()
-    clean.var = clean.var[["gene_name", "gene_id", "original_name"]]
+        dropped["qc.min_cells_per_perturbation"] = int((~is_kept).sum())
+    obs = obs[is_kept]
+    is_seen = np.ones(len(var), bool)
+    if qc["min_cells_per_gene"] is not None:
+        is_seen = screened.n_cells >= qc["min_cells_per_gene"]
+        if not is_seen.any():
+            raise InputError(f"{path}: qc.min_cells_per_gene = {qc['min_cells_per_gene']} leaves no gene; lower it in the dataset's block.")
+        dropped_genes["qc.min_cells_per_gene"] = int((~is_seen).sum())
+    var = var[is_seen]
     is_human = dataset["organism"] == "human"
     perturbed = {gene for label in kept for gene in members_of(label)} if dataset["perturbation_type"] != "drug" else set()
-    contradictions = contradicting(clean.var) if is_human else {}
-    if len(contradictions) > 0.05 * clean.n_vars:
+    contradictions = contradicting(var) if is_human else {}
+    if len(contradictions) > 0.05 * len(var):
         logger.warning("%s: names and Ensembl ids of %d genes contradict one another; are they shifted?", path, len(contradictions))
+
     account = {
         "dataset": name,
         "note": note or "",
         "organism": dataset["organism"],
-        "source": {"file": str(path), "bytes": path.stat().st_size, "sha256": file_digest(path)},
-        "cells": {"source": n_source[0], "kept": clean.n_obs, "dropped": dict(dropped)},
-        "genes": {"source": n_source[1], "kept": clean.n_vars, "dropped": dict(dropped_genes), "merged": n_merged,
+        "source": provenance,
+        "cells": {"source": n_source[0], "kept": len(obs), "dropped": dict(dropped)},
+        "genes": {"source": n_source[1], "kept": len(var), "dropped": dict(dropped_genes), "merged": len(source_genes) - len(genes.is_mt),
                   "renamed": renamed_genes, "contradicting": contradictions},
         "perturbations": {"kept": kept, "dropped": too_few, "renamed": renamed_labels,
-                          "not_measured": sorted(perturbed - set(clean.var_names))},
-        "ambiguous": ambiguous(sorted({*perturbed, *clean.var_names})) if is_human else {},
+                          "not_measured": sorted(perturbed - set(var.index))},
+        "ambiguous": ambiguous(sorted({*perturbed, *var.index})) if is_human else {},
         "qc": qc,
-        "versions": {"perturbflow": __version__, "anndata": version("anndata"), "scanpy": version("scanpy")},
+        "versions": {name: version(name) for name in ("anndata", "h5py", "scanpy")} | {"perturbflow": __version__},
     }  # fmt: skip
-    clean.uns = {
+    uns = {
         "perturbflow": {
-            "source": str(path),
-            "sha256": account["source"]["sha256"],
+            "source": "; ".join(map(str, files.values())),
+            "sha256": provenance["sha256"] if "sha256" in provenance else {role: entry["sha256"] for role, entry in provenance.items()},
             "versions": account["versions"],
             "dropped_cells": {reason.replace("/", "_"): n for reason, n in dropped.items()},
             "dropped_genes": dict(dropped_genes),
@@ -235,7 +197,15 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     }
     for reason, n in dropped.items():
         logger.info("dropped %s cells: %s", f"{n:,}", reason)
-    logger.info("kept %s cells × %s genes, %d perturbations", f"{clean.n_obs:,}", f"{clean.n_vars:,}", len(kept) - 1)
-    with atomic(harmonized) as partial:
-        clean.write_h5ad(partial, compression="gzip")
+    logger.info("kept %s cells × %s genes, %d perturbations", f"{len(obs):,}", f"{len(var):,}", len(kept) - 1)
+    with atomic(harmonized) as partial, h5py.File(partial, "w") as file:
+        totals = write_counts(file.create_group("X"), screened, is_kept, is_seen, genes.is_mt, threads)
+        obs = obs.assign(**{column: totals[column].to_numpy() for column in totals})
+        for column in obs.select_dtypes("category"):
+            obs[column] = obs[column].cat.remove_unused_categories()
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for place in ("obsm", "varm", "obsp", "varp", "layers"):
+            ad.io.write_elem(file, place, {})
+        for place, content in (("obs", obs), ("var", var), ("uns", uns)):
+            ad.io.write_elem(file, place, content, dataset_kwargs={"compression": "gzip"})
     write_json(report, account)

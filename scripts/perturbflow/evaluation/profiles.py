@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from perturbflow.evaluation.compiled import compiled
+from perturbflow.compiled import compiled
 from perturbflow.evaluation.scored import BULK_TOTAL
 
 

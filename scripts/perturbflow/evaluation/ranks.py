@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 from scipy.special import ndtr
 
-from perturbflow.evaluation.compiled import compiled
+from perturbflow.compiled import compiled
 
 STEPS = 20  # to the next value, above which halving finds it sooner
 

@@ -1,0 +1,192 @@
+"""Raw counts in one pass over the source: totals per cell, cells per gene, and what is kept, laid aside until it can be written."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import h5py
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from perturbflow.errors import InputError
+from perturbflow.hdf5 import Appended
+from perturbflow.kernels import cell_totals, select_counts, tally
+from perturbflow.sources import NotCounts, Source
+from perturbflow.streaming import Piece, Spool
+
+logger = logging.getLogger(__name__)
+
+LIMITS = (("min_counts", "total_counts", 1), ("min_genes", "n_genes_by_counts", 1), ("max_pct_mt", "pct_counts_mt", -1))
+"""Limit of quality control, the total that it looks at, and 1 for a lower limit, -1 for an upper one."""
+
+
+@dataclass(frozen=True)
+class Genes:
+    """The genes of the harmonized screen, and how those of the source become them.
+
+    Attributes
+    ----------
+    code
+        Number of the gene that a gene of the source becomes.
+    is_mt
+        Per gene, whether it is mitochondrial.
+    """
+
+    code: np.ndarray
+    is_mt: np.ndarray
+
+    def merged(self, block: sparse.csr_matrix) -> sparse.csr_matrix:
+        """Sum the counts of genes that become one; genes ascend in every cell."""
+        n = len(self.code)
+        if n != len(self.is_mt):
+            indicator = sparse.csr_matrix((np.ones(n, np.float32), self.code, np.arange(n + 1)), shape=(n, len(self.is_mt)))
+            block = sparse.csr_matrix(block @ indicator)
+        block.sort_indices()
+        return block
+
+
+def _totals(total: np.ndarray, mitochondrial: np.ndarray, n_genes: np.ndarray) -> pd.DataFrame:
+    """Return totals per cell under scanpy's names and in its types; percent are 0-100, and 0 in a cell without counts."""
+    total, mitochondrial = total.astype(np.float32), mitochondrial.astype(np.float32)
+    share = np.divide(mitochondrial, total, out=np.zeros_like(total), where=total > 0)
+    return pd.DataFrame({"total_counts": total, "n_genes_by_counts": n_genes.astype(np.int32), "pct_counts_mt": share * np.float32(100)})
+
+
+def _passes(totals: pd.DataFrame, qc: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every limit that is set, and which cells are within it."""
+    for name, column, sign in LIMITS:
+        if qc[name] is not None:
+            yield name, (sign * totals[column] >= sign * qc[name]).to_numpy()
+
+
+@dataclass
+class Screened:
+    """What one pass over the counts found.
+
+    Attributes
+    ----------
+    totals
+        Per cell that was read: counts, genes and percent mitochondrial, over all genes of the source.
+    n_cells
+        Per gene, the cells within the limits that have it.
+    """
+
+    totals: pd.DataFrame
+    n_cells: np.ndarray
+    spool: Spool
+    pieces: list[tuple[Piece, Piece, Piece]] = field(default_factory=list)
+
+    def cells(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield data, indices and indptr of the cells within the limits, block by block."""
+        for data, indices, n_genes in self.pieces:
+            n_per_cell = self.spool.read(n_genes).astype(np.int64)
+            yield self.spool.read(data), self.spool.read(indices), np.append(0, np.cumsum(n_per_cell))
+
+
+def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Screened:
+    found: list[pd.DataFrame] = []
+    screened = Screened(pd.DataFrame(), np.zeros(len(genes.is_mt), np.int64), Spool(source.scratch))
+    for _, block in source.blocks(rows):
+        counts = genes.merged(block)
+        total, mitochondrial = cell_totals(counts.data, counts.indices, counts.indptr, genes.is_mt)
+        totals = _totals(total, mitochondrial, np.diff(counts.indptr))
+        found.append(totals)
+        is_within = np.logical_and.reduce([np.ones(len(totals), bool), *(passes for _, passes in _passes(totals, qc))])
+        if not is_within.all():
+            counts = counts[is_within]
+        tally(counts.indices, screened.n_cells)
+        screened.pieces.append(tuple(screened.spool.append(part) for part in (counts.data, counts.indices, np.diff(counts.indptr))))
+    screened.totals = pd.concat(found, ignore_index=True)
+    return screened
+
+
+def screen_counts(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Screened:
+    """Read the raw UMI counts of the wanted rows once: from X if it holds them, else from layers['counts'].
+
+    Raises
+    ------
+    InputError
+        If neither holds non-negative integers.
+    """
+    problems = []
+    candidate: Source | None = source
+    while candidate is not None:
+        candidate.threads, candidate.scratch = source.threads, source.scratch
+        try:
+            screened = _one_pass(candidate, rows, genes, qc)
+        except NotCounts as problem:
+            problems.append(f"{candidate.place}: {problem}")
+            candidate = candidate.alternative
+        else:
+            if problems:
+                logger.info("%s: counts are taken from %s (%s)", source.files[0], candidate.place, problems[0])
+            return screened
+    raise InputError(
+        f"{source.files[0]}: raw UMI counts are needed, {'; '.join(problems)}. "
+        "Put the integer counts into X or layers['counts']; normalization is done later, on training cells."
+    )
+
+
+def within_limits(screened: Screened, qc: dict, path: object) -> tuple[np.ndarray, dict[str, int]]:
+    """Return which of the cells that were read are within all limits, and how many each limit drops of those that reach it.
+
+    Raises
+    ------
+    InputError
+        If a limit leaves no cell.
+    """
+    is_kept = np.ones(len(screened.totals), bool)
+    dropped = {}
+    columns = {name: column for name, column, _ in LIMITS}
+    for name, passes in _passes(screened.totals, qc):
+        if not (is_kept & passes).any():
+            middle = screened.totals.loc[is_kept, columns[name]].median()
+            raise InputError(
+                f"{path}: qc.{name} = {qc[name]} leaves no cell (median of the file: {middle:g}). "
+                f"Set a limit that suits this screen, or null, under qc in its block."
+            )
+        dropped[f"qc.{name}"] = int((is_kept & ~passes).sum())
+        is_kept &= passes
+    return is_kept, dropped
+
+
+def write_counts(
+    group: h5py.Group, screened: Screened, is_kept: np.ndarray, is_seen: np.ndarray, is_mt: np.ndarray, threads: int
+) -> pd.DataFrame:
+    """Write X as anndata's CSR and return the totals per cell over the genes that are kept.
+
+    Parameters
+    ----------
+    group
+        To be filled: `data` float32, `indices` int32 and `indptr`, in chunks that are encoded in threads.
+    is_kept
+        Per cell within the limits, whether it is written.
+    is_seen, is_mt
+        Per gene, whether it is written, and whether it is mitochondrial.
+    """
+    gene = np.where(is_seen, np.cumsum(is_seen) - 1, -1).astype(np.int32)
+    n_most = sum(data.n for data, _, _ in screened.pieces)
+    totals, first = [], 0
+    with ThreadPoolExecutor(threads) as pool:
+        written = {
+            name: Appended(group, name, dtype, n_most, pool, threads) for name, dtype in (("data", np.float32), ("indices", np.int32))
+        }
+        for data, indices, indptr in screened.cells():
+            kept = is_kept[first : first + len(indptr) - 1]
+            first += len(kept)
+            kept_data, kept_indices = np.empty(len(data) + 1, np.float32), np.empty(len(data) + 1, np.int32)
+            kept_indptr = np.zeros(int(kept.sum()) + 1, np.int64)
+            select_counts(data, indices, indptr, kept, gene, kept_data, kept_indices, kept_indptr)
+            written["data"].append(kept_data[: kept_indptr[-1]])
+            written["indices"].append(kept_indices[: kept_indptr[-1]])
+            sums = cell_totals(kept_data, kept_indices, kept_indptr, is_mt[is_seen])
+            totals.append(_totals(*sums, np.diff(kept_indptr)))
+        for dataset in written.values():
+            dataset.finish()
+    table = pd.concat(totals, ignore_index=True)
+    indptr = np.append(0, np.cumsum(table["n_genes_by_counts"].to_numpy(np.int64)))
+    group.create_dataset("indptr", data=indptr, compression="gzip", shuffle=True)
+    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": (len(table), int(is_seen.sum()))})
+    return table
