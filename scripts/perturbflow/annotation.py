@@ -232,7 +232,8 @@ def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
 
 def is_wanted(genes: pd.DataFrame, pattern: str, path: Path) -> np.ndarray:
     """Return in which genes' Ensembl ids, names where they have none, a regular expression finds something."""
-    wanted = genes["gene_id"].where(genes["gene_id"] != "", genes["original_name"]).str.contains(pattern).to_numpy()
+    names = genes["gene_id"].where(genes["gene_id"] != "", genes["original_name"])
+    wanted = np.array([re.search(pattern, name) is not None for name in names])
     if not wanted.any():
         raise InputError(f"{path}: gene_pattern '{pattern}' keeps no gene. Its genes: {', '.join(genes['original_name'].head(8))}, ...")
     return wanted
