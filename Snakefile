@@ -10,6 +10,7 @@ Path grammar, with five wildcards only (dataset, split, model, seed, and query f
   results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, {query}.tsv
   results/{benchmark,calibration,comparisons,strata,verdicts}.tsv      all scores, and what they allow to say
   results/report.html                                                  one page to read
+  results/download_check.tsv                                           what the hosts of all registered screens say today
 """
 
 from snakemake.utils import min_version

@@ -1,6 +1,7 @@
 """The plan, and the few functions that rules look things up with."""
 
 import sys
+from datetime import UTC, datetime
 
 from snakemake.exceptions import WorkflowError
 from snakemake.io import _IOFile
@@ -62,11 +63,16 @@ def raw_file(wildcards):
     return source.get("path", f"resources/{wildcards.dataset}/raw/manifest.json")
 
 
+# Snakemake takes a params function of the output for no reason to run again. What of the way a file comes makes a result
+# stale is for the lineage to say: the same bytes are the same from any mirror.
 def source_files(wildcards, output):
-    """Return what download retrieves. Snakemake takes a function of the output for no reason to run
-    again: that is for the lineage to say, since the same bytes may come from another mirror.
-    """
+    """Return what download retrieves."""
     return plan.files(wildcards.dataset)
+
+
+def local_mirror(wildcards, output):
+    """Return the folder with downloads that are already here."""
+    return plan.config["mirror"]
 
 
 def dataset_block(wildcards):

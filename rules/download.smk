@@ -13,7 +13,26 @@ rule download:
         mem_mb=1000,
         runtime="12h",
     params:
+        name="{dataset}",
         files=source_files,
+        mirror=local_mirror,
         lineage=lineage("download"),
     script:
         "../scripts/download.py"
+
+
+rule download_check:
+    """Ask the hosts of all registered screens for headers, to see that files are there and as declared."""
+    output:
+        table="results/download_check.tsv",
+    log:
+        "logs/download_check.log",
+    localrule: True
+    conda:
+        "../envs/data.yaml"
+    params:
+        datasets={name: plan.files(name) for name in plan.config["datasets"]},
+        # What hosts say is of the moment, and so never up to date.
+        lineage=datetime.now(UTC).isoformat(),
+    script:
+        "../scripts/download_check.py"

@@ -150,8 +150,8 @@ def test_a_rules_environment_has_what_the_rule_imports(rule):
 @pytest.mark.parametrize("file", environment_files(), ids=lambda file: file.stem)
 def test_environments_hold_nothing_that_no_rule_imports(file):
     needed = set().union(*(needed_by(rule) for rule in rules() if Path(rules()[rule]["conda"]) == file))
-    # pip fetches source distributions for the download rule, tqdm is pooch's progress bar.
-    idle = {PYPI_NAMES.get(name, name) for name in conda_pins(file)} - needed - {"python", "pip", "tqdm"}
+    # pip fetches source distributions for the download rule.
+    idle = {PYPI_NAMES.get(name, name) for name in conda_pins(file)} - needed - {"python", "pip"}
     assert not idle
 
 

@@ -1,0 +1,7 @@
+"""Ask every registered host for headers: what is declared → results/download_check.tsv."""
+
+from perturbflow.cli import run
+from perturbflow.download.check import download_check
+
+if __name__ == "__main__":
+    run(download_check, globals().get("snakemake"))

