@@ -178,9 +178,10 @@ def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
     for left_over in folder.glob(f".{glob.escape(final.name)}.{'[0-9a-f]' * 16}.part*"):
         left_over.unlink(missing_ok=True)
 
-    checked = ", ".join(key for key in ("md5", "sha256") if key in file)
+    checks = [key for key in ("md5", "sha256") if key in file]
     if is_unpublished:
-        checked = "sha256 of the first download" if pinned else "recorded at first download"
+        checks.append("sha256 of the first download" if pinned else "recorded at first download")
+    checked = ", ".join(checks)
     if is_unpublished and not pinned:
         logger.warning("%s: nobody publishes its checksum; its sha256 is in %s and is checked from now on", final.name, records_path)
     entry = {"bytes": final.stat().st_size, "sha256": sha256, "source": origin, "retrieved": retrieved}

@@ -86,6 +86,6 @@ def download_check(table: Path, datasets: dict) -> None:
     found = pd.DataFrame(rows).astype(dict.fromkeys(("declared", "status", "found"), "Int64"))
     with atomic(table) as partial:
         found.to_csv(partial, sep="\t", index=False)
-    logger.info("%s", found.drop(columns="role").to_string(index=False, na_rep=""))
+    logger.info("%s", found.drop(columns="role").astype(object).fillna("").to_string(index=False))
     counts = found["finding"].str.split(":").str[0].value_counts()
     logger.info("%d files × mirrors: %s", len(found), ", ".join(f"{n} {finding}" for finding, n in counts.items()))
