@@ -25,6 +25,7 @@ ORDER = (
     ("sources", "triplets", "recipes", "annotation", "counts", "harmonize"),
     ("splits",),
     ("pairs",),
+    ("priors",),
     ("embeddings", "audit"),
     ("models", "training", "prediction"),
     ("evaluation", "benchmark"),

@@ -1,0 +1,48 @@
+"""Vectors of genes from what is known without the screen: one table per prior, the same for every dataset and split.
+
+A prior is public knowledge of genes (`annotations`: which GO terms they have; `interactions`: which proteins bind). Its vectors span
+all genes that it covers, perturbed or not, so they are no different whatever is held out.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from perturbflow.files import atomic, manifest_files
+from perturbflow.priors.annotations import annotation_vectors
+from perturbflow.priors.interactions import interaction_vectors
+
+logger = logging.getLogger(__name__)
+
+PRIORS: dict[str, Callable[[dict[str, Path]], pd.DataFrame]] = {"go": annotation_vectors, "ppi": interaction_vectors}
+
+
+def prior(raw: list[Path], embedding: Path, name: str, roles: list) -> None:
+    """Write the vectors of all genes that a prior covers.
+
+    Parameters
+    ----------
+    raw
+        The manifest of a download, or files of the user's own.
+    embedding
+        Parquet to be written: gene symbol as index, one float32 column per dimension.
+    name
+        go or ppi.
+    roles
+        What each of the user's own files is: file, or annotations and ontology (go), links and info (ppi). Empty with a manifest,
+        which says so itself.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or is not what its role says.
+    """
+    files = dict(zip(roles, raw, strict=True)) if roles else manifest_files(raw[0])
+    vectors = PRIORS[name](files)
+    logger.info("%s: %d genes × %d dimensions", name, *vectors.shape)
+    vectors.index.name = "gene"
+    vectors.columns = vectors.columns.astype(str)
+    with atomic(embedding) as partial:
+        vectors.astype("float32").to_parquet(partial)

@@ -1,0 +1,62 @@
+"""What the readers and embeddings of all priors share."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.sparse.linalg import svds
+
+from perturbflow.errors import InputError
+from perturbflow.symbols import approved_symbol
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file of text, gzipped or not, whatever its name; a fault in reading it names it."""
+    try:
+        with path.open("rb") as file:
+            is_gzipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if is_gzipped else path.open("rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Is it the file that the configuration says it is?") from error
+
+
+def first_line(path: Path) -> str:
+    """Return the first line of a text file."""
+    with opened(path) as file:
+        return file.readline(10_000).decode("utf-8").rstrip("\r\n")
+
+
+def read_table(path: Path, **options: object) -> pd.DataFrame:
+    """Read a table of text as strings; a blank stays a blank, and the gene NA is a gene."""
+    with opened(path) as file:
+        return pd.read_csv(file, **{"dtype": str, "keep_default_na": False, "quoting": 3, "sep": "\t", **options})
+
+
+def approved(symbols: pd.Series) -> pd.Series:
+    """Return the approved symbols; each is looked up once."""
+    return symbols.map({symbol: approved_symbol(symbol) for symbol in symbols.unique()})
+
+
+def leading_factors(matrix: sparse.csr_matrix, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return left singular vectors and values of the n largest, or of as many as there are; equal input gives equal numbers.
+
+    Returns
+    -------
+    vectors
+        (rows, n); the sign of each is such that its largest entry is positive.
+    values
+        (n,), descending.
+    """
+    n = min(n, min(matrix.shape) - 1)
+    vectors, values, _ = svds(matrix.astype(float), k=n, v0=np.ones(min(matrix.shape)))
+    order = np.argsort(values)[::-1]
+    vectors, values = vectors[:, order], values[order]
+    return vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(n)]), values
