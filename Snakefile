@@ -2,7 +2,8 @@
 
 Path grammar, with five wildcards only (dataset, split, model, seed, and query for counterfactuals):
 
-  resources/{dataset}/raw/manifest.json                                what was retrieved, beside the file itself
+  resources/{dataset}/raw/manifest.json                                what was retrieved, beside the files themselves
+  resources/{dataset}/embedding.parquet                                vectors of genes, where the name is that of a prior
   results/{dataset}/harmonized.h5ad, harmonization.json                one schema for all; what was dropped and why
   results/{dataset}/{split}/split.json                                 perturbations and cells per role
   results/{dataset}/{split}/pairs.h5ad, embeddings.parquet, audit.json what models train on, and the proof that nothing leaked
@@ -27,6 +28,7 @@ configfile: workflow.source_path("config/counterfactuals.yaml")
 
 include: "rules/common.smk"
 include: "rules/download.smk"
+include: "rules/prior.smk"
 include: "rules/harmonize.smk"
 include: "rules/split.smk"
 include: "rules/pair.smk"
@@ -51,11 +53,12 @@ rule all:
 
 
 rule data:
-    """The selected screens, harmonized."""
+    """The selected screens, harmonized, and the priors of their genes."""
     input:
         collect(
             "results/{dataset}/harmonized.h5ad", dataset=plan.runs["dataset"].unique()
         ),
+        collect("resources/{prior}/embedding.parquet", prior=plan.priors),
     localrule: True
 
 

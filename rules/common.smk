@@ -12,7 +12,7 @@ from snakemake.workflow import Workflow
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from perturbflow.errors import InputError
-from perturbflow.registry import Plan
+from perturbflow.registry import Plan, own_files
 
 
 # A time stamp says nothing about content: a git checkout or a copy would retrain weeks of work. The lineage that every rule
@@ -61,6 +61,17 @@ def raw_file(wildcards):
     """Return what harmonize reads: the user's own file, or the manifest of a download."""
     source = plan.config["datasets"][wildcards.dataset]["source"]
     return source.get("path", f"resources/{wildcards.dataset}/raw/manifest.json")
+
+
+def prior_files(wildcards):
+    """Return what a prior is read from: the user's own files, or the manifest of a download."""
+    own = own_files(plan.config["priors"][wildcards.dataset])
+    return [*own.values()] or f"resources/{wildcards.dataset}/raw/manifest.json"
+
+
+def prior_roles(wildcards):
+    """Return what each of the user's own files of a prior is."""
+    return [*own_files(plan.config["priors"][wildcards.dataset])]
 
 
 # Snakemake takes a params function of the output for no reason to run again. What of the way a file comes makes a result

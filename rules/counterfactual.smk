@@ -2,6 +2,7 @@ rule counterfactual:
     """Answer one what-if question with a distribution."""
     input:
         pairs="results/{dataset}/{split}/pairs.h5ad",
+        embeddings="results/{dataset}/{split}/embeddings.parquet",
         model=model_file,
     output:
         cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",

@@ -2,6 +2,7 @@ rule embeddings:
     """Describe every perturbed gene by numbers."""
     input:
         pairs="results/{dataset}/{split}/pairs.h5ad",
+        priors=collect("resources/{prior}/embedding.parquet", prior=plan.priors),
     output:
         embeddings="results/{dataset}/{split}/embeddings.parquet",
     log:

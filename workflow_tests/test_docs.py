@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def schema(name: str) -> dict:
 def type_of(block: dict) -> str:
     """Return a property's type in the words of the tables."""
     if "$ref" in block:
-        return "mapping"
+        file, _, place = block["$ref"].partition("#/")
+        return type_of(reduce(dict.__getitem__, place.split("/"), schema(file.removesuffix(".schema.yaml"))))
     if "enum" in block:
         return "one of " + ", ".join(f"`{value}`" for value in block["enum"])
     if "oneOf" in block:
@@ -88,6 +90,7 @@ def section(title: str) -> str:
 
 DOCUMENTED = {
     "config.yaml: what to run": schema("config"),
+    "priors: what is known of genes": schema("config")["properties"]["priors"]["additionalProperties"],
     "datasets.yaml: which screens exist": schema("datasets")["additionalProperties"],
     "splits.yaml: ways of holding out": schema("splits")["additionalProperties"],
     "models.yaml: which models exist": schema("models")["additionalProperties"],

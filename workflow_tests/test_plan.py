@@ -61,6 +61,11 @@ def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str,
     assert not (tmp_path / "results").exists()
 
 
+def test_priors_are_retrieved_once_for_all_splits(light: dict[str, str], tmp_path: Path) -> None:
+    jobs = plan_in(tmp_path, light, {"embeddings": {"sources": ["coexpression", "go", "ppi"]}}, "pairs").jobs
+    assert jobs == {"download": 3, "harmonize": 1, "prior": 2, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "pairs": 1}
+
+
 def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str], tmp_path: Path) -> None:
     make_screen_file(tmp_path)
     config = closed_forms_config(

@@ -64,7 +64,7 @@ ANNOTATIONS = [
     ("CCC", "involved_in", "GO:0000005", "IEP"),
     ("DDD", "involved_in", "GO:0000001", "ND"),
     ("EEE", "involved_in", "GO:0000004", "TAS"),
-    ("KIAA1804", "contributes_to", "GO:0000005", "IMP"),
+    ("AARS", "contributes_to", "GO:0000005", "IMP"),
 ]
 
 
@@ -117,7 +117,7 @@ def package(path: Path) -> Path:
 
 EXPECTED = {
     ("AAA", "GO:0000003"), ("AAA", "GO:0000002"), ("AAA", "GO:0000001"), ("BBB", "GO:0000002"), ("BBB", "GO:0000001"),
-    ("MAP3K21", "GO:0000005"), ("MAP3K21", "GO:0000001"),
+    ("AARS1", "GO:0000005"), ("AARS1", "GO:0000001"),
 }  # fmt: skip
 
 
@@ -175,18 +175,18 @@ def nearest_is_of_family(vectors: pd.DataFrame) -> float:
 
 
 def test_genes_of_a_family_lie_close(tmp_path: Path) -> None:
-    vectors = annotation_vectors({"file": table(tmp_path / "go.tsv", families())}, 16)
+    vectors = annotation_vectors({"file": table(tmp_path / "go.tsv", families())}, n_dimensions=16)
     assert vectors.shape == (96, 16)
     assert nearest_is_of_family(vectors) > 0.95
     # The root, which all have, and terms of one gene tell nothing.
     without = [row for row in families() if int(row[2][3:]) >= 10_000]
-    pd.testing.assert_frame_equal(vectors, annotation_vectors({"file": table(tmp_path / "less.tsv", without)}, 16))
+    pd.testing.assert_frame_equal(vectors, annotation_vectors({"file": table(tmp_path / "less.tsv", without)}, n_dimensions=16))
 
 
 def test_vectors_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     rows = families()
-    first = annotation_vectors({"file": table(tmp_path / "a.tsv", rows)}, 8)
-    second = annotation_vectors({"file": table(tmp_path / "b.tsv", rows[::-1])}, 8)
+    first = annotation_vectors({"file": table(tmp_path / "a.tsv", rows)}, n_dimensions=8)
+    second = annotation_vectors({"file": table(tmp_path / "b.tsv", rows[::-1])}, n_dimensions=8)
     pd.testing.assert_frame_equal(first, second)
 
 
@@ -208,18 +208,20 @@ def modules(n_modules: int = 12, size: int = 8, seed: int = 0) -> list[tuple]:
 
 
 def test_genes_of_a_module_lie_close(tmp_path: Path) -> None:
-    vectors = interaction_vectors({"file": edge_list(tmp_path / "edges.tsv", modules())}, 16)
+    vectors = interaction_vectors({"file": edge_list(tmp_path / "edges.tsv", modules())}, n_dimensions=16)
     assert vectors.shape == (96, 16)
     assert nearest_is_of_family(vectors) > 0.9
 
 
 def test_edges_are_undirected_once_and_without_loops(tmp_path: Path) -> None:
-    rows = [("B", "A", 0.5), ("A", "B", 0.9), ("A", "A", 1.0), ("NA", "KIAA1804", 0.2)]
+    rows = [("B", "A", 0.5), ("A", "B", 0.9), ("A", "A", 1.0), ("NA", "AARS", 0.2)]
     found = read_edges({"file": edge_list(tmp_path / "edges.tsv", rows, ("x", "y", "score"))})
-    assert found.values.tolist() == [["A", "B", 0.9], ["MAP3K21", "NA", 0.2]]
+    assert found.values.tolist() == [["A", "B", 0.9], ["AARS1", "NA", 0.2]]
     (tmp_path / "more").mkdir()
     turned = [(b, a) for a, b in modules()]
-    one, other = (interaction_vectors({"file": edge_list(tmp_path / n, of)}, 8) for n, of in (("1.tsv", modules()), ("2.tsv", turned)))
+    one, other = (
+        interaction_vectors({"file": edge_list(tmp_path / n, of)}, n_dimensions=8) for n, of in (("1.tsv", modules()), ("2.tsv", turned))
+    )
     pd.testing.assert_frame_equal(one, other)
 
 
@@ -258,7 +260,7 @@ def test_the_step_writes_all_genes(tmp_path: Path) -> None:
     prior([table(tmp_path / "go.tsv", families())], tmp_path / "embedding.parquet", "go", ["file"])
     written = pd.read_parquet(tmp_path / "embedding.parquet")
     assert written.index.name == "gene"
-    assert written.shape == (96, 32)
+    assert written.shape == (96, 64)
     assert (written.dtypes == np.float32).all()
     assert np.isfinite(written.to_numpy()).all()
 

@@ -230,6 +230,58 @@ def test_where_nothing_is_published_the_url_is_all_there_is(tmp_path: Path) -> N
     assert planned(config, tmp_path).lineage("download", "screen") != before
 
 
+# --- priors ---------------------------------------------------------------------------------------------------------
+
+
+def with_own_prior(tmp_path: Path, **changes: object) -> dict:
+    """Return a configuration that takes GO from files of the user's own."""
+    for name in ("goa.gaf", "go.obo"):
+        (tmp_path / name).write_text(name)
+    paths = {"annotations": str(tmp_path / "goa.gaf"), "ontology": str(tmp_path / "go.obo")}
+    prior = {"kind": "go", "source": {"path": paths}, **changes}
+    return {**mine(tmp_path), "priors": {"my_go": prior}, "embeddings": {"sources": ["coexpression", "my_go"]}}
+
+
+def test_the_shipped_priors_are_pinned_or_say_that_they_cannot_be() -> None:
+    plan = Plan(merged({"embeddings": {"sources": ["coexpression", "go", "ppi"]}}))
+    assert plan.priors == ["go", "ppi"]
+    assert {"bytes", "md5", "sha256"} <= set(plan.files("go")["file"])
+    assert len(plan.files("go")["file"]["url"]) == 3
+    assert {role: file["checksum"] for role, file in plan.files("ppi").items()} == {"links": "unpublished", "info": "unpublished"}
+
+
+def test_a_prior_counts_where_it_is_selected(tmp_path: Path) -> None:
+    config = with_own_prior(tmp_path)
+    place = ("my_screen", "unseen_combination")
+    before = planned(config, tmp_path)
+    assert before.files("my_go") == {}
+    (tmp_path / "go.obo").write_text("another")
+    after = planned(config, tmp_path)
+    assert after.lineage("prior", "my_go") != before.lineage("prior", "my_go")
+    assert after.lineage("embeddings", *place) != before.lineage("embeddings", *place)
+    assert after.lineage("pair", *place) == before.lineage("pair", *place)
+    config["embeddings"] = {"sources": ["coexpression"]}
+    without = planned(config, tmp_path).lineage("embeddings", *place)
+    (tmp_path / "go.obo").unlink()  # nobody asks for it
+    assert planned(config, tmp_path).lineage("embeddings", *place) == without
+
+
+def test_a_priors_own_file_has_to_be_there(tmp_path: Path) -> None:
+    config = with_own_prior(tmp_path)
+    (tmp_path / "go.obo").unlink()
+    with pytest.raises(InputError, match=r"mine\.yaml: priors\.my_go\.source\.path: there is no file '.*go\.obo'"):
+        planned(config, tmp_path)
+
+
+def test_a_prior_is_of_the_screens_organism(tmp_path: Path) -> None:
+    config = with_own_prior(tmp_path)
+    config["datasets"]["my_screen"]["organism"] = "mouse"
+    with pytest.raises(InputError, match="'my_go' knows human genes, and my_screen is of another organism"):
+        planned(config, tmp_path)
+    config["priors"]["my_go"]["organism"] = "mouse"
+    assert planned(config, tmp_path).priors == ["my_go"]
+
+
 # --- selections that cannot be --------------------------------------------------------------------------------------
 
 
@@ -519,7 +571,16 @@ BAD = {
     "contexts without fraction": ("splits.mine", {"kind": "unseen_context"}, ["splits.mine: 'test_fraction' is missing"]),
     "ridge is zero": ("models.linear.params", {"ridge": 0}, ["mine.yaml: models.linear.params.ridge: 0"]),
     "dataset is a word": ("datasets.my_screen", "screen.h5ad", ["datasets.my_screen: 'screen.h5ad' must be of type object"]),
-    "unknown source of embeddings": ("embeddings.sources", ["coexpresion"], ["embeddings.sources.0: 'coexpresion' is not possible", "coexpression"]),
+    "unknown source of embeddings": (
+        "embeddings.sources", ["coexpresion"], ["mine.yaml: embeddings.sources: 'coexpresion' is not possible. Did you mean 'coexpression'? Known:"],
+    ),
+    "one source of embeddings twice": ("embeddings.sources", ["go", "coexpression", "go"], ["mine.yaml: embeddings.sources: 'go' is there twice"]),
+    "a dataset by the name of a prior": ("datasets.go", block({"path": "x"}), ["mine.yaml: datasets.go: there is a prior of this name"]),
+    "a prior by the name of co-expression": (
+        "priors.coexpression", {"kind": "go", "source": {"path": "x"}}, ["mine.yaml: priors.coexpression: this is what training cells tell"],
+    ),
+    "a prior's own file beside the default": ("priors.go", {"source": {"path": "x"}}, ["priors.go.source: give exactly one of", "found: path, url"]),
+    "a prior of no kind": ("priors.mine", {"kind": "kegg", "source": {"path": "x"}}, ["priors.mine.kind: 'kegg' is not possible", "go, ppi"]),
 }  # fmt: skip
 
 

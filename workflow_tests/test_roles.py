@@ -82,7 +82,9 @@ def test_an_answer_says_where_a_perturbation_was_measured(
     here = prepared[kind]
     train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", MODELS["additive"], {}, 0)
     query = {"perturbations": list(expected), "cells": "control", "samples_per_cell": 2}
-    counterfactual(here.pairs, tmp_path / "model.npz", tmp_path / "a.h5ad", tmp_path / "a.tsv", MODELS["additive"], {}, query, 0)
+    counterfactual(
+        here.pairs, here.embeddings, tmp_path / "model.npz", tmp_path / "a.h5ad", tmp_path / "a.tsv", MODELS["additive"], {}, query, 0
+    )
     table = pd.read_csv(tmp_path / "a.tsv", sep="\t")
     assert table.groupby("perturbation")["known"].unique().map(list).to_dict() == {label: [known] for label, known in expected.items()}
     controls = json.loads(here.split.read_text())["cells"]["test"]

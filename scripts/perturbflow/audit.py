@@ -341,7 +341,7 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
         The screen, the roles, the pairs and the gene vectors of one split.
     audit
         JSON to be written: every check by name, the SHA-256 of every file that training reads, of training cells, and of each
-        thing fitted on them.
+        thing fitted on them; the perturbed genes that each source of vectors has no row for, and those that none has.
 
     Raises
     ------
@@ -350,7 +350,8 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
     """
     roles = read_json(split)
     cells = ad.read_h5ad(pairs)
-    evidence = Evidence(roles, cells, ad.read_h5ad(harmonized)[cells.obs_names].copy(), Embeddings.read(embeddings).table)
+    vectors = Embeddings.read(embeddings)
+    evidence = Evidence(roles, cells, ad.read_h5ad(harmonized)[cells.obs_names].copy(), vectors.table)
     results = {check.__name__: check(evidence) for check in CHECKS}
     leaks = [f"{name}: {finding}" for name, findings in results.items() for finding in findings]
     if leaks:
@@ -363,5 +364,7 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
             "sha256": {path.name: file_digest(path) for path in (split, pairs, embeddings)},
             "split_sha256": roles["sha256"],
             "fitted_sha256": fitted_digests(evidence),
+            "without_row": vectors.without_row(),
+            "without_vector": vectors.without_vector,
         },
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.artefacts import load_artefact
+from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.files import atomic
 from perturbflow.models.base import Model, build
@@ -54,14 +55,15 @@ def _is_new_context(training: Pairs, chosen: Pairs) -> bool:
     return training.obs[context].drop_duplicates().merge(chosen.obs[context].drop_duplicates()).empty
 
 
-def _extrapolation(label: str, training: list[str], is_new_context: bool) -> str:
+def _extrapolation(label: str, training: list[str], vectors: Embeddings, is_new_context: bool) -> str:
     """Say what training knew of a perturbation."""
     if label == CONTROL:
         return "no perturbation"
     seen = {gene for other in training for gene in members_of(other)}
-    n_unseen = sum(gene not in seen for gene in members_of(label))
-    if n_unseen:
-        return f"{n_unseen} gene(s) never perturbed in training"
+    unseen = [gene for gene in members_of(label) if gene not in seen]
+    if unseen:
+        n_without = sum(gene not in vectors.table.index or gene in vectors.without_vector for gene in unseen)
+        return f"{len(unseen)} gene(s) never perturbed in training" + (f", {n_without} of them without a vector" if n_without else "")
     return ("measured" if label in training else "composed of measured genes") + (", in other contexts" if is_new_context else "")
 
 
@@ -96,13 +98,15 @@ def summarize(model: Model, start: np.ndarray, label: str, samples: int, seed: i
     return layers, up / len(start), layers["mean"] - start
 
 
-def counterfactual(pairs: Path, model: Path, cells: Path, effects: Path, implementation: str, params: dict, query: dict, seed: int) -> None:
+def counterfactual(
+    pairs: Path, embeddings: Path, model: Path, cells: Path, effects: Path, implementation: str, params: dict, query: dict, seed: int
+) -> None:
     """Answer one query: each perturbation in each selected cell, with a distribution of outcomes.
 
     Parameters
     ----------
-    pairs, model
-        The pairs of the split and a model trained on it.
+    pairs, embeddings, model
+        The pairs of the split, its gene vectors, and a model trained on both.
     cells
         AnnData to be written: X mean outcome per cell × perturbation; layers before, q05, q50, q95 of a cell's outcomes;
         obs perturbation, cell (name of the start cell), cell_type, batch, known.
@@ -128,6 +132,7 @@ def counterfactual(pairs: Path, model: Path, cells: Path, effects: Path, impleme
     family = build(implementation, params)
     family.restore(load_artefact(model))
     training = everything.roles("train")
+    vectors = Embeddings.read(embeddings)
     is_new_context = _is_new_context(training, chosen)
     start = chosen.X.toarray()
     blocks, tables = [], []
@@ -137,7 +142,7 @@ def counterfactual(pairs: Path, model: Path, cells: Path, effects: Path, impleme
         if reason := family.refusal(label):
             raise InputError(f"'{text}' cannot be answered by this model: {reason}.")
         layers, probability_up, cell_effects = summarize(family, start, label, query["samples_per_cell"], seed)
-        known = _extrapolation(label, training.perturbations, is_new_context)
+        known = _extrapolation(label, training.perturbations, vectors, is_new_context)
         obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=known)
         obs.index = [f"{label}:{cell}" for cell in chosen.obs.index]
         mean = layers.pop("mean")

@@ -10,7 +10,7 @@ import pandas as pd
 from perturbflow.errors import InputError
 from perturbflow.files import atomic
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import approved_symbol, members_of
+from perturbflow.symbols import approved_symbol, candidates, members_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,15 @@ class Embeddings:
         columns = [column for column in self.table if column.split(":")[0] == source]
         return Embeddings(self.table[columns].dropna(how="all"))
 
+    def without_row(self) -> dict[str, list[str]]:
+        """Return the genes that each source has no row for."""
+        return {source: self.table.index.difference(self.of_source(source).table.index).tolist() for source in self.sources}
+
+    @property
+    def without_vector(self) -> list[str]:
+        """Genes that no source has a row for."""
+        return self.table.index[self.table.isna().all(axis=1)].tolist()
+
     def standardized(self, training_genes: list[str]) -> pd.DataFrame:
         """Return the table centred and scaled by the training genes; what is missing becomes 0, their mean."""
         reference = self.table.loc[self.table.index.intersection(training_genes)]
@@ -71,6 +80,13 @@ def coexpression(pairs: Pairs, genes: list[str]) -> pd.DataFrame:
     return table.reindex(genes)
 
 
+def rows_of(table: pd.DataFrame, genes: list[str]) -> pd.DataFrame:
+    """Return the rows of these genes, NaN where there is none; a gene that goes by an alias finds the row of the one gene it can be."""
+    known = set(table.index)
+    names = [gene if gene in known or len(meant := candidates(gene)) != 1 else meant[0] for gene in genes]
+    return table.reindex(names).set_axis(genes)
+
+
 def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
     """Return the rows of a user's table: gene symbol in the first column, numbers after it."""
     try:
@@ -87,18 +103,15 @@ def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
             f"{path}: the first column holds gene symbols, all others numbers; these hold none: {', '.join(map(str, words[:5])) or '(no columns)'}."
         )
     table.index = [approved_symbol(str(gene)) for gene in table.index]
-    table = table[~table.index.duplicated()]
-    table.columns = [f"{path.stem}:{column}" for column in table.columns]
-    found = table.reindex(genes)
-    n_found = int(found.notna().any(axis=1).sum())
-    if n_found == 0:
+    found = rows_of(table[~table.index.duplicated()], genes)
+    if found.isna().all(axis=None):
         raise InputError(
             f"{path} has no row for any of the {len(genes)} perturbed genes (for example {', '.join(genes[:5])}); is its first column the gene symbol?"
         )
     return found
 
 
-def embeddings(pairs: Path, embeddings: Path, sources: list) -> None:
+def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] | None = None) -> None:
     """Write one row per perturbed gene.
 
     Parameters
@@ -106,20 +119,38 @@ def embeddings(pairs: Path, embeddings: Path, sources: list) -> None:
     pairs
         Cells of one split; co-expression is computed on its training cells.
     embeddings
-        Parquet to be written: gene symbol as index, one float column per dimension, NaN where a source has no row.
+        Parquet to be written: gene symbol as index, one float column per dimension, named after its source; NaN where that has no row.
     sources
-        "coexpression" or {"file": path}, concatenated in this order.
+        "coexpression", the name of a prior, or {"file": path}, concatenated in this order.
+    priors
+        Vectors of all genes, one table per prior among the sources, in their order.
     """
     cells = Pairs.read(pairs)
     genes = sorted({gene for label in cells.perturbations for gene in members_of(label)})
-    tables = [coexpression(cells, genes) if source == "coexpression" else from_table(Path(source["file"]), genes) for source in sources]
+    of_priors = iter(priors or [])
+    tables = []
+    for source in sources:
+        if source == "coexpression":
+            table = coexpression(cells, genes)
+        elif isinstance(source, str):
+            table = rows_of(pd.read_parquet(next(of_priors)), genes).add_prefix(f"{source}:")
+        else:
+            path = Path(source["file"])
+            table = from_table(path, genes).add_prefix(f"{path.stem}:")
+        tables.append(table)
     table = pd.concat(tables, axis=1).astype(np.float32)
     table.index.name = "gene"
-    missing = table.index[table.isna().all(axis=1)].tolist()
-    if missing:
+    found = Embeddings(table)
+    for source, missing in found.without_row().items():
+        logger.info("%s: %d of %d perturbed genes have a row%s", source, len(genes) - len(missing), len(genes), _list_of(missing))
+    if unknown := found.without_vector:
         logger.warning(
-            "%d of %d perturbed genes have no row: %s; models give them the mean vector", len(missing), len(genes), ", ".join(missing)
-        )
-    logger.info("%d perturbed genes × %d dimensions", *table.shape)
+            "%d of %d perturbed genes have no row in any source: nothing tells them apart, and models that never saw them perturbed "
+            "predict what they would of any gene%s", len(unknown), len(genes), _list_of(unknown),
+        )  # fmt: skip
     with atomic(embeddings) as partial:
         table.to_parquet(partial)
+
+
+def _list_of(genes: list[str]) -> str:
+    return f" (without: {', '.join(genes)})" if genes else ""

@@ -27,6 +27,7 @@ SCHEMAS = SCRIPTS.parent / "config" / "schemas"
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 # Names in a message; of more, the nearest ones.
 LISTED = 20
+COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
 # Keys of a split's block that only some kinds have a use for.
 SPLIT_KEYS = {
     "covariate": ("unseen_context",),
@@ -219,15 +220,68 @@ def _check_patterns(name: str, block: dict, files: Sequence[Path]) -> None:
             )
 
 
+def own_files(block: dict) -> dict[str, str]:
+    """Return role → path of the user's own files; none where they are downloaded."""
+    path = block["source"].get("path", {})
+    return path if isinstance(path, dict) else {"file": path}
+
+
 def _check_path(where: list[str], block: dict, files: Sequence[Path]) -> None:
-    """Check that the user's own file is there; only what is selected has to be."""
-    path = block["source"].get("path")
-    if path is not None and not Path(path).is_file():
-        file = _holding_file(files, [*where, "source", "path"])
-        raise InputError(
-            f"{file}{'.'.join(where)}.source.path: there is no file '{path}' (looked for {Path(path).absolute()}). "
-            "Relative paths start at the working directory."
-        )
+    """Check that the user's own files are there; only what is selected has to be."""
+    for path in own_files(block).values():
+        if not Path(path).is_file():
+            file = _holding_file(files, [*where, "source", "path"])
+            raise InputError(
+                f"{file}{'.'.join(where)}.source.path: there is no file '{path}' (looked for {Path(path).absolute()}). "
+                "Relative paths start at the working directory."
+            )
+
+
+def _check_priors(config: dict, files: Sequence[Path]) -> None:
+    """Check the names of priors, which share folders with datasets and columns with other sources of embeddings."""
+    for name, block in config["priors"].items():
+        _check_source(["priors", name], block, files)
+        file = _holding_file(files, ["priors", name])
+        if name == COEXPRESSION:
+            raise InputError(f"{file}priors.{name}: this is what training cells tell, in embeddings.sources; give the prior another name.")
+        if name in config["datasets"]:
+            file = _holding_file(files, ["datasets", name])
+            raise InputError(
+                f"{file}datasets.{name}: there is a prior of this name, and both would keep their files in resources/{name}; "
+                "give the dataset another name."
+            )
+
+
+def _check_embeddings(config: dict, datasets: Sequence[str], files: Sequence[Path]) -> None:
+    """Check where the vectors of genes are to come from, and that they are of the genes of these datasets."""
+    where = ["embeddings", "sources"]
+    file = _holding_file(files, where)
+    for source in config["embeddings"]["sources"]:
+        if isinstance(source, dict):
+            if not Path(source["file"]).is_file():
+                raise InputError(
+                    f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()})."
+                )
+        elif source != COEXPRESSION:
+            if source not in config["priors"]:
+                raise InputError(
+                    f"{file}embeddings.sources: {source!r} is not possible.{_suggestion(source, [COEXPRESSION, *config['priors']])}"
+                )
+            prior = config["priors"][source]
+            _check_path(["priors", source], prior, files)
+            if others := [name for name in datasets if config["datasets"][name]["organism"] != prior["organism"]]:
+                raise InputError(
+                    f"{file}embeddings.sources: '{source}' knows {prior['organism']} genes, and {', '.join(others)} is of another organism; "
+                    "bring a prior or a table of its genes."
+                )
+    names = [_source_name(source) for source in config["embeddings"]["sources"]]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{file}embeddings.sources: '{twice[0]}' is there twice; a table goes by the name of its file.")
+
+
+def _source_name(source: str | dict) -> str:
+    """Return what the columns of a source of embeddings are named after."""
+    return source if isinstance(source, str) else Path(source["file"]).stem
 
 
 def _check_split(name: str, block: dict, datasets: dict, files: Sequence[Path]) -> None:
@@ -290,6 +344,7 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
         _check_source(["datasets", name], block, files)
         _check_patterns(name, block, files)
     config["datasets"] = {name: resolved(block) for name, block in config["datasets"].items()}
+    _check_priors(config, files)
     config["splits"] = {
         name: {key: value for key, value in block.items() if block["kind"] in SPLIT_KEYS.get(key, (block["kind"],))}
         for name, block in config["splits"].items()
@@ -318,23 +373,15 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
             file = _holding_file(files, ["counterfactuals", name, "model"])
             raise InputError(f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions.")
     queries = [config["counterfactuals"][name] for name in config["select"]["counterfactuals"]]
-    for name in dict.fromkeys([*config["select"]["datasets"], *[query["dataset"] for query in queries]]):
+    datasets = list(dict.fromkeys([*config["select"]["datasets"], *[query["dataset"] for query in queries]]))
+    for name in datasets:
         _check_path(["datasets", name], config["datasets"][name], files)
     for name in dict.fromkeys([*config["select"]["splits"], *[query["split"] for query in queries]]):
         path = config["splits"][name].get("path")
         if path is not None and not Path(path).is_file():
             file = _holding_file(files, ["splits", name, "path"])
             raise InputError(f"{file}splits.{name}.path: there is no file '{path}' (looked for {Path(path).absolute()}).")
-    for source in config["embeddings"]["sources"]:
-        if isinstance(source, dict) and not Path(source["file"]).is_file():
-            file = _holding_file(files, ["embeddings", "sources"])
-            raise InputError(
-                f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()})."
-            )
-        if source in ("go", "ppi"):
-            raise InputError(
-                f"{_holding_file(files, ['embeddings', 'sources'])}embeddings.sources: '{source}' cannot be fetched by this version; bring the table as {{file: table.tsv}}."
-            )
+    _check_embeddings(config, datasets, files)
     return config
 
 
@@ -434,9 +481,18 @@ class Plan:
         block["source"] = {key: value for key, value in block["source"].items() if key in ("path", "member")}
         return block
 
-    def files(self, dataset: str) -> dict[str, dict]:
-        """Return role → file that a dataset's download retrieves: name, mirrors, and what it must be."""
-        return files_of(self.config["datasets"][dataset])
+    def files(self, name: str) -> dict[str, dict]:
+        """Return role → file that the download of a dataset or prior retrieves: name, mirrors, and what it must be."""
+        return files_of(self._retrieved(name))
+
+    def _retrieved(self, name: str) -> dict:
+        """Return the block of a dataset or prior; none share a name."""
+        return self.config["datasets"].get(name) or self.config["priors"][name]
+
+    @property
+    def priors(self) -> list[str]:
+        """Names of the priors among the sources of embeddings, in their order."""
+        return [source for source in self.config["embeddings"]["sources"] if isinstance(source, str) and source != COEXPRESSION]
 
     def split(self, name: str, dataset: str) -> dict:
         """Return a split's block as one screen's division reads it: held_out is the list of this screen, if it has one."""
@@ -461,7 +517,11 @@ class Plan:
         sources: list[str] = []
         code = [SCRIPTS / f"{step}.py"]
         if step == "download":
-            own = content_of(config["datasets"][dataset])
+            own = content_of(self._retrieved(dataset))
+        elif step == "prior":
+            block = config["priors"][dataset]
+            own = [block["kind"], block["organism"], list(own_files(block))]
+            sources = [file_fingerprint(path) for path in own_files(block).values()] or [self.lineage("download", dataset)]
         elif step == "harmonize":
             own = [self.dataset(dataset), self.qc(dataset)]
             path = config["datasets"][dataset]["source"].get("path")
@@ -476,7 +536,7 @@ class Plan:
         elif step == "embeddings":
             tables = [file_fingerprint(table["file"]) for table in config["embeddings"]["sources"] if isinstance(table, dict)]
             own = [config["embeddings"], tables]
-            sources = [self.lineage("pair", dataset, split)]
+            sources = [self.lineage("pair", dataset, split), *[self.lineage("prior", name) for name in self.priors]]
         elif step == "audit":
             sources = [self.lineage("embeddings", dataset, split)]
         elif step == "train":

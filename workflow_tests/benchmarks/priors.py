@@ -32,6 +32,7 @@ from perturbflow.pairs import Pairs, pair  # noqa: E402
 from perturbflow.prediction import predict  # noqa: E402
 from perturbflow.priors.annotations import annotation_vectors  # noqa: E402
 from perturbflow.priors.interactions import interaction_vectors  # noqa: E402
+from perturbflow.priors.tables import N_DIMENSIONS  # noqa: E402
 from perturbflow.registry import FAMILIES  # noqa: E402
 from perturbflow.splits import split  # noqa: E402
 from perturbflow.symbols import members_of  # noqa: E402
@@ -128,8 +129,11 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
 
-    size = max(arguments.dimensions) if arguments.dimensions else 32
-    priors = {"go": annotation_vectors({"file": arguments.go}, size), "ppi": interaction_vectors({"file": arguments.ppi}, size)}
+    size = max(arguments.dimensions or [N_DIMENSIONS])
+    priors = {
+        "go": annotation_vectors({"file": arguments.go}, n_dimensions=size),
+        "ppi": interaction_vectors({"file": arguments.ppi}, n_dimensions=size),
+    }
     priors = {name: table.rename(columns=lambda i, name=name: f"{name}:{i}") for name, table in priors.items()}
     columns = ["source", "size", "model", "error"] if arguments.dimensions else ["sources", "model", "metric", "perturbation", "value"]
     found = []

@@ -16,10 +16,10 @@ from perturbflow.priors.interactions import interaction_vectors
 
 logger = logging.getLogger(__name__)
 
-PRIORS: dict[str, Callable[[dict[str, Path]], pd.DataFrame]] = {"go": annotation_vectors, "ppi": interaction_vectors}
+KINDS: dict[str, Callable[[dict[str, Path], str], pd.DataFrame]] = {"go": annotation_vectors, "ppi": interaction_vectors}
 
 
-def prior(raw: list[Path], embedding: Path, name: str, roles: list) -> None:
+def prior(raw: list[Path], embedding: Path, kind: str, roles: list, organism: str = "human") -> None:
     """Write the vectors of all genes that a prior covers.
 
     Parameters
@@ -28,7 +28,7 @@ def prior(raw: list[Path], embedding: Path, name: str, roles: list) -> None:
         The manifest of a download, or files of the user's own.
     embedding
         Parquet to be written: gene symbol as index, one float32 column per dimension.
-    name
+    kind
         go or ppi.
     roles
         What each of the user's own files is: file, or annotations and ontology (go), links and info (ppi). Empty with a manifest,
@@ -40,8 +40,8 @@ def prior(raw: list[Path], embedding: Path, name: str, roles: list) -> None:
         If a file is missing or is not what its role says.
     """
     files = dict(zip(roles, raw, strict=True)) if roles else manifest_files(raw[0])
-    vectors = PRIORS[name](files)
-    logger.info("%s: %d genes × %d dimensions", name, *vectors.shape)
+    vectors = KINDS[kind](files, organism)
+    logger.info("%d genes × %d dimensions", *vectors.shape)
     vectors.index.name = "gene"
     vectors.columns = vectors.columns.astype(str)
     with atomic(embedding) as partial:

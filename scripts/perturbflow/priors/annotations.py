@@ -15,16 +15,15 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.priors.tables import approved, first_line, leading_factors, opened, read_table
+from perturbflow.priors.tables import N_DIMENSIONS, approved, first_line, leading_factors, opened, read_table
 
-N_DIMENSIONS = 32
 LEAST_GENES = 3  # a term of fewer genes says what these are called, and hardly who resembles whom
 # ND tells that nothing is known. IEP and HEP are inferred from expression, which is what models are scored on.
 LEFT_OUT_EVIDENCE = ("ND", "IEP", "HEP")
 SQLITE = b"SQLite format 3\0"
 
 
-def annotation_vectors(files: dict[str, Path], n_dimensions: int = N_DIMENSIONS) -> pd.DataFrame:
+def annotation_vectors(files: dict[str, Path], organism: str = "human", n_dimensions: int = N_DIMENSIONS) -> pd.DataFrame:
     """Return one vector per annotated gene: the leading factors of gene × term, terms weighted by their information.
 
     A term that n of N genes have, itself or by a more special one, weighs ln(N/n) (Resnik 1995); genes are scaled to unit length, so that
@@ -40,7 +39,7 @@ def annotation_vectors(files: dict[str, Path], n_dimensions: int = N_DIMENSIONS)
     -------
     Genes × n_dimensions.
     """
-    annotations = read_annotations(files)
+    annotations = read_annotations(files, organism)
     gene, term = annotations["gene"].astype("category"), annotations["term"].astype("category")
     shape = len(gene.cat.categories), len(term.cat.categories)
     has = sparse.csr_matrix((np.ones(len(annotations)), (gene.cat.codes, term.cat.codes)), shape=shape)
@@ -58,7 +57,7 @@ def annotation_vectors(files: dict[str, Path], n_dimensions: int = N_DIMENSIONS)
     return pd.DataFrame(vectors * values, index=gene.cat.categories[informative].astype(str))
 
 
-def read_annotations(files: dict[str, Path]) -> pd.DataFrame:
+def read_annotations(files: dict[str, Path], organism: str = "human") -> pd.DataFrame:
     """Return the distinct rows gene (approved symbol) and term, with more general terms where the ontology is known."""
     path = files.get("annotations") or files.get("file")
     if path is None:
@@ -71,7 +70,7 @@ def read_annotations(files: dict[str, Path]) -> pd.DataFrame:
         table = _from_gaf(path) if first_line(path).startswith("!") else _from_table(path)
         if "ontology" in files:
             table = with_ancestors(table, files["ontology"])
-    return table.assign(gene=approved(table["gene"])).drop_duplicates(ignore_index=True)
+    return table.assign(gene=approved(table["gene"], organism)).drop_duplicates(ignore_index=True)
 
 
 @contextmanager

@@ -10,9 +10,8 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.priors.tables import approved, first_line, leading_factors, read_table
+from perturbflow.priors.tables import N_DIMENSIONS, approved, first_line, leading_factors, read_table
 
-N_DIMENSIONS = 32
 RESTART = 0.3
 N_STEPS = 20
 CONTEXT_POWER = 0.75
@@ -22,7 +21,7 @@ LEAST_SCORE = 0.4  # STRING's medium confidence
 STRING_PRIOR = 0.041  # of two proteins drawn at random
 
 
-def interaction_vectors(files: dict[str, Path], n_dimensions: int = N_DIMENSIONS) -> pd.DataFrame:
+def interaction_vectors(files: dict[str, Path], organism: str = "human", n_dimensions: int = N_DIMENSIONS) -> pd.DataFrame:
     """Return one vector per gene that has an interaction.
 
     Leading factors of the positive pointwise mutual information between neighbours, every gene its own neighbour too (one step of a
@@ -37,7 +36,7 @@ def interaction_vectors(files: dict[str, Path], n_dimensions: int = N_DIMENSIONS
     -------
     Genes × n_dimensions.
     """
-    edges = read_edges(files)
+    edges = read_edges(files, organism)
     genes = pd.Index(sorted({*edges["a"], *edges["b"]}))
     if len(genes) <= n_dimensions:
         raise InputError(
@@ -63,7 +62,7 @@ def _steps(network: sparse.csr_matrix) -> sparse.csr_matrix:
     return sparse.csr_matrix(sparse.diags_array(1.0 / np.asarray(network.sum(axis=1)).ravel()) @ network)
 
 
-def read_edges(files: dict[str, Path]) -> pd.DataFrame:
+def read_edges(files: dict[str, Path], organism: str = "human") -> pd.DataFrame:
     """Return the rows a, b (approved symbols, a before b) and weight, each pair once with its greatest weight."""
     if "links" in files and "info" in files:
         edges = _from_string(files["links"], files["info"])
@@ -71,7 +70,7 @@ def read_edges(files: dict[str, Path]) -> pd.DataFrame:
         edges = _from_list(files["file"])
     else:
         raise InputError(f"Interactions: files of the roles 'links' and 'info' are needed, or one list of edges; found {', '.join(files)}.")
-    ends = np.sort(np.stack([approved(edges["a"]), approved(edges["b"])]).astype(str), axis=0)
+    ends = np.sort(np.stack([approved(edges["a"], organism), approved(edges["b"], organism)]).astype(str), axis=0)
     edges = pd.DataFrame({"a": ends[0], "b": ends[1], "weight": edges["weight"].to_numpy(float)})
     return edges[edges["a"] != edges["b"]].groupby(["a", "b"], as_index=False)["weight"].max()
 

@@ -15,6 +15,9 @@ from scipy.sparse.linalg import svds
 from perturbflow.errors import InputError
 from perturbflow.symbols import approved_symbol
 
+# Of every prior's vectors; chosen by inner folds over training genes (workflow_tests/benchmarks/README.md, "Priors").
+N_DIMENSIONS = 64
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
@@ -40,9 +43,9 @@ def read_table(path: Path, **options: object) -> pd.DataFrame:
         return pd.read_csv(file, **{"dtype": str, "keep_default_na": False, "quoting": 3, "sep": "\t", **options})
 
 
-def approved(symbols: pd.Series) -> pd.Series:
+def approved(symbols: pd.Series, organism: str) -> pd.Series:
     """Return the approved symbols; each is looked up once."""
-    return symbols.map({symbol: approved_symbol(symbol) for symbol in symbols.unique()})
+    return symbols.map({symbol: approved_symbol(symbol, organism) for symbol in symbols.unique()})
 
 
 def leading_factors(matrix: sparse.csr_matrix, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -75,6 +75,8 @@ class Group(OfSplit):
     checks: list[str]
     perturbations: PerturbationTable
     left_out: Names
+    without_row: dict[str, Names]
+    without_vector: Names
     chosen: Chosen | None = None
     effects: list[dict] = field(default_factory=list)
     curves: list[dict] = field(default_factory=list)
@@ -227,12 +229,15 @@ def report(
             for role in ROLES
         }  # fmt: skip
         shape = ad.read_h5ad(paired[dataset, split], backed="r").shape
+        audited = read_json(checked[dataset, split])
         n_rows = PERTURBATION_ROWS // len(roles)
         group = Group(
             dataset, split, division["spec"], of_role, *shape,
-            [check for check, result in read_json(checked[dataset, split])["checks"].items() if result == "passed"],
+            [check for check, result in audited["checks"].items() if result == "passed"],
             perturbation_table(scores[here], [model for model in cards if model in set(scores.loc[here, "model"])], n_rows),
             Names.of(division["left_out"]),
+            {source: Names.of(genes) for source, genes in audited["without_row"].items() if genes},
+            Names.of(audited["without_vector"]),
         )  # fmt: skip
         histories: dict[str, list[list[dict]]] = {}
         for place, run in facts.items():

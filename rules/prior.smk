@@ -1,0 +1,25 @@
+rule prior:
+    """Turn what is known of all genes into vectors, once for all datasets and splits."""
+    input:
+        raw=prior_files,
+    output:
+        embedding="resources/{dataset}/embedding.parquet",
+    log:
+        "logs/prior/{dataset}.log",
+    benchmark:
+        "benchmarks/prior/{dataset}.tsv"
+    wildcard_constraints:
+        dataset=one_of(plan.config["priors"]),
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(4000),
+        runtime="1h",
+    params:
+        kind=lookup("priors/{dataset}/kind", within=plan.config),
+        roles=prior_roles,
+        organism=lookup("priors/{dataset}/organism", within=plan.config),
+        lineage=lineage("prior"),
+    script:
+        "../scripts/prior.py"
