@@ -164,8 +164,8 @@ def files_named_in(value: object) -> Iterator[str]:
     """Yield every path and file value below a configuration."""
     if isinstance(value, dict):
         for key, item in value.items():
-            if key in ("path", "file") and isinstance(item, str):
-                yield item
+            if key in ("path", "file"):
+                yield from item.values() if isinstance(item, dict) else [item]
             yield from files_named_in(item)
     elif isinstance(value, list):
         for item in value:
