@@ -22,7 +22,7 @@ rule download:
 
 
 rule download_check:
-    """Ask the hosts of all registered screens for headers, to see that files are there and as declared."""
+    """Ask the hosts of all registered screens and priors for headers, to see that files are there and as declared."""
     output:
         table="results/download_check.tsv",
     log:
@@ -31,7 +31,10 @@ rule download_check:
     conda:
         "../envs/data.yaml"
     params:
-        datasets={name: plan.files(name) for name in plan.config["datasets"]},
+        datasets={
+            name: plan.files(name)
+            for name in [*plan.config["datasets"], *plan.config["priors"]]
+        },
         # What hosts say is of the moment, and so never up to date.
         lineage=datetime.now(UTC).isoformat(),
     script:
