@@ -1,7 +1,16 @@
-"""Every registered dataset: a file in the schema of the real one goes through the block of the registry and becomes what it has to."""
+"""Every registered dataset: a file in the schema of the real one goes through the block of the registry and becomes what it has to.
+
+The files come through download from a mirror folder; of the block, the shape, sizes and checksums alone are replaced.
+
+Run as a script (PYTHONPATH=scripts python workflow_tests/test_screens.py), it writes the table of workflow_tests/benchmarks/README.md anew.
+"""
 
 import json
+import re
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,32 +18,35 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
-from conftest import OFF, merged
-from screens import FIXTURES, norman_cells
+from conftest import OFF, REPOSITORY, merged
+from screens import FIXTURES, Expected, norman_cells
 
+from perturbflow.download import download
 from perturbflow.errors import InputError
 from perturbflow.files import file_digest
 from perturbflow.harmonize import harmonize
+from perturbflow.origins import files_of
 from perturbflow.registry import complete
 from perturbflow.symbols import CONTROL
 
+BENCHMARKS = REPOSITORY / "workflow_tests" / "benchmarks" / "README.md"
+DATASETS = REPOSITORY / "config" / "datasets.md"
 REGISTRY = complete(merged({}))["datasets"]
 QC = {**OFF, "min_cells_per_perturbation": 3}
 
 
-def downloaded(name: str, folder: Path) -> tuple[Path, object]:
-    """Write a fixture with the manifest that a download would leave, and return the manifest and what is expected."""
-    folder.mkdir(parents=True)
-    fixture = FIXTURES[name]
-    expected = fixture.write(folder)
-    files = {
-        role: {"file": file, "bytes": (folder / file).stat().st_size, "sha256": file_digest(folder / file), "source": "fixture"}
-        for role, file in fixture.names.items()
-    }
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"files": files}))
-    return manifest, expected
+def downloaded(name: str, folder: Path) -> tuple[Path, Expected]:
+    """Write a fixture into a mirror folder and download it from there; return the manifest and what is expected."""
+    (folder / "mirror").mkdir(parents=True)
+    expected = FIXTURES[name].write(folder / "mirror")
+    files = {}
+    for role, file in files_of(REGISTRY[name]).items():
+        path = folder / "mirror" / file["name"]
+        sums = {key: file_digest(path, key) for key in ("md5", "sha256") if key in file}
+        size = {"bytes": path.stat().st_size} if "bytes" in file else {}
+        files[role] = {**file, **size, **sums}
+    download(folder / "raw" / "manifest.json", name, files, str(folder / "mirror"))
+    return folder / "raw" / "manifest.json", expected
 
 
 def block_of(name: str, n_cells: int, n_genes: int) -> dict:
@@ -45,28 +57,26 @@ def block_of(name: str, n_cells: int, n_genes: int) -> dict:
     return block
 
 
+def harmonized_in(folder: Path, name: str) -> SimpleNamespace:
+    """Harmonize a fixture in a folder; return the result, the account, and what was expected."""
+    manifest, expected = downloaded(name, folder)
+    n_genes = expected.n_genes + sum(expected.genes_dropped.values())
+    target, report = folder / "harmonized.h5ad", folder / "harmonization.json"
+    harmonize(manifest, target, report, name, block_of(name, expected.n_cells, n_genes), QC)
+    account = json.loads(report.read_text())
+    return SimpleNamespace(adata=ad.read_h5ad(target), account=account, expected=expected, manifest=manifest)
+
+
 @pytest.fixture(scope="session")
 def harmonized_screen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SimpleNamespace]:
-    """Return a function that gives a fixture harmonized, once: result, account, and what was expected."""
-    done: dict[str, SimpleNamespace] = {}
-
-    def get(name: str) -> SimpleNamespace:
-        if name not in done:
-            folder = tmp_path_factory.mktemp(name)
-            manifest, expected = downloaded(name, folder / "raw")
-            n_genes = expected.n_genes + sum(expected.genes_dropped.values())
-            target, report = folder / "harmonized.h5ad", folder / "harmonization.json"
-            harmonize(manifest, target, report, name, block_of(name, expected.n_cells, n_genes), QC)
-            done[name] = SimpleNamespace(
-                adata=ad.read_h5ad(target), account=yaml.safe_load(report.read_text()), expected=expected, manifest=manifest, folder=folder
-            )
-        return done[name]
-
-    return get
+    """Return a function that gives a fixture harmonized, once."""
+    return cache(lambda name: harmonized_in(tmp_path_factory.mktemp(name), name))
 
 
-def test_every_registered_dataset_has_a_fixture() -> None:
+def test_every_registered_dataset_has_a_fixture_of_its_files() -> None:
     assert set(FIXTURES) == set(REGISTRY) - {"renge2023"}
+    for name, fixture in FIXTURES.items():
+        assert fixture.names == {role: file["name"] for role, file in files_of(REGISTRY[name]).items()}
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -221,3 +231,76 @@ def test_norman_has_the_constructs_of_the_fixture() -> None:
     assert cells["root"].duplicated().any()
     assert not cells["barcode"].duplicated().any()
     assert cells["construct"].str.endswith("_2").any()
+
+
+def files_of_registry() -> Iterator[tuple[str, dict]]:
+    """Yield name of the dataset and file of everything that is downloaded."""
+    for name, block in REGISTRY.items():
+        for file in files_of(block).values():
+            yield name, file
+
+
+@pytest.mark.parametrize(("name", "file"), list(files_of_registry()), ids=lambda value: value if isinstance(value, str) else value["name"])
+def test_the_table_of_sources_says_what_the_registry_says(name: str, file: dict) -> None:
+    rows = [line for line in DATASETS.read_text().splitlines() if line.startswith(f"| `{name}` |") and f"`{file['name']}`" in line]
+    assert len(rows) == 1, f"config/datasets.md has no row of {name}, {file['name']}"
+    expected = [f"{file['bytes']:,}" if "bytes" in file else "unpublished", file.get("md5") or file.get("sha256") or "unpublished"]
+    expected += ["×".join(f"{n:,}" for n in REGISTRY[name]["shape"])] if "shape" in REGISTRY[name] else []
+    assert [value for value in expected if value not in rows[0]] == []
+    assert ("sha256" in file and "md5" in file) == ("+ sha256" in rows[0])
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------------
+
+
+def table(harmonized: Callable[[str], SimpleNamespace]) -> str:
+    """Return the table of what the harmonizer did to each fixture."""
+    lines = [
+        "| dataset | cells | kept | controls | perturbations | dropped | genes renamed | genes dropped, merged, not measured | traps in the file |",
+        "| --- " * 9 + "|",
+    ]
+    for name, fixture in FIXTURES.items():
+        account = harmonized(name).account
+        cells, genes, kept = account["cells"], account["genes"], account["perturbations"]["kept"]
+        dropped = ", ".join(f"{n} {reason}" for reason, n in cells["dropped"].items() if n)
+        renamed = ", ".join(f"{before} → {after}" for before, after in genes["renamed"].items())
+        others = [f"{n} dropped ({reason})" for reason, n in genes["dropped"].items()] + [f"{genes['merged']} merged"] * bool(
+            genes["merged"]
+        )
+        others += [f"{', '.join(account['perturbations']['not_measured'])} not measured"] * bool(account["perturbations"]["not_measured"])
+        row = (
+            name,
+            cells["source"],
+            cells["kept"],
+            kept[CONTROL],
+            len(kept) - 1,
+            dropped or "–",
+            renamed or "–",
+            "; ".join(others) or "–",
+            fixture.traps,
+        )
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
+
+
+SHOWN = re.compile(r"<!-- screens -->\n(.*?)\n<!-- screens: end -->", flags=re.DOTALL)
+
+
+def test_the_table_of_fixtures_is_current(harmonized_screen: Callable) -> None:
+    shown = SHOWN.search(BENCHMARKS.read_text())
+    assert shown
+    assert shown[1] == table(harmonized_screen), "run `PYTHONPATH=scripts python workflow_tests/test_screens.py` to write the table anew"
+
+
+def renew() -> None:
+    """Write the table anew."""
+    text = BENCHMARKS.read_text()
+    if not SHOWN.search(text):
+        sys.exit(f"{BENCHMARKS} has no place for the table: add <!-- screens --> and <!-- screens: end -->")
+    with tempfile.TemporaryDirectory() as folder:
+        written = table(cache(lambda name: harmonized_in(Path(folder) / name, name)))
+    BENCHMARKS.write_text(SHOWN.sub(lambda _: f"<!-- screens -->\n{written}\n<!-- screens: end -->", text))
+
+
+if __name__ == "__main__":
+    renew()
