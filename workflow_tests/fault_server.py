@@ -193,6 +193,16 @@ class Handler(BaseHTTPRequestHandler):
         self.hang_up()
 
     @fault
+    def cut_then_gone(self) -> None:
+        """Breaks off in the middle, then 404."""
+        if self.n_asked > 1:
+            self.answer(404, b"no such file")
+        else:
+            self.head(200, len(self.host.content), ETag=ETAG)
+            self.body(self.host.content[: len(self.host.content) // 2])
+            self.hang_up()
+
+    @fault
     def cut_at_once(self) -> None:
         """Not one byte arrives, ever."""
         self.hang_up()

@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perturbflow.download import download, transfer
-from perturbflow.download.check import ask
+from perturbflow.download.check import ask, ask_index
 from perturbflow.download.verification import UnfitError, is_web_page, verify
 from perturbflow.errors import InputError
 from perturbflow.registry import Plan
@@ -240,13 +240,13 @@ def test_an_unreachable_host_and_every_mirror_are_in_the_message(host: Host, man
 
 
 def test_another_mirror_goes_on_where_the_first_broke_off(host: Host, manifest: Path) -> None:
-    fetch(manifest, file_at(f"{host.address}/stall/{NAME}", f"{host.address}/no_etag/{NAME}"))
+    fetch(manifest, file_at(f"{host.address}/cut_then_gone/{NAME}", f"{host.address}/no_etag/{NAME}"))
     assert (manifest.parent / NAME).read_bytes() == CONTENT
     assert host.sent[f"/no_etag/{NAME}"] == len(CONTENT) - len(CONTENT) // 2
 
 
 def test_without_a_checksum_no_mirror_goes_on_with_anothers_part(host: Host, manifest: Path) -> None:
-    fetch(manifest, file_at(f"{host.address}/stall/{NAME}", f"{host.address}/right/{NAME}", known=UNPUBLISHED))
+    fetch(manifest, file_at(f"{host.address}/cut_then_gone/{NAME}", f"{host.address}/right/{NAME}", known=UNPUBLISHED))
     assert host.sent[f"/right/{NAME}"] == len(CONTENT)
 
 
@@ -300,10 +300,10 @@ def test_a_terminal_has_a_bar(host: Host, manifest: Path, monkeypatch: pytest.Mo
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
-def left_halfway(host: Host, manifest: Path, known: dict | None = None) -> Path:
+def left_halfway(host: Host, manifest: Path) -> Path:
     """Leave half of a file behind, and return the part."""
-    with pytest.raises(InputError):
-        fetch(manifest, file_at(f"{host.address}/stall_once/{NAME}", known=known) | {"url": [f"{host.address}/stall/{NAME}"]})
+    with pytest.raises(InputError, match="404"):
+        fetch(manifest, file_at(f"{host.address}/cut_then_gone/{NAME}"))
     (part,) = hidden(manifest)
     assert part.stat().st_size == len(CONTENT) // 2
     assert visible(manifest) == []
@@ -379,13 +379,27 @@ def test_a_part_without_its_note_is_dropped(host: Host, manifest: Path) -> None:
     assert host.sent[f"/right/{NAME}"] == len(CONTENT)
 
 
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [("bytes 5-9/10", (5, 10)), ("bytes 5-9/*", (5, None)), ("bytes */10", (None, 10)), ("", (None, None)), ("lines 1-2/3", (None, None))],
+)
+def test_a_content_range_is_read(header: str, expected: tuple) -> None:
+    assert transfer.content_range(header) == expected
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=255)))
+def test_any_content_range_is_read_or_not_taken_for_one(text: str) -> None:
+    for value in transfer.content_range(f"bytes {text}"):
+        assert value is None or value >= 0
+
+
 # --- killed, and two at once ----------------------------------------------------------------------------------------
 
 SCRIPT = """
 import json, logging, sys
 from pathlib import Path
 from perturbflow.download import download, transfer
-from perturbflow.download.check import ask
+from perturbflow.download.check import ask, ask_index
 logging.basicConfig(level=logging.INFO)
 transfer.PATIENCE = transfer.Patience(first_wait=0.01, stall=5)
 download(Path(sys.argv[1]), "mine", {"file": json.loads(sys.argv[2])})
@@ -651,17 +665,25 @@ def test_a_package_comes_from_a_local_mirror_too(manifest: Path, tmp_path: Path)
     assert entry(manifest)["source"] == str(tmp_path / "renge-0.0.5.tar.gz")
 
 
-def test_the_workflow_takes_a_mirror_and_needs_nothing_again_without_it(tmp_path: Path) -> None:
+def test_the_workflow_keeps_what_arrived_takes_a_mirror_and_needs_nothing_again(host: Host, tmp_path: Path) -> None:
+    source = {"url": [f"{host.address}/page_then_right/{NAME}"]}
+    config = {"select": {"datasets": ["mine"], "splits": ["unseen_perturbation"]}, "datasets": {"mine": block(source) | declared(CONTENT)}}
+    target = Path("resources/mine/raw/manifest.json")
+    failed = run_snakemake(tmp_path, target, config=config)
+    assert failed.returncode != 0
+    assert failed.text.count(f"{NAME} could not be retrieved") == 1
+    assert "Traceback" not in failed.text
+    assert visible(tmp_path / target) == []
+    assert [part.read_bytes() for part in hidden(tmp_path / target)] == [CONTENT[: len(CONTENT) // 2]]
+
     (tmp_path / "usb").mkdir()
     (tmp_path / "usb" / NAME).write_bytes(CONTENT)
-    mine = block({"url": [f"http://127.0.0.1:9/{NAME}"]}) | declared(CONTENT)
-    config = {"select": {"datasets": ["mine"], "splits": ["unseen_perturbation"]}, "datasets": {"mine": mine}, "mirror": "usb"}
-    target = "resources/mine/raw/manifest.json"
-    outcome = run_snakemake(tmp_path, target, config=config)
-    assert outcome.returncode == 0, outcome.text
+    done = run_snakemake(tmp_path, target, config={**config, "mirror": "usb"})
+    assert done.returncode == 0, done.text
     assert entry(tmp_path / target)["source"] == f"usb/{NAME}"
-    del config["mirror"]
-    mine["source"]["url"].insert(0, f"http://127.0.0.1:10/{NAME}")
+    assert hidden(tmp_path / target) == []
+
+    source["url"].insert(0, "http://127.0.0.1:9/elsewhere/screen.h5ad")
     assert "Nothing to be done" in run_snakemake(tmp_path, target, "--dry-run", config=config).text
 
 
@@ -705,10 +727,8 @@ def test_every_mirror_of_every_dataset_is_asked_and_none_fails_the_run(host: Hos
         name: block({"path": "a.h5ad"}) for name in yaml.safe_load((repository / "config" / "datasets.yaml").read_text())["datasets"]
     }
     (repository / "config" / "datasets.yaml").write_text(yaml.safe_dump({"datasets": registered}))
-    for attempt in (1, 2):
-        outcome = run_snakemake(tmp_path, "download_check", config=config, repository=repository)
-        assert outcome.returncode == 0, outcome.text
-        assert host.asked["/right/m"] == attempt, "what hosts said before is no answer for today"
+    outcome = run_snakemake(tmp_path, "download_check", config=config, repository=repository)
+    assert outcome.returncode == 0, outcome.text
     table = pd.read_csv(target, sep="\t").set_index("url")
     assert table["finding"].to_dict() == {
         f"{host.address}/right/m": "as declared",
@@ -716,18 +736,17 @@ def test_every_mirror_of_every_dataset_is_asked_and_none_fails_the_run(host: Hos
         "http://127.0.0.1:9/g": "unreachable: Connection refused",
     }
     assert "3 files × mirrors: " in outcome.text
+    again = run_snakemake(tmp_path, "download_check", "--dry-run", config=config, repository=repository)
+    assert again.jobs == {"download_check": 1}, "what hosts said before is no answer for today"
 
 
 # --- the package index ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def reachable_index(tmp_path_factory: pytest.TempPathFactory) -> None:
+def reachable_index() -> None:
     """Skip where pip reaches no package index."""
-    target = tmp_path_factory.mktemp("index")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(target), "--timeout", "10", "--retries", "0"]
-    done = subprocess.run([*command, "--no-binary", "renge", "renge==0.0.5"], capture_output=True, text=True, check=False, timeout=120)
-    if done.returncode:
+    if not ask_index("renge==0.0.5")["finding"].startswith("listed"):
         pytest.skip("pip reaches no package index from here")
 
 

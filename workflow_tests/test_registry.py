@@ -3,10 +3,13 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
 from conftest import CONFIG_FILES, REPOSITORY, merged
+from hypothesis import given
+from hypothesis import strategies as st
 
 from perturbflow.errors import InputError
 from perturbflow.origins import SAFE_NAME, file_name, scperturb_files
@@ -202,6 +205,14 @@ def test_the_users_own_file_is_not_retrieved(tmp_path: Path) -> None:
 )
 def test_a_url_names_its_file(url: str, name: str) -> None:
     assert file_name(url) == name
+
+
+@given(st.text(), st.sampled_from(["", "/content", "?download=1", "%2F..", "/..", "%00"]))
+def test_a_name_that_is_taken_stays_in_its_folder(text: str, end: str) -> None:
+    for name in (text, file_name(f"https://example.org/a/{text}{end}"), file_name(f"https://example.org/a/{quote(text, safe='')}{end}")):
+        if SAFE_NAME.fullmatch(name):
+            assert Path(f"/folder/{name}").resolve().parent == Path("/folder")
+            assert not name.startswith(".")
 
 
 def test_the_same_bytes_have_the_same_lineage_whatever_the_way(tmp_path: Path) -> None:

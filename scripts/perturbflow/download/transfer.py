@@ -186,14 +186,14 @@ def _retry_after(response: requests.Response) -> float | None:
     return None if seconds is None else min(seconds, PATIENCE.longest_retry_after)
 
 
-def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
+def content_range(header: str) -> tuple[int | None, int | None]:
     """Return first byte and total of a Content-Range, each None where it is not said."""
-    unit, _, rest = response.headers.get("Content-Range", "").partition(" ")
+    unit, _, rest = header.partition(" ")
     span, _, total = rest.partition("/")
     first = span.split("-")[0]
     if unit.lower() != "bytes":
         return None, None
-    return int(first) if first.isdigit() else None, int(total) if total.isdigit() else None
+    return int(first) if first.isdecimal() else None, int(total) if total.isdecimal() else None
 
 
 def _validator(response: requests.Response) -> str | None:
@@ -250,9 +250,9 @@ def _encoding(response: requests.Response) -> str | None:
 def total_bytes(response: requests.Response) -> int | None:
     """Return the size of the whole file as an answer has it (encoded, if it is), None where it is not said."""
     if response.status_code == 206:
-        return _content_range(response)[1]
+        return content_range(response.headers.get("Content-Range", ""))[1]
     length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
+    return int(length) if length.isdecimal() else None
 
 
 def _body(response: requests.Response) -> Iterator[bytes]:
@@ -296,7 +296,7 @@ def _attempt(session: requests.Session, url: str, partial: Partial, file: dict) 
         logger.info("%s: going on after %s bytes", url, f"{have:,}")
     with _asked(session, url, headers) as response:
         if response.status_code == 416 and have:
-            if _content_range(response)[1] == have:
+            if content_range(response.headers.get("Content-Range", ""))[1] == have:
                 return False
             partial.discard()
             raise LaterError("it has no such part of the file; what had arrived is dropped")
@@ -306,7 +306,7 @@ def _attempt(session: requests.Session, url: str, partial: Partial, file: dict) 
         _check_size(response, file)
         if response.status_code == 206:
             is_other = note.get("url") == url and None is not _validator(response) != note["validator"]
-            if _content_range(response)[0] != have or is_other:
+            if content_range(response.headers.get("Content-Range", ""))[0] != have or is_other:
                 partial.discard()
                 raise LaterError("it went on with another part or another version of the file; what had arrived is dropped")
         else:
