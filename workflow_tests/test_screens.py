@@ -195,6 +195,20 @@ def test_another_shape_than_declared_is_an_error(harmonized_screen: Callable, tm
         harmonize(screen.manifest, tmp_path / "h.h5ad", tmp_path / "h.json", "datlinger2017", REGISTRY["datlinger2017"], QC)
 
 
+@pytest.mark.slow
+def test_a_triplet_goes_from_the_mirror_folder_to_harmonized_by_one_command(snakemake: Callable, tmp_path: Path) -> None:
+    (tmp_path / "mirror").mkdir()
+    expected = FIXTURES["norman2019_geo"].write(tmp_path / "mirror")
+    sums = {role: {"md5": file_digest(tmp_path / "mirror" / file, "md5")} for role, file in FIXTURES["norman2019_geo"].names.items()}
+    block = {"source": {"files": sums}, "shape": [expected.n_cells, expected.n_genes], "qc": QC}
+    config = {"select": {"datasets": ["norman2019_geo"]}, "mirror": "mirror", "datasets": {"norman2019_geo": block}}
+    done = snakemake(tmp_path, "data", config=config)
+    assert done.returncode == 0, done.text
+    assert done.jobs == {"data": 1, "download": 1, "harmonize": 1}
+    account = json.loads((tmp_path / "results" / "norman2019_geo" / "harmonization.json").read_text())
+    assert account["perturbations"]["kept"] == expected.labels
+
+
 # --- the registry -------------------------------------------------------------------------------------------------------
 
 
