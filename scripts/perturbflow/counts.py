@@ -170,9 +170,7 @@ def write_counts(
     n_most = sum(data.n for data, _, _ in screened.pieces)
     totals, first = [], 0
     with ThreadPoolExecutor(threads) as pool:
-        written = {
-            name: Appended(group, name, dtype, n_most, pool, threads) for name, dtype in (("data", np.float32), ("indices", np.int32))
-        }
+        written = {name: Appended(group, name, dtype, n_most, pool) for name, dtype in (("data", np.float32), ("indices", np.int32))}
         for data, indices, indptr in screened.cells():
             kept = is_kept[first : first + len(indptr) - 1]
             first += len(kept)

@@ -21,6 +21,9 @@ from perturbflow.kernels import shuffle_bytes
 CHUNK = 2**18
 """Values of a chunk that is written: 1 MiB, the cache that HDF5 has by default."""
 
+CHUNKS_AHEAD = 32
+"""Chunks of a dataset that are encoded before the oldest is written: the same for any number of threads, as is then the file."""
+
 LEVEL = 2
 """Of igzip (0-3): as fast as 1 and smaller; 3 takes twice the time for nothing."""
 
@@ -42,7 +45,7 @@ class Rows:
 
     def __init__(self, dataset: h5py.Dataset, descriptor: int, path: Path):
         self.dataset, self.path = dataset, path
-        self.shape, self.dtype, self.chunks = dataset.shape, dataset.dtype, dataset.chunks
+        self.shape, self.dtype, self.chunks = dataset.shape, dataset.dtype.newbyteorder("="), dataset.chunks
         self._descriptor = descriptor
         self._chunk_at: dict[tuple[int, ...], tuple[int, int, int]] | None = None
         self._offset: int | None = None
@@ -50,7 +53,7 @@ class Rows:
         creation = dataset.id.get_create_plist()
         self._filters = [creation.get_filter(i)[0] for i in range(creation.get_nfilters())]
         # What lies elsewhere or is encoded otherwise goes through HDF5.
-        self._is_direct = self.dtype.isnative and dataset.file.userblock_size == 0 and not dataset.is_virtual and not dataset.external
+        self._is_direct = dataset.dtype.isnative and dataset.file.userblock_size == 0 and not dataset.is_virtual and not dataset.external
         if self._is_direct and self.chunks is None:
             self._offset = dataset.id.get_offset()
         self._is_direct &= self._offset is not None or (self.chunks is not None and self._filters in _DIRECT_FILTERS)
@@ -60,9 +63,10 @@ class Rows:
 
     def _through_hdf5(self, where: slice | tuple[slice, slice]) -> np.ndarray:
         try:
-            return self.dataset[where]
+            values = self.dataset[where]
         except OSError as error:
             raise self._damaged(error) from error
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
 
     def _bytes(self, offset: int, size: int) -> bytes:
         content = os.pread(self._descriptor, size, offset)
@@ -158,16 +162,16 @@ class Appended:
         Where it is made; float32 or int32.
     n_most
         No more than this many values will come.
-    pool, threads
-        Where chunks are encoded, and how many at once.
+    pool
+        Where chunks are encoded.
     """
 
-    def __init__(self, group: h5py.Group, name: str, dtype: type, n_most: int, pool: ThreadPoolExecutor, threads: int):
+    def __init__(self, group: h5py.Group, name: str, dtype: type, n_most: int, pool: ThreadPoolExecutor):
         self._chunk = min(CHUNK, max(n_most, 1))
         self._dataset = group.create_dataset(
             name, (n_most,), dtype, maxshape=(None,), chunks=(self._chunk,), shuffle=True, compression="gzip", compression_opts=LEVEL
         )
-        self._pool, self._ahead = pool, 2 * threads
+        self._pool = pool
         self._begun = np.empty(0, dtype)
         self._n_written = 0
         self._encoding: deque[tuple[int, Future]] = deque()
@@ -175,7 +179,7 @@ class Appended:
     def _submit(self, values: np.ndarray) -> None:
         self._encoding.append((self._n_written, self._pool.submit(_encoded, values)))
         self._n_written += len(values)
-        while len(self._encoding) > self._ahead:
+        while len(self._encoding) > CHUNKS_AHEAD:
             self._write_oldest()
 
     def _write_oldest(self) -> None:

@@ -9,14 +9,12 @@ guesses them) and prints a Markdown table. Every measurement is a process of its
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import perf_counter
 
 import anndata as ad
 import h5py
@@ -24,6 +22,9 @@ import numpy as np
 import pandas as pd
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from perturbflow.files import file_digest, write_json  # noqa: E402
 
 N_GENES, N_PERTURBATIONS, N_CONTROLS, N_BATCHES = 8563, 2057, 10_691, 48
 # Of ReplogleWeissman2022_K562_essential: 11-12 thousand UMI per cell, and with this spread and dispersion 41 % of the values are
@@ -92,8 +93,8 @@ def _obs(n_cells: int, rng: np.random.Generator) -> pd.DataFrame:
     )
 
 
-def generate(path: Path, n_cells: int, seed: int = 0) -> None:
-    """Write a screen of `n_cells` cells; distinct cells come again, in other bands of chunks."""
+def generate(path: Path, n_cells: int, n_distinct: int = DISTINCT_CELLS, seed: int = 0) -> None:
+    """Write a screen of `n_cells` cells; about `n_distinct` are distinct and come again, in other bands of chunks."""
     rng = np.random.default_rng(seed)
     names = [*(f"MT-{i}" for i in range(13)), *(f"TARGET{i}" for i in range(N_PERTURBATIONS))]
     names += [f"GENE{i}" for i in range(N_GENES - len(names))]
@@ -118,7 +119,7 @@ def generate(path: Path, n_cells: int, seed: int = 0) -> None:
             return [zlib.compress(band[:, left : left + width].tobytes(), 4) for left in range(0, N_GENES, width)]
 
         n_bands = -(-n_cells // height)
-        distinct = list(pool.map(encoded, np.random.SeedSequence(seed).spawn(min(n_bands, -(-DISTINCT_CELLS // height)))))
+        distinct = list(pool.map(encoded, np.random.SeedSequence(seed).spawn(min(n_bands, -(-n_distinct // height)))))
         for band in range(n_bands):
             for k, chunk in enumerate(distinct[band % len(distinct)]):
                 X.id.write_direct_chunk((band * height, k * width), chunk)
@@ -127,15 +128,16 @@ def generate(path: Path, n_cells: int, seed: int = 0) -> None:
 # --- what is measured -----------------------------------------------------------------------------------------------
 
 
-def bare(path: Path) -> None:
-    """Read X in bands of whole chunks, into one buffer, and do nothing with it."""
-    with h5py.File(path) as file:
-        X = file["X"]
-        height = X.chunks[0]
-        buffer = np.empty((height, X.shape[1]), X.dtype)
-        for start in range(0, len(X), height):
-            stop = min(start + height, len(X))
-            X.read_direct(buffer, np.s_[start:stop], np.s_[: stop - start])
+# Reads X in bands of whole chunks, into one buffer, and does nothing with it.
+BARE = """
+import sys, h5py, numpy as np
+with h5py.File(sys.argv[1]) as file:
+    X = file["X"]
+    buffer = np.empty((X.chunks[0], X.shape[1]), X.dtype)
+    for start in range(0, len(X), len(buffer)):
+        stop = min(start + len(buffer), len(X))
+        X.read_direct(buffer, np.s_[start:stop], np.s_[: stop - start])
+"""
 
 
 def in_memory(path: Path, target: Path) -> None:
@@ -155,30 +157,49 @@ def in_memory(path: Path, target: Path) -> None:
     adata.write_h5ad(target, compression="gzip")
 
 
-def measured(*arguments: object) -> tuple[float, float, float]:
-    """Run a command; return wall seconds, CPU seconds and peak memory in MB."""
-    started = perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
-    message = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(map(str, arguments))} failed:\n{message[-2000:]}")
-    return perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+# A process starts with the peak memory of the one that made it: this small one stands between.
+MEASURED = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0)
+print(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def measured(*arguments: object) -> tuple[float, ...]:
+    """Run Python with these arguments; return wall seconds, CPU seconds and peak memory in MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, arguments))} failed:\n{done.stderr[-2000:]}")
+    return tuple(map(float, done.stdout.split()[-3:]))
 
 
 def row_of(n_cells: int, folder: Path, threads: int, repeats: int, is_in_memory: bool) -> str:
     """Measure one size; return a row of the table."""
-    path, target = folder / f"cells_{n_cells}.h5ad", folder / "harmonized.h5ad"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            generate(Path(temporary) / path.name, n_cells)
-            shutil.move(Path(temporary) / path.name, path)
-    ours = [SCRIPTS / "harmonize.py", "--raw", path, "--harmonized", target, "--report", folder / "harmonization.json", "--name", "made"]
+    raw, target = folder / f"cells_{n_cells}", folder / "harmonized.h5ad"
+    path, manifest = raw / "screen.h5ad", raw / "manifest.json"
+    if not manifest.exists():
+        raw.mkdir(parents=True, exist_ok=True)
+        generate(path, n_cells)
+        write_json(manifest, {"files": {"file": {"file": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}}})
+    ours = [
+        SCRIPTS / "harmonize.py",
+        "--raw",
+        manifest,
+        "--harmonized",
+        target,
+        "--report",
+        folder / "harmonization.json",
+        "--name",
+        "made",
+    ]
     ours += ["--dataset", json.dumps(DATASET), "--qc", json.dumps(QC), "--threads", threads]
     runs = []
     for _ in range(repeats):
-        runs.append((measured(__file__, "--bare", path), measured(*ours)))
+        runs.append((measured("-c", BARE, path), measured(*ours)))
         print(f"{n_cells:,} cells: bare {runs[-1][0]}, harmonize {runs[-1][1]}", file=sys.stderr)
     bare_run, our_run = np.median(np.array(runs), axis=0)
     size = target.stat().st_size
@@ -202,12 +223,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2, help="pairs of bare pass and harmonize; medians are shown")
     parser.add_argument("--in-memory-up-to", type=int, default=50_000, help="cells up to which the in-memory way is measured, too")
-    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--in-memory", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.bare:
-        bare(arguments.bare)
-    elif arguments.in_memory:
+    if arguments.in_memory:
         in_memory(*arguments.in_memory)
     else:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
