@@ -146,6 +146,19 @@ def _retrieve(final: Path, file: dict, record: dict | None, local: list[Path]) -
     )
 
 
+def _sha256_if_here(final: Path, file: dict, record: dict | None) -> str | None:
+    """Return the sha256 of the file under the final name if it is what it should be."""
+    if not final.is_file():
+        return None
+    try:
+        sha256 = verify(final, file, record)
+    except UnfitError as error:
+        logger.warning("%s is here already, but %s; it is retrieved again", final, error)
+        return None
+    logger.info("%s is here already and is what it should be", final)
+    return sha256
+
+
 def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
     """Return a file's entry in the manifest; it is retrieved unless it is there already."""
     final, records_path = folder / file["name"], folder.parent / "checksums.json"
@@ -156,13 +169,8 @@ def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
         record = None
     pinned = {**record, "place": f"'{final.name}' from {records_path}"} if record and is_unpublished else None
 
-    sha256 = None
-    if final.is_file() and (pinned or not is_unpublished):
-        try:
-            sha256 = verify(final, file, pinned)
-            logger.info("%s is here already and is what it should be", final)
-        except UnfitError as error:
-            logger.warning("%s is here already, but %s; it is retrieved again", final, error)
+    # Of an unpublished file without a record there is nothing to say that the one that is here is it.
+    sha256 = _sha256_if_here(final, file, pinned) if pinned or not is_unpublished else None
     if sha256 is None:
         try:
             sha256, origin = _retrieve(final, file, pinned, local)

@@ -228,7 +228,8 @@ def _asked(session: requests.Session, url: str, headers: dict) -> requests.Respo
 def _check_status(response: requests.Response) -> None:
     """Raise unless an answer comes with a body that can be the file, or a part of it."""
     if response.status_code in LATER:
-        raise LaterError(f"HTTP {response.status_code} {response.reason}", _retry_after(response))
+        remark = ", without the file" if response.status_code == 202 else ""
+        raise LaterError(f"HTTP {response.status_code} {response.reason}{remark}", _retry_after(response))
     if response.status_code not in (200, 206):
         raise RefusedError(f"HTTP {response.status_code} {response.reason}")
     if (encoding := _encoding(response)) not in (None, "gzip", "x-gzip"):
