@@ -1,5 +1,6 @@
 """Sources of any layout give the same screen, in bounded memory; what is damaged is said so; what is killed leaves nothing."""
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -32,6 +33,7 @@ from perturbflow import hdf5, sources
 from perturbflow.errors import InputError
 from perturbflow.harmonize import harmonize
 from perturbflow.hdf5 import Appended, Rows
+from perturbflow.kernels import pack_counts, unpack_counts
 from perturbflow.sources import open_source
 from perturbflow.streaming import Spool, in_order
 
@@ -467,6 +469,46 @@ def test_a_spool_gives_back_what_it_got(arrays: list[np.ndarray], tmp_path: Path
         if len(array):
             assert piece.dtype.itemsize == np.min_scalar_type(array.max()).itemsize
     assert list(tmp_path.iterdir()) == [], "the file has no name"
+
+
+@quick
+@given(
+    matrix=st_numpy.arrays(
+        np.int32,
+        st.tuples(st.integers(1, 6), st.integers(1, 80)),
+        elements=st.sampled_from([0, 0, 0, 0, 1, 2, 15, 16, 300, 2**24 - 1]),
+    ),
+    data=st.data(),
+)
+def test_packed_counts_come_back(matrix: np.ndarray, data: st.DataObject) -> None:
+    n_cells, n_genes = matrix.shape
+    is_wanted = np.array(data.draw(st.lists(st.booleans(), min_size=n_cells, max_size=n_cells)))
+    is_seen = np.array(data.draw(st.lists(st.booleans(), min_size=n_genes, max_size=n_genes)))
+    counts = sparse.csr_matrix(matrix.astype(np.float32))
+    packed, ends, tallied = np.zeros(7 * counts.nnz, np.uint8), np.zeros(is_wanted.sum(), np.int64), np.zeros(n_genes, np.int64)
+    pack_counts(counts.data, counts.indices, counts.indptr, is_wanted, packed, ends, tallied)
+    np.testing.assert_array_equal(tallied, (matrix[is_wanted] > 0).sum(axis=0))
+    is_kept = np.array(data.draw(st.lists(st.booleans(), min_size=len(ends), max_size=len(ends))), bool)
+    gene = np.where(is_seen, np.cumsum(is_seen) - 1, -1).astype(np.int32)
+    values, indices, indptr = (
+        np.empty(counts.nnz + 1, np.float32),
+        np.empty(counts.nnz + 1, np.int32),
+        np.zeros(is_kept.sum() + 1, np.int64),
+    )
+    unpack_counts(packed, np.append(0, ends), is_kept, gene, values, indices, indptr)
+    found = sparse.csr_matrix((values[: indptr[-1]], indices[: indptr[-1]], indptr), shape=(is_kept.sum(), is_seen.sum()))
+    np.testing.assert_array_equal(found.toarray(), matrix[is_wanted][is_kept][:, is_seen])
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, content: memoryview) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    spool = Spool(tmp_path)
+    monkeypatch.setattr(spool, "_file", Full())
+    with pytest.raises(InputError, match=r"the disk is full.*Make room"):
+        spool.append(np.ones(3, np.int64))
 
 
 def test_results_come_in_order_and_only_a_little_ahead() -> None:

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.hdf5 import Appended
-from perturbflow.kernels import cell_totals, select_counts, tally
+from perturbflow.kernels import cell_totals, pack_counts, unpack_counts
 from perturbflow.sources import NotCounts, Source
 from perturbflow.streaming import Piece, Spool
 
@@ -43,7 +43,7 @@ class Genes:
         if n != len(self.is_mt):
             indicator = sparse.csr_matrix((np.ones(n, np.float32), self.code, np.arange(n + 1)), shape=(n, len(self.is_mt)))
             block = sparse.csr_matrix(block @ indicator)
-        block.sort_indices()
+        block.sum_duplicates()
         return block
 
 
@@ -76,13 +76,20 @@ class Screened:
     totals: pd.DataFrame
     n_cells: np.ndarray
     spool: Spool
-    pieces: list[tuple[Piece, Piece, Piece]] = field(default_factory=list)
+    n_entries: int = 0
+    pieces: list[tuple[Piece, Piece]] = field(default_factory=list)
 
-    def cells(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield data, indices and indptr of the cells within the limits, block by block."""
-        for data, indices, n_genes in self.pieces:
-            n_per_cell = self.spool.read(n_genes).astype(np.int64)
-            yield self.spool.read(data), self.spool.read(indices), np.append(0, np.cumsum(n_per_cell))
+    def lay_aside(self, counts: sparse.csr_matrix, is_within: np.ndarray) -> None:
+        """Keep the counts of the cells within the limits."""
+        packed, ends = np.empty(7 * counts.nnz, np.uint8), np.zeros(int(is_within.sum()), np.int64)
+        pack_counts(counts.data, counts.indices, counts.indptr, is_within, packed, ends, self.n_cells)
+        self.n_entries += counts.nnz
+        self.pieces.append((self.spool.append(packed[: ends[-1] if len(ends) else 0]), self.spool.append(ends)))
+
+    def cells(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the packed counts of cells within the limits, and where each cell starts, block by block."""
+        for packed, ends in self.pieces:
+            yield self.spool.read(packed), np.append(0, self.spool.read(ends).astype(np.int64))
 
 
 def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Screened:
@@ -94,10 +101,7 @@ def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Scree
         totals = _totals(total, mitochondrial, np.diff(counts.indptr))
         found.append(totals)
         is_within = np.logical_and.reduce([np.ones(len(totals), bool), *(passes for _, passes in _passes(totals, qc))])
-        if not is_within.all():
-            counts = counts[is_within]
-        tally(counts.indices, screened.n_cells)
-        screened.pieces.append(tuple(screened.spool.append(part) for part in (counts.data, counts.indices, np.diff(counts.indptr))))
+        screened.lay_aside(counts, is_within)
     screened.totals = pd.concat(found, ignore_index=True)
     return screened
 
@@ -167,20 +171,21 @@ def write_counts(
         Per gene, whether it is written, and whether it is mitochondrial.
     """
     gene = np.where(is_seen, np.cumsum(is_seen) - 1, -1).astype(np.int32)
-    n_most = sum(data.n for data, _, _ in screened.pieces)
     totals, first = [], 0
     with ThreadPoolExecutor(threads) as pool:
-        written = {name: Appended(group, name, dtype, n_most, pool) for name, dtype in (("data", np.float32), ("indices", np.int32))}
-        for data, indices, indptr in screened.cells():
-            kept = is_kept[first : first + len(indptr) - 1]
+        written = {
+            name: Appended(group, name, dtype, screened.n_entries, pool) for name, dtype in (("data", np.float32), ("indices", np.int32))
+        }
+        for packed, starts in screened.cells():
+            kept = is_kept[first : first + len(starts) - 1]
             first += len(kept)
-            kept_data, kept_indices = np.empty(len(data) + 1, np.float32), np.empty(len(data) + 1, np.int32)
-            kept_indptr = np.zeros(int(kept.sum()) + 1, np.int64)
-            select_counts(data, indices, indptr, kept, gene, kept_data, kept_indices, kept_indptr)
-            written["data"].append(kept_data[: kept_indptr[-1]])
-            written["indices"].append(kept_indices[: kept_indptr[-1]])
-            sums = cell_totals(kept_data, kept_indices, kept_indptr, is_mt[is_seen])
-            totals.append(_totals(*sums, np.diff(kept_indptr)))
+            # No entry takes less than a byte.
+            data, indices = np.empty(len(packed) + 1, np.float32), np.empty(len(packed) + 1, np.int32)
+            indptr = np.zeros(int(kept.sum()) + 1, np.int64)
+            unpack_counts(packed, starts, kept, gene, data, indices, indptr)
+            written["data"].append(data[: indptr[-1]])
+            written["indices"].append(indices[: indptr[-1]])
+            totals.append(_totals(*cell_totals(data, indices, indptr, is_mt[is_seen]), np.diff(indptr)))
         for dataset in written.values():
             dataset.finish()
     table = pd.concat(totals, ignore_index=True)

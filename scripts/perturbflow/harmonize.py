@@ -27,7 +27,7 @@ from perturbflow.counts import Genes, screen_counts, within_limits, write_counts
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, manifest_files, read_json, remove_leftovers, write_json
 from perturbflow.recipes import RECIPES
-from perturbflow.sources import SomeGenes, open_source
+from perturbflow.sources import SomeGenes, Source, open_source
 from perturbflow.symbols import CONTROL, members_of
 
 logger = logging.getLogger(__name__)
@@ -81,11 +81,38 @@ def _provenance(raw: Path, files: dict[str, Path]) -> dict:
     return described["file"] if list(described) == ["file"] else described
 
 
+def _chosen_cells(
+    source: Source, genes: pd.DataFrame, name: str, dataset: dict, dropped: Counter
+) -> tuple[np.ndarray, pd.DataFrame, dict[str, str]]:
+    """Return the rows of cells with an assigned perturbation, their obs, and which labels were renamed; count the others by reason."""
+    path = source.files[0]
+    rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
+    if dataset["subset"]:
+        dropped["subset"] = len(source.obs) - len(rows)
+    if "exclude" in dataset:
+        excluded = is_excluded(source.obs.iloc[rows], dataset["exclude"], path)
+        dropped["exclude"] = int(excluded.sum())
+        rows = rows[~excluded]
+    labels = canonical_labels(source.obs.iloc[rows], dataset, genes, path)
+    assigned = labels.notna().to_numpy()
+    dropped["unassigned"] = int((~assigned).sum())
+    rows, labels = rows[assigned], labels[assigned]
+    source_obs = source.obs.iloc[rows]
+    pairs = pd.DataFrame({"before": source_obs[dataset["perturbation"]["column"]].array, "after": labels.array}).drop_duplicates()
+    renamed_labels = {
+        str(before): str(after) for before, after in pairs.itertuples(index=False) if str(before) != after and after != CONTROL
+    }
+    obs = schema_obs(source_obs, labels, name, dataset, path)
+    if not obs.index.is_unique:
+        obs.index = ad.utils.make_index_unique(obs.index)
+    return rows, obs, renamed_labels
+
+
 def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dict, qc: dict, threads: int = 1) -> None:
     """Bring one screen to the schema of harmonized.h5ad and write an account of everything dropped or renamed.
 
     The counts are read once, in blocks of cells. Which genes and perturbations are too rare is known only at the end; until then the
-    counts of the cells within the limits lie beside the output in a file without a name (about 3 bytes per nonzero value).
+    counts of the cells within the limits lie beside the output in a file without a name (somewhat more than a byte per nonzero value).
 
     Parameters
     ----------
@@ -107,9 +134,6 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     """
     files = manifest_files(raw) if raw.name == "manifest.json" else {"file": raw}
     source = RECIPES[dataset["recipe"]](files, dataset) if "recipe" in dataset else open_source(files, dataset)
-    source.threads, source.scratch = threads, harmonized.parent
-    harmonized.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(harmonized)
     path = source.files[0]
     n_source = len(source.obs), len(source.var)
     logger.info("%s: %s cells × %s genes", path, f"{n_source[0]:,}", f"{n_source[1]:,}")
@@ -123,25 +147,10 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         wanted = np.flatnonzero(is_wanted(source_genes, dataset["gene_pattern"], path))
         dropped_genes["gene_pattern"] = len(source_genes) - len(wanted)
         source, source_genes = SomeGenes(source, wanted), source_genes.iloc[wanted].reset_index(drop=True)
-    rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
-    if dataset["subset"]:
-        dropped["subset"] = n_source[0] - len(rows)
-    if "exclude" in dataset:
-        excluded = is_excluded(source.obs.iloc[rows], dataset["exclude"], path)
-        dropped["exclude"] = int(excluded.sum())
-        rows = rows[~excluded]
-    labels = canonical_labels(source.obs.iloc[rows], dataset, source_genes, path)
-    assigned = labels.notna().to_numpy()
-    dropped["unassigned"] = int((~assigned).sum())
-    rows, labels = rows[assigned], labels[assigned]
-    source_obs = source.obs.iloc[rows]
-    pairs = pd.DataFrame({"before": source_obs[dataset["perturbation"]["column"]].array, "after": labels.array}).drop_duplicates()
-    renamed_labels = {
-        str(before): str(after) for before, after in pairs.itertuples(index=False) if str(before) != after and after != CONTROL
-    }
-    obs = schema_obs(source_obs, labels, name, dataset, path)
-    if not obs.index.is_unique:
-        obs.index = ad.utils.make_index_unique(obs.index)
+    harmonized.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(harmonized)
+    source.threads, source.scratch = threads, harmonized.parent
+    rows, obs, renamed_labels = _chosen_cells(source, source_genes, name, dataset, dropped)
     renamed_genes = dict(
         source_genes.loc[source_genes["gene_name"] != source_genes["original_name"], ["original_name", "gene_name"]].to_numpy()
     )

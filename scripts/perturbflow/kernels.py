@@ -37,28 +37,17 @@ def round_counts(values: np.ndarray, rounded: np.ndarray, highest: int) -> bool:
 
 
 @compiled(nogil=True)
-def n_nonzero(band: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the number of nonzero values of the named rows."""
-    counted = np.zeros(len(rows), np.int64)
-    for k in range(len(rows)):
-        n = 0
-        for value in band[rows[k]]:
-            n += value != 0
-        counted[k] = n
-    return counted
-
-
-@compiled(nogil=True)
-def compress_rows(band: np.ndarray, rows: np.ndarray, indices: np.ndarray, data: np.ndarray) -> None:
-    """Write the nonzero values of the named rows as CSR; `indices` and `data` have room for one value more."""
+def compress_rows(band: np.ndarray, rows: np.ndarray, indices: np.ndarray, data: np.ndarray, indptr: np.ndarray) -> None:
+    """Write the nonzero values of the named rows as CSR; `indices` and `data` have room for all values."""
     at = np.uint64(0)
-    for row in rows:
-        values = band[row]
+    for k in range(len(rows)):
+        values = band[rows[k]]
         for j in range(len(values)):
             # Zeros are written, too, and overwritten by what comes next: that is faster than to branch.
             indices[at] = j
             data[at] = values[j]
             at += np.uint64(values[j] != 0)
+        indptr[k + 1] = at
 
 
 @compiled(nogil=True)
@@ -107,34 +96,76 @@ def cell_totals(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, is_mt
 
 
 @compiled(nogil=True)
-def tally(indices: np.ndarray, n_cells: np.ndarray) -> None:
-    """Add the number of entries per gene."""
-    for gene in indices:
-        n_cells[np.uint32(gene)] += 1
-
-
-@compiled(nogil=True)
-def select_counts(
-    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, is_kept: np.ndarray, gene: np.ndarray,
-    kept_data: np.ndarray, kept_indices: np.ndarray, kept_indptr: np.ndarray,
+def pack_counts(
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, is_wanted: np.ndarray, packed: np.ndarray, ends: np.ndarray, n_cells: np.ndarray
 ) -> None:  # fmt: skip
-    """Write the entries of the kept cells and genes, and where those of each kept cell end.
+    """Write the wanted cells in about a byte per entry, where each of them ends, and add to the number of cells per gene.
 
-    `gene` gives the new number of a gene, -1 for one that is dropped; `kept_data` and `kept_indices` have room for one value more.
+    The high half of a byte is the number of genes without a count before this one, the low half the count. Where one of them is 15
+    or more (3 % of the entries of a screen), a zero byte comes first, and then both in three bytes each.
+    `packed` has room for 7 bytes per entry.
     """
     at = np.uint64(0)
     cell = 0
     for row in range(len(indptr) - 1):
-        if is_kept[row]:
+        if is_wanted[row]:
             counts, genes = data[indptr[row] : indptr[row + 1]], indices[indptr[row] : indptr[row + 1]]
+            expected = 0
             for i in range(len(counts)):
+                gene, count = np.uint32(genes[i]), np.uint32(counts[i])
+                skipped = np.uint32(gene - expected)
+                expected = gene + 1
+                n_cells[gene] += 1
+                if skipped < 15 and count <= 15:
+                    packed[at] = skipped << 4 | count
+                    at += np.uint64(1)
+                else:
+                    packed[at] = 0
+                    for byte in range(3):
+                        packed[at + np.uint64(1 + byte)] = skipped >> (8 * byte) & 0xFF
+                        packed[at + np.uint64(4 + byte)] = count >> (8 * byte) & 0xFF
+                    at += np.uint64(7)
+            ends[cell] = at
+            cell += 1
+
+
+@compiled(nogil=True)
+def unpack_counts(
+    packed: np.ndarray, starts: np.ndarray, is_kept: np.ndarray, gene: np.ndarray,
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray,
+) -> None:  # fmt: skip
+    """Write the kept cells and genes as CSR.
+
+    `starts` gives where each cell starts, and the last one ends; `gene` the new number of a gene, -1 for one that is dropped. `data` and
+    `indices` have room for one value more.
+    """
+    at = np.uint64(0)
+    cell = 0
+    for row in range(len(starts) - 1):
+        if is_kept[row]:
+            source = np.uint64(starts[row])
+            end = np.uint64(starts[row + 1])
+            place = np.uint32(0)
+            while source < end:
+                byte = packed[source]
+                if byte:
+                    place += np.uint32(byte >> 4)
+                    count = np.uint32(byte & 0xF)
+                    source += np.uint64(1)
+                else:
+                    count = np.uint32(0)
+                    for k in range(3):
+                        place += np.uint32(packed[source + np.uint64(1 + k)]) << np.uint32(8 * k)
+                        count |= np.uint32(packed[source + np.uint64(4 + k)]) << np.uint32(8 * k)
+                    source += np.uint64(7)
                 # As in `compress_rows`.
-                kept = gene[np.uint32(genes[i])]
-                kept_data[at] = counts[i]
-                kept_indices[at] = kept
+                kept = gene[place]
+                place += np.uint32(1)
+                data[at] = count
+                indices[at] = kept
                 at += np.uint64(kept >= 0)
             cell += 1
-            kept_indptr[cell] = at
+            indptr[cell] = at
 
 
 @compiled(nogil=True)

@@ -18,7 +18,7 @@ from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.hdf5 import Rows
-from perturbflow.kernels import TOLERANCE, compress_rows, group_entries, n_nonzero, place_counts, round_counts
+from perturbflow.kernels import TOLERANCE, compress_rows, group_entries, place_counts, round_counts
 from perturbflow.streaming import Spool, in_order
 
 Block = tuple[np.ndarray, sparse.csr_matrix]
@@ -39,8 +39,8 @@ TALL_BLOCKS = 8
 BYTES_UNDER_WAY = 2**29
 """Dense blocks that threads decode at the same time hold no more than this."""
 
-HIGHEST_COUNT = 2**24
-"""float32 holds integers up to here."""
+HIGHEST_COUNT = 2**24 - 1
+"""float32 holds integers up to here, and so do three bytes."""
 
 
 class NotCounts(Exception):
@@ -201,10 +201,12 @@ class _Dense:
                 band = band.astype(np.int32, copy=False)
                 place_counts(rounded, band[here], column, HIGHEST_COUNT)
         local = wanted - start
-        indptr = np.append(0, np.cumsum(n_nonzero(band, local)))
-        indices, data = np.empty(indptr[-1] + 1, np.int32), np.empty(indptr[-1] + 1, np.float32)
-        compress_rows(band, local, indices, data)
-        block = sparse.csr_matrix((data[:-1], indices[:-1], indptr), shape=(len(wanted), self.shape[1]))
+        # Memory that is never written to takes none.
+        n_values = len(local) * self.shape[1]
+        indices, data, indptr = np.empty(n_values, np.int32), np.empty(n_values, np.float32), np.zeros(len(local) + 1, np.int64)
+        compress_rows(band, local, indices, data, indptr)
+        entries = slice(indptr[-1])
+        block = sparse.csr_matrix((data[entries], indices[entries], indptr), shape=(len(local), self.shape[1]))
         block.has_canonical_format = True
         return wanted, block
 

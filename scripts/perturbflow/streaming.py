@@ -1,5 +1,6 @@
 """Work in bounded memory: threads that run only a little ahead, and integers laid aside on disk."""
 
+import errno
 import os
 import tempfile
 from collections import deque
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
+from perturbflow.errors import InputError
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
 
@@ -49,18 +52,26 @@ class Spool:
     """
 
     def __init__(self, folder: Path | None):
+        self._folder = folder or tempfile.gettempdir()
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  closed with its last user
         self._end = 0
 
     def append(self, values: np.ndarray) -> Piece:
         """Lay an array of integers (of any type) aside."""
-        narrow = np.min_scalar_type(int(values.max())) if len(values) else np.dtype(np.uint8)
+        narrow = values.dtype if values.dtype == np.uint8 else np.min_scalar_type(int(values.max(initial=0)))
         content = memoryview(np.ascontiguousarray(values, narrow)).cast("B")
         piece = Piece(self._end, len(values), narrow)
-        while content:
-            written = self._file.write(content)
-            content = content[written:]
-            self._end += written
+        try:
+            while content:
+                written = self._file.write(content)
+                content = content[written:]
+                self._end += written
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise InputError(
+                f"{self._folder}: the disk is full; {self._end:,} bytes of counts were laid aside there. Make room."
+            ) from error
         return piece
 
     def read(self, piece: Piece, start: int = 0, stop: int | None = None) -> np.ndarray:
