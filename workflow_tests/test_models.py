@@ -400,7 +400,7 @@ def test_a_gene_without_a_vector_is_refused_and_an_unseen_one_is_borrowed(
 ) -> None:
     model, _, _ = models[name]
     start = screen[0].X[:5].toarray()
-    assert "embeddings.sources" in model.refusal("NOWHERE1")
+    assert "no cell of this screen was perturbed in it" in model.refusal("NOWHERE1")
     with pytest.raises(InputError, match="NOWHERE1 has no embedding"):
         model.predict(start, ["NOWHERE1"], 5, 0)
     assert model.refusal("TF1") is None

@@ -98,36 +98,56 @@ def inner_errors(cells: Pairs, tables: dict[str, pd.DataFrame], sizes: list[int]
     return rows
 
 
-def differences(table: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Return, per metric, the mean with co-expression and the paired differences of the other sources, better above zero."""
-    shown = {}
-    for metric in table.loc[table["metric"] != "seconds", "metric"].unique():
-        rows = table[(table["metric"] == metric) & (table["model"] == model)]
-        # A perturbation of two genes is held out by both their folds: its scores of one seed are averaged.
-        losses = {
-            name: METRICS[metric].loss(of.pivot_table(index="seed", columns="perturbation", values="value").to_numpy())
-            for name, of in rows.groupby("sources", sort=False)
-        }
-        baseline = losses.pop("coexpression")
-        mean = rows.loc[rows["sources"] == "coexpression", "value"].mean()
-        paired = estimate(np.stack([baseline - of for of in losses.values()]))
-        cells = [f"{d:+.3f} ({low:+.3f}, {high:+.3f})" for d, low, high in zip(paired.mean, paired.low, paired.high, strict=True)]
-        shown[metric] = [f"{mean:.3f}", *cells]
-    return pd.DataFrame(shown, index=["coexpression", *losses]).T
+def paired(rows: pd.DataFrame, metric: str) -> dict[str, str]:
+    """Return the mean with co-expression and the paired difference of every other choice of sources, better above zero."""
+    # A perturbation of two genes is held out by both their folds: its scores of one seed are averaged.
+    losses = {
+        name: METRICS[metric].loss(of.pivot_table(index="seed", columns="perturbation", values="value").to_numpy())
+        for name, of in rows.groupby("sources", sort=False)
+    }
+    baseline = losses.pop("coexpression")
+    mean = rows.loc[rows["sources"] == "coexpression", "value"].mean()
+    found = estimate(np.stack([baseline - of for of in losses.values()]))
+    told = ["**" if sign else "" for sign in found.sign]
+    cells = [
+        f"{bold}{d:+.3f}{bold} ({low:+.3f}, {high:+.3f})"
+        for bold, d, low, high in zip(told, found.mean, found.low, found.high, strict=True)
+    ]
+    return {"coexpression": f"{mean:.3f}", **dict(zip(losses, cells, strict=True))}
+
+
+def report(table: pd.DataFrame) -> None:
+    """Print a Markdown table per metric, and the seconds that a training takes."""
+    for metric in [name for name in table["metric"].unique() if name != "seconds"]:
+        print(
+            f"\n**{metric}** ({METRICS[metric].reading})\n\n| screen | model | {' | '.join(SOURCES)} |\n| {'--- | ' * (2 + len(SOURCES))}"
+        )
+        for (dataset, model), rows in table[table["metric"] == metric].groupby(["dataset", "model"], sort=False):
+            found = paired(rows, metric)
+            print(f"| {dataset} | {model} | {' | '.join(found[name] for name in SOURCES)} |")
+    seconds = table[table["metric"] == "seconds"]
+    print("\nSeconds to train:\n")
+    print(seconds.pivot_table(index=["dataset", "model"], columns="sources", values="value", sort=False).round(1).to_string())
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="results/{dataset} of finished runs")
-    parser.add_argument("--go", type=Path, required=True, help="GO annotations: GAF, table, or a package org.*.eg.db")
-    parser.add_argument("--ppi", type=Path, required=True, help="a list of edges")
+    parser.add_argument("folders", type=Path, nargs="*", help="results/{dataset} of finished runs")
+    parser.add_argument("--table", type=Path, help="print the table of an --out that is there, and no more")
+    parser.add_argument("--go", type=Path, help="GO annotations: GAF, table, or a package org.*.eg.db")
+    parser.add_argument("--ppi", type=Path, help="a list of edges")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--models", nargs="+", default=["ridge", "nearest_perturbation", "stacked"])
     parser.add_argument("--dimensions", type=int, nargs="+", help="compare these sizes by inner folds")
     parser.add_argument("--out", type=Path, help="TSV of every value")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    if arguments.table:
+        report(pd.read_csv(arguments.table, sep="\t"))
+        return
+    if not (arguments.folders and arguments.go and arguments.ppi):
+        parser.error("folders, --go and --ppi are needed")
 
     size = max(arguments.dimensions or [N_DIMENSIONS])
     priors = {
@@ -152,16 +172,10 @@ def main() -> None:
     table = pd.concat(found)
     if arguments.out:
         table.to_csv(arguments.out, sep="\t", index=False)
-    for dataset, rows in table.groupby("dataset", sort=False):
-        print(f"\n{dataset}")
-        if arguments.dimensions:
-            print(rows.pivot_table(index=["source", "size"], columns="model", values="error", sort=False).round(3).to_string())
-            continue
-        for model in arguments.models:
-            print(f"\n{model}\n{differences(rows, model).to_string()}")
-        print(
-            rows[rows["metric"] == "seconds"].pivot_table(index="model", columns="sources", values="value", sort=False).round(1).to_string()
-        )
+    if arguments.dimensions:
+        print(table.pivot_table(index=["source", "size"], columns=["dataset", "model"], values="error", sort=False).round(3).to_string())
+    else:
+        report(table)
 
 
 if __name__ == "__main__":

@@ -114,11 +114,11 @@ class LearnedModel(Model):
         self.net.eval()
 
     def refusal(self, perturbation: str) -> str | None:
-        """A gene without a vector cannot be told from any other."""
+        """A gene that no cell of the screen was perturbed in has no place among the vectors that the network was built around."""
         unknown = self.conditions.unknown(perturbation)
         if not unknown:
             return None
-        return f"{', '.join(unknown)} has no embedding; give one through embeddings.sources: [{{file: ...}}]"
+        return f"{', '.join(unknown)} has no embedding: no cell of this screen was perturbed in it. Ask a baseline, such as stacked"
 
     @torch.no_grad()
     def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
