@@ -120,7 +120,7 @@ def report(table: pd.DataFrame) -> None:
     """Print a Markdown table per metric, and the seconds that a training takes."""
     for metric in [name for name in table["metric"].unique() if name != "seconds"]:
         print(
-            f"\n**{metric}** ({METRICS[metric].reading})\n\n| screen | model | {' | '.join(SOURCES)} |\n| {'--- | ' * (2 + len(SOURCES))}"
+            f"\n**{metric}** ({METRICS[metric].reading})\n\n| screen | model | {' | '.join(SOURCES)} |\n| {'--- | ' * (1 + len(SOURCES))}--- |"
         )
         for (dataset, model), rows in table[table["metric"] == metric].groupby(["dataset", "model"], sort=False):
             found = paired(rows, metric)
