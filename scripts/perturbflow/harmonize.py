@@ -81,6 +81,11 @@ def _provenance(raw: Path, files: dict[str, Path]) -> dict:
     return described["file"] if list(described) == ["file"] else described
 
 
+def _rows_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    """Return some rows of a table; the table itself where these are all, for two million cells of obs are half a gigabyte."""
+    return table if len(rows) == len(table) else table.iloc[rows]
+
+
 def _chosen_cells(
     source: Source, genes: pd.DataFrame, name: str, dataset: dict, dropped: Counter
 ) -> tuple[np.ndarray, pd.DataFrame, dict[str, str]]:
@@ -89,15 +94,15 @@ def _chosen_cells(
     rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
     if dataset["subset"]:
         dropped["subset"] = len(source.obs) - len(rows)
+    source_obs = _rows_of(source.obs, rows)
     if "exclude" in dataset:
-        excluded = is_excluded(source.obs.iloc[rows], dataset["exclude"], path)
+        excluded = is_excluded(source_obs, dataset["exclude"], path)
         dropped["exclude"] = int(excluded.sum())
-        rows = rows[~excluded]
-    labels = canonical_labels(source.obs.iloc[rows], dataset, genes, path)
-    assigned = labels.notna().to_numpy()
-    dropped["unassigned"] = int((~assigned).sum())
-    rows, labels = rows[assigned], labels[assigned]
-    source_obs = source.obs.iloc[rows]
+        rows, source_obs = rows[~excluded], _rows_of(source_obs, np.flatnonzero(~excluded))
+    labels = canonical_labels(source_obs, dataset, genes, path)
+    assigned = np.flatnonzero(labels.notna())
+    dropped["unassigned"] = len(labels) - len(assigned)
+    rows, labels, source_obs = rows[assigned], labels.iloc[assigned], _rows_of(source_obs, assigned)
     pairs = pd.DataFrame({"before": source_obs[dataset["perturbation"]["column"]].array, "after": labels.array}).drop_duplicates()
     renamed_labels = {
         str(before): str(after) for before, after in pairs.itertuples(index=False) if str(before) != after and after != CONTROL
@@ -151,6 +156,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     remove_leftovers(harmonized)
     source.threads, source.scratch = threads, harmonized.parent
     rows, obs, renamed_labels = _chosen_cells(source, source_genes, name, dataset, dropped)
+    source.obs = source.obs[[]]  # its columns are in obs now
     renamed_genes = dict(
         source_genes.loc[source_genes["gene_name"] != source_genes["original_name"], ["original_name", "gene_name"]].to_numpy()
     )
@@ -162,12 +168,12 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         provenance = described.result()
     is_within, dropped_by_limit = within_limits(screened, qc, path)
     dropped.update(dropped_by_limit)
-    obs = obs[is_within]
-    kept, too_few = _rare_perturbations(obs["perturbation"], qc["min_cells_per_perturbation"] or 0, path)
-    is_kept = ~obs["perturbation"].isin(list(too_few)).to_numpy()
+    perturbation = obs["perturbation"][is_within]
+    kept, too_few = _rare_perturbations(perturbation, qc["min_cells_per_perturbation"] or 0, path)
+    is_kept = ~perturbation.isin(list(too_few)).to_numpy()
     if too_few:
         dropped["qc.min_cells_per_perturbation"] = int((~is_kept).sum())
-    obs = obs[is_kept]
+    obs = _rows_of(obs, np.flatnonzero(is_within)[is_kept])
     is_seen = np.ones(len(var), bool)
     if qc["min_cells_per_gene"] is not None:
         is_seen = screened.n_cells >= qc["min_cells_per_gene"]
@@ -209,7 +215,9 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     logger.info("kept %s cells × %s genes, %d perturbations", f"{len(obs):,}", f"{len(var):,}", len(kept) - 1)
     with atomic(harmonized) as partial, h5py.File(partial, "w") as file:
         totals = write_counts(file.create_group("X"), screened, is_kept, is_seen, genes.is_mt, threads)
-        obs = obs.assign(**{column: totals[column].to_numpy() for column in totals})
+        obs = obs.copy(deep=False)
+        for column in totals:
+            obs[column] = totals[column].to_numpy()
         for column in obs.select_dtypes("category"):
             obs[column] = obs[column].cat.remove_unused_categories()
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
