@@ -242,7 +242,7 @@ def test_a_users_table_is_read_by_symbol_and_missing_genes_are_empty(tmp_path: P
     table = from_table(path, ["AARS1", "TF2", "TF3"])
     assert table.loc["AARS1"].tolist() == [1, 2]
     assert table.loc["TF3"].isna().all()
-    assert list(table.columns) == ["go:x", "go:y"]
+    assert list(table.columns) == ["x", "y"]
     pd.DataFrame({"x": [1.0]}, index=pd.Index(["TF2"], name="gene")).to_parquet(tmp_path / "t.parquet")
     assert from_table(tmp_path / "t.parquet", ["TF2"]).loc["TF2"].tolist() == [1.0]
 
