@@ -19,9 +19,10 @@ from torch import Tensor
 from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import batches, counterfactual, diffusion, jepa, optimization
+from perturbflow.models import batches, counterfactual, denoiser, jepa, optimization, samplers
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.batches import Batch, Conditions, PairedCells
+from perturbflow.models.batches import Batch, PairedCells
+from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace
 from perturbflow.models.neighbours import Neighbours
@@ -71,7 +72,7 @@ def test_latent_space_keeps_training_effects_and_inverts(screen: tuple[Pairs, Em
     pairs, _ = screen
     effects = Effects.of_training(pairs)
     latent = LatentSpace.fit(pairs, effects, 60)
-    kept = (latent.encode_effect(effects.values) * latent.scale) @ latent.basis.T
+    kept = effects.values @ latent.basis @ latent.basis.T
     assert np.linalg.norm(kept - effects.values) < 0.15 * np.linalg.norm(effects.values)
     z = latent.encode(pairs.X)
     np.testing.assert_allclose(latent.encode(latent.decode(z)), z, atol=1e-3)
@@ -156,7 +157,7 @@ def make_pairs_of_cells(screen: tuple[Pairs, Embeddings], role: str = "train", *
     conditions = Conditions(list(table.index), table.to_numpy())
     shares = {"control_share": 0.0, "synthetic_share": 0.0, "shifted_share": 0.0, "cells_per_draw": 1, **changes}
     cells = pairs.roles(role)
-    return PairedCells(cells, latent, conditions, effects, **shares), cells, conditions
+    return PairedCells(cells, latent, conditions, **shares), cells, conditions
 
 
 def test_batches_pair_cells_of_one_stratum_and_depend_on_the_seed_alone(screen: tuple[Pairs, Embeddings]) -> None:
@@ -205,22 +206,36 @@ def test_shifted_start_cells_have_the_mean_of_controls(screen: tuple[Pairs, Embe
 
 def test_cosine_schedule_preserves_variance_and_ends_in_noise() -> None:
     t = torch.linspace(0, 1, 11)
-    alpha, sigma = diffusion.cosine_schedule(t)
+    alpha, sigma = samplers.cosine_schedule(t)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(11))
     assert (alpha[0], sigma[0]) == (1.0, 0.0)
     assert alpha[-1].abs() < 1e-6
 
 
-def denoiser(condition_dropout: float = 0.2) -> diffusion.Denoiser:
+def small_conditions(n: int = 5, dimensions: int = 3) -> Conditions:
+    return Conditions([f"G{i}" for i in range(n)], torch.randn(n, dimensions).numpy())
+
+
+def small_denoiser(condition_dropout: float = 0.2, **changes: object) -> denoiser.Denoiser:
     torch.manual_seed(0)
-    net = diffusion.Denoiser(6, torch.randn(5, 3), 16, 2, 1, 2, 0.0, 0.0, condition_dropout).eval()
+    architecture = {
+        "width": 16,
+        "n_tokens": 2,
+        "n_blocks": 1,
+        "n_heads": 2,
+        "dropout": 0.0,
+        "own_dropout": 0.0,
+        "objective": "v",
+        "alignment": 0.0,
+    }
+    net = denoiser.Denoiser(6, small_conditions(), condition_dropout=condition_dropout, **{**architecture, **changes}).eval()
     torch.nn.init.normal_(net.out.weight, std=0.2)
     torch.nn.init.normal_(net.gene_encoder.own)
     return net
 
 
 def test_each_of_the_four_condition_states_reaches_the_network_alone() -> None:
-    net = denoiser()
+    net = small_denoiser()
     z, t, state, genes = torch.randn(1, 6), torch.tensor([0.5]), torch.randn(1, 6), torch.tensor([[1, -1]])
     other_state, other_genes = torch.randn(1, 6), torch.tensor([[2, 3]])
     out = {}
@@ -239,7 +254,7 @@ def test_each_of_the_four_condition_states_reaches_the_network_alone() -> None:
 
 
 def test_order_of_members_makes_no_difference() -> None:
-    net = denoiser()
+    net = small_denoiser()
     arguments = torch.randn(1, 6), torch.tensor([0.5]), torch.randn(1, 6)
     yes = torch.tensor([True])
     torch.testing.assert_close(net(*arguments, torch.tensor([[1, 3]]), yes, yes), net(*arguments, torch.tensor([[3, 1]]), yes, yes))
@@ -253,7 +268,7 @@ class GaussianDenoiser(torch.nn.Module):
         self.mean, self.sd = mean, sd
 
     def forward(self, z: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        alpha, sigma = (value[:, None] for value in diffusion.cosine_schedule(t))
+        alpha, sigma = (value[:, None] for value in samplers.cosine_schedule(t))
         variance = alpha**2 * self.sd**2 + sigma**2
         clean = self.mean + alpha * self.sd**2 / variance * (z - alpha * self.mean)
         noise = sigma / variance * (z - alpha * self.mean)
@@ -282,13 +297,14 @@ def test_a_width_that_heads_cannot_share_is_refused() -> None:
 def test_guidance_strengths_combine_the_four_predictions() -> None:
     implementation, params = registered("scppdm", guidance_state=1.5, guidance_perturbation=3.0)
     model = build(implementation, params)
-    model.net = denoiser()
-    z, t, state, genes = torch.randn(4, 6), torch.full((4,), 0.3), torch.randn(4, 6), torch.tensor([[1, -1]] * 4)
+    model.net = small_denoiser()
+    z, t, state, genes = torch.randn(4, 6), torch.tensor(0.3), torch.randn(4, 6), torch.tensor([[1, -1]] * 4)
     yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
-    none, state_only, both = (model.net(z, t, state, genes, *masks) for masks in ((no, no), (yes, no), (yes, yes)))
-    torch.testing.assert_close(model.guided(z, t, state, genes), none + 1.5 * (state_only - none) + 3.0 * (both - state_only))
+    none, state_only, both = (model.net(z, t.expand(4), state, genes, *masks) for masks in ((no, no), (yes, no), (yes, yes)))
+    expected = none + 1.5 * (state_only - none) + 3.0 * (both - state_only)
+    torch.testing.assert_close(model.guided(z, t, state, genes), samplers.split("v", z, t, expected))
     model.guidance_state = model.guidance_perturbation = 1.0
-    torch.testing.assert_close(model.guided(z, t, state, genes), both)
+    torch.testing.assert_close(model.guided(z, t, state, genes), samplers.split("v", z, t, both))
 
 
 # --- JEPA -----------------------------------------------------------------------------------------------------------
@@ -307,7 +323,7 @@ def world() -> jepa.World:
     latent = LatentSpace(np.zeros(7), np.linalg.qr(np.random.default_rng(0).normal(size=(7, 4)))[0], np.ones(4))
     _, params = registered("jepa")
     architecture = {key: params[key] for key in ("own_dropout", "action_dropout", "mask_rate", "weights")}
-    return jepa.World(latent, torch.randn(5, 3), width=16, n_embedding=6, dropout=0.0, target_decay=0.9, **architecture)
+    return jepa.World(latent, small_conditions(), width=16, n_embedding=6, dropout=0.0, target_decay=0.9, **architecture)
 
 
 def test_target_encoder_is_the_moving_average_of_the_encoder() -> None:

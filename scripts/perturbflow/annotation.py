@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
+from perturbflow.symbols import CONTROL, DOSE_SIGN, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
 
 UNKNOWN = "unknown"
 ENSEMBL_COLUMNS = ("gene_id", "ensembl_id", "ensemble_id", "ensembl_gene_id", "gene_ids")
@@ -141,7 +141,7 @@ def _with_dose(labels: pd.Series, dose: pd.Series) -> pd.Series:
     table = pd.DataFrame({"label": labels.astype(object).to_numpy(), "dose": dose.astype(object).to_numpy()})
     codes, pairs = pd.factorize(pd.MultiIndex.from_frame(table))
     texts = [
-        None if pd.isna(label) else label if label == CONTROL or pd.isna(amount) else f"{label}@{_number(amount)}"
+        None if pd.isna(label) else label if label == CONTROL or pd.isna(amount) else f"{label}{DOSE_SIGN}{_number(amount)}"
         for label, amount in pairs
     ]
     unique = pd.Categorical(texts)

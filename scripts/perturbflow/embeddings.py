@@ -10,7 +10,7 @@ import pandas as pd
 from perturbflow.errors import InputError
 from perturbflow.files import atomic
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import approved_symbol, candidates, members_of
+from perturbflow.symbols import approved_symbol, candidates, members_of, without_dose
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +81,17 @@ def coexpression(pairs: Pairs, genes: list[str]) -> pd.DataFrame:
 
 
 def rows_of(table: pd.DataFrame, genes: list[str]) -> pd.DataFrame:
-    """Return the rows of these genes, NaN where there is none; a gene that goes by an alias finds the row of the one gene it can be."""
+    """Return the rows of these genes, NaN where there is none.
+
+    A gene that goes by an alias finds the row of the one gene it can be, a drug at a dose (`DRUG@dose`) that of the drug.
+    """
     known = set(table.index)
-    names = [gene if gene in known or len(meant := candidates(gene)) != 1 else meant[0] for gene in genes]
-    return table.reindex(names).set_axis(genes)
+
+    def row(gene: str) -> str:
+        name = gene if gene in known else without_dose(gene)[0]
+        return name if name in known or len(meant := candidates(name)) != 1 else meant[0]
+
+    return table.reindex(list(map(row, genes))).set_axis(genes)
 
 
 def from_table(path: Path, genes: list[str]) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 CONTROL = "control"
 SEPARATOR = "+"
+DOSE_SIGN = "@"
 
 TABLE = Path(__file__).with_name("hgnc.tsv.gz")
 ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?")
@@ -121,3 +122,12 @@ def canonical_label(
 def members_of(label: str) -> list[str]:
     """Return the perturbed genes of a canonical label; none for control."""
     return [] if label == CONTROL else label.split(SEPARATOR)
+
+
+def without_dose(member: str) -> tuple[str, float | None]:
+    """Return the name and the dose of a member `DRUG@dose`; None where it has none."""
+    name, at, dose = member.rpartition(DOSE_SIGN)
+    try:
+        return (name, float(dose)) if at and name and float(dose) >= 0 else (member, None)
+    except ValueError:
+        return member, None

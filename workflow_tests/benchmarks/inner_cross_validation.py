@@ -64,9 +64,10 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
 
-    config = {"select": {"datasets": [], "splits": [], "models": [], "seeds": []}}
+    config = {}
     for name in ("config", "datasets", "splits", "models"):
         config.update(yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()))
+    config["counterfactuals"] = {}
     models = complete(config)["models"]
     wanted = [(name, {}) for name in arguments.models]
     wanted += [(text.split(" ", 1)[0], json.loads(text.split(" ", 1)[1])) for text in arguments.variant]

@@ -1,16 +1,17 @@
 """Batches of matched control and perturbed cells in latent coordinates, the same for the same seed and step."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from scipy import sparse
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from perturbflow.models.effects import Effects
-from perturbflow.models.latent import LatentSpace
+from perturbflow.models.conditions import Conditions
+from perturbflow.models.latent import Latent
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import members_of
 
@@ -36,40 +37,12 @@ class Batch:
     genes: Tensor
     group: Tensor
 
+    def __len__(self) -> int:
+        return len(self.genes)
+
     def to(self, device: torch.device) -> "Batch":
         """Move all tensors."""
         return Batch(*(getattr(self, name).to(device) for name in ("start", "target", "genes", "group")))
-
-
-class Conditions:
-    """The perturbed genes that a model knows, as indices of their vectors.
-
-    Parameters
-    ----------
-    genes
-        Gene symbols, in the order of `vectors`.
-    vectors
-        Standardized embeddings, (genes, dimensions).
-    """
-
-    def __init__(self, genes: Sequence[str], vectors: np.ndarray) -> None:
-        self.genes = list(genes)
-        self.vectors = torch.as_tensor(np.asarray(vectors), dtype=torch.float32)
-        self._index = {gene: i for i, gene in enumerate(self.genes)}
-
-    def index(self, labels: Sequence[str], width: int = 2) -> Tensor:
-        """Return gene indices of the members, (labels, members), padded with -1."""
-        members = [members_of(label) for label in labels]
-        width = max([width, *map(len, members)])
-        table = torch.full((len(labels), width), -1, dtype=torch.long)
-        for row, genes in enumerate(members):
-            for column, gene in enumerate(genes):
-                table[row, column] = self._index[gene]
-        return table
-
-    def unknown(self, label: str) -> list[str]:
-        """Return the members that have no vector."""
-        return [gene for gene in members_of(label) if gene not in self._index]
 
 
 class PairedCells:
@@ -86,8 +59,6 @@ class PairedCells:
         Fitted on training cells.
     conditions
         Gene indices.
-    effects
-        Mean effects of training perturbations, for synthetic combinations.
     control_share
         Share of controls in a batch.
     synthetic_share
@@ -99,18 +70,21 @@ class PairedCells:
         its few controls by heart.
     cells_per_draw
         Cells of one perturbation that are drawn together: 1 mixes best, more gives groups to couple within.
+    residual
+        Whether targets are perturbed cells less the mean effect of their perturbation: what is left for a model whose mean is given.
     """
 
     def __init__(
         self,
         pairs: Pairs,
-        latent: LatentSpace,
+        latent: Latent,
         conditions: Conditions,
-        effects: Effects,
         control_share: float,
         synthetic_share: float,
         shifted_share: float,
         cells_per_draw: int,
+        *,
+        residual: bool = False,
     ) -> None:
         self.cells_per_draw = cells_per_draw
         self.z = torch.from_numpy(latent.encode(pairs.X))
@@ -125,20 +99,23 @@ class PairedCells:
         strata = pairs.obs.groupby(["role", "batch", "cell_type"], observed=True)
         self.stratum = strata.ngroup().to_numpy()
         self.controls = [rows[pairs.is_control[rows]] for rows in strata.indices.values() if pairs.is_control[rows].any()]
-        effect_of = dict(zip(effects.labels, latent.encode_effect(effects.values), strict=True))
+        in_latent = replace(pairs, X=sparse.csr_matrix(self.z.numpy()))
+        effect_of = {label: in_latent.effect_of(label).astype(np.float32) for label in self.labels}
         none = np.zeros(latent.n_dimensions, dtype=np.float32)
         self.shifted = self.z - torch.from_numpy(np.stack([effect_of.get(label, none) for label in pairs.labels]))
-        # Only training cells have a measured effect to be taken back; in validation all starts are controls.
+        self.target = self.shifted if residual else self.z
+        # In validation all starts are controls, and no combination is composed.
         is_training = bool((pairs.obs["role"] == "train").all())
         self.shifted_share = shifted_share if is_training else 0.0
         self.by_stratum = np.argsort(self.stratum, kind="stable")
         self.stratum_size = np.bincount(self.stratum)
         self.stratum_first = np.concatenate([[0], np.cumsum(self.stratum_size)[:-1]])
-        single = effects.single
-        self.has_combinations = any(len(members_of(label)) > 1 for label in effects.labels)
+        single = [label for label in self.labels if len(members_of(label)) == 1]
+        self.has_combinations = len(single) < len(self.labels)
         self.synthetic_share = synthetic_share if is_training and self.has_combinations and len(single) > 1 else 0.0
-        self.single_effects = torch.from_numpy(latent.encode_effect(np.stack(list(single.values())))) if single else None
-        self.single_genes = conditions.index(list(single))[:, 0] if single else None
+        effects = torch.from_numpy(np.stack([effect_of[label] for label in single])) if single else None
+        self.single_effects = torch.zeros_like(effects) if residual and single else effects
+        self.single_genes = conditions.index(single)[:, 0] if single else None
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Batch:
         """Return a batch that depends on the seed alone."""
@@ -159,7 +136,7 @@ class PairedCells:
         stratum = self.stratum[target[is_shifted]]
         any_cell = self.by_stratum[self.stratum_first[stratum] + rng.integers(0, self.stratum_size[stratum])]
         before[is_shifted] = self.shifted[any_cell]
-        z = self.z[target]
+        z = self.target[target]
         if self.synthetic_share:
             other = rng.integers(0, len(self.single_genes), n_draws)[draw]
             is_composed = (rng.random(n_draws) < self.synthetic_share)[draw]

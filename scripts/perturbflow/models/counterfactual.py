@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from perturbflow.models.batches import Batch
+from perturbflow.models.conditions import Conditions
 from perturbflow.models.latent import LatentSpace
 from perturbflow.models.learned import LearnedModel
 from perturbflow.models.networks import GeneEncoder, TimeEmbedding, mlp
@@ -45,11 +46,11 @@ class Velocity(nn.Module):
     """
 
     def __init__(
-        self, n_latent: int, vectors: Tensor, width: int, n_layers: int, dropout: float, own_dropout: float, bridge_noise: float
+        self, n_latent: int, conditions: Conditions, width: int, n_layers: int, dropout: float, own_dropout: float, bridge_noise: float
     ) -> None:
         super().__init__()
         self.bridge_noise = bridge_noise
-        self.gene_encoder = GeneEncoder(vectors, width, own_dropout)
+        self.gene_encoder = GeneEncoder(conditions, width, own_dropout)
         self.shift = nn.Linear(width, n_latent, bias=False)
         self.time = TimeEmbedding(32)
         self.layers = mlp(n_latent + 32 + width, *[width] * n_layers, n_latent, dropout=dropout)
@@ -115,9 +116,9 @@ class Counterfactual(LearnedModel):
         }  # fmt: skip
         self.state_noise, self.n_integration_steps = state_noise, n_integration_steps
 
-    def network(self, latent: LatentSpace, vectors: Tensor) -> Velocity:
+    def network(self, latent: LatentSpace, conditions: Conditions) -> Velocity:
         """Return a new velocity."""
-        return Velocity(latent.n_dimensions, vectors, **self.architecture)
+        return Velocity(latent.n_dimensions, conditions, **self.architecture)
 
     def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator) -> Tensor:
         """Integrate the flow from the cell's state, drawn within its uncertainty, and return how far it went."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perturbflow.models.batches import Batch
+from perturbflow.models.conditions import Conditions
 from perturbflow.models.latent import LatentSpace
 from perturbflow.models.learned import LearnedModel
 from perturbflow.models.networks import GeneEncoder, mlp
@@ -77,7 +78,7 @@ class World(nn.Module):
     def __init__(
         self,
         latent: LatentSpace,
-        vectors: Tensor,
+        conditions: Conditions,
         width: int,
         n_embedding: int,
         dropout: float,
@@ -94,7 +95,7 @@ class World(nn.Module):
         # Genes seen by the encoder: expression as the latent space knows it, each gene in units of its own deviation.
         loadings = torch.as_tensor(latent.basis * latent.scale, dtype=torch.float32)
         self.register_buffer("loadings", loadings / loadings.norm(dim=1, keepdim=True).clamp(min=1e-3))
-        self.gene_encoder = GeneEncoder(vectors, width, own_dropout)
+        self.gene_encoder = GeneEncoder(conditions, width, own_dropout)
         self.encoder = mlp(n_genes, width, width, n_embedding)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(requires_grad=False)
         self.fill = mlp(n_embedding, width, n_embedding)
@@ -211,9 +212,9 @@ class Jepa(LearnedModel):
             "action_dropout": action_dropout, "mask_rate": mask_rate, "target_decay": target_decay, "weights": weights,
         }  # fmt: skip
 
-    def network(self, latent: LatentSpace, vectors: Tensor) -> World:
+    def network(self, latent: LatentSpace, conditions: Conditions) -> World:
         """Return a new world model."""
-        return World(latent, vectors, **self.architecture)
+        return World(latent, conditions, **self.architecture)
 
     def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator) -> Tensor:
         """Return the decoded difference between the perturbed embedding, sampled, and the cell's own.

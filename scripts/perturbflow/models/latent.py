@@ -1,15 +1,38 @@
-"""A linear latent space of expression, fitted on training cells, and what it leaves out."""
+"""Latent spaces of expression: what every one of them offers, and the linear ones."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
+from perturbflow.embeddings import from_table
+from perturbflow.errors import InputError
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 
 MAX_CELLS = 20_000
+LOWEST_SHARE = 0.3  # of a gene's mean that a cell's own level is at least taken for
+LEAST_LEFT = 0.05  # of a gene's level, whatever a cell's part of a change is
+
+
+class Latent(Protocol):
+    """Cells as points, and what a move means for their genes."""
+
+    @property
+    def n_dimensions(self) -> int:
+        """Number of latent dimensions."""
+
+    def encode(self, X: np.ndarray | sparse.csr_matrix) -> np.ndarray:
+        """Return latent coordinates of log1p-normalized cells, (cells, dimensions); training cells have about unit variance."""
+
+    def change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """Return what moving cells at z by `moved` changes in their log1p expression, (cells, genes)."""
+
+    def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """Return the logarithms of the fold changes of the cells' rates, (cells, genes)."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +61,7 @@ class LatentSpace:
         appended to the centred cells with a weight that gives both the same total variance, and the leading singular
         vectors of the two together are kept.
         """
-        rows = np.flatnonzero((pairs.obs["role"] == "train").to_numpy())
-        if len(rows) > MAX_CELLS:
-            rows = np.sort(np.random.default_rng(0).choice(rows, MAX_CELLS, replace=False))
-        X = pairs.X[rows].toarray().astype(np.float64)
+        X = training_sample(pairs)
         mean = X.mean(axis=0)
         cells = (X - mean) / np.sqrt(len(X))
         moved = effects.values.astype(np.float64)
@@ -49,8 +69,32 @@ class LatentSpace:
         stacked = np.vstack([cells, weight * moved])
         n_dimensions = min(n_dimensions, stacked.shape[1], len(stacked) - 1)
         _, _, Vt = randomized_svd(stacked, n_dimensions, random_state=0, n_iter=7)
-        scale = (cells @ Vt.T * np.sqrt(len(X))).std(axis=0)
-        return cls(mean, Vt.T, np.maximum(scale, 1e-3))
+        return cls._scaled(X, mean, Vt.T)
+
+    @classmethod
+    def from_loadings(cls, path: Path, pairs: Pairs) -> "LatentSpace":
+        """Take the directions from a table of gene loadings, learned elsewhere: gene symbol first, one column per dimension.
+
+        Genes without a row have none; the directions are made orthonormal, and means and scales are those of the training cells.
+
+        Raises
+        ------
+        InputError
+            If the table cannot be read, knows no measured gene, or its directions are linearly dependent on these genes.
+        """
+        loadings = from_table(Path(path), pairs.genes).fillna(0.0).to_numpy(np.float64)
+        basis, triangle = np.linalg.qr(loadings)
+        if loadings.shape[1] > loadings.shape[0] or np.abs(np.diag(triangle)).min() < 1e-8 * np.abs(triangle).max():
+            raise InputError(
+                f"{path}: its {loadings.shape[1]} directions are linearly dependent on the {len(pairs.genes)} genes of this screen; "
+                "leave some columns out."
+            )
+        X = training_sample(pairs)
+        return cls._scaled(X, X.mean(axis=0), basis)
+
+    @classmethod
+    def _scaled(cls, X: np.ndarray, mean: np.ndarray, basis: np.ndarray) -> "LatentSpace":
+        return cls(mean, basis, np.maximum(((X - mean) @ basis).std(axis=0), 1e-3))
 
     @property
     def n_dimensions(self) -> int:
@@ -61,14 +105,28 @@ class LatentSpace:
         """Return latent coordinates, (cells, dimensions)."""
         return ((X @ self.basis - self.mean @ self.basis) / self.scale).astype(np.float32)
 
-    def encode_effect(self, effects: np.ndarray) -> np.ndarray:
-        """Return effects as latent differences, (effects, dimensions)."""
-        return (effects @ self.basis / self.scale).astype(np.float32)
-
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Return expression, (cells, genes)."""
         return (z * self.scale) @ self.basis.T + self.mean
 
+    def change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """Return the decoded move, whatever z is."""
+        return (moved * self.scale) @ self.basis.T
+
+    def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """Return log fold changes of the cells' levels ℓ as the latent space knows them: log((ℓ + (1 + ℓ) Δ) / ℓ), Δ the change of log1p ℓ."""
+        level = np.expm1(np.maximum(self.decode(z), 0.0))
+        level = np.maximum(level, LOWEST_SHARE * np.maximum(level.mean(axis=0), 1e-3))
+        return np.log(np.maximum(level + (1.0 + level) * self.change(z, moved), LEAST_LEFT * level) / level)
+
     def state(self) -> dict[str, np.ndarray]:
         """Return the arrays to be stored."""
         return {"mean": self.mean, "basis": self.basis, "scale": self.scale}
+
+
+def training_sample(pairs: Pairs) -> np.ndarray:
+    """Return at most MAX_CELLS training cells, (cells, genes), the same for the same screen."""
+    rows = np.flatnonzero((pairs.obs["role"] == "train").to_numpy())
+    if len(rows) > MAX_CELLS:
+        rows = np.sort(np.random.default_rng(0).choice(rows, MAX_CELLS, replace=False))
+    return pairs.X[rows].toarray().astype(np.float64)

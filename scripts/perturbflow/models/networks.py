@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from perturbflow.models.conditions import Conditions
+
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Return linear layers with SiLU between them."""
@@ -33,33 +35,43 @@ class TimeEmbedding(nn.Module):
 
 
 class GeneEncoder(nn.Module):
-    """A vector per perturbed gene: from its embedding, plus what training learned of this very gene.
+    """A vector per perturbed gene or drug: from its embedding, plus what training learned of this very one, scaled by its dose.
 
     The own part is dropped at random in training, so that the embedding part has to stand alone for genes that
-    training never saw perturbed: for them the own part is zero.
+    training never saw perturbed: for them the own part is zero. The vector of a drug at a dose d is that of the drug times
+    2 sigmoid(a (log(1 + d) − m) / s), m and s mean and deviation of the screen's doses and a learned (scPPDM, eq. 16: strength rises
+    with log dose and saturates); without a dose the factor is 1.
 
     Parameters
     ----------
-    vectors
-        Standardized gene embeddings, (genes, dimensions).
+    conditions
+        The entries that an index means.
     width
         Size of the vector.
     own_dropout
         Probability that a gene's own part is dropped in a training step.
     """
 
-    def __init__(self, vectors: Tensor, width: int, own_dropout: float) -> None:
+    def __init__(self, conditions: Conditions, width: int, own_dropout: float) -> None:
         super().__init__()
-        self.register_buffer("vectors", vectors)
-        self.project = nn.Linear(vectors.shape[1], width)
-        self.own = nn.Parameter(torch.zeros(len(vectors), width))
+        self.register_buffer("vectors", conditions.vectors)
+        self.register_buffer("base", conditions.base, persistent=False)
+        self.register_buffer("log_dose", conditions.log_dose, persistent=False)
+        self.project = nn.Linear(conditions.vectors.shape[1], width)
+        self.own = nn.Parameter(torch.zeros(int(conditions.base.max()) + 1, width))
+        self.dose_slope = nn.Parameter(torch.ones(()))
         self.own_dropout = own_dropout
+
+    def strength(self, genes: Tensor) -> Tensor:
+        """(B, members) of indices → (B, members), 1 without a dose."""
+        return 2.0 * torch.sigmoid(self.dose_slope * self.log_dose[genes.clamp(min=0)])
 
     def forward(self, genes: Tensor) -> Tensor:
         """(B, members) of indices, -1 for none → (B, members, width), zero where there is none."""
         index = genes.clamp(min=0)
-        own = self.own[index]
+        own = self.own[self.base[index]]
         if self.training:
             kept = torch.rand(genes.shape, device=genes.device) >= self.own_dropout
             own = own * kept[..., None]
-        return (self.project(self.vectors[index]) + own) * (genes >= 0)[..., None]
+        scale = self.strength(genes) * (genes >= 0)
+        return (self.project(self.vectors[index]) + own) * scale[..., None]

@@ -56,7 +56,7 @@ class Learner(pl.LightningModule):
         losses = self.network.losses(batch)
         if not torch.isfinite(losses["loss"]):
             raise InputError(f"the loss is no number at step {self.global_step}; lower learning_rate in the model's params.")
-        self.log_dict({name: value.detach() for name, value in losses.items()}, on_step=False, on_epoch=True, batch_size=len(batch.genes))
+        self.log_dict({name: value.detach() for name, value in losses.items()}, on_step=False, on_epoch=True, batch_size=len(batch))
         return losses["loss"]
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
@@ -71,7 +71,7 @@ class Learner(pl.LightningModule):
             torch.manual_seed(batch_idx)
             losses = self.average.module.losses(batch)
         values = {f"validation_{name}": value for name, value in losses.items()}
-        self.log_dict(values, on_epoch=True, batch_size=len(batch.genes))
+        self.log_dict(values, on_epoch=True, batch_size=len(batch))
 
 
 class _History(Callback):
@@ -143,6 +143,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         enable_model_summary=False,
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
+        limit_val_batches=0 if batches.validation is None else 1.0,
         reload_dataloaders_every_n_epochs=1,
         check_val_every_n_epoch=1,
         default_root_dir=str(run.checkpoints),

@@ -1,0 +1,160 @@
+"""A latent space of counts: a variational autoencoder with a negative binomial likelihood and the cell's own library size.
+
+As in scVI (Lopez et al. 2018, eq. 1-4): z ~ N(0, I), the share of each gene ρ = softmax(decoder(z)), counts k ~ NB(mean l ρ, shape θ) with l the
+cell's counts over the panel, which are given and not learned; θ is one number per gene. Batches are not given to it: moves between cells of
+one batch leave them alone.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+
+from perturbflow.models.base import Run
+from perturbflow.models.batches import Batches
+from perturbflow.models.networks import mlp
+from perturbflow.models.optimization import Learner, optimize
+from perturbflow.models.recount import unit_of
+from perturbflow.pairs import Pairs
+
+WIDTH = 128
+LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 2e-3, 1e-4, 0.99
+PRIOR_WEIGHT = 0.1  # of the Kullback-Leibler term: the latent is to be moved in, not drawn from its prior
+CELLS_PER_BLOCK = 4096
+
+
+def negative_binomial(k: Tensor, mean: Tensor, shape: Tensor) -> Tensor:
+    """Return log NB(k; mean, shape) with variance mean + mean²/shape, elementwise (Lopez et al. 2018, eq. 4)."""
+    total = torch.log(shape + mean)
+    return (
+        torch.lgamma(k + shape) - torch.lgamma(shape) - torch.lgamma(k + 1)
+        + shape * (torch.log(shape) - total) + k * (torch.log(mean.clamp(min=1e-12)) - total)
+    )  # fmt: skip
+
+
+class CountNetwork(nn.Module):
+    """Encoder from log1p expression, decoder to shares of genes."""
+
+    def __init__(self, n_genes: int, n_latent: int) -> None:
+        super().__init__()
+        self.encoder = mlp(n_genes, WIDTH, 2 * n_latent)
+        self.decoder = mlp(n_latent, WIDTH, n_genes)
+        self.log_shape = nn.Parameter(torch.zeros(n_genes))
+        self.register_buffer("centre", torch.zeros(n_latent))
+        self.register_buffer("scale", torch.ones(n_latent))
+
+    def log_share(self, z: Tensor) -> Tensor:
+        """(B, n_latent), in units of the prior → log ρ, (B, genes)."""
+        return torch.log_softmax(self.decoder(z), dim=-1)
+
+    def losses(self, cells: "Cells") -> dict[str, Tensor]:
+        """Negative evidence lower bound per gene."""
+        mean, log_variance = self.encoder(cells.x).chunk(2, dim=-1)
+        log_variance = log_variance.clamp(-8.0, 2.0)
+        z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        library = cells.k.sum(dim=1, keepdim=True)
+        fitted = negative_binomial(cells.k, library * torch.exp(self.log_share(z)), torch.exp(self.log_shape))
+        prior = 0.5 * (mean.pow(2) + log_variance.exp() - 1.0 - log_variance).sum(dim=1).mean() / cells.k.shape[1]
+        reconstruction = -fitted.mean()
+        return {"loss": reconstruction + PRIOR_WEIGHT * prior, "reconstruction": reconstruction, "prior": prior}
+
+
+class Cells:
+    """A batch of cells: log1p expression x and counts k, (B, genes) each."""
+
+    def __init__(self, x: Tensor, k: Tensor) -> None:
+        self.x, self.k = x, k
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def to(self, device: torch.device) -> "Cells":
+        """Move both."""
+        return Cells(self.x.to(device), self.k.to(device))
+
+
+class DrawnCells:
+    """Draws batches of training cells, the same for the same seed."""
+
+    def __init__(self, X: sparse.csr_matrix) -> None:
+        self.X = X
+
+    def batch(self, size: int, seed: tuple[int, ...]) -> Cells:
+        """Return cells drawn with replacement, with their counts."""
+        x = self.X[np.sort(np.random.default_rng(seed).integers(0, self.X.shape[0], size))].toarray()
+        normalized = np.expm1(x.astype(np.float64))
+        k = np.rint(normalized / unit_of(normalized)[:, None])
+        return Cells(torch.from_numpy(x), torch.from_numpy(k.astype(np.float32)))
+
+
+class CountLatent:
+    """Latent coordinates of the encoder's mean, centred and scaled by training cells.
+
+    Parameters
+    ----------
+    network
+        A trained network.
+    """
+
+    def __init__(self, network: CountNetwork) -> None:
+        self.network = network.eval()
+
+    @classmethod
+    def fit(cls, pairs: Pairs, n_latent: int, n_steps: int, batch_size: int, run: Run) -> "CountLatent":
+        """Train on the cells of the training role; goes on from a checkpoint of the same training."""
+        X = pairs.roles("train").X
+        torch.manual_seed(run.seed)
+        network = CountNetwork(X.shape[1], n_latent)
+        learner = Learner(network, run.seed, n_steps, LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY)
+        own = replace(run, checkpoints=run.checkpoints / "autoencoder", history=[], facts={})
+        optimize(learner, Batches(DrawnCells(X), None, batch_size, run.seed), own, "autoencoder")
+        run.facts["autoencoder"] = own.history[-1] if own.history else {}
+        latent = cls(learner.average.module.cpu())
+        z = latent.encode(X)
+        latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
+        latent.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))
+        return latent
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> "CountLatent":
+        """Rebuild the network around its weights."""
+        n_latent, n_genes = len(state["centre"]), len(state["log_shape"])
+        network = CountNetwork(n_genes, n_latent)
+        network.load_state_dict(state)
+        return cls(network)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the weights."""
+        return self.network.state_dict()
+
+    @property
+    def n_dimensions(self) -> int:
+        """Return the number of latent dimensions."""
+        return len(self.network.centre)
+
+    @torch.no_grad()
+    def encode(self, X: np.ndarray | sparse.csr_matrix) -> np.ndarray:
+        """Return latent coordinates, (cells, dimensions)."""
+        blocks = []
+        for first in range(0, X.shape[0], CELLS_PER_BLOCK):
+            block = X[first : first + CELLS_PER_BLOCK]
+            x = torch.from_numpy((block.toarray() if sparse.issparse(block) else block).astype(np.float32))
+            mean = self.network.encoder(x).chunk(2, dim=-1)[0]
+            blocks.append(((mean - self.network.centre) / self.network.scale).numpy())
+        return np.concatenate(blocks)
+
+    @torch.no_grad()
+    def _log_share(self, z: np.ndarray) -> np.ndarray:
+        return self.network.log_share(torch.from_numpy(z.astype(np.float32)) * self.network.scale + self.network.centre).numpy()
+
+    def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """Return log ρ(z + moved) − log ρ(z)."""
+        return self._log_share(z + moved) - self._log_share(z)
+
+    def change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """Return the change of log1p of the shares times the number of genes: the scale on which a mean count is about 1."""
+        n_genes = len(self.network.log_shape)
+        before, after = (np.log1p(n_genes * np.exp(self._log_share(at))) for at in (z, z + moved))
+        return after - before

@@ -1,0 +1,212 @@
+"""The mean that `scppdm_hybrid` is built around: a mix of closed forms, with as much of what is a perturbation's own as it can bear.
+
+A closed form that is fitted by squared error shrinks: what it says of one perturbation is drawn towards the mean of all. Mixing several
+shrinks again. The error hardly notices, but predictions lose what tells them apart. So the mix's difference to the mean of the training
+perturbations of the same order is taken times a gain,
+
+    ŷ_p = m_o + γ (Σ_i w_i ŷ_ip − m_o),
+
+and mix and gain are chosen by predicting training perturbations held out (inner folds of combinations, of genes and of contexts; never the
+split's test): of those that have no greater error than the best part alone, the one with the least sum of the four losses below.
+Where fewer than `LEAST_HELD_OUT` perturbations can be held out, or no mix is better than `stacked` alone by more than the standard error of
+the difference, it is `stacked` alone. The level of an unseen gene itself is always that of `stacked`, which fits it apart.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+
+from perturbflow.models.base import Artefact
+from perturbflow.models.baselines import Additive, LatentSum, effects_by_context
+from perturbflow.models.effects import Effects
+from perturbflow.models.shift import MeanShift, Training
+from perturbflow.models.stacked import Stacked
+from perturbflow.symbols import members_of
+
+logger = logging.getLogger(__name__)
+
+CASES = ("measured", "seen", "unseen gene", "unseen member")
+MIXES = ({"stacked": 1.0}, {"latent": 1.0}, {"sum": 1.0}, {"stacked": 0.5, "latent": 0.5}, {"stacked": 0.5, "sum": 0.5})
+GAINS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
+LEAST_HELD_OUT = 20
+LATENT = (15, 0.3)  # directions and penalty of the members' common fit
+N_HIGH = 1000
+
+
+def parts() -> dict[str, MeanShift]:
+    """Return the closed forms that are mixed."""
+    return {"stacked": Stacked(), "latent": LatentSum(*LATENT), "sum": Additive()}
+
+
+def case_of(perturbation: str, measured: set[str], known: set[str]) -> str:
+    """Return which case a perturbation is, given the labels of training and the genes perturbed in it."""
+    members = members_of(perturbation)
+    if perturbation in measured:
+        return "measured"
+    if set(members) <= known:
+        return "seen"
+    return "unseen gene" if len(members) == 1 else "unseen member"
+
+
+def centres(effects: Effects) -> dict[str, np.ndarray]:
+    """Return the mean effect of singles and of combinations; of all, where training has none of a kind."""
+    is_single = effects.order == 1
+    kinds = {"single": is_single, "combination": ~is_single}
+    return {kind: effects.values[mask if mask.any() else slice(None)].mean(axis=0) for kind, mask in kinds.items()}
+
+
+def kind_of(perturbation: str) -> str:
+    """Return which centre a perturbation has."""
+    return "single" if len(members_of(perturbation)) == 1 else "combination"
+
+
+def losses(predicted: np.ndarray, truth: np.ndarray, reference: np.ndarray, is_high: np.ndarray, is_target: np.ndarray) -> np.ndarray:
+    """Return four losses per held-out perturbation, each about 0 (perfect) to 1 (useless), (perturbations, 4).
+
+    Error relative to no change and 1 − Pearson's r of effects on the genes most expressed in controls, 1 − r of effects less the mean
+    training effect, and the share of other held-out perturbations whose effect is nearer by cosine, without the perturbed genes.
+
+    Parameters
+    ----------
+    predicted, truth
+        Effects, (perturbations, genes).
+    reference
+        Mean training effect, (genes,).
+    is_high, is_target
+        Masks of the genes most expressed in controls and of the perturbed genes, (genes,).
+    """
+    error = np.linalg.norm((predicted - truth)[:, is_high], axis=1) / np.linalg.norm(truth[:, is_high], axis=1).mean()
+    effect = 1.0 - _correlation(predicted[:, is_high], truth[:, is_high])
+    own = 1.0 - _correlation(predicted - reference, truth - reference)
+    if len(truth) < 2:
+        return np.column_stack([error, effect, own, np.full(len(truth), 0.5)])
+    cosine = _unit(predicted[:, ~is_target]) @ _unit(truth[:, ~is_target]).T
+    right = np.diag(cosine)[:, None]
+    nearer = ((cosine > right).sum(axis=1) + 0.5 * ((cosine == right).sum(axis=1) - 1)) / (len(truth) - 1)
+    return np.column_stack([error, effect, own, nearer])
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (_unit(a - a.mean(axis=1, keepdims=True)) * _unit(b - b.mean(axis=1, keepdims=True))).sum(axis=1)
+
+
+class ConditionalMean(MeanShift):
+    """A mix of `stacked`, `LatentSum` and `Additive` with a gain, both chosen per case; see the head of this module."""
+
+    def learn(self, training: Training) -> Artefact:
+        """Choose mix and gain of every case by held-out training perturbations, then fit all parts to the whole of training."""
+        chosen = dict.fromkeys(CASES, (0, 1.0, 0))
+        scored: dict[str, list[np.ndarray]] = {case: [] for case in CASES}
+        is_target = np.isin(training.genes, training.effects.genes)
+        for inner, held_out in self._rounds(training):
+            fitted = {name: part.learned(inner) for name, part in parts().items()}
+            middle, reference = centres(inner.effects), inner.effects.values.mean(axis=0)
+            is_high = np.zeros(len(training.genes), dtype=bool)
+            is_high[np.argsort(-inner.pairs.control_level, kind="stable")[:N_HIGH]] = True
+            measured, known = set(inner.effects.labels), set(inner.effects.genes)
+            cases = np.array([case_of(label, measured, known) for label in held_out.labels])
+            for case in CASES:
+                rows = np.flatnonzero(cases == case)
+                if not len(rows):
+                    continue
+                labels = [held_out.labels[i] for i in rows]
+                said = {name: np.stack([part.effect(label) for label in labels]) for name, part in fitted.items()}
+                centre = np.stack([middle[kind_of(label)] for label in labels])
+                tables = [
+                    losses(_mixed(said, mix, gain, centre), held_out.values[rows], reference, is_high, is_target)
+                    for mix, gain in itertools.product(MIXES, GAINS)
+                ]
+                scored[case].append(np.stack(tables))  # (candidates, perturbations, losses)
+        for case, tables in scored.items():
+            if tables:
+                chosen[case] = _chosen(np.concatenate(tables, axis=1))
+                mix, gain, n = chosen[case]
+                logger.info("mean of the case '%s': %s, gain %.1f, by %d held-out perturbations", case, MIXES[mix], gain, n)
+        artefact: Artefact = {
+            "measured": np.array(training.effects.labels, dtype=str),
+            "known": np.array(training.effects.genes, dtype=str),
+            "choice": np.array([chosen[case] for case in CASES], dtype=float),
+            **{f"centre.{kind}": value for kind, value in centres(training.effects).items()},
+        }
+        for name, part in parts().items():
+            artefact |= {f"{name}.{key}": value for key, value in part.learned(training).artefact.items()}
+        artefact["genes"] = np.array(training.genes, dtype=str)
+        return artefact
+
+    def restore(self, artefact: Artefact) -> None:
+        """Hand every part its arrays."""
+        super().restore(artefact)
+        self.parts = parts()
+        for name, part in self.parts.items():
+            prefix = f"{name}."
+            part.restore({key.removeprefix(prefix): value for key, value in artefact.items() if key.startswith(prefix)})
+        self.measured, self.known = set(artefact["measured"].tolist()), set(artefact["known"].tolist())
+        self.row = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
+
+    def effect(self, perturbation: str) -> np.ndarray:
+        """Mix the parts by the choice of the perturbation's case."""
+        mix, gain, _ = self.artefact["choice"][CASES.index(case_of(perturbation, self.measured, self.known))]
+        said = {name: self.parts[name].effect(perturbation)[None] for name in MIXES[int(mix)]}
+        centre = self.artefact[f"centre.{kind_of(perturbation)}"]
+        effect = _mixed(said, MIXES[int(mix)], gain, centre)[0]
+        own = [self.row[gene] for gene in members_of(perturbation) if gene not in self.known and gene in self.row]
+        if own:
+            effect[own] = self.parts["stacked"].effect(perturbation)[own]
+        return effect
+
+    def account(self) -> dict[str, str]:
+        """Return what was chosen per case, in words."""
+        return {
+            case: " + ".join(f"{weight:g} {name}" for name, weight in MIXES[int(mix)].items()) + f", gain {gain:g}, by {int(n)} held out"
+            for case, (mix, gain, n) in zip(CASES, self.artefact["choice"], strict=True)
+        }
+
+    @staticmethod
+    def _rounds(training: Training) -> Iterator[tuple[Training, Effects]]:
+        """Yield inner trainings and what they do not know: combinations, genes with all that involves them, and contexts."""
+        if (training.effects.order > 1).any():
+            yield from itertools.islice(training.rounds(of_genes=False), 0, None, 2)  # against one half of the controls
+        yield from itertools.islice(training.rounds(of_genes=True, one_by_one=False), 0, None, 2)
+        yield from _other_contexts(training)
+
+
+def _other_contexts(training: Training) -> Iterator[tuple[Training, Effects]]:
+    """Yield trainings without the cells of one context, and the effects in it of perturbations that the others hold too."""
+    by_context = effects_by_context(training)
+    if len(by_context) < 2:
+        return
+    strata = training.pairs.strata
+    for context, effects in by_context.items():
+        inner = Training.of(training.pairs.select(strata != "|".join(context)), training.embeddings, training.seed)
+        labels = [label for label in effects if label in inner.effects.labels]
+        if labels:
+            values = np.stack([effects[label] for label in labels])
+            yield inner, Effects(labels, values, np.zeros_like(values))
+
+
+def _mixed(said: dict[str, np.ndarray], mix: dict[str, float], gain: float, centre: np.ndarray) -> np.ndarray:
+    """Return m + γ (Σ w ŷ − m), (perturbations, genes)."""
+    mean = sum(weight * said[name] for name, weight in mix.items())
+    return centre + gain * (mean - centre)
+
+
+def _chosen(tables: np.ndarray) -> tuple[int, float, int]:
+    """Return mix, gain and how many perturbations chose them, from losses of all candidates, (candidates, perturbations, 4)."""
+    candidates = list(itertools.product(range(len(MIXES)), GAINS))
+    n = tables.shape[1]
+    if n < LEAST_HELD_OUT:
+        return 0, 1.0, n
+    error, total = tables[..., 0].mean(axis=1), tables.sum(axis=2)
+    is_plain = np.array([len(MIXES[mix]) == 1 and gain == 1.0 for mix, gain in candidates])
+    is_allowed = error <= error[is_plain].min() * (1 + 1e-9)
+    best = int(np.where(is_allowed, total.mean(axis=1), np.inf).argmin())
+    gained = total[0] - total[best]
+    if gained.mean() <= gained.std(ddof=1) / np.sqrt(n):
+        return 0, 1.0, n
+    return *candidates[best], n

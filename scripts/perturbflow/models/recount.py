@@ -1,0 +1,187 @@
+"""Perturbed cells as counts: a control cell's own counts thinned or added to, until the mean is the one that is predicted.
+
+A log-normalized control cell plus a shift is no cell: its zeros become small numbers, its variance stays that of the control, and what
+falls below zero has to be cut off. Here the shift acts on counts. If a gene's count is Poisson given the cell's rate, k ~ Poisson(λ), then
+
+    k' ~ Binomial(k, f)                  for a fold change f ≤ 1 is exactly Poisson(f λ),
+    k' = k + Poisson((f − 1) λ̂)          for f > 1, λ̂ = μ (k + θ) / (μ + θ)
+
+with λ̂ the posterior mean of a Gamma prior of mean μ (the gene's level times the cell's size) and shape θ (Robbins 1956; in this field
+Grün, Kester & van Oudenaarden 2014 for the Gamma mixture). So a cell keeps its own counts as far as they agree with the perturbation, its
+size, and the zeros and the noise of a measured cell. The fold change of a gene has one part for all cells, found by bisection on the very
+numbers that are drawn so that their mean is the predicted one, and a part of each cell.
+"""
+
+import numpy as np
+
+from perturbflow.compiled import compiled
+
+MAX_UNITS = 12  # the smallest count of a cell is looked for up to this
+SMALLEST_RATE = 0.05  # of the target, where no start cell holds a count of a gene that is to appear
+LOWEST, HIGHEST = -14.0, 9.0  # of the logarithm of a fold change
+N_BISECTIONS = 12
+MAX_ENUMERATED = 40.0  # larger means are drawn from the Gaussian limit
+DRAWN_AT_LEAST = 16  # cells that calibrate a gene; of fewer, each counts several times
+
+
+def unit_of(normalized: np.ndarray) -> np.ndarray:
+    """Return what one count is worth in every cell, (cells,): the greatest number of which all values are multiples.
+
+    Parameters
+    ----------
+    normalized
+        Counts of each cell times a factor of its own, (cells, genes).
+    """
+    present = np.where(normalized > 1e-6, normalized, np.inf)
+    smallest = present.min(axis=1)
+    unit = smallest.copy()
+    for cell in np.flatnonzero(np.isfinite(smallest)):
+        values = normalized[cell][normalized[cell] > 1e-6]
+        for divisor in range(1, MAX_UNITS + 1):
+            counts = values * (divisor / smallest[cell])
+            if np.abs(counts - np.rint(counts)).max() < 1e-3 * max(counts.max(), 10.0) ** 0.5:
+                unit[cell] = smallest[cell] / divisor
+                break
+    has_counts = np.isfinite(unit)
+    return np.where(has_counts, unit, np.median(unit[has_counts]) if has_counts.any() else 1.0)
+
+
+@compiled
+def _gaussian_quantile(u: float) -> float:
+    # Tukey's lambda approximation of Φ⁻¹, within 0.01.
+    return (u**0.135 - (1.0 - u) ** 0.135) / 0.1975
+
+
+@compiled
+def _kept(k: int, p: float, u: float) -> int:
+    """Return the u-quantile of Binomial(k, p)."""
+    if p >= 1.0 or k == 0:
+        return k
+    if k * p * (1.0 - p) > MAX_ENUMERATED:
+        return min(k, max(0, round(k * p + (k * p * (1.0 - p)) ** 0.5 * _gaussian_quantile(u))))
+    odds = p / (1.0 - p)
+    mass = (1.0 - p) ** k
+    if mass <= 0.0:
+        return min(k, max(0, round(k * p + (k * p * (1.0 - p)) ** 0.5 * _gaussian_quantile(u))))
+    reached = mass
+    n = 0
+    while reached < u and n < k:
+        mass *= odds * (k - n) / (n + 1)
+        reached += mass
+        n += 1
+    return n
+
+
+@compiled
+def _added(mean: float, u: float) -> int:
+    """Return the u-quantile of Poisson(mean)."""
+    if mean > MAX_ENUMERATED:
+        return max(0, round(mean + mean**0.5 * _gaussian_quantile(u)))
+    mass = np.exp(-mean)
+    reached = mass
+    n = 0
+    while reached < u and n < 1000:
+        n += 1
+        mass *= mean / n
+        reached += mass
+    return n
+
+
+@compiled(nogil=True)
+def _draw(k: np.ndarray, unit: np.ndarray, fold: np.ndarray, level: float, rate: np.ndarray, u: np.ndarray, out: np.ndarray) -> float:
+    """Draw a gene in all cells at log fold changes level + fold, and return the mean of log1p."""
+    total = 0.0
+    for i in range(len(k)):
+        f = np.exp(min(HIGHEST, max(LOWEST, level + fold[i])))
+        n = k[i]
+        if f < 1.0:
+            n = _kept(n, f, u[i])
+        elif rate[i] > 0.0:
+            n += _added((f - 1.0) * rate[i], u[i])
+        out[i] = np.log1p(n * unit[i]) if n > 0 else 0.0
+        total += out[i]
+    return total / len(k)
+
+
+@compiled(nogil=True)
+def _calibrated(
+    k: np.ndarray, unit: np.ndarray, fold: np.ndarray, rate: np.ndarray, u: np.ndarray, target: np.ndarray, out: np.ndarray
+) -> None:
+    """Draw all genes, each at the common fold change that meets its target; (genes, cells) throughout, but for the target."""
+    for gene in range(len(k)):
+        arguments = k[gene], unit, fold[gene]
+        if target[gene] <= 0.0:
+            out[gene] = 0.0
+            continue
+        low, high = 0.0, 0.0
+        if _draw(*arguments, 0.0, rate[gene], u[gene], out[gene]) < target[gene]:
+            step = 0.25
+            while high < HIGHEST and _draw(*arguments, high, rate[gene], u[gene], out[gene]) < target[gene]:
+                low = high
+                high += step
+                step *= 2.0
+        else:
+            step = 0.25
+            while low > LOWEST and _draw(*arguments, low, rate[gene], u[gene], out[gene]) >= target[gene]:
+                high = low
+                low -= step
+                step *= 2.0
+        for _ in range(N_BISECTIONS):
+            middle = 0.5 * (low + high)
+            if _draw(*arguments, middle, rate[gene], u[gene], out[gene]) < target[gene]:
+                low = middle
+            else:
+                high = middle
+        below = _draw(*arguments, low, rate[gene], u[gene], out[gene])
+        above = _draw(*arguments, high, rate[gene], u[gene], out[gene])
+        if target[gene] - below < above - target[gene]:
+            _draw(*arguments, low, rate[gene], u[gene], out[gene])
+
+
+def recounted(cells: np.ndarray, mean_change: np.ndarray | None, fold: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Return perturbed cells, (cells, genes), log1p-normalized: counts of the cells' own sizes.
+
+    Parameters
+    ----------
+    cells
+        Log1p-normalized start cells, (cells, genes).
+    mean_change
+        What the mean over cells is to change by, (genes,); None draws at the fold changes as they are.
+    fold
+        Logarithm of each cell's fold change, (cells, genes), up to a constant per gene where a mean is to be met; None: alike in all cells.
+    """
+    n_cells = len(cells)
+    repeats = -(-DRAWN_AT_LEAST // n_cells) if mean_change is not None else 1
+    normalized = np.expm1(cells.astype(np.float64))
+    unit = unit_of(normalized)
+    k = np.ascontiguousarray(np.rint(normalized / unit[:, None]).astype(np.int64).T)  # (genes, cells)
+    size = 1.0 / unit
+    level = k.sum(axis=1) / size.sum()  # counts of a cell of size 1
+    expected = level[:, None] * size
+    shape = _shape(k, expected)[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rate = np.where(expected > 0, expected * (k + shape) / (expected + shape), 0.0)
+    target = np.full(len(k), np.nan)
+    if mean_change is not None:
+        target = cells.mean(axis=0, dtype=np.float64) + mean_change
+        new = (level == 0) & (target > 0)
+        rate[new] = SMALLEST_RATE * np.expm1(target[new])[:, None] * size
+    folds = np.zeros(k.shape) if fold is None else np.ascontiguousarray(fold.T, dtype=np.float64)
+    if repeats > 1:
+        k, rate, folds = (np.tile(table, repeats) for table in (k, rate, folds))
+        unit = np.tile(unit, repeats)
+    u = rng.random(k.shape)
+    out = np.empty(k.shape)
+    if mean_change is None:
+        for gene in range(len(k)):
+            _draw(k[gene], unit, folds[gene], 0.0, rate[gene], u[gene], out[gene])
+    else:
+        _calibrated(k, unit, folds, rate, u, target, out)
+    return np.ascontiguousarray(out[:, :n_cells].T, dtype=np.float32)
+
+
+def _shape(k: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Return θ of every gene by moments, (genes,): the variance of counts is μ + μ²/θ; 0.1 to 1,000."""
+    excess = ((k - expected) ** 2 - expected).sum(axis=1)
+    squares = (expected**2).sum(axis=1)
+    return np.clip(np.divide(squares, excess, out=np.full(len(k), 1000.0), where=excess > 0), 0.1, 1000.0)
