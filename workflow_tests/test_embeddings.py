@@ -55,7 +55,7 @@ def test_a_users_table_goes_by_current_symbols(tmp_path: Path) -> None:
     [
         ("symbol\ta\nGATA1\tx\n", "all others numbers; these hold none: a"),
         ("symbol\nGATA1\n", "(no columns)"),
-        ("symbol\ta\nSOX2\t1\n", "has no row for any of the 1 perturbed genes (for example GATA1)"),
+        ("symbol\ta\nSOX2\t1\n", "has no row for any of the 1 genes that are asked for (for example GATA1)"),
         ("", "cannot be read as a tab-separated table"),
     ],
 )

@@ -16,9 +16,10 @@ from perturbflow.evaluation import METRICS
 
 pytestmark = pytest.mark.slow
 
-LEARNED = {"scppdm": "diffusion", "jepa": "jepa", "counterfactual": "counterfactual"}
+LEARNED = {"scppdm": "diffusion", "scppdm_hybrid": "diffusion", "jepa": "jepa", "counterfactual": "counterfactual"}
 QUICK = {
     "scppdm": {"n_steps": 100, "width": 16, "n_sampling_steps": 4},
+    "scppdm_hybrid": {"n_steps": 100, "width": 16, "n_sampling_steps": 4},
     "jepa": {"n_steps": 100},
     "counterfactual": {"n_steps": 100},
 }

@@ -14,12 +14,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import batches, counterfactual, denoiser, jepa, optimization, samplers
+from perturbflow.models import batches, counterfactual, jepa, optimization
 from perturbflow.models.base import Model, Run, build
 from perturbflow.models.batches import Batch, PairedCells
 from perturbflow.models.conditions import Conditions
@@ -31,7 +30,7 @@ from perturbflow.pairs import Pairs
 from perturbflow.registry import FAMILIES, complete
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LEARNED = ["scppdm", "jepa", "counterfactual"]
+LEARNED = ["scppdm", "scppdm_hybrid", "jepa", "counterfactual"]
 QUICK = {"n_steps": 600, "batch_size": 64, "n_latent": 24}
 COMBINATION = "unseen_combination"
 
@@ -63,6 +62,10 @@ def screen(prepared: dict) -> tuple[Pairs, Embeddings]:
 @pytest.fixture(scope="module")
 def models(screen: tuple[Pairs, Embeddings], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Model, dict, Run]]:
     return {name: trained(name, *screen, tmp_path_factory.mktemp(name), **QUICK) for name in LEARNED}
+
+
+def small_conditions(n: int = 5, dimensions: int = 3) -> Conditions:
+    return Conditions([f"G{i}" for i in range(n)], torch.randn(n, dimensions).numpy())
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -199,112 +202,6 @@ def test_shifted_start_cells_have_the_mean_of_controls(screen: tuple[Pairs, Embe
     assert (starts.mean(dim=0) - controls.mean(dim=0)).abs().max() < 0.35
     held_out, _, _ = make_pairs_of_cells(screen, role="validation", shifted_share=1.0)
     assert held_out.shifted_share == 0.0
-
-
-# --- diffusion ------------------------------------------------------------------------------------------------------
-
-
-def test_cosine_schedule_preserves_variance_and_ends_in_noise() -> None:
-    t = torch.linspace(0, 1, 11)
-    alpha, sigma = samplers.cosine_schedule(t)
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(11))
-    assert (alpha[0], sigma[0]) == (1.0, 0.0)
-    assert alpha[-1].abs() < 1e-6
-
-
-def small_conditions(n: int = 5, dimensions: int = 3) -> Conditions:
-    return Conditions([f"G{i}" for i in range(n)], torch.randn(n, dimensions).numpy())
-
-
-def small_denoiser(condition_dropout: float = 0.2, **changes: object) -> denoiser.Denoiser:
-    torch.manual_seed(0)
-    architecture = {
-        "width": 16,
-        "n_tokens": 2,
-        "n_blocks": 1,
-        "n_heads": 2,
-        "dropout": 0.0,
-        "own_dropout": 0.0,
-        "objective": "v",
-        "alignment": 0.0,
-    }
-    net = denoiser.Denoiser(6, small_conditions(), condition_dropout=condition_dropout, **{**architecture, **changes}).eval()
-    torch.nn.init.normal_(net.out.weight, std=0.2)
-    torch.nn.init.normal_(net.gene_encoder.own)
-    return net
-
-
-def test_each_of_the_four_condition_states_reaches_the_network_alone() -> None:
-    net = small_denoiser()
-    z, t, state, genes = torch.randn(1, 6), torch.tensor([0.5]), torch.randn(1, 6), torch.tensor([[1, -1]])
-    other_state, other_genes = torch.randn(1, 6), torch.tensor([[2, 3]])
-    out = {}
-    for has_state in (False, True):
-        for has_perturbation in (False, True):
-            masks = torch.tensor([has_state]), torch.tensor([has_perturbation])
-            out[has_state, has_perturbation] = net(z, t, state, genes, *masks)
-            moved_state = not torch.allclose(out[has_state, has_perturbation], net(z, t, other_state, genes, *masks))
-            moved_genes = not torch.allclose(out[has_state, has_perturbation], net(z, t, state, other_genes, *masks))
-            assert moved_state == has_state
-            assert moved_genes == has_perturbation
-    values = list(out.values())
-    assert all(not torch.allclose(a, b) for i, a in enumerate(values) for b in values[i + 1 :])
-    control = net(z, t, state, torch.tensor([[-1, -1]]), torch.tensor([True]), torch.tensor([True]))
-    assert not torch.allclose(control, out[True, False])  # control is a condition, not a dropped one
-
-
-def test_order_of_members_makes_no_difference() -> None:
-    net = small_denoiser()
-    arguments = torch.randn(1, 6), torch.tensor([0.5]), torch.randn(1, 6)
-    yes = torch.tensor([True])
-    torch.testing.assert_close(net(*arguments, torch.tensor([[1, 3]]), yes, yes), net(*arguments, torch.tensor([[3, 1]]), yes, yes))
-
-
-class GaussianDenoiser(torch.nn.Module):
-    """The exact v of a Gaussian N(mean, sd²) per dimension: E[α ε − σ z_0 | z_t]."""
-
-    def __init__(self, mean: Tensor, sd: Tensor) -> None:
-        super().__init__()
-        self.mean, self.sd = mean, sd
-
-    def forward(self, z: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        alpha, sigma = (value[:, None] for value in samplers.cosine_schedule(t))
-        variance = alpha**2 * self.sd**2 + sigma**2
-        clean = self.mean + alpha * self.sd**2 / variance * (z - alpha * self.mean)
-        noise = sigma / variance * (z - alpha * self.mean)
-        return alpha * noise - sigma * clean
-
-
-def test_sampler_recovers_a_gaussian_and_runs_backwards() -> None:
-    implementation, params = registered("scppdm", n_sampling_steps=60)
-    model = build(implementation, params)
-    model.net = GaussianDenoiser(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.5]))
-    torch.manual_seed(0)
-    noise, genes = torch.randn(4000, 2), torch.zeros(4000, 1, dtype=torch.long)
-    cells = model.flow(noise, noise, genes, to_noise=False)
-    torch.testing.assert_close(cells.mean(dim=0), torch.tensor([1.0, -2.0]), atol=0.08, rtol=0)
-    torch.testing.assert_close(cells.std(dim=0), torch.tensor([0.5, 1.5]), atol=0.08, rtol=0)
-    back = model.flow(cells, cells, genes, to_noise=True)
-    assert (back - noise).abs().mean() < 0.1
-
-
-def test_a_width_that_heads_cannot_share_is_refused() -> None:
-    implementation, params = registered("scppdm", width=64, n_heads=3)
-    with pytest.raises(InputError, match="width = 64 cannot be shared by n_heads = 3"):
-        build(implementation, params)
-
-
-def test_guidance_strengths_combine_the_four_predictions() -> None:
-    implementation, params = registered("scppdm", guidance_state=1.5, guidance_perturbation=3.0)
-    model = build(implementation, params)
-    model.net = small_denoiser()
-    z, t, state, genes = torch.randn(4, 6), torch.tensor(0.3), torch.randn(4, 6), torch.tensor([[1, -1]] * 4)
-    yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
-    none, state_only, both = (model.net(z, t.expand(4), state, genes, *masks) for masks in ((no, no), (yes, no), (yes, yes)))
-    expected = none + 1.5 * (state_only - none) + 3.0 * (both - state_only)
-    torch.testing.assert_close(model.guided(z, t, state, genes), samplers.split("v", z, t, expected))
-    model.guidance_state = model.guidance_perturbation = 1.0
-    torch.testing.assert_close(model.guided(z, t, state, genes), samplers.split("v", z, t, both))
 
 
 # --- JEPA -----------------------------------------------------------------------------------------------------------

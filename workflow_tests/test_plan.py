@@ -55,8 +55,8 @@ def test_the_blocked_environment_blocks(light: dict[str, str]) -> None:
 def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str, str], tmp_path: Path) -> None:
     assert plan_in(tmp_path, light).jobs == {
         "download": 1, "harmonize": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2,
-        "train_closed_form": 19, "train_diffusion": 2, "train_jepa": 2, "train_counterfactual": 2,
-        "predict": 25, "evaluate": 25, "benchmark": 1, "report": 1, "all": 1,
+        "train_closed_form": 19, "train_diffusion": 4, "train_jepa": 2, "train_counterfactual": 2,
+        "predict": 27, "evaluate": 27, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
     assert not (tmp_path / "results").exists()
 

@@ -113,7 +113,7 @@ def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
     found = rows_of(table[~table.index.duplicated()], genes)
     if found.isna().all(axis=None):
         raise InputError(
-            f"{path} has no row for any of the {len(genes)} perturbed genes (for example {', '.join(genes[:5])}); is its first column the gene symbol?"
+            f"{path} has no row for any of the {len(genes)} genes that are asked for (for example {', '.join(genes[:5])}); is its first column the gene symbol?"
         )
     return found
 

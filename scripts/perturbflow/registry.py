@@ -279,6 +279,24 @@ def _check_embeddings(config: dict, datasets: Sequence[str], files: Sequence[Pat
         raise InputError(f"{file}embeddings.sources: '{twice[0]}' is there twice; a table goes by the name of its file.")
 
 
+def model_files(block: dict) -> list[str]:
+    """Return the files that a model's params name."""
+    latent = block["params"].get("latent")
+    return [latent["file"]] if isinstance(latent, dict) else []
+
+
+def _check_model_files(config: dict, models: Sequence[str], files: Sequence[Path]) -> None:
+    """Check that the files are there that these models are made from."""
+    for name in models:
+        for path in model_files(config["models"][name]):
+            if not Path(path).is_file():
+                file = _holding_file(files, ["models", name, "params", "latent"])
+                raise InputError(
+                    f"{file}models.{name}.params.latent.file: there is no file '{path}' (looked for {Path(path).absolute()}). "
+                    "Relative paths start at the working directory."
+                )
+
+
 def _source_name(source: str | dict) -> str:
     """Return what the columns of a source of embeddings are named after."""
     return source if isinstance(source, str) else Path(source["file"]).stem
@@ -382,6 +400,7 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
             file = _holding_file(files, ["splits", name, "path"])
             raise InputError(f"{file}splits.{name}.path: there is no file '{path}' (looked for {Path(path).absolute()}).")
     _check_embeddings(config, datasets, files)
+    _check_model_files(config, dict.fromkeys([*config["select"]["models"], *[query["model"] for query in queries]]), files)
     return config
 
 
@@ -542,7 +561,7 @@ class Plan:
         elif step == "train":
             is_learned = self.family(model).rule != "train_closed_form"
             own = [config["models"][model], seed, config["device"] if is_learned else None]
-            sources = [self.lineage("audit", dataset, split)]
+            sources = [self.lineage("audit", dataset, split), *map(file_fingerprint, model_files(config["models"][model]))]
             code.append(self.family(model).source)
         elif step == "predict":
             own = config["predict"]

@@ -8,8 +8,8 @@ perturbations of the same order is taken times a gain,
 
 and mix and gain are chosen by predicting training perturbations held out (inner folds of combinations, of genes and of contexts; never the
 split's test): of those that have no greater error than the best part alone, the one with the least sum of the four losses below.
-Where fewer than `LEAST_HELD_OUT` perturbations can be held out, or no mix is better than `stacked` alone by more than the standard error of
-the difference, it is `stacked` alone. The level of an unseen gene itself is always that of `stacked`, which fits it apart.
+Where fewer than `LEAST_HELD_OUT` perturbations can be held out, or no mix is better than `stacked` alone by more than twice the standard
+error of the difference, it is `stacked` alone. The level of an unseen gene itself is always that of `stacked`, which fits it apart.
 """
 
 import itertools
@@ -207,6 +207,6 @@ def _chosen(tables: np.ndarray) -> tuple[int, float, int]:
     is_allowed = error <= error[is_plain].min() * (1 + 1e-9)
     best = int(np.where(is_allowed, total.mean(axis=1), np.inf).argmin())
     gained = total[0] - total[best]
-    if gained.mean() <= gained.std(ddof=1) / np.sqrt(n):
+    if gained.mean() <= 2 * gained.std(ddof=1) / np.sqrt(n):
         return 0, 1.0, n
     return *candidates[best], n

@@ -8,18 +8,22 @@ falls below zero has to be cut off. Here the shift acts on counts. If a gene's c
 
 with λ̂ the posterior mean of a Gamma prior of mean μ (the gene's level times the cell's size) and shape θ (Robbins 1956; in this field
 Grün, Kester & van Oudenaarden 2014 for the Gamma mixture). So a cell keeps its own counts as far as they agree with the perturbation, its
-size, and the zeros and the noise of a measured cell. The fold change of a gene has one part for all cells, found by bisection on the very
-numbers that are drawn so that their mean is the predicted one, and a part of each cell.
+size, and the zeros and the noise of a measured cell. The fold change of a gene has one part for all cells, found on the very numbers that are
+drawn so that their mean is the predicted one, and a part of each cell.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+import torch
 
 from perturbflow.compiled import compiled
 
 MAX_UNITS = 12  # the smallest count of a cell is looked for up to this
 SMALLEST_RATE = 0.05  # of the target, where no start cell holds a count of a gene that is to appear
 LOWEST, HIGHEST = -14.0, 9.0  # of the logarithm of a fold change
-N_BISECTIONS = 12
+FIRST_STEP = 0.25
+MAX_TRIALS = 20
 MAX_ENUMERATED = 40.0  # larger means are drawn from the Gaussian limit
 DRAWN_AT_LEAST = 16  # cells that calibrate a gene; of fewer, each counts several times
 
@@ -107,35 +111,45 @@ def _draw(k: np.ndarray, unit: np.ndarray, fold: np.ndarray, level: float, rate:
 def _calibrated(
     k: np.ndarray, unit: np.ndarray, fold: np.ndarray, rate: np.ndarray, u: np.ndarray, target: np.ndarray, out: np.ndarray
 ) -> None:
-    """Draw all genes, each at the common fold change that meets its target; (genes, cells) throughout, but for the target."""
+    """Draw all genes, each at the common fold change that meets its target; (genes, cells) throughout, but for the target.
+
+    The mean rises with the common fold change, in steps of one count in one cell: false position with the Illinois rule (Dowell & Jarratt
+    1971) on the numbers that are drawn, until the mean is within half a count.
+    """
+    half_a_count = 0.5 * np.log1p(unit.min()) / len(unit)
     for gene in range(len(k)):
-        arguments = k[gene], unit, fold[gene]
         if target[gene] <= 0.0:
             out[gene] = 0.0
             continue
-        low, high = 0.0, 0.0
-        if _draw(*arguments, 0.0, rate[gene], u[gene], out[gene]) < target[gene]:
-            step = 0.25
-            while high < HIGHEST and _draw(*arguments, high, rate[gene], u[gene], out[gene]) < target[gene]:
-                low = high
-                high += step
-                step *= 2.0
-        else:
-            step = 0.25
-            while low > LOWEST and _draw(*arguments, low, rate[gene], u[gene], out[gene]) >= target[gene]:
-                high = low
-                low -= step
-                step *= 2.0
-        for _ in range(N_BISECTIONS):
-            middle = 0.5 * (low + high)
-            if _draw(*arguments, middle, rate[gene], u[gene], out[gene]) < target[gene]:
-                low = middle
+        low, high, step = 0.0, 0.0, FIRST_STEP
+        at_low = at_high = _draw(k[gene], unit, fold[gene], 0.0, rate[gene], u[gene], out[gene]) - target[gene]
+        if abs(at_low) <= half_a_count:
+            continue
+        while at_high < 0.0 and high < HIGHEST:
+            low, at_low = high, at_high
+            high += step
+            step *= 2.0
+            at_high = _draw(k[gene], unit, fold[gene], high, rate[gene], u[gene], out[gene]) - target[gene]
+        while at_low > 0.0 and low > LOWEST:
+            high, at_high = low, at_low
+            low -= step
+            step *= 2.0
+            at_low = _draw(k[gene], unit, fold[gene], low, rate[gene], u[gene], out[gene]) - target[gene]
+        # The bounds' own distances guide the search; their halves, where one bound stays, do not say which is nearer.
+        weight_low, weight_high = at_low, at_high
+        for _ in range(MAX_TRIALS):
+            if min(-at_low, at_high) <= half_a_count or high - low < 1e-6:
+                break
+            middle = (low * weight_high - high * weight_low) / (weight_high - weight_low)
+            at_middle = _draw(k[gene], unit, fold[gene], middle, rate[gene], u[gene], out[gene]) - target[gene]
+            if at_middle < 0.0:
+                low, at_low, weight_low = middle, at_middle, at_middle
+                weight_high *= 0.5
             else:
-                high = middle
-        below = _draw(*arguments, low, rate[gene], u[gene], out[gene])
-        above = _draw(*arguments, high, rate[gene], u[gene], out[gene])
-        if target[gene] - below < above - target[gene]:
-            _draw(*arguments, low, rate[gene], u[gene], out[gene])
+                high, at_high, weight_high = middle, at_middle, at_middle
+                weight_low *= 0.5
+        nearer = low if abs(at_low) < abs(at_high) else high
+        _draw(k[gene], unit, fold[gene], nearer, rate[gene], u[gene], out[gene])
 
 
 def recounted(cells: np.ndarray, mean_change: np.ndarray | None, fold: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
@@ -176,7 +190,14 @@ def recounted(cells: np.ndarray, mean_change: np.ndarray | None, fold: np.ndarra
         for gene in range(len(k)):
             _draw(k[gene], unit, folds[gene], 0.0, rate[gene], u[gene], out[gene])
     else:
-        _calibrated(k, unit, folds, rate, u, target, out)
+        parts = np.array_split(np.arange(len(k)), max(1, torch.get_num_threads()))
+
+        def calibrate(part: np.ndarray) -> None:
+            genes = slice(part[0], part[-1] + 1)
+            _calibrated(k[genes], unit, folds[genes], rate[genes], u[genes], target[genes], out[genes])
+
+        with ThreadPoolExecutor(len(parts)) as threads:
+            list(threads.map(calibrate, [part for part in parts if len(part)]))
     return np.ascontiguousarray(out[:, :n_cells].T, dtype=np.float32)
 
 

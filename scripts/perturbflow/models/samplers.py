@@ -35,7 +35,7 @@ def split(objective: str, z: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor,
 
 def last_time(objective: str) -> float:
     """Return where sampling starts: all noise, or where a predicted noise still says something of the latent."""
-    return 0.99 if objective == "noise" else 1.0
+    return 0.97 if objective == "noise" else 1.0
 
 
 def ddim(denoise: Denoise, z: Tensor, times: Tensor) -> Tensor:

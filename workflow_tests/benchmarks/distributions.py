@@ -1,0 +1,151 @@
+"""Is a predicted population of cells more than controls moved by the mean? Distances of a model's cells, and of controls shifted by its mean.
+
+    python workflow_tests/benchmarks/distributions.py results renge2023 unseen_context --models scppdm scppdm_hybrid [--figure cells.png]
+
+After a run that holds technical_duplicate and these models. Per metric: the model's cells, the same controls shifted by the mean change
+that the model predicts (clipped at zero as every prediction is), the technical duplicate, the paired difference in loss between the first
+two with its 95 % interval over perturbations and seeds (above zero: the model's cells are better), and how much of the way from shifted
+controls to the duplicate the model goes.
+*_shape: the same distances after both sides have lost their mean, on the components: what is left once nobody can be right or wrong
+about the mean. *_location: the distance less that. With --figure: predicted, shifted and measured cells of the three held-out perturbations
+of greatest effect, on the two leading components of measured cells.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
+
+from leaderboard import markdown  # noqa: E402
+
+from perturbflow.benchmark.bootstrap import estimate  # noqa: E402
+from perturbflow.evaluation import METRICS, Scored, score_inputs  # noqa: E402
+from perturbflow.pairs import Pairs  # noqa: E402
+from perturbflow.prediction import nonnegative  # noqa: E402
+
+PLAIN = ("energy_distance", "mmd", "variance_ratio", "quantile_coverage", "sinkhorn_w2")
+SHAPE = ("energy_distance", "mmd")
+NEEDS = frozenset({"cells", "pseudobulk"})
+N_DRAWN = 3
+
+
+def shifted(predictions: ad.AnnData, cells: Pairs) -> ad.AnnData:
+    """Return the cells that the predictions started from, moved by the mean change of their perturbation."""
+    start = cells.X[predictions.obs["control_index"].to_numpy()]
+    moved = sparse.lil_matrix(start.shape, dtype=np.float32)
+    for rows in predictions.obs.groupby("perturbation", observed=True).indices.values():
+        before, after = start[rows].toarray(), predictions.X[rows].toarray()
+        moved[rows] = nonnegative(before + (after.mean(axis=0) - before.mean(axis=0)))
+    copy = ad.AnnData(X=moved.tocsr(), obs=predictions.obs, var=predictions.var)
+    copy.uns["perturbflow"] = predictions.uns["perturbflow"]
+    return copy
+
+
+def centred(scored: Scored) -> Scored:
+    """Return the same comparison with the mean of both sides taken off, on the components."""
+    sides = {
+        name: [cells - cells.mean(axis=0) for cells in getattr(scored, name)] for name in ("predicted_components", "measured_components")
+    }
+    return replace(scored, **sides)
+
+
+def losses(scored: Scored) -> dict[str, np.ndarray]:
+    """Return value and loss of every metric per perturbation."""
+    shape = centred(scored)
+    values = {name: METRICS[name].function(scored) for name in PLAIN}
+    found = {name: np.stack([value, METRICS[name].loss(value)]) for name, value in values.items()}
+    for name in SHAPE:
+        value = METRICS[name].function(shape)
+        found[f"{name}_shape"] = np.stack([value, METRICS[name].loss(value)])
+        found[f"{name}_location"] = found[name] - found[f"{name}_shape"]
+    return found
+
+
+def table(of: dict[str, dict[str, np.ndarray]]) -> str:
+    """Return one row per metric from values and losses of model, shifted controls and duplicate, each (seeds, 2, perturbations)."""
+    rows = {}
+    for metric in of["model"]:
+        model, moved, duplicate = (np.asarray(of[name][metric]) for name in ("model", "shifted", "duplicate"))
+        gain = estimate((moved[:, 1] - model[:, 1])[None])
+        mean_loss = [np.nanmean(side[:, 1]) for side in (model, moved, duplicate)]
+        way = (mean_loss[1] - mean_loss[0]) / (mean_loss[1] - mean_loss[2]) if mean_loss[1] > mean_loss[2] else np.nan
+        values = [f"{np.nanmean(side[:, 0]):.4f}" for side in (model, moved, duplicate)]
+        rows[metric] = [*values, f"{gain.mean[0]:+.4f} ({gain.low[0]:+.4f}, {gain.high[0]:+.4f})", "–" if np.isnan(way) else f"{way:.0%}"]
+    heads = ["model", "shifted controls", "technical duplicate", "gain over shifted (95 %)", "of the way"]
+    return markdown(pd.DataFrame.from_dict(rows, orient="index"), heads, "metric")
+
+
+def figure(scored: dict[str, Scored], path: Path) -> None:
+    """Draw measured cells and, beside them, predicted and shifted ones of the perturbations of greatest effect."""
+    from matplotlib.figure import Figure
+
+    first = next(iter(scored.values()))
+    chosen = np.argsort(-first.effect_size)[:N_DRAWN]
+    canvas = Figure(figsize=(3.2 * len(scored), 3.0 * N_DRAWN), layout="constrained")
+    axes = canvas.subplots(N_DRAWN, len(scored), squeeze=False)
+    for row, i in enumerate(chosen):
+        measured = first.measured_components[i]
+        centre = measured.mean(axis=0)
+        directions = np.linalg.svd(measured - centre, full_matrices=False)[2][:2].T
+        for axis, (name, comparison) in zip(axes[row], scored.items(), strict=True):
+            for cells, label, colour in (
+                (measured, "measured", "#8C8C8C"),
+                (comparison.predicted_components[i], "predicted", "#D55E00"),
+            ):
+                axis.scatter(*((cells - centre) @ directions).T, s=6, alpha=0.6, c=colour, label=label, linewidths=0)
+            axis.set_title(f"{first.labels[i]}: {name}", fontsize=9)
+        limits = [f(getattr(axis, f"get_{side}lim")()[k] for axis in axes[row]) for side in "xy" for k, f in ((0, min), (1, max))]
+        for axis in axes[row]:
+            axis.set(xlim=limits[:2], ylim=limits[2:], xlabel="component 1", ylabel="component 2")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    canvas.savefig(path, dpi=144)
+
+
+def main() -> None:
+    """Print one table per model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("dataset")
+    parser.add_argument("split")
+    parser.add_argument("--models", nargs="+", default=["scppdm", "scppdm_hybrid"])
+    parser.add_argument("--figure", type=Path, default=None)
+    arguments = parser.parse_args()
+    folder = arguments.results / arguments.dataset / arguments.split
+    cells = Pairs.read(folder / "pairs.h5ad")
+
+    def compared(predictions: ad.AnnData) -> Scored:
+        return score_inputs(predictions, cells, NEEDS)
+
+    def seeds(model: str, change: Callable[[ad.AnnData], ad.AnnData] = lambda predictions: predictions) -> list[Scored]:
+        files = sorted((folder / model).glob("seed_*/predictions.h5ad"))
+        return [compared(change(ad.read_h5ad(file))) for file in files]
+
+    def stacked(comparisons: list[Scored]) -> dict[str, np.ndarray]:
+        found = [losses(scored) for scored in comparisons]
+        return {metric: np.stack([of[metric] for of in found]) for metric in found[0]}
+
+    duplicate = stacked(seeds("technical_duplicate")[:1])
+    drawn: dict[str, Scored] = {}
+    for model in arguments.models:
+        own, moved = seeds(model), seeds(model, lambda predictions: shifted(predictions, cells))
+        of = {"model": stacked(own), "shifted": stacked(moved)}
+        of["duplicate"] = {metric: np.repeat(value, len(own), axis=0) for metric, value in duplicate.items()}
+        drawn |= {model: own[0], f"controls shifted by {model}": moved[0]}
+        n = len(own[0].labels)
+        print(f"**{arguments.dataset}, {arguments.split}, {model}**: {n} held-out perturbations, {len(own)} seed(s)\n\n{table(of)}\n")
+    if arguments.figure:
+        figure(drawn, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,635 @@
+"""scPPDM: forward process, samplers and guidance against closed forms, the network on known conditionals, cells as counts, and the hybrid's mean."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_screen, merged, prepare
+from scipy import sparse, stats
+from test_models import registered, small_conditions, trained
+from torch import Tensor
+
+from perturbflow.embeddings import Embeddings, rows_of
+from perturbflow.errors import InputError
+from perturbflow.models import conditional_mean, denoiser, networks, recount, samplers
+from perturbflow.models.autoencoder import CountLatent, DrawnCells, negative_binomial
+from perturbflow.models.base import Run, build
+from perturbflow.models.batches import Batch
+from perturbflow.models.conditional_mean import ConditionalMean
+from perturbflow.models.conditions import Conditions
+from perturbflow.models.effects import Effects
+from perturbflow.models.latent import LatentSpace
+from perturbflow.models.shift import Training
+from perturbflow.models.stacked import Stacked
+from perturbflow.pairs import Pairs
+from perturbflow.registry import Plan
+
+QUICK = {"n_steps": 300, "batch_size": 64, "n_latent": 16}
+
+
+@pytest.fixture(scope="module")
+def screen(prepared: dict) -> tuple[Pairs, Embeddings]:
+    files = prepared["unseen_combination"]
+    return Pairs.read(files.pairs), Embeddings.read(files.embeddings)
+
+
+@pytest.fixture(scope="module")
+def hybrid(screen: tuple[Pairs, Embeddings], tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    return trained("scppdm_hybrid", *screen, tmp_path_factory.mktemp("hybrid"), **QUICK)
+
+
+# --- network and samplers -------------------------------------------------------------------------------------------
+
+
+def test_cosine_schedule_preserves_variance_and_ends_in_noise() -> None:
+    t = torch.linspace(0, 1, 11)
+    alpha, sigma = samplers.cosine_schedule(t)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(11))
+    assert (alpha[0], sigma[0]) == (1.0, 0.0)
+    assert alpha[-1].abs() < 1e-6
+
+
+def small_denoiser(condition_dropout: float = 0.2, **changes: object) -> denoiser.Denoiser:
+    torch.manual_seed(0)
+    architecture = {
+        "width": 16,
+        "n_tokens": 2,
+        "n_blocks": 1,
+        "n_heads": 2,
+        "dropout": 0.0,
+        "own_dropout": 0.0,
+        "objective": "v",
+        "alignment": 0.0,
+    }
+    net = denoiser.Denoiser(6, small_conditions(), condition_dropout=condition_dropout, **{**architecture, **changes}).eval()
+    torch.nn.init.normal_(net.out.weight, std=0.2)
+    torch.nn.init.normal_(net.gene_encoder.own)
+    return net
+
+
+def test_each_of_the_four_condition_states_reaches_the_network_alone() -> None:
+    net = small_denoiser()
+    z, t, state, genes = torch.randn(1, 6), torch.tensor([0.5]), torch.randn(1, 6), torch.tensor([[1, -1]])
+    other_state, other_genes = torch.randn(1, 6), torch.tensor([[2, 3]])
+    out = {}
+    for has_state in (False, True):
+        for has_perturbation in (False, True):
+            masks = torch.tensor([has_state]), torch.tensor([has_perturbation])
+            out[has_state, has_perturbation] = net(z, t, state, genes, *masks)
+            moved_state = not torch.allclose(out[has_state, has_perturbation], net(z, t, other_state, genes, *masks))
+            moved_genes = not torch.allclose(out[has_state, has_perturbation], net(z, t, state, other_genes, *masks))
+            assert moved_state == has_state
+            assert moved_genes == has_perturbation
+    values = list(out.values())
+    assert all(not torch.allclose(a, b) for i, a in enumerate(values) for b in values[i + 1 :])
+    control = net(z, t, state, torch.tensor([[-1, -1]]), torch.tensor([True]), torch.tensor([True]))
+    assert not torch.allclose(control, out[True, False])  # control is a condition, not a dropped one
+
+
+def test_order_of_members_makes_no_difference() -> None:
+    net = small_denoiser()
+    arguments = torch.randn(1, 6), torch.tensor([0.5]), torch.randn(1, 6)
+    yes = torch.tensor([True])
+    torch.testing.assert_close(net(*arguments, torch.tensor([[1, 3]]), yes, yes), net(*arguments, torch.tensor([[3, 1]]), yes, yes))
+
+
+class GaussianDenoiser(torch.nn.Module):
+    """The exact v of a Gaussian N(mean, sd²) per dimension: E[α ε − σ z_0 | z_t]."""
+
+    def __init__(self, mean: Tensor, sd: Tensor) -> None:
+        super().__init__()
+        self.mean, self.sd = mean, sd
+
+    def forward(self, z: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        alpha, sigma = (value[:, None] for value in samplers.cosine_schedule(t))
+        variance = alpha**2 * self.sd**2 + sigma**2
+        clean = self.mean + alpha * self.sd**2 / variance * (z - alpha * self.mean)
+        noise = sigma / variance * (z - alpha * self.mean)
+        return alpha * noise - sigma * clean
+
+
+def test_sampler_recovers_a_gaussian_and_runs_backwards() -> None:
+    implementation, params = registered("scppdm", n_sampling_steps=60)
+    model = build(implementation, params)
+    model.net = GaussianDenoiser(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.5]))
+    torch.manual_seed(0)
+    noise, genes = torch.randn(4000, 2), torch.zeros(4000, 1, dtype=torch.long)
+    cells = model.flow(noise, noise, genes, to_noise=False)
+    torch.testing.assert_close(cells.mean(dim=0), torch.tensor([1.0, -2.0]), atol=0.08, rtol=0)
+    torch.testing.assert_close(cells.std(dim=0), torch.tensor([0.5, 1.5]), atol=0.08, rtol=0)
+    back = model.flow(cells, cells, genes, to_noise=True)
+    assert (back - noise).abs().mean() < 0.1
+
+
+def test_a_width_that_heads_cannot_share_is_refused() -> None:
+    implementation, params = registered("scppdm", width=64, n_heads=3)
+    with pytest.raises(InputError, match="width = 64 cannot be shared by n_heads = 3"):
+        build(implementation, params)
+
+
+def test_guidance_strengths_combine_the_four_predictions() -> None:
+    implementation, params = registered("scppdm", guidance_state=1.5, guidance_perturbation=3.0)
+    model = build(implementation, params)
+    model.net = small_denoiser()
+    z, t, state, genes = torch.randn(4, 6), torch.tensor(0.3), torch.randn(4, 6), torch.tensor([[1, -1]] * 4)
+    yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    none, state_only, both = (model.net(z, t.expand(4), state, genes, *masks) for masks in ((no, no), (yes, no), (yes, yes)))
+    expected = none + 1.5 * (state_only - none) + 3.0 * (both - state_only)
+    torch.testing.assert_close(model.guided(z, t, state, genes), samplers.split("v", z, t, expected))
+    model.guidance_state = model.guidance_perturbation = 1.0
+    torch.testing.assert_close(model.guided(z, t, state, genes), samplers.split("v", z, t, both))
+
+
+def test_the_forward_process_has_its_closed_form() -> None:
+    torch.manual_seed(0)
+    clean, noise = torch.tensor([[2.0, -1.0]]).expand(20_000, 2), torch.randn(20_000, 2)
+    for t in (0.1, 0.5, 0.9):
+        alpha, sigma = samplers.cosine_schedule(torch.tensor(t))
+        z = alpha * clean + sigma * noise
+        torch.testing.assert_close(z.mean(dim=0), alpha * clean[0], atol=0.03, rtol=0)
+        torch.testing.assert_close(z.std(dim=0), sigma.expand(2), atol=0.02, rtol=0)
+        for objective, output in (("v", alpha * noise - sigma * clean), ("noise", noise)):
+            found = samplers.split(objective, z, torch.tensor(t), output)
+            torch.testing.assert_close(found[0], clean, atol=1e-4, rtol=0)
+            torch.testing.assert_close(found[1], noise, atol=1e-4, rtol=0)
+
+
+def exact_mixture(means: Tensor, covariances: Tensor, weights: Tensor) -> samplers.Denoise:
+    """Return the exact denoiser of a Gaussian mixture, means (K, D), covariances (K, D, D), weights (K,)."""
+
+    def denoise(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = samplers.cosine_schedule(t)
+        parts, logits = [], []
+        for mean, covariance, weight in zip(means, covariances, weights, strict=True):
+            total = alpha**2 * covariance + sigma**2 * torch.eye(len(mean))
+            parts.append(mean + alpha * (z - alpha * mean) @ torch.linalg.inv(total) @ covariance)
+            logits.append(weight.log() + torch.distributions.MultivariateNormal(alpha * mean, total).log_prob(z))
+        share = torch.softmax(torch.stack(logits), dim=0)
+        clean = (share[..., None] * torch.stack(parts)).sum(dim=0)
+        return clean, (z - alpha * clean) / sigma.clamp(min=1e-6)
+
+    return denoise
+
+
+MIXTURE = (
+    torch.tensor([[2.0, 0.0], [-1.0, 1.5]]),
+    torch.tensor([[[0.3, 0.1], [0.1, 0.2]], [[0.1, -0.05], [-0.05, 0.4]]]),
+    torch.tensor([0.3, 0.7]),
+)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm", "ancestral"])
+def test_samplers_recover_means_covariances_and_weights_of_a_mixture(sampler: str) -> None:
+    means, covariances, weights = MIXTURE
+    torch.manual_seed(0)
+    noise, times = torch.randn(20_000, 2), torch.linspace(1.0, 0.0, 201)
+    denoise = exact_mixture(*MIXTURE)
+    run = {
+        "ddim": lambda: samplers.ddim(denoise, noise, times),
+        "dpm": lambda: samplers.dpm(denoise, noise, times),
+        "ancestral": lambda: samplers.ancestral(denoise, noise, times, lambda: torch.randn_like(noise)),
+    }
+    cells = run[sampler]()
+    is_first = cells[:, 0] > 0.5
+    assert is_first.float().mean() == pytest.approx(float(weights[0]), abs=0.02)
+    for mask, mean, covariance in zip((is_first, ~is_first), means, covariances, strict=True):
+        torch.testing.assert_close(cells[mask].mean(dim=0), mean, atol=0.06, rtol=0)
+        torch.testing.assert_close(torch.cov(cells[mask].T), covariance, atol=0.06, rtol=0)
+
+
+def test_the_second_order_sampler_needs_fewer_steps() -> None:
+    denoise = exact_mixture(*MIXTURE)
+    torch.manual_seed(0)
+    noise = torch.randn(2_000, 2)
+    exact = samplers.ddim(denoise, noise, torch.linspace(1.0, 0.0, 2001))
+    errors = [
+        (sampler(denoise, noise, torch.linspace(1.0, 0.0, 16)) - exact).norm(dim=1).median() for sampler in (samplers.ddim, samplers.dpm)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+class KnownConditionals(torch.nn.Module):
+    """The exact v of N(a·state + b·perturbation, sd²), whatever conditions are dropped: their term goes."""
+
+    sd, of_state, of_perturbation = 0.5, torch.tensor([2.0, 0.0]), torch.tensor([0.0, -3.0])
+
+    def forward(self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor, has_state: Tensor, has_perturbation: Tensor) -> Tensor:
+        is_perturbed = has_perturbation[:, None] & (genes >= 0).any(dim=1, keepdim=True)
+        mean = has_state[:, None] * self.of_state + is_perturbed * self.of_perturbation
+        return GaussianDenoiser(mean, torch.full((2,), self.sd))(z, t)
+
+
+@pytest.mark.parametrize(("s_state", "s_perturbation"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (2.0, 0.5), (1.0, 3.0)])
+def test_each_guidance_strength_scales_its_own_condition(s_state: float, s_perturbation: float) -> None:
+    implementation, params = registered("scppdm", n_sampling_steps=60, guidance_state=s_state, guidance_perturbation=s_perturbation)
+    model = build(implementation, params)
+    model.net = KnownConditionals()
+    torch.manual_seed(0)
+    noise, genes = torch.randn(4000, 2), torch.zeros(4000, 1, dtype=torch.long)
+    cells = model.flow(noise, noise, genes, to_noise=False)
+    expected = s_state * KnownConditionals.of_state + s_perturbation * KnownConditionals.of_perturbation
+    torch.testing.assert_close(cells.mean(dim=0), expected, atol=0.06, rtol=0)
+    torch.testing.assert_close(cells.std(dim=0), torch.full((2,), KnownConditionals.sd), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["v", "noise"])
+def test_a_trained_network_samples_known_conditionals(objective: str) -> None:
+    torch.manual_seed(0)
+    conditions = Conditions(["A", "B"], np.eye(2))
+    net = denoiser.Denoiser(2, conditions, 32, 1, 1, 2, 0.0, 0.0, 0.1, objective, 0.0)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    moves = torch.tensor([[2.0, 0.0], [0.0, -2.0]])
+    for _ in range(1500):
+        genes = torch.randint(-1, 2, (256, 1))
+        start = torch.randn(256, 2)
+        target = 0.5 * torch.randn(256, 2) + torch.where(genes >= 0, moves[genes[:, 0].clamp(min=0)], 0.0)
+        optimizer.zero_grad()
+        net.losses(Batch(start, target, genes, torch.zeros(256))).pop("loss").backward()
+        optimizer.step()
+    implementation, params = registered("scppdm", objective=objective, n_sampling_steps=30)
+    model = build(implementation, params)
+    model.net, model.conditions = net.eval(), conditions
+    with torch.no_grad():
+        for gene, mean in ((-1, torch.zeros(2)), (0, moves[0]), (1, moves[1])):
+            cells = model.flow(torch.randn(1000, 2), torch.randn(1000, 2), torch.full((1000, 1), gene), to_noise=False)
+            torch.testing.assert_close(cells.mean(dim=0), mean, atol=0.25, rtol=0)
+            torch.testing.assert_close(cells.std(dim=0), torch.full((2,), 0.5), atol=0.2, rtol=0)
+
+
+def test_alignment_tells_perturbations_by_their_changes() -> None:
+    torch.manual_seed(0)
+    net = small_denoiser(alignment=1.0).train()
+    genes = torch.tensor([[0, -1], [1, -1], [2, -1], [1, 2], [2, 1], [-1, -1]]).repeat(20, 1)
+    moves = torch.randn(5, 6)
+    change = sum(torch.where(genes[:, [i]] >= 0, moves[genes[:, i].clamp(min=0)], 0.0) for i in (0, 1))
+    start = torch.randn(len(genes), 6)
+    batch = Batch(start, start + change, genes, torch.zeros(len(genes)))
+    before = float(net.aligned(batch).detach())
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        net.aligned(batch).backward()
+        optimizer.step()
+    assert float(net.aligned(batch).detach()) < 0.2 * before
+    assert set(net.losses(batch)) == {"loss", "denoising", "alignment"}
+    assert set(small_denoiser().losses(batch)) == {"loss"}
+    one = Batch(start[:1], start[:1], genes[:1], torch.zeros(1))
+    assert float(net.aligned(one).detach()) == 0.0
+
+
+# --- doses ----------------------------------------------------------------------------------------------------------
+
+
+def test_doses_of_one_drug_share_a_vector_and_differ_in_strength() -> None:
+    conditions = Conditions(["Aspirin@1", "Aspirin@10", "Aspirin@100", "KLF1", "JQ@x"], np.ones((5, 2)))
+    assert conditions.base.tolist() == [0, 0, 0, 1, 2]
+    assert conditions.log_dose[3:].tolist() == [0.0, 0.0]
+    encoder = networks.GeneEncoder(conditions, 4, 0.0).eval()
+    torch.nn.init.normal_(encoder.own)
+    strength = encoder.strength(torch.arange(5)[:, None])[:, 0]
+    assert strength[0] < strength[1] < strength[2]
+    assert strength[3:].tolist() == [1.0, 1.0]
+    vectors = encoder(torch.arange(5)[:, None])[:, 0]
+    torch.testing.assert_close(vectors[0] / strength[0], vectors[2] / strength[2])
+
+
+def test_guidance_rises_with_the_dose_where_it_is_to() -> None:
+    for dose_guidance, rises in ((0.0, False), (2.0, True)):
+        implementation, params = registered("scppdm", guidance_perturbation=1.5, dose_guidance=dose_guidance)
+        model = build(implementation, params)
+        model.conditions = Conditions(["D@1", "D@100", "G"], np.ones((3, 1)))
+        s = model.strength(torch.tensor([[0, -1], [1, -1], [2, -1], [-1, -1]]))[:, 0]
+        assert bool(s[0] < 1.5 < s[1]) is rises
+        assert s[2:].tolist() == [1.5, 1.5]
+
+
+def test_a_drug_at_a_dose_finds_the_row_of_the_drug() -> None:
+    table = pd.DataFrame({"a": [1.0, 2.0]}, index=["Aspirin", "JQ@5"])
+    assert rows_of(table, ["Aspirin@10", "JQ@5", "Other@1"])["a"].tolist()[:2] == [1.0, 2.0]
+
+
+def test_a_screen_of_doses_is_learned_and_another_dose_is_no_unknown_drug(tmp_path: Path) -> None:
+    labels = ["TF1@1", "TF1@10", "TF2@1", "TF2@10", "TF3@1", "TF3@10", "TF4@1", "TF4@10"]
+    screen = make_screen(labels=[label.split("@")[0] for label in labels])
+    screen.obs["perturbation"] = pd.Series(np.where(screen.obs["perturbation"] == "control", "control", "x"), index=screen.obs.index)
+    order = np.repeat(labels, 20).tolist()
+    for lane in ("b1", "b2"):
+        rows = (screen.obs["lane"] == lane).to_numpy() & (screen.obs["perturbation"] != "control").to_numpy()
+        screen.obs.loc[rows, "perturbation"] = order
+    files = prepare(tmp_path, screen, {"kind": "unseen_perturbation", "test_fraction": 0.25, "validation_fraction": 0.1, "seed": 0})
+    pairs, embeddings = Pairs.read(files.pairs), Embeddings.read(files.embeddings)
+    model, artefact, _ = trained("scppdm", pairs, embeddings, tmp_path, **{**QUICK, "n_steps": 100})
+    assert any("@" in gene for gene in artefact["condition_genes"])
+    test = pairs.roles("test")
+    predicted = model.predict(test.X[:5].toarray(), test.perturbations[:1], 5, 0)
+    assert np.isfinite(predicted).all()
+
+
+# --- cells as counts ------------------------------------------------------------------------------------------------
+
+
+def normalized(counts: np.ndarray, target: float = 1000.0) -> np.ndarray:
+    return np.log1p(counts * (target / counts.sum(axis=1, keepdims=True)))
+
+
+def poisson_cells(n: int = 4000, n_genes: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return Poisson counts and the same log-normalized, with a filler gene that makes sizes equal."""
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson([0.3, 1.0, 3.0, 8.0, 60.0, 200.0][:n_genes], (n, n_genes))
+    counts = np.column_stack([counts, 1000 - counts.sum(axis=1)])
+    return counts, normalized(counts)
+
+
+@pytest.mark.parametrize("fold", [0.1, 0.5, 0.9])
+def test_thinned_poisson_counts_are_poisson(fold: float) -> None:
+    counts, cells = poisson_cells()
+    log_fold = np.tile(np.r_[np.full(6, np.log(fold)), 0.0], (len(cells), 1))
+    out = np.rint(np.expm1(recount.recounted(cells, None, log_fold, np.random.default_rng(1))))
+    for gene, level in enumerate([0.3, 1.0, 3.0, 8.0, 60.0, 200.0]):
+        k = out[:, gene]
+        assert k.mean() == pytest.approx(fold * level, rel=0.06, abs=0.02)
+        assert k.var() == pytest.approx(fold * level, rel=0.12, abs=0.02)
+        assert (k <= counts[:, gene]).all()
+    assert (out[:, 6] == counts[:, 6]).all()
+
+
+def test_what_is_added_follows_the_level_and_the_cell() -> None:
+    rng = np.random.default_rng(0)
+    rate = rng.gamma(2.0, 2.0, (5000, 1))  # cells differ: their own rate, a Gamma mixture of shape 2
+    counts = np.column_stack([rng.poisson(rate[:, 0]), rng.poisson(4.0, 5000), np.ones(5000)])
+    cells = np.log1p(counts.astype(float))
+    out = np.expm1(recount.recounted(cells, None, np.tile([np.log(3.0), np.log(3.0), 0.0], (5000, 1)), np.random.default_rng(1)))
+    np.testing.assert_allclose(out[:, :2].mean(axis=0), [12.0, 12.0], rtol=0.05)
+    # Of a mixture, 3λ: variance 12 + 144/2; of one rate 12.
+    assert out[:, 0].var() == pytest.approx(84.0, rel=0.25)
+    assert out[:, 1].var() == pytest.approx(12.0, rel=0.2)
+
+
+def test_no_change_returns_the_cells_themselves(screen: tuple[Pairs, Embeddings]) -> None:
+    cells = screen[0].X[:50].toarray()
+    out = recount.recounted(cells, np.zeros(cells.shape[1]), None, np.random.default_rng(0))
+    np.testing.assert_allclose(out, cells, atol=1e-5)
+
+
+def test_the_mean_is_met_and_cells_are_counts_of_their_own_size(screen: tuple[Pairs, Embeddings]) -> None:
+    cells = screen[0].X[:80].toarray()
+    rng = np.random.default_rng(0)
+    change = rng.normal(scale=0.4, size=cells.shape[1])
+    change[3] = -20.0
+    out = recount.recounted(cells, change, 0.3 * rng.normal(size=cells.shape), rng)
+    np.testing.assert_allclose(out.mean(axis=0), np.maximum(cells.mean(axis=0) + change, 0.0), atol=0.02)
+    assert not out[:, 3].any()
+    unit = recount.unit_of(np.expm1(cells.astype(float)))
+    counts = np.expm1(out.astype(float)) / unit[:, None]
+    np.testing.assert_allclose(counts, np.rint(counts), atol=2e-3)
+
+
+def test_the_unit_of_a_cell_is_found_without_a_count_of_one() -> None:
+    counts = np.array([[2, 4, 6, 0], [2, 3, 7, 0], [6, 10, 15, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    unit = np.array([0.37, 1.9, 5.5, 2.0])
+    found = recount.unit_of(counts[:4] * unit[:, None])
+    # Multiples of two look like half as many counts of twice the size: nothing tells these apart.
+    np.testing.assert_allclose(found, [2 * 0.37, 1.9, 5.5, 2.0], rtol=1e-6)
+    assert np.isfinite(recount.unit_of(counts * 2.0)).all()
+
+
+def test_a_gene_that_no_start_cell_holds_can_appear() -> None:
+    _, cells = poisson_cells(200)
+    cells[:, 0] = 0.0
+    change = np.zeros(7)
+    change[0] = 0.5
+    out = recount.recounted(cells, change, None, np.random.default_rng(0))
+    assert out[:, 0].mean() == pytest.approx(0.5, abs=0.02)
+    assert len(np.unique(out[:, 0])) > 2
+
+
+def test_a_fold_change_of_its_own_moves_a_cell_more() -> None:
+    _, cells = poisson_cells(400)
+    fold = np.zeros((400, 7))
+    fold[:200, 4] = 1.0
+    out = recount.recounted(cells, np.zeros(7), fold, np.random.default_rng(0))
+    assert out[:200, 4].mean() > out[200:, 4].mean() + 0.7
+    assert out[:, 4].mean() == pytest.approx(cells[:, 4].mean(), abs=0.01)
+
+
+def test_counted_cells_are_nearer_to_real_ones_than_shifted_ones() -> None:
+    """The reason for all this: planted fold changes on Poisson cells, the mean known."""
+    rng = np.random.default_rng(0)
+    level, fold = rng.gamma(0.5, 4.0, 200), np.exp(rng.normal(scale=0.8, size=200))
+    before = np.log1p(rng.poisson(level, (300, 200)))
+    after, again = (np.log1p(rng.poisson(level * fold, (300, 200))) for _ in range(2))
+    change = after.mean(axis=0) - before.mean(axis=0)
+    counted = recount.recounted(before, change, None, rng)
+    shifted = np.maximum(before + change, 0.0)
+    errors = [np.abs(cells.var(axis=0) - again.var(axis=0)).mean() for cells in (counted, shifted)]
+    assert errors[0] < 0.4 * errors[1]
+
+
+def test_a_screen_is_counted_the_same_for_the_same_seed(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
+    model, _, _ = hybrid
+    cells = screen[0].roles("test").X[:20].toarray()
+    first, again, other = (model.predict(cells, ["TF1+TF2"], 40, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+# --- latents --------------------------------------------------------------------------------------------------------
+
+
+def test_negative_binomial_against_scipy() -> None:
+    k, mean, shape = torch.tensor([0.0, 3.0, 40.0]), torch.tensor([0.5, 4.0, 30.0]), torch.tensor([0.7, 2.0, 10.0])
+    expected = stats.nbinom.logpmf(k.numpy(), shape.numpy(), (shape / (shape + mean)).numpy())
+    np.testing.assert_allclose(negative_binomial(k, mean, shape).numpy(), expected, rtol=1e-5)
+
+
+def test_the_latent_of_counts_tells_states_apart_and_moves_between_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(30), 2)
+    state = rng.integers(0, 2, 600)
+    counts = rng.poisson(rng.gamma(20.0, 20.0, (600, 1)) * shares[state])
+    pairs = make_pairs(normalized(counts, 400.0))
+    drawn = DrawnCells(pairs.X).batch(32, (0, 0))
+    np.testing.assert_allclose(drawn.k.numpy(), np.rint(drawn.k.numpy()))
+    latent = CountLatent.fit(pairs, 4, 300, 64, Run(seed=0, checkpoints=tmp_path, identity="test"))
+    z = latent.encode(pairs.X)
+    np.testing.assert_allclose(z.std(axis=0), 1.0, atol=0.02)
+    move = np.tile(z[state == 1].mean(axis=0) - z[state == 0].mean(axis=0), (int((state == 0).sum()), 1))
+    fold = latent.fold(z[state == 0], move).mean(axis=0)
+    assert np.corrcoef(fold, np.log(shares[1] / shares[0]))[0, 1] > 0.95
+    assert np.abs(latent.fold(z, 0 * z)).max() < 1e-5
+    restored = CountLatent.restored(latent.state())
+    assert np.array_equal(restored.encode(pairs.X), z)
+
+
+def make_pairs(X: np.ndarray) -> Pairs:
+    """Return training cells of no perturbation."""
+    n, n_genes = X.shape
+    obs = pd.DataFrame(
+        {"perturbation": "control", "is_control": True, "batch": "b", "cell_type": "c", "role": "train"}, index=map(str, range(n))
+    )
+    return Pairs(sparse.csr_matrix(X.astype(np.float32)), obs, [f"G{i}" for i in range(n_genes)], np.full((n, 8), -1), np.arange(n))
+
+
+def test_a_latent_from_a_file_spans_its_directions(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    pairs, _ = screen
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(rng.normal(size=(len(pairs.genes), 5)), index=pd.Index(pairs.genes, name="gene")).drop(index=pairs.genes[4])
+    table.to_csv(tmp_path / "loadings.tsv", sep="\t")
+    latent = LatentSpace.from_loadings(tmp_path / "loadings.tsv", pairs)
+    assert latent.n_dimensions == 5
+    assert not latent.basis[4].any()
+    known = np.delete(np.arange(len(pairs.genes)), 4)
+    coefficients = np.linalg.lstsq(latent.basis[known], table.to_numpy(), rcond=None)[0]
+    np.testing.assert_allclose(latent.basis[known] @ coefficients, table.to_numpy(), atol=1e-9)
+    np.testing.assert_allclose(latent.encode(pairs.roles("train").X).std(axis=0), 1.0, atol=0.02)
+    table["again"] = table[0]
+    table.to_csv(tmp_path / "dependent.tsv", sep="\t")
+    with pytest.raises(InputError, match="6 directions are linearly dependent"):
+        LatentSpace.from_loadings(tmp_path / "dependent.tsv", pairs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"latent": "counts"}, {"latent": "pca"}, {"latent": "counts", "mean": "closed_form"}, {"cells": "shifted"}, {"objective": "noise"}, {"sampler": "dpm"},
+     {"sampler": "ancestral"}, {"alignment": 0.1}, {"guidance_state": 1.5, "guidance_perturbation": 2.0}],
+    ids=str,
+)  # fmt: skip
+def test_every_option_trains_restores_and_predicts(changes: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    model, artefact, _ = trained("scppdm", *screen, tmp_path, **{"n_steps": 60, "batch_size": 32, "n_latent": 8, **changes})
+    cells = screen[0].roles("test").X[:12].toarray()
+    predicted = model.predict(cells, ["TF1+TF2", "control"], 12, 0)
+    assert np.isfinite(predicted).all()
+    np.testing.assert_allclose(predicted[1], cells, atol=1e-5)
+    implementation, params = registered("scppdm", n_steps=60, batch_size=32, n_latent=8, **changes)
+    again = build(implementation, params)
+    again.restore(artefact)
+    np.testing.assert_array_equal(again.predict(cells, ["TF1+TF2", "control"], 12, 0), predicted)
+
+
+def test_a_missing_file_of_loadings_is_named_and_its_content_counts(tmp_path: Path) -> None:
+    path = tmp_path / "loadings.tsv"
+    mine = {"select": {"datasets": ["renge2023"], "splits": ["unseen_perturbation"], "models": ["own"], "seeds": [0], "counterfactuals": []},
+            "models": {"own": {"family": "diffusion", "params": {"latent": {"file": str(path)}}}}}  # fmt: skip
+    with pytest.raises(InputError, match=r"models.own.params.latent.file: there is no file"):
+        Plan(merged(mine))
+    lineages = []
+    for text in ("gene\ta\nSOX2\t1\n", "gene\ta\nSOX2\t2\n"):
+        path.write_text(text)
+        lineages.append(Plan(merged(mine)).lineage("train", "renge2023", "unseen_perturbation", "own", "0"))
+    assert lineages[0] != lineages[1]
+
+
+# --- the hybrid's mean ----------------------------------------------------------------------------------------------
+
+
+def test_losses_of_perfect_and_useless_predictions() -> None:
+    rng = np.random.default_rng(0)
+    truth, reference, everything = rng.normal(size=(6, 40)), rng.normal(size=40), np.ones(40, dtype=bool)
+    none = np.zeros(40, dtype=bool)
+    np.testing.assert_allclose(conditional_mean.losses(truth, truth, reference, everything, none), 0.0, atol=1e-12)
+    useless = conditional_mean.losses(np.zeros_like(truth), truth, reference, everything, none)
+    assert useless[:, 0].mean() == pytest.approx(1.0)
+    np.testing.assert_allclose(useless[:, 1], 1.0)
+    np.testing.assert_allclose(useless[:, 3], 0.5)
+    one = np.tile(truth[0], (6, 1))  # the same for all: nothing is nearer to its own than to the others, on average
+    assert conditional_mean.losses(one, truth, reference, everything, none)[:, 3].mean() == pytest.approx(0.5)
+
+
+def candidates_table(n: int, better: int | None, error: float = 0.0, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    n_candidates = len(conditional_mean.MIXES) * len(conditional_mean.GAINS)
+    tables = 0.5 + 0.1 * rng.normal(size=(1, n, 4)) + 0.001 * np.arange(n_candidates)[:, None, None]
+    if better is not None:
+        tables[better, :, 1:] -= 0.2
+        tables[better, :, 0] += error
+        tables[better, :, 0] -= 0.05
+    return tables
+
+
+def test_a_mix_is_taken_where_it_is_better_and_costs_no_error() -> None:
+    n_gains = len(conditional_mean.GAINS)
+    better = 3 * n_gains + 2
+    assert conditional_mean._chosen(candidates_table(40, better)) == (3, conditional_mean.GAINS[2], 40)
+    assert conditional_mean._chosen(candidates_table(40, better, error=0.2))[:2] == (0, 1.0)  # more error than the best part alone
+    assert conditional_mean._chosen(candidates_table(conditional_mean.LEAST_HELD_OUT - 1, better))[:2] == (0, 1.0)  # too few to tell
+
+
+def test_the_four_cases() -> None:
+    measured, known = {"A", "B", "A+C"}, {"A", "B", "C"}
+    cases = {label: conditional_mean.case_of(label, measured, known) for label in ("A", "B+C", "D", "A+D", "C", "A+C")}
+    assert cases == {"A": "measured", "B+C": "seen", "D": "unseen gene", "A+D": "unseen member", "C": "seen", "A+C": "measured"}
+
+
+def test_a_shrunken_mean_gets_its_spread_back() -> None:
+    """Plant a screen whose stacked prediction is drawn to the mean: the gain undoes it."""
+    rng = np.random.default_rng(0)
+    centre, own = rng.normal(size=(1, 60)), rng.normal(size=(40, 60))
+    truth = centre + own
+    said = {"stacked": centre + own / 1.5 + 0.02 * rng.normal(size=own.shape), "latent": centre + own / 2, "sum": centre + 2 * own}
+    tables = [
+        conditional_mean.losses(
+            conditional_mean._mixed(said, mix, gain, np.repeat(centre, 40, axis=0)), truth, centre[0], np.ones(60, bool), np.zeros(60, bool)
+        )
+        for mix in conditional_mean.MIXES
+        for gain in conditional_mean.GAINS
+    ]
+    mix, gain, _ = conditional_mean._chosen(np.stack(tables))
+    recovered = conditional_mean._mixed(said, conditional_mean.MIXES[mix], gain, centre)
+    assert np.linalg.norm(recovered - truth) < 0.5 * np.linalg.norm(said["stacked"] - truth)
+
+
+def test_the_mean_of_the_hybrid_is_the_closed_form(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
+    model, artefact, run = hybrid
+    pairs, embeddings = screen
+    mean = ConditionalMean().learned(Training.of(pairs.roles("train", "validation"), embeddings, 0))
+    assert run.facts["mean"] == mean.account()
+    test = pairs.roles("test")
+    for label in test.perturbations[:2]:
+        np.testing.assert_allclose(model.mean.effect(label), mean.effect(label))
+        start = test.X[test.control_index[test.cells_of(label), 0]].toarray()
+        moved = model.predict(start, [label], len(start), 0)[0].mean(axis=0) - start.mean(axis=0)
+        expected = np.maximum(start.mean(axis=0) + mean.effect(label), 0.0) - start.mean(axis=0)
+        assert np.abs(moved - expected).mean() < 0.01
+    implementation, params = registered("scppdm_hybrid", **QUICK)
+    again = build(implementation, params)
+    again.restore(artefact)
+    np.testing.assert_array_equal(again.predict(start, ["TF1+TF2"], 5, 0), model.predict(start, ["TF1+TF2"], 5, 0))
+
+
+def test_with_few_to_learn_from_the_mean_is_stacked(screen: tuple[Pairs, Embeddings]) -> None:
+    pairs, embeddings = screen
+    training = Training.of(pairs, embeddings, 0)
+    mean, stacked = ConditionalMean().learned(training), Stacked().learned(training)
+    assert "by 0 held out" in mean.account()["unseen member"] or "1 stacked, gain 1" in mean.account()["unseen member"]
+    np.testing.assert_allclose(mean.effect("TF2+TF8"), stacked.effect("TF2+TF8"))
+
+
+def test_the_mean_reads_training_cells_alone(screen: tuple[Pairs, Embeddings]) -> None:
+    pairs, embeddings = screen
+    is_held_out = (pairs.obs["role"] != "train").to_numpy()
+    X = pairs.X.toarray()
+    X[is_held_out] = np.random.default_rng(0).random(X[is_held_out].shape)
+    spoilt = replace(pairs, X=sparse.csr_matrix(X))
+    means = [ConditionalMean().learned(Training.of(cells, embeddings, 0)).effect("TF1+TF2") for cells in (pairs, spoilt)]
+    np.testing.assert_array_equal(*means)
+
+
+def test_residuals_have_no_mean_left(screen: tuple[Pairs, Embeddings]) -> None:
+    from perturbflow.models.batches import PairedCells
+
+    pairs, embeddings = screen
+    effects = Effects.of_training(pairs)
+    latent = LatentSpace.fit(pairs, effects, 12)
+    table = embeddings.standardized(effects.genes)
+    conditions = Conditions(list(table.index), table.to_numpy())
+    cells = PairedCells(pairs.roles("train"), latent, conditions, 0.0, 1.0, 0.0, 1, residual=True)
+    batches = [cells.batch(500, (i,)) for i in range(6)]
+    change = torch.cat([batch.target - batch.start for batch in batches])
+    genes = torch.cat([batch.genes for batch in batches])
+    for i in range(3):
+        mask = (genes[:, 0] == i) & (genes[:, 1] < 0)
+        if mask.sum() > 50:
+            assert change[mask].mean(dim=0).abs().mean() < 0.25
