@@ -269,7 +269,8 @@ def renew() -> None:
     text = README.read_text()
     shown = RULEGRAPH.search(text)
     graph = rule_graph(shown["command"])
-    README.write_text(text[: shown.start("graph")] + graph + text[shown.end("graph") :])
+    if drawn(graph) != drawn(shown["graph"]):  # another order of the same graph is no change
+        README.write_text(text[: shown.start("graph")] + graph + text[shown.end("graph") :])
 
 
 if __name__ == "__main__":
