@@ -1,5 +1,6 @@
 """scPPDM: forward process, samplers and guidance against closed forms, the network on known conditionals, cells as counts, and the hybrid's mean."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -311,21 +312,35 @@ def test_a_drug_at_a_dose_finds_the_row_of_the_drug() -> None:
     assert rows_of(table, ["Aspirin@10", "JQ@5", "Other@1"])["a"].tolist()[:2] == [1.0, 2.0]
 
 
-def test_a_screen_of_doses_is_learned_and_another_dose_is_no_unknown_drug(tmp_path: Path) -> None:
-    labels = ["TF1@1", "TF1@10", "TF2@1", "TF2@10", "TF3@1", "TF3@10", "TF4@1", "TF4@10"]
-    screen = make_screen(labels=[label.split("@")[0] for label in labels])
-    screen.obs["perturbation"] = pd.Series(np.where(screen.obs["perturbation"] == "control", "control", "x"), index=screen.obs.index)
-    order = np.repeat(labels, 20).tolist()
+def test_a_screen_of_doses_is_learned_and_asked_for_another_dose(tmp_path: Path) -> None:
+    """Plant an effect that grows with the dose: a dose between those of training has an effect between theirs."""
+    labels = ["TF1@1", "TF1@100", "TF2@1", "TF2@100", "TF3@1", "TF3@100"]
+    screen = make_screen(labels=["TF1", "TF1", "TF2", "TF2", "TF3", "TF3"], n_cells=40)
+    screen.obs["perturbation"] = screen.obs["perturbation"].astype(object)
+    rng = np.random.default_rng(0)
+    X = screen.X.toarray()
+    controls = np.flatnonzero(screen.obs["perturbation"] == "control")
     for lane in ("b1", "b2"):
-        rows = (screen.obs["lane"] == lane).to_numpy() & (screen.obs["perturbation"] != "control").to_numpy()
-        screen.obs.loc[rows, "perturbation"] = order
-    files = prepare(tmp_path, screen, {"kind": "unseen_perturbation", "test_fraction": 0.25, "validation_fraction": 0.1, "seed": 0})
+        rows = np.flatnonzero((screen.obs["lane"] == lane) & (screen.obs["perturbation"] != "control"))
+        screen.obs.iloc[rows, 0] = np.repeat(labels, 40)
+        weak = rows[[label.endswith("@1") for label in np.repeat(labels, 40)]]
+        level = X[controls[screen.obs["lane"].iloc[controls] == lane]].mean(axis=0)
+        X[weak] = rng.poisson(rng.gamma(8.0, level / 8.0, (len(weak), len(level))))  # the low dose does nothing
+    screen.X = sparse.csr_matrix(X)
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": labels[:4], "validation": [], "test": labels[4:]}))
+    files = prepare(tmp_path, screen, {"kind": "file", "path": str(split), "validation_fraction": 0.1, "seed": 0})
     pairs, embeddings = Pairs.read(files.pairs), Embeddings.read(files.embeddings)
-    model, artefact, _ = trained("scppdm", pairs, embeddings, tmp_path, **{**QUICK, "n_steps": 100})
-    assert any("@" in gene for gene in artefact["condition_genes"])
-    test = pairs.roles("test")
-    predicted = model.predict(test.X[:5].toarray(), test.perturbations[:1], 5, 0)
-    assert np.isfinite(predicted).all()
+    spec = replace(pairs, obs=pairs.obs.assign(role=pairs.obs["role"].astype(object).where(pairs.obs["role"] != "validation", "train")))
+    model, _, _ = trained("scppdm", spec, embeddings, tmp_path, n_steps=400, batch_size=64, n_latent=12, latent="pca", cells="shifted")
+    cells = pairs.roles("test")
+    start = cells.X[np.flatnonzero(cells.is_control)].toarray()
+    sizes = [
+        np.linalg.norm((model.predict(start, [label], len(start), 0)[0] - start).mean(axis=0)) for label in ("TF1@1", "TF1@10", "TF1@100")
+    ]
+    assert sizes[0] < 0.6 * sizes[2]
+    assert sizes[0] < sizes[1] < sizes[2]
+    assert "no embedding" in model.refusal("NOBODY@10")
 
 
 # --- cells as counts ------------------------------------------------------------------------------------------------

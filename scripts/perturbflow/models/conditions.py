@@ -30,15 +30,30 @@ class Conditions:
     def __init__(self, genes: Sequence[str], vectors: np.ndarray) -> None:
         self.genes = list(genes)
         self.vectors = torch.as_tensor(np.asarray(vectors), dtype=torch.float32)
-        self._index = {gene: i for i, gene in enumerate(self.genes)}
         names, doses = zip(*map(without_dose, self.genes), strict=True)
-        order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        self.base = torch.tensor([order[name] for name in names])
-        logged = np.log1p([np.nan if dose is None else dose for dose in doses])
-        has_dose = np.isfinite(logged)
-        spread = logged[has_dose].std() if has_dose.any() else 0.0
-        centred = (logged - logged[has_dose].mean()) / spread if spread > 0 else np.zeros(len(names))
-        self.log_dose = torch.as_tensor(np.where(has_dose, centred, 0.0), dtype=torch.float32)
+        self._base = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        self.base = torch.tensor([self._base[name] for name in names])
+        logged = np.log1p([dose for dose in doses if dose is not None])
+        # Doses that are all the same tell nothing of doses.
+        self._centre, self._spread = (logged.mean(), logged.std()) if len(logged) and logged.std() > 0 else (0.0, np.inf)
+        self.log_dose = torch.tensor([self._standardized(dose) for dose in doses])
+        self._index = {gene: i for i, gene in enumerate(self.genes)}
+
+    def _standardized(self, dose: float | None) -> float:
+        return 0.0 if dose is None else float((np.log1p(dose) - self._centre) / self._spread)
+
+    def add_doses(self, label: str) -> bool:
+        """Make an entry of every member that is a known drug at a new dose; tell whether there was one."""
+        new = [member for member in self.unknown(label) if without_dose(member)[0] in self._base]
+        for member in new:
+            name, dose = without_dose(member)
+            like = int((self.base == self._base[name]).nonzero()[0])
+            self._index[member] = len(self.genes)
+            self.genes.append(member)
+            self.vectors = torch.cat([self.vectors, self.vectors[[like]]])
+            self.base = torch.cat([self.base, self.base[[like]]])
+            self.log_dose = torch.cat([self.log_dose, torch.tensor([self._standardized(dose)])])
+        return bool(new)
 
     def index(self, labels: Sequence[str], width: int = 2) -> Tensor:
         """Return entries of the members, (labels, members), padded with -1."""

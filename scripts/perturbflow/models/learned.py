@@ -17,6 +17,7 @@ from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import Latent, LatentSpace
 from perturbflow.models.neighbours import Neighbours
+from perturbflow.models.networks import GeneEncoder
 from perturbflow.models.optimization import Learner, optimize
 from perturbflow.models.own_gene import OwnGene
 from perturbflow.pairs import Pairs
@@ -124,7 +125,11 @@ class LearnedModel(Model):
         self.net.eval()
 
     def refusal(self, perturbation: str) -> str | None:
-        """A gene that no cell of the screen was perturbed in has no place among the vectors that the network was built around."""
+        """A gene that no cell was perturbed in has no place among the vectors that the network was built around; a new dose gets one."""
+        if self.conditions.add_doses(perturbation):
+            for module in self.net.modules():
+                if isinstance(module, GeneEncoder):
+                    module.follow(self.conditions)
         unknown = self.conditions.unknown(perturbation)
         if not unknown:
             return None

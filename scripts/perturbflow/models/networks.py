@@ -62,6 +62,10 @@ class GeneEncoder(nn.Module):
         self.dose_slope = nn.Parameter(torch.ones(()))
         self.own_dropout = own_dropout
 
+    def follow(self, conditions: Conditions) -> None:
+        """Take over entries that were added: new doses of known drugs."""
+        self.vectors, self.base, self.log_dose = conditions.vectors, conditions.base, conditions.log_dose
+
     def strength(self, genes: Tensor) -> Tensor:
         """(B, members) of indices → (B, members), 1 without a dose."""
         return 2.0 * torch.sigmoid(self.dose_slope * self.log_dose[genes.clamp(min=0)])
