@@ -25,7 +25,7 @@ LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 2e-3, 1e-4, 0.99
 PRIOR_WEIGHT = 0.1  # of the Kullback-Leibler term: the latent is to be moved in, not drawn from its prior
 CELLS_PER_BLOCK = 4096
 VALUES_IN_MEMORY = 2**26  # 0.5 GB
-N_RUNS, RUN, STEPS_PER_READ = 64, 256, 50  # what is read of a larger file at once, and how many batches are drawn from it
+N_RUNS, RUN, STEPS_PER_READ = 64, 256, 100  # what is read of a larger file at once, and how many batches are drawn from it
 
 
 def negative_binomial(k: Tensor, mean: Tensor, shape: Tensor) -> Tensor:
