@@ -9,11 +9,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 import h5py
 import numpy as np
 from isal import isal_zlib
+from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.kernels import shuffle_bytes
@@ -26,6 +28,9 @@ CHUNKS_AHEAD = 32
 
 LEVEL = 2
 """Of igzip (0-3): as fast as 1 and smaller; 3 takes twice the time for nothing."""
+
+GAP, SPAN = 2**15, 2**21
+"""Rows of a sparse matrix are read together where no more than GAP values lie between two, and SPAN values in all."""
 
 _DIRECT_FILTERS = ([], [h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE])
 
@@ -48,6 +53,7 @@ class Rows:
         self.shape, self.dtype, self.chunks = dataset.shape, dataset.dtype.newbyteorder("="), dataset.chunks
         self._descriptor = descriptor
         self._chunk_at: dict[tuple[int, ...], tuple[int, int, int]] | None = None
+        self._last: tuple[tuple[int, ...], np.ndarray] | None = None
         self._offset: int | None = None
         self._lock = threading.Lock()
         creation = dataset.id.get_create_plist()
@@ -75,7 +81,16 @@ class Rows:
         return content
 
     def _chunk(self, origin: tuple[int, ...]) -> np.ndarray:
-        """Return a whole chunk, decoded."""
+        """Return a whole chunk, decoded; of one dimension it is kept, for the next range of rows may begin where this one ends."""
+        last = self._last
+        if last is not None and last[0] == origin:
+            return last[1]
+        values = self._decoded(origin)
+        if len(origin) == 1:
+            self._last = origin, values
+        return values
+
+    def _decoded(self, origin: tuple[int, ...]) -> np.ndarray:
         found = self._chunk_at.get(origin)
         if found is None:  # never written
             return np.full(self.chunks, self.dataset.fillvalue, self.dtype)
@@ -146,6 +161,67 @@ class Rows:
         return values
 
 
+class CsrRows:
+    """Rows of a CSR matrix (anndata's) on disk: `X[rows]` reads them, in the order of the file, and returns them in the order asked for.
+
+    Parameters
+    ----------
+    group
+        Of an open file.
+    path
+        The same file, to read from beside HDF5; names it in messages.
+    """
+
+    def __init__(self, group: h5py.Group, path: Path):
+        self._content = path.open("rb")
+        self._data, self._indices = (Rows(group[name], self._content.fileno(), path) for name in ("data", "indices"))
+        self._bounds = group["indptr"][:].astype(np.int64)
+        self._rows = np.arange(len(self._bounds) - 1)
+        self.shape = len(self._rows), int(group.attrs["shape"][1])
+
+    def select(self, rows: np.ndarray) -> "CsrRows":
+        """Return the same with these rows alone; nothing is read."""
+        selected = copy(self)
+        selected._rows = self._rows[rows]
+        selected.shape = len(selected._rows), self.shape[1]
+        return selected
+
+    @property
+    def n_stored(self) -> np.ndarray:
+        """Values per row, (rows,)."""
+        return self._bounds[self._rows + 1] - self._bounds[self._rows]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> sparse.csr_matrix:
+        """Return rows by a slice, a mask or their numbers."""
+        wanted = self._rows[rows]
+        if (np.diff(wanted) > 0).all():
+            return self._read(wanted)
+        ordered, place = np.unique(wanted, return_inverse=True)
+        return self._read(ordered)[place]
+
+    def _read(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return rows of the file, ascending. Near ones are read together; what lies between is decoded and left."""
+        begins, ends = self._bounds[rows], self._bounds[rows + 1]
+        indptr = np.append(0, np.cumsum(ends - begins))
+        data, indices = np.empty(indptr[-1], self._data.dtype), np.empty(indptr[-1], self._indices.dtype)
+        is_far = np.append(begins[1:] - ends[:-1] > GAP, True)
+        first = 0
+        while first < len(rows):
+            last = max(first + 1, int(np.searchsorted(ends, begins[first] + SPAN, side="right")))
+            last = min(last, first + 1 + int(np.argmax(is_far[first:])))
+            begin, end = int(begins[first]), int(ends[last - 1])
+            here = slice(indptr[first], indptr[last])
+            if here.stop - here.start == end - begin:
+                taken: slice | np.ndarray = slice(None)
+            else:
+                skipped = begins[first:last] - begin - indptr[first:last]
+                taken = np.arange(here.start, here.stop) + np.repeat(skipped, np.diff(indptr[first : last + 1]))
+            data[here] = self._data.read(begin, end)[taken]
+            indices[here] = self._indices.read(begin, end)[taken]
+            first = last
+        return sparse.csr_matrix((data, indices, indptr), shape=(len(rows), self.shape[1]))
+
+
 def _encoded(values: np.ndarray) -> bytes:
     """Return 32-bit values as a chunk of HDF5's shuffle and gzip filters."""
     planes = np.empty((4, len(values)), np.uint8)
@@ -206,3 +282,39 @@ class Appended:
         while self._encoding:
             self._write_oldest()
         self._dataset.resize((n,))
+
+
+class AppendedRows:
+    """anndata's CSR matrix of float32, written from its first row to its last.
+
+    Parameters
+    ----------
+    group
+        To be filled.
+    n_columns, n_most
+        Columns, and rows that will come at most.
+    pool
+        Where chunks are encoded.
+    """
+
+    def __init__(self, group: h5py.Group, n_columns: int, n_most: int, pool: ThreadPoolExecutor):
+        self._group, self._n_columns = group, n_columns
+        self._data, self._indices = (
+            Appended(group, name, dtype, n_most * n_columns, pool) for name, dtype in (("data", np.float32), ("indices", np.int32))
+        )
+        self._sizes: list[np.ndarray] = []
+
+    def append(self, X: sparse.csr_matrix) -> None:
+        """Add rows."""
+        self._data.append(X.data.astype(np.float32, copy=False))
+        self._indices.append(X.indices.astype(np.int32, copy=False))
+        self._sizes.append(np.diff(X.indptr))
+
+    def finish(self) -> None:
+        """Write what is left."""
+        self._data.finish()
+        self._indices.finish()
+        indptr = np.append(0, np.cumsum(np.concatenate(self._sizes), dtype=np.int64))
+        self._group.create_dataset("indptr", data=indptr, compression="gzip", shuffle=True)
+        shape = len(indptr) - 1, self._n_columns
+        self._group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape})

@@ -96,6 +96,19 @@ def cell_totals(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, is_mt
 
 
 @compiled(nogil=True)
+def add_moments(
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, group: np.ndarray, sums: np.ndarray, squares: np.ndarray
+) -> None:  # fmt: skip
+    """Add the rows of a CSR matrix, and their squares, to those of their groups, (groups, columns) each."""
+    for cell in range(len(group)):
+        total, total_of_squares = sums[group[cell]], squares[group[cell]]
+        for i in range(indptr[cell], indptr[cell + 1]):
+            value = np.float64(data[i])
+            total[np.uint32(indices[i])] += value
+            total_of_squares[np.uint32(indices[i])] += value * value
+
+
+@compiled(nogil=True)
 def pack_counts(
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, is_wanted: np.ndarray, packed: np.ndarray, ends: np.ndarray, n_cells: np.ndarray
 ) -> None:  # fmt: skip

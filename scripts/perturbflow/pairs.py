@@ -1,6 +1,7 @@
 """Control/perturbed pairs: genes selected and counts normalized by training cells, controls matched within the role."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +14,92 @@ from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, read_json
+from perturbflow.hdf5 import CsrRows
+from perturbflow.kernels import add_moments
 from perturbflow.splits import ROLES
 from perturbflow.symbols import CONTROL, members_of
 
 logger = logging.getLogger(__name__)
 
 CONTROLS_PER_CELL = 8
+ROWS_AT_ONCE = 4096
 CARRIED_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
     "total_counts", "n_genes_by_counts", "pct_counts_mt",
 )  # fmt: skip
+
+
+class Groups:
+    """Groups of cells whose sums hold the mean effects of all perturbations.
+
+    Those are the cells of every perturbation, and the controls of every batch × cell type × role, which are dealt out to two groups
+    by turns: so the effects against either half of the controls come from the same sums.
+
+    Parameters
+    ----------
+    labels
+        Perturbations, sorted.
+    label
+        Label of every cell.
+    is_control
+        Mask of control cells.
+    obs
+        Columns batch, cell_type and role.
+
+    Attributes
+    ----------
+    of_cell
+        Group of every cell: the number of its label or, for controls, from the number of labels on.
+    stratum
+        Number of every cell's batch × cell type × role.
+    n_cells
+        Cells per group.
+    """
+
+    def __init__(self, labels: list[str], label: np.ndarray, is_control: np.ndarray, obs: pd.DataFrame) -> None:
+        self.labels = labels
+        strata = obs.groupby(["batch", "cell_type", "role"], observed=True)
+        self.stratum = strata.ngroup().to_numpy()
+        # Where a batch has no control of the role, all of the cell type and role serve, as in `match_controls`.
+        self._relaxed = strata.size().index.to_frame(index=False).groupby(["cell_type", "role"], observed=True).ngroup().to_numpy()
+        turn = pd.Series(self.stratum[is_control]).groupby(self.stratum[is_control]).cumcount().to_numpy() % 2
+        self.of_cell = pd.Index(labels).get_indexer(label)
+        self.of_cell[is_control] = len(labels) + 2 * self.stratum[is_control] + turn
+        n_strata = len(self._relaxed)
+        self.n_cells = np.bincount(self.of_cell, minlength=len(labels) + 2 * n_strata)
+        shares = np.zeros((len(labels), n_strata))
+        np.add.at(shares, (self.of_cell[~is_control], self.stratum[~is_control]), 1.0)
+        self._shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1.0)
+
+    def indicator(self, rows: slice) -> sparse.csr_matrix:
+        """Return 1 where a cell is of a group, (groups, cells), of a range of cells."""
+        group = self.of_cell[rows]
+        return sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), shape=(len(self.n_cells), len(group)))
+
+    def means(self, sums: np.ndarray) -> np.ndarray:
+        """Return the mean of every perturbation from the sums over all groups, (perturbations, columns)."""
+        return sums[: len(self.labels)] / self.n_cells[: len(self.labels), None]
+
+    def effects(self, sums: np.ndarray, half: int | None = None) -> np.ndarray:
+        """Return the mean of every perturbation less that of its controls, weighted as its cells are over strata, (perturbations, columns).
+
+        Parameters
+        ----------
+        sums
+            Over the cells of every group, (groups, columns).
+        half
+            Which half of the controls is compared with, 0 or 1; None is all. A control that is alone in its stratum is in both.
+        """
+        n = self.n_cells[len(self.labels) :].reshape(-1, 2)
+        if half is not None:
+            is_alone = n.sum(axis=1) < 2
+            n = np.where((np.arange(2) == half) | is_alone[:, None], n, 0)
+        own = n.sum(axis=1)
+        pool = (self._relaxed[:, None] == self._relaxed) & (own == 0)[:, None] | np.eye(len(own), dtype=bool)
+        weights = self._shares @ (pool / (pool @ own)[:, None])  # (perturbations, strata)
+        kept = np.where(n > 0, 1.0, 0.0)
+        controls = np.einsum("st,stg->sg", kept, sums[len(self.labels) :].reshape(len(own), 2, -1))
+        return self.means(sums) - weights @ controls
 
 
 @dataclass(frozen=True)
@@ -32,7 +109,7 @@ class Pairs:
     Attributes
     ----------
     X
-        log1p-normalized expression, CSR float32, cells × genes.
+        log1p-normalized expression, CSR float32, cells × genes; in memory, or on disk and read when rows are asked for, as X[rows].
     obs
         One row per cell: perturbation, is_control, batch, cell_type, role, half.
     genes
@@ -43,7 +120,7 @@ class Pairs:
         Row of pairs.h5ad for every row of X.
     """
 
-    X: sparse.csr_matrix
+    X: sparse.csr_matrix | CsrRows
     obs: pd.DataFrame
     genes: list[str]
     control_index: np.ndarray
@@ -53,7 +130,7 @@ class Pairs:
     def read(cls, path: Path) -> "Pairs":
         """Read pairs.h5ad; raw counts stay on disk."""
         cells = cls.open(path)
-        return replace(cells, X=cells.X.to_memory())
+        return replace(cells, X=cells.X[:])
 
     @classmethod
     def open(cls, path: Path) -> "Pairs":
@@ -61,18 +138,47 @@ class Pairs:
         file = h5py.File(path)
         obs, var = ad.io.read_elem(file["obs"]), ad.io.read_elem(file["var"])
         index = ad.io.read_elem(file["obsm/control_index"])
-        return cls(ad.io.sparse_dataset(file["X"]), obs, list(var.index), index, np.arange(len(obs)))
+        return cls(CsrRows(file["X"], Path(path)), obs, list(var.index), index, np.arange(len(obs)))
 
     def select(self, mask: np.ndarray) -> "Pairs":
         """Return the cells under the mask; controls are matched within a role, so keep or drop roles whole."""
         keep = np.flatnonzero(mask)
         position = np.full(len(mask) + 1, -1, dtype=np.int32)  # the last entry serves index -1
         position[keep] = np.arange(len(keep), dtype=np.int32)
-        return Pairs(self.X[keep], self.obs.iloc[keep], self.genes, position[self.control_index[keep]], self.rows[keep])
+        X = self.X.select(keep) if isinstance(self.X, CsrRows) else self.X[keep]
+        return Pairs(X, self.obs.iloc[keep], self.genes, position[self.control_index[keep]], self.rows[keep])
 
     def roles(self, *roles: str) -> "Pairs":
-        """Return the cells of these roles."""
-        return self.select(self.obs["role"].isin(roles).to_numpy())
+        """Return the cells of these roles: always the same object, so that what is measured of them is measured once."""
+        if roles not in self._of_roles:
+            mask = self.obs["role"].isin(roles).to_numpy()
+            if mask.all():
+                return self
+            self._of_roles[roles] = self.select(mask)
+        return self._of_roles[roles]
+
+    @cached_property
+    def _of_roles(self) -> dict[tuple[str, ...], "Pairs"]:
+        return {}
+
+    def blocks(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+        """Yield all cells in their order, some thousands at once: which rows they are, and their expression."""
+        for first in range(0, len(self.rows), ROWS_AT_ONCE):
+            rows = slice(first, min(first + ROWS_AT_ONCE, len(self.rows)))
+            yield rows, self.X[rows]
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The cells of every perturbation, and the controls that they are compared with."""
+        return Groups(self.perturbations, self.labels, self.is_control, self.obs)
+
+    @cached_property
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of expression and of its squares over every group, from one pass over the cells, (groups, genes) each."""
+        sums, squares = np.zeros((2, len(self.groups.n_cells), len(self.genes)))
+        for rows, X in self.blocks():
+            add_moments(X.data, X.indices, X.indptr, self.groups.of_cell[rows], sums, squares)
+        return sums, squares
 
     @cached_property
     def is_control(self) -> np.ndarray:
@@ -114,7 +220,8 @@ class Pairs:
     @cached_property
     def control_level(self) -> np.ndarray:
         """Mean expression of all controls, (genes,)."""
-        return self.mean_of(np.flatnonzero(self.is_control))
+        first = len(self.groups.labels)
+        return (self.sums[0][first:].sum(axis=0) / self.groups.n_cells[first:].sum()).astype(np.float32)
 
     @cached_property
     def control_covariance(self) -> np.ndarray:

@@ -1,19 +1,30 @@
 """Predict cells for held-out perturbations, each from a control of its own role, batch and cell type."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from zlib import crc32
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from perturbflow.artefacts import load_artefact
 from perturbflow.files import atomic
+from perturbflow.hdf5 import AppendedRows
 from perturbflow.models.base import build
 from perturbflow.pairs import Pairs
 
 logger = logging.getLogger(__name__)
+
+CELLS_PER_BLOCK = 2048
+
+
+def block_seed(seed: int, label: str, block: int) -> int:
+    """Return the seed of a block of cells of one perturbation; that of the first is the model's, as if there were no other."""
+    return int(np.random.SeedSequence([seed, crc32(label.encode()), block]).generate_state(1)[0]) if block else seed
 
 
 def nonnegative(cells: np.ndarray) -> np.ndarray:
@@ -48,29 +59,47 @@ def predict(
     role
         test, or validation for choosing hyper-parameters.
     """
-    cells = Pairs.read(pairs).roles(role)
+    cells = Pairs.open(pairs).roles(role)
     family = build(implementation, params)
     family.restore(load_artefact(model))
     rng = np.random.default_rng(seed)
-    blocks, rows = [], []
+    chosen = {}
     for label in cells.perturbations:
         measured = cells.cells_of(label)
         if len(measured) > max_cells:
             measured = np.sort(rng.choice(measured, max_cells, replace=False))
         if family.is_ceiling:  # its cells are measured ones: it says which
             measured = np.searchsorted(cells.rows, family.rows(label, len(measured), seed))
-        start = cells.control_index[measured, 0]
-        strata = {"strata": cells.strata[start]} if family.reads_strata else {}
-        predicted = family.predict(cells.X[start].toarray(), [label], len(start), seed, **strata)[0]
-        blocks.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
+        chosen[label] = measured
+    # Controls are few and start again and again: they are kept, and no other cell is read.
+    controls = np.flatnonzero(cells.is_control)
+    X, strata = cells.X[controls], cells.strata if family.reads_strata else None
+    measured = np.concatenate(list(chosen.values()))
+    start = cells.control_index[measured, 0]
+
+    with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
+        written = AppendedRows(file.create_group("X"), len(cells.genes), len(start), pool)
+        for label, rows in chosen.items():
+            size = len(rows) if family.is_ceiling else CELLS_PER_BLOCK  # a ceiling draws without replacement, from few
+            for block, first in enumerate(range(0, len(rows), size)):
+                starts = cells.control_index[rows[first : first + size], 0]
+                told = {"strata": strata[starts]} if family.reads_strata else {}
+                control = X[np.searchsorted(controls, starts)].toarray()
+                predicted = family.predict(control, [label], len(starts), block_seed(seed, label, block), **told)[0]
+                written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
+            logger.info("%s: %d cells", label, len(rows))
+        written.finish()
         obs = cells.obs.iloc[measured if family.is_ceiling else start][["cell_type", "batch"]].astype(str)
-        rows.append(obs.assign(perturbation=label, control_index=cells.rows[start].astype(np.int32)))
-        logger.info("%s: %d cells", label, len(predicted))
-    obs = pd.concat(rows, ignore_index=True)[["perturbation", "cell_type", "batch", "control_index"]]
-    obs.index = [f"predicted_{i}" for i in range(len(obs))]
-    for column in ("perturbation", "cell_type", "batch"):
-        obs[column] = pd.Categorical(obs[column])
-    out = ad.AnnData(X=sparse.vstack(blocks, format="csr"), obs=obs, var=pd.DataFrame(index=cells.genes))
-    out.uns["perturbflow"] = {"starts_from_controls": not family.is_ceiling, "role": role}
-    with atomic(predictions) as partial:
-        out.write_h5ad(partial, compression="gzip")
+        obs = obs.assign(
+            perturbation=np.repeat(list(chosen), list(map(len, chosen.values()))), control_index=cells.rows[start].astype(np.int32)
+        )
+        obs = obs[["perturbation", "cell_type", "batch", "control_index"]]
+        obs.index = [f"predicted_{i}" for i in range(len(obs))]
+        for column in ("perturbation", "cell_type", "batch"):
+            obs[column] = pd.Categorical(obs[column])
+        uns = {"perturbflow": {"starts_from_controls": not family.is_ceiling, "role": role}}
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for place in ("obsm", "varm", "obsp", "varp", "layers"):
+            ad.io.write_elem(file, place, {})
+        for place, content in (("obs", obs), ("var", pd.DataFrame(index=cells.genes)), ("uns", uns)):
+            ad.io.write_elem(file, place, content, dataset_kwargs={"compression": "gzip"})

@@ -50,8 +50,8 @@ def train(
     seed
         Governs all that is random in training.
     """
-    cells = Pairs.read(pairs)
     family = build(implementation, params)
+    cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
     inputs = {path.name: file_digest(path) for path in (pairs, embeddings)}
     circumstances = Run(
         seed=seed,
@@ -61,8 +61,8 @@ def train(
         identity=digest(implementation, params, seed, inputs, code_digest(Path(inspect.getfile(type(family))))),
     )
     started = time.perf_counter()
-    seen = cells if family.is_ceiling else cells.roles("train", "validation")
-    artefact = family.fit(seen, Embeddings.read(embeddings), circumstances)
+    cells = cells if family.is_ceiling else cells.roles("train", "validation")
+    artefact = family.fit(cells, Embeddings.read(embeddings), circumstances)
     seconds = time.perf_counter() - started
     save_artefact(model, artefact)
     n_parameters = circumstances.facts.pop("n_parameters", None)

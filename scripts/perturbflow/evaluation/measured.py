@@ -33,7 +33,7 @@ def _stored(X: sparse.csr_matrix) -> np.ndarray:
     """Return how many values each row of a matrix in memory or on disk holds."""
     if sparse.issparse(X):
         return np.diff(X.tocsr().indptr)
-    return np.diff(X.group["indptr"][:])
+    return X.n_stored
 
 
 def _blocks(cells: Pairs) -> Iterator[tuple[slice, sparse.csr_matrix]]:

@@ -12,6 +12,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
+from perturbflow.hdf5 import CsrRows
 from perturbflow.models.base import Run
 from perturbflow.models.batches import Batches
 from perturbflow.models.networks import mlp
@@ -23,6 +24,8 @@ WIDTH = 128
 LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 2e-3, 1e-4, 0.99
 PRIOR_WEIGHT = 0.1  # of the Kullback-Leibler term: the latent is to be moved in, not drawn from its prior
 CELLS_PER_BLOCK = 4096
+VALUES_IN_MEMORY = 2**26  # 0.5 GB
+N_RUNS, RUN, STEPS_PER_READ = 64, 256, 100  # what is read of a larger file at once, and how many batches are drawn from it
 
 
 def negative_binomial(k: Tensor, mean: Tensor, shape: Tensor) -> Tensor:
@@ -76,14 +79,37 @@ class Cells:
 
 
 class DrawnCells:
-    """Draws batches of training cells, the same for the same seed."""
+    """Draws batches of training cells, the same for the same seed.
 
-    def __init__(self, X: sparse.csr_matrix) -> None:
-        self.X = X
+    Cells are drawn from all where these are in memory or small enough to be read. From a larger file N_RUNS runs of RUN neighbouring
+    cells each are read, from random places, and STEPS_PER_READ batches drawn from them.
+
+    Parameters
+    ----------
+    X
+        log1p expression, in memory or on disk.
+    """
+
+    def __init__(self, X: sparse.csr_matrix | CsrRows) -> None:
+        self.X = X[:] if isinstance(X, CsrRows) and X.n_stored.sum() <= VALUES_IN_MEMORY else X
+        self._last: tuple[tuple[int, ...], sparse.csr_matrix] | None = None
+
+    def _read(self, seed: tuple[int, ...]) -> sparse.csr_matrix:
+        """Return runs of cells at places that depend on the seed alone; the last ones are kept."""
+        if self._last is None or self._last[0] != seed:
+            n_runs = -(-self.X.shape[0] // RUN)
+            runs = np.sort(np.random.default_rng(seed).choice(n_runs, min(N_RUNS, n_runs), replace=False))
+            rows = (runs[:, None] * RUN + np.arange(RUN)).ravel()
+            self._last = seed, self.X[rows[rows < self.X.shape[0]]]
+        return self._last[1]
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Cells:
         """Return cells drawn with replacement, with their counts."""
-        x = self.X[np.sort(np.random.default_rng(seed).integers(0, self.X.shape[0], size))].toarray()
+        X = self.X
+        if isinstance(X, CsrRows):
+            *outer, step = seed
+            X = self._read((*outer, step // STEPS_PER_READ))
+        x = X[np.sort(np.random.default_rng(seed).integers(0, X.shape[0], size))].toarray()
         normalized = np.expm1(x.astype(np.float64))
         k = np.rint(normalized / unit_of(normalized)[:, None])
         return Cells(torch.from_numpy(x), torch.from_numpy(k.astype(np.float32)))
@@ -104,7 +130,8 @@ class CountLatent:
     @classmethod
     def fit(cls, pairs: Pairs, n_latent: int, n_steps: int, batch_size: int, run: Run) -> "CountLatent":
         """Train on the cells of the training role; goes on from a checkpoint of the same training."""
-        X = pairs.roles("train").X
+        training = pairs.roles("train")
+        X = training.X
         torch.manual_seed(run.seed)
         network = CountNetwork(X.shape[1], n_latent)
         learner = Learner(network, run.seed, n_steps, LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY)
@@ -112,7 +139,7 @@ class CountLatent:
         optimize(learner, Batches(DrawnCells(X), None, batch_size, run.seed), own, "autoencoder")
         run.facts["autoencoder"] = own.history[-1] if own.history else {}
         latent = cls(learner.average.module.cpu())
-        z = latent.encode(X)
+        z = np.concatenate([latent.encode(block) for _, block in training.blocks()])
         latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
         latent.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))
         return latent

@@ -55,6 +55,7 @@ class Model(ABC):
     """
 
     is_ceiling: ClassVar[bool] = False  # a ceiling may see measured test cells; a model never does
+    reads_blocks: bool = False  # fit goes through the cells block by block: their expression may stay on disk
     reads_strata: ClassVar[bool] = False  # predict also takes strata: batch and cell type of every control cell
 
     @abstractmethod

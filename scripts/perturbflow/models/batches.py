@@ -1,12 +1,11 @@
 """Batches of matched control and perturbed cells in latent coordinates, the same for the same seed and step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from scipy import sparse
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -87,7 +86,13 @@ class PairedCells:
         residual: bool = False,
     ) -> None:
         self.cells_per_draw = cells_per_draw
-        self.z = torch.from_numpy(latent.encode(pairs.X))
+        groups = pairs.groups
+        self.z = torch.empty(len(pairs.rows), latent.n_dimensions)
+        sums = np.zeros((len(groups.n_cells), latent.n_dimensions))
+        for rows, X in pairs.blocks():
+            z = latent.encode(X)
+            sums += groups.indicator(rows) @ z
+            self.z[rows] = torch.from_numpy(z)
         self.labels = pairs.perturbations
         self.genes = conditions.index(self.labels)
         cells = [pairs.cells_of(label) for label in self.labels]
@@ -99,23 +104,27 @@ class PairedCells:
         strata = pairs.obs.groupby(["role", "batch", "cell_type"], observed=True)
         self.stratum = strata.ngroup().to_numpy()
         self.controls = [rows[pairs.is_control[rows]] for rows in strata.indices.values() if pairs.is_control[rows].any()]
-        in_latent = replace(pairs, X=sparse.csr_matrix(self.z.numpy()))
-        effect_of = {label: in_latent.effect_of(label).astype(np.float32) for label in self.labels}
-        none = np.zeros(latent.n_dimensions, dtype=np.float32)
-        self.shifted = self.z - torch.from_numpy(np.stack([effect_of.get(label, none) for label in pairs.labels]))
-        self.target = self.shifted if residual else self.z
+        effects = torch.from_numpy(groups.effects(sums).astype(np.float32))
+        # What is taken off a cell: the mean effect of its perturbation, in the last row that of none.
+        self.effect = torch.cat([effects, torch.zeros(1, latent.n_dimensions)])
+        self.perturbation = np.where(pairs.is_control, len(self.labels), groups.of_cell)
+        self.residual = residual
         # In validation all starts are controls, and no combination is composed.
         is_training = bool((pairs.obs["role"] == "train").all())
         self.shifted_share = shifted_share if is_training else 0.0
         self.by_stratum = np.argsort(self.stratum, kind="stable")
         self.stratum_size = np.bincount(self.stratum)
         self.stratum_first = np.concatenate([[0], np.cumsum(self.stratum_size)[:-1]])
-        single = [label for label in self.labels if len(members_of(label)) == 1]
+        is_single = np.array([len(members_of(label)) == 1 for label in self.labels])
+        single = [label for label, alone in zip(self.labels, is_single, strict=True) if alone]
         self.has_combinations = len(single) < len(self.labels)
         self.synthetic_share = synthetic_share if is_training and self.has_combinations and len(single) > 1 else 0.0
-        effects = torch.from_numpy(np.stack([effect_of[label] for label in single])) if single else None
-        self.single_effects = torch.zeros_like(effects) if residual and single else effects
+        self.single_effects = torch.zeros_like(effects[is_single]) if residual else effects[is_single]
         self.single_genes = conditions.index(single)[:, 0] if single else None
+
+    def shifted(self, rows: np.ndarray) -> Tensor:
+        """Return cells less the mean effect of their perturbation, (rows, dimensions)."""
+        return self.z[rows] - self.effect[self.perturbation[rows]]
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Batch:
         """Return a batch that depends on the seed alone."""
@@ -135,8 +144,8 @@ class PairedCells:
         is_shifted = np.flatnonzero(rng.random(size) < self.shifted_share)
         stratum = self.stratum[target[is_shifted]]
         any_cell = self.by_stratum[self.stratum_first[stratum] + rng.integers(0, self.stratum_size[stratum])]
-        before[is_shifted] = self.shifted[any_cell]
-        z = self.target[target]
+        before[is_shifted] = self.shifted(any_cell)
+        z = self.shifted(target) if self.residual else self.z[target]
         if self.synthetic_share:
             other = rng.integers(0, len(self.single_genes), n_draws)[draw]
             is_composed = (rng.random(n_draws) < self.synthetic_share)[draw]

@@ -30,11 +30,7 @@ class Effects:
     @classmethod
     def of_training(cls, pairs: Pairs) -> "Effects":
         """Measure the effects of all training perturbations."""
-        training = pairs.roles("train")
-        labels = training.perturbations
-        values = np.stack([training.effect_of(label) for label in labels])
-        errors = np.stack([training.variance_of(rows) / len(rows) for rows in map(training.cells_of, labels)])
-        return cls(labels, values, errors)
+        return cls._measured(pairs.roles("train"), None)
 
     @classmethod
     def with_disjoint_controls(cls, pairs: Pairs) -> "tuple[Effects, Effects]":
@@ -44,15 +40,14 @@ class Effects:
         controls that is half of a weak effect. Whether effects resemble one another is told from two of disjoint controls.
         """
         training = pairs.roles("train")
-        strata = training.obs[training.is_control].groupby(["batch", "cell_type"], observed=True)
-        is_odd = (strata.cumcount() % 2 == 1).to_numpy()
-        is_alone = (strata["role"].transform("size") < 2).to_numpy()
-        halves = []
-        for keep in (is_odd, ~is_odd):
-            mask = np.ones(len(training.labels), dtype=bool)
-            mask[np.flatnonzero(training.is_control)] = keep | is_alone
-            halves.append(cls.of_training(training.select(mask)))
-        return halves[0], halves[1]
+        return cls._measured(training, 1), cls._measured(training, 0)
+
+    @classmethod
+    def _measured(cls, training: Pairs, half: int | None) -> "Effects":
+        groups, (sums, squares) = training.groups, training.sums
+        variances = groups.means(squares) - groups.means(sums) ** 2
+        errors = variances / groups.n_cells[: len(groups.labels), None]
+        return cls(groups.labels, groups.effects(sums, half).astype(np.float32), errors)
 
     def without(self, labels: Collection[str]) -> "Effects":
         """Return all effects but these."""

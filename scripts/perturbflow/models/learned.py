@@ -39,6 +39,7 @@ class LearnedModel(Model):
         Shared by all learned families, see config/schemas/models.schema.yaml.
     """
 
+    reads_blocks = True
     cells_per_draw: ClassVar[int] = 1
     learns_residuals: bool = False  # whether the network sees targets less the mean effect of their perturbation
 

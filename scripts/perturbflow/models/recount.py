@@ -28,6 +28,27 @@ MAX_ENUMERATED = 40.0  # larger means are drawn from the Gaussian limit
 DRAWN_AT_LEAST = 16  # cells that calibrate a gene; of fewer, each counts several times
 
 
+@compiled
+def _units(normalized: np.ndarray, units: np.ndarray) -> None:
+    for cell in range(len(normalized)):
+        smallest = np.inf
+        for value in normalized[cell]:
+            if 1e-6 < value < smallest:
+                smallest = value
+        units[cell] = smallest
+        if smallest == np.inf:
+            continue
+        for divisor in range(1, MAX_UNITS + 1):
+            largest = off = 0.0
+            for value in normalized[cell]:
+                if value > 1e-6:
+                    count = value * (divisor / smallest)
+                    largest, off = max(largest, count), max(off, abs(count - np.rint(count)))
+            if off < 1e-3 * max(largest, 10.0) ** 0.5:
+                units[cell] = smallest / divisor
+                break
+
+
 def unit_of(normalized: np.ndarray) -> np.ndarray:
     """Return what one count is worth in every cell, (cells,): the greatest number of which all values are multiples.
 
@@ -36,16 +57,8 @@ def unit_of(normalized: np.ndarray) -> np.ndarray:
     normalized
         Counts of each cell times a factor of its own, (cells, genes).
     """
-    present = np.where(normalized > 1e-6, normalized, np.inf)
-    smallest = present.min(axis=1)
-    unit = smallest.copy()
-    for cell in np.flatnonzero(np.isfinite(smallest)):
-        values = normalized[cell][normalized[cell] > 1e-6]
-        for divisor in range(1, MAX_UNITS + 1):
-            counts = values * (divisor / smallest[cell])
-            if np.abs(counts - np.rint(counts)).max() < 1e-3 * max(counts.max(), 10.0) ** 0.5:
-                unit[cell] = smallest[cell] / divisor
-                break
+    unit = np.empty(len(normalized))
+    _units(normalized.astype(np.float64, copy=False), unit)
     has_counts = np.isfinite(unit)
     return np.where(has_counts, unit, np.median(unit[has_counts]) if has_counts.any() else 1.0)
 
