@@ -137,7 +137,7 @@ class CountLatent:
         learner = Learner(network, run.seed, n_steps, LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY)
         own = replace(run, checkpoints=run.checkpoints / "autoencoder", history=[], facts={})
         optimize(learner, Batches(DrawnCells(X), None, batch_size, run.seed), own, "autoencoder")
-        run.facts["autoencoder"] = own.history[-1] if own.history else {}
+        run.facts["autoencoder"] = {"n_parameters": own.facts["n_parameters"], **own.history[-1]}
         latent = cls(learner.average.module.cpu())
         z = np.concatenate([latent.encode(block) for _, block in training.blocks()])
         latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
