@@ -175,6 +175,7 @@ class CsrRows:
     def __init__(self, group: h5py.Group, path: Path):
         self._content = path.open("rb")
         self._data, self._indices = (Rows(group[name], self._content.fileno(), path) for name in ("data", "indices"))
+        self.dtype = self._data.dtype
         self._bounds = group["indptr"][:].astype(np.int64)
         self._rows = np.arange(len(self._bounds) - 1)
         self.shape = len(self._rows), int(group.attrs["shape"][1])

@@ -221,7 +221,7 @@ class Pairs:
     def control_level(self) -> np.ndarray:
         """Mean expression of all controls, (genes,)."""
         first = len(self.groups.labels)
-        return (self.sums[0][first:].sum(axis=0) / self.groups.n_cells[first:].sum()).astype(np.float32)
+        return (self.sums[0][first:].sum(axis=0) / self.groups.n_cells[first:].sum()).astype(self.X.dtype)
 
     @cached_property
     def control_covariance(self) -> np.ndarray:

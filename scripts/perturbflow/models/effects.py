@@ -47,7 +47,7 @@ class Effects:
         groups, (sums, squares) = training.groups, training.sums
         variances = groups.means(squares) - groups.means(sums) ** 2
         errors = variances / groups.n_cells[: len(groups.labels), None]
-        return cls(groups.labels, groups.effects(sums, half).astype(np.float32), errors)
+        return cls(groups.labels, groups.effects(sums, half).astype(training.X.dtype), errors)
 
     def without(self, labels: Collection[str]) -> "Effects":
         """Return all effects but these."""
