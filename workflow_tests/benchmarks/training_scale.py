@@ -3,8 +3,8 @@
     python workflow_tests/benchmarks/training_scale.py --cells 20000 200000 --models scppdm jepa counterfactual --predict 100 400
 
 makes files of the shape of pairs.h5ad (2,000 genes, chunks and compression as anndata writes them; without the layer of counts, which
-training does not read) and prints Markdown tables. Every measurement is a process of its own. `scppdm:counts` is scppdm with the
-latent space of counts.
+training does not read) and prints Markdown tables. Every measurement is a process of its own. `scppdm:counts` and `scppdm:pca`
+are scppdm with that latent space.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def generate(folder: Path, n_cells: int, seed: int = 0) -> None:
 
 
 def model_of(name: str, n_steps: int) -> tuple[str, dict]:
-    """Return implementation and params of a model of the registry; `name:counts` has the latent space of counts."""
+    """Return implementation and params of a model of the registry; `name:counts` and `name:pca` have that latent space."""
     name, _, latent = name.partition(":")
     config: dict = {"select": {"datasets": ["renge2023"], "splits": ["unseen_perturbation"], "models": [name], "seeds": [0]}}
     for file in ("config", "datasets", "splits", "models", "counterfactuals"):
