@@ -117,12 +117,12 @@ def figure(scored: dict[str, Scored], path: Path) -> None:
                 (comparison.predicted_components[i], "predicted", "#D55E00"),
             ):
                 axis.scatter(*((cells - centre) @ directions).T, s=6, alpha=0.6, c=colour, label=label, linewidths=0)
-            axis.set_title(f"{first.labels[i]}: {name}", fontsize=9)
+            axis.set_title(f"{first.labels[i]}\n{name}", fontsize=8)
         limits = [f(getattr(axis, f"get_{side}lim")()[k] for axis in axes[row]) for side in "xy" for k, f in ((0, min), (1, max))]
         for axis in axes[row]:
             axis.set(xlim=limits[:2], ylim=limits[2:], xlabel="component 1", ylabel="component 2")
     axes[0][0].legend(frameon=False, fontsize=8)
-    canvas.savefig(path, dpi=144)
+    canvas.savefig(path, dpi=100)
 
 
 def main() -> None:
