@@ -94,7 +94,6 @@ class Diffusion(LearnedModel):
         }  # fmt: skip
         self.latent_kind, self.cells, self.objective = latent, cells, objective
         self.learns_residuals = mean == "closed_form"
-        self.reads_blocks = not self.learns_residuals  # closed forms look at perturbations one by one
         self.guidance_state, self.guidance_perturbation, self.dose_guidance = guidance_state, guidance_perturbation, dose_guidance
         self.sampler, self.n_sampling_steps, self.fresh_noise = sampler, n_sampling_steps, fresh_noise
 
