@@ -383,6 +383,17 @@ def test_what_is_added_follows_the_level_and_the_cell() -> None:
     assert out[:, 1].var() == pytest.approx(12.0, rel=0.2)
 
 
+@pytest.mark.parametrize("level", [0.2, 2.0, 50.0])
+def test_the_mean_that_fold_changes_make_is_on_the_scale_of_the_cells(level: float) -> None:
+    """Rates, not log1p expression, change by a fold: what that is in log1p depends on the level."""
+    rng = np.random.default_rng(0)
+    counts = np.column_stack([rng.poisson(level, 20_000), np.ones(20_000)])
+    cells, fold = np.log1p(counts.astype(float)), np.tile([np.log(0.5), 0.0], (20_000, 1))
+    expected = np.log1p(rng.poisson(level / 2, 200_000)).mean() - np.log1p(rng.poisson(level, 200_000)).mean()
+    assert recount.drawn_mean_change(cells, fold, rng)[0] == pytest.approx(expected, rel=0.05)
+    assert recount.drawn_mean_change(cells[:7], fold[:7], rng)[1] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_no_change_returns_the_cells_themselves(screen: tuple[Pairs, Embeddings]) -> None:
     cells = screen[0].X[:50].toarray()
     out = recount.recounted(cells, np.zeros(cells.shape[1]), None, np.random.default_rng(0))

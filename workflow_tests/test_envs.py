@@ -176,9 +176,9 @@ def test_lock_has_what_the_tests_and_the_snakefile_import():
     files = [*Path(__file__).parent.rglob("*.py"), PACKAGE / "registry.py"]
     local = {file.stem for file in files} | {"conftest"}
     needed = set().union(*(third_party(file, is_lazy_wanted=True) for file in files)) - {normalized(name) for name in local}
-    # The field's evaluators are wanted by one benchmark, whose tests skip without them.
-    evaluators = set(locked(Path(__file__).parent / "benchmarks" / "field_evaluators.txt"))
-    assert needed <= set(locked("requirements.txt")) | set(locked("requirements-test.txt")) | evaluators
+    # What single benchmarks compare with: their tests skip without it.
+    benchmarks = set().union(*(locked(file) for file in (Path(__file__).parent / "benchmarks").glob("*.txt")))
+    assert needed <= set(locked("requirements.txt")) | set(locked("requirements-test.txt")) | benchmarks
 
 
 def test_running_versions_are_those_of_the_lock():

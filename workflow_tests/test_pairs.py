@@ -252,7 +252,7 @@ def test_a_users_table_is_read_by_symbol_and_missing_genes_are_empty(tmp_path: P
     [
         ("gene\tx\nTF1\tword\n", "the first column holds gene symbols, all others numbers"),
         ("gene\nTF1\n", r"\(no columns\)"),
-        ("gene\tx\nZZZ\t1\n", "no row for any of the 2 perturbed genes"),
+        ("gene\tx\nZZZ\t1\n", "no row for any of the 2 genes that are asked for"),
         ("", "cannot be read as a tab-separated table"),
     ],
 )

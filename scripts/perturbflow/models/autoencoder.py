@@ -180,8 +180,6 @@ class CountLatent:
         """Return log ρ(z + moved) − log ρ(z)."""
         return self._log_share(z + moved) - self._log_share(z)
 
-    def change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
-        """Return the change of log1p of the shares times the number of genes: the scale on which a mean count is about 1."""
-        n_genes = len(self.network.log_shape)
-        before, after = (np.log1p(n_genes * np.exp(self._log_share(at))) for at in (z, z + moved))
-        return after - before
+    def mean_change(self, moved: np.ndarray) -> None:
+        """Nothing: rates change, and the mean of log1p counts is what counts at these rates have."""
+        return

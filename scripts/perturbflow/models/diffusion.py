@@ -27,7 +27,7 @@ from perturbflow.models.denoiser import Denoiser
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import Latent, LatentSpace
 from perturbflow.models.learned import LearnedModel
-from perturbflow.models.recount import recounted
+from perturbflow.models.recount import drawn_mean_change, recounted
 from perturbflow.models.samplers import ancestral, ddim, dpm, last_time, split
 from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
@@ -49,7 +49,7 @@ class Diffusion(LearnedModel):
     mean
         learned or closed_form.
     cells
-        counts: cells of whole counts, see `recount`; shifted: control cells plus the change.
+        counts: cells of whole counts, see `recount`; shifted: control cells plus the mean change.
     width, n_tokens, n_blocks, n_heads, dropout, own_dropout, condition_dropout, objective, alignment
         Of the network and its training, see `Denoiser`.
     guidance_state, guidance_perturbation
@@ -197,15 +197,12 @@ class Diffusion(LearnedModel):
         """
         if perturbation == CONTROL:
             return start.copy()
+        if self.learns_residuals and len(moved) >= CENTRED_FROM:
+            moved = moved - moved.mean(axis=0)
+        fold = self.latent.fold(z, moved)
         if self.learns_residuals:
-            moved = moved - moved.mean(axis=0) if len(moved) >= CENTRED_FROM else moved
-            change = self.latent.change(z, moved)
-            change = change - change.mean(axis=0) if len(moved) >= CENTRED_FROM else change
             mean = self.mean.effect(perturbation)
         else:
-            change = self.latent.change(z, moved) + self.own_shift(start, perturbation)
-            mean = change.mean(axis=0)
-            change = change - mean
-        if self.cells == "shifted":
-            return start + mean + change
-        return recounted(start, mean, self.latent.fold(z, moved), rng)
+            told = self.latent.mean_change(moved)
+            mean = (drawn_mean_change(start, fold, rng) if told is None else told) + self.own_shift(start, perturbation)
+        return start + mean if self.cells == "shifted" else recounted(start, mean, fold, rng)

@@ -28,8 +28,8 @@ class Latent(Protocol):
     def encode(self, X: np.ndarray | sparse.csr_matrix) -> np.ndarray:
         """Return latent coordinates of log1p-normalized cells, (cells, dimensions); training cells have about unit variance."""
 
-    def change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
-        """Return what moving cells at z by `moved` changes in their log1p expression, (cells, genes)."""
+    def mean_change(self, moved: np.ndarray) -> np.ndarray | None:
+        """Return what moves change in the mean of log1p expression, (genes,); None where that is for the counts to say."""
 
     def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Return the logarithms of the fold changes of the cells' rates, (cells, genes)."""
@@ -109,15 +109,19 @@ class LatentSpace:
         """Return expression, (cells, genes)."""
         return (z * self.scale) @ self.basis.T + self.mean
 
-    def change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
-        """Return the decoded move, whatever z is."""
+    def change(self, moved: np.ndarray) -> np.ndarray:
+        """Return what moves change in log1p expression, (cells, genes)."""
         return (moved * self.scale) @ self.basis.T
+
+    def mean_change(self, moved: np.ndarray) -> np.ndarray:
+        """Return the mean of `change`, (genes,)."""
+        return self.change(moved.mean(axis=0, keepdims=True))[0]
 
     def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Return log fold changes of the cells' levels ℓ as the latent space knows them: log((ℓ + (1 + ℓ) Δ) / ℓ), Δ the change of log1p ℓ."""
         level = np.expm1(np.maximum(self.decode(z), 0.0))
         level = np.maximum(level, LOWEST_SHARE * np.maximum(level.mean(axis=0), 1e-3))
-        return np.log(np.maximum(level + (1.0 + level) * self.change(z, moved), LEAST_LEFT * level) / level)
+        return np.log(np.maximum(level + (1.0 + level) * self.change(moved), LEAST_LEFT * level) / level)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the arrays to be stored."""

@@ -163,7 +163,7 @@ class LearnedModel(Model):
         moved
             Their displacement in latent space, (cells, dimensions).
         """
-        return start + self.latent.change(z, moved) + self.own_shift(start, perturbation)
+        return start + self.latent.change(moved) + self.own_shift(start, perturbation)
 
     def own_shift(self, start: np.ndarray, perturbation: str) -> np.ndarray:
         """Return what is known of the levels of unseen perturbed genes, (genes,)."""

@@ -25,6 +25,7 @@ LOWEST, HIGHEST = -14.0, 9.0  # of the logarithm of a fold change
 FIRST_STEP = 0.25
 MAX_TRIALS = 20
 MAX_ENUMERATED = 40.0  # larger means are drawn from the Gaussian limit
+AVERAGED_AT_LEAST = 512  # cells that tell what fold changes do to a mean
 DRAWN_AT_LEAST = 16  # cells that calibrate a gene; of fewer, each counts several times
 
 
@@ -212,6 +213,13 @@ def recounted(cells: np.ndarray, mean_change: np.ndarray | None, fold: np.ndarra
         with ThreadPoolExecutor(len(parts)) as threads:
             list(threads.map(calibrate, [part for part in parts if len(part)]))
     return np.ascontiguousarray(out[:, :n_cells].T, dtype=np.float32)
+
+
+def drawn_mean_change(cells: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return what these fold changes do to the mean of log1p-normalized cells, (genes,): the mean of enough draws of the same cells."""
+    repeats = -(-AVERAGED_AT_LEAST // len(cells))
+    drawn = recounted(np.tile(cells, (repeats, 1)), None, np.tile(fold, (repeats, 1)), rng)
+    return drawn.mean(axis=0, dtype=np.float64) - cells.mean(axis=0, dtype=np.float64)
 
 
 def _shape(k: np.ndarray, expected: np.ndarray) -> np.ndarray:
