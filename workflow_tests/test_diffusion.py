@@ -578,9 +578,15 @@ def candidates_table(n: int, better: int | None, error: float = 0.0, seed: int =
 def test_a_mix_is_taken_where_it_is_better_and_costs_no_error() -> None:
     n_gains = len(conditional_mean.GAINS)
     better = 3 * n_gains + 2
-    assert conditional_mean._chosen(candidates_table(40, better)) == (3, conditional_mean.GAINS[2], 40)
-    assert conditional_mean._chosen(candidates_table(40, better, error=0.2))[:2] == (0, 1.0)  # more error than the best part alone
-    assert conditional_mean._chosen(candidates_table(conditional_mean.LEAST_HELD_OUT - 1, better))[:2] == (0, 1.0)  # too few to tell
+    assert conditional_mean._chosen(conditional_mean.MIXES, candidates_table(40, better)) == (3, conditional_mean.GAINS[2], 40)
+    assert conditional_mean._chosen(conditional_mean.MIXES, candidates_table(40, better, error=0.2))[:2] == (
+        0,
+        1.0,
+    )  # more error than the best part alone
+    assert conditional_mean._chosen(conditional_mean.MIXES, candidates_table(conditional_mean.LEAST_HELD_OUT - 1, better))[:2] == (
+        0,
+        1.0,
+    )  # too few to tell
 
 
 def test_the_four_cases() -> None:
@@ -602,7 +608,7 @@ def test_a_shrunken_mean_gets_its_spread_back() -> None:
         for mix in conditional_mean.MIXES
         for gain in conditional_mean.GAINS
     ]
-    mix, gain, _ = conditional_mean._chosen(np.stack(tables))
+    mix, gain, _ = conditional_mean._chosen(conditional_mean.MIXES, np.stack(tables))
     recovered = conditional_mean._mixed(said, conditional_mean.MIXES[mix], gain, centre)
     assert np.linalg.norm(recovered - truth) < 0.5 * np.linalg.norm(said["stacked"] - truth)
 
@@ -644,14 +650,14 @@ def test_the_mean_reads_training_cells_alone(screen: tuple[Pairs, Embeddings]) -
 
 
 def test_residuals_have_no_mean_left(screen: tuple[Pairs, Embeddings]) -> None:
-    from perturbflow.models.batches import PairedCells
+    from perturbflow.models.batches import PairedCells, encoded
 
     pairs, embeddings = screen
     effects = Effects.of_training(pairs)
     latent = LatentSpace.fit(pairs, effects, 12)
     table = embeddings.standardized(effects.genes)
     conditions = Conditions(list(table.index), table.to_numpy())
-    cells = PairedCells(pairs.roles("train"), latent, conditions, 0.0, 1.0, 0.0, 1, residual=True)
+    cells = PairedCells(pairs.roles("train"), encoded(pairs.roles("train"), latent), conditions, 0.0, 1.0, 0.0, 1, residual=True)
     batches = [cells.batch(500, (i,)) for i in range(6)]
     change = torch.cat([batch.target - batch.start for batch in batches])
     genes = torch.cat([batch.genes for batch in batches])

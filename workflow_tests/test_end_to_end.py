@@ -20,7 +20,7 @@ LEARNED = {"scppdm": "diffusion", "scppdm_hybrid": "diffusion", "jepa": "jepa", 
 QUICK = {
     "scppdm": {"n_steps": 100, "width": 16, "n_sampling_steps": 4},
     "scppdm_hybrid": {"n_steps": 100, "width": 16, "n_sampling_steps": 4},
-    "jepa": {"n_steps": 100},
+    "jepa": {"n_steps": 100, "n_steps_representation": 100, "n_steps_decoder": 100},
     "counterfactual": {"n_steps": 100},
 }
 RENGE = Path("results/renge2023/unseen_perturbation")

@@ -40,6 +40,18 @@ IMPLEMENTATIONS = {
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
 MODELS = {**{name: name for name in IMPLEMENTATIONS}, "learned": "learned"}
 HEADLINES = [name for name, metric in METRICS.items() if metric.headline]
+STAGE = [{"step": step, "effective_rank": 5.0 + step} for step in (1, 2, 3)]
+SEPARABILITY = {
+    "batch": {
+        "n_labels": 2,
+        "n_cells": 321,
+        "chance": 0.5,
+        "embedding_linear": 0.617,
+        "embedding_knn": 0.52,
+        "pca_linear": 0.6,
+        "pca_knn": 0.5,
+    }
+}
 HISTORY = [{"step": step, "loss": 1 / step, "validation_loss": 1.5 / step, "rate": float("nan")} for step in (10, 20, 30, 40)]
 
 
@@ -93,7 +105,8 @@ def run_models(here: Path, split: str) -> None:
     folder = Path(shutil.copytree(here / "additive", here / "learned")) / "seed_0"
     run = read_json(folder / "run.json")
     run["provenance"]["model"] = "learned"
-    write_json(folder / "run.json", {**run, "implementation": "base:Model", "history": HISTORY, "n_parameters": 7654321})
+    facts = {"stage_a": {"history": STAGE, "complaint": "the embedding has collapsed: so it says."}, "separability": SEPARABILITY}
+    write_json(folder / "run.json", {**run, "implementation": "base:Model", "history": HISTORY, "n_parameters": 7654321, "facts": facts})
     scores = pd.read_csv(folder / "metrics.tsv", sep="\t")
     scores["model"] = "learned"
     towards = np.sign([METRICS[metric].perfect - value for metric, value in zip(scores["metric"], scores["value"], strict=True)])
@@ -263,6 +276,15 @@ def test_no_curve_is_drawn_of_closed_forms(tree: Tree, tmp_path: Path, few_figur
     page = tree.page(**baselines, **tables, report=tmp_path / "report.html")
     assert "No model of this run was trained in steps" in page
     assert "one of the best" in page  # the best baseline is drawn all the same
+
+
+def test_stages_of_a_training_are_drawn_and_its_embedding_and_complaints_are_told(page: str) -> None:
+    elements = Elements(page)
+    labels = [attributes["aria-label"] for tag, attributes in elements.tags if tag == "svg"]
+    assert any(label.startswith("stage_a: effective_rank of learned") and "from 6.00 to 8.00" in label for label in labels)
+    assert "the embedding has collapsed: so it says." in elements.text
+    assert "0.617" in elements.text
+    assert "321" in elements.text
 
 
 def test_special_characters_of_labels_are_text(page: str) -> None:

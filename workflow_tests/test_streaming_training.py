@@ -19,7 +19,7 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.models import autoencoder, batches
 from perturbflow.models.autoencoder import DrawnCells
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.batches import PairedCells
+from perturbflow.models.batches import PairedCells, encoded
 from perturbflow.models.conditional_mean import ConditionalMean
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
@@ -157,7 +157,8 @@ def paired(pairs: Pairs, embeddings: Path, role: str, *, residual: bool) -> tupl
     effects = Effects.of_training(pairs)
     latent = LatentSpace.fit(pairs, effects, 12)
     table = Embeddings.read(embeddings).standardized(effects.genes)
-    return PairedCells(pairs.roles(role), latent, Conditions(list(table.index), table.to_numpy()), **SHARES, residual=residual), latent
+    cells, conditions = pairs.roles(role), Conditions(list(table.index), table.to_numpy())
+    return PairedCells(cells, encoded(cells, latent), conditions, **SHARES, residual=residual), latent
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -192,6 +193,8 @@ class Watched:
 
 
 def fitted(name: str, pairs: Pairs, embeddings: Path, folder: Path, **changes: object) -> tuple[Model, dict]:
+    if name == "jepa":
+        changes |= {"n_steps_representation": 10, "n_steps_decoder": 10, "when_broken": "report"}
     implementation, params = registered(name, **{**TINY, **changes})
     model = build(implementation, params)
     run = Run(seed=0, checkpoints=folder, identity="test")
@@ -208,6 +211,7 @@ def test_trained_weights_are_the_same_and_no_role_is_read_as_a_whole(
     embeddings = prepared[COMBINATION].embeddings
     _, expected = fitted(name, both[0], embeddings, tmp_path / "memory", **changes)
     monkeypatch.setattr("perturbflow.models.latent.MAX_CELLS", 10**6)
+    monkeypatch.setattr("perturbflow.models.probes.MAX_CELLS", 60)
     watched = Watched(monkeypatch)
     model, artefact = fitted(name, both[1], embeddings, tmp_path / "disk", **changes)
     assert model.reads_blocks

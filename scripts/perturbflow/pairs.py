@@ -71,10 +71,21 @@ class Groups:
         np.add.at(shares, (self.of_cell[~is_control], self.stratum[~is_control]), 1.0)
         self._shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1.0)
 
+    def is_of_half(self, half: int) -> np.ndarray:
+        """Return True for the controls of one half, (cells,), as `effects` takes them."""
+        n = self.n_cells[len(self.labels) :].reshape(-1, 2)
+        control = self.of_cell - len(self.labels)
+        is_alone = n.sum(axis=1)[np.maximum(control, 0) // 2] < 2
+        return (control >= 0) & ((control % 2 == half) | is_alone)
+
     def indicator(self, rows: slice) -> sparse.csr_matrix:
         """Return 1 where a cell is of a group, (groups, cells), of a range of cells."""
         group = self.of_cell[rows]
         return sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), shape=(len(self.n_cells), len(group)))
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Return sums of what every cell has, (cells, columns), over every group, (groups, columns)."""
+        return sum(self.indicator(rows) @ values[rows] for rows in row_blocks(len(values)))
 
     def means(self, sums: np.ndarray) -> np.ndarray:
         """Return the mean of every perturbation from the sums over all groups, (perturbations, columns)."""
@@ -148,6 +159,11 @@ class Pairs:
         X = self.X.select(keep) if isinstance(self.X, CsrRows) else self.X[keep]
         return Pairs(X, self.obs.iloc[keep], self.genes, position[self.control_index[keep]], self.rows[keep])
 
+    def rematched(self, mask: np.ndarray, seed: int) -> "Pairs":
+        """Return the cells under the mask, matched anew with the controls among them."""
+        kept = self.select(mask)
+        return replace(kept, control_index=match_controls(kept.obs, self.control_index.shape[1], seed)[0])
+
     def roles(self, *roles: str) -> "Pairs":
         """Return the cells of these roles: always the same object, so that what is measured of them is measured once."""
         if roles not in self._of_roles:
@@ -163,8 +179,7 @@ class Pairs:
 
     def blocks(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
         """Yield all cells in their order, some thousands at once: which rows they are, and their expression."""
-        for first in range(0, len(self.rows), ROWS_AT_ONCE):
-            rows = slice(first, min(first + ROWS_AT_ONCE, len(self.rows)))
+        for rows in row_blocks(len(self.rows)):
             yield rows, self.X[rows]
 
     @cached_property
@@ -252,6 +267,12 @@ class Pairs:
         """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""
         rows = self.cells_of(label)
         return self.mean_of(rows) - self.control_mean_for(rows)
+
+
+def row_blocks(n: int) -> Iterator[slice]:
+    """Yield n rows in their order, some thousands at once."""
+    for first in range(0, n, ROWS_AT_ONCE):
+        yield slice(first, min(first + ROWS_AT_ONCE, n))
 
 
 def match_controls(obs: pd.DataFrame, k: int, seed: int) -> tuple[np.ndarray, int]:

@@ -48,6 +48,10 @@ class CountNetwork(nn.Module):
         self.register_buffer("centre", torch.zeros(n_latent))
         self.register_buffer("scale", torch.ones(n_latent))
 
+    def embed(self, x: Tensor) -> Tensor:
+        """log1p expression, (B, genes) → means of the latent, (B, n_latent)."""
+        return self.encoder(x).chunk(2, dim=-1)[0]
+
     def log_share(self, z: Tensor) -> Tensor:
         """(B, n_latent), in units of the prior → log ρ, (B, genes)."""
         return torch.log_softmax(self.decoder(z), dim=-1)
@@ -121,10 +125,10 @@ class CountLatent:
     Parameters
     ----------
     network
-        A trained network.
+        A trained network with `embed`, `log_share`, and buffers `centre` and `scale`.
     """
 
-    def __init__(self, network: CountNetwork) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self.network = network.eval()
 
     @classmethod
@@ -139,10 +143,14 @@ class CountLatent:
         optimize(learner, Batches(DrawnCells(X), None, batch_size, run.seed), own, "autoencoder")
         run.facts["autoencoder"] = {"n_parameters": own.facts["n_parameters"], **own.history[-1]}
         latent = cls(learner.average.module.cpu())
-        z = np.concatenate([latent.encode(block) for _, block in training.blocks()])
-        latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
-        latent.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))
+        latent.standardize(training)
         return latent
+
+    def standardize(self, cells: Pairs) -> None:
+        """Centre and scale the coordinates of these cells."""
+        z = np.concatenate([self.encode(block) for _, block in cells.blocks()])
+        self.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
+        self.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))
 
     @classmethod
     def restored(cls, state: dict[str, Tensor]) -> "CountLatent":
@@ -168,8 +176,7 @@ class CountLatent:
         for first in range(0, X.shape[0], CELLS_PER_BLOCK):
             block = X[first : first + CELLS_PER_BLOCK]
             x = torch.from_numpy((block.toarray() if sparse.issparse(block) else block).astype(np.float32))
-            mean = self.network.encoder(x).chunk(2, dim=-1)[0]
-            blocks.append(((mean - self.network.centre) / self.network.scale).numpy())
+            blocks.append(((self.network.embed(x) - self.network.centre) / self.network.scale).numpy())
         return np.concatenate(blocks)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from perturbflow.pairs import Pairs
 from perturbflow.symbols import members_of
 
 STEPS_PER_EPOCH = 100
+N_WATCHED = 1024
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in ("start", "target", "genes", "group")))
 
 
+def encoded(pairs: Pairs, latent: Latent) -> Tensor:
+    """Return latent coordinates of all cells, (cells, dimensions), from one pass over them."""
+    z = torch.empty(len(pairs.rows), latent.n_dimensions)
+    for rows, X in pairs.blocks():
+        z[rows] = torch.from_numpy(latent.encode(X))
+    return z
+
+
 class PairedCells:
     """Draws batches of matched cells, the same for the same seed and step.
 
@@ -54,8 +63,8 @@ class PairedCells:
     ----------
     pairs
         Cells of one role.
-    latent
-        Fitted on training cells.
+    z
+        Their latent coordinates, (cells, dimensions).
     conditions
         Gene indices.
     control_share
@@ -76,7 +85,7 @@ class PairedCells:
     def __init__(
         self,
         pairs: Pairs,
-        latent: Latent,
+        z: Tensor,
         conditions: Conditions,
         control_share: float,
         synthetic_share: float,
@@ -86,13 +95,8 @@ class PairedCells:
         residual: bool = False,
     ) -> None:
         self.cells_per_draw = cells_per_draw
+        self.pairs, self.z = pairs, z
         groups = pairs.groups
-        self.z = torch.empty(len(pairs.rows), latent.n_dimensions)
-        sums = np.zeros((len(groups.n_cells), latent.n_dimensions))
-        for rows, X in pairs.blocks():
-            z = latent.encode(X)
-            sums += groups.indicator(rows) @ z
-            self.z[rows] = torch.from_numpy(z)
         self.labels = pairs.perturbations
         self.genes = conditions.index(self.labels)
         cells = [pairs.cells_of(label) for label in self.labels]
@@ -104,9 +108,9 @@ class PairedCells:
         strata = pairs.obs.groupby(["role", "batch", "cell_type"], observed=True)
         self.stratum = strata.ngroup().to_numpy()
         self.controls = [rows[pairs.is_control[rows]] for rows in strata.indices.values() if pairs.is_control[rows].any()]
-        effects = torch.from_numpy(groups.effects(sums).astype(np.float32))
+        effects = torch.from_numpy(groups.effects(groups.sums(z.numpy())).astype(np.float32))
         # What is taken off a cell: the mean effect of its perturbation, in the last row that of none.
-        self.effect = torch.cat([effects, torch.zeros(1, latent.n_dimensions)])
+        self.effect = torch.cat([effects, torch.zeros(1, z.shape[1])])
         self.perturbation = np.where(pairs.is_control, len(self.labels), groups.of_cell)
         self.residual = residual
         # In validation all starts are controls, and no combination is composed.
@@ -174,6 +178,7 @@ class Batches(pl.LightningDataModule):
     def __init__(self, training: PairedCells, validation: PairedCells | None, size: int, seed: int) -> None:
         super().__init__()
         self.training, self.validation, self.size, self.seed = training, validation, size, seed
+        self._watched: list[Batch] | None = None
 
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the current epoch.
@@ -182,6 +187,13 @@ class Batches(pl.LightningDataModule):
         """
         epoch = self.trainer.global_step // STEPS_PER_EPOCH
         return DataLoader(_Stream(self.training, self.size, self.seed, epoch, STEPS_PER_EPOCH), batch_size=None)
+
+    def watched(self) -> list[Batch]:
+        """Return a batch of training cells and, where there are any, one of validation cells: always the same."""
+        if self._watched is None:
+            kinds = [cells for cells in (self.training, self.validation) if cells is not None]
+            self._watched = [cells.batch(N_WATCHED, (self.seed, 2**30, 0)) for cells in kinds]
+        return self._watched
 
     def val_dataloader(self) -> DataLoader | list:
         """Return four fixed batches of validation perturbations."""

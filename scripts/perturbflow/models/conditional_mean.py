@@ -1,4 +1,4 @@
-"""The mean that `scppdm_hybrid` is built around: a mix of closed forms, with as much of what is a perturbation's own as it can bear.
+"""The mean that learned models are built around: a mix of closed forms, with as much of what is a perturbation's own as it can bear.
 
 A closed form that is fitted by squared error shrinks: what it says of one perturbation is drawn towards the mean of all. Mixing several
 shrinks again. The error hardly notices, but predictions lose what tells them apart. So the mix's difference to the mean of the training
@@ -10,11 +10,15 @@ and mix and gain are chosen by predicting training perturbations held out (inner
 split's test): of those that have no greater error than the best part alone, the one with the least sum of the four losses below.
 Where fewer than `LEAST_HELD_OUT` perturbations can be held out, or no mix is better than `stacked` alone by more than twice the standard
 error of the difference, it is `stacked` alone. The level of an unseen gene itself is always that of `stacked`, which fits it apart.
+
+A network's own idea of mean effects is one more part, where it is handed over (`FitPart`): it is trained anew for every inner fold, and is
+in the mix only as far as it predicts what it was not trained on.
 """
 
 import itertools
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -29,10 +33,15 @@ logger = logging.getLogger(__name__)
 
 CASES = ("measured", "seen", "unseen gene", "unseen member")
 MIXES = ({"stacked": 1.0}, {"latent": 1.0}, {"sum": 1.0}, {"stacked": 0.5, "latent": 0.5}, {"stacked": 0.5, "sum": 0.5})
+MIXES_WITH = ({"{}": 1.0}, {"stacked": 0.5, "{}": 0.5}, {"latent": 0.5, "{}": 0.5}, {"stacked": 0.75, "{}": 0.25})  # of another part
 GAINS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
 LEAST_HELD_OUT = 20
+MAX_CONTEXTS = 8  # held out
 LATENT = (15, 0.3)  # directions and penalty of the members' common fit
 N_HIGH = 1000
+
+# Fits a part that is no closed form: from an inner training and rows of pairs.h5ad that hold the controls to start from, to effects by label.
+FitPart = Callable[[Training, np.ndarray], Callable[[str], np.ndarray]]
 
 
 def parts() -> dict[str, MeanShift]:
@@ -97,15 +106,27 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class ConditionalMean(MeanShift):
-    """A mix of `stacked`, `LatentSum` and `Additive` with a gain, both chosen per case; see the head of this module."""
+    """A mix of `stacked`, `LatentSum`, `Additive` and whatever else is handed over, with a gain, chosen per case; see the head of this module.
+
+    Parameters
+    ----------
+    others
+        By name, how to fit parts that are no closed forms.
+    """
+
+    def __init__(self, others: Mapping[str, FitPart] | None = None) -> None:
+        self.others = others or {}
+        more = [{key.format(name): weight for key, weight in mix.items()} for name in self.others for mix in MIXES_WITH]
+        self.mixes: tuple[dict[str, float], ...] = (*MIXES, *more)
 
     def learn(self, training: Training) -> Artefact:
         """Choose mix and gain of every case by held-out training perturbations, then fit all parts to the whole of training."""
         chosen = dict.fromkeys(CASES, (0, 1.0, 0))
         scored: dict[str, list[np.ndarray]] = {case: [] for case in CASES}
         is_target = np.isin(training.genes, training.effects.genes)
-        for inner, held_out in self._rounds(training):
-            fitted = {name: part.learned(inner) for name, part in parts().items()}
+        for inner, held_out, start in self._rounds(training):
+            effect_of = {name: part.learned(inner).effect for name, part in parts().items()}
+            effect_of |= {name: fit(inner, start) for name, fit in self.others.items()}
             middle, reference = centres(inner.effects), inner.effects.values.mean(axis=0)
             is_high = np.zeros(len(training.genes), dtype=bool)
             is_high[np.argsort(-inner.pairs.control_level, kind="stable")[:N_HIGH]] = True
@@ -116,21 +137,22 @@ class ConditionalMean(MeanShift):
                 if not len(rows):
                     continue
                 labels = [held_out.labels[i] for i in rows]
-                said = {name: np.stack([part.effect(label) for label in labels]) for name, part in fitted.items()}
+                said = {name: np.stack([effect(label) for label in labels]) for name, effect in effect_of.items()}
                 centre = np.stack([middle[kind_of(label)] for label in labels])
                 tables = [
                     losses(_mixed(said, mix, gain, centre), held_out.values[rows], reference, is_high, is_target)
-                    for mix, gain in itertools.product(MIXES, GAINS)
+                    for mix, gain in itertools.product(self.mixes, GAINS)
                 ]
                 scored[case].append(np.stack(tables))  # (candidates, perturbations, losses)
         for case, tables in scored.items():
             if tables:
-                chosen[case] = _chosen(np.concatenate(tables, axis=1))
+                chosen[case] = _chosen(self.mixes, np.concatenate(tables, axis=1))
                 mix, gain, n = chosen[case]
-                logger.info("mean of the case '%s': %s, gain %.1f, by %d held-out perturbations", case, MIXES[mix], gain, n)
+                logger.info("mean of the case '%s': %s, gain %.1f, by %d held-out perturbations", case, self.mixes[mix], gain, n)
         artefact: Artefact = {
             "measured": np.array(training.effects.labels, dtype=str),
             "known": np.array(training.effects.genes, dtype=str),
+            "mixes": np.array([json.dumps(mix) for mix in self.mixes], dtype=str),
             "choice": np.array([chosen[case] for case in CASES], dtype=float),
             **{f"centre.{kind}": value for kind, value in centres(training.effects).items()},
         }
@@ -146,15 +168,23 @@ class ConditionalMean(MeanShift):
         for name, part in self.parts.items():
             prefix = f"{name}."
             part.restore({key.removeprefix(prefix): value for key, value in artefact.items() if key.startswith(prefix)})
+        self.mixes = tuple(json.loads(mix) for mix in artefact["mixes"].tolist())
         self.measured, self.known = set(artefact["measured"].tolist()), set(artefact["known"].tolist())
         self.row = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
 
-    def effect(self, perturbation: str) -> np.ndarray:
-        """Mix the parts by the choice of the perturbation's case."""
+    def effect(self, perturbation: str, said: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """Mix the parts by the choice of the perturbation's case.
+
+        Parameters
+        ----------
+        said
+            By name, what the parts say that are no closed forms, (genes,).
+        """
         mix, gain, _ = self.artefact["choice"][CASES.index(case_of(perturbation, self.measured, self.known))]
-        said = {name: self.parts[name].effect(perturbation)[None] for name in MIXES[int(mix)]}
+        said = said or {}
+        effects = {name: (said[name] if name in said else self.parts[name].effect(perturbation))[None] for name in self.mixes[int(mix)]}
         centre = self.artefact[f"centre.{kind_of(perturbation)}"]
-        effect = _mixed(said, MIXES[int(mix)], gain, centre)[0]
+        effect = _mixed(effects, self.mixes[int(mix)], gain, centre)[0]
         own = [self.row[gene] for gene in members_of(perturbation) if gene not in self.known and gene in self.row]
         if own:
             effect[own] = self.parts["stacked"].effect(perturbation)[own]
@@ -163,31 +193,43 @@ class ConditionalMean(MeanShift):
     def account(self) -> dict[str, str]:
         """Return what was chosen per case, in words."""
         return {
-            case: " + ".join(f"{weight:g} {name}" for name, weight in MIXES[int(mix)].items()) + f", gain {gain:g}, by {int(n)} held out"
+            case: " + ".join(f"{weight:g} {name}" for name, weight in self.mixes[int(mix)].items())
+            + f", gain {gain:g}, by {int(n)} held out"
             for case, (mix, gain, n) in zip(CASES, self.artefact["choice"], strict=True)
         }
 
     @staticmethod
-    def _rounds(training: Training) -> Iterator[tuple[Training, Effects]]:
-        """Yield inner trainings and what they do not know: combinations, genes with all that involves them, and contexts."""
-        if (training.effects.order > 1).any():
-            yield from itertools.islice(training.rounds(of_genes=False), 0, None, 2)  # against one half of the controls
-        yield from itertools.islice(training.rounds(of_genes=True, one_by_one=False), 0, None, 2)
+    def _rounds(training: Training) -> Iterator[tuple[Training, Effects, np.ndarray]]:
+        """Yield inner trainings, what they do not know (combinations, genes with all that involves them, contexts), and controls to start from."""
+        for of_genes in (False, True):
+            if not of_genes and not (training.effects.order > 1).any():
+                continue
+            rounds = list(
+                itertools.islice(training.rounds(of_genes=of_genes, one_by_one=False), 0, None, 2)
+            )  # against one half of the controls
+            cases = [case_of(label, set(i.effects.labels), set(i.effects.genes)) for i, held_out in rounds for label in held_out.labels]
+            if max(map(cases.count, cases), default=0) < LEAST_HELD_OUT:
+                continue  # they could choose nothing
+            for inner, held_out in rounds:
+                yield inner, held_out, training.pairs.rows[training.pairs.groups.is_of_half(inner.half)]
         yield from _other_contexts(training)
 
 
-def _other_contexts(training: Training) -> Iterator[tuple[Training, Effects]]:
-    """Yield trainings without the cells of one context, and the effects in it of perturbations that the others hold too."""
+def _other_contexts(training: Training) -> Iterator[tuple[Training, Effects, np.ndarray]]:
+    """Yield trainings without the cells of one context, the effects in it of perturbations that the others hold too, and its controls."""
     by_context = effects_by_context(training)
     if len(by_context) < 2:
         return
     strata = training.pairs.strata
-    for context, effects in by_context.items():
-        inner = Training.of(training.pairs.select(strata != "|".join(context)), training.embeddings, training.seed)
+    contexts = list(by_context)
+    held_out = np.random.default_rng(training.seed).permutation(len(contexts))[:MAX_CONTEXTS]
+    for context in (contexts[i] for i in sorted(held_out)):
+        effects, is_here = by_context[context], strata == "|".join(context)
+        inner = Training.of(training.pairs.select(~is_here), training.embeddings, training.seed)
         labels = [label for label in effects if label in inner.effects.labels]
         if labels:
             values = np.stack([effects[label] for label in labels])
-            yield inner, Effects(labels, values, np.zeros_like(values))
+            yield inner, Effects(labels, values, np.zeros_like(values)), training.pairs.rows[is_here & training.pairs.is_control]
 
 
 def _mixed(said: dict[str, np.ndarray], mix: dict[str, float], gain: float, centre: np.ndarray) -> np.ndarray:
@@ -196,14 +238,14 @@ def _mixed(said: dict[str, np.ndarray], mix: dict[str, float], gain: float, cent
     return centre + gain * (mean - centre)
 
 
-def _chosen(tables: np.ndarray) -> tuple[int, float, int]:
+def _chosen(mixes: tuple[dict[str, float], ...], tables: np.ndarray) -> tuple[int, float, int]:
     """Return mix, gain and how many perturbations chose them, from losses of all candidates, (candidates, perturbations, 4)."""
-    candidates = list(itertools.product(range(len(MIXES)), GAINS))
+    candidates = list(itertools.product(range(len(mixes)), GAINS))
     n = tables.shape[1]
     if n < LEAST_HELD_OUT:
         return 0, 1.0, n
     error, total = tables[..., 0].mean(axis=1), tables.sum(axis=2)
-    is_plain = np.array([len(MIXES[mix]) == 1 and gain == 1.0 for mix, gain in candidates])
+    is_plain = np.array([len(mixes[mix]) == 1 and gain == 1.0 for mix, gain in candidates])
     is_allowed = error <= error[is_plain].min() * (1 + 1e-9)
     best = int(np.where(is_allowed, total.mean(axis=1), np.inf).argmin())
     gained = total[0] - total[best]

@@ -7,6 +7,7 @@ assigned without regard to the cell's state within batch and cell type (true of 
 than it must, which no data of unpaired cells can prove.
 """
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class Counterfactual(LearnedModel):
         n_integration_steps: int,
         **shared: float,
     ) -> None:
-        super().__init__(**shared)
+        super().__init__(mean="learned", cells="shifted", **shared)
         self.architecture = {
             "width": width, "n_layers": n_layers, "dropout": dropout, "own_dropout": own_dropout, "bridge_noise": bridge_noise,
         }  # fmt: skip
@@ -129,3 +130,7 @@ class Counterfactual(LearnedModel):
             halfway = z + 0.5 * step * self.net(z, t, genes)
             z = z + step * self.net(halfway, t + 0.5 * step, genes)
         return z - state
+
+    def outcome(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
+        """Return the start cells plus each one's own change."""
+        return start + self.latent.change(moved) + self.own_shift(start, perturbation)

@@ -13,27 +13,19 @@ import math
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models.autoencoder import CountLatent
-from perturbflow.models.base import Artefact, Run
-from perturbflow.models.conditional_mean import ConditionalMean
+from perturbflow.models.base import Run
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.denoiser import Denoiser
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import Latent, LatentSpace
 from perturbflow.models.learned import LearnedModel
-from perturbflow.models.recount import drawn_mean_change, recounted
 from perturbflow.models.samplers import ancestral, ddim, dpm, last_time, split
-from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import CONTROL
-
-CENTRED_FROM = 16  # cells: fewer say little of where their mean is
 
 
 class Diffusion(LearnedModel):
@@ -46,10 +38,6 @@ class Diffusion(LearnedModel):
     ----------
     latent
         pca, counts, or {"file": table of gene loadings}.
-    mean
-        learned or closed_form.
-    cells
-        counts: cells of whole counts, see `recount`; shifted: control cells plus the mean change.
     width, n_tokens, n_blocks, n_heads, dropout, own_dropout, condition_dropout, objective, alignment
         Of the network and its training, see `Denoiser`.
     guidance_state, guidance_perturbation
@@ -66,8 +54,6 @@ class Diffusion(LearnedModel):
         self,
         *,
         latent: str | dict[str, str],
-        mean: str,
-        cells: str,
         width: int,
         n_tokens: int,
         n_blocks: int,
@@ -92,8 +78,8 @@ class Diffusion(LearnedModel):
             "width": width, "n_tokens": n_tokens, "n_blocks": n_blocks, "n_heads": n_heads, "dropout": dropout,
             "own_dropout": own_dropout, "condition_dropout": condition_dropout, "objective": objective, "alignment": alignment,
         }  # fmt: skip
-        self.latent_kind, self.cells, self.objective = latent, cells, objective
-        self.learns_residuals = mean == "closed_form"
+        self.latent_kind, self.objective = latent, objective
+        self.learns_residuals = self.has_closed_mean
         self.guidance_state, self.guidance_perturbation, self.dose_guidance = guidance_state, guidance_perturbation, dose_guidance
         self.sampler, self.n_sampling_steps, self.fresh_noise = sampler, n_sampling_steps, fresh_noise
 
@@ -112,25 +98,6 @@ class Diffusion(LearnedModel):
     def restore_latent(self, state: dict[str, Tensor]) -> Latent:
         """Return the latent space of an artefact."""
         return CountLatent.restored(state) if self.latent_kind == "counts" else super().restore_latent(state)
-
-    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Train the network and, for a mean in closed form, choose that."""
-        artefact = super().fit(pairs, embeddings, run)
-        if self.learns_residuals:
-            self.mean = ConditionalMean().learned(Training.of(pairs, embeddings, run.seed))
-            run.facts["mean"] = self.mean.account()
-            words = {name: value.tolist() for name, value in self.mean.artefact.items() if value.dtype.kind == "U"}
-            arrays = {name: torch.as_tensor(value) for name, value in self.mean.artefact.items() if name not in words}
-            artefact |= {"mean": {**words, **arrays}}
-        return artefact
-
-    def restore(self, artefact: Artefact) -> None:
-        """Rebuild network and mean."""
-        super().restore(artefact)
-        if self.learns_residuals:
-            self.mean = ConditionalMean()
-            values = artefact["mean"].items()
-            self.mean.restore({name: np.array(value, dtype=str) if isinstance(value, list) else value.numpy() for name, value in values})
 
     def guided(self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
         """Return what z_t is taken to hold, clean latent and noise, with guidance; t is one time for all cells, ()."""
@@ -189,20 +156,3 @@ class Diffusion(LearnedModel):
         both = self.flow(noise.repeat(2, 1), start.repeat(2, 1), torch.cat([genes, control]), to_noise=False, generator=generator)
         perturbed, unperturbed = both.chunk(2)
         return perturbed - unperturbed
-
-    def outcome(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
-        """Return perturbed cells: the mean change that is predicted, and around it what the cells differ in.
-
-        A mean in closed form is met as it is: what the displacements of many cells have in common is taken off.
-        """
-        if perturbation == CONTROL:
-            return start.copy()
-        if self.learns_residuals and len(moved) >= CENTRED_FROM:
-            moved = moved - moved.mean(axis=0)
-        fold = self.latent.fold(z, moved)
-        if self.learns_residuals:
-            mean = self.mean.effect(perturbation)
-        else:
-            told = self.latent.mean_change(moved)
-            mean = (drawn_mean_change(start, fold, rng) if told is None else told) + self.own_shift(start, perturbation)
-        return start + mean if self.cells == "shifted" else recounted(start, mean, fold, rng)

@@ -1,7 +1,7 @@
 """What the learned families share: conditions, displacements in latent space, what unseen genes borrow, and the way back to cells."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import ClassVar
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models.base import Artefact, Model, Run, start_cells
-from perturbflow.models.batches import Batches, PairedCells
+from perturbflow.models.batches import Batches, PairedCells, encoded
+from perturbflow.models.conditional_mean import ConditionalMean, FitPart
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import Latent, LatentSpace
@@ -20,32 +21,48 @@ from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.networks import GeneEncoder
 from perturbflow.models.optimization import Learner, optimize
 from perturbflow.models.own_gene import OwnGene
+from perturbflow.models.recount import drawn_mean_change, recounted
+from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import members_of, without_dose
+from perturbflow.symbols import CONTROL, members_of, without_dose
 
 CELLS_PER_BLOCK = 2048
+CENTRED_FROM = 16  # cells: fewer say little of where their mean is
+
+
+def unseen_among(members: Sequence[str], seen: Collection[str]) -> list[str]:
+    """Return the members that training did not see; a drug at another dose is seen: its dose is a number."""
+    names = {without_dose(gene)[0] for gene in seen}
+    return [gene for gene in members if without_dose(gene)[0] not in names]
 
 
 class LearnedModel(Model):
     """A network on latent differences between control and perturbed cells.
 
-    A predicted cell is its control cell plus the decoded displacement in latent space: what the latent space leaves
+    A predicted cell is its control cell, changed by what its displacement in latent space means for its genes: what the latent space leaves
     out of a cell stays as it was. A gene that training never perturbed borrows displacements from `Neighbours`, and its
     own level follows `OwnGene`.
 
     Parameters
     ----------
+    mean
+        learned: the mean change of cells is that of their displacements; closed_form: that of `ConditionalMean`.
+    cells
+        counts: cells of whole counts, see `recount`; shifted: control cells plus the change.
     n_latent, n_steps, batch_size, learning_rate, weight_decay, ema_decay, control_share, synthetic_share, shifted_share
         Shared by all learned families, see config/schemas/models.schema.yaml.
     """
 
     reads_blocks = True
     cells_per_draw: ClassVar[int] = 1
+    stops_when_broken: bool = True  # whether a network that complains of itself ends the training
     learns_residuals: bool = False  # whether the network sees targets less the mean effect of their perturbation
 
     def __init__(
         self,
         *,
+        mean: str,
+        cells: str,
         n_latent: int,
         n_steps: int,
         batch_size: int,
@@ -56,6 +73,7 @@ class LearnedModel(Model):
         synthetic_share: float,
         shifted_share: float,
     ) -> None:
+        self.has_closed_mean, self.cells = mean == "closed_form", cells
         self.n_latent, self.n_steps, self.batch_size = n_latent, n_steps, batch_size
         self.learning_rate, self.weight_decay, self.ema_decay = learning_rate, weight_decay, ema_decay
         self.control_share, self.synthetic_share, self.shifted_share = control_share, synthetic_share, shifted_share
@@ -72,8 +90,21 @@ class LearnedModel(Model):
         """Return the latent space that the network works in."""
         return LatentSpace.fit(pairs, effects, self.n_latent)
 
+    def paired(self, pairs: Pairs, z: Tensor, conditions: Conditions, seed: int) -> PairedCells:
+        """Return matched cells to draw batches from; z are their latent coordinates, (cells, dimensions)."""
+        shares = (self.control_share, self.synthetic_share, self.shifted_share, self.cells_per_draw)
+        return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals)
+
+    def other_parts(self, cells: PairedCells, run: Run) -> dict[str, FitPart]:
+        """Return, by name, what a mean in closed form may be mixed with; `other_effects` are the same of the trained model."""
+        return {}
+
+    def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
+        """Return, by name, mean effects on cells in latent space, (genes,)."""
+        return {}
+
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Fit the latent space, then train the network in it."""
+        """Fit the latent space, train the network in it and, for a mean in closed form, choose that."""
         effects = Effects.of_training(pairs)
         self.latent = self.fit_latent(pairs, effects, run)
         self.own_gene = OwnGene.fit(pairs.roles("train"), effects)
@@ -84,17 +115,17 @@ class LearnedModel(Model):
         self.seen = effects.genes
         torch.manual_seed(run.seed)
         self.net = self.network(self.latent, self.conditions)
-        shares = (self.control_share, self.synthetic_share, self.shifted_share, self.cells_per_draw)
         cells = {
-            role: PairedCells(pairs.roles(role), self.latent, self.conditions, *shares, residual=self.learns_residuals)
+            role: self.paired(of_role := pairs.roles(role), encoded(of_role, self.latent), self.conditions, run.seed)
             for role in ("train", "validation")
             if len(pairs.roles(role).perturbations)
         }
-        learner = Learner(self.net, run.seed, self.n_steps, self.learning_rate, self.weight_decay, self.ema_decay)
+        steps = (self.n_steps, self.learning_rate, self.weight_decay, self.ema_decay)
+        learner = Learner(self.net, run.seed, *steps, stops=self.stops_when_broken)
         optimize(learner, Batches(cells["train"], cells.get("validation"), self.batch_size, run.seed), run, type(self).__name__.lower())
         self.net = learner.average.module.cpu().eval()
         run.facts["unseen_genes"] = {name: str(getattr(self.neighbours, name)) for name in ("bandwidth", "tempering", "strength")}
-        return {
+        artefact = {
             "state": self.net.state_dict(),
             "latent": {name: torch.as_tensor(value) for name, value in self.latent.state().items()},
             "own_gene": torch.as_tensor(self.own_gene.coefficients),
@@ -107,6 +138,13 @@ class LearnedModel(Model):
             "genes": self.genes,
             "seen": self.seen,
         }
+        if self.has_closed_mean:
+            self.mean = ConditionalMean(self.other_parts(cells["train"], run)).learned(Training.of(pairs, embeddings, run.seed))
+            run.facts["mean"] = self.mean.account()
+            words = {name: value.tolist() for name, value in self.mean.artefact.items() if value.dtype.kind == "U"}
+            arrays = {name: torch.as_tensor(value) for name, value in self.mean.artefact.items() if name not in words}
+            artefact |= {"mean": {**words, **arrays}}
+        return artefact
 
     def restore_latent(self, state: dict[str, Tensor]) -> Latent:
         """Return the latent space of an artefact."""
@@ -124,6 +162,10 @@ class LearnedModel(Model):
         self.net = self.network(self.latent, self.conditions)
         self.net.load_state_dict(artefact["state"])
         self.net.eval()
+        if self.has_closed_mean:
+            self.mean = ConditionalMean()
+            values = artefact["mean"].items()
+            self.mean.restore({name: np.array(value, dtype=str) if isinstance(value, list) else value.numpy() for name, value in values})
 
     def refusal(self, perturbation: str) -> str | None:
         """A gene that no cell was perturbed in has no place among the vectors that the network was built around; a new dose gets one."""
@@ -154,7 +196,9 @@ class LearnedModel(Model):
         return predicted
 
     def outcome(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
-        """Return perturbed cells, (cells, genes): the start cell plus what its move changes.
+        """Return perturbed cells, (cells, genes): the mean change that is predicted, and around it what the cells differ in.
+
+        A mean in closed form is met as it is: what the displacements of many cells have in common is taken off where they are residuals.
 
         Parameters
         ----------
@@ -163,7 +207,22 @@ class LearnedModel(Model):
         moved
             Their displacement in latent space, (cells, dimensions).
         """
-        return start + self.latent.change(moved) + self.own_shift(start, perturbation)
+        if perturbation == CONTROL:
+            return start.copy()
+        if self.learns_residuals and len(moved) >= CENTRED_FROM:
+            moved = moved - moved.mean(axis=0)
+        if self.has_closed_mean:
+            mean = self.mean.effect(perturbation, self.other_effects(z, perturbation))
+        else:
+            mean = self.mean_change(start, z, moved, perturbation, rng) + self.own_shift(start, perturbation)
+        if self.cells == "shifted":
+            return start + mean
+        return recounted(start, mean, self.latent.fold(z, moved), rng)
+
+    def mean_change(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
+        """Return what displacements change in the mean of the cells, (genes,)."""
+        told = self.latent.mean_change(moved)
+        return drawn_mean_change(start, self.latent.fold(z, moved), rng) if told is None else told
 
     def own_shift(self, start: np.ndarray, perturbation: str) -> np.ndarray:
         """Return what is known of the levels of unseen perturbed genes, (genes,)."""
@@ -177,8 +236,7 @@ class LearnedModel(Model):
     def _displacement(self, z: Tensor, perturbation: str, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         """Return the latent displacement of cells; the part of unseen members is borrowed and scaled by its strength."""
         members = members_of(perturbation)
-        seen = {without_dose(gene)[0] for gene in self.seen}  # a drug at another dose is known: its dose is a number
-        unseen = [gene for gene in members if without_dose(gene)[0] not in seen]
+        unseen = unseen_among(members, self.seen)
         genes = self.conditions.index([perturbation]).expand(len(z), -1).clone()
         if not unseen:
             return self.displace(z, genes, generator)

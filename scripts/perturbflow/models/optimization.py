@@ -27,11 +27,25 @@ class Learner(pl.LightningModule):
     Parameters
     ----------
     network
-        With a method `losses(batch) -> dict of tensors`; the entry "loss" is minimized, the others are reported.
+        With a method `losses(batch) -> dict of tensors`; the entry "loss" is minimized, the others are reported. It may have `after_step(progress)`;
+        and `watch(batch) -> dict of tensors` with `complaint(watched) -> text or None`, which tell whether its training makes sense.
+    stops
+        Whether a complaint in the second half of the training is an error; else that of the end is a fact of the run.
     """
 
-    def __init__(self, network: nn.Module, seed: int, n_steps: int, learning_rate: float, weight_decay: float, ema_decay: float) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        seed: int,
+        n_steps: int,
+        learning_rate: float,
+        weight_decay: float,
+        ema_decay: float,
+        *,
+        stops: bool = True,
+    ) -> None:
         super().__init__()
+        self.stops = stops
         self.network = network
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=False)
         self.seed, self.n_steps, self.learning_rate, self.weight_decay = seed, n_steps, learning_rate, weight_decay
@@ -65,6 +79,29 @@ class Learner(pl.LightningModule):
         if hasattr(self.network, "after_step"):
             self.network.after_step(self.global_step / self.n_steps)
 
+    @torch.no_grad()
+    def watched(self) -> dict[str, float]:
+        """Return what the averaged network says of itself on fixed cells: of the training role and, with a prefix, of validation.
+
+        Raises
+        ------
+        InputError
+            If something is wrong with it in the second half of the training.
+        """
+        network, cells = self.average.module, self.trainer.datamodule
+        if not hasattr(network, "watch"):
+            return {}
+        network.eval()
+        watched = {
+            f"{prefix}{name}": float(value)
+            for prefix, batch in zip(("", "validation_"), cells.watched(), strict=False)
+            for name, value in network.watch(batch.to(self.device)).items()
+        }
+        complaint = network.complaint(watched)
+        if complaint and self.stops and self.global_step >= self.n_steps / 2:
+            raise InputError(f"training was stopped at step {self.global_step} of {self.n_steps}: {complaint}")
+        return watched
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Report the averaged network's loss on validation perturbations, with noise tied to the batch."""
         with torch.random.fork_rng(devices=[]):
@@ -77,9 +114,9 @@ class Learner(pl.LightningModule):
 class _History(Callback):
     """Keeps one row per epoch and writes a line every few seconds."""
 
-    def __init__(self, name: str, n_steps: int) -> None:
+    def __init__(self, name: str, n_steps: int, *, quiet: bool) -> None:
         self.rows: list[dict[str, float]] = []
-        self.name, self.n_steps = name, n_steps
+        self.name, self.n_steps, self.quiet = name, n_steps, quiet
         self.started = self.last_line = time.monotonic()
         self.first_step: int | None = None
 
@@ -97,8 +134,11 @@ class _History(Callback):
         if self.rows and self.rows[-1]["step"] >= step:
             return  # a resumed training ends the epoch of its checkpoint once more
         row = {"step": step, **{name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}}
+        row |= {name: round(value, 6) for name, value in pl_module.watched().items()}
         self.rows.append(row)
         now = time.monotonic()
+        if self.quiet:
+            return
         if now - self.last_line >= SECONDS_BETWEEN_LINES or step >= self.n_steps:
             self.last_line = now
             rate = (step - self.first_step) / max(now - self.started, 1e-9)
@@ -117,14 +157,14 @@ def accelerator(device: str) -> str:
     return device
 
 
-def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
-    """Train a learner to its last step, from the last checkpoint of the same training where there is one.
+def optimize(learner: Learner, batches: Batches, run: Run, name: str, *, quiet: bool = False) -> None:
+    """Train a learner to its last step, from the last checkpoint of the same training where there is one; quiet leaves out lines on the way.
 
     Checkpoints of another identity (other params, data, code or seed) are left alone and not resumed.
     """
     torch.set_num_threads(max(1, run.threads))
     folder = run.checkpoints / run.identity
-    history = _History(name, learner.n_steps)
+    history = _History(name, learner.n_steps, quiet=quiet)
     callbacks: list[Callback] = [
         history,
         ModelCheckpoint(dirpath=folder, filename="last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False),
@@ -157,5 +197,8 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     run.history.extend(history.rows)
     run.facts["device"] = str(trainer.strategy.root_device)
+    if hasattr(learner.network, "complaint") and (complaint := learner.network.complaint(history.rows[-1])):
+        run.facts["complaint"] = complaint
+        logger.warning("%s: %s", name, complaint)
     run.facts["n_parameters"] = sum(parameter.numel() for parameter in learner.network.parameters())
     run.facts["versions"] = {"torch": torch.__version__, "pytorch_lightning": pl.__version__}

@@ -34,6 +34,8 @@ class Training:
     halves
         The same, each against half of the controls: what is learned from one is judged on the other, so that the noise of
         shared controls does not pass for skill.
+    half
+        Which half of the controls `effects` are measured against; None is all.
     """
 
     pairs: Pairs
@@ -41,6 +43,7 @@ class Training:
     seed: int
     effects: Effects
     halves: tuple[Effects, Effects]
+    half: int | None = None
 
     @classmethod
     def of(cls, pairs: Pairs, embeddings: Embeddings, seed: int) -> "Training":
@@ -77,7 +80,8 @@ class Training:
             rest = [half.without(held_out) for half in self.halves]
             known = set(rest[0].labels)
             for seen, judged in ((0, 1), (1, 0)):
-                yield replace(self, effects=rest[seen], halves=(rest[0], rest[1])), self.halves[judged].without(known)
+                inner = replace(self, effects=rest[seen], halves=(rest[0], rest[1]), half=judged)  # halves[0] is against half 1
+                yield inner, self.halves[judged].without(known)
 
 
 class MeanShift(Model):

@@ -27,9 +27,12 @@ from perturbflow.report.sections import (
     CORRELATION,
     Names,
     PerturbationTable,
+    complaints,
     counterfactual_answers,
     data_account,
+    history_of,
     perturbation_table,
+    separability_rows,
     training_curves,
 )
 from perturbflow.report.verdicts import CalibrationTable, StrataTable, VerdictTable, calibration_table, strata_tables, verdict_table
@@ -242,7 +245,7 @@ def report(
         histories: dict[str, list[list[dict]]] = {}
         for place, run in facts.items():
             if place[:2] == (dataset, split) and run["history"]:
-                histories.setdefault(place[2], []).append(run["history"])
+                histories.setdefault(place[2], []).append(history_of(run))
         group.curves = training_curves(histories, group.title, cards, drawings["training"])
         correlations = scores[here & (scores["metric"] == CORRELATION)]
         group.chosen = choose(correlations, cards)
@@ -264,6 +267,8 @@ def report(
         metrics={name: metric for name, metric in METRICS.items() if name in set(tables["benchmark"]["metric"])},
         runs=[{"place": place, **run} for place, run in facts.items()],
         answers=answers,
+        separability=separability_rows(facts),
+        complaints=complaints(facts),
         n_tables_left_out=n_tables_left_out,
         n_left_out={section: drawing.n_left_out for section, drawing in drawings.items()},
         n_high_expression=N_HIGH_EXPRESSION,

@@ -20,7 +20,7 @@ CORRELATION = METRICS["pearson_delta_ctrl"].name
 # What the page holds of these sections, besides their bytes of figures.
 COUNTERFACTUAL_TABLES = 60
 NAMES = 200
-CURVES_PER_MODEL = 4
+CURVES_PER_MODEL = 12
 GENES_OF_COUNTERFACTUAL = 15
 
 REASONS = {
@@ -72,6 +72,33 @@ def perturbation_table(scores: pd.DataFrame, models: list[str], n_rows: int) -> 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
+def history_of(run: dict) -> list[dict]:
+    """Return the logged rows of a run: of its training and, under the names of the stages before it, of those."""
+    rows = list(run["history"])
+    for stage, fact in run["facts"].items():
+        if isinstance(fact, dict) and "history" in fact:
+            rows += [{name if name == "step" else f"{stage}: {name}": value for name, value in row.items()} for row in fact["history"]]
+    return rows
+
+
+def separability_rows(runs: dict[tuple, dict]) -> list[dict]:
+    """Return, per run and obs column, what classifiers tell from its embedding and from principal components."""
+    return [
+        {"place": place, "column": column, **told}
+        for place, run in runs.items()
+        for column, told in run["facts"].get("separability", {}).items()
+    ]
+
+
+def complaints(runs: dict[tuple, dict]) -> list[tuple[tuple, str]]:
+    """Return what runs found wrong with themselves without being stopped for it."""
+    found = []
+    for place, run in runs.items():
+        stages = [fact for fact in run["facts"].values() if isinstance(fact, dict)]
+        found += [(place, fact["complaint"]) for fact in (run["facts"], *stages) if "complaint" in fact]
+    return found
+
+
 def _curves(history: list[dict]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Return quantity → training or validation → points; the step is the row's `step`, else `epoch`, else its number."""
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -82,7 +109,7 @@ def _curves(history: list[dict]) -> dict[str, dict[str, list[tuple[float, float]
                 role = "validation" if VALIDATION.match(key) else "training"
                 curves.setdefault(VALIDATION.sub("", key).removeprefix("train_"), {}).setdefault(role, []).append((step, value))
     drawable = {name: by_role for name, by_role in curves.items() if any(len(points) > 1 for points in by_role.values())}
-    return dict(sorted(drawable.items(), key=lambda item: ("loss" not in item[0], "validation" not in item[1])))
+    return dict(sorted(drawable.items(), key=lambda item: (":" in item[0], "loss" not in item[0], "validation" not in item[1])))
 
 
 @mpl.rc_context(STYLE)

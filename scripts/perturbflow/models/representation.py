@@ -1,0 +1,315 @@
+"""Stages A and C of the JEPA: an embedding of cells that learns without labels, and the way back to genes.
+
+Stage A (Assran et al. 2023, arXiv 2301.08243, with cells for images and genes for patches): the embedding of one part of a cell predicts the
+embedding that a moving average of the encoder gives the other part. The parts are of its counts, each molecule falling to one of them by
+chance: if counts are Poisson given the cell's rates, the parts share the rates and no noise (count splitting, Neufeld et al. 2024), so that
+what one tells of the other is what the cell is. In the first part genes are hidden besides. The share of hidden genes falls to zero and that of
+molecules kept rises to nearly all, so that training ends where inference starts; were the target the whole cell, as it is with images, the
+task would end in copying noise. Variance and covariance terms (VICReg, Bardes, Ponce & LeCun 2022, arXiv 2105.04906) keep the embedding from
+collapsing. Cells come from the training role; no label is looked at.
+
+Stage C: shares of genes from the embedding, by a negative binomial likelihood with the cell's library size, as in `autoencoder`; and a linear
+map from mean shifts of the embedding to mean effects on log1p expression, fitted to cells and to measured effects at once, so that
+effects come back in their true size and not only states.
+"""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perturbflow.models.autoencoder import WIDTH, Cells, CountLatent, DrawnCells, negative_binomial
+from perturbflow.models.base import Run
+from perturbflow.models.batches import Batches
+from perturbflow.models.effects import Effects
+from perturbflow.models.networks import mlp
+from perturbflow.models.optimization import Learner, optimize
+from perturbflow.pairs import Pairs
+
+HIDDEN = 256
+LARGEST = 6.0  # standard deviations of a gene's input
+LEAST_SPREAD = 0.05  # of the most variable gene's deviation: less variable genes are not blown up further
+FULL_FROM = 0.8  # of the training: no gene is hidden any more, and most molecules are kept
+KEPT_AT_FIRST, KEPT_AT_LAST = 0.5, 0.9  # share of molecules in the part that is embedded
+RIDGE = 1e-3  # of the effect map, in units of the embedding's variance
+LEAST_RANK, LEAST_SD = 0.25, 0.1  # below: collapsed; share of the dimensions, and of the standard deviation that VICReg asks for
+
+
+def variance_term(h: Tensor) -> Tensor:
+    """Mean hinge on the standard deviation of every dimension, max(0, 1 − sd) (VICReg, eq. 1), (B, D) → ()."""
+    return torch.relu(1.0 - torch.sqrt(h.var(dim=0) + 1e-4)).mean()
+
+
+def covariance_term(h: Tensor) -> Tensor:
+    """Sum of squared off-diagonal covariances over D (VICReg, eq. 4), (B, D) → ()."""
+    centred = h - h.mean(dim=0)
+    covariance = centred.T @ centred / (len(h) - 1)
+    return (covariance.pow(2).sum() - covariance.diagonal().pow(2).sum()) / h.shape[1]
+
+
+def effective_rank(h: Tensor) -> Tensor:
+    """Exponential of the entropy of normalized singular values (Roy & Vetterli 2007), (B, D) → ()."""
+    values = torch.linalg.svdvals(h - h.mean(dim=0))
+    share = values / values.sum().clamp(min=1e-12)
+    return torch.exp(-(share * torch.log(share.clamp(min=1e-12))).sum())
+
+
+def count_split(cells: Cells, kept: float) -> tuple[Tensor, Tensor]:
+    """Return two parts of every cell, log1p expression on the cells' own scale, (B, genes) each: a share of its molecules, and the others."""
+    one = torch.where(cells.k > 0, torch.expm1(cells.x) / cells.k.clamp(min=1.0), 0.0).amax(dim=1, keepdim=True)  # what one count is worth
+    first = torch.zeros_like(cells.k)
+    is_there = cells.k.nonzero(as_tuple=True)
+    counts = cells.k[is_there]
+    first[is_there] = torch.binomial(counts, torch.full_like(counts, kept))
+    return torch.log1p(first * one / kept), torch.log1p((cells.k - first) * one / (1.0 - kept))
+
+
+class Encoder(nn.Module):
+    """Log1p expression to an embedding; every gene in units of its own standard deviation in training cells."""
+
+    def __init__(self, n_genes: int, n_embedding: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_genes))
+        self.register_buffer("sd", torch.ones(n_genes))
+        self.layers = mlp(n_genes, HIDDEN, n_embedding)
+
+    def fit_scale(self, training: Pairs) -> None:
+        """Take over means and deviations of genes over cells."""
+        sums, squares = (table.sum(axis=0) / len(training.rows) for table in training.sums)
+        sd = np.sqrt(np.maximum(squares - sums**2, 0.0))
+        self.mean.copy_(torch.from_numpy(sums))
+        self.sd.copy_(torch.from_numpy(np.maximum(sd, max(LEAST_SPREAD * sd.max(), 1e-6))))
+
+    def standardized(self, x: Tensor) -> Tensor:
+        """(B, genes) → (B, genes)."""
+        return ((x - self.mean) / self.sd).clamp(-LARGEST, LARGEST)
+
+    def forward(self, x: Tensor, hidden: float = 0.0) -> Tensor:
+        """(B, genes) → (B, n_embedding).
+
+        Parameters
+        ----------
+        hidden
+            Share of genes to be hidden at random, by their mean; the others are scaled up for it.
+        """
+        x = self.standardized(x)
+        if hidden > 0.0:
+            x = x * (torch.rand_like(x) >= hidden) / (1.0 - hidden)
+        return self.layers(x)
+
+
+class MaskedPrediction(nn.Module):
+    """Stage A: context encoder, target encoder and the predictor between their embeddings.
+
+    Parameters
+    ----------
+    mask_rate
+        Share of hidden genes at the start.
+    target_decay
+        Of the moving average, per step.
+    weights
+        Of the terms `invariance`, `variance` and `covariance`.
+    """
+
+    def __init__(self, encoder: Encoder, n_embedding: int, mask_rate: float, target_decay: float, weights: dict[str, float]) -> None:
+        super().__init__()
+        self.mask_rate, self.target_decay, self.weights = mask_rate, target_decay, weights
+        self.register_buffer("progress", torch.zeros(()))
+        self.encoder = encoder
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(requires_grad=False)
+        self.predictor = mlp(n_embedding, WIDTH, n_embedding)
+
+    def losses(self, cells: Cells) -> dict[str, Tensor]:
+        """Invariance, variance and covariance terms."""
+        done = min(1.0, float(self.progress) / FULL_FROM)
+        seen, other = count_split(cells, KEPT_AT_FIRST + (KEPT_AT_LAST - KEPT_AT_FIRST) * done)
+        with torch.no_grad():
+            target = self.target_encoder(other)
+        context = self.encoder(seen, self.mask_rate * (1.0 - done))
+        terms = {
+            "invariance": (self.predictor(context) - target).pow(2).mean(),
+            "variance": variance_term(context),
+            "covariance": covariance_term(context),
+        }
+        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
+
+    def watch(self, cells: Cells) -> dict[str, Tensor]:
+        """Return what tells a collapse: mean standard deviation and effective rank of the target embedding."""
+        h = self.target_encoder(cells.x)
+        return {"embedding_sd": h.std(dim=0).mean(), "effective_rank": effective_rank(h)}
+
+    def complaint(self, watched: dict[str, float]) -> str | None:
+        """Return what is wrong with these numbers, or None."""
+        n_embedding = self.predictor[-1].out_features
+        if watched["embedding_sd"] >= LEAST_SD and watched["effective_rank"] >= LEAST_RANK * n_embedding:
+            return None
+        return (
+            f"the embedding has collapsed: its mean standard deviation is {watched['embedding_sd']:.3g} and its effective rank "
+            f"{watched['effective_rank']:.1f} of {n_embedding}; raise weights.variance or weights.covariance in the model's params."
+        )
+
+    def after_step(self, progress: float) -> None:
+        """Move the target encoder: θ̄ ← d θ̄ + (1 − d) θ."""
+        self.progress.fill_(progress)
+        with torch.no_grad():
+            for average, parameter in zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True):
+                average.lerp_(parameter, 1.0 - self.target_decay)
+
+
+class Representation(nn.Module):
+    """Encoder and decoder to counts: stage C.
+
+    Parameters
+    ----------
+    encoder
+        Of stage A; one whose parameters ask for gradients learns from the likelihood.
+    """
+
+    def __init__(self, encoder: Encoder, n_embedding: int, n_genes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = mlp(n_embedding, WIDTH, n_genes)
+        self.log_shape = nn.Parameter(torch.zeros(n_genes))
+        self.register_buffer("centre", torch.zeros(n_embedding))
+        self.register_buffer("scale", torch.ones(n_embedding))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """log1p expression, (B, genes) → (B, n_embedding)."""
+        return self.encoder(x)
+
+    def log_share(self, h: Tensor) -> Tensor:
+        """(B, n_embedding) → log share of every gene, (B, genes)."""
+        return torch.log_softmax(self.decoder(h), dim=-1)
+
+    def losses(self, cells: Cells) -> dict[str, Tensor]:
+        """Negative log likelihood of the counts, per gene."""
+        library = cells.k.sum(dim=1, keepdim=True)
+        mean = library * torch.exp(self.log_share(self.embed(cells.x)))
+        return {"loss": -negative_binomial(cells.k, mean, torch.exp(self.log_shape)).mean()}
+
+
+class JepaLatent(CountLatent):
+    """Cells in the embedding of stage A, standardized, and what moves there mean for their genes.
+
+    Parameters
+    ----------
+    network
+        A trained encoder and decoder.
+    effect_map
+        M, (dimensions, genes), see `fit_effect_map`.
+    """
+
+    def __init__(self, network: Representation, effect_map: np.ndarray | None = None) -> None:
+        super().__init__(network)
+        self.effect_map = effect_map
+
+    @classmethod
+    def learned(
+        cls,
+        pairs: Pairs,
+        run: Run,
+        *,
+        is_self_supervised: bool,
+        n_embedding: int,
+        n_steps: tuple[int, int],
+        batch_size: int,
+        optimization: tuple[float, float, float],
+        masked: dict[str, float],
+        stops: bool,
+    ) -> "JepaLatent":
+        """Train stages A and C on the cells of the training role; goes on from checkpoints of the same training.
+
+        Parameters
+        ----------
+        is_self_supervised
+            If not, stage A is left out, and the encoder learns with the decoder, in as many steps as both have.
+        n_steps
+            Of the stages.
+        optimization
+            Learning rate, weight decay, and decay of the average of weights.
+        masked
+            Params of `MaskedPrediction`.
+        stops
+            Whether a collapse is an error; else it is a fact of the run.
+        """
+        training = pairs.roles("train")
+        cells = DrawnCells(training.X)
+        torch.manual_seed(run.seed)
+        encoder = Encoder(training.X.shape[1], n_embedding)
+        encoder.fit_scale(training)
+        if is_self_supervised:
+            trained = _trained(
+                MaskedPrediction(encoder, n_embedding, **masked), cells, n_steps[0], batch_size, optimization, run, "stage_a", stops
+            )
+            encoder = trained.target_encoder
+        torch.manual_seed(run.seed + 1)
+        representation = Representation(encoder.train(), n_embedding, training.X.shape[1])
+        steps = n_steps[1] if is_self_supervised else sum(n_steps)
+        latent = cls(_trained(representation, cells, steps, batch_size, optimization, run, "stage_c", stops))
+        latent.standardize(training)
+        latent.fit_effect_map(training)
+        return latent
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> "JepaLatent":
+        """Rebuild encoder and decoder around their weights."""
+        weights = dict(state)
+        effect_map = weights.pop("effect_map").numpy()
+        network = Representation(Encoder(effect_map.shape[1], len(effect_map)), *effect_map.shape)
+        network.load_state_dict(weights)
+        return cls(network, effect_map)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights and effect map."""
+        return {**super().state(), "effect_map": torch.from_numpy(self.effect_map)}
+
+    def fit_effect_map(self, training: Pairs) -> None:
+        """Fit M: mean effects ≈ mean shifts · M, by ridge regression.
+
+        With H and X the centred embeddings and expression of n cells, D and E shifts and effects of the perturbations, M minimizes
+        ‖X − H M‖²/n + w ‖E − D M‖² + λ‖M‖², and w gives cells and perturbations the same total variance of the embedding. Effects alone would
+        leave most directions open; cells alone give them the size of what cells differ in.
+        """
+        groups = training.groups
+        sums = np.zeros((len(groups.n_cells), self.n_dimensions))
+        inner, across = np.zeros((self.n_dimensions, self.n_dimensions)), np.zeros((self.n_dimensions, len(training.genes)))
+        for rows, X in training.blocks():
+            h = self.encode(X).astype(np.float64)
+            sums += groups.indicator(rows) @ h
+            inner += h.T @ h
+            across += (X.T @ h).T
+        n = len(training.rows)
+        h_mean, x_mean = sums.sum(axis=0) / n, training.sums[0].sum(axis=0) / n
+        self._of_cells = inner / n - np.outer(h_mean, h_mean), across / n - np.outer(h_mean, x_mean)
+        self.effect_map = self.with_effects(groups.effects(sums), Effects.of_training(training).values).effect_map
+
+    def with_effects(self, shifts: np.ndarray, effects: np.ndarray) -> "JepaLatent":
+        """Return the same embedding with an effect map fitted to the same cells, without their labels, and to these perturbations.
+
+        Parameters
+        ----------
+        shifts, effects
+            Of perturbations, in the embedding, (perturbations, dimensions), and on expression, (perturbations, genes).
+        """
+        inner, across = self._of_cells
+        weight = np.trace(inner) / max((shifts**2).sum(), 1e-12)
+        inner, across = inner + weight * shifts.T @ shifts, across + weight * shifts.T @ effects
+        ridge = RIDGE * np.trace(inner) / self.n_dimensions * np.eye(self.n_dimensions)
+        return JepaLatent(self.network, np.linalg.solve(inner + ridge, across).astype(np.float32))
+
+    def mean_change(self, moved: np.ndarray) -> np.ndarray:
+        """Return mean shift · M, (genes,)."""
+        return moved.mean(axis=0) @ self.effect_map
+
+
+def _trained(
+    network: nn.Module, cells: DrawnCells, n_steps: int, batch_size: int, optimization: tuple[float, float, float], run: Run, stage: str, stops: bool
+) -> nn.Module:  # fmt: skip
+    """Return the averaged network after its training; what was watched goes into the run's history, and what is wrong into its facts."""
+    learner = Learner(network, run.seed, n_steps, *optimization, stops=stops)
+    own = replace(run, checkpoints=run.checkpoints / stage, history=[], facts={})
+    optimize(learner, Batches(cells, None, batch_size, run.seed), own, f"jepa {stage}")
+    run.facts[stage] = {key: own.facts[key] for key in ("n_parameters", "complaint") if key in own.facts} | {"history": own.history}
+    return learner.average.module.cpu().eval()
