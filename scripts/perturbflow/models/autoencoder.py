@@ -69,17 +69,17 @@ class CountNetwork(nn.Module):
 
 
 class Cells:
-    """A batch of cells: log1p expression x and counts k, (B, genes) each."""
+    """A batch of cells: log1p expression x and counts k, (B, genes) each, and what one count is worth in every cell, (B, 1)."""
 
-    def __init__(self, x: Tensor, k: Tensor) -> None:
-        self.x, self.k = x, k
+    def __init__(self, x: Tensor, k: Tensor, unit: Tensor) -> None:
+        self.x, self.k, self.unit = x, k, unit
 
     def __len__(self) -> int:
         return len(self.x)
 
     def to(self, device: torch.device) -> "Cells":
         """Move both."""
-        return Cells(self.x.to(device), self.k.to(device))
+        return Cells(self.x.to(device), self.k.to(device), self.unit.to(device))
 
 
 class DrawnCells:
@@ -115,8 +115,9 @@ class DrawnCells:
             X = self._read((*outer, step // STEPS_PER_READ))
         x = X[np.sort(np.random.default_rng(seed).integers(0, X.shape[0], size))].toarray()
         normalized = np.expm1(x.astype(np.float64))
-        k = np.rint(normalized / unit_of(normalized)[:, None])
-        return Cells(torch.from_numpy(x), torch.from_numpy(k.astype(np.float32)))
+        unit = unit_of(normalized)[:, None]
+        k = np.rint(normalized / unit)
+        return Cells(torch.from_numpy(x), *(torch.from_numpy(table.astype(np.float32)) for table in (k, unit)))
 
 
 class CountLatent:

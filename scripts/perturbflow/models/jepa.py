@@ -8,9 +8,7 @@ With `mean: closed_form` the mean effect is that of `conditional_mean`, with the
 the perturbations that a fold holds out, it is believed as far as it predicts those. With `mean: learned` it is the world model's alone.
 """
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,13 +16,13 @@ import torch
 from torch import Tensor
 
 from perturbflow.models.base import Run
-from perturbflow.models.batches import Batches, PairedCells
+from perturbflow.models.batches import PairedCells
 from perturbflow.models.conditional_mean import FitPart
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.learned import LearnedModel, unseen_among
 from perturbflow.models.neighbours import Neighbours
-from perturbflow.models.optimization import Learner, optimize
+from perturbflow.models.optimization import Learner, optimize_briefly
 from perturbflow.models.probes import separability
 from perturbflow.models.representation import JepaLatent
 from perturbflow.models.shift import Training
@@ -146,11 +144,8 @@ class Jepa(LearnedModel):
         torch.manual_seed(run.seed)
         net = self.network(latent, conditions)
         matched = self.paired(pairs, z, conditions, run.seed)
-        folder = run.checkpoints / "inner" / hashlib.sha256(pairs.rows.tobytes()).hexdigest()[:16]
-        own = replace(run, checkpoints=folder, history=[], facts={})
-        learner = Learner(net, run.seed, self.n_steps, self.learning_rate, self.weight_decay, self.ema_decay, stops=False)
-        optimize(learner, Batches(matched, None, self.batch_size, run.seed), own, "world model of an inner fold", quiet=True)
-        net = learner.average.module.cpu().eval()
+        learner = Learner(net, run.seed, self.n_steps, self.learning_rate, self.weight_decay, self.ema_decay)
+        net = optimize_briefly(learner, matched, self.batch_size)
         starts = cells.z[row(rng.permutation(start)[:STARTS])]
         return partial(_mean_effect, latent, net, conditions, neighbours, set(inner.effects.genes), starts)
 

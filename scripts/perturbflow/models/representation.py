@@ -58,12 +58,11 @@ def effective_rank(h: Tensor) -> Tensor:
 
 def count_split(cells: Cells, kept: float) -> tuple[Tensor, Tensor]:
     """Return two parts of every cell, log1p expression on the cells' own scale, (B, genes) each: a share of its molecules, and the others."""
-    one = torch.where(cells.k > 0, torch.expm1(cells.x) / cells.k.clamp(min=1.0), 0.0).amax(dim=1, keepdim=True)  # what one count is worth
     first = torch.zeros_like(cells.k)
     is_there = cells.k.nonzero(as_tuple=True)
     counts = cells.k[is_there]
     first[is_there] = torch.binomial(counts, torch.full_like(counts, kept))
-    return torch.log1p(first * one / kept), torch.log1p((cells.k - first) * one / (1.0 - kept))
+    return torch.log1p(first * (cells.unit / kept)), torch.log1p((cells.k - first) * (cells.unit / (1.0 - kept)))
 
 
 class Encoder(nn.Module):
