@@ -4,7 +4,8 @@
 
 Reads the metrics.tsv of all models of one split. The best baseline of a metric is the closed form of least mean loss on the same held-out
 perturbations, so chosen with hindsight: a model that is level with it is level with the luckiest of thirteen. Above zero is better than it,
-whatever the metric's direction; better, level or worse by whether the 95 % interval holds zero. --baseline NAME holds against one instead.
+whatever the metric's direction; better, level or worse by whether the 95 % interval holds zero. --baseline NAME holds against one instead, seed by
+seed where that one has them too, as an ablation does.
 """
 
 import argparse
@@ -65,13 +66,15 @@ def main() -> None:
     baselines = [arguments.baseline] if arguments.baseline else [path.name for path in trained if is_baseline(path)]
     rows = {}
     for metric in arguments.metrics:
-        of_baselines = {name: losses(folder / name, metric).loc["seed_0"] for name in baselines}
-        best = min(of_baselines, key=lambda name: of_baselines[name].mean())
-        reference = of_baselines[best]
-        row = [f"{best} {value(reference.mean(), metric):.3f}"]
+        of_baselines = {name: losses(folder / name, metric) for name in baselines}
+        best = min(of_baselines, key=lambda name: of_baselines[name].loc["seed_0"].mean())
+        of_seeds = of_baselines[best]
+        reference = of_seeds.loc["seed_0"]
+        row = [f"{best} {value(of_seeds.mean().mean() if arguments.baseline else reference.mean(), metric):.3f}"]
         for model in arguments.models:
             own = losses(folder / model, metric)[reference.index]
-            gain = estimate((reference.to_numpy()[None] - own.to_numpy())[None])
+            against = of_seeds.loc[own.index] if set(own.index) <= set(of_seeds.index) else reference
+            gain = estimate((against.to_numpy().reshape(-1, len(reference)) - own.to_numpy())[None])
             row.append(
                 f"{value(own.mean().mean(), metric):.3f}: {gain.mean[0]:+.3f} ({gain.low[0]:+.3f}, {gain.high[0]:+.3f}) {WORDS[int(gain.sign[0])]}"
             )

@@ -124,7 +124,8 @@ def model_of(name: str, n_steps: int) -> tuple[str, dict]:
     for file in ("config", "datasets", "splits", "models", "counterfactuals"):
         config = {**yaml.safe_load((CONFIG / f"{file}.yaml").read_text()), **config}
     block = complete(config)["models"][name]
-    return FAMILIES[block["family"]].implementation, {**block["params"], "n_steps": n_steps, **({"latent": latent} if latent else {})}
+    steps = dict.fromkeys((param for param in block["params"] if param.startswith("n_steps")), n_steps)
+    return FAMILIES[block["family"]].implementation, {**block["params"], **steps, **({"latent": latent} if latent else {})}
 
 
 class Clock:
@@ -149,11 +150,12 @@ class Clock:
 def train_here(folder: Path, name: str, n_steps: int, threads: int) -> None:
     """Train one model and write what took how long."""
     from perturbflow import training
-    from perturbflow.models import autoencoder, base, batches, learned
+    from perturbflow.models import autoencoder, base, batches, jepa, learned, representation
 
     clock = Clock()
-    for module in (learned, autoencoder):
+    for module in (learned, autoencoder, representation):
         module.optimize = clock.timed("optimize", module.optimize)
+    jepa.optimize_briefly = clock.timed("inner folds", jepa.optimize_briefly)
     for kind in (batches.PairedCells, autoencoder.DrawnCells):
         kind.batch = clock.timed("batch", kind.batch)
     implementation, params = model_of(name, n_steps)
@@ -224,8 +226,9 @@ def rows_of(n_cells: int, folder: Path, arguments: argparse.Namespace) -> None:
         common = ["--folder", here, "--models", name, "--steps", arguments.steps, "--threads", arguments.threads]
         wall, _, peak = measured(__file__, "--train", *common)
         seconds = json.loads((here / "seconds.json").read_text())
-        n_steps = arguments.steps * (2 if ":counts" in name else 1)
-        passes, step = seconds["fit"] - seconds["optimize"], seconds["optimize"] / n_steps
+        n_steps = arguments.steps * (2 if ":counts" in name else 3 if name == "jepa" else 1)
+        passes = seconds["fit"] - seconds["optimize"] - seconds.get("inner folds", 0.0)
+        step = seconds["optimize"] / n_steps
         cells = [f"{n_cells:,}", size, name, f"{passes:.1f}", f"{1000 * step:.1f}", f"{seconds['batch'] / seconds['optimize']:.1%}"]
         print("| " + " | ".join([*cells, f"{wall:.0f}", f"{peak:,.0f}"]) + " |", flush=True)
         for max_cells in arguments.predict:
