@@ -336,6 +336,21 @@ def test_resumed_training_equals_uninterrupted(
     assert resumed_run.facts == run.facts
 
 
+def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    cells, _, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
+
+    def learner() -> optimization.Learner:
+        torch.manual_seed(0)
+        net = counterfactual.Velocity(16, conditions, width=16, n_layers=1, dropout=0.1, own_dropout=0.3, bridge_noise=0.1)
+        return optimization.Learner(net, 3, 30, 0.01, 0.01, 0.9)
+
+    whole = learner()
+    optimization.optimize(whole, batches.Batches(cells, None, 32, 3), Run(seed=3, checkpoints=tmp_path, identity="test"), "whole")
+    brief = optimization.optimize_briefly(learner(), cells, 32)
+    for name, value in whole.average.module.state_dict().items():
+        torch.testing.assert_close(brief.state_dict()[name], value, atol=1e-6, rtol=1e-4, msg=name)
+
+
 @pytest.mark.slow
 def test_a_killed_training_resumes_where_it_was(prepared_copy: Callable, tmp_path: Path) -> None:
     files = prepared_copy(COMBINATION)

@@ -168,7 +168,8 @@ def accelerator(device: str) -> str:
 
 def optimize_briefly(learner: Learner, cells: PairedCells, batch_size: int) -> nn.Module:
     """Return the averaged network after the same steps as `optimize` takes, on the CPU: no checkpoints, no history, half of the time."""
-    optimizer, schedule = (learner.configure_optimizers()[name] for name in ("optimizer", "lr_scheduler"))
+    configured = learner.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     learner.network.train()
     for step in range(learner.n_steps):
         torch.manual_seed(learner.seed * 1_000_003 + step)
@@ -176,7 +177,7 @@ def optimize_briefly(learner: Learner, cells: PairedCells, batch_size: int) -> n
         learner.network.losses(cells.batch(batch_size, (learner.seed, *divmod(step, STEPS_PER_EPOCH))))["loss"].backward()
         nn.utils.clip_grad_norm_(learner.network.parameters(), MAX_GRADIENT)
         optimizer.step()
-        schedule["scheduler"].step()
+        schedule.step()
         learner.average.update_parameters(learner.network)
     return learner.average.module.eval()
 
