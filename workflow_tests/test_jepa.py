@@ -13,7 +13,7 @@ from test_models import COMBINATION, QUICK_JEPA, registered, trained
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import conditional_mean
+from perturbflow.models import conditional_mean, probes
 from perturbflow.models.autoencoder import Cells, DrawnCells
 from perturbflow.models.base import Run, build
 from perturbflow.models.batches import Batch, PairedCells
@@ -186,6 +186,19 @@ def test_a_map_that_cells_and_effects_share_is_recovered() -> None:
     assert 1.2 < (other * true).sum() / (true**2).sum() < 1.8  # cells and perturbations weigh alike
 
 
+def test_cells_tell_the_map_nothing_of_effects(screen: tuple[Pairs, Embeddings]) -> None:
+    training = screen[0].roles("train")
+    latent = JepaLatent(Representation(Encoder(len(training.genes), 5), 5, len(training.genes)))
+    latent.fit_effect_map(training)
+    within = latent._of_cells
+    X = training.X.toarray()
+    h = latent.encode(training.X).astype(float)
+    group = training.groups.of_cell
+    mean_of = lambda values: np.stack([values[group == g].mean(axis=0) for g in group])  # noqa: E731
+    np.testing.assert_allclose(within[0], (h - mean_of(h)).T @ (h - mean_of(h)) / len(h), atol=1e-4)
+    np.testing.assert_allclose(within[1], (h - mean_of(h)).T @ (X - mean_of(X)) / len(h), atol=1e-4)
+
+
 def test_an_embedding_survives_being_written(jepa: tuple, screen: tuple[Pairs, Embeddings]) -> None:
     latent = jepa[0].latent
     again = JepaLatent.restored(latent.state())
@@ -304,6 +317,30 @@ def test_what_is_watched_tells_a_used_action_from_an_ignored_one(planted: tuple)
     assert "ignores its action" in deaf.complaint(watched)
 
 
+@torch.no_grad()
+def test_a_wrong_action_is_wrong_in_every_batch_of_cells(planted: tuple) -> None:
+    net, shifts, sd = planted
+    batch = planted_batch(shifts, sd, 2048)
+    of_batches = Batch(batch.start, batch.target, batch.genes, batch.group * 64 + torch.arange(2048) % 64)  # groups of single cells
+    whole, parts = ({name: float(value) for name, value in net.watch(cells).items()} for cells in (batch, of_batches))
+    for name in ("action_share", "action_effect"):
+        assert parts[name] == pytest.approx(whole[name], rel=0.01)
+    alone = Batch(*(getattr(batch, name)[(batch.genes == batch.genes[0]).all(dim=1)] for name in ("start", "target", "genes", "group")))
+    watched = net.watch(alone)
+    assert set(watched) == {"distance_right_action", "distance_null_action"}
+    assert net.complaint(watched) is None
+
+
+def test_what_is_known_of_a_gene_itself_is_dropped_for_all_cells_or_none() -> None:
+    net = world(own_dropout=0.5).train()
+    with torch.no_grad():
+        net.gene_encoder.own += 1.0
+    genes = torch.tensor([[1, 3]] * 50)
+    vectors = torch.stack([net.gene_encoder(genes) for _ in range(40)])  # (steps, cells, members, width)
+    torch.testing.assert_close(vectors, vectors[:, :1].expand_as(vectors))
+    assert len(vectors[:, 0, 0].unique(dim=0)) == 2
+
+
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +450,7 @@ def test_rematched_cells_have_controls_among_the_kept(screen: tuple[Pairs, Embed
     assert (kept.control_index[kept.is_control] == -1).all()
 
 
-def test_a_planted_label_is_told_and_a_random_one_is_not(screen: tuple[Pairs, Embeddings], jepa: tuple) -> None:
+def test_a_planted_label_is_told_and_a_random_one_is_not(screen: tuple[Pairs, Embeddings], monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = screen[0].roles("train")
     rng = np.random.default_rng(0)
     X = rng.normal(size=(len(pairs.rows), 6)).astype(np.float32)
@@ -431,6 +468,10 @@ def test_a_planted_label_is_told_and_a_random_one_is_not(screen: tuple[Pairs, Em
     assert told["batch"]["embedding_linear"] > 0.95
     assert told["batch"]["pca_linear"] > 0.95
     assert abs(told["cell_type"]["embedding_linear"] - 0.5) < 0.1
+    rare = np.where(np.arange(len(side)) < 20, "rare", "common")
+    obs = obs.assign(cell_type=rare)
+    monkeypatch.setattr(probes, "MAX_CELLS", 100)
+    assert "cell_type" not in separability(replace(pairs, X=sparse.csr_matrix(X), obs=obs), Identity(), 0)  # too few are left in the sample
     assert told["batch"]["chance"] == 0.5
 
 
@@ -461,4 +502,4 @@ def test_a_part_that_is_no_closed_form_is_mixed_in_as_far_as_it_predicts(
     again = conditional_mean.ConditionalMean()
     again.restore(mean.artefact)
     label = training.effects.labels[0]
-    np.testing.assert_array_equal(again.effect(label, {"world": truth[label]}), mean.effect(label, {"world": truth[label]}))
+    np.testing.assert_array_equal(again.effect(label, {"world": lambda: truth[label]}), mean.effect(label, {"world": lambda: truth[label]}))

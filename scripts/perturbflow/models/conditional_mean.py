@@ -172,17 +172,17 @@ class ConditionalMean(MeanShift):
         self.measured, self.known = set(artefact["measured"].tolist()), set(artefact["known"].tolist())
         self.row = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
 
-    def effect(self, perturbation: str, said: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+    def effect(self, perturbation: str, said: Mapping[str, Callable[[], np.ndarray]] | None = None) -> np.ndarray:
         """Mix the parts by the choice of the perturbation's case.
 
         Parameters
         ----------
         said
-            By name, what the parts say that are no closed forms, (genes,).
+            By name, how to get what the parts say that are no closed forms, (genes,).
         """
         mix, gain, _ = self.artefact["choice"][CASES.index(case_of(perturbation, self.measured, self.known))]
         said = said or {}
-        effects = {name: (said[name] if name in said else self.parts[name].effect(perturbation))[None] for name in self.mixes[int(mix)]}
+        effects = {name: (said[name]() if name in said else self.parts[name].effect(perturbation))[None] for name in self.mixes[int(mix)]}
         centre = self.artefact[f"centre.{kind_of(perturbation)}"]
         effect = _mixed(effects, self.mixes[int(mix)], gain, centre)[0]
         own = [self.row[gene] for gene in members_of(perturbation) if gene not in self.known and gene in self.row]

@@ -31,7 +31,8 @@ from perturbflow.pairs import Pairs
 from perturbflow.symbols import members_of
 
 STARTS = 512  # control cells that a mean effect is the mean over
-INNER_CELLS = 200_000  # of an inner fold
+INNER_CELLS = 200_000  # perturbed ones of an inner fold
+ROWS_AT_ONCE = 2**16  # cells that what is borrowed is the mean over
 
 
 class Jepa(LearnedModel):
@@ -120,7 +121,9 @@ class Jepa(LearnedModel):
         return {"world": partial(self._inner_world, cells, run)}
 
     def _inner_world(self, cells: PairedCells, run: Run, inner: Training, start: np.ndarray) -> Callable[[str], np.ndarray]:
-        """Train on what an inner training knows, the half of the controls included, and return mean effects by label.
+        """Train on what an inner training knows and on its half of the controls, and return mean effects by label.
+
+        The embedding is that of the whole training: it has seen the cells that the fold holds out, without their labels.
 
         Parameters
         ----------
@@ -129,14 +132,15 @@ class Jepa(LearnedModel):
         """
         pairs, groups = inner.pairs, inner.pairs.groups
         row = cells.pairs.rows.searchsorted  # rows of pairs.h5ad rise
-        z = cells.z[row(pairs.rows)]
+        z = cells.z if pairs is cells.pairs else cells.z[row(pairs.rows)]
         is_of_inner = np.isin(groups.labels, inner.effects.labels)
         latent = self.latent.with_effects(groups.effects(groups.sums(z.numpy()), inner.half)[is_of_inner], inner.effects.values)
-        is_known = np.isin(pairs.labels, inner.effects.labels)
-        is_known |= pairs.is_control if inner.half is None else groups.is_of_half(inner.half)
+        is_perturbed = groups.of_cell < len(groups.labels)
+        is_known = is_perturbed & is_of_inner[np.where(is_perturbed, groups.of_cell, 0)]
         rng = np.random.default_rng(run.seed)
         if is_known.sum() > INNER_CELLS:
             is_known &= rng.random(len(is_known)) < INNER_CELLS / is_known.sum()
+        is_known |= pairs.is_control if inner.half is None else groups.is_of_half(inner.half)
         pairs, z = pairs.rematched(is_known, run.seed), z[torch.from_numpy(is_known)]
         table = inner.embeddings.standardized(inner.effects.genes)
         conditions = Conditions(list(table.index), table.to_numpy())
@@ -149,14 +153,16 @@ class Jepa(LearnedModel):
         starts = cells.z[row(rng.permutation(start)[:STARTS])]
         return partial(_mean_effect, latent, net, conditions, neighbours, set(inner.effects.genes), starts)
 
-    def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
-        """Return the world model's mean effect on cells."""
+    def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, Callable[[], np.ndarray]]:
+        """Return how to get the world model's mean effect on cells."""
         start = torch.from_numpy(z[:: -(-len(z) // STARTS)])
-        return {"world": _mean_effect(self.latent, self.net, self.conditions, self.neighbours, set(self.seen), start, perturbation)}
+        return {
+            "world": partial(_mean_effect, self.latent, self.net, self.conditions, self.neighbours, set(self.seen), start, perturbation)
+        }
 
     def mean_change(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
         """Return the world model's mean effect: what its noise and the draw of neighbours would add is left out."""
-        return self.other_effects(z, perturbation)["world"]
+        return self.other_effects(z, perturbation)["world"]()
 
     def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator) -> Tensor:
         """Return the difference between the perturbed embedding, sampled, and the cell's own.
@@ -175,17 +181,20 @@ def _mean_effect(
 ) -> np.ndarray:
     """Return the mean effect on cells, (genes,): an unseen member has the mean of those that it borrows from, by weight and strength."""
 
-    def shift(members: list[str]) -> np.ndarray:
-        genes = torch.tensor([[*map(conditions.genes.index, members), -1, -1]]).expand(len(z), -1)
-        return (net.predicted(z, genes)[0] - z).mean(dim=0, keepdim=True).numpy()
+    def shifts(labels: list[list[str]], start: Tensor) -> np.ndarray:
+        """(labels, dimensions), means over start cells."""
+        width = max(2, *map(len, labels))
+        genes = torch.tensor([[*map(conditions.genes.index, members), *[-1] * (width - len(members))] for members in labels])
+        moved = net.predicted(start.repeat(len(labels), 1), genes.repeat_interleave(len(start), dim=0))[0] - start.repeat(len(labels), 1)
+        return moved.reshape(len(labels), len(start), -1).mean(dim=1).numpy()
 
     members = members_of(perturbation)
     unseen = unseen_among(members, seen)
     known = [gene for gene in members if gene not in unseen]
-    moved = certain = shift(known)
+    moved = shifts([known], z)
+    start = z[: max(1, ROWS_AT_ONCE // len(neighbours.genes))]
     for gene in unseen:
         vector = conditions.vectors[conditions.genes.index(gene)].numpy().astype(float)
-        weights = neighbours.weights(vector[None])[0]
-        borrowed = sum(w * (shift([*known, other]) - certain) for w, other in zip(weights, neighbours.genes, strict=True) if w > 1e-4)
-        moved = moved + neighbours.strength * borrowed
+        borrowed = neighbours.weights(vector[None]) @ shifts([[*known, other] for other in neighbours.genes], start)
+        moved = moved + neighbours.strength * (borrowed - shifts([known], start))
     return latent.mean_change(moved)

@@ -1,7 +1,7 @@
 """What the learned families share: conditions, displacements in latent space, what unseen genes borrow, and the way back to cells."""
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from typing import ClassVar
 
@@ -99,8 +99,8 @@ class LearnedModel(Model):
         """Return, by name, what a mean in closed form may be mixed with; `other_effects` are the same of the trained model."""
         return {}
 
-    def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
-        """Return, by name, mean effects on cells in latent space, (genes,)."""
+    def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, Callable[[], np.ndarray]]:
+        """Return, by name, how to get mean effects on cells in latent space, (genes,)."""
         return {}
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:

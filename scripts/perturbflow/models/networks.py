@@ -50,10 +50,14 @@ class GeneEncoder(nn.Module):
         Size of the vector.
     own_dropout
         Probability that a gene's own part is dropped in a training step.
+    drops_together
+        Whether it is dropped for all cells of the step or none. For a loss on means over cells, a part that is dropped in some of them is
+        learned too large by as much.
     """
 
-    def __init__(self, conditions: Conditions, width: int, own_dropout: float) -> None:
+    def __init__(self, conditions: Conditions, width: int, own_dropout: float, *, drops_together: bool = False) -> None:
         super().__init__()
+        self.drops_together = drops_together
         self.register_buffer("vectors", conditions.vectors)
         self.register_buffer("base", conditions.base, persistent=False)
         self.register_buffer("log_dose", conditions.log_dose, persistent=False)
@@ -75,7 +79,8 @@ class GeneEncoder(nn.Module):
         index = genes.clamp(min=0)
         own = self.own[self.base[index]]
         if self.training:
-            kept = torch.rand(genes.shape, device=genes.device) >= self.own_dropout
-            own = own * kept[..., None]
+            shape = (len(self.own),) if self.drops_together else genes.shape
+            kept = torch.rand(shape, device=genes.device) >= self.own_dropout
+            own = own * (kept[self.base[index]] if self.drops_together else kept)[..., None]
         scale = self.strength(genes) * (genes >= 0)
         return (self.project(self.vectors[index]) + own) * scale[..., None]

@@ -70,9 +70,7 @@ class Learner(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Minimize the network's loss."""
-        losses = self.network.losses(batch)
-        if not torch.isfinite(losses["loss"]):
-            raise InputError(f"the loss is no number at step {self.global_step}; lower learning_rate in the model's params.")
+        losses = _finite(self.network.losses(batch), self.global_step)
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0.0) + value.detach()
         self.n_in_totals += 1
@@ -120,6 +118,12 @@ class Learner(pl.LightningModule):
             losses = self.average.module.losses(batch)
         values = {f"validation_{name}": value for name, value in losses.items()}
         self.log_dict(values, on_epoch=True, batch_size=len(batch))
+
+
+def _finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    if not torch.isfinite(losses["loss"]):
+        raise InputError(f"the loss is no number at step {step}; lower learning_rate in the model's params.")
+    return losses
 
 
 class _History(Callback):
@@ -174,7 +178,8 @@ def optimize_briefly(learner: Learner, cells: PairedCells, batch_size: int) -> n
     for step in range(learner.n_steps):
         torch.manual_seed(learner.seed * 1_000_003 + step)
         optimizer.zero_grad()
-        learner.network.losses(cells.batch(batch_size, (learner.seed, *divmod(step, STEPS_PER_EPOCH))))["loss"].backward()
+        batch = cells.batch(batch_size, (learner.seed, *divmod(step, STEPS_PER_EPOCH)))
+        _finite(learner.network.losses(batch), step)["loss"].backward()
         nn.utils.clip_grad_norm_(learner.network.parameters(), MAX_GRADIENT)
         optimizer.step()
         schedule.step()

@@ -29,13 +29,15 @@ def separability(pairs: Pairs, latent: Latent, seed: int) -> dict[str, dict[str,
     found = {}
     for column in ("batch", "cell_type", "perturbation"):
         labels = pairs.obs[column].astype(str).to_numpy()
-        usable = ~pairs.is_control if column == "perturbation" else np.ones(len(labels), bool)
-        commonest = pd.Series(labels[usable]).value_counts()
-        commonest = commonest[commonest >= N_NEIGHBOURS].index[:MAX_LABELS]
+        usable = np.flatnonzero(~pairs.is_control) if column == "perturbation" else np.arange(len(labels))
+        rows = np.random.default_rng(seed).permutation(usable)
+        shown = pd.Series(labels[rows]).value_counts().index[:MAX_LABELS]
+        rows = np.sort(rows[np.isin(labels[rows].astype(str), shown.to_numpy(str))][:MAX_CELLS])
+        n_cells = pd.Series(labels[rows]).value_counts()
+        commonest = n_cells.index[n_cells >= N_NEIGHBOURS].to_numpy(str)
         if len(commonest) < 2:
             continue
-        rows = np.flatnonzero(usable & np.isin(labels, commonest))
-        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MAX_CELLS])
+        rows = rows[np.isin(labels[rows].astype(str), commonest)]
         X = pairs.X[rows].toarray()
         n_components = min(latent.n_dimensions, X.shape[1], len(X) - 1)
         spaces = {"embedding": latent.encode(X), "pca": PCA(n_components, random_state=0).fit_transform(X)}

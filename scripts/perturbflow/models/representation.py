@@ -267,9 +267,9 @@ class JepaLatent(CountLatent):
     def fit_effect_map(self, training: Pairs) -> None:
         """Fit M: mean effects ≈ mean shifts · M, by ridge regression.
 
-        With H and X the centred embeddings and expression of n cells, D and E shifts and effects of the perturbations, M minimizes
-        ‖X − H M‖²/n + w ‖E − D M‖² + λ‖M‖², and w gives cells and perturbations the same total variance of the embedding. Effects alone would
-        leave most directions open; cells alone give them the size of what cells differ in.
+        With H and X embeddings and expression of n cells less the means of their perturbation (of controls: of their batch and cell type), D and
+        E shifts and effects of the perturbations, M minimizes ‖X − H M‖²/n + w ‖E − D M‖² + λ‖M‖², and w gives cells and perturbations the same
+        total variance of the embedding. Effects alone would leave most directions open; cells alone give them the size of what cells differ in.
         """
         groups = training.groups
         sums = np.zeros((len(groups.n_cells), self.n_dimensions))
@@ -279,13 +279,12 @@ class JepaLatent(CountLatent):
             sums += groups.indicator(rows) @ h
             inner += h.T @ h
             across += (X.T @ h).T
-        n = len(training.rows)
-        h_mean, x_mean = sums.sum(axis=0) / n, training.sums[0].sum(axis=0) / n
-        self._of_cells = inner / n - np.outer(h_mean, h_mean), across / n - np.outer(h_mean, x_mean)
+        n, means = len(training.rows), sums / np.maximum(groups.n_cells, 1)[:, None]
+        self._of_cells = (inner - means.T @ sums) / n, (across - means.T @ training.sums[0]) / n
         self.effect_map = self.with_effects(groups.effects(sums), Effects.of_training(training).values).effect_map
 
     def with_effects(self, shifts: np.ndarray, effects: np.ndarray) -> "JepaLatent":
-        """Return the same embedding with an effect map fitted to the same cells, without their labels, and to these perturbations.
+        """Return the same embedding with an effect map fitted to what cells of a group differ in, and to these perturbations.
 
         Parameters
         ----------

@@ -77,7 +77,7 @@ class World(nn.Module):
         U, s, _ = np.linalg.svd(latent.effect_map, full_matrices=False)
         in_genes = U * s * np.sqrt(n / max((s**2).sum(), 1e-12))
         self.register_buffer("in_genes", torch.from_numpy(in_genes.astype(np.float32)), persistent=False)
-        self.gene_encoder = GeneEncoder(conditions, width, own_dropout)
+        self.gene_encoder = GeneEncoder(conditions, width, own_dropout, drops_together=True)
         self.direct = nn.Linear(width, 2 * n, bias=False)
         self.of_member = mlp(n + width, width, width, 2 * n, dropout=dropout)
         self.of_combination = mlp(n + width, width, 2 * n, dropout=dropout)
@@ -115,18 +115,19 @@ class World(nn.Module):
         return h + shift, (self.own_log_variance + log_variance).clamp(*LOG_VARIANCES)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Error of group means in units of genes, likelihood of the groups' cells, and how much shifts differ within a group."""
+        """Error of group means in units of genes, likelihood of the groups' cells, and how much shifts of one action differ."""
         groups = Groups(batch.group)
         withheld = 1.0 if self.is_withheld else self.action_dropout if self.training else 0.0
         has_action = torch.rand(groups.n, device=batch.start.device)[groups.member] >= withheld
         mean, log_variance = self.predicted(batch.start, batch.genes, has_action)
         centre, shift = groups.mean(mean), mean - batch.start
+        of_actions = Groups(batch.genes.unique(dim=0, return_inverse=True)[1])
         error = (centre - groups.mean(batch.target)) @ self.in_genes
         spread = groups.mean((mean - centre[groups.member]).pow(2) + torch.exp(log_variance))[groups.member]
         terms = {
             "effect": error.pow(2)[groups.member].mean(),
             "world": 0.5 * ((batch.target - centre[groups.member]).pow(2) / spread + spread.log()).mean(),
-            "steadiness": (shift - groups.mean(shift)[groups.member]).pow(2).mean(),
+            "steadiness": (shift - of_actions.mean(shift)[of_actions.member]).pow(2).mean(),
         }
         return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
 
@@ -135,34 +136,28 @@ class World(nn.Module):
 
         Share of the variance of predicted shifts that lies between actions; mean squared distance of measured group means to those predicted
         with the right, a wrong and the null action; and the squared distance of predictions with right and wrong action, of that to the start.
+        Where there is one action alone, no other can be wrong.
         """
         is_perturbed = (batch.genes >= 0).any(dim=1)
         start, target, genes, group = (getattr(batch, name)[is_perturbed] for name in ("start", "target", "genes", "group"))
-        groups = Groups(group)
-        # A wrong action is that of the next group: the same for all cells of a group.
-        first = torch.zeros(groups.n, dtype=torch.long, device=group.device).scatter_(
-            0, groups.member, torch.arange(len(group), device=group.device)
-        )
-        wrong_genes = genes[first.roll(1)][groups.member]
-        yes = torch.full((len(start),), not self.is_withheld, device=start.device)
-        right, wrong, null = (
-            self.predicted(start, *action)[0] for action in ((genes, yes), (wrong_genes, yes), (genes, ~torch.ones_like(yes)))
-        )
-        shift = right - start
-        centred = groups.mean(shift) - shift.mean(dim=0)
+        groups, told = Groups(group), torch.full((len(start),), not self.is_withheld, device=start.device)
+        predicted = {"right": self.predicted(start, genes, told)[0], "null": self.predicted(start, genes, torch.zeros_like(told))[0]}
+        watched = {}
+        actions, action = genes.unique(dim=0, return_inverse=True)
+        if len(actions) > 1:
+            predicted["wrong"] = self.predicted(start, actions[(action + 1) % len(actions)], told)[0]
+            shift, of_actions = predicted["right"] - start, Groups(action)
+            between = of_actions.mean(shift)[of_actions.member] - shift.mean(dim=0)
+            watched = {
+                "action_share": between.pow(2).sum() / (shift - shift.mean(dim=0)).pow(2).sum().clamp(min=1e-12),
+                "action_effect": (predicted["right"] - predicted["wrong"]).pow(2).mean() / shift.pow(2).mean().clamp(min=1e-12),
+            }
         measured = groups.mean(target)
-        return {
-            "action_share": (centred.pow(2).sum(dim=1) * groups.size).sum() / (shift - shift.mean(dim=0)).pow(2).sum().clamp(min=1e-12),
-            **{
-                f"distance_{name}_action": (groups.mean(predicted) - measured).pow(2).mean()
-                for name, predicted in (("right", right), ("wrong", wrong), ("null", null))
-            },
-            "action_effect": (right - wrong).pow(2).mean() / shift.pow(2).mean().clamp(min=1e-12),
-        }
+        return watched | {f"distance_{name}_action": (groups.mean(cells) - measured).pow(2).mean() for name, cells in predicted.items()}
 
     def complaint(self, watched: dict[str, float]) -> str | None:
         """Return what is wrong with these numbers, or None."""
-        if watched["action_effect"] >= LEAST_ACTION:
+        if watched.get("action_effect", np.inf) >= LEAST_ACTION:
             return None
         return (
             "the world model ignores its action: with another perturbation it predicts the same "

@@ -20,7 +20,7 @@ CORRELATION = METRICS["pearson_delta_ctrl"].name
 # What the page holds of these sections, besides their bytes of figures.
 COUNTERFACTUAL_TABLES = 60
 NAMES = 200
-CURVES_PER_MODEL = 12
+CURVES_PER_MODEL = 16
 GENES_OF_COUNTERFACTUAL = 15
 
 REASONS = {
