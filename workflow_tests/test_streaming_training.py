@@ -194,7 +194,7 @@ class Watched:
 
 def fitted(name: str, pairs: Pairs, embeddings: Path, folder: Path, **changes: object) -> tuple[Model, dict]:
     if name == "jepa":
-        changes |= {"n_steps_representation": 10, "n_steps_decoder": 10, "when_broken": "report"}
+        changes = {"n_steps_representation": 10, "n_steps_decoder": 10, "when_broken": "report", "mean": "learned", **changes}
     implementation, params = registered(name, **{**TINY, **changes})
     model = build(implementation, params)
     run = Run(seed=0, checkpoints=folder, identity="test")
@@ -221,7 +221,7 @@ def test_trained_weights_are_the_same_and_no_role_is_read_as_a_whole(
     n_training = len(both[1].roles("train").rows)
     large = [n for n in watched.at_once if n > 64]
     assert large == [n_training]
-    assert sum(watched.at_once) <= 5 * n_training
+    assert sum(watched.at_once) <= (7 if name == "jepa" else 5) * n_training
 
 
 def test_training_of_a_learned_family_leaves_cells_on_disk(

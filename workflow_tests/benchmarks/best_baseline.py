@@ -37,6 +37,8 @@ def losses(folder: Path, metric: str) -> pd.DataFrame:
         table = pd.read_csv(file, sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str})
         values = table[table["metric"] == metric].set_index("perturbation")["value"]
         rows.append(pd.Series(METRICS[metric].loss(values.to_numpy(float)), index=values.index, name=file.parent.name))
+    if not rows:
+        sys.exit(f"{folder} holds no seed_*/metrics.tsv: run the workflow with this model first.")
     return pd.DataFrame(rows)
 
 
