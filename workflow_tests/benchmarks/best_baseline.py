@@ -8,7 +8,6 @@ whatever the metric's direction; better, level or worse by whether the 95 % inte
 seed where that one has them too, as an ablation does.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
-from leaderboard import markdown  # noqa: E402
+from leaderboard import markdown, parser_of_split  # noqa: E402
 
 from perturbflow.benchmark.bootstrap import estimate  # noqa: E402
 from perturbflow.evaluation import METRICS  # noqa: E402
@@ -55,11 +54,7 @@ def value(loss: float, metric: str) -> float:
 
 def main() -> None:
     """Print one row per metric and model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("dataset")
-    parser.add_argument("split")
-    parser.add_argument("--models", nargs="+", default=["scppdm", "scppdm_hybrid"])
+    parser = parser_of_split(__doc__, ["scppdm", "scppdm_hybrid"])
     parser.add_argument("--metrics", nargs="+", default=list(FOUR))
     parser.add_argument("--baseline")
     arguments = parser.parse_args()

@@ -13,7 +13,6 @@ With --figure: predicted, shifted and measured cells of the three held-out pertu
 of measured cells.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
-from leaderboard import markdown  # noqa: E402
+from leaderboard import markdown, parser_of_split  # noqa: E402
 
 from perturbflow.artefacts import load_artefact  # noqa: E402
 from perturbflow.benchmark.bootstrap import estimate  # noqa: E402
@@ -127,11 +126,7 @@ def figure(scored: dict[str, Scored], path: Path) -> None:
 
 def main() -> None:
     """Print one table per model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("dataset")
-    parser.add_argument("split")
-    parser.add_argument("--models", nargs="+", default=["scppdm", "scppdm_hybrid"])
+    parser = parser_of_split(__doc__, ["scppdm", "scppdm_hybrid"])
     parser.add_argument("--mean-given", action="store_true")
     parser.add_argument("--figure", type=Path, default=None)
     arguments = parser.parse_args()

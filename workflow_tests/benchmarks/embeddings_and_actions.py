@@ -7,7 +7,6 @@ those predicted with a wrong or the null action (below 1: the action is used), o
 accuracy of a linear probe and of nearest neighbours on training cells, in the embedding and in as many principal components. Means over seeds.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,17 +17,22 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
-from leaderboard import markdown  # noqa: E402
+from leaderboard import markdown, parser_of_split  # noqa: E402
 
 from perturbflow.files import read_json  # noqa: E402
 
 SHOWN = ("effective_rank", "embedding_sd", "action_share", "action_effect", "distance_right_action", "distance_null_action")
 
 
+def embedding_history(run: dict) -> list[dict]:
+    """Return the rows of the stage that learned the embedding: A, or C where there was no A."""
+    return run["facts"].get("stage_a", run["facts"]["stage_c"])["history"]
+
+
 def monitors(run: dict) -> dict[str, float]:
     """Return what a run watched last, as numbers of the table."""
-    last, stage_a = run["history"][-1], run["facts"].get("stage_a", {}).get("history", [{}])[-1]
-    row = {"effective rank": stage_a.get("effective_rank", np.nan), "embedding sd": stage_a.get("embedding_sd", np.nan)}
+    last, of_embedding = run["history"][-1], embedding_history(run)[-1]
+    row = {"effective rank": of_embedding["effective_rank"], "embedding sd": of_embedding["embedding_sd"]}
     for prefix, role in (("", "training"), ("validation_", "validation")):
         right, wrong, null = (last.get(f"{prefix}distance_{name}_action", np.nan) for name in ("right", "wrong", "null"))
         row |= {f"right / wrong, {role}": right / wrong, f"right / null, {role}": right / null}
@@ -56,7 +60,7 @@ def draw(runs: dict[str, list[dict]], figure: Path) -> None:
     for panel, name in zip(panels.flat, SHOWN, strict=True):
         for i, (model, of_seeds) in enumerate(runs.items()):
             for seed, run in enumerate(of_seeds):
-                rows = run["history"] if name in run["history"][-1] else run["facts"].get("stage_a", {}).get("history", [])
+                rows = run["history"] if name in run["history"][-1] else embedding_history(run)
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 if points:
                     panel.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1, label=model if seed == 0 else None)
@@ -70,11 +74,7 @@ def draw(runs: dict[str, list[dict]], figure: Path) -> None:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("dataset")
-    parser.add_argument("split")
-    parser.add_argument("--models", nargs="+", default=["jepa", "jepa_off"])
+    parser = parser_of_split(__doc__, ["jepa", "jepa_off"])
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     folder = arguments.results / arguments.dataset / arguments.split

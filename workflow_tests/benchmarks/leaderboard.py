@@ -18,6 +18,16 @@ SCALED = "scaled_no_change_technical_duplicate"
 ARROWS = {"higher": "↑", "lower": "↓", "target": "◎"}
 
 
+def parser_of_split(description: str, models: list[str]) -> argparse.ArgumentParser:
+    """Return the command line of what compares models of one split: results, dataset, split, --models."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("dataset")
+    parser.add_argument("split")
+    parser.add_argument("--models", nargs="+", default=models)
+    return parser
+
+
 def markdown(cells: pd.DataFrame, heads: list[str], first: str = "model") -> str:
     """Return one row per entry of the index, in its order, and one column per head."""
     lines = [f"| {first} | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
