@@ -17,6 +17,8 @@ import yaml
 from scipy import sparse
 
 from perturbflow import audit, embeddings, harmonize, pairs, splits
+from perturbflow.embeddings import Embeddings
+from perturbflow.pairs import Pairs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_FILES = ("config", "datasets", "splits", "models", "counterfactuals")
@@ -179,6 +181,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prepared]:
     """Return all kinds of split of one screen, prepared once; not to be written to."""
     specs = {**SPECS, **SPECS_OF_CELLS}
     return {kind: prepare(tmp_path_factory.mktemp(kind), make_screen(), spec) for kind, spec in specs.items()}
+
+
+@pytest.fixture(scope="session")
+def screen(prepared: dict[str, Prepared]) -> tuple[Pairs, Embeddings]:
+    """Return pairs and gene vectors of the screen whose combinations are held out."""
+    files = prepared["unseen_combination"]
+    return Pairs.read(files.pairs), Embeddings.read(files.embeddings)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""scPPDM: forward process, samplers and guidance against closed forms, the network on known conditionals, cells as counts, and the hybrid's mean."""
+"""scPPDM: forward process, samplers and guidance against closed forms, the network on known conditionals, doses, latents, and the hybrid."""
 
 import json
 from dataclasses import replace
@@ -11,11 +11,12 @@ import torch
 from conftest import make_screen, merged, prepare
 from scipy import sparse, stats
 from test_models import registered, small_conditions, trained
+from test_recount import normalized
 from torch import Tensor
 
 from perturbflow.embeddings import Embeddings, rows_of
 from perturbflow.errors import InputError
-from perturbflow.models import conditional_mean, denoiser, networks, recount, samplers
+from perturbflow.models import denoiser, networks, samplers
 from perturbflow.models.autoencoder import CountLatent, DrawnCells, negative_binomial
 from perturbflow.models.base import Run, build
 from perturbflow.models.batches import Batch
@@ -24,17 +25,10 @@ from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace
 from perturbflow.models.shift import Training
-from perturbflow.models.stacked import Stacked
 from perturbflow.pairs import Pairs
 from perturbflow.registry import Plan
 
 QUICK = {"n_steps": 300, "batch_size": 64, "n_latent": 16}
-
-
-@pytest.fixture(scope="module")
-def screen(prepared: dict) -> tuple[Pairs, Embeddings]:
-    files = prepared["unseen_combination"]
-    return Pairs.read(files.pairs), Embeddings.read(files.embeddings)
 
 
 @pytest.fixture(scope="module")
@@ -343,125 +337,6 @@ def test_a_screen_of_doses_is_learned_and_asked_for_another_dose(tmp_path: Path)
     assert "no embedding" in model.refusal("NOBODY@10")
 
 
-# --- cells as counts ------------------------------------------------------------------------------------------------
-
-
-def normalized(counts: np.ndarray, target: float = 1000.0) -> np.ndarray:
-    return np.log1p(counts * (target / counts.sum(axis=1, keepdims=True)))
-
-
-def poisson_cells(n: int = 4000, n_genes: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return Poisson counts and the same log-normalized, with a filler gene that makes sizes equal."""
-    rng = np.random.default_rng(seed)
-    counts = rng.poisson([0.3, 1.0, 3.0, 8.0, 60.0, 200.0][:n_genes], (n, n_genes))
-    counts = np.column_stack([counts, 1000 - counts.sum(axis=1)])
-    return counts, normalized(counts)
-
-
-@pytest.mark.parametrize("fold", [0.1, 0.5, 0.9])
-def test_thinned_poisson_counts_are_poisson(fold: float) -> None:
-    counts, cells = poisson_cells()
-    log_fold = np.tile(np.r_[np.full(6, np.log(fold)), 0.0], (len(cells), 1))
-    out = np.rint(np.expm1(recount.recounted(cells, None, log_fold, np.random.default_rng(1))))
-    for gene, level in enumerate([0.3, 1.0, 3.0, 8.0, 60.0, 200.0]):
-        k = out[:, gene]
-        assert k.mean() == pytest.approx(fold * level, rel=0.06, abs=0.02)
-        assert k.var() == pytest.approx(fold * level, rel=0.12, abs=0.02)
-        assert (k <= counts[:, gene]).all()
-    assert (out[:, 6] == counts[:, 6]).all()
-
-
-def test_what_is_added_follows_the_level_and_the_cell() -> None:
-    rng = np.random.default_rng(0)
-    rate = rng.gamma(2.0, 2.0, (5000, 1))  # cells differ: their own rate, a Gamma mixture of shape 2
-    counts = np.column_stack([rng.poisson(rate[:, 0]), rng.poisson(4.0, 5000), np.ones(5000)])
-    cells = np.log1p(counts.astype(float))
-    out = np.expm1(recount.recounted(cells, None, np.tile([np.log(3.0), np.log(3.0), 0.0], (5000, 1)), np.random.default_rng(1)))
-    np.testing.assert_allclose(out[:, :2].mean(axis=0), [12.0, 12.0], rtol=0.05)
-    # Of a mixture, 3λ: variance 12 + 144/2; of one rate 12.
-    assert out[:, 0].var() == pytest.approx(84.0, rel=0.25)
-    assert out[:, 1].var() == pytest.approx(12.0, rel=0.2)
-
-
-@pytest.mark.parametrize("level", [0.2, 2.0, 50.0])
-def test_the_mean_that_fold_changes_make_is_on_the_scale_of_the_cells(level: float) -> None:
-    """Rates, not log1p expression, change by a fold: what that is in log1p depends on the level."""
-    rng = np.random.default_rng(0)
-    counts = np.column_stack([rng.poisson(level, 20_000), np.ones(20_000)])
-    cells, fold = np.log1p(counts.astype(float)), np.tile([np.log(0.5), 0.0], (20_000, 1))
-    expected = np.log1p(rng.poisson(level / 2, 200_000)).mean() - np.log1p(rng.poisson(level, 200_000)).mean()
-    assert recount.drawn_mean_change(cells, fold, rng)[0] == pytest.approx(expected, rel=0.05)
-    assert recount.drawn_mean_change(cells[:7], fold[:7], rng)[1] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_no_change_returns_the_cells_themselves(screen: tuple[Pairs, Embeddings]) -> None:
-    cells = screen[0].X[:50].toarray()
-    out = recount.recounted(cells, np.zeros(cells.shape[1]), None, np.random.default_rng(0))
-    np.testing.assert_allclose(out, cells, atol=1e-5)
-
-
-def test_the_mean_is_met_and_cells_are_counts_of_their_own_size(screen: tuple[Pairs, Embeddings]) -> None:
-    cells = screen[0].X[:80].toarray()
-    rng = np.random.default_rng(0)
-    change = rng.normal(scale=0.4, size=cells.shape[1])
-    change[3] = -20.0
-    out = recount.recounted(cells, change, 0.3 * rng.normal(size=cells.shape), rng)
-    np.testing.assert_allclose(out.mean(axis=0), np.maximum(cells.mean(axis=0) + change, 0.0), atol=0.02)
-    assert not out[:, 3].any()
-    unit = recount.unit_of(np.expm1(cells.astype(float)))
-    counts = np.expm1(out.astype(float)) / unit[:, None]
-    np.testing.assert_allclose(counts, np.rint(counts), atol=2e-3)
-
-
-def test_the_unit_of_a_cell_is_found_without_a_count_of_one() -> None:
-    counts = np.array([[2, 4, 6, 0], [2, 3, 7, 0], [6, 10, 15, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
-    unit = np.array([0.37, 1.9, 5.5, 2.0])
-    found = recount.unit_of(counts[:4] * unit[:, None])
-    # Multiples of two look like half as many counts of twice the size: nothing tells these apart.
-    np.testing.assert_allclose(found, [2 * 0.37, 1.9, 5.5, 2.0], rtol=1e-6)
-    assert np.isfinite(recount.unit_of(counts * 2.0)).all()
-
-
-def test_a_gene_that_no_start_cell_holds_can_appear() -> None:
-    _, cells = poisson_cells(200)
-    cells[:, 0] = 0.0
-    change = np.zeros(7)
-    change[0] = 0.5
-    out = recount.recounted(cells, change, None, np.random.default_rng(0))
-    assert out[:, 0].mean() == pytest.approx(0.5, abs=0.02)
-    assert len(np.unique(out[:, 0])) > 2
-
-
-def test_a_fold_change_of_its_own_moves_a_cell_more() -> None:
-    _, cells = poisson_cells(400)
-    fold = np.zeros((400, 7))
-    fold[:200, 4] = 1.0
-    out = recount.recounted(cells, np.zeros(7), fold, np.random.default_rng(0))
-    assert out[:200, 4].mean() > out[200:, 4].mean() + 0.7
-    assert out[:, 4].mean() == pytest.approx(cells[:, 4].mean(), abs=0.01)
-
-
-def test_counted_cells_are_nearer_to_real_ones_than_shifted_ones() -> None:
-    """The reason for all this: planted fold changes on Poisson cells, the mean known."""
-    rng = np.random.default_rng(0)
-    level, fold = rng.gamma(0.5, 4.0, 200), np.exp(rng.normal(scale=0.8, size=200))
-    before = np.log1p(rng.poisson(level, (300, 200)))
-    after, again = (np.log1p(rng.poisson(level * fold, (300, 200))) for _ in range(2))
-    change = after.mean(axis=0) - before.mean(axis=0)
-    counted = recount.recounted(before, change, None, rng)
-    shifted = np.maximum(before + change, 0.0)
-    errors = [np.abs(cells.var(axis=0) - again.var(axis=0)).mean() for cells in (counted, shifted)]
-    assert errors[0] < 0.4 * errors[1]
-
-
-def test_a_screen_is_counted_the_same_for_the_same_seed(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
-    model, _, _ = hybrid
-    cells = screen[0].roles("test").X[:20].toarray()
-    first, again, other = (model.predict(cells, ["TF1+TF2"], 40, seed) for seed in (0, 0, 1))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
 # --- latents --------------------------------------------------------------------------------------------------------
 
 
@@ -548,69 +423,15 @@ def test_a_missing_file_of_loadings_is_named_and_its_content_counts(tmp_path: Pa
     assert lineages[0] != lineages[1]
 
 
-# --- the hybrid's mean ----------------------------------------------------------------------------------------------
+# --- the hybrid ------------------------------------------------------------------------------------------------------
 
 
-def test_losses_of_perfect_and_useless_predictions() -> None:
-    rng = np.random.default_rng(0)
-    truth, reference, everything = rng.normal(size=(6, 40)), rng.normal(size=40), np.ones(40, dtype=bool)
-    none = np.zeros(40, dtype=bool)
-    np.testing.assert_allclose(conditional_mean.losses(truth, truth, reference, everything, none), 0.0, atol=1e-12)
-    useless = conditional_mean.losses(np.zeros_like(truth), truth, reference, everything, none)
-    assert useless[:, 0].mean() == pytest.approx(1.0)
-    np.testing.assert_allclose(useless[:, 1], 1.0)
-    np.testing.assert_allclose(useless[:, 3], 0.5)
-    one = np.tile(truth[0], (6, 1))  # the same for all: nothing is nearer to its own than to the others, on average
-    assert conditional_mean.losses(one, truth, reference, everything, none)[:, 3].mean() == pytest.approx(0.5)
-
-
-def candidates_table(n: int, better: int | None, error: float = 0.0, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    n_candidates = len(conditional_mean.MIXES) * len(conditional_mean.GAINS)
-    tables = 0.5 + 0.1 * rng.normal(size=(1, n, 4)) + 0.001 * np.arange(n_candidates)[:, None, None]
-    if better is not None:
-        tables[better, :, 1:] -= 0.2
-        tables[better, :, 0] += error
-        tables[better, :, 0] -= 0.05
-    return tables
-
-
-def test_a_mix_is_taken_where_it_is_better_and_costs_no_error() -> None:
-    n_gains = len(conditional_mean.GAINS)
-    better = 3 * n_gains + 2
-    assert conditional_mean._chosen(conditional_mean.MIXES, candidates_table(40, better)) == (3, conditional_mean.GAINS[2], 40)
-    assert conditional_mean._chosen(conditional_mean.MIXES, candidates_table(40, better, error=0.2))[:2] == (
-        0,
-        1.0,
-    )  # more error than the best part alone
-    assert conditional_mean._chosen(conditional_mean.MIXES, candidates_table(conditional_mean.LEAST_HELD_OUT - 1, better))[:2] == (
-        0,
-        1.0,
-    )  # too few to tell
-
-
-def test_the_four_cases() -> None:
-    measured, known = {"A", "B", "A+C"}, {"A", "B", "C"}
-    cases = {label: conditional_mean.case_of(label, measured, known) for label in ("A", "B+C", "D", "A+D", "C", "A+C")}
-    assert cases == {"A": "measured", "B+C": "seen", "D": "unseen gene", "A+D": "unseen member", "C": "seen", "A+C": "measured"}
-
-
-def test_a_shrunken_mean_gets_its_spread_back() -> None:
-    """Plant a screen whose stacked prediction is drawn to the mean: the gain undoes it."""
-    rng = np.random.default_rng(0)
-    centre, own = rng.normal(size=(1, 60)), rng.normal(size=(40, 60))
-    truth = centre + own
-    said = {"stacked": centre + own / 1.5 + 0.02 * rng.normal(size=own.shape), "latent": centre + own / 2, "sum": centre + 2 * own}
-    tables = [
-        conditional_mean.losses(
-            conditional_mean._mixed(said, mix, gain, np.repeat(centre, 40, axis=0)), truth, centre[0], np.ones(60, bool), np.zeros(60, bool)
-        )
-        for mix in conditional_mean.MIXES
-        for gain in conditional_mean.GAINS
-    ]
-    mix, gain, _ = conditional_mean._chosen(conditional_mean.MIXES, np.stack(tables))
-    recovered = conditional_mean._mixed(said, conditional_mean.MIXES[mix], gain, centre)
-    assert np.linalg.norm(recovered - truth) < 0.5 * np.linalg.norm(said["stacked"] - truth)
+def test_a_screen_is_counted_the_same_for_the_same_seed(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
+    model, _, _ = hybrid
+    cells = screen[0].roles("test").X[:20].toarray()
+    first, again, other = (model.predict(cells, ["TF1+TF2"], 40, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
 
 
 def test_the_mean_of_the_hybrid_is_the_closed_form(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
@@ -629,24 +450,6 @@ def test_the_mean_of_the_hybrid_is_the_closed_form(hybrid: tuple, screen: tuple[
     again = build(implementation, params)
     again.restore(artefact)
     np.testing.assert_array_equal(again.predict(start, ["TF1+TF2"], 5, 0), model.predict(start, ["TF1+TF2"], 5, 0))
-
-
-def test_with_few_to_learn_from_the_mean_is_stacked(screen: tuple[Pairs, Embeddings]) -> None:
-    pairs, embeddings = screen
-    training = Training.of(pairs, embeddings, 0)
-    mean, stacked = ConditionalMean().learned(training), Stacked().learned(training)
-    assert "by 0 held out" in mean.account()["unseen member"] or "1 stacked, gain 1" in mean.account()["unseen member"]
-    np.testing.assert_allclose(mean.effect("TF2+TF8"), stacked.effect("TF2+TF8"))
-
-
-def test_the_mean_reads_training_cells_alone(screen: tuple[Pairs, Embeddings]) -> None:
-    pairs, embeddings = screen
-    is_held_out = (pairs.obs["role"] != "train").to_numpy()
-    X = pairs.X.toarray()
-    X[is_held_out] = np.random.default_rng(0).random(X[is_held_out].shape)
-    spoilt = replace(pairs, X=sparse.csr_matrix(X))
-    means = [ConditionalMean().learned(Training.of(cells, embeddings, 0)).effect("TF1+TF2") for cells in (pairs, spoilt)]
-    np.testing.assert_array_equal(*means)
 
 
 def test_residuals_have_no_mean_left(screen: tuple[Pairs, Embeddings]) -> None:

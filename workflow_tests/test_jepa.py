@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
-from test_models import COMBINATION, QUICK_JEPA, registered, trained
+from test_models import QUICK_JEPA, registered, trained
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
@@ -38,12 +38,6 @@ from perturbflow.pairs import Pairs
 WEIGHTS = {"invariance": 25.0, "variance": 1.0, "covariance": 0.04}
 WORLD = {"width": 32, "dropout": 0.0, "own_dropout": 0.0, "action_dropout": 0.1}
 LOSSES = {"effect": 1.0, "world": 0.1, "steadiness": 0.1}
-
-
-@pytest.fixture(scope="module")
-def screen(prepared: dict) -> tuple[Pairs, Embeddings]:
-    files = prepared[COMBINATION]
-    return Pairs.read(files.pairs), Embeddings.read(files.embeddings)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +185,9 @@ def test_cells_tell_the_map_nothing_of_effects(screen: tuple[Pairs, Embeddings])
     latent = JepaLatent(Representation(Encoder(len(training.genes), 5), 5, len(training.genes)))
     latent.fit_effect_map(training)
     within = latent._of_cells
+    standardized = latent.encode(training.X)
+    np.testing.assert_allclose(standardized.mean(axis=0), 0.0, atol=1e-4)
+    np.testing.assert_allclose(standardized.std(axis=0), 1.0, atol=1e-4)
     X = training.X.toarray()
     h = latent.encode(training.X).astype(float)
     group = training.groups.of_cell
@@ -358,10 +355,28 @@ def test_monitors_are_written_at_every_epoch(jepa: tuple) -> None:
     last = run.history[-1]
     assert last["distance_right_action"] < last["distance_null_action"]
     assert last["distance_right_action"] < last["distance_wrong_action"]
+    assert last["validation_distance_right_action"] < last["validation_distance_null_action"]
     for row in run.facts["stage_a"]["history"]:
         assert {"invariance", "variance", "covariance", "embedding_sd", "effective_rank"} <= set(row)
     assert run.facts["stage_a"]["history"][-1]["embedding_sd"] > 0.3
+    assert run.facts["stage_a"]["history"][-1]["effective_rank"] > 4
     assert set(run.facts["separability"]) >= {"perturbation"}
+
+
+def test_an_embedding_that_learns_with_its_decoder_is_watched_too(tmp_path: Path) -> None:
+    X, _ = planted_cells()
+    run = Run(seed=0, checkpoints=tmp_path, identity="test")
+    encoder = Encoder(40, 8)
+    _trained(Representation(encoder, 8, 40), DrawnCells(sparse.csr_matrix(X)), 100, 64, (5e-3, 0.0, 0.9), run, "stage_c", stops=True)
+    assert run.facts["stage_c"]["history"][-1]["effective_rank"] > 2
+    frozen = Representation(encoder.requires_grad_(requires_grad=False), 8, 40)
+    assert frozen.watch(cells_of(X)) == {}
+    assert frozen.complaint({}) is None
+    flat = Representation(Encoder(40, 8), 8, 40)
+    with torch.no_grad():
+        flat.encoder.layers[-1].weight.zero_()
+        watched = {name: float(value) for name, value in flat.watch(cells_of(X)).items()}
+    assert "the embedding has collapsed" in flat.complaint(watched)
 
 
 def test_an_ignored_action_stops_the_training_or_is_reported(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
@@ -484,28 +499,3 @@ def test_a_planted_label_is_told_and_a_random_one_is_not(screen: tuple[Pairs, Em
 def test_facts_can_be_written(jepa: tuple) -> None:
     facts = json.loads(json.dumps(jepa[2].facts))
     assert pd.DataFrame(facts["stage_a"]["history"]).notna().all().all()
-
-
-@pytest.mark.parametrize("knows", [True, False])
-def test_a_part_that_is_no_closed_form_is_mixed_in_as_far_as_it_predicts(
-    screen: tuple[Pairs, Embeddings], monkeypatch: pytest.MonkeyPatch, knows: bool
-) -> None:
-    monkeypatch.setattr(conditional_mean, "LEAST_HELD_OUT", 2)
-    training = Training.of(screen[0].roles("train", "validation"), screen[1], 0)
-    truth = dict(zip(training.effects.labels, training.effects.values, strict=True))
-    noise = np.random.default_rng(0).normal(size=len(training.genes))
-    asked = []
-
-    def part(inner: Training, start: np.ndarray) -> object:
-        assert training.pairs.is_control[training.pairs.rows.searchsorted(start)].all()
-        asked.append(inner.effects.labels)
-        return (lambda label: truth[label]) if knows else (lambda label: noise)
-
-    mean = conditional_mean.ConditionalMean({"world": part}).learned(training)
-    assert asked
-    chosen = [words for words in mean.account().values() if "by 0" not in words]
-    assert all(("world" in words) == knows for words in chosen)
-    again = conditional_mean.ConditionalMean()
-    again.restore(mean.artefact)
-    label = training.effects.labels[0]
-    np.testing.assert_array_equal(again.effect(label, {"world": lambda: truth[label]}), mean.effect(label, {"world": lambda: truth[label]}))

@@ -144,14 +144,10 @@ class CountLatent:
         optimize(learner, Batches(DrawnCells(X), None, batch_size, run.seed), own, "autoencoder")
         run.facts["autoencoder"] = {"n_parameters": own.facts["n_parameters"], **own.history[-1]}
         latent = cls(learner.average.module.cpu())
-        latent.standardize(training)
+        z = np.concatenate([latent.encode(block) for _, block in training.blocks()])
+        latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
+        latent.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))
         return latent
-
-    def standardize(self, cells: Pairs) -> None:
-        """Centre and scale the coordinates of these cells."""
-        z = np.concatenate([self.encode(block) for _, block in cells.blocks()])
-        self.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
-        self.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))
 
     @classmethod
     def restored(cls, state: dict[str, Tensor]) -> "CountLatent":

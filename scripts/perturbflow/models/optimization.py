@@ -66,7 +66,7 @@ class Learner(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Tie noise and dropout to the step, so that a resumed training draws what it would have drawn."""
-        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+        _tie_noise(self.seed, self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Minimize the network's loss."""
@@ -77,7 +77,7 @@ class Learner(pl.LightningModule):
         return losses["loss"]
 
     def mean_losses(self) -> dict[str, float]:
-        """Return the means since the last call; Lightning's own log takes longer than the step of a small network."""
+        """Return the means since the last call: Lightning's own log does the same, at a cost that small networks feel."""
         means = {name: float(total) / self.n_in_totals for name, total in self.totals.items()}
         self.totals, self.n_in_totals = {}, 0
         return means
@@ -118,6 +118,10 @@ class Learner(pl.LightningModule):
             losses = self.average.module.losses(batch)
         values = {f"validation_{name}": value for name, value in losses.items()}
         self.log_dict(values, on_epoch=True, batch_size=len(batch))
+
+
+def _tie_noise(seed: int, step: int) -> None:
+    torch.manual_seed(seed * 1_000_003 + step)
 
 
 def _finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -171,12 +175,12 @@ def accelerator(device: str) -> str:
 
 
 def optimize_briefly(learner: Learner, cells: PairedCells, batch_size: int) -> nn.Module:
-    """Return the averaged network after the same steps as `optimize` takes, on the CPU: no checkpoints, no history, half of the time."""
+    """Return the averaged network after the same steps as `optimize` takes, on the CPU, without checkpoints and history."""
     configured = learner.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     learner.network.train()
     for step in range(learner.n_steps):
-        torch.manual_seed(learner.seed * 1_000_003 + step)
+        _tie_noise(learner.seed, step)
         optimizer.zero_grad()
         batch = cells.batch(batch_size, (learner.seed, *divmod(step, STEPS_PER_EPOCH)))
         _finite(learner.network.losses(batch), step)["loss"].backward()

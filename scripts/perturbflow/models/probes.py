@@ -28,16 +28,16 @@ def separability(pairs: Pairs, latent: Latent, seed: int) -> dict[str, dict[str,
     """
     found = {}
     for column in ("batch", "cell_type", "perturbation"):
-        labels = pairs.obs[column].astype(str).to_numpy()
+        labels = pairs.obs[column].to_numpy(str)
         usable = np.flatnonzero(~pairs.is_control) if column == "perturbation" else np.arange(len(labels))
         rows = np.random.default_rng(seed).permutation(usable)
         shown = pd.Series(labels[rows]).value_counts().index[:MAX_LABELS]
-        rows = np.sort(rows[np.isin(labels[rows].astype(str), shown.to_numpy(str))][:MAX_CELLS])
+        rows = np.sort(rows[np.isin(labels[rows], shown.to_numpy(str))][:MAX_CELLS])
         n_cells = pd.Series(labels[rows]).value_counts()
         commonest = n_cells.index[n_cells >= N_NEIGHBOURS].to_numpy(str)
         if len(commonest) < 2:
             continue
-        rows = rows[np.isin(labels[rows].astype(str), commonest)]
+        rows = rows[np.isin(labels[rows], commonest)]
         X = pairs.X[rows].toarray()
         n_components = min(latent.n_dimensions, X.shape[1], len(X) - 1)
         spaces = {"embedding": latent.encode(X), "pca": PCA(n_components, random_state=0).fit_transform(X)}

@@ -56,6 +56,21 @@ def effective_rank(h: Tensor) -> Tensor:
     return torch.exp(-(share * torch.log(share.clamp(min=1e-12))).sum())
 
 
+def watched_embedding(h: Tensor) -> dict[str, Tensor]:
+    """Return what tells a collapse, (B, D): mean standard deviation and effective rank."""
+    return {"embedding_sd": h.std(dim=0).mean(), "effective_rank": effective_rank(h)}
+
+
+def collapse(watched: dict[str, float], n_embedding: int, remedy: str) -> str | None:
+    """Return what is wrong with the numbers of `watched_embedding`, and what helps, or None."""
+    if watched["embedding_sd"] >= LEAST_SD and watched["effective_rank"] >= LEAST_RANK * n_embedding:
+        return None
+    return (
+        f"the embedding has collapsed: its mean standard deviation is {watched['embedding_sd']:.3g} and its effective rank "
+        f"{watched['effective_rank']:.1f} of {n_embedding}; {remedy} in the model's params."
+    )
+
+
 def count_split(cells: Cells, kept: float) -> tuple[Tensor, Tensor]:
     """Return two parts of every cell, log1p expression on the cells' own scale, (B, genes) each: a share of its molecules, and the others."""
     first = torch.zeros_like(cells.k)
@@ -135,19 +150,12 @@ class MaskedPrediction(nn.Module):
         return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
 
     def watch(self, cells: Cells) -> dict[str, Tensor]:
-        """Return what tells a collapse: mean standard deviation and effective rank of the target embedding."""
-        h = self.target_encoder(cells.x)
-        return {"embedding_sd": h.std(dim=0).mean(), "effective_rank": effective_rank(h)}
+        """Watch the target embedding."""
+        return watched_embedding(self.target_encoder(cells.x))
 
     def complaint(self, watched: dict[str, float]) -> str | None:
-        """Return what is wrong with these numbers, or None."""
-        n_embedding = self.predictor[-1].out_features
-        if watched["embedding_sd"] >= LEAST_SD and watched["effective_rank"] >= LEAST_RANK * n_embedding:
-            return None
-        return (
-            f"the embedding has collapsed: its mean standard deviation is {watched['embedding_sd']:.3g} and its effective rank "
-            f"{watched['effective_rank']:.1f} of {n_embedding}; raise weights.variance or weights.covariance in the model's params."
-        )
+        """Tell a collapse."""
+        return collapse(watched, self.predictor[-1].out_features, "raise weights.variance or weights.covariance")
 
     def after_step(self, progress: float) -> None:
         """Move the target encoder: θ̄ ← d θ̄ + (1 − d) θ."""
@@ -187,6 +195,15 @@ class Representation(nn.Module):
         library = cells.k.sum(dim=1, keepdim=True)
         mean = library * torch.exp(self.log_share(self.embed(cells.x)))
         return {"loss": -negative_binomial(cells.k, mean, torch.exp(self.log_shape)).mean()}
+
+    def watch(self, cells: Cells) -> dict[str, Tensor]:
+        """Watch the embedding, where it is learned here."""
+        is_learned = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        return watched_embedding(self.embed(cells.x)) if is_learned else {}
+
+    def complaint(self, watched: dict[str, float]) -> str | None:
+        """Tell a collapse."""
+        return collapse(watched, self.decoder[0].in_features, "lower learning_rate") if "effective_rank" in watched else None
 
 
 class JepaLatent(CountLatent):
@@ -247,7 +264,6 @@ class JepaLatent(CountLatent):
         representation = Representation(encoder.train(), n_embedding, training.X.shape[1])
         steps = n_steps[1] if is_self_supervised else sum(n_steps)
         latent = cls(_trained(representation, cells, steps, batch_size, optimization, run, "stage_c", stops))
-        latent.standardize(training)
         latent.fit_effect_map(training)
         return latent
 
@@ -265,23 +281,29 @@ class JepaLatent(CountLatent):
         return {**super().state(), "effect_map": torch.from_numpy(self.effect_map)}
 
     def fit_effect_map(self, training: Pairs) -> None:
-        """Fit M: mean effects ≈ mean shifts · M, by ridge regression.
+        """Centre and scale the embedding and fit M: mean effects ≈ mean shifts · M, by ridge regression. One pass over the cells.
 
         With H and X embeddings and expression of n cells less the means of their perturbation (of controls: of their batch and cell type), D and
         E shifts and effects of the perturbations, M minimizes ‖X − H M‖²/n + w ‖E − D M‖² + λ‖M‖², and w gives cells and perturbations the same
         total variance of the embedding. Effects alone would leave most directions open; cells alone give them the size of what cells differ in.
         """
-        groups = training.groups
+        groups, n = training.groups, len(training.rows)
         sums = np.zeros((len(groups.n_cells), self.n_dimensions))
         inner, across = np.zeros((self.n_dimensions, self.n_dimensions)), np.zeros((self.n_dimensions, len(training.genes)))
         for rows, X in training.blocks():
-            h = self.encode(X).astype(np.float64)
+            h = self.encode(X).astype(np.float64)  # centre 0 and scale 1 as yet
             sums += groups.indicator(rows) @ h
             inner += h.T @ h
             across += (X.T @ h).T
-        n, means = len(training.rows), sums / np.maximum(groups.n_cells, 1)[:, None]
-        self._of_cells = (inner - means.T @ sums) / n, (across - means.T @ training.sums[0]) / n
-        self.effect_map = self.with_effects(groups.effects(sums), Effects.of_training(training).values).effect_map
+        centre = sums.sum(axis=0) / n
+        scale = np.sqrt(np.maximum(np.diag(inner) / n - centre**2, 1e-6))
+        self.network.centre.copy_(torch.from_numpy(centre))
+        self.network.scale.copy_(torch.from_numpy(scale))
+        means = sums / np.maximum(groups.n_cells, 1)[:, None]
+        within = (inner - means.T @ sums) / n, (across - means.T @ training.sums[0]) / n
+        self._of_cells = within[0] / np.outer(scale, scale), within[1] / scale[:, None]
+        shifts = groups.effects((sums - groups.n_cells[:, None] * centre) / scale)
+        self.effect_map = self.with_effects(shifts, Effects.of_training(training).values).effect_map
 
     def with_effects(self, shifts: np.ndarray, effects: np.ndarray) -> "JepaLatent":
         """Return the same embedding with an effect map fitted to what cells of a group differ in, and to these perturbations.
