@@ -212,7 +212,16 @@ def test_coupling_is_optimal_within_groups() -> None:
     start = torch.tensor([[0.0], [10.0], [0.0], [10.0]])
     target = torch.tensor([[9.0], [1.0], [9.0], [8.0]])
     group = torch.tensor([0, 0, 1, 2])
-    assert counterfactual.coupled(start, target, group).squeeze(1).tolist() == [10.0, 0.0, 0.0, 10.0]
+    order = counterfactual.coupled(start, target, group, torch.ones(1))
+    assert start[order].squeeze(1).tolist() == [10.0, 0.0, 0.0, 10.0]
+
+
+def test_coupling_looks_away_from_what_the_perturbation_did() -> None:
+    # Along the second axis cells respond, by 0 or 8: what is left to tell their states is the first, though it tells less.
+    start = torch.tensor([[0.0, 0.0], [1.0, 0.1], [2.0, -0.1], [3.0, 0.0]])
+    target = torch.tensor([[3.0, 8.0], [0.0, 0.0], [2.0, 8.0], [1.0, 0.0]])
+    order = counterfactual.coupled(start, target, torch.zeros(4), torch.ones(2))
+    assert start[order][:, 0].tolist() == [3.0, 0.0, 2.0, 1.0]
 
 
 # --- promises of every learned family -------------------------------------------------------------------------------
@@ -333,11 +342,13 @@ def test_resumed_training_equals_uninterrupted(
 
 
 def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
-    cells, _, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
+    cells, pairs, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
+    identity = np.eye(cells.z.shape[1])
+    latent = counterfactual.StateSpace(np.zeros(len(identity)), identity, np.ones(len(identity)), identity, np.full(len(identity), 0.5))
 
     def learner() -> optimization.Learner:
         torch.manual_seed(0)
-        net = counterfactual.Velocity(16, conditions, width=16, n_layers=1, dropout=0.1, own_dropout=0.3, bridge_noise=0.1)
+        net = counterfactual.Velocity(latent, conditions, width=16, n_layers=1, dropout=0.1, own_dropout=0.3, bridge_noise=0.1)
         return optimization.Learner(net, 3, 30, 0.01, 0.01, 0.9)
 
     whole = learner()

@@ -20,11 +20,18 @@ def poisson_cells(n: int = 4000, n_genes: int = 6, seed: int = 0) -> tuple[np.nd
     return counts, normalized(counts)
 
 
+def drawn(cells: np.ndarray, fold: np.ndarray, seed: int = 1) -> np.ndarray:
+    """Return cells at these fold changes as they are."""
+    nothing = np.zeros(cells.shape[1])
+    change = recount.Change(recount.Levels.of(recount.Counted.of(cells)), nothing, nothing)
+    return recount.changed(cells, change, fold, np.random.default_rng(seed))
+
+
 @pytest.mark.parametrize("fold", [0.1, 0.5, 0.9])
 def test_thinned_poisson_counts_are_poisson(fold: float) -> None:
     counts, cells = poisson_cells()
     log_fold = np.tile(np.r_[np.full(6, np.log(fold)), 0.0], (len(cells), 1))
-    out = np.rint(np.expm1(recount.recounted(cells, None, log_fold, np.random.default_rng(1))))
+    out = np.rint(np.expm1(drawn(cells, log_fold)))
     for gene, level in enumerate([0.3, 1.0, 3.0, 8.0, 60.0, 200.0]):
         k = out[:, gene]
         assert k.mean() == pytest.approx(fold * level, rel=0.06, abs=0.02)
@@ -38,7 +45,7 @@ def test_what_is_added_follows_the_level_and_the_cell() -> None:
     rate = rng.gamma(2.0, 2.0, (5000, 1))  # cells differ: their own rate, a Gamma mixture of shape 2
     counts = np.column_stack([rng.poisson(rate[:, 0]), rng.poisson(4.0, 5000), np.ones(5000)])
     cells = np.log1p(counts.astype(float))
-    out = np.expm1(recount.recounted(cells, None, np.tile([np.log(3.0), np.log(3.0), 0.0], (5000, 1)), np.random.default_rng(1)))
+    out = np.expm1(drawn(cells, np.tile([np.log(3.0), np.log(3.0), 0.0], (5000, 1))))
     np.testing.assert_allclose(out[:, :2].mean(axis=0), [12.0, 12.0], rtol=0.05)
     # Of a mixture, 3λ: variance 12 + 144/2; of one rate 12.
     assert out[:, 0].var() == pytest.approx(84.0, rel=0.25)
@@ -114,3 +121,27 @@ def test_counted_cells_are_nearer_to_real_ones_than_shifted_ones() -> None:
     shifted = np.maximum(before + change, 0.0)
     errors = [np.abs(cells.var(axis=0) - again.var(axis=0)).mean() for cells in (counted, shifted)]
     assert errors[0] < 0.4 * errors[1]
+
+
+def test_a_change_of_a_population_is_done_to_single_cells() -> None:
+    _, cells = poisson_cells()
+    rng = np.random.default_rng(0)
+    fold = np.column_stack([0.4 * rng.normal(size=(len(cells), 6)), np.zeros(len(cells))])
+    target = np.array([0.1, -0.2, 0.3, -0.4, 0.2, -0.1, 0.0])
+    change = recount.change_of(cells, target, fold, rng)
+    out = recount.changed(cells, change, fold, np.random.default_rng(2))
+    np.testing.assert_allclose(out.mean(axis=0) - cells.mean(axis=0), target, atol=0.03)
+    # A cell's outcomes are its own: asked alone, many times, it has the mean that it has in company.
+    alone = recount.changed(np.repeat(cells[:1], 4000, axis=0), change, np.repeat(fold[:1], 4000, axis=0), rng)
+    company = recount.changed(np.repeat(cells[:2], 4000, axis=0), change, np.repeat(fold[:2], 4000, axis=0), rng)[:4000]
+    np.testing.assert_allclose(alone.mean(axis=0), company.mean(axis=0), atol=0.05)
+
+
+def test_a_gene_that_no_cell_holds_arrives_in_single_cells_too() -> None:
+    _, cells = poisson_cells()
+    cells = np.column_stack([cells, np.zeros(len(cells))])
+    target = np.zeros(8)
+    target[7] = 0.5
+    change = recount.change_of(cells, target, None, np.random.default_rng(0))
+    out = recount.changed(cells, change, np.zeros_like(cells), np.random.default_rng(1))
+    assert out[:, 7].mean() == pytest.approx(0.5, rel=0.1)

@@ -209,7 +209,7 @@ def fitted(name: str, pairs: Pairs, embeddings: Path, folder: Path, **changes: o
 def test_trained_weights_are_the_same_and_no_role_is_read_as_a_whole(
     name: str, latent: str | None, both: tuple[Pairs, Pairs], prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"latent": latent} if latent else {"mean": "learned"} if name == "jepa" else {}
+    changes = {"latent": latent} if latent else {"mean": "learned"} if name in ("jepa", "counterfactual") else {}
     monkeypatch.setattr(batches, "STEPS_PER_EPOCH", 5)
     monkeypatch.setattr(pairs_module, "ROWS_AT_ONCE", 64)
     embeddings = prepared[COMBINATION].embeddings

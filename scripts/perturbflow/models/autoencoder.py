@@ -184,6 +184,11 @@ class CountLatent:
         """Return log ρ(z + moved) − log ρ(z)."""
         return self._log_share(z + moved) - self._log_share(z)
 
+    def change(self, z: np.ndarray, moved: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Return log1p(l ρ(z + moved)) − log1p(l ρ(z))."""
+        after, before = (np.log1p(total[:, None] * np.exp(self._log_share(at))) for at in (z + moved, z))
+        return after - before
+
     def mean_change(self, moved: np.ndarray) -> None:
         """Nothing: rates change, and the mean of log1p counts is what counts at these rates have."""
         return

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from perturbflow.conformal import Calibration
 from perturbflow.embeddings import Embeddings
 from perturbflow.pairs import Pairs
 
@@ -91,6 +92,14 @@ class Model(ABC):
         repeated = np.repeat(cells, samples, axis=0)
         predicted = self.predict(repeated, perturbations, len(repeated), seed)
         return predicted.reshape(len(perturbations), len(cells), samples, cells.shape[1])
+
+    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int) -> np.ndarray:
+        """Return what the perturbation is expected to change in each of these cells, (cells, genes): the mean over what is not known of it."""
+        return self.predict(cells, [perturbation], len(cells), seed)[0] - cells
+
+    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
+        """Return how far this model is off on training perturbations that it was not trained on, as far as that can be known."""
+        return Calibration.none()
 
     def refusal(self, perturbation: str) -> str | None:
         """Return why this perturbation cannot be predicted, or None."""

@@ -11,6 +11,8 @@ split's test): of those that have no greater error than the best part alone, the
 Where fewer than `LEAST_HELD_OUT` perturbations can be held out, or no mix is better than `stacked` alone by more than twice the standard
 error of the difference, it is `stacked` alone. The level of an unseen gene itself is always that of `stacked`, which fits it apart.
 
+What the chosen mix says of the perturbations that were held out is kept, as scores (`conformal`): they say how far off it is on the next one.
+
 A network's own idea of mean effects is one more part, where it is handed over (`FitPart`): it is trained anew for every inner fold, and is
 in the mix only as far as it predicts what it was not trained on.
 """
@@ -19,9 +21,11 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
+from perturbflow.conformal import CASES, Calibration, Scale, case_of, measured_by
 from perturbflow.models.base import Artefact
 from perturbflow.models.baselines import Additive, LatentSum, effects_by_context
 from perturbflow.models.effects import Effects
@@ -31,7 +35,6 @@ from perturbflow.symbols import members_of
 
 logger = logging.getLogger(__name__)
 
-CASES = ("measured", "seen", "unseen gene", "unseen member")
 MIXES = ({"stacked": 1.0}, {"latent": 1.0}, {"sum": 1.0}, {"stacked": 0.5, "latent": 0.5}, {"stacked": 0.5, "sum": 0.5})
 MIXES_WITH = ({"{}": 1.0}, {"stacked": 0.5, "{}": 0.5}, {"latent": 0.5, "{}": 0.5}, {"stacked": 0.75, "{}": 0.25})  # of another part
 GAINS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
@@ -47,16 +50,6 @@ FitPart = Callable[[Training, np.ndarray], Callable[[str], np.ndarray]]
 def parts() -> dict[str, MeanShift]:
     """Return the closed forms that are mixed."""
     return {"stacked": Stacked(), "latent": LatentSum(*LATENT), "sum": Additive()}
-
-
-def case_of(perturbation: str, measured: set[str], known: set[str]) -> str:
-    """Return which case a perturbation is, given the labels of training and the genes perturbed in it."""
-    members = members_of(perturbation)
-    if perturbation in measured:
-        return "measured"
-    if set(members) <= known:
-        return "seen"
-    return "unseen gene" if len(members) == 1 else "unseen member"
 
 
 def centres(effects: Effects) -> dict[str, np.ndarray]:
@@ -123,10 +116,13 @@ class ConditionalMean(MeanShift):
         """Choose mix and gain of every case by held-out training perturbations, then fit all parts to the whole of training."""
         chosen = dict.fromkeys(CASES, (0, 1.0, 0))
         scored: dict[str, list[np.ndarray]] = {case: [] for case in CASES}
+        kept: list[_HeldOut] = []
         is_target = np.isin(training.genes, training.effects.genes)
-        for inner, held_out, start in self._rounds(training):
-            effect_of = {name: part.learned(inner).effect for name, part in parts().items()}
-            effect_of |= {name: fit(inner, start) for name, fit in self.others.items()}
+        for inner, held_out, start, can_choose in self._rounds(training):
+            fitted = parts() if can_choose else {"stacked": Stacked()}
+            effect_of = {name: part.learned(inner).effect for name, part in fitted.items()}
+            if can_choose:
+                effect_of |= {name: fit(inner, start) for name, fit in self.others.items()}
             middle, reference = centres(inner.effects), inner.effects.values.mean(axis=0)
             is_high = np.zeros(len(training.genes), dtype=bool)
             is_high[np.argsort(-inner.pairs.control_level, kind="stable")[:N_HIGH]] = True
@@ -139,6 +135,9 @@ class ConditionalMean(MeanShift):
                 labels = [held_out.labels[i] for i in rows]
                 said = {name: np.stack([effect(label) for label in labels]) for name, effect in effect_of.items()}
                 centre = np.stack([middle[kind_of(label)] for label in labels])
+                kept.append(_HeldOut(case, labels, said, centre, held_out.values[rows], [_sampling(training, label, start) for label in labels]))
+                if not can_choose:
+                    continue
                 tables = [
                     losses(_mixed(said, mix, gain, centre), held_out.values[rows], reference, is_high, is_target)
                     for mix, gain in itertools.product(self.mixes, GAINS)
@@ -156,6 +155,15 @@ class ConditionalMean(MeanShift):
             "choice": np.array([chosen[case] for case in CASES], dtype=float),
             **{f"centre.{kind}": value for kind, value in centres(training.effects).items()},
         }
+        scale = Scale.of(training.pairs, training.effects)
+        calibration = Calibration.none()
+        for held in kept:
+            mix, gain, _ = chosen[held.case] if "sum" in held.said else (0, 1.0, 0)
+            predicted = _mixed(held.said, self.mixes[mix], gain, held.centre)
+            calibration += Calibration.of(
+                held.labels, [held.case] * len(held.labels), predicted, held.measured, held.sampling, scale, training.genes
+            )
+        artefact |= {f"held_out.{key}": value for key, value in calibration.arrays().items()}
         for name, part in parts().items():
             artefact |= {f"{name}.{key}": value for key, value in part.learned(training).artefact.items()}
         artefact["genes"] = np.array(training.genes, dtype=str)
@@ -171,6 +179,8 @@ class ConditionalMean(MeanShift):
         self.mixes = tuple(json.loads(mix) for mix in artefact["mixes"].tolist())
         self.measured, self.known = set(artefact["measured"].tolist()), set(artefact["known"].tolist())
         self.row = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
+        stored = {key.removeprefix("held_out."): value for key, value in artefact.items() if key.startswith("held_out.")}
+        self.held_out = Calibration.from_arrays(stored)
 
     def effect(self, perturbation: str, said: Mapping[str, Callable[[], np.ndarray]] | None = None) -> np.ndarray:
         """Mix the parts by the choice of the perturbation's case.
@@ -199,8 +209,10 @@ class ConditionalMean(MeanShift):
         }
 
     @staticmethod
-    def _rounds(training: Training) -> Iterator[tuple[Training, Effects, np.ndarray]]:
-        """Yield inner trainings, what they do not know (combinations, genes with all that involves them, contexts), and controls to start from."""
+    def _rounds(training: Training) -> Iterator[tuple[Training, Effects, np.ndarray, bool]]:
+        """Yield inner trainings, what they do not know (combinations, genes with all that involves them, contexts), controls to start from, and
+        whether the perturbations of that kind are enough to choose by.
+        """
         for of_genes in (False, True):
             if not of_genes and not (training.effects.order > 1).any():
                 continue
@@ -208,14 +220,36 @@ class ConditionalMean(MeanShift):
                 itertools.islice(training.rounds(of_genes=of_genes, one_by_one=False), 0, None, 2)
             )  # against one half of the controls
             cases = [case_of(label, set(i.effects.labels), set(i.effects.genes)) for i, held_out in rounds for label in held_out.labels]
-            if max(map(cases.count, cases), default=0) < LEAST_HELD_OUT:
-                continue  # they could choose nothing
+            can_choose = max(map(cases.count, cases), default=0) >= LEAST_HELD_OUT
             for inner, held_out in rounds:
-                yield inner, held_out, training.pairs.rows[training.pairs.groups.is_of_half(inner.half)]
+                yield inner, held_out, training.pairs.rows[training.pairs.groups.is_of_half(inner.half)], can_choose
         yield from _other_contexts(training)
 
 
-def _other_contexts(training: Training) -> Iterator[tuple[Training, Effects, np.ndarray]]:
+@dataclass(frozen=True)
+class _HeldOut:
+    """What the parts said of held-out perturbations of a case, and what was measured, (perturbations, genes) each."""
+
+    case: str
+    labels: list[str]
+    said: dict[str, np.ndarray]
+    centre: np.ndarray
+    measured: np.ndarray
+    sampling: list[float]
+
+
+def _sampling(training: Training, label: str, start: np.ndarray) -> float:
+    """Return 1/n + 1/n₀ of a held-out perturbation, measured against these controls; its cells are those of their batches."""
+    pairs = training.pairs
+    controls = np.searchsorted(pairs.rows, start)
+    strata = np.unique(pairs.groups.stratum[controls])
+    rows = pairs.cells_of(label)
+    here = rows[np.isin(pairs.groups.stratum[rows], strata)]
+    n_controls = max(1, int(np.isin(pairs.groups.stratum[pairs.is_control], strata).sum()))
+    return measured_by(pairs, label, here if len(here) else rows, share=len(controls) / n_controls)
+
+
+def _other_contexts(training: Training) -> Iterator[tuple[Training, Effects, np.ndarray, bool]]:
     """Yield trainings without the cells of one context, the effects in it of perturbations that the others hold too, and its controls."""
     by_context = effects_by_context(training)
     if len(by_context) < 2:
@@ -229,7 +263,7 @@ def _other_contexts(training: Training) -> Iterator[tuple[Training, Effects, np.
         labels = [label for label in effects if label in inner.effects.labels]
         if labels:
             values = np.stack([effects[label] for label in labels])
-            yield inner, Effects(labels, values, np.zeros_like(values)), training.pairs.rows[is_here & training.pairs.is_control]
+            yield inner, Effects(labels, values, np.zeros_like(values)), training.pairs.rows[is_here & training.pairs.is_control], True
 
 
 def _mixed(said: dict[str, np.ndarray], mix: dict[str, float], gain: float, centre: np.ndarray) -> np.ndarray:

@@ -1,10 +1,15 @@
 """Counterfactual: transport each control cell to what it would have become, by flow matching between coupled cells.
 
-Conditional flow matching (Lipman et al. 2023, arXiv 2210.02747) with couplings of least squared distance inside
-perturbation, batch and cell type (Tong et al. 2024, arXiv 2302.00482). Per cell: abduction is the cell's own latent state,
-known up to `state_noise`; action is the perturbation; prediction is the end of the flow. What it assumes: perturbations are
-assigned without regard to the cell's state within batch and cell type (true of pooled screens), and a cell moves no further
-than it must, which no data of unpaired cells can prove.
+Abduction, action, prediction (Pearl 2009, section 7.1), cell by cell. Abduction: the cell's own state, in the directions that two halves of its
+molecules agree on (`abduction`). Action: the perturbation. Prediction: the end of a flow that starts in the cell, trained by conditional flow
+matching (Lipman et al. 2023, arXiv 2210.02747) between perturbed cells and the controls that they are coupled with inside perturbation, batch and cell
+type: those of most likely the same state (`coupled`; minibatch optimal transport, Tong et al. 2024, arXiv 2302.00482, with the likelihood of a
+shared state for its cost). The mean effect is that of `conditional_mean`; the flow says how cells differ from it.
+
+What it assumes. (1) Perturbations are assigned without regard to the cell's state within batch and cell type: true of pooled screens, but for what a
+perturbation does to survival. (2) A cell's state can be read from what the perturbation leaves alone: two cells of one state that got different
+perturbations still look alike in most directions. (3) Cells of the same state respond alike: what sets them apart beyond it, the efficacy of a
+guide say, is noise here. No unpaired data can prove (2) and (3); on worlds whose counterfactuals are known the error is measured.
 """
 
 import numpy as np
@@ -12,51 +17,102 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from perturbflow.models.abduction import States, effect_directions
+from perturbflow.models.base import Run
 from perturbflow.models.batches import Batch
 from perturbflow.models.conditions import Conditions
+from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace
 from perturbflow.models.learned import LearnedModel
 from perturbflow.models.networks import GeneEncoder, TimeEmbedding, mlp
+from perturbflow.pairs import Pairs
 
 
-def coupled(start: Tensor, target: Tensor, group: Tensor) -> Tensor:
-    """Return the start cells reordered within groups so that the summed squared distance to the targets is least.
+def coupled(start: Tensor, target: Tensor, group: Tensor, weights: Tensor) -> Tensor:
+    """Return the order of start cells, within groups, in which they are most likely of the targets' states, (B,).
+
+    The cost of a pair is Σ_k w_k Δ_k² less what the perturbation itself can have caused, Δ the difference of states after the group's mean shift e is
+    taken off, w = ρ / (1 − ρ²): by a response of unknown size the state may differ along e, so that distance counts as
+    Δᵀ (W⁻¹ + e eᵀ)⁻¹ Δ = Σ_k w_k Δ_k² − (Σ_k w_k Δ_k e_k)² / (1 + Σ_k w_k e_k²).
 
     Parameters
     ----------
     start, target
-        (B, D).
+        Standardized states, (B, states).
     group
         (B,); cells change partners within a group only.
+    weights
+        w, (states,).
     """
     order = torch.arange(len(start))
     for value in group.unique():
         rows = torch.nonzero(group == value).squeeze(1)
         if len(rows) > 1:
-            cost = torch.cdist(target[rows], start[rows]).pow(2)
+            shift = target[rows].mean(dim=0) - start[rows].mean(dim=0)
+            difference = (target[rows] - shift)[:, None] - start[rows][None]  # (targets, starts, states)
+            along = (difference * weights * shift).sum(dim=-1)
+            cost = (difference.pow(2) * weights).sum(dim=-1) - along.pow(2) / (1.0 + (weights * shift.pow(2)).sum())
             _, columns = linear_sum_assignment(cost.cpu().numpy())
-            order[rows.cpu()] = rows[torch.as_tensor(columns)].cpu()
-    return start[order.to(start.device)]
+            order[rows.cpu()] = rows[torch.as_tensor(columns, device=rows.device)].cpu()
+    return order.to(start.device)
+
+
+class StateSpace(LatentSpace):
+    """A linear latent space of the cells' states and of the directions in which perturbations move them.
+
+    Parameters
+    ----------
+    mean, basis, scale
+        As of any linear latent space.
+    to_state
+        (dimensions, states): from latent coordinates to standardized states.
+    reliability
+        ρ, (states,).
+    """
+
+    def __init__(self, mean: np.ndarray, basis: np.ndarray, scale: np.ndarray, to_state: np.ndarray, reliability: np.ndarray) -> None:
+        super().__init__(mean, basis, scale)
+        object.__setattr__(self, "to_state", to_state)
+        object.__setattr__(self, "reliability", reliability)
+
+    @classmethod
+    def spanned(cls, training: Pairs, effects: Effects, most: int) -> "StateSpace":
+        """Span states and effects of training cells, in at most so many dimensions."""
+        states = States.fit(training, max(1, most // 2))
+        moved = effect_directions(effects, most - len(states.reliability))
+        basis = np.linalg.qr(np.hstack([states.basis, moved]))[0]
+        sums, squares = np.zeros((2, basis.shape[1]))
+        for _, X in training.blocks():
+            z = X @ basis - states.mean @ basis
+            sums, squares = sums + z.sum(axis=0), squares + (z**2).sum(axis=0)
+        scale = np.sqrt(np.maximum(squares / len(training.rows) - (sums / len(training.rows)) ** 2, 1e-6))
+        to_state = scale[:, None] * (basis.T @ states.basis) / states.scale
+        return cls(states.mean, basis, scale, to_state, states.reliability)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the arrays to be stored."""
+        return {**super().state(), "to_state": self.to_state, "reliability": self.reliability}
 
 
 class Velocity(nn.Module):
-    """v(z, t, c) = m(c) + u(z − t m(c), t, c) with c the sum of the members' vectors; zero without members.
+    """v(z, t, c) = m(c) + u(ρ s(z − t m(c)), t, c) with c the sum of the members' vectors, s the state and ρ its reliability; zero without members.
 
     m is linear, so shifts of a combination's members add up; u transports what is left in a frame that moves with the shift,
     so that it meets cells where it has seen them, whatever the combination.
     """
 
-    def __init__(
-        self, n_latent: int, conditions: Conditions, width: int, n_layers: int, dropout: float, own_dropout: float, bridge_noise: float
-    ) -> None:
+    def __init__(self, latent: StateSpace, conditions: Conditions, width: int, n_layers: int, dropout: float, own_dropout: float, bridge_noise: float) -> None:
         super().__init__()
         self.bridge_noise = bridge_noise
+        n_latent, n_states = latent.to_state.shape
+        self.register_buffer("to_state", torch.as_tensor(latent.to_state, dtype=torch.float32))
+        self.register_buffer("reliability", torch.as_tensor(latent.reliability, dtype=torch.float32))
         self.gene_encoder = GeneEncoder(conditions, width, own_dropout)
         self.shift = nn.Linear(width, n_latent, bias=False)
         self.time = TimeEmbedding(32)
-        self.layers = mlp(n_latent + 32 + width, *[width] * n_layers, n_latent, dropout=dropout)
+        self.layers = mlp(n_states + 32 + width, *[width] * n_layers, n_latent, dropout=dropout)
 
-    def forward(self, z: Tensor, t: Tensor, genes: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, genes: Tensor, unknown: Tensor | None = None) -> Tensor:
         """Return the velocity.
 
         Parameters
@@ -67,15 +123,21 @@ class Velocity(nn.Module):
             (B,), 0 control to 1 perturbed.
         genes
             (B, members), -1 for none.
+        unknown
+            What a state differs by from the most likely one, (B, states), in standard deviations of what is not known of it.
         """
         action = self.gene_encoder(genes).sum(dim=1)
         shift = self.shift(action)
-        residual = self.layers(torch.cat([z - t[:, None] * shift, self.time(t), action], dim=-1))
+        state = self.reliability * ((z - t[:, None] * shift) @ self.to_state)
+        if unknown is not None:
+            state = state + torch.sqrt(self.reliability * (1.0 - self.reliability)) * unknown
+        residual = self.layers(torch.cat([state, self.time(t), action], dim=-1))
         return (shift + residual) * (genes >= 0).any(dim=1, keepdim=True)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mean squared error of the velocity on the straight path between coupled cells, with a little noise around it."""
-        start = coupled(batch.start, batch.target, batch.group)
+        weights = self.reliability / (1.0 - self.reliability.pow(2))
+        start = batch.start[coupled(batch.start @ self.to_state, batch.target @ self.to_state, batch.group, weights)]
         t = torch.rand(len(start), device=start.device)
         path = torch.lerp(start, batch.target, t[:, None]) + self.bridge_noise * torch.randn_like(start)
         shift = self.shift(self.gene_encoder(batch.genes).sum(dim=1))
@@ -91,46 +153,50 @@ class Counterfactual(LearnedModel):
     ----------
     width, n_layers, dropout, own_dropout, bridge_noise
         Of the velocity and its training.
-    state_noise
-        Standard deviation of what is not known of a cell's own state; it spreads the outcomes of one cell.
     n_integration_steps
         Of the midpoint rule.
     """
 
-    cells_per_draw = 32
+    cells_per_draw = 64
 
     def __init__(
-        self,
-        *,
-        width: int,
-        n_layers: int,
-        dropout: float,
-        own_dropout: float,
-        bridge_noise: float,
-        state_noise: float,
-        n_integration_steps: int,
-        **shared: float,
+        self, *, width: int, n_layers: int, dropout: float, own_dropout: float, bridge_noise: float, n_integration_steps: int, **shared: float
     ) -> None:
-        super().__init__(mean="learned", cells="shifted", **shared)
+        super().__init__(**shared)
         self.architecture = {
             "width": width, "n_layers": n_layers, "dropout": dropout, "own_dropout": own_dropout, "bridge_noise": bridge_noise,
         }  # fmt: skip
-        self.state_noise, self.n_integration_steps = state_noise, n_integration_steps
+        self.n_integration_steps = n_integration_steps
 
-    def network(self, latent: LatentSpace, conditions: Conditions) -> Velocity:
+    def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> StateSpace:
+        """Span states and effects: how many of each is for the data to say."""
+        latent = StateSpace.spanned(pairs.roles("train"), effects, self.n_latent)
+        run.facts["states"] = {
+            "n_states": len(latent.reliability), "n_dimensions": latent.n_dimensions, "reliability": [round(float(rho), 3) for rho in latent.reliability],
+        }  # fmt: skip
+        return latent
+
+    def restore_latent(self, state: dict[str, Tensor]) -> StateSpace:
+        """Return the latent space of an artefact."""
+        return StateSpace(**{name: value.numpy() for name, value in state.items()})
+
+    def network(self, latent: StateSpace, conditions: Conditions) -> Velocity:
         """Return a new velocity."""
-        return Velocity(latent.n_dimensions, conditions, **self.architecture)
+        return Velocity(latent, conditions, **self.architecture)
 
-    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator) -> Tensor:
-        """Integrate the flow from the cell's state, drawn within its uncertainty, and return how far it went."""
-        state = start + self.state_noise * torch.randn(start.shape, generator=generator)
-        z, step = state, 1.0 / self.n_integration_steps
+    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Integrate the flow from the cell's state, drawn within what is not known of it, and return how far it went.
+
+        Parameters
+        ----------
+        generator
+            None integrates from the most likely state.
+        """
+        n_states = len(self.net.reliability)
+        unknown = None if generator is None else torch.randn((len(start), n_states), generator=generator)
+        z, step = start, 1.0 / self.n_integration_steps
         for i in range(self.n_integration_steps):
             t = torch.full((len(z),), i * step)
-            halfway = z + 0.5 * step * self.net(z, t, genes)
-            z = z + step * self.net(halfway, t + 0.5 * step, genes)
-        return z - state
-
-    def outcome(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
-        """Return the start cells plus each one's own change."""
-        return start + self.latent.change(moved) + self.own_shift(start, perturbation)
+            halfway = z + 0.5 * step * self.net(z, t, genes, unknown)
+            z = z + step * self.net(halfway, t + 0.5 * step, genes, unknown)
+        return z - start

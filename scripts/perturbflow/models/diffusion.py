@@ -142,7 +142,7 @@ class Diffusion(LearnedModel):
             return ancestral(denoise, z, times, lambda: torch.randn(half, generator=generator).repeat(2, 1))
         return (dpm if self.sampler == "dpm" else ddim)(denoise, z, times)
 
-    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator) -> Tensor:
+    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the difference between the cell sampled with and without the perturbation, from the same noise.
 
         The noise is the cell's own, found by running the sampler backwards under the control condition (dual diffusion
@@ -151,8 +151,10 @@ class Diffusion(LearnedModel):
         """
         control = torch.full_like(genes, -1)
         own = self.flow(start, start, control, to_noise=True)
-        fresh = torch.randn(start.shape, generator=generator)
-        noise = math.sqrt(1.0 - self.fresh_noise**2) * own + self.fresh_noise * fresh
+        noise = own
+        if generator is not None:
+            fresh = torch.randn(start.shape, generator=generator)
+            noise = math.sqrt(1.0 - self.fresh_noise**2) * own + self.fresh_noise * fresh
         both = self.flow(noise.repeat(2, 1), start.repeat(2, 1), torch.cat([genes, control]), to_noise=False, generator=generator)
         perturbed, unperturbed = both.chunk(2)
         return perturbed - unperturbed

@@ -164,12 +164,14 @@ class Jepa(LearnedModel):
         """Return the world model's mean effect: what its noise and the draw of neighbours would add is left out."""
         return self.other_effects(z, perturbation)["world"]()
 
-    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator) -> Tensor:
+    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the difference between the perturbed embedding, sampled, and the cell's own.
 
         The same noise serves both, so that no perturbation makes no difference.
         """
         mean, log_variance = self.net.predicted(start, genes)
+        if generator is None:
+            return mean - start
         _, own_log_variance = self.net.predicted(start, torch.full_like(genes, -1))
         noise = torch.randn(start.shape, generator=generator)
         return mean - start + (torch.exp(0.5 * log_variance) - torch.exp(0.5 * own_log_variance)) * noise

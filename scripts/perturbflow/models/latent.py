@@ -34,6 +34,9 @@ class Latent(Protocol):
     def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Return the logarithms of the fold changes of the cells' rates, (cells, genes)."""
 
+    def change(self, z: np.ndarray, moved: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Return what moves change in cells' expected log1p expression, (cells, genes); total is their normalized size, (cells,)."""
+
 
 @dataclass(frozen=True)
 class LatentSpace:
@@ -109,19 +112,22 @@ class LatentSpace:
         """Return expression, (cells, genes)."""
         return (z * self.scale) @ self.basis.T + self.mean
 
-    def change(self, moved: np.ndarray) -> np.ndarray:
-        """Return what moves change in log1p expression, (cells, genes)."""
+    def change(self, z: np.ndarray, moved: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Return what moves change in log1p expression, (cells, genes): the same wherever a cell is."""
+        return self._told(moved)
+
+    def _told(self, moved: np.ndarray) -> np.ndarray:
         return (moved * self.scale) @ self.basis.T
 
     def mean_change(self, moved: np.ndarray) -> np.ndarray:
         """Return the mean of `change`, (genes,)."""
-        return self.change(moved.mean(axis=0, keepdims=True))[0]
+        return self._told(moved.mean(axis=0, keepdims=True))[0]
 
     def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Return log fold changes of the cells' levels ℓ as the latent space knows them: log((ℓ + (1 + ℓ) Δ) / ℓ), Δ the change of log1p ℓ."""
         level = np.expm1(np.maximum(self.decode(z), 0.0))
         level = np.maximum(level, LOWEST_SHARE * np.maximum(level.mean(axis=0), 1e-3))
-        return np.log(np.maximum(level + (1.0 + level) * self.change(moved), LEAST_LEFT * level) / level)
+        return np.log(np.maximum(level + (1.0 + level) * self._told(moved), LEAST_LEFT * level) / level)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the arrays to be stored."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perturbflow.conformal import Calibration
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models.base import Artefact, Model, Run, start_cells
@@ -21,13 +22,15 @@ from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.networks import GeneEncoder
 from perturbflow.models.optimization import Learner, optimize
 from perturbflow.models.own_gene import OwnGene
-from perturbflow.models.recount import drawn_mean_change, recounted
+from perturbflow.models.recount import Change, change_of, changed, drawn_mean_change, recounted
 from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import CONTROL, members_of, without_dose
 
 CELLS_PER_BLOCK = 2048
 CENTRED_FROM = 16  # cells: fewer say little of where their mean is
+POPULATION = 512  # control cells that a mean effect is the mean over
+BORROWED = 16  # draws of whom an unseen gene borrows from, to average over
 
 
 def unseen_among(members: Sequence[str], seen: Collection[str]) -> list[str]:
@@ -83,8 +86,8 @@ class LearnedModel(Model):
         """Return a new network for cells of this latent space and these perturbations."""
 
     @abstractmethod
-    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the latent displacement of start cells, (B, dimensions), zero where all gene indices are -1."""
+    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the latent displacement of start cells, (B, dimensions), zero where all gene indices are -1; without a generator the expected one."""
 
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> Latent:
         """Return the latent space that the network works in."""
@@ -113,6 +116,7 @@ class LearnedModel(Model):
         self.neighbours = Neighbours.fit(*Effects.with_disjoint_controls(pairs), dict(zip(table.index, table.to_numpy(float), strict=True)))
         self.genes = pairs.genes
         self.seen = effects.genes
+        self.population = _population(pairs.roles("train"))
         torch.manual_seed(run.seed)
         self.net = self.network(self.latent, self.conditions)
         cells = {
@@ -137,6 +141,7 @@ class LearnedModel(Model):
             "condition_genes": self.conditions.genes,
             "genes": self.genes,
             "seen": self.seen,
+            "population": torch.from_numpy(self.population),
         }
         if self.has_closed_mean:
             self.mean = ConditionalMean(self.other_parts(cells["train"], run)).learned(Training.of(pairs, embeddings, run.seed))
@@ -154,7 +159,7 @@ class LearnedModel(Model):
         """Rebuild the network around its weights."""
         self.latent = self.restore_latent(artefact["latent"])
         self.own_gene = OwnGene(artefact["own_gene"].numpy())
-        self.genes, self.seen = artefact["genes"], artefact["seen"]
+        self.genes, self.seen, self.population = artefact["genes"], artefact["seen"], artefact["population"].numpy()
         vectors = next(value for name, value in artefact["state"].items() if name.endswith("gene_encoder.vectors"))
         self.conditions = Conditions(artefact["condition_genes"], vectors.numpy())
         arrays = {name: artefact["neighbours"][name].numpy() for name in ("vectors", "sizes")}
@@ -211,13 +216,77 @@ class LearnedModel(Model):
             return start.copy()
         if self.learns_residuals and len(moved) >= CENTRED_FROM:
             moved = moved - moved.mean(axis=0)
-        if self.has_closed_mean:
-            mean = self.mean.effect(perturbation, self.other_effects(z, perturbation))
-        else:
-            mean = self.mean_change(start, z, moved, perturbation, rng) + self.own_shift(start, perturbation)
+        mean = self.mean_effect(start, z, moved, perturbation, rng)
         if self.cells == "shifted":
             return start + mean
         return recounted(start, mean, self.latent.fold(z, moved), rng)
+
+    def mean_effect(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
+        """Return the mean effect on these cells, (genes,)."""
+        if self.has_closed_mean:
+            return self.mean.effect(perturbation, self.other_effects(z, perturbation))
+        return self.mean_change(start, z, moved, perturbation, rng) + self.own_shift(start, perturbation)
+
+    # Single cells: a mean effect is one of a population, here training controls. What a cell differs by from the population's mean is its own,
+    # so its answer is the same whoever else is asked; and the mean over cells that are asked is theirs, not the population's.
+
+    @torch.no_grad()
+    def counterfactual(self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int) -> np.ndarray:
+        """Return what each of these cells might become, (perturbations, cells, samples, genes)."""
+        outcomes = np.empty((len(perturbations), len(cells), samples, cells.shape[1]), dtype=np.float32)
+        for p, perturbation in enumerate(perturbations):
+            if perturbation == CONTROL:
+                outcomes[p] = cells[:, None]
+                continue
+            centre, mean, change = self._of_population(perturbation, seed)
+            rng = np.random.default_rng((seed, p))
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            start = np.repeat(cells, samples, axis=0)
+            flat = outcomes[p].reshape(-1, cells.shape[1])
+            for first in range(0, len(start), CELLS_PER_BLOCK):
+                block = slice(first, first + CELLS_PER_BLOCK)
+                z = self.latent.encode(start[block])
+                moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy() - centre
+                if self.cells == "counts":
+                    flat[block] = changed(start[block], change, self.latent.fold(z, moved), rng)
+                else:
+                    flat[block] = start[block] + mean
+        return outcomes
+
+    @torch.no_grad()
+    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int) -> np.ndarray:
+        """Return the mean effect of the population and what each cell's own differs from it by, (cells, genes)."""
+        if perturbation == CONTROL:
+            return np.zeros_like(cells)
+        _, mean, _ = self._of_population(perturbation, seed)
+        return (mean + self._told(cells, perturbation, seed) - self._told(self.population, perturbation, seed).mean(axis=0)).astype(np.float32)
+
+    def _told(self, cells: np.ndarray, perturbation: str, seed: int) -> np.ndarray:
+        """Return what displacements change in each cell's expected expression, (cells, genes)."""
+        z = self.latent.encode(cells)
+        moved = self._expected_displacement(torch.from_numpy(z), perturbation, np.random.default_rng(seed)).numpy()
+        return self.latent.change(z, moved, np.expm1(cells).sum(axis=1))
+
+    def _expected_displacement(self, z: Tensor, perturbation: str, rng: np.random.Generator) -> Tensor:
+        n_draws = BORROWED if unseen_among(members_of(perturbation), self.seen) else 1
+        return sum(self._displacement(z, perturbation, rng, None) for _ in range(n_draws)) / n_draws
+
+    def _of_population(self, perturbation: str, seed: int) -> tuple[np.ndarray, np.ndarray, Change | None]:
+        """Return the population's mean displacement (zero unless displacements are residuals), its mean effect, and how its counts change."""
+        if reason := self.refusal(perturbation):
+            raise InputError(f"{perturbation} cannot be answered: {reason}.")
+        rng = np.random.default_rng(seed)
+        z = self.latent.encode(self.population)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy()
+        centre = moved.mean(axis=0) if self.learns_residuals else np.zeros(z.shape[1], dtype=np.float32)
+        mean = self.mean_effect(self.population, z, moved - centre, perturbation, rng)
+        change = change_of(self.population, mean, self.latent.fold(z, moved - centre), rng) if self.cells == "counts" else None
+        return centre, mean, change
+
+    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
+        """Return what inner folds of a mean in closed form have shown; nothing where the network owns the mean."""
+        return self.mean.held_out if self.has_closed_mean else Calibration.none()
 
     def mean_change(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
         """Return what displacements change in the mean of the cells, (genes,)."""
@@ -233,7 +302,7 @@ class LearnedModel(Model):
                 shift[row[gene]] += self.own_gene.shift(float(start[:, row[gene]].mean()))
         return shift
 
-    def _displacement(self, z: Tensor, perturbation: str, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
+    def _displacement(self, z: Tensor, perturbation: str, rng: np.random.Generator, generator: torch.Generator | None) -> Tensor:
         """Return the latent displacement of cells; the part of unseen members is borrowed and scaled by its strength."""
         members = members_of(perturbation)
         unseen = unseen_among(members, self.seen)
@@ -247,10 +316,19 @@ class LearnedModel(Model):
             drawn = rng.choice(self.neighbours.genes, size=len(z), p=self.neighbours.weights(vector[None])[0])
             genes[:, column] = self.conditions.index(list(drawn))[:, 0]
             known[:, column] = -1
-        noise = generator.get_state()
+        noise = generator and generator.get_state()
         borrowed = self.displace(z, genes, generator)
         if len(unseen) == len(members):
             return self.neighbours.strength * borrowed
-        generator.set_state(noise)
+        if generator is not None:
+            generator.set_state(noise)
         certain = self.displace(z, known, generator)
         return certain + self.neighbours.strength * (borrowed - certain)
+
+
+def _population(training: Pairs) -> np.ndarray:
+    """Return at most POPULATION training controls, (cells, genes), the same for the same screen."""
+    rows = np.flatnonzero(training.is_control)
+    if len(rows) > POPULATION:
+        rows = np.sort(np.random.default_rng(0).choice(rows, POPULATION, replace=False))
+    return training.X[rows].toarray()

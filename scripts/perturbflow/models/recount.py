@@ -12,7 +12,9 @@ size, and the zeros and the noise of a measured cell. The fold change of a gene 
 drawn so that their mean is the predicted one, and a part of each cell.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -123,9 +125,16 @@ def _draw(k: np.ndarray, unit: np.ndarray, fold: np.ndarray, level: float, rate:
 
 @compiled(nogil=True)
 def _calibrated(
-    k: np.ndarray, unit: np.ndarray, fold: np.ndarray, rate: np.ndarray, u: np.ndarray, target: np.ndarray, out: np.ndarray
+    k: np.ndarray,
+    unit: np.ndarray,
+    fold: np.ndarray,
+    rate: np.ndarray,
+    u: np.ndarray,
+    target: np.ndarray,
+    common: np.ndarray,
+    out: np.ndarray,
 ) -> None:
-    """Draw all genes, each at the common fold change that meets its target; (genes, cells) throughout, but for the target.
+    """Draw all genes, each at the common fold change that meets its target; (genes, cells) throughout, but for target and common, (genes,).
 
     The mean rises with the common fold change, in steps of one count in one cell: false position with the Illinois rule (Dowell & Jarratt
     1971) on the numbers that are drawn, until the mean is within half a count.
@@ -134,6 +143,7 @@ def _calibrated(
     for gene in range(len(k)):
         if target[gene] <= 0.0:
             out[gene] = 0.0
+            common[gene] = -np.inf
             continue
         low, high, step = 0.0, 0.0, FIRST_STEP
         at_low = at_high = _draw(k[gene], unit, fold[gene], 0.0, rate[gene], u[gene], out[gene]) - target[gene]
@@ -162,11 +172,114 @@ def _calibrated(
             else:
                 high, at_high, weight_high = middle, at_middle, at_middle
                 weight_low *= 0.5
-        nearer = low if abs(at_low) < abs(at_high) else high
-        _draw(k[gene], unit, fold[gene], nearer, rate[gene], u[gene], out[gene])
+        common[gene] = low if abs(at_low) < abs(at_high) else high
+        _draw(k[gene], unit, fold[gene], common[gene], rate[gene], u[gene], out[gene])
 
 
-def recounted(cells: np.ndarray, mean_change: np.ndarray | None, fold: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+@dataclass(frozen=True)
+class Counted:
+    """Cells as counts.
+
+    Attributes
+    ----------
+    k
+        Counts, (genes, cells).
+    unit
+        What one count is worth, (cells,).
+    """
+
+    k: np.ndarray
+    unit: np.ndarray
+
+    @classmethod
+    def of(cls, cells: np.ndarray) -> "Counted":
+        """Count log1p-normalized cells, (cells, genes)."""
+        normalized = np.expm1(cells.astype(np.float64))
+        unit = unit_of(normalized)
+        return cls(np.ascontiguousarray(np.rint(normalized / unit[:, None]).astype(np.int64).T), unit)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What a population of cells says of the rates in any of them: the Gamma prior of every gene.
+
+    Attributes
+    ----------
+    level
+        Counts of a cell of size 1, (genes,).
+    shape
+        θ, (genes,).
+    """
+
+    level: np.ndarray
+    shape: np.ndarray
+
+    @classmethod
+    def of(cls, cells: Counted) -> "Levels":
+        """Measure them on a population."""
+        size = 1.0 / cells.unit
+        level = cells.k.sum(axis=1) / size.sum()
+        return cls(level, _shape(cells.k, level[:, None] * size))
+
+    def rates(self, cells: Counted) -> np.ndarray:
+        """Return λ̂, (genes, cells)."""
+        expected = self.level[:, None] / cells.unit
+        shape = self.shape[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(expected > 0, expected * (cells.k + shape) / (expected + shape), 0.0)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a perturbation does to a population, to be done to single cells of it.
+
+    Attributes
+    ----------
+    levels
+        Of the population.
+    common
+        Logarithm of the fold change that all cells have, on top of each one's own, (genes,).
+    arriving
+        Rate per size of a cell of genes that no cell of the population holds and that are to appear, (genes,).
+    """
+
+    levels: Levels
+    common: np.ndarray
+    arriving: np.ndarray
+
+
+def _arriving(levels: Levels, target: np.ndarray) -> np.ndarray:
+    return np.where((levels.level == 0) & (target > 0), SMALLEST_RATE * np.expm1(np.maximum(target, 0.0)), 0.0)
+
+
+def _in_parts(n_genes: int, work: Callable[[slice], None]) -> None:
+    """Do work on ranges of genes, side by side."""
+    parts = [part for part in np.array_split(np.arange(n_genes), max(1, torch.get_num_threads())) if len(part)]
+    with ThreadPoolExecutor(len(parts)) as threads:
+        list(threads.map(lambda part: work(slice(part[0], part[-1] + 1)), parts))
+
+
+def _met(
+    cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, Change]:
+    """Return cells whose mean has changed as it is to, (genes, cells) at least, and how that was done."""
+    repeats = -(-DRAWN_AT_LEAST // len(cells))
+    counted = Counted.of(cells)
+    levels = Levels.of(counted)
+    target = cells.mean(axis=0, dtype=np.float64) + mean_change
+    arriving = _arriving(levels, target)
+    k, unit, rate = counted.k, counted.unit, levels.rates(counted) + arriving[:, None] / counted.unit
+    folds = np.zeros(k.shape) if fold is None else np.ascontiguousarray(fold.T, dtype=np.float64)
+    if repeats > 1:
+        k, rate, folds = (np.tile(table, repeats) for table in (k, rate, folds))
+        unit = np.tile(unit, repeats)
+    u = rng.random(k.shape)
+    out, common = np.empty(k.shape), np.zeros(len(k))
+    _in_parts(len(k), lambda genes: _calibrated(k[genes], unit, folds[genes], rate[genes], u[genes], target[genes], common[genes], out[genes]))
+    return out, Change(levels, common, arriving)
+
+
+def recounted(cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
     """Return perturbed cells, (cells, genes), log1p-normalized: counts of the cells' own sizes.
 
     Parameters
@@ -174,51 +287,49 @@ def recounted(cells: np.ndarray, mean_change: np.ndarray | None, fold: np.ndarra
     cells
         Log1p-normalized start cells, (cells, genes).
     mean_change
-        What the mean over cells is to change by, (genes,); None draws at the fold changes as they are.
+        What the mean over cells is to change by, (genes,).
     fold
-        Logarithm of each cell's fold change, (cells, genes), up to a constant per gene where a mean is to be met; None: alike in all cells.
+        Logarithm of each cell's fold change, (cells, genes), up to a constant per gene; None: alike in all cells.
     """
-    n_cells = len(cells)
-    repeats = -(-DRAWN_AT_LEAST // n_cells) if mean_change is not None else 1
-    normalized = np.expm1(cells.astype(np.float64))
-    unit = unit_of(normalized)
-    k = np.ascontiguousarray(np.rint(normalized / unit[:, None]).astype(np.int64).T)  # (genes, cells)
-    size = 1.0 / unit
-    level = k.sum(axis=1) / size.sum()  # counts of a cell of size 1
-    expected = level[:, None] * size
-    shape = _shape(k, expected)[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rate = np.where(expected > 0, expected * (k + shape) / (expected + shape), 0.0)
-    target = np.full(len(k), np.nan)
-    if mean_change is not None:
-        target = cells.mean(axis=0, dtype=np.float64) + mean_change
-        new = (level == 0) & (target > 0)
-        rate[new] = SMALLEST_RATE * np.expm1(target[new])[:, None] * size
-    folds = np.zeros(k.shape) if fold is None else np.ascontiguousarray(fold.T, dtype=np.float64)
-    if repeats > 1:
-        k, rate, folds = (np.tile(table, repeats) for table in (k, rate, folds))
-        unit = np.tile(unit, repeats)
-    u = rng.random(k.shape)
-    out = np.empty(k.shape)
-    if mean_change is None:
-        for gene in range(len(k)):
-            _draw(k[gene], unit, folds[gene], 0.0, rate[gene], u[gene], out[gene])
-    else:
-        parts = np.array_split(np.arange(len(k)), max(1, torch.get_num_threads()))
+    out, _ = _met(cells, mean_change, fold, rng)
+    return np.ascontiguousarray(out[:, : len(cells)].T, dtype=np.float32)
 
-        def calibrate(part: np.ndarray) -> None:
-            genes = slice(part[0], part[-1] + 1)
-            _calibrated(k[genes], unit, folds[genes], rate[genes], u[genes], target[genes], out[genes])
 
-        with ThreadPoolExecutor(len(parts)) as threads:
-            list(threads.map(calibrate, [part for part in parts if len(part)]))
-    return np.ascontiguousarray(out[:, :n_cells].T, dtype=np.float32)
+def change_of(cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator) -> Change:
+    """Return what changes the mean of a population as it is to change; parameters as of `recounted`."""
+    return _met(cells, mean_change, fold, rng)[1]
+
+
+def changed(cells: np.ndarray, change: Change, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return perturbed cells, (cells, genes), log1p-normalized: each one's outcome is the same, whoever else is asked.
+
+    Parameters
+    ----------
+    cells
+        Log1p-normalized start cells, (cells, genes); one may be there many times.
+    change
+        Of the population.
+    fold
+        Logarithm of each cell's own fold change, (cells, genes).
+    """
+    counted = Counted.of(cells)
+    rate = change.levels.rates(counted) + change.arriving[:, None] / counted.unit
+    folds, u, out = np.ascontiguousarray(fold.T, dtype=np.float64), rng.random(counted.k.shape), np.empty(counted.k.shape)
+
+    def draw(genes: slice) -> None:
+        for gene in range(genes.start, genes.stop):
+            _draw(counted.k[gene], counted.unit, folds[gene], change.common[gene], rate[gene], u[gene], out[gene])
+
+    _in_parts(len(out), draw)
+    return np.ascontiguousarray(out.T, dtype=np.float32)
 
 
 def drawn_mean_change(cells: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return what these fold changes do to the mean of log1p-normalized cells, (genes,): the mean of enough draws of the same cells."""
     repeats = -(-AVERAGED_AT_LEAST // len(cells))
-    drawn = recounted(np.tile(cells, (repeats, 1)), None, np.tile(fold, (repeats, 1)), rng)
+    levels = Levels.of(Counted.of(cells))
+    as_they_are = Change(levels, np.zeros(cells.shape[1]), np.zeros(cells.shape[1]))
+    drawn = changed(np.tile(cells, (repeats, 1)), as_they_are, np.tile(fold, (repeats, 1)), rng)
     return drawn.mean(axis=0, dtype=np.float64) - cells.mean(axis=0, dtype=np.float64)
 
 

@@ -1,0 +1,231 @@
+"""The warranty of a model on a split: what was checked before its what-if answers are to be believed, in numbers.
+
+* identity: no perturbation leaves the cells as they are.
+* placebo: test controls that the model was told are unperturbed, against other test controls of their batches: genes are called at the nominal rate.
+* coverage: conformal intervals, calibrated on perturbations held out in training, hold the measured effects of test perturbations.
+* agreement: correlation of predicted with measured effects less the mean of training's, beside the ceiling that two halves of the measured cells set.
+* on target: the perturbed gene's own level, apart, as it is easy to predict and in no other number.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from perturbflow.artefacts import load_artefact
+from perturbflow.benchmark.bootstrap import estimate
+from perturbflow.conformal import Calibration, Scale, case_of, measured_by
+from perturbflow.embeddings import Embeddings
+from perturbflow.evaluation.ranks import adjusted, p_value
+from perturbflow.evaluation.ranks import SortedCells
+from perturbflow.files import atomic, write_json
+from perturbflow.models.base import Model, build
+from perturbflow.models.effects import Effects
+from perturbflow.pairs import Pairs
+from perturbflow.symbols import CONTROL, members_of
+
+logger = logging.getLogger(__name__)
+
+NOMINAL = (0.8, 0.9)  # levels of intervals
+ALPHA = 0.05  # of tests
+PLACEBOS = 20  # random halves of the controls
+MAX_CELLS = 300  # cells of a perturbation whose controls are asked
+MIN_CELLS_OF_GENE = 10  # fewer controls that hold a gene, and ranks are all ties
+
+
+def asked_effect(model: Model, cells: Pairs, label: str, seed: int) -> np.ndarray:
+    """Return what the model says of a perturbation in the controls of its own cells, (genes,)."""
+    rows = cells.cells_of(label)
+    if len(rows) > MAX_CELLS:
+        rows = np.random.default_rng(seed).choice(rows, MAX_CELLS, replace=False)
+    starts, times = np.unique(cells.control_index[rows, 0], return_counts=True)
+    return np.average(model.individual_effects(cells.X[starts].toarray(), label, seed), axis=0, weights=times)
+
+
+def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) -> tuple[Calibration, Scale]:
+    """Return the scores of all perturbations that the model, or its like, was not trained on: inner folds of training, and validation."""
+    training, validation = pairs.roles("train"), pairs.roles("validation")
+    effects = Effects.of_training(pairs)
+    scale = Scale.of(training, effects)
+    found = model.held_out(pairs.roles("train", "validation"), embeddings, seed)
+    labels = [label for label in validation.perturbations if model.refusal(label) is None]
+    if labels:
+        known = set(effects.labels), set(effects.genes)
+        found += Calibration.of(
+            labels, [case_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in labels]),
+            np.stack([validation.effect_of(label) for label in labels]), [measured_by(validation, label) for label in labels], scale, pairs.genes,
+        )  # fmt: skip
+    return found, scale
+
+
+def identity(model: Model, cells: np.ndarray, seed: int) -> float:
+    """Return the greatest difference that no perturbation makes, in log1p units."""
+    return float(np.abs(model.counterfactual(cells, [CONTROL], 2, seed)[0] - cells[:, None]).max())
+
+
+def placebo(model: Model, controls: Pairs, seed: int) -> dict[str, object]:
+    """Call genes between controls that were asked about no perturbation and other controls of their batches.
+
+    Parameters
+    ----------
+    controls
+        Control cells that the model was not trained on.
+    """
+    rng = np.random.default_rng(seed)
+    X = controls.X[np.flatnonzero(controls.is_control)]
+    stratum = controls.groups.stratum[controls.is_control]
+    tested = np.flatnonzero(np.diff(X.tocsc().indptr) >= MIN_CELLS_OF_GENE)
+    X = X[:, tested]
+    after = model.counterfactual(controls.X[np.flatnonzero(controls.is_control)].toarray(), [CONTROL], 1, seed)[0][:, 0][:, tested]
+    called, found = [], 0
+    for _ in range(PLACEBOS):
+        turn = np.empty(len(stratum), dtype=int)
+        for value in np.unique(stratum):
+            rows = np.flatnonzero(stratum == value)
+            turn[rng.permutation(rows)] = (np.arange(len(rows)) + rng.integers(2)) % 2
+        asked, others = np.flatnonzero(turn == 0), np.flatnonzero(turn == 1)
+        kept = np.isin(stratum[asked], stratum[others])
+        asked = asked[kept]
+        strata = np.unique(stratum[asked])
+        reference = SortedCells(X, [others[stratum[others] == value] for value in strata])
+        z = reference.rank_sum(sparse.csr_matrix(after[asked]), np.searchsorted(strata, stratum[asked]))
+        p = p_value(z[np.isfinite(z)])
+        called.append(float((p < ALPHA).mean()))
+        found += bool((adjusted(p) < ALPHA).any())
+    low, high = np.quantile(called, [0.025, 0.975])
+    return {
+        "n_cells": int(X.shape[0]), "n_genes": len(tested), "repeats": PLACEBOS, "nominal": ALPHA, "share_called": float(np.mean(called)),
+        "share_called_low": float(low), "share_called_high": float(high), "repeats_with_discoveries": int(found),
+    }  # fmt: skip
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else np.nan
+
+
+def _ceiling(a: np.ndarray, b: np.ndarray) -> float:
+    """Return what the truth itself would correlate with the whole measurement, from that of its halves: √(2r / (1 + r)) (Spearman 1910; Brown 1910).
+
+    Halves share their controls, whose noise is in both: if anything it is too high.
+    """
+    r = max(_correlation(a, b), 0.0)
+    return float(np.sqrt(2 * r / (1 + r)))
+
+
+def _halves(cells: Pairs, label: str) -> list[np.ndarray]:
+    """Return the measured effect by each half of the perturbation's cells, against all controls."""
+    rows = cells.cells_of(label)
+    half = cells.obs["half"].astype(str).to_numpy()[rows]
+    return [cells.mean_of(rows[half == name]) - cells.control_mean_for(rows[half == name]) for name in ("a", "b") if (half == name).any()]
+
+
+def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Scale, seed: int) -> dict[str, object]:
+    """Hold predicted effects and their intervals against the measured effects of the test perturbations."""
+    test = pairs.roles("test")
+    effects = Effects.of_training(pairs)
+    known, reference = (set(effects.labels), set(effects.genes)), effects.values.mean(axis=0)
+    column = {gene: i for i, gene in enumerate(pairs.genes)}
+    rows, targets = [], []
+    for label in test.perturbations:
+        if model.refusal(label) is not None:
+            continue
+        predicted, measured, halves = asked_effect(model, test, label, seed), test.effect_of(label), _halves(test, label)
+        case = case_of(label, *known)
+        kept = ~np.isin(pairs.genes, members_of(label))
+        reach = scale.at(measured_by(test, label))
+        off = np.abs(measured - predicted)
+        row = {"perturbation": label, "case": case, "agreement": _correlation((predicted - reference)[kept], (measured - reference)[kept])}
+        row["ceiling"] = _ceiling(*((half - reference)[kept] for half in halves)) if len(halves) == 2 else np.nan
+        for level in NOMINAL:
+            own = calibration.for_case(case)
+            row[f"coverage_{round(100 * level)}"] = float((off <= own.reach(level) * reach)[kept].mean()) if own.labels else np.nan
+        rows.append(row)
+        for gene in members_of(label):
+            if gene in column:
+                pair = [half[column[gene]] for half in halves] if len(halves) == 2 else [np.nan] * 2
+                targets.append((label, gene, float(predicted[column[gene]]), float(measured[column[gene]]), *map(float, pair)))
+    return {"perturbations": rows, "on_target": _on_target(targets), **_summary(rows, calibration)}
+
+
+def _mean(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the mean over perturbations and its 95 % interval."""
+    found = estimate(values[None, None])
+    return float(found.mean[0]), float(found.low[0]), float(found.high[0])
+
+
+def _summary(rows: list[dict], calibration: Calibration) -> dict[str, object]:
+    coverage = []
+    for level in NOMINAL:
+        values = np.array([row[f"coverage_{round(100 * level)}"] for row in rows], dtype=float)
+        mean, low, high = _mean(values)
+        coverage.append(
+            {"nominal": level, "measured": mean, "low": low, "high": high, "n_test": len(rows), "n_calibration": len(calibration.labels)}
+        )
+    agreement = {}
+    for name in ("agreement", "ceiling"):
+        mean, low, high = _mean(np.array([row[name] for row in rows], dtype=float))
+        agreement[name] = {"mean": mean, "low": low, "high": high}
+    return {"coverage": coverage, **agreement}
+
+
+def _on_target(targets: list[tuple]) -> dict[str, object]:
+    """Return how well the perturbed genes' own changes are told, over all measured targets of the test perturbations."""
+    if not targets:
+        return {"n": 0}
+    predicted, measured, a, b = (np.array([row[i] for row in targets], dtype=float) for i in (2, 3, 4, 5))
+    return {
+        "n": len(targets), "median_predicted": float(np.median(predicted)), "median_measured": float(np.median(measured)),
+        "same_sign": float((np.sign(predicted) == np.sign(measured)).mean()), "same_sign_of_halves": float((np.sign(a) == np.sign(b)).mean()),
+        "correlation": _correlation(predicted, measured) if len(targets) > 2 else np.nan,
+        "correlation_of_halves": _correlation(a, b) if len(targets) > 2 else np.nan,
+    }  # fmt: skip
+
+
+def warranty(
+    pairs: Path, embeddings: Path, model: Path, warranty: Path, calibration: Path, implementation: str, params: dict, seed: int
+) -> None:
+    """Check a trained model before it answers.
+
+    Parameters
+    ----------
+    pairs, embeddings, model
+        The pairs of the split, its gene vectors, and a model trained on both.
+    warranty
+        JSON to be written: identity, placebo, coverage, agreement, on_target, and all of it per test perturbation.
+    calibration
+        npz to be written: the scores that intervals are made of.
+    """
+    cells = Pairs.read(pairs)
+    family = build(implementation, params)
+    family.restore(load_artefact(model))
+    found, scale = calibrated(family, cells, Embeddings.read(embeddings), seed)
+    test = cells.roles("test")
+    controls = test.X[np.flatnonzero(test.is_control)[:200]].toarray()
+    content = {
+        "identity": identity(family, controls, seed),
+        "placebo": placebo(family, test, seed),
+        **held_to_test(family, cells, found, scale, seed),
+        "calibrated_on": dict(zip(found.labels, found.cases, strict=True)),
+    }
+    with atomic(calibration) as partial:
+        np.savez_compressed(partial, **found.arrays(), variance=scale.variance, spread=scale.spread)
+    write_json(warranty, content)
+    logger.info("%s", sentence(content))
+
+
+def sentence(content: dict) -> str:
+    """Return a warranty in one sentence, as it stands beside every answer."""
+    covered = " and ".join(
+        f"{100 * row['measured']:.0f} % (nominal {100 * row['nominal']:.0f})" for row in content["coverage"] if np.isfinite(row["measured"])
+    )
+    placebo = content["placebo"]
+    n = content["coverage"][0]["n_calibration"]
+    return (
+        (f"intervals, calibrated on {n} perturbations held out, hold {covered} of {content['coverage'][0]['n_test']} test perturbations' effects; "
+         if covered else "no perturbation was held out in training, so there are no intervals; ")
+        + f"agreement {content['agreement']['mean']:.2f}, ceiling {content['ceiling']['mean']:.2f}; "
+        f"no perturbation changes {'nothing' if content['identity'] < 1e-4 else format(content['identity'], '.2g')}; "
+        f"placebo: {100 * placebo['share_called']:.1f} % of genes called at {100 * placebo['nominal']:.0f} %, discoveries in "
+        f"{placebo['repeats_with_discoveries']} of {placebo['repeats']} repeats"
+    )  # fmt: skip
