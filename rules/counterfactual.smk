@@ -1,12 +1,43 @@
+rule warranty:
+    """Check a trained model before it answers: placebo, identity, coverage of its intervals, agreement beside the ceiling."""
+    input:
+        pairs="results/{dataset}/{split}/pairs.h5ad",
+        embeddings="results/{dataset}/{split}/embeddings.parquet",
+        model=model_file,
+    output:
+        warranty="results/{dataset}/{split}/{model}/seed_{seed}/warranty.json",
+        calibration="results/{dataset}/{split}/{model}/seed_{seed}/calibration.npz",
+    log:
+        "logs/warranty/{dataset}.{split}.{model}.seed_{seed}.log",
+    benchmark:
+        "benchmarks/warranty/{dataset}.{split}.{model}.seed_{seed}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory_by_input(20, least=4000),
+        runtime="4h",
+    params:
+        implementation=implementation,
+        params=lookup("models/{model}/params", within=plan.config),
+        seed=lambda wildcards: int(wildcards.seed),
+        lineage=lineage("warranty"),
+    script:
+        "../scripts/warranty.py"
+
+
 rule counterfactual:
     """Answer one what-if question with a distribution."""
     input:
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         model=model_file,
+        warranty="results/{dataset}/{split}/{model}/seed_{seed}/warranty.json",
+        calibration="results/{dataset}/{split}/{model}/seed_{seed}/calibration.npz",
     output:
         cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",
         effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",
+        ranking="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.ranking.tsv",
     log:
         "logs/counterfactual/{dataset}.{split}.{model}.seed_{seed}.{query}.log",
     benchmark:
@@ -29,11 +60,49 @@ rule counterfactual:
         "../scripts/counterfactual.py"
 
 
-rule counterfactuals:
-    """All selected what-if questions, answered."""
+rule draw:
+    """Draw an answer: effects with intervals, who responds, cells before and after, and all perturbations beside one another."""
     input:
-        collect(
+        cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",
+        effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",
+        ranking="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.ranking.tsv",
+    output:
+        effects_figure="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.effects.png",
+        responders="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.responders.png",
+        map="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.map.png",
+        heatmap="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.heatmap.png",
+    log:
+        "logs/draw/{dataset}.{split}.{model}.seed_{seed}.{query}.log",
+    benchmark:
+        "benchmarks/draw/{dataset}.{split}.{model}.seed_{seed}.{query}.tsv"
+    wildcard_constraints:
+        query=one_of(plan.config["counterfactuals"]),
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory_by_input(20, least=2000),
+        runtime="30m",
+    params:
+        lineage=lineage("draw"),
+    script:
+        "../scripts/draw.py"
+
+
+rule counterfactuals:
+    """All selected what-if questions, answered and drawn, and the warranties of all learned models."""
+    input:
+        effects=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.tsv",
             run=plan.queries.itertuples(),
+        ),
+        figures=collect(
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.{figure}.png",
+            run=plan.queries.itertuples(),
+            figure=["effects", "responders", "map", "heatmap"],
+        ),
+        warranties=collect(
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/warranty.json",
+            run=plan.warranties.itertuples(),
         ),
     localrule: True

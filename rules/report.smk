@@ -34,7 +34,9 @@ rule report:
             "results/{run.dataset}/{run.split}/pairs.h5ad",
             run=plan.runs[["dataset", "split"]].drop_duplicates().itertuples(),
         ),
-        counterfactuals=rules.counterfactuals.input,
+        counterfactuals=rules.counterfactuals.input.effects,
+        figures=rules.counterfactuals.input.figures,
+        warranties=rules.counterfactuals.input.warranties,
     output:
         report=report("results/report.html", category="Benchmark"),
     log:

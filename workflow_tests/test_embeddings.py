@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import PERTURBED, Prepared, make_screen, run_snakemake
 
-from perturbflow.counterfactuals import counterfactual
+from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.embeddings import Embeddings, embeddings, from_table, rows_of
 from perturbflow.errors import InputError
 from perturbflow.models.base import Run, build

@@ -10,7 +10,7 @@ import pytest
 from conftest import SPECS_OF_CELLS, Prepared
 from scipy import sparse
 
-from perturbflow.counterfactuals import counterfactual
+from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.evaluation import evaluate
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace

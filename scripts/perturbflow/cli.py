@@ -38,6 +38,12 @@ def _argument_parser(function: Callable) -> argparse.ArgumentParser:
             hint = options[0]
         kind = typing.get_origin(hint) or hint
         is_required = parameter.default is inspect.Parameter.empty
+        if hint is bool:
+            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"default: {parameter.default}")
+            continue
+        if hint == list[str]:
+            parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", required=is_required, metavar="TEXT")
+            continue
         converter = json.loads if kind in (dict, list) else kind
         shown = "JSON" if kind in (dict, list) else getattr(kind, "__name__", str(kind)).upper()
         arguments = {"required": is_required, "type": converter, "metavar": shown}

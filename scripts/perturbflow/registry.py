@@ -425,6 +425,8 @@ class Plan:
         One row per dataset × split × model × seed, with the model's family.
     queries
         One row per counterfactual query × seed.
+    warranties
+        One row per dataset × split × model × seed that is checked for what-if questions: those of learned families, and all that are asked.
     left_out
         One sentence per selection that cannot be.
     lineage
@@ -458,6 +460,9 @@ class Plan:
             else:
                 queries += [(query["dataset"], query["split"], query["model"], seed, name) for seed in select["seeds"]]
         self.queries = pd.DataFrame(queries, columns=["dataset", "split", "model", "seed", "query"])
+        key = ["dataset", "split", "model", "seed"]
+        is_learned = self.runs["model"].map(lambda name: self.family(name).kind == "learned").astype(bool)
+        self.warranties = pd.concat([self.runs.loc[is_learned, key], self.queries[key]]).drop_duplicates(ignore_index=True)
 
     def _why_impossible(self, dataset: str, split: str) -> str | None:
         """Return why a screen cannot serve a split, or None."""
@@ -569,16 +574,22 @@ class Plan:
             code.append(self.family(model).source)
         elif step == "evaluate":
             sources = [self.lineage("predict", **here)]
-        elif step == "counterfactual":
-            own = config["counterfactuals"][query]
+        elif step == "warranty":
             sources = [self.lineage("train", **here)]
             code.append(self.family(model).source)
+        elif step == "counterfactual":
+            own = config["counterfactuals"][query]
+            sources = [self.lineage("warranty", dataset, split, model, seed)]
+            code.append(self.family(model).source)
+        elif step == "draw":
+            sources = [self.lineage("counterfactual", **here, query=query)]
         elif step == "benchmark":
             own = self.families
             sources = [self.lineage("evaluate", *run) for run in self._run_keys()]
         elif step == "report":
             sources = [self.lineage("benchmark")]
-            sources += [self.lineage("counterfactual", *map(str, row)) for row in self.queries.itertuples(index=False)]
+            sources += [self.lineage("draw", *map(str, row)) for row in self.queries.itertuples(index=False)]
+            sources += [self.lineage("warranty", *map(str, row)) for row in self.warranties.itertuples(index=False)]
         else:
             raise ValueError(f"no such step: {step}")
         return digest(step, own, sources, code_digest(*code))

@@ -1,16 +1,24 @@
-"""What if these genes were perturbed in these cells? Answered per cell, with a distribution of outcomes."""
+"""What if these genes were perturbed in these cells? Answered per cell, with a distribution of outcomes and an interval that was tested."""
 
+import itertools
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import cdist
 
 from perturbflow.artefacts import load_artefact
+from perturbflow.conformal import Calibration, Scale, case_of
+from perturbflow.counterfactuals.search import Direction, ranked
+from perturbflow.counterfactuals.warranty import sentence
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.files import atomic
+from perturbflow.files import atomic, read_json
 from perturbflow.models.base import Model, build
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, members_of
@@ -18,8 +26,14 @@ from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, members_of
 logger = logging.getLogger(__name__)
 
 QUANTILES = (0.05, 0.5, 0.95)
+LEVEL = 0.9  # of the intervals
 MAX_CELLS = 1000
-CELLS_PER_BLOCK = 64
+MAX_ROWS = 20_000  # perturbations × cells that are written
+LEAST_CELLS = 50  # of a perturbation, however many are asked
+CELLS_PER_BLOCK = 32
+MANY = 20  # perturbations: of more, the table has the strongest genes only
+GENES_OF_MANY = 50
+LAYERS = ("before", "effect", *(f"q{int(100 * quantile):02d}" for quantile in QUANTILES))
 
 
 def selected_cells(cells: Pairs, selection: str | dict) -> Pairs:
@@ -49,73 +63,216 @@ def selected_cells(cells: Pairs, selection: str | dict) -> Pairs:
     return test.select(mask)
 
 
-def _is_new_context(training: Pairs, chosen: Pairs) -> bool:
-    """Tell whether training saw no cell of the batches and cell types of the cells that are asked."""
-    context = ["dataset", "batch", "cell_type"]
-    return training.obs[context].drop_duplicates().merge(chosen.obs[context].drop_duplicates()).empty
-
-
-def _extrapolation(label: str, training: list[str], vectors: Embeddings, is_new_context: bool) -> str:
-    """Say what training knew of a perturbation."""
-    if label == CONTROL:
-        return "no perturbation"
-    seen = {gene for other in training for gene in members_of(other)}
-    unseen = [gene for gene in members_of(label) if gene not in seen]
-    if unseen:
-        n_without = sum(gene not in vectors.table.index or gene in vectors.without_vector for gene in unseen)
-        return f"{len(unseen)} gene(s) never perturbed in training" + (f", {n_without} of them without a vector" if n_without else "")
-    return ("measured" if label in training else "composed of measured genes") + (", in other contexts" if is_new_context else "")
-
-
-def summarize(model: Model, start: np.ndarray, label: str, samples: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Ask one question of all cells, block by block.
+def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: list[str]) -> list[str]:
+    """Return canonical labels of a question.
 
     Parameters
     ----------
-    start
-        Control cells, (cells, genes).
-
-    Returns
-    -------
-    layers
-        mean and quantiles of the outcomes of each cell, (cells, genes).
-    probability_up
-        Share of samples above the start cell, ties half, mean over cells, (genes,).
-    effects
-        Mean effect of each cell, (cells, genes).
+    perturbations
+        Labels; "all_single": every perturbed gene of the screen; or {"all_pairs_of": genes}.
+    genes, measured
+        Perturbed genes of the screen, and measured ones.
     """
-    names = ["mean", *(f"q{int(100 * quantile):02d}" for quantile in QUANTILES)]
-    layers = {name: np.empty_like(start, dtype=np.float32) for name in names}
-    up = np.zeros(start.shape[1])
+    if perturbations == "all_single":
+        texts = list(genes)
+    elif isinstance(perturbations, dict):
+        texts = [SEPARATOR.join(pair) for pair in itertools.combinations(perturbations["all_pairs_of"], 2)]
+    else:
+        texts = list(perturbations)
+    names = dict(zip(measured, measured, strict=True))
+    return list(dict.fromkeys(canonical_label(text, {CONTROL}, SEPARATOR, measured=names) for text in texts))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What training knew of a perturbation.
+
+    Attributes
+    ----------
+    words
+        In words.
+    case
+        One of `conformal.CASES`.
+    distance
+        Of its unseen gene (the farthest, of several) to the nearest training gene, in units of the median distance of training genes to their nearest;
+        0 where all genes were seen, NaN for a gene without a vector.
+    """
+
+    words: str
+    case: str
+    distance: float
+
+
+class Knowledge:
+    """Tells what training knew of perturbations."""
+
+    def __init__(self, training: Pairs, vectors: Embeddings, chosen: Pairs) -> None:
+        self.labels = set(training.perturbations)
+        self.seen = sorted({gene for other in training.perturbations for gene in members_of(other)})
+        self.table, self.without_vector = vectors.standardized(self.seen), set(vectors.without_vector)
+        own = self.table.reindex(self.seen).dropna().to_numpy()
+        among = cdist(own, own)
+        np.fill_diagonal(among, np.inf)
+        self.typical = float(np.median(among.min(axis=1))) if len(own) > 1 else np.nan
+        self.own = own
+        context = ["dataset", "batch", "cell_type"]
+        self.is_new_context = training.obs[context].drop_duplicates().merge(chosen.obs[context].drop_duplicates()).empty
+
+    def of(self, label: str) -> Known:
+        """Return what was known of a canonical label."""
+        if label == CONTROL:
+            return Known("no perturbation", "measured", 0.0)
+        case = case_of(label, self.labels, set(self.seen))
+        unseen = [gene for gene in members_of(label) if gene not in self.seen]
+        if not unseen:
+            words = "measured" if case == "measured" else "composed of measured genes"
+            return Known(words + (", in other contexts" if self.is_new_context else ""), case, 0.0)
+        without = [gene for gene in unseen if gene not in self.table.index or gene in self.without_vector]
+        words = f"extrapolation: {len(unseen)} gene(s) never perturbed in training"
+        if without:
+            return Known(f"{words}, {len(without)} of them without a vector", case, np.nan)
+        distance = float(cdist(self.table.loc[unseen].to_numpy(), self.own).min(axis=1).max() / self.typical)
+        return Known(f"{words}, {distance:.1f} times as far from the nearest as training genes are from one another", case, distance)
+
+
+@dataclass
+class Answer:
+    """One perturbation in all cells that are asked.
+
+    Attributes
+    ----------
+    effects
+        Expected effect of each cell, (cells, genes).
+    up
+        Share of samples above the start cell, ties half, per cell, (cells, genes).
+    """
+
+    label: str
+    known: Known
+    effects: np.ndarray
+    up: np.ndarray
+
+    def response(self, is_target: np.ndarray) -> np.ndarray:
+        """Return how far each cell goes the way of the mean effect, (cells,): 1 as the mean does, 0 not at all; perturbed genes left out."""
+        mean = np.where(is_target, 0.0, self.effects.mean(axis=0))
+        return self.effects @ mean / max(float(mean @ mean), 1e-12)
+
+
+def blocks_of(model: Model, start: np.ndarray, label: str, samples: int, seed: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield outcomes of a few cells at a time, (cells, samples, genes)."""
     for first in range(0, len(start), CELLS_PER_BLOCK):
-        block = slice(first, first + CELLS_PER_BLOCK)
-        outcomes = model.counterfactual(start[block], [label], samples, seed + first)[0]  # (cells, samples, genes)
-        layers["mean"][block] = outcomes.mean(axis=1)
-        for name, values in zip(names[1:], np.quantile(outcomes, QUANTILES, axis=1), strict=True):
-            layers[name][block] = values
+        block = slice(first, min(first + CELLS_PER_BLOCK, len(start)))
+        yield block, model.counterfactual(start[block], [label], samples, seed + first)[0]
+
+
+class _Writer:
+    """Writes {query}.h5ad block by block."""
+
+    def __init__(self, file: h5py.File, n: int, genes: list[str], samples: int | None) -> None:
+        self.file, self.genes = file, genes
+        shape, chunks = (n, len(genes)), (min(n, CELLS_PER_BLOCK), len(genes))
+        of = {"dtype": "f4", "compression": "gzip", "compression_opts": 1}
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for place in ("obsm", "varm", "obsp", "varp", "layers"):
+            ad.io.write_elem(file, place, {})
+        self.tables = {"X": file.create_dataset("X", shape, chunks=chunks, **of)}
+        self.tables |= {name: file["layers"].create_dataset(name, shape, chunks=chunks, **of) for name in LAYERS}
+        if samples:
+            self.tables["samples"] = file["obsm"].create_dataset("samples", (n, samples, len(genes)), chunks=(1, samples, len(genes)), **of)
+        for table in self.tables.values():
+            table.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+
+    def finish(self, obs: pd.DataFrame, uns: dict) -> None:
+        """Write what tells the rows."""
+        for column in ("perturbation", "cell_type", "batch", "known"):
+            obs[column] = pd.Categorical(obs[column])
+        for place, content in (("obs", obs), ("var", pd.DataFrame(index=self.genes)), ("uns", uns)):
+            ad.io.write_elem(self.file, place, content, dataset_kwargs={"compression": "gzip"})
+
+
+def answered(model: Model, start: np.ndarray, label: str, known: Known, samples: int, seed: int, writer: _Writer, first_row: int) -> Answer:
+    """Ask one perturbation of all cells, writing as the answers come."""
+    effects = model.individual_effects(start, label, seed).astype(np.float32)
+    up = np.zeros(start.shape, dtype=np.float32)
+    for block, outcomes in blocks_of(model, start, label, samples, seed):
+        rows = slice(first_row + block.start, first_row + block.stop)
+        written = {"X": outcomes.mean(axis=1), "before": start[block], "effect": effects[block]}
+        # `partition` in place of `quantile`: outcomes are many, and their order within a quantile is of no interest.
+        written |= dict(zip(LAYERS[2:], _quantiles(outcomes), strict=True))
+        if "samples" in writer.tables:
+            written["samples"] = outcomes
+        for name, values in written.items():
+            writer.tables[name][rows] = values
         before = start[block][:, None]
-        up += ((outcomes > before) + 0.5 * (outcomes == before)).mean(axis=1).sum(axis=0)
-    return layers, up / len(start), layers["mean"] - start
+        up[block] = (outcomes > before).mean(axis=1) + 0.5 * (outcomes == before).mean(axis=1)
+    return Answer(label, known, effects, up)
+
+
+def _quantiles(outcomes: np.ndarray) -> list[np.ndarray]:
+    """Return the sample at each of QUANTILES, (cells, genes) each: an outcome that a cell can have, not a number between two."""
+    n = outcomes.shape[1]
+    ranks = [min(n - 1, max(0, round(quantile * n - 0.5))) for quantile in QUANTILES]
+    placed = np.partition(outcomes, sorted(set(ranks)), axis=1)
+    return [placed[:, rank] for rank in ranks]
+
+
+def effect_table(answer: Answer, genes: list[str], groups: pd.Series, calibration: Calibration, scale: Scale) -> pd.DataFrame:
+    """Return one row per group of cells × gene, strongest first, see `counterfactual`."""
+    own = calibration.for_case(answer.known.case)
+    half = own.reach(LEVEL) * scale.at(own.typical_sampling) if own.labels and answer.label != CONTROL else np.full(len(genes), np.nan)
+    is_target = np.isin(genes, members_of(answer.label))
+    masks = {"all": np.ones(len(groups), dtype=bool)}
+    if groups.nunique() > 1:
+        masks |= {str(name): (groups == name).to_numpy() for name in sorted(groups.unique())}
+    tables = []
+    for name, mask in masks.items():
+        effect, up = answer.effects[mask].mean(axis=0), answer.up[mask].mean(axis=0)
+        table = pd.DataFrame(
+            {
+                "perturbation": answer.label, "group": name, "gene": genes, "effect": effect, "low": effect - half, "high": effect + half,
+                "cells_low": np.quantile(answer.effects[mask], 0.05, axis=0), "cells_high": np.quantile(answer.effects[mask], 0.95, axis=0),
+                "probability_of_sign": np.where(effect >= 0, up, 1.0 - up), "is_perturbed_gene": is_target, "known": answer.known.words,
+            }
+        )  # fmt: skip
+        table["rank"] = table["effect"].abs().rank(ascending=False, method="first").astype(int)
+        tables.append(table.sort_values("rank"))
+    return pd.concat(tables)
 
 
 def counterfactual(
-    pairs: Path, embeddings: Path, model: Path, cells: Path, effects: Path, implementation: str, params: dict, query: dict, seed: int
+    pairs: Path,
+    embeddings: Path,
+    model: Path,
+    warranty: Path,
+    calibration: Path,
+    cells: Path,
+    effects: Path,
+    ranking: Path,
+    implementation: str,
+    params: dict,
+    query: dict,
+    seed: int,
 ) -> None:
     """Answer one query: each perturbation in each selected cell, with a distribution of outcomes.
 
     Parameters
     ----------
-    pairs, embeddings, model
-        The pairs of the split, its gene vectors, and a model trained on both.
+    pairs, embeddings, model, warranty, calibration
+        The pairs of the split, its gene vectors, a model trained on both, and what its warranty has shown.
     cells
-        AnnData to be written: X mean outcome per cell × perturbation; layers before, q05, q50, q95 of a cell's outcomes;
-        obs perturbation, cell (name of the start cell), cell_type, batch, known.
+        AnnData to be written, one row per perturbation × cell: X mean outcome; layers before, effect (expected change of this cell), q05, q50, q95
+        of its outcomes; obsm samples (cells, samples, genes), if asked for; obs perturbation, cell (name of the start cell), cell_type, batch, known,
+        response (how far the cell goes the way of the mean effect); uns["perturbflow"] with the warranty.
     effects
-        Table to be written, one row per perturbation × gene: effect (mean difference over cells, log1p-normalized), low and high
-        (5 and 95 % quantile of the cells' mean effects), probability_of_sign (share of outcomes on the effect's side of the
-        start cell), rank (by size of the effect), is_perturbed_gene, known.
+        Table to be written, one row per perturbation × group of cells × gene: effect (mean over cells, log1p-normalized), low and high (90 %
+        conformal interval of what a screen would measure; empty without held-out perturbations), cells_low and cells_high (5 and 95 % quantile of
+        the cells' effects), probability_of_sign (share of outcomes on the effect's side of the start cell), rank (by size), is_perturbed_gene, known.
+        Of more than 20 perturbations, the 50 strongest genes of each.
+    ranking
+        Table to be written, one row per perturbation: size of the effect, genes whose interval leaves out zero, share of non-responding cells, known,
+        distance, and for a search its score, chance and whether it is within the budget.
     query
-        perturbations, cells and samples_per_cell.
+        perturbations, cells, samples_per_cell, keep_samples, groups and search.
 
     Raises
     ------
@@ -124,54 +281,70 @@ def counterfactual(
     """
     everything = Pairs.read(pairs)
     chosen = selected_cells(everything, query["cells"])
-    if len(chosen.rows) > MAX_CELLS:
-        keep = np.zeros(len(chosen.rows), dtype=bool)
-        keep[np.random.default_rng(seed).choice(len(keep), MAX_CELLS, replace=False)] = True
-        logger.info("%d of %d selected cells are asked", MAX_CELLS, len(keep))
-        chosen = chosen.select(keep)
     family = build(implementation, params)
     family.restore(load_artefact(model))
-    training = everything.roles("train")
-    vectors = Embeddings.read(embeddings)
-    is_new_context = _is_new_context(training, chosen)
+    training, vectors = everything.roles("train"), Embeddings.read(embeddings)
+    labels = expanded(query["perturbations"], list(vectors.table.index), chosen.genes)
+    refused = {label: reason for label in labels if (reason := family.refusal(label))}
+    if refused:
+        raise InputError(" ".join(f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items()))
+    most = max(LEAST_CELLS, min(MAX_CELLS, MAX_ROWS // len(labels)))
+    if len(chosen.rows) > most:
+        keep = np.zeros(len(chosen.rows), dtype=bool)
+        keep[np.random.default_rng(seed).choice(len(keep), most, replace=False)] = True
+        logger.info("%d of %d selected cells are asked", most, len(keep))
+        chosen = chosen.select(keep)
+    groups = _groups(chosen, query["groups"])
+    direction = Direction.of(query["search"], everything, chosen) if query["search"] else None
+    knowledge = Knowledge(training, vectors, chosen)
+    with np.load(calibration) as arrays:
+        stored = dict(arrays)
+    found, scale = Calibration.from_arrays(stored), Scale(stored["variance"], stored["spread"])
+    shown = read_json(warranty)
     start = chosen.X.toarray()
-    blocks, tables = [], []
-    measured = dict(zip(chosen.genes, chosen.genes, strict=True))
-    for text in dict.fromkeys(query["perturbations"]):
-        label = canonical_label(text, {CONTROL}, SEPARATOR, measured=measured)
-        if reason := family.refusal(label):
-            raise InputError(f"'{text}' cannot be answered by this model: {reason}.")
-        layers, probability_up, cell_effects = summarize(family, start, label, query["samples_per_cell"], seed)
-        known = _extrapolation(label, training.perturbations, vectors, is_new_context)
-        obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=known)
-        obs.index = [f"{label}:{cell}" for cell in chosen.obs.index]
-        mean = layers.pop("mean")
-        blocks.append(ad.AnnData(X=mean, obs=obs, var=pd.DataFrame(index=chosen.genes), layers={"before": start, **layers}))
-        effect = cell_effects.mean(axis=0)
-        low, high = np.quantile(cell_effects, [0.05, 0.95], axis=0)
-        table = pd.DataFrame(
-            {
-                "perturbation": label,
-                "gene": chosen.genes,
-                "effect": effect,
-                "low": low,
-                "high": high,
-                "probability_of_sign": np.where(effect >= 0, probability_up, 1.0 - probability_up),
-                "is_perturbed_gene": np.isin(chosen.genes, members_of(label)),
-                "known": known,
-            }
-        )
-        table["rank"] = table["effect"].abs().rank(ascending=False, method="first").astype(int)
-        tables.append(table.sort_values("rank"))
-        logger.info(
-            "%s (%s): largest effects %s",
-            label,
-            known,
-            ", ".join(f"{row.gene} {row.effect:+.2f}" for row in tables[-1].head(5).itertuples()),
-        )
-    answer = ad.concat(blocks)
-    answer.uns["perturbflow"] = {"cells": str(query["cells"]), "samples_per_cell": query["samples_per_cell"], "seed": seed}
-    with atomic(cells) as partial:
-        answer.write_h5ad(partial, compression="gzip")
+    tables, rows, observed, means = [], [], [], {}
+    with atomic(cells) as partial, h5py.File(partial, "w") as file:
+        writer = _Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)
+        for i, label in enumerate(labels):
+            answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start))
+            response = answer.response(np.isin(chosen.genes, members_of(label)))
+            obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=answer.known.words)
+            observed.append(obs.assign(response=response).set_axis([f"{label}:{cell}" for cell in chosen.obs.index]))
+            table = effect_table(answer, chosen.genes, groups, found, scale)
+            means[label] = answer.effects.mean(axis=0)
+            rows.append(_row(answer, table, response))
+            tables.append(table[table["rank"] <= GENES_OF_MANY] if len(labels) > MANY else table)
+            logger.info("%s (%s): largest effects %s", label, answer.known.words, rows[-1]["strongest"])
+        said = {
+            "cells": str(query["cells"]), "samples_per_cell": query["samples_per_cell"], "seed": seed,
+            "warranty": sentence(shown), "level_of_intervals": LEVEL,
+        }  # fmt: skip
+        writer.finish(pd.concat(observed), {"perturbflow": said})
     with atomic(effects) as partial:
         pd.concat(tables, ignore_index=True).to_csv(partial, sep="\t", index=False, float_format="%.6g")
+    summary = pd.DataFrame(rows)
+    if direction:
+        summary = ranked(summary, means, chosen.genes, direction, query["search"]["budget"])
+        logger.info("towards %s: %s", direction.words, ", ".join(summary["perturbation"].head(5)))
+    with atomic(ranking) as partial:
+        summary.to_csv(partial, sep="\t", index=False, float_format="%.6g")
+    logger.info("warranty: %s", said["warranty"])
+
+
+def _groups(chosen: Pairs, column: str) -> pd.Series:
+    if column not in chosen.obs:
+        raise InputError(f"groups: there is no obs column '{column}'; possible: {', '.join(chosen.obs.columns)}.")
+    return chosen.obs[column].astype(str)
+
+
+def _row(answer: Answer, table: pd.DataFrame, response: np.ndarray) -> dict[str, object]:
+    """Return one perturbation's row of the ranking."""
+    table = table[table["group"] == "all"]
+    others = table[~table["is_perturbed_gene"]]
+    told = (others["low"] > 0) | (others["high"] < 0)
+    return {
+        "perturbation": answer.label, "size": float(np.linalg.norm(others["effect"])), "n_genes_told": int(told.sum()),
+        "not_responding": float((response < 0.5).mean()), "spread_of_response": float(response.std()),
+        "strongest": ", ".join(f"{row.gene} {row.effect:+.2f}" for row in table.head(5).itertuples()),
+        "known": answer.known.words, "distance": answer.known.distance,
+    }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -116,7 +116,7 @@ class LearnedModel(Model):
         self.neighbours = Neighbours.fit(*Effects.with_disjoint_controls(pairs), dict(zip(table.index, table.to_numpy(float), strict=True)))
         self.genes = pairs.genes
         self.seen = effects.genes
-        self.population = _population(pairs.roles("train"))
+        self.population, self._last = _population(pairs.roles("train")), None
         torch.manual_seed(run.seed)
         self.net = self.network(self.latent, self.conditions)
         cells = {
@@ -159,7 +159,8 @@ class LearnedModel(Model):
         """Rebuild the network around its weights."""
         self.latent = self.restore_latent(artefact["latent"])
         self.own_gene = OwnGene(artefact["own_gene"].numpy())
-        self.genes, self.seen, self.population = artefact["genes"], artefact["seen"], artefact["population"].numpy()
+        self.genes, self.seen = artefact["genes"], artefact["seen"]
+        self.population, self._last = artefact["population"].numpy(), None
         vectors = next(value for name, value in artefact["state"].items() if name.endswith("gene_encoder.vectors"))
         self.conditions = Conditions(artefact["condition_genes"], vectors.numpy())
         arrays = {name: artefact["neighbours"][name].numpy() for name in ("vectors", "sizes")}
@@ -238,7 +239,7 @@ class LearnedModel(Model):
             if perturbation == CONTROL:
                 outcomes[p] = cells[:, None]
                 continue
-            centre, mean, change = self._of_population(perturbation, seed)
+            told = self._of_population(perturbation)
             rng = np.random.default_rng((seed, p))
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             start = np.repeat(cells, samples, axis=0)
@@ -246,11 +247,11 @@ class LearnedModel(Model):
             for first in range(0, len(start), CELLS_PER_BLOCK):
                 block = slice(first, first + CELLS_PER_BLOCK)
                 z = self.latent.encode(start[block])
-                moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy() - centre
-                if self.cells == "counts":
-                    flat[block] = changed(start[block], change, self.latent.fold(z, moved), rng)
+                moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy() - told.centre
+                if told.change is not None:
+                    flat[block] = changed(start[block], told.change, self.latent.fold(z, moved), rng)
                 else:
-                    flat[block] = start[block] + mean
+                    flat[block] = start[block] + told.mean
         return outcomes
 
     @torch.no_grad()
@@ -258,31 +259,31 @@ class LearnedModel(Model):
         """Return the mean effect of the population and what each cell's own differs from it by, (cells, genes)."""
         if perturbation == CONTROL:
             return np.zeros_like(cells)
-        _, mean, _ = self._of_population(perturbation, seed)
-        return (mean + self._told(cells, perturbation, seed) - self._told(self.population, perturbation, seed).mean(axis=0)).astype(np.float32)
+        told = self._of_population(perturbation)
+        return (told.mean + self._told(cells, perturbation) - told.told).astype(np.float32)
 
-    def _told(self, cells: np.ndarray, perturbation: str, seed: int) -> np.ndarray:
-        """Return what displacements change in each cell's expected expression, (cells, genes)."""
-        z = self.latent.encode(cells)
-        moved = self._expected_displacement(torch.from_numpy(z), perturbation, np.random.default_rng(seed)).numpy()
-        return self.latent.change(z, moved, np.expm1(cells).sum(axis=1))
-
-    def _expected_displacement(self, z: Tensor, perturbation: str, rng: np.random.Generator) -> Tensor:
+    def _told(self, cells: np.ndarray, perturbation: str) -> np.ndarray:
+        """Return what expected displacements change in each cell's expected expression, (cells, genes)."""
+        z, rng = torch.from_numpy(self.latent.encode(cells)), np.random.default_rng(0)
         n_draws = BORROWED if unseen_among(members_of(perturbation), self.seen) else 1
-        return sum(self._displacement(z, perturbation, rng, None) for _ in range(n_draws)) / n_draws
+        moved = sum(self._displacement(z, perturbation, rng, None) for _ in range(n_draws)) / n_draws
+        return self.latent.change(z.numpy(), moved.numpy(), np.expm1(cells).sum(axis=1))
 
-    def _of_population(self, perturbation: str, seed: int) -> tuple[np.ndarray, np.ndarray, Change | None]:
-        """Return the population's mean displacement (zero unless displacements are residuals), its mean effect, and how its counts change."""
-        if reason := self.refusal(perturbation):
-            raise InputError(f"{perturbation} cannot be answered: {reason}.")
-        rng = np.random.default_rng(seed)
-        z = self.latent.encode(self.population)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy()
-        centre = moved.mean(axis=0) if self.learns_residuals else np.zeros(z.shape[1], dtype=np.float32)
-        mean = self.mean_effect(self.population, z, moved - centre, perturbation, rng)
-        change = change_of(self.population, mean, self.latent.fold(z, moved - centre), rng) if self.cells == "counts" else None
-        return centre, mean, change
+    def _of_population(self, perturbation: str) -> "_OfPopulation":
+        """Return what a perturbation does to the population; the last one asked is kept, as questions come block by block."""
+        if self._last is None or self._last[0] != perturbation:
+            if reason := self.refusal(perturbation):
+                raise InputError(f"{perturbation} cannot be answered: {reason}.")
+            rng = np.random.default_rng(0)
+            z = self.latent.encode(self.population)
+            generator = torch.Generator().manual_seed(0)
+            moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy()
+            centre = moved.mean(axis=0) if self.learns_residuals else np.zeros(z.shape[1], dtype=np.float32)
+            mean = self.mean_effect(self.population, z, moved - centre, perturbation, rng)
+            change = change_of(self.population, mean, self.latent.fold(z, moved - centre), rng) if self.cells == "counts" else None
+            told = self._told(self.population, perturbation).mean(axis=0)
+            self._last = perturbation, _OfPopulation(centre, mean, told, change)
+        return self._last[1]
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
         """Return what inner folds of a mean in closed form have shown; nothing where the network owns the mean."""
@@ -324,6 +325,28 @@ class LearnedModel(Model):
             generator.set_state(noise)
         certain = self.displace(z, known, generator)
         return certain + self.neighbours.strength * (borrowed - certain)
+
+
+@dataclass(frozen=True)
+class _OfPopulation:
+    """What a perturbation does to the population.
+
+    Attributes
+    ----------
+    centre
+        Its mean displacement, where displacements are residuals; else 0, (dimensions,).
+    mean
+        Its mean effect, (genes,).
+    told
+        The mean of what displacements say of its cells, (genes,).
+    change
+        How its counts change; None for cells that are shifted.
+    """
+
+    centre: np.ndarray
+    mean: np.ndarray
+    told: np.ndarray
+    change: Change | None
 
 
 def _population(training: Pairs) -> np.ndarray:

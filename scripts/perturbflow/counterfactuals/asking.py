@@ -1,0 +1,87 @@
+"""One question from the command line, about a model that the workflow has trained."""
+
+import json
+import logging
+from pathlib import Path
+
+from perturbflow.counterfactuals.answers import counterfactual
+from perturbflow.counterfactuals.figures import draw
+from perturbflow.counterfactuals.warranty import warranty
+from perturbflow.errors import InputError
+from perturbflow.files import read_json
+
+logger = logging.getLogger(__name__)
+
+
+def ask(
+    run: Path,
+    perturbations: list[str],
+    output: Path,
+    cells: str = "control",
+    samples_per_cell: int = 50,
+    keep_samples: bool = False,
+    groups: str = "cell_type",
+    search: str = "null",
+) -> None:
+    """Ask what would become of control cells if genes were perturbed in them.
+
+    Needs a finished training: a folder results/{dataset}/{split}/{model}/seed_{n} of this workflow. Writes OUTPUT.h5ad, OUTPUT.tsv,
+    OUTPUT.ranking.tsv and four figures; the first question about a model also writes its warranty beside it.
+
+    Parameters
+    ----------
+    run
+        The folder of the trained model.
+    perturbations
+        Genes, or A+B for several at once; all_single asks every perturbed gene of the screen.
+    output
+        Where to write, without suffix.
+    cells
+        control: the test controls; or JSON that selects among them by obs columns, such as '{"batch": ["1"]}'.
+    samples_per_cell, keep_samples, groups
+        As in config/counterfactuals.yaml.
+    search
+        JSON, such as '{"towards": {"cells": {"perturbation": ["SOX2"]}}, "budget": 3}'.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no trained model, or the question cannot be answered.
+    """
+    model = next((file for name in ("model.ckpt", "model.npz") if (file := run / name).is_file()), None)
+    needed = {"run.json": run / "run.json", "pairs.h5ad": run.parents[1] / "pairs.h5ad", "embeddings.parquet": run.parents[1] / "embeddings.parquet"}
+    missing = [str(path) for path in needed.values() if not path.is_file()]
+    if model is None or missing:
+        raise InputError(
+            f"--run {run}: {'there is no model.ckpt or model.npz in it' if model is None else 'there is no ' + ' and no '.join(missing)}. "
+            "It takes the folder of a model that the workflow has trained, results/{dataset}/{split}/{model}/seed_{n}."
+        )
+    trained = read_json(needed["run.json"])
+    about = (trained["implementation"], trained["params"])
+    files = needed["pairs.h5ad"], needed["embeddings.parquet"], model
+    shown = run / "warranty.json", run / "calibration.npz"
+    if not all(path.is_file() for path in shown):
+        logger.info("checking the model first; once per model")
+        warranty(*files, *shown, *about, trained["seed"])
+    query = {
+        "perturbations": "all_single" if perturbations == ["all_single"] else perturbations,
+        "cells": cells if cells == "control" else _parsed("cells", cells),
+        "samples_per_cell": samples_per_cell,
+        "keep_samples": keep_samples,
+        "groups": groups,
+        "search": _parsed("search", search),
+    }
+    if query["search"]:
+        query["search"].setdefault("budget", 10)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    answers = [Path(f"{output}{suffix}") for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
+    counterfactual(*files, *shown, *answers, *about, query, trained["seed"])
+    draw(*answers, *[Path(f"{output}.{figure}.png") for figure in ("effects", "responders", "map", "heatmap")])
+    logger.info("written: %s.h5ad, .tsv, .ranking.tsv and .effects, .responders, .map and .heatmap.png", output)
+
+
+def _parsed(name: str, text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--{name} {text}: this is no JSON ({error}). Example: '{{\"batch\": [\"1\"]}}'.") from error

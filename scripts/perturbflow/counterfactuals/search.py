@@ -1,0 +1,109 @@
+"""Which perturbations move these cells towards that state? Ranked by predicted effects, with the level that chance reaches."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from perturbflow.errors import InputError
+from perturbflow.pairs import Pairs
+from perturbflow.symbols import members_of
+
+N_CHANCE = 500  # directions of nothing
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Where cells are to go.
+
+    Attributes
+    ----------
+    wanted
+        The change that is wanted, (genes,); 0 for genes that do not matter.
+    noise
+        What the same would be towards nothing, (directions, genes): random halves of the start cells, or the signature on random genes.
+    words
+        The target, in words.
+    """
+
+    wanted: np.ndarray
+    noise: np.ndarray
+    words: str
+
+    @classmethod
+    def of(cls, search: dict, pairs: Pairs, start: Pairs, seed: int = 0) -> "Direction":
+        """Read a query's `search`: towards cells by obs columns, or a signature.
+
+        Raises
+        ------
+        InputError
+            For a target without cells, or a signature without measured genes.
+        """
+        towards, rng = search["towards"], np.random.default_rng(seed)
+        X = start.X.toarray()
+        if "signature" in towards:
+            row = {gene: i for i, gene in enumerate(pairs.genes)}
+            absent = [gene for gene in towards["signature"] if gene not in row]
+            if len(absent) == len(towards["signature"]):
+                raise InputError(f"search.towards.signature: none of its genes is among the {len(row)} of this screen: {', '.join(absent)}.")
+            wanted = np.zeros(len(row))
+            for gene, value in towards["signature"].items():
+                if gene in row:
+                    wanted[row[gene]] = value
+            words = f"a signature of {np.count_nonzero(wanted)} genes" + (f" ({', '.join(absent)} not measured)" if absent else "")
+            return cls(wanted, np.stack([rng.permutation(wanted) for _ in range(N_CHANCE)]), words)
+        mask = np.ones(len(pairs.rows), dtype=bool)
+        for column, values in towards["cells"].items():
+            if column not in pairs.obs:
+                raise InputError(f"search.towards.cells: there is no obs column '{column}'; possible: {', '.join(pairs.obs.columns)}.")
+            mask &= pairs.obs[column].astype(str).isin(list(map(str, values))).to_numpy()
+        if not mask.any():
+            raise InputError(f"search.towards.cells: {towards['cells']} selects no cell.")
+        rows = np.flatnonzero(mask)
+        wanted = pairs.mean_of(rows) - X.mean(axis=0)
+        return cls(wanted, directions_of_nothing(X, len(rows), rng), f"{len(rows)} cells of {towards['cells']}")
+
+
+def directions_of_nothing(X: np.ndarray, n_target: int, rng: np.random.Generator) -> np.ndarray:
+    """Return differences of means of n_target start cells, drawn with replacement, from all of them, (N_CHANCE, genes)."""
+    share = rng.multinomial(n_target, np.full(len(X), 1.0 / len(X)), N_CHANCE) / n_target
+    return share @ X - X.mean(axis=0)
+
+
+def scores(effects: np.ndarray, wanted: np.ndarray, is_target: np.ndarray) -> np.ndarray:
+    """Return the cosine of effects with wanted changes, each without its own perturbed genes, (directions, perturbations).
+
+    Parameters
+    ----------
+    effects
+        (perturbations, genes).
+    wanted
+        (directions, genes).
+    is_target
+        The perturbed genes of every perturbation, (perturbations, genes).
+    """
+    kept = ~is_target
+    effects = effects * kept
+    norms = np.sqrt((wanted**2) @ kept.T) * np.linalg.norm(effects, axis=1)
+    return np.divide(wanted @ effects.T, norms, out=np.zeros_like(norms), where=norms > 1e-12)
+
+
+def ranked(summary: pd.DataFrame, means: dict[str, np.ndarray], genes: list[str], direction: Direction, budget: int) -> pd.DataFrame:
+    """Return the candidates, best first.
+
+    Adds score (cosine of the predicted effect with the wanted change; perturbed genes left out), reach (how much of the wanted change it makes:
+    the projection, 1 is all), chance (how often the best of all candidates scores as high towards nothing: small is told), search_rank and
+    within_budget.
+    """
+    labels = summary["perturbation"].tolist()
+    effects = np.stack([means[label] for label in labels])
+    is_target = np.stack([np.isin(genes, members_of(label)) for label in labels])
+    score = scores(effects, direction.wanted[None], is_target)[0]
+    best_of_nothing = scores(effects, direction.noise, is_target).max(axis=1)
+    kept = np.where(is_target, 0.0, 1.0)
+    reach = (effects * kept) @ direction.wanted / np.maximum(kept @ direction.wanted**2, 1e-12)
+    found = summary.assign(
+        score=score, reach=reach, chance=[(1 + (best_of_nothing >= value).sum()) / (1 + len(best_of_nothing)) for value in score]
+    )
+    found = found.sort_values("score", ascending=False, ignore_index=True)
+    return found.assign(search_rank=np.arange(1, len(found) + 1), within_budget=np.arange(len(found)) < budget)
