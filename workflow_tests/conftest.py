@@ -17,6 +17,8 @@ import yaml
 from scipy import sparse
 
 from perturbflow import audit, embeddings, harmonize, pairs, splits
+from perturbflow.counterfactuals.answers import counterfactual
+from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.embeddings import Embeddings
 from perturbflow.pairs import Pairs
 
@@ -198,6 +200,21 @@ def prepared_copy(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[[st
         return Prepared(Path(shutil.copytree(prepared[kind].folder, tmp_path / kind)))
 
     return copy
+
+
+# --- what-if questions ----------------------------------------------------------------------------------------------
+
+QUERY = {"cells": "control", "samples_per_cell": 4, "keep_samples": False, "groups": "cell_type", "search": None}
+
+
+def ask(here: Prepared, model: Path, folder: Path, implementation: str, params: dict, seed: int = 0, **query: object) -> Path:
+    """Check a trained model and ask it; return where the answers are, without suffix."""
+    shown = folder / "warranty.json", folder / "calibration.npz"
+    files = here.pairs, here.embeddings, model
+    warranty(*files, *shown, implementation, params, seed)
+    answers = [folder / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
+    counterfactual(*files, *shown, *answers, implementation, params, {**QUERY, **query}, seed)
+    return folder / "answer"
 
 
 @pytest.fixture(scope="session")

@@ -342,7 +342,7 @@ def test_resumed_training_equals_uninterrupted(
 
 
 def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
-    cells, pairs, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
+    cells, _, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
     identity = np.eye(cells.z.shape[1])
     latent = counterfactual.StateSpace(np.zeros(len(identity)), identity, np.ones(len(identity)), identity, np.full(len(identity), 0.5))
 

@@ -7,10 +7,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SPECS_OF_CELLS, Prepared
+from conftest import SPECS_OF_CELLS, Prepared, ask
 from scipy import sparse
 
-from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.evaluation import evaluate
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace
@@ -81,11 +80,8 @@ def test_an_answer_says_where_a_perturbation_was_measured(
 ) -> None:
     here = prepared[kind]
     train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", MODELS["additive"], {}, 0)
-    query = {"perturbations": list(expected), "cells": "control", "samples_per_cell": 2}
-    counterfactual(
-        here.pairs, here.embeddings, tmp_path / "model.npz", tmp_path / "a.h5ad", tmp_path / "a.tsv", MODELS["additive"], {}, query, 0
-    )
-    table = pd.read_csv(tmp_path / "a.tsv", sep="\t")
+    answer = ask(here, tmp_path / "model.npz", tmp_path, MODELS["additive"], {}, perturbations=list(expected))
+    table = pd.read_csv(f"{answer}.tsv", sep="\t")
     assert table.groupby("perturbation")["known"].unique().map(list).to_dict() == {label: [known] for label, known in expected.items()}
     controls = json.loads(here.split.read_text())["cells"]["test"]
-    assert set(ad.read_h5ad(tmp_path / "a.h5ad").obs["cell"]) <= set(controls)
+    assert set(ad.read_h5ad(f"{answer}.h5ad").obs["cell"]) <= set(controls)

@@ -111,7 +111,14 @@ class Calibration:
 
     @classmethod
     def of(
-        cls, labels: Sequence[str], cases: Sequence[str], predicted: np.ndarray, measured: np.ndarray, sampling: Sequence[float], scale: Scale, genes: list[str]
+        cls,
+        labels: Sequence[str],
+        cases: Sequence[str],
+        predicted: np.ndarray,
+        measured: np.ndarray,
+        sampling: Sequence[float],
+        scale: Scale,
+        genes: list[str],
     ) -> "Calibration":
         """Score predictions of held-out perturbations, (perturbations, genes)."""
         scores = []

@@ -222,8 +222,8 @@ def effect_table(answer: Answer, genes: list[str], groups: pd.Series, calibratio
     half = own.reach(LEVEL) * scale.at(own.typical_sampling) if own.labels and answer.label != CONTROL else np.full(len(genes), np.nan)
     is_target = np.isin(genes, members_of(answer.label))
     masks = {"all": np.ones(len(groups), dtype=bool)}
-    if groups.nunique() > 1:
-        masks |= {str(name): (groups == name).to_numpy() for name in sorted(groups.unique())}
+    if len(names := sorted(groups.unique())) > 1:
+        masks |= {name: (groups == name).to_numpy() for name in names}
     tables = []
     for name, mask in masks.items():
         effect, up = answer.effects[mask].mean(axis=0), answer.up[mask].mean(axis=0)

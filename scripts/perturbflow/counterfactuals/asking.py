@@ -49,7 +49,11 @@ def ask(
         If the folder holds no trained model, or the question cannot be answered.
     """
     model = next((file for name in ("model.ckpt", "model.npz") if (file := run / name).is_file()), None)
-    needed = {"run.json": run / "run.json", "pairs.h5ad": run.parents[1] / "pairs.h5ad", "embeddings.parquet": run.parents[1] / "embeddings.parquet"}
+    needed = {
+        "run.json": run / "run.json",
+        "pairs.h5ad": run.parents[1] / "pairs.h5ad",
+        "embeddings.parquet": run.parents[1] / "embeddings.parquet",
+    }
     missing = [str(path) for path in needed.values() if not path.is_file()]
     if model is None or missing:
         raise InputError(
@@ -84,4 +88,4 @@ def _parsed(name: str, text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"--{name} {text}: this is no JSON ({error}). Example: '{{\"batch\": [\"1\"]}}'.") from error
+        raise InputError(f'--{name} {text}: this is no JSON ({error}). Example: \'{{"batch": ["1"]}}\'.') from error

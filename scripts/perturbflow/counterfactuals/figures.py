@@ -27,7 +27,7 @@ STYLE = {
 }  # fmt: skip
 
 
-def draw(cells: Path, effects: Path, ranking: Path, effects_figure: Path, responders: Path, map: Path, heatmap: Path) -> None:  # noqa: A002  the figure's name
+def draw(cells: Path, effects: Path, ranking: Path, effects_figure: Path, responders: Path, map: Path, heatmap: Path) -> None:
     """Draw the answer to one query.
 
     Parameters
@@ -97,7 +97,7 @@ def _responders(answer: ad.AnnData, shown: list[str]) -> Figure:
         histogram, genes = panels[2 * i], panels[2 * i + 1]
         rows = np.flatnonzero(labels == label)
         response = answer.obs["response"].to_numpy(float)[rows]
-        histogram.hist(response, bins=40, range=tuple(np.clip(np.quantile(response, [0.0, 1.0]), -2, 4) + [-1e-6, 1e-6]), color=COLOURS[0], alpha=0.8)
+        histogram.hist(response, bins=40, range=_range(response), color=COLOURS[0], alpha=0.8)
         histogram.axvline(0.5, color="#888888", linewidth=0.8, linestyle="--")
         histogram.set_title(f"{label}: {100 * (response < 0.5).mean():.0f} % of cells respond less than half", fontsize=7)
         histogram.set_xlabel("response (mean effect = 1)")
@@ -120,6 +120,11 @@ def _responders(answer: ad.AnnData, shown: list[str]) -> Figure:
     return figure
 
 
+def _range(response: np.ndarray) -> tuple[float, float]:
+    low, high = np.clip(np.quantile(response, [0.0, 1.0]), -2.0, 4.0)
+    return low - 1e-3, high + 1e-3
+
+
 def _map(answer: ad.AnnData, shown: list[str]) -> Figure:
     figure, panels = _grid(len(shown), 3.2, 3.0)
     labels = answer.obs["perturbation"].to_numpy()
@@ -135,7 +140,9 @@ def _map(answer: ad.AnnData, shown: list[str]) -> Figure:
         end = space.transform(before + effect)
         panel.scatter(*start.T, s=4, color=COLOURS[6], alpha=0.5, linewidths=0, label="before")
         panel.scatter(*end.T, s=4, color=COLOURS[0], alpha=0.5, linewidths=0, label="after")
-        panel.quiver(*start[chosen].T, *(end - start)[chosen].T, angles="xy", scale_units="xy", scale=1, width=0.003, color="#333333", alpha=0.35)
+        panel.quiver(
+            *start[chosen].T, *(end - start)[chosen].T, angles="xy", scale_units="xy", scale=1, width=0.003, color="#333333", alpha=0.35
+        )
         panel.set_title(label, fontsize=8)
         panel.set_xlabel("component 1")
         panel.set_ylabel("component 2")

@@ -45,7 +45,9 @@ class Direction:
             row = {gene: i for i, gene in enumerate(pairs.genes)}
             absent = [gene for gene in towards["signature"] if gene not in row]
             if len(absent) == len(towards["signature"]):
-                raise InputError(f"search.towards.signature: none of its genes is among the {len(row)} of this screen: {', '.join(absent)}.")
+                raise InputError(
+                    f"search.towards.signature: none of its genes is among the {len(row)} of this screen: {', '.join(absent)}."
+                )
             wanted = np.zeros(len(row))
             for gene, value in towards["signature"].items():
                 if gene in row:

@@ -67,7 +67,8 @@ class States:
         order = order[: max(1, int((values > noise).sum()))]
         basis = vectors[:, order] * np.sign(vectors[np.abs(vectors[:, order]).argmax(axis=0), order])
         a, b = (half.along(basis) for half in halves)
-        agreement = np.clip((a * b).mean(axis=0) / np.sqrt((a**2).mean(axis=0) * (b**2).mean(axis=0)), 0.01, 1.0)
+        shared = (a * b).mean(axis=0) - noise  # directions were chosen by what halves share here: by as much as noise has, they look better
+        agreement = np.clip(shared / np.sqrt((a**2).mean(axis=0) * (b**2).mean(axis=0)), 0.01, 1.0)
         reliability = np.minimum(2 * agreement / (1 + agreement), HIGHEST_RELIABILITY)  # of the whole (Spearman 1910; Brown 1910)
         scale = np.maximum(np.sqrt((whole.along(basis) ** 2).mean(axis=0)), 1e-3)
         return cls(np.asarray(training.control_level, dtype=np.float64), basis, scale, reliability)

@@ -135,7 +135,9 @@ class ConditionalMean(MeanShift):
                 labels = [held_out.labels[i] for i in rows]
                 said = {name: np.stack([effect(label) for label in labels]) for name, effect in effect_of.items()}
                 centre = np.stack([middle[kind_of(label)] for label in labels])
-                kept.append(_HeldOut(case, labels, said, centre, held_out.values[rows], [_sampling(training, label, start) for label in labels]))
+                kept.append(
+                    _HeldOut(case, labels, said, centre, held_out.values[rows], [_sampling(training, label, start) for label in labels])
+                )
                 if not can_choose:
                     continue
                 tables = [
@@ -210,8 +212,9 @@ class ConditionalMean(MeanShift):
 
     @staticmethod
     def _rounds(training: Training) -> Iterator[tuple[Training, Effects, np.ndarray, bool]]:
-        """Yield inner trainings, what they do not know (combinations, genes with all that involves them, contexts), controls to start from, and
-        whether the perturbations of that kind are enough to choose by.
+        """Yield inner trainings, what they do not know, controls to start from, and whether there is enough of that kind to choose by.
+
+        What they do not know are combinations, genes with all that involves them, and contexts.
         """
         for of_genes in (False, True):
             if not of_genes and not (training.effects.order > 1).any():

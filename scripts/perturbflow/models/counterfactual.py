@@ -101,7 +101,9 @@ class Velocity(nn.Module):
     so that it meets cells where it has seen them, whatever the combination.
     """
 
-    def __init__(self, latent: StateSpace, conditions: Conditions, width: int, n_layers: int, dropout: float, own_dropout: float, bridge_noise: float) -> None:
+    def __init__(
+        self, latent: StateSpace, conditions: Conditions, width: int, n_layers: int, dropout: float, own_dropout: float, bridge_noise: float
+    ) -> None:
         super().__init__()
         self.bridge_noise = bridge_noise
         n_latent, n_states = latent.to_state.shape
@@ -160,7 +162,15 @@ class Counterfactual(LearnedModel):
     cells_per_draw = 64
 
     def __init__(
-        self, *, width: int, n_layers: int, dropout: float, own_dropout: float, bridge_noise: float, n_integration_steps: int, **shared: float
+        self,
+        *,
+        width: int,
+        n_layers: int,
+        dropout: float,
+        own_dropout: float,
+        bridge_noise: float,
+        n_integration_steps: int,
+        **shared: float,
     ) -> None:
         super().__init__(**shared)
         self.architecture = {

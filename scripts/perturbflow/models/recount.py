@@ -259,9 +259,7 @@ def _in_parts(n_genes: int, work: Callable[[slice], None]) -> None:
         list(threads.map(lambda part: work(slice(part[0], part[-1] + 1)), parts))
 
 
-def _met(
-    cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator
-) -> tuple[np.ndarray, Change]:
+def _met(cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator) -> tuple[np.ndarray, Change]:
     """Return cells whose mean has changed as it is to, (genes, cells) at least, and how that was done."""
     repeats = -(-DRAWN_AT_LEAST // len(cells))
     counted = Counted.of(cells)
@@ -275,7 +273,9 @@ def _met(
         unit = np.tile(unit, repeats)
     u = rng.random(k.shape)
     out, common = np.empty(k.shape), np.zeros(len(k))
-    _in_parts(len(k), lambda genes: _calibrated(k[genes], unit, folds[genes], rate[genes], u[genes], target[genes], common[genes], out[genes]))
+    _in_parts(
+        len(k), lambda genes: _calibrated(k[genes], unit, folds[genes], rate[genes], u[genes], target[genes], common[genes], out[genes])
+    )
     return out, Change(levels, common, arriving)
 
 
