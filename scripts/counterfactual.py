@@ -9,5 +9,4 @@ from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.asking import ask
 
 if __name__ == "__main__":
-    job = globals().get("snakemake")
-    run(counterfactual if job else ask, job)
+    run(counterfactual, globals().get("snakemake"), by_hand=ask)

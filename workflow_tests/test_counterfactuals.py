@@ -12,7 +12,6 @@ import pytest
 from conftest import PERTURBED, REPOSITORY, Prepared, ask, make_screen, prepare
 from structural import World, chosen, expected_effects, own_effects
 
-from perturbflow.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.counterfactuals.answers import expanded
 from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import calibrated, held_to_test, identity, placebo, sentence
@@ -21,6 +20,7 @@ from perturbflow.errors import InputError
 from perturbflow.models.abduction import States, effect_directions
 from perturbflow.models.base import Model, Run, build
 from perturbflow.models.baselines import Additive
+from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 from perturbflow.registry import FAMILIES

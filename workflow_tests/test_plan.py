@@ -56,7 +56,7 @@ def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str,
     assert plan_in(tmp_path, light).jobs == {
         "download": 1, "harmonize": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2,
         "train_closed_form": 19, "train_diffusion": 4, "train_jepa": 2, "train_counterfactual": 2,
-        "predict": 27, "evaluate": 27, "benchmark": 1, "report": 1, "all": 1,
+        "predict": 27, "evaluate": 27, "warranty": 8, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
     assert not (tmp_path / "results").exists()
 
@@ -80,7 +80,7 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
     }
     assert plan_in(tmp_path, light, config).jobs == {
         "harmonize": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "train_closed_form": 8, "predict": 8, "evaluate": 8,
-        "counterfactual": 2, "benchmark": 1, "report": 1, "all": 1,
+        "warranty": 2, "counterfactual": 2, "draw": 2, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
 
@@ -155,7 +155,21 @@ def test_the_rulegraph_follows_the_data(tmp_path: Path) -> None:
     graph = run_snakemake(tmp_path, "--rulegraph").stdout
     names = dict(re.findall(r'(\d+)\[label = "(\w+)"', graph))
     edges = {(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", graph)}
-    order = ["download", "harmonize", "split", "pair", "embeddings", "audit", "train", "predict", "evaluate", "benchmark", "report", "all"]
+    order = [
+        "download",
+        "harmonize",
+        "split",
+        "pair",
+        "embeddings",
+        "audit",
+        "train",
+        "predict",
+        "evaluate",
+        "warranty",
+        "benchmark",
+        "report",
+        "all",
+    ]
     place = {name: order.index(name.split("_")[0]) for name in names.values()}
     assert {
         ("download", "harmonize"),

@@ -1,5 +1,6 @@
 """The page: self-contained, and every number on it is the number of a file."""
 
+import base64
 import html
 import json
 import re
@@ -78,6 +79,8 @@ class Tree:
             "harmonizations": [self.folder / "mine" / "harmonization.json"],
             **of_splits,
             "counterfactuals": [],
+            "figures": [],
+            "warranties": [],
             "report": self.folder / "report.html",
             "provenance": {"lineage": "0123456789abcdef"},
         }
@@ -500,6 +503,7 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     rows = [
         {
             "perturbation": label,
+            "group": group,
             "gene": f"G{i}",
             "effect": -i / 7,
             "low": -i / 7 - 0.1,
@@ -510,10 +514,21 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
             "known": "measured",
         }
         for label in ("TF1", HOSTILE)
+        for group in ("all", "T cell")
         for i in range(1, 21)
     ]
     pd.DataFrame(rows).to_csv(path, sep="\t", index=False)
-    page = tree.page(counterfactuals=[path], report=tmp_path / "report.html")
+    picture = path.with_name("my_question.map.png")
+    picture.write_bytes(b"\x89PNG what was drawn")
+    shown = path.parents[1] / "warranty.json"
+    level = {"low": 0.7, "high": 0.95, "n_test": 9, "n_calibration": 17}
+    content = {
+        "identity": 0.0, "placebo": {"share_called": 0.043, "nominal": 0.05, "repeats": 20, "repeats_with_discoveries": 1},
+        "coverage": [{"nominal": nominal, "measured": nominal + 0.01, **level} for nominal in (0.8, 0.9)],
+        "agreement": {"mean": 0.41}, "ceiling": {"mean": 0.77}, "on_target": {"n": 0},
+    }  # fmt: skip
+    shown.write_text(json.dumps(content))
+    page = tree.page(counterfactuals=[path], figures=[picture], warranties=[shown], report=tmp_path / "report.html")
     section = page[page.index('id="counterfactuals"') : page.index("</main>")]
     genes = re.findall(r'<th scope="row">(G\d+)</th>', section)
     assert genes == [f"G{i}" for i in range(20, 5, -1)] * 2
@@ -522,6 +537,13 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     assert "TF1: the first 15 of 20 genes" in section
     assert "What training knew of TF1: measured." in section
     assert section.count("<td>yes</td>") == 2
+    assert f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"' in section
+    assert "Warranty: intervals, calibrated on 17 perturbations held out, hold 81 % (nominal 80) and 91 % (nominal 90)" in section
+    assert "no perturbation changes nothing" in section
+    table = section[section.index('aria-label="Warranties"') :]
+    assert re.search(
+        r"<td>17</td><td>0\.810* \(0\.70* to 0\.950*\)</td><td>0\.910* \(0\.70* to 0\.950*\)</td><td>0\.410*</td><td>0\.770*</td>", table
+    )
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------

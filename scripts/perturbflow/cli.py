@@ -65,12 +65,15 @@ def _as_declared(value: object, hint: object) -> object:
     return value
 
 
-def run(function: Callable, snakemake: object | None = None) -> None:
+def run(function: Callable, snakemake: object | None = None, by_hand: Callable | None = None) -> None:
     """Call a script's function with named inputs, outputs and params of a Snakemake job, or of the command line.
+
+    From the command line `by_hand` is called in its place, where there is one: people ask for less than a job is told.
 
     Bad input ends in one message and exit status 1; anything else in a traceback, in the log too.
     """
     if snakemake is None:
+        function = by_hand or function
         _configure_logging(None)
         arguments = vars(_argument_parser(function).parse_args())
         hints = typing.get_type_hints(function)

@@ -13,13 +13,13 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 
 from perturbflow.artefacts import load_artefact
-from perturbflow.conformal import Calibration, Scale, case_of
 from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import sentence
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, read_json
 from perturbflow.models.base import Model, build
+from perturbflow.models.conformal import Calibration, Scale, case_of
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, members_of
 

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
+from perturbflow.colours import COLOURS
 from perturbflow.files import atomic
-from perturbflow.report.drawing import COLOURS
 from perturbflow.symbols import members_of
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from scipy import sparse
 
 from perturbflow.artefacts import load_artefact
 from perturbflow.benchmark.bootstrap import estimate
-from perturbflow.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.embeddings import Embeddings
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.files import atomic, write_json
 from perturbflow.models.base import Model, build
+from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import CONTROL, members_of

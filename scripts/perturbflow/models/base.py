@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from perturbflow.conformal import Calibration
 from perturbflow.embeddings import Embeddings
+from perturbflow.models.conformal import Calibration
 from perturbflow.pairs import Pairs
 
 # What training leaves behind: arrays of a closed form, tensors and plain values of a network.

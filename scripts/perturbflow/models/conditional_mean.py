@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perturbflow.conformal import CASES, Calibration, Scale, case_of, measured_by
 from perturbflow.models.base import Artefact
 from perturbflow.models.baselines import Additive, LatentSum, effects_by_context
+from perturbflow.models.conformal import CASES, Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.models.shift import MeanShift, Training
 from perturbflow.models.stacked import Stacked

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perturbflow.conformal import Calibration
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models.base import Artefact, Model, Run, start_cells
 from perturbflow.models.batches import Batches, PairedCells, encoded
 from perturbflow.models.conditional_mean import ConditionalMean, FitPart
 from perturbflow.models.conditions import Conditions
+from perturbflow.models.conformal import Calibration
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import Latent, LatentSpace
 from perturbflow.models.neighbours import Neighbours

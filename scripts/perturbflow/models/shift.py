@@ -9,9 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
-from perturbflow.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.base import Artefact, Model, Run, start_cells
+from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import CONTROL, members_of

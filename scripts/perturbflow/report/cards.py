@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from perturbflow.colours import COLOURS, MARKERS
 from perturbflow.errors import InputError
 from perturbflow.registry import FAMILIES, Family
-from perturbflow.report.drawing import COLOURS, INK, MARKERS
+from perturbflow.report.drawing import INK
 
 
 @dataclass(frozen=True)

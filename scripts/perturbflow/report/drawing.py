@@ -1,9 +1,11 @@
 """How figures and numbers look: colours, style, axes, inline SVG within bounds, digits."""
 
+import base64
 import io
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -11,10 +13,6 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe & Ito's palette with grey for black, which dark mode swallows, and without yellow, which white swallows. Names stand
-# beside colours on every figure; a marker tells models of one colour apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
-MARKERS = ("o", "s", "D", "^", "v")
 INK = "#010203"  # stands for the colour of the text around the figure: the page is read in light and in dark
 STYLE = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
@@ -66,6 +64,16 @@ class Drawings:
         self.n_drawn += 1
         self.bytes_left -= len(text)
         return Markup(text)  # noqa: S704  matplotlib escapes the text that it writes
+
+    def png(self, path: Path) -> str | None:
+        """Return a PNG file as a data URI, or None where the section is full."""
+        data = base64.b64encode(path.read_bytes()).decode()
+        if len(data) > self.bytes_left:
+            self.n_left_out += 1
+            return None
+        self.n_drawn += 1
+        self.bytes_left -= len(data)
+        return f"data:image/png;base64,{data}"
 
 
 def new_axes(width: float, height: float, left: float, bottom: float = 0.45, top: float = 0.12, right: float = 0.15) -> Axes:

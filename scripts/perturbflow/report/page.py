@@ -34,6 +34,7 @@ from perturbflow.report.sections import (
     perturbation_table,
     separability_rows,
     training_curves,
+    warranty_rows,
 )
 from perturbflow.report.verdicts import CalibrationTable, StrataTable, VerdictTable, calibration_table, strata_tables, verdict_table
 from perturbflow.splits import ROLES
@@ -44,7 +45,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 # What a page of less than 10 MB holds, whatever was selected: bytes of figures per section, and rows
 # of the table of perturbations. `effects` and `sections` bound their lists beside what they list.
-FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_600_000, "training": 600_000, "counterfactuals": 600_000}
+FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_600_000, "training": 600_000, "counterfactuals": 2_000_000}
 PERTURBATION_ROWS = 4000
 
 
@@ -188,6 +189,8 @@ def report(
     audits: list[Path],
     pairs: list[Path],
     counterfactuals: list[Path],
+    figures: list[Path],
+    warranties: list[Path],
     report: Path,
     provenance: dict | None = None,
 ) -> None:
@@ -205,6 +208,10 @@ def report(
         split.json, audit.json and pairs.h5ad of every dataset × split.
     counterfactuals
         {query}.tsv of every answered what-if question.
+    figures
+        Their figures.
+    warranties
+        warranty.json of every model that was checked.
     report
         HTML to be written: one file, nothing fetched.
     """
@@ -257,7 +264,8 @@ def report(
         logger.info("%s: %d figures of effects, %d of training", group.title, len(group.effects), len(group.curves))
         groups.append(group)
 
-    answers, n_tables_left_out = counterfactual_answers(counterfactuals, cards, drawings["counterfactuals"])
+    warranted = warranty_rows(warranties)
+    answers, n_tables_left_out = counterfactual_answers(counterfactuals, figures, warranted, cards, drawings["counterfactuals"])
     page = _render(
         cards=cards,
         boards=boards,
@@ -267,6 +275,7 @@ def report(
         metrics={name: metric for name, metric in METRICS.items() if name in set(tables["benchmark"]["metric"])},
         runs=[{"place": place, **run} for place, run in facts.items()],
         answers=answers,
+        warranties=warranted,
         separability=separability_rows(facts),
         complaints=complaints(facts),
         n_tables_left_out=n_tables_left_out,

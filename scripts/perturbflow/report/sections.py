@@ -11,14 +11,22 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from perturbflow.colours import COLOURS, MARKERS
+from perturbflow.counterfactuals.warranty import sentence
 from perturbflow.evaluation import METRICS
+from perturbflow.files import read_json
 from perturbflow.report.cards import ModelCard, place_of, read_table
-from perturbflow.report.drawing import COLOURS, INK, MARKERS, STYLE, Drawings, interval, new_axes, number, room_for
+from perturbflow.report.drawing import INK, STYLE, Drawings, interval, new_axes, number, room_for
 
 CORRELATION = METRICS["pearson_delta_ctrl"].name
 
 # What the page holds of these sections, besides their bytes of figures.
 COUNTERFACTUAL_TABLES = 60
+CAPTIONS = {  # of the figures of an answer
+    "responders": "Who responds, and in which genes",
+    "map": "Cells before and after, where their own expected effect takes them",
+    "heatmap": "All perturbations of the question beside one another",
+}
 NAMES = 200
 CURVES_PER_MODEL = 16
 GENES_OF_COUNTERFACTUAL = 15
@@ -207,14 +215,32 @@ def _counterfactual_figure(genes: pd.DataFrame, card: ModelCard) -> Figure:
     return axes.figure
 
 
-def counterfactual_answers(paths: list[Path], cards: dict[str, ModelCard], drawings: Drawings) -> tuple[list[dict], int]:
+def warranty_rows(paths: list[Path]) -> list[dict]:
+    """Return one row per checked model, from warranty.json files."""
+    rows = []
+    for path in paths:
+        dataset, split, model, seed = place_of(path, 4)
+        content = read_json(path)
+        covered = {round(100 * row["nominal"]): row for row in content["coverage"]}
+        rows.append({"dataset": dataset, "split": split, "model": model, "seed": seed, "covered": covered, "path": path, **content})
+    return rows
+
+
+def counterfactual_answers(
+    paths: list[Path], figures: list[Path], warranties: list[dict], cards: dict[str, ModelCard], drawings: Drawings
+) -> tuple[list[dict], int]:
     """Return the top genes of every answer, and how many tables were left out.
 
     Parameters
     ----------
     paths
-        {query}.tsv files: perturbation, gene, effect, low, high, probability_of_sign, rank, known, and what else the step wrote.
+        {query}.tsv files: perturbation, group, gene, effect, low, high, probability_of_sign, rank, known, and what else the step wrote.
+    figures
+        {query}.{figure}.png files; those of responders, map and heatmap are shown as long as there is room.
+    warranties
+        Rows of `warranty_rows`.
     """
+    warranty_of = {(row["dataset"], row["split"], row["model"], row["seed"]): sentence(row) for row in warranties}
     answers, n_tables, n_left_out = [], 0, 0
     for path in paths:
         dataset, split, model, seed, _ = place_of(path, 5)
@@ -225,11 +251,12 @@ def counterfactual_answers(paths: list[Path], cards: dict[str, ModelCard], drawi
                 n_left_out += 1
                 continue
             n_tables += 1
+            rows = rows[rows["group"] == "all"]
             top = rows.sort_values("rank", kind="stable").head(GENES_OF_COUNTERFACTUAL)
             listed = "; ".join(f"{row.gene} {number(row.effect)} ({interval(row.low, row.high)})" for row in top.itertuples())
             card = cards.get(model) or ModelCard(model, "learned", "", {}, COLOURS[0], MARKERS[0])
             svg = drawings.svg(f"Effects of {label} with their intervals: {listed}.", _counterfactual_figure, top, card)
-            columns = [column for column in top if column not in ("perturbation", "known")]
+            columns = [column for column in top if column not in ("perturbation", "known", "group")]
             known = rows["known"].iloc[0]
             blocks.append(
                 {
@@ -241,7 +268,22 @@ def counterfactual_answers(paths: list[Path], cards: dict[str, ModelCard], drawi
                     "n_genes": len(rows),
                 }
             )
+        shown = [figure for figure in figures if figure.parent == path.parent and figure.name.startswith(f"{path.stem}.")]
         answers.append(
-            {"query": path.stem, "dataset": dataset, "split": split, "model": model, "seed": seed, "path": path, "blocks": blocks}
+            {
+                "query": path.stem,
+                "dataset": dataset,
+                "split": split,
+                "model": model,
+                "seed": seed,
+                "path": path,
+                "blocks": blocks,
+                "warranty": warranty_of.get((dataset, split, model, seed), ""),
+                "figures": [
+                    (CAPTIONS[kind], picture)
+                    for figure in shown
+                    if (kind := figure.suffixes[-2][1:]) in CAPTIONS and (picture := drawings.png(figure)) is not None
+                ],
+            }
         )
     return answers, n_left_out
