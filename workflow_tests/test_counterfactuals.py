@@ -9,10 +9,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PERTURBED, REPOSITORY, Prepared, ask, make_screen, prepare
+from conftest import PERTURBED, QUERY, REPOSITORY, Prepared, ask, make_screen, prepare
 from structural import World, chosen, expected_effects, own_effects
 
-from perturbflow.counterfactuals.answers import expanded
+from perturbflow.counterfactuals.answers import counterfactual, expanded
 from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import calibrated, held_to_test, identity, placebo, sentence
 from perturbflow.embeddings import Embeddings
@@ -434,3 +434,17 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "there is no model.ckpt or model.npz in it" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_cells_stay_on_disk_while_a_question_is_answered(asked: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, model, answer = asked
+
+    def whole(path: Path) -> Pairs:
+        raise AssertionError(f"{path} was read as a whole")
+
+    shown = model.parent / "warranty.json", model.parent / "calibration.npz"
+    monkeypatch.setattr(Pairs, "read", whole)
+    again = [tmp_path / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
+    query = {**QUERY, "perturbations": ["TF1", "TF6+TF5"], "groups": "batch"}
+    counterfactual(here.pairs, here.embeddings, model, *shown, *again, ADDITIVE, {}, query, 0)
+    assert again[1].read_text() == Path(f"{answer}.tsv").read_text()

@@ -279,7 +279,7 @@ def counterfactual(
     InputError
         For a gene that the model cannot tell from others, or a selection without cells.
     """
-    everything = Pairs.read(pairs)
+    everything = Pairs.open(pairs)
     chosen = selected_cells(everything, query["cells"])
     family = build(implementation, params)
     family.restore(load_artefact(model))
@@ -301,7 +301,7 @@ def counterfactual(
         stored = dict(arrays)
     found, scale = Calibration.from_arrays(stored), Scale(stored["variance"], stored["spread"])
     shown = read_json(warranty)
-    start = chosen.X.toarray()
+    start = chosen.X[:].toarray()
     tables, rows, observed, means = [], [], [], {}
     with atomic(cells) as partial, h5py.File(partial, "w") as file:
         writer = _Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)

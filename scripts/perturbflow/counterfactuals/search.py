@@ -40,7 +40,7 @@ class Direction:
             For a target without cells, or a signature without measured genes.
         """
         towards, rng = search["towards"], np.random.default_rng(seed)
-        X = start.X.toarray()
+        X = start.X[:].toarray()
         if "signature" in towards:
             row = {gene: i for i, gene in enumerate(pairs.genes)}
             absent = [gene for gene in towards["signature"] if gene not in row]

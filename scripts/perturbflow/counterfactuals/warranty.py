@@ -195,8 +195,8 @@ def warranty(
     calibration
         npz to be written: the scores that intervals are made of.
     """
-    cells = Pairs.read(pairs)
     family = build(implementation, params)
+    cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
     family.restore(load_artefact(model))
     found, scale = calibrated(family, cells, Embeddings.read(embeddings), seed)
     test = cells.roles("test")
