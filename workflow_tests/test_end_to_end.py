@@ -103,8 +103,24 @@ def test_what_if_questions_are_answered(default_job: tuple) -> None:
     assert {"before", "q05", "q50", "q95"} <= set(cells.layers)
     assert (cells.layers["q05"] <= cells.layers["q95"]).all()
     own = table[(table["perturbation"] == "POU5F1") & (table["gene"] == "POU5F1")].iloc[0]
-    np.testing.assert_allclose(own["effect"], (cells.X - cells.layers["before"])[cells.obs["perturbation"] == "POU5F1"].mean(axis=0)[
-        cells.var_names.get_loc("POU5F1")], atol=1e-4)  # fmt: skip
+    effect = cells.layers["effect"][cells.obs["perturbation"] == "POU5F1"].mean(axis=0)
+    np.testing.assert_allclose(own["effect"], effect[cells.var_names.get_loc("POU5F1")], atol=1e-4)
+    assert "placebo" in cells.uns["perturbflow"]["warranty"]
+    for figure in ("effects", "responders", "map", "heatmap"):
+        assert (answers / f"pou5f1_in_controls.{figure}.png").stat().st_size > 5_000
+
+
+def test_every_learned_model_has_a_warranty(default_job: tuple) -> None:
+    folder, _ = default_job
+    for split in ("unseen_perturbation", "unseen_context"):
+        for model in LEARNED:
+            content = json.loads((folder / "results/renge2023" / split / model / "seed_0/warranty.json").read_text())
+            assert content["identity"] < 1e-4
+            assert content["placebo"]["share_called_low"] <= 0.05 <= content["placebo"]["share_called_high"] + 0.03
+            assert content["coverage"][1]["n_calibration"] >= (1 if model == "scppdm" else 15)
+    page = (folder / "results/report.html").read_text()
+    assert page.count("× unseen_context</td>") >= len(LEARNED)
+    assert "Warranty: intervals, calibrated on" in page
 
 
 def test_second_run_plans_nothing(default_job: tuple, snakemake: Callable) -> None:

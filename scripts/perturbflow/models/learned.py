@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +16,6 @@ from perturbflow.models.base import Artefact, Model, Run, start_cells
 from perturbflow.models.batches import Batches, PairedCells, encoded
 from perturbflow.models.conditional_mean import ConditionalMean, FitPart
 from perturbflow.models.conditions import Conditions
-from perturbflow.models.conformal import Calibration
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import Latent, LatentSpace
 from perturbflow.models.neighbours import Neighbours
@@ -271,23 +271,11 @@ class LearnedModel(Model):
 
     def _of_population(self, perturbation: str) -> "_OfPopulation":
         """Return what a perturbation does to the population; the last one asked is kept, as questions come block by block."""
-        if self._last is None or self._last[0] != perturbation:
+        if self._last is None or self._last.perturbation != perturbation:
             if reason := self.refusal(perturbation):
                 raise InputError(f"{perturbation} cannot be answered: {reason}.")
-            rng = np.random.default_rng(0)
-            z = self.latent.encode(self.population)
-            generator = torch.Generator().manual_seed(0)
-            moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy()
-            centre = moved.mean(axis=0) if self.learns_residuals else np.zeros(z.shape[1], dtype=np.float32)
-            mean = self.mean_effect(self.population, z, moved - centre, perturbation, rng)
-            change = change_of(self.population, mean, self.latent.fold(z, moved - centre), rng) if self.cells == "counts" else None
-            told = self._told(self.population, perturbation).mean(axis=0)
-            self._last = perturbation, _OfPopulation(centre, mean, told, change)
-        return self._last[1]
-
-    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Return what inner folds of a mean in closed form have shown; nothing where the network owns the mean."""
-        return self.mean.held_out if self.has_closed_mean else Calibration.none()
+            self._last = _OfPopulation(self, perturbation)
+        return self._last
 
     def mean_change(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
         """Return what displacements change in the mean of the cells, (genes,)."""
@@ -327,26 +315,46 @@ class LearnedModel(Model):
         return certain + self.neighbours.strength * (borrowed - certain)
 
 
-@dataclass(frozen=True)
 class _OfPopulation:
-    """What a perturbation does to the population.
+    """What a perturbation does to the population; each part is found when it is asked for."""
 
-    Attributes
-    ----------
-    centre
-        Its mean displacement, where displacements are residuals; else 0, (dimensions,).
-    mean
-        Its mean effect, (genes,).
-    told
-        The mean of what displacements say of its cells, (genes,).
-    change
-        How its counts change; None for cells that are shifted.
-    """
+    def __init__(self, model: LearnedModel, perturbation: str) -> None:
+        self.model, self.perturbation = model, perturbation
 
-    centre: np.ndarray
-    mean: np.ndarray
-    told: np.ndarray
-    change: Change | None
+    @cached_property
+    def z(self) -> np.ndarray:
+        """The population in latent space, (cells, dimensions)."""
+        return self.model.latent.encode(self.model.population)
+
+    @cached_property
+    def moved(self) -> np.ndarray:
+        """Its displacements, (cells, dimensions)."""
+        generator = torch.Generator().manual_seed(0)
+        return self.model._displacement(torch.from_numpy(self.z), self.perturbation, np.random.default_rng(0), generator).numpy()
+
+    @cached_property
+    def centre(self) -> np.ndarray:
+        """Their mean, where displacements are residuals; else 0, (dimensions,)."""
+        return self.moved.mean(axis=0) if self.model.learns_residuals else np.zeros(self.z.shape[1], dtype=np.float32)
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """The mean effect, (genes,)."""
+        moved = self.z[:0] if self.model.has_closed_mean else self.moved - self.centre
+        return self.model.mean_effect(self.model.population, self.z, moved, self.perturbation, np.random.default_rng(0))
+
+    @cached_property
+    def told(self) -> np.ndarray:
+        """The mean of what displacements say of its cells, (genes,)."""
+        return self.model._told(self.model.population, self.perturbation).mean(axis=0)
+
+    @cached_property
+    def change(self) -> Change | None:
+        """How its counts change; None for cells that are shifted."""
+        if self.model.cells != "counts":
+            return None
+        fold = self.model.latent.fold(self.z, self.moved - self.centre)
+        return change_of(self.model.population, self.mean, fold, np.random.default_rng(0))
 
 
 def _population(training: Pairs) -> np.ndarray:
