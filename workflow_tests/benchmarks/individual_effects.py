@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/benchmarks")]
 
 from conftest import prepare  # noqa: E402
-from leaderboard import markdown  # noqa: E402
+from leaderboard import markdown_of  # noqa: E402
 from structural import World, chosen, expected_effects, own_effects  # noqa: E402
 from test_models import registered  # noqa: E402
 
@@ -108,7 +108,7 @@ def main() -> None:
     for name in ("the cell itself", "expected"):
         shown[name] = shown[name].map("{:.3f}".format)
     shown["spread"], shown["seconds"] = shown["spread"].map("{:.2f}".format), shown["seconds"].map("{:.0f}".format)
-    print(markdown(shown))
+    print(markdown_of(shown))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,12 @@ def markdown(cells: pd.DataFrame, heads: list[str], first: str = "model") -> str
     return "\n".join(lines + [f"| {model} | " + " | ".join(row) + " |" for model, row in zip(cells.index, cells.to_numpy(), strict=True)])
 
 
+def markdown_of(table: pd.DataFrame) -> str:
+    """Return a table as it is, its first column in front."""
+    first, *heads = table.columns
+    return markdown(table.set_index(first).fillna("–").astype(str), heads, first)
+
+
 def leaderboard(rows: pd.DataFrame) -> str:
     """Return value, 95 % interval and scaled value per model × metric, means over seeds."""
     means = rows.groupby(["model", "metric"], sort=False)[["value", "ci_low", "ci_high", SCALED, "is_best_baseline"]].mean()

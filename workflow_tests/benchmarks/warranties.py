@@ -18,7 +18,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests/benchmarks")]
 
-from leaderboard import markdown  # noqa: E402
+from leaderboard import markdown_of  # noqa: E402
 
 from perturbflow.artefacts import load_artefact  # noqa: E402
 from perturbflow.benchmark.bootstrap import estimate, share_interval  # noqa: E402
@@ -113,8 +113,8 @@ def main() -> None:
                     "mean place": interval(of_seeds.to_numpy()), "in the best tenth": f"{share[0]:.2f} ({low[0]:.2f}, {high[0]:.2f})",
                 }
             )  # fmt: skip
-    print(markdown(pd.DataFrame(warranties)), "\n")
-    print(markdown(pd.DataFrame(searches)))
+    print(markdown_of(pd.DataFrame(warranties)), "\n")
+    print(markdown_of(pd.DataFrame(searches)))
 
 
 if __name__ == "__main__":
