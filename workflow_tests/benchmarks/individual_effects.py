@@ -41,9 +41,9 @@ def error(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def spread(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Slope of true on predicted differences between cells."""
+    """Slope of true on predicted differences between cells; NaN for predictions without any."""
     a, b = (values - values.mean(axis=0) for values in (predicted, truth))
-    return float((a * b).sum() / max((a * a).sum(), 1e-12))
+    return float((a * b).sum() / (a * a).sum()) if (a * a).mean() > 1e-8 else np.nan
 
 
 def rows_of(seed: int, models: list[str]) -> list[dict]:
@@ -107,7 +107,10 @@ def main() -> None:
     shown = shown.reset_index()
     for name in ("the cell itself", "expected"):
         shown[name] = shown[name].map("{:.3f}".format)
-    shown["spread"], shown["seconds"] = shown["spread"].map("{:.2f}".format), shown["seconds"].map("{:.0f}".format)
+    shown["spread"], shown["seconds"] = (
+        shown["spread"].map(lambda value: "–" if np.isnan(value) else f"{value:.2f}"),
+        shown["seconds"].map("{:.0f}".format),
+    )
     print(markdown_of(shown))
 
 
