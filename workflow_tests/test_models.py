@@ -289,6 +289,21 @@ def test_a_gene_without_a_vector_is_refused_and_an_unseen_one_is_borrowed(
 
 
 @pytest.mark.parametrize("name", LEARNED)
+def test_inner_folds_of_a_closed_mean_calibrate_its_intervals(name: str, models: dict, screen: tuple[Pairs, Embeddings]) -> None:
+    model, artefact, run = models[name]
+    restored = build(*registered(name, **quick(name)))
+    restored.restore(artefact)
+    found = [of.held_out(screen[0].roles("train", "validation"), screen[1], 0) for of in (model, restored)]
+    training = set(screen[0].roles("train").perturbations)
+    if "mean" in run.facts:
+        assert set(found[0].labels) == training
+        assert {"unseen gene", "seen"} <= set(found[0].cases)
+        np.testing.assert_allclose(found[0].scores, found[1].scores, rtol=1e-5)
+    else:
+        assert found[0].labels == []
+
+
+@pytest.mark.parametrize("name", LEARNED)
 def test_history_and_facts_are_written(name: str, models: dict) -> None:
     _, _, run = models[name]
     assert [row["step"] for row in run.history] == list(range(100, QUICK["n_steps"] + 1, 100))

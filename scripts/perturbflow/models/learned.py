@@ -16,6 +16,7 @@ from perturbflow.models.base import Artefact, Model, Run, start_cells
 from perturbflow.models.batches import Batches, PairedCells, encoded
 from perturbflow.models.conditional_mean import ConditionalMean, FitPart
 from perturbflow.models.conditions import Conditions
+from perturbflow.models.conformal import Calibration
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import Latent, LatentSpace
 from perturbflow.models.neighbours import Neighbours
@@ -276,6 +277,10 @@ class LearnedModel(Model):
                 raise InputError(f"{perturbation} cannot be answered: {reason}.")
             self._last = _OfPopulation(self, perturbation)
         return self._last
+
+    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
+        """Return what inner folds of a mean in closed form have shown; nothing where the network owns the mean."""
+        return self.mean.held_out if self.has_closed_mean else Calibration.none()
 
     def mean_change(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
         """Return what displacements change in the mean of the cells, (genes,)."""
