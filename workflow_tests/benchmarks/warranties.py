@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("places", nargs="+", help="DATASET/SPLIT")
     parser.add_argument("--models", nargs="+", default=["counterfactual", "scppdm_hybrid"])
+    parser.add_argument("--search", nargs="*", help="of which models searches are asked; all, if not given")
     arguments = parser.parse_args()
     warranties, searches = [], []
     for place in arguments.places:
@@ -101,6 +102,8 @@ def main() -> None:
                     f"{arguments.results / place / model} holds no seed_*/warranty.json: run the target `counterfactuals` with this model first."
                 )
             warranties.append(warranty_row(place, model, shown))
+            if arguments.search is not None and model not in arguments.search:
+                continue
             of_seeds = pd.DataFrame([places(folder, pairs) for folder in folders]).mean()
             if of_seeds.empty:
                 searches.append({"screen, split": place, "model": model, "perturbations": 0})
