@@ -422,7 +422,7 @@ def inner_effect(
     kinds = {"combinations": [], "genes": []}
     for fold in conditional_mean.ConditionalMean._rounds(training):
         kinds["genes" if set(training.effects.genes) - set(fold[0].effects.genes) else "combinations"].append(fold)
-    inner, held_out, start = max(kinds[kind], key=lambda fold: len(fold[1].labels))
+    inner, held_out, start, _ = max(kinds[kind], key=lambda fold: len(fold[1].labels))
     cells = training.pairs
     z = torch.from_numpy(model.latent.encode(cells.X))
     known = np.isin(cells.labels, inner.effects.labels) | cells.groups.is_of_half(inner.half)
