@@ -23,7 +23,7 @@ import h5py  # noqa: E402
 from conftest import SPECS, make_screen, prepare  # noqa: E402
 from test_models import registered  # noqa: E402
 
-from perturbflow.counterfactuals.answers import Known, _Writer, answered  # noqa: E402
+from perturbflow.counterfactuals.answers import Known, Writer, answered  # noqa: E402
 from perturbflow.embeddings import Embeddings  # noqa: E402
 from perturbflow.models.base import Run, build  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
@@ -55,7 +55,7 @@ def main() -> None:
             model.counterfactual(start[:2], ["TF1"], 2, 0)  # compiled once per machine
             started = time.perf_counter()
             with h5py.File(Path(folder) / "answer.h5ad", "w") as file:
-                writer = _Writer(file, len(start), pairs.genes, None)
+                writer = Writer(file, len(start), pairs.genes, None)
                 answered(model, start, "TF1", Known("measured", "measured", 0.0), arguments.samples, 0, writer, 0)
             seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             print(

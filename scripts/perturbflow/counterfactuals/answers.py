@@ -165,7 +165,7 @@ def blocks_of(model: Model, start: np.ndarray, label: str, samples: int, seed: i
         yield block, model.counterfactual(start[block], [label], samples, seed + first)[0]
 
 
-class _Writer:
+class Writer:
     """Writes {query}.h5ad block by block."""
 
     def __init__(self, file: h5py.File, n: int, genes: list[str], samples: int | None) -> None:
@@ -190,14 +190,13 @@ class _Writer:
             ad.io.write_elem(self.file, place, content, dataset_kwargs={"compression": "gzip"})
 
 
-def answered(model: Model, start: np.ndarray, label: str, known: Known, samples: int, seed: int, writer: _Writer, first_row: int) -> Answer:
+def answered(model: Model, start: np.ndarray, label: str, known: Known, samples: int, seed: int, writer: Writer, first_row: int) -> Answer:
     """Ask one perturbation of all cells, writing as the answers come."""
     effects = model.individual_effects(start, label, seed).astype(np.float32)
     up = np.zeros(start.shape, dtype=np.float32)
     for block, outcomes in blocks_of(model, start, label, samples, seed):
         rows = slice(first_row + block.start, first_row + block.stop)
         written = {"X": outcomes.mean(axis=1), "before": start[block], "effect": effects[block]}
-        # `partition` in place of `quantile`: outcomes are many, and their order within a quantile is of no interest.
         written |= dict(zip(LAYERS[2:], _quantiles(outcomes), strict=True))
         if "samples" in writer.tables:
             written["samples"] = outcomes
@@ -304,7 +303,7 @@ def counterfactual(
     start = chosen.X[:].toarray()
     tables, rows, observed, means = [], [], [], {}
     with atomic(cells) as partial, h5py.File(partial, "w") as file:
-        writer = _Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)
+        writer = Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)
         for i, label in enumerate(labels):
             answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start))
             response = answer.response(np.isin(chosen.genes, members_of(label)))

@@ -114,20 +114,20 @@ class LatentSpace:
 
     def change(self, z: np.ndarray, moved: np.ndarray, total: np.ndarray) -> np.ndarray:
         """Return what moves change in log1p expression, (cells, genes): the same wherever a cell is."""
-        return self._told(moved)
+        return self._linear(moved)
 
-    def _told(self, moved: np.ndarray) -> np.ndarray:
+    def _linear(self, moved: np.ndarray) -> np.ndarray:
         return (moved * self.scale) @ self.basis.T
 
     def mean_change(self, moved: np.ndarray) -> np.ndarray:
         """Return the mean of `change`, (genes,)."""
-        return self._told(moved.mean(axis=0, keepdims=True))[0]
+        return self._linear(moved.mean(axis=0, keepdims=True))[0]
 
     def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Return log fold changes of the cells' levels ℓ as the latent space knows them: log((ℓ + (1 + ℓ) Δ) / ℓ), Δ the change of log1p ℓ."""
         level = np.expm1(np.maximum(self.decode(z), 0.0))
         level = np.maximum(level, LOWEST_SHARE * np.maximum(level.mean(axis=0), 1e-3))
-        return np.log(np.maximum(level + (1.0 + level) * self._told(moved), LEAST_LEFT * level) / level)
+        return np.log(np.maximum(level + (1.0 + level) * self._linear(moved), LEAST_LEFT * level) / level)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the arrays to be stored."""

@@ -240,7 +240,7 @@ class LearnedModel(Model):
             if perturbation == CONTROL:
                 outcomes[p] = cells[:, None]
                 continue
-            told = self._of_population(perturbation)
+            population = self._of_population(perturbation)
             rng = np.random.default_rng((seed, p))
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             start = np.repeat(cells, samples, axis=0)
@@ -248,11 +248,12 @@ class LearnedModel(Model):
             for first in range(0, len(start), CELLS_PER_BLOCK):
                 block = slice(first, first + CELLS_PER_BLOCK)
                 z = self.latent.encode(start[block])
-                moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy() - told.centre
-                if told.change is not None:
-                    flat[block] = changed(start[block], told.change, self.latent.fold(z, moved), rng)
+                moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy()
+                if population.change is not None:
+                    flat[block] = changed(start[block], population.change, self.latent.fold(z, moved - population.centre), rng)
                 else:
-                    flat[block] = start[block] + told.mean
+                    own = self.latent.change(z, moved, np.expm1(start[block]).sum(axis=1)) - population.expected_change
+                    flat[block] = start[block] + population.mean + own
         return outcomes
 
     @torch.no_grad()
@@ -260,10 +261,10 @@ class LearnedModel(Model):
         """Return the mean effect of the population and what each cell's own differs from it by, (cells, genes)."""
         if perturbation == CONTROL:
             return np.zeros_like(cells)
-        told = self._of_population(perturbation)
-        return (told.mean + self._told(cells, perturbation) - told.told).astype(np.float32)
+        population = self._of_population(perturbation)
+        return (population.mean + self._expected_change(cells, perturbation) - population.expected_change).astype(np.float32)
 
-    def _told(self, cells: np.ndarray, perturbation: str) -> np.ndarray:
+    def _expected_change(self, cells: np.ndarray, perturbation: str) -> np.ndarray:
         """Return what expected displacements change in each cell's expected expression, (cells, genes)."""
         z, rng = torch.from_numpy(self.latent.encode(cells)), np.random.default_rng(0)
         n_draws = BORROWED if unseen_among(members_of(perturbation), self.seen) else 1
@@ -349,9 +350,9 @@ class _OfPopulation:
         return self.model.mean_effect(self.model.population, self.z, moved, self.perturbation, np.random.default_rng(0))
 
     @cached_property
-    def told(self) -> np.ndarray:
-        """The mean of what displacements say of its cells, (genes,)."""
-        return self.model._told(self.model.population, self.perturbation).mean(axis=0)
+    def expected_change(self) -> np.ndarray:
+        """The mean of what expected displacements change in its cells, (genes,)."""
+        return self.model._expected_change(self.model.population, self.perturbation).mean(axis=0)
 
     @cached_property
     def change(self) -> Change | None:
