@@ -386,7 +386,7 @@ def test_questions_that_cannot_be_answered_are_refused(query: dict, words: str, 
 
 def test_the_warranty_says_where_there_is_nothing_to_calibrate_on() -> None:
     content = {
-        "coverage": [{"nominal": 0.8, "measured": float("nan"), "n_test": 3, "n_calibration": 0}],
+        "coverage": [{"nominal": 0.8, "measured": float("nan"), "n_test": 3, "n_calibration": 0, "n_calibration_perturbations": 0}],
         "agreement": {"mean": 0.1}, "ceiling": {"mean": 0.9}, "identity": 0.0,
         "placebo": {"share_called": 0.05, "nominal": 0.05, "repeats_with_discoveries": 0, "repeats": 20},
     }  # fmt: skip

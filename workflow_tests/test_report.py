@@ -521,7 +521,7 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     picture = path.with_name("my_question.map.png")
     picture.write_bytes(b"\x89PNG what was drawn")
     shown = path.parents[1] / "warranty.json"
-    level = {"low": 0.7, "high": 0.95, "n_test": 9, "n_calibration": 17}
+    level = {"low": 0.7, "high": 0.95, "n_test": 9, "n_calibration": 17, "n_calibration_perturbations": 11}
     content = {
         "identity": 0.0, "placebo": {"share_called": 0.043, "nominal": 0.05, "repeats": 20, "repeats_with_discoveries": 1},
         "coverage": [{"nominal": nominal, "measured": nominal + 0.01, **level} for nominal in (0.8, 0.9)],
@@ -538,7 +538,10 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     assert "What training knew of TF1: measured." in section
     assert section.count("<td>yes</td>") == 2
     assert f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"' in section
-    assert "Warranty: intervals, calibrated on 17 perturbations held out, hold 81 % (nominal 80) and 91 % (nominal 90)" in section
+    assert (
+        "Warranty: intervals, calibrated on 17 held-out measurements of 11 perturbations, hold 81 % (nominal 80) and 91 % (nominal 90)"
+        in section
+    )
     assert "no perturbation changes nothing" in section
     table = section[section.index('aria-label="Warranties"') :]
     assert re.search(

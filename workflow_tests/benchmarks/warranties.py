@@ -46,7 +46,7 @@ def warranty_row(place: str, model: str, shown: list[dict]) -> dict[str, object]
 
     target = shown[0]["on_target"]
     return {
-        "screen, split": place, "model": model, "seeds": len(shown), "calibrated on": shown[0]["coverage"][0]["n_calibration"],
+        "screen, split": place, "model": model, "seeds": len(shown), "held-out measurements": shown[0]["coverage"][0]["n_calibration"],
         "tested on": shown[0]["coverage"][0]["n_test"], "in 80 %": interval(of("coverage_80")), "in 90 %": interval(of("coverage_90")),
         "agreement": interval(of("agreement")), "ceiling": f"{np.nanmean(of('ceiling')):.3f}",
         "placebo, % called at 5": " to ".join(

@@ -159,7 +159,15 @@ def _summary(rows: list[dict], calibration: Calibration) -> dict[str, object]:
         values = np.array([row[f"coverage_{round(100 * level)}"] for row in rows], dtype=float)
         mean, low, high = _mean(values)
         coverage.append(
-            {"nominal": level, "measured": mean, "low": low, "high": high, "n_test": len(rows), "n_calibration": len(calibration.labels)}
+            {
+                "nominal": level,
+                "measured": mean,
+                "low": low,
+                "high": high,
+                "n_test": len(rows),
+                "n_calibration": len(calibration.labels),
+                "n_calibration_perturbations": len(set(calibration.labels)),
+            }
         )
     agreement = {}
     for name in ("agreement", "ceiling"):
@@ -205,7 +213,9 @@ def warranty(
         "identity": identity(family, controls, seed),
         "placebo": placebo(family, test, seed),
         **held_to_test(family, cells, found, scale, seed),
-        "calibrated_on": dict(zip(found.labels, found.cases, strict=True)),
+        "calibrated_on": {
+            label: sorted({c for other, c in zip(found.labels, found.cases, strict=True) if other == label}) for label in found.labels
+        },
     }
     with atomic(calibration) as partial:
         np.savez_compressed(partial, **found.arrays(), variance=scale.variance, spread=scale.spread)
@@ -219,9 +229,9 @@ def sentence(content: dict) -> str:
         f"{100 * row['measured']:.0f} % (nominal {100 * row['nominal']:.0f})" for row in content["coverage"] if np.isfinite(row["measured"])
     )
     placebo = content["placebo"]
-    n = content["coverage"][0]["n_calibration"]
+    n, n_perturbations = (content["coverage"][0][key] for key in ("n_calibration", "n_calibration_perturbations"))
     return (
-        (f"intervals, calibrated on {n} perturbations held out, hold {covered} of {content['coverage'][0]['n_test']} test perturbations' effects; "
+        (f"intervals, calibrated on {n} held-out measurements of {n_perturbations} perturbations, hold {covered} of {content['coverage'][0]['n_test']} test perturbations' effects; "
          if covered else "no perturbation was held out in training, so there are no intervals; ")
         + f"agreement {content['agreement']['mean']:.2f}, ceiling {content['ceiling']['mean']:.2f}; "
         f"no perturbation changes {'nothing' if content['identity'] < 1e-4 else format(content['identity'], '.2g')}; "

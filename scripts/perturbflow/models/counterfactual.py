@@ -12,6 +12,8 @@ perturbations still look alike in most directions. (3) Cells of the same state r
 guide say, is noise here. No unpaired data can prove (2) and (3); on worlds whose counterfactuals are known the error is measured.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -57,23 +59,20 @@ def coupled(start: Tensor, target: Tensor, group: Tensor, weights: Tensor) -> Te
     return order.to(start.device)
 
 
+@dataclass(frozen=True)
 class StateSpace(LatentSpace):
     """A linear latent space of the cells' states and of the directions in which perturbations move them.
 
-    Parameters
+    Attributes
     ----------
-    mean, basis, scale
-        As of any linear latent space.
     to_state
         (dimensions, states): from latent coordinates to standardized states.
     reliability
         ρ, (states,).
     """
 
-    def __init__(self, mean: np.ndarray, basis: np.ndarray, scale: np.ndarray, to_state: np.ndarray, reliability: np.ndarray) -> None:
-        super().__init__(mean, basis, scale)
-        object.__setattr__(self, "to_state", to_state)
-        object.__setattr__(self, "reliability", reliability)
+    to_state: np.ndarray
+    reliability: np.ndarray
 
     @classmethod
     def spanned(cls, training: Pairs, effects: Effects, most: int) -> "StateSpace":
