@@ -2,6 +2,7 @@
 
 import sys
 from datetime import UTC, datetime
+from os.path import getsize, isfile
 
 from snakemake.exceptions import WorkflowError
 from snakemake.io import _IOFile
@@ -74,6 +75,16 @@ def prior_roles(wildcards):
     return [*own_files(plan.config["priors"][wildcards.dataset])]
 
 
+def prior_kind(wildcards):
+    """Return what kind of knowledge a prior is."""
+    return plan.config["priors"][wildcards.dataset]["kind"]
+
+
+def prior_organism(wildcards):
+    """Return whose genes a prior knows."""
+    return plan.config["priors"][wildcards.dataset]["organism"]
+
+
 # Snakemake takes a params function of the output for no reason to run again. What of the way a file comes makes a result
 # stale is for the lineage to say: the same bytes are the same from any mirror.
 def source_files(wildcards, output):
@@ -120,6 +131,17 @@ def implementation(wildcards):
     return plan.family(wildcards.model).implementation
 
 
+# Snakemake's lookup() walks through the whole of what it looks in: with thousands of jobs, half of the time of a dry run.
+def model_params(wildcards):
+    """Return what a model is built from."""
+    return plan.config["models"][wildcards.model]["params"]
+
+
+def query_block(wildcards):
+    """Return what a what-if question asks."""
+    return plan.config["counterfactuals"][wildcards.query]
+
+
 def one_of(names):
     """Return a pattern for a wildcard that takes these names only; without names it matches nothing."""
     return "|".join(names) or "(?!)"
@@ -130,10 +152,26 @@ def memory(mb):
     return lambda wildcards, attempt: mb * 2 ** (attempt - 1)
 
 
+# Snakemake's own input.size_mb starts an event loop for every job. Where a group of jobs is submitted as one, what its later
+# jobs read is not there yet; the pairs are, and they are most of it. Without any input there is nothing to say: the dry run
+# shows <TBD>, and Snakemake asks again when the job is ready.
+def input_mb(files):
+    """Return the size of the input files that are there, in MB; FileNotFoundError if there is none yet."""
+    found = [file for file in files if isfile(file)]
+    return sum(map(getsize, found or files[:1])) / 1e6
+
+
 def memory_by_input(factor, least=1000):
     """Return a resource function: MB of memory by MB of input, doubled with every attempt."""
     return lambda wildcards, input, attempt: int(
-        (least + factor * input.size_mb) * 2 ** (attempt - 1)
+        (least + factor * input_mb(input)) * 2 ** (attempt - 1)
+    )
+
+
+def runtime_by_input(per_gb, least=10):
+    """Return a resource function: minutes by GB of input, doubled with every attempt."""
+    return lambda wildcards, input, attempt: int(
+        (least + per_gb * input_mb(input) / 1e3) * 2 ** (attempt - 1)
     )
 
 

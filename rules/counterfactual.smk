@@ -19,7 +19,7 @@ rule warranty:
         runtime="4h",
     params:
         implementation=implementation,
-        params=lookup("models/{model}/params", within=plan.config),
+        params=model_params,
         seed=lambda wildcards: int(wildcards.seed),
         lineage=lineage("warranty"),
     script:
@@ -52,8 +52,8 @@ rule counterfactual:
         runtime="4h",
     params:
         implementation=implementation,
-        params=lookup("models/{model}/params", within=plan.config),
-        query=lookup("counterfactuals/{query}", within=plan.config),
+        params=model_params,
+        query=query_block,
         seed=lambda wildcards: int(wildcards.seed),
         lineage=lineage("counterfactual"),
     script:

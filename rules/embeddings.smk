@@ -16,7 +16,7 @@ rule embeddings:
         mem_mb=memory_by_input(20, least=3000),
         runtime="2h",
     params:
-        sources=lookup("embeddings/sources", within=plan.config),
+        sources=plan.config["embeddings"]["sources"],
         lineage=lineage("embeddings"),
     script:
         "../scripts/embeddings.py"

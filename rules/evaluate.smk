@@ -15,7 +15,7 @@ rule evaluate:
     threads: 1
     resources:
         mem_mb=memory_by_input(5, least=2000),
-        runtime="2h",
+        runtime=runtime_by_input(30),
     params:
         lineage=lineage("evaluate"),
     script:

@@ -16,7 +16,7 @@ rule pair:
         mem_mb=memory_by_input(20, least=3000),
         runtime="2h",
     params:
-        n_hvg=lookup("genes/n_hvg", within=plan.config),
+        n_hvg=plan.config["genes"]["n_hvg"],
         lineage=lineage("pair"),
     script:
         "../scripts/pair.py"

@@ -14,12 +14,12 @@ rule predict:
     threads: 1
     resources:
         mem_mb=memory_by_input(20, least=3000),
-        runtime="4h",
+        runtime=runtime_by_input(60),
     params:
         implementation=implementation,
-        params=lookup("models/{model}/params", within=plan.config),
+        params=model_params,
         seed=lambda wildcards: int(wildcards.seed),
-        max_cells=lookup("predict/max_cells", within=plan.config),
+        max_cells=plan.config["predict"]["max_cells"],
         lineage=lineage("predict"),
     script:
         "../scripts/predict.py"

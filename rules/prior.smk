@@ -17,9 +17,9 @@ rule prior:
         mem_mb=memory(4000),
         runtime="1h",
     params:
-        kind=lookup("priors/{dataset}/kind", within=plan.config),
+        kind=prior_kind,
         roles=prior_roles,
-        organism=lookup("priors/{dataset}/organism", within=plan.config),
+        organism=prior_organism,
         lineage=lineage("prior"),
     script:
         "../scripts/prior.py"

@@ -18,10 +18,10 @@ rule train_closed_form:
     threads: 1
     resources:
         mem_mb=memory_by_input(20, least=2000),
-        runtime="1h",
+        runtime=runtime_by_input(10),
     params:
         implementation=implementation,
-        params=lookup("models/{model}/params", within=plan.config),
+        params=model_params,
         seed=lambda wildcards: int(wildcards.seed),
         lineage=lineage("train"),
     script:
@@ -53,9 +53,9 @@ rule train_diffusion:
         gpu=gpu,
     params:
         implementation=implementation,
-        params=lookup("models/{model}/params", within=plan.config),
+        params=model_params,
         seed=lambda wildcards: int(wildcards.seed),
-        device=lookup("device", within=plan.config),
+        device=plan.config["device"],
         lineage=lineage("train"),
     script:
         "../scripts/train.py"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CLOSED_FORMS, REPOSITORY, Outcome, closed_forms_config, copy_repository, make_screen, run_snakemake
+from conftest import CLOSED_FORMS, REPOSITORY, Outcome, closed_forms_config, copy_repository, make_screen, merged, run_snakemake
 
 RULE_FILES = sorted((REPOSITORY / "rules").glob("*.smk"))
 HEAVY = ("torch", "scanpy", "anndata", "pytorch_lightning", "h5py", "sklearn")
@@ -59,6 +59,17 @@ def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str,
         "predict": 27, "evaluate": 27, "warranty": 8, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
     assert not (tmp_path / "results").exists()
+
+
+def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, str], tmp_path: Path) -> None:
+    config = merged({})
+    outcome = plan_in(tmp_path, light, {"select": {name: list(config[name]) for name in ("datasets", "splits", "models")}})
+    # 26 screens divide in 49 ways; `transfer` serves the 15 of them that hold out a context, the other 24 models all.
+    assert outcome.jobs == {
+        "download": 26, "harmonize": 26, "split": 49, "pair": 49, "embeddings": 49, "audit": 49,
+        "train_closed_form": 799, "train_diffusion": 98, "train_jepa": 245, "train_counterfactual": 49,
+        "predict": 1191, "evaluate": 1191, "warranty": 392, "benchmark": 1, "report": 1, "all": 1,
+    }  # fmt: skip
 
 
 def test_priors_are_retrieved_once_for_all_splits(light: dict[str, str], tmp_path: Path) -> None:
@@ -222,6 +233,11 @@ def test_no_input_is_ancient() -> None:
     assert not [name for name, text in rules() if "ancient(" in text]
 
 
+def test_nothing_is_looked_up_by_search() -> None:
+    """Snakemake's lookup() walks through the whole configuration for every job: half of the time of a large dry run."""
+    assert not [name for name, text in rules() if "lookup(" in text]
+
+
 # --- after a run ----------------------------------------------------------------------------------------------------
 
 MODELS = ["additive", "linear"]
@@ -299,6 +315,23 @@ def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
 
 def test_a_second_run_plans_nothing(finished: Finished) -> None:
     assert finished.planned() == {}
+
+
+def requested(finished: Finished, rule: str, *arguments: str) -> tuple[int, int]:
+    """Return MB of memory and minutes that the first job of a rule would ask for, if it had to run."""
+    outcome = finished.run("--dry-run", "--forcerun", rule, *arguments)
+    resources = re.search(rf"rule {rule}:\n(?:    .*\n)*?    resources: (.*)", outcome.text)[1]
+    return tuple(int(re.search(rf"{name}=(\d+)", resources)[1]) for name in ("mem_mb", "runtime"))
+
+
+@pytest.mark.parametrize(("rule", "least"), [("train_closed_form", 2000), ("predict", 3000), ("evaluate", 2000)])
+def test_memory_and_time_grow_with_the_input_and_double_with_every_attempt(rule: str, least: int, finished: Finished) -> None:
+    memory, minutes = requested(finished, rule)
+    assert least < memory < least + 200  # of a screen of a few MB
+    assert minutes == 10
+    again = requested(finished, rule, "--attempt", "3")
+    assert again[0] == pytest.approx(4 * memory, abs=4)
+    assert again[1] == 4 * minutes
 
 
 def test_touched_files_plan_nothing(finished: Finished) -> None:
