@@ -18,7 +18,7 @@ import yaml
 from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import batches, conditional_mean, counterfactual, optimization
+from perturbflow.models import batches, conditional_mean, counterfactual, devices, optimization
 from perturbflow.models.base import Model, Run, build
 from perturbflow.models.batches import PairedCells, encoded
 from perturbflow.models.conditions import Conditions
@@ -415,7 +415,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match="device: 'cuda' is configured but not available"):
-        optimization.accelerator("cuda")
+        devices.accelerator("cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

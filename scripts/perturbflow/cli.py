@@ -16,13 +16,19 @@ from perturbflow.errors import InputError
 logger = logging.getLogger("perturbflow")
 
 
+def _is_first_process() -> bool:
+    """Return False in a process that was started beside another one, for a further device of the same training."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
+
+
 def _configure_logging(log: str | None) -> None:
     """Send log lines, warnings and uncaught exceptions to stderr and, under Snakemake, to the rule's log."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if log:
+    if log and _is_first_process():
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log, mode="w", encoding="utf-8"))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
+    level = logging.INFO if _is_first_process() else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.captureWarnings(capture=True)
 
 
@@ -87,6 +93,8 @@ def run(function: Callable, snakemake: object | None = None, by_hand: Callable |
         accepted = inspect.signature(function).parameters
         if "threads" in accepted:
             arguments["threads"] = snakemake.threads
+        if "devices" in accepted:
+            arguments["devices"] = max(1, snakemake.resources.get("gpu", 0))
         if "provenance" in accepted:
             arguments["provenance"] = {**dict(snakemake.wildcards), "lineage": snakemake.params.get("lineage")}
     try:

@@ -32,6 +32,7 @@ def train(
     params: dict,
     seed: int,
     device: str = "auto",
+    devices: int = 1,
     threads: int = 1,
     provenance: dict | None = None,
 ) -> None:
@@ -49,6 +50,8 @@ def train(
         "module:Class" below perturbflow.models, and what it is built from.
     seed
         Governs all that is random in training.
+    device, devices
+        auto, cpu, cuda or mps; and how many of them a network's training is to be shared among.
     """
     family = build(implementation, params)
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
@@ -56,6 +59,7 @@ def train(
     circumstances = Run(
         seed=seed,
         device=device,
+        devices=devices,
         threads=threads,
         checkpoints=model.parent / "checkpoints",
         identity=digest(implementation, params, seed, inputs, code_digest(Path(inspect.getfile(type(family))))),
@@ -64,6 +68,8 @@ def train(
     cells = cells if family.is_ceiling else cells.roles("train", "validation")
     artefact = family.fit(cells, Embeddings.read(embeddings), circumstances)
     seconds = time.perf_counter() - started
+    if not circumstances.is_first_process:
+        return
     save_artefact(model, artefact)
     n_parameters = circumstances.facts.pop("n_parameters", None)
     if n_parameters is None:
@@ -80,6 +86,7 @@ def train(
             "versions": {"python": platform.python_version(), "perturbflow": __version__, "numpy": np.__version__, "anndata": version("anndata"),
                          **circumstances.facts.pop("versions", {})},
             "device": circumstances.facts.pop("device", "cpu"),
+            "n_devices": circumstances.facts.pop("n_devices", 1),
             "threads": threads,
             "seconds": round(seconds, 2),
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),

@@ -78,8 +78,12 @@ class Cells:
         return len(self.x)
 
     def to(self, device: torch.device) -> "Cells":
-        """Move both."""
+        """Move all tensors."""
         return Cells(self.x.to(device), self.k.to(device), self.unit.to(device))
+
+    def part(self, i: int, n: int) -> "Cells":
+        """Return the i-th of n parts of about the same size."""
+        return Cells(*(table.tensor_split(n)[i] for table in (self.x, self.k, self.unit)))
 
 
 class DrawnCells:

@@ -27,6 +27,8 @@ class Run:
         Governs initialization, batches and noise.
     device
         auto, cpu, cuda or mps.
+    devices
+        Devices of this kind that the job was given.
     threads
         CPU threads that the job was given.
     checkpoints
@@ -37,15 +39,19 @@ class Run:
         Filled by training: one row of numbers per logged step.
     facts
         Filled by training: what else run.json should say.
+    is_first_process
+        Set by training: False in a process that only lends a further device its hands, and writes nothing.
     """
 
     seed: int
     device: str = "cpu"
+    devices: int = 1
     threads: int = 1
     checkpoints: Path = Path("checkpoints")
     identity: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
+    is_first_process: bool = True
 
 
 class Model(ABC):

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from perturbflow.errors import InputError
 from perturbflow.models.base import Run
 from perturbflow.models.batches import STEPS_PER_EPOCH, Batch, Batches, PairedCells
+from perturbflow.models.devices import placement
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Learner(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Tie noise and dropout to the step, so that a resumed training draws what it would have drawn."""
-        _tie_noise(self.seed, self.global_step)
+        _tie_noise(self.seed, self.global_step, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Minimize the network's loss."""
@@ -78,7 +79,8 @@ class Learner(pl.LightningModule):
 
     def mean_losses(self) -> dict[str, float]:
         """Return the means since the last call: Lightning's own log does the same, at a cost that small networks feel."""
-        means = {name: float(total) / self.n_in_totals for name, total in self.totals.items()}
+        reduce = self.trainer.strategy.reduce
+        means = {name: float(reduce(total, reduce_op="mean")) / self.n_in_totals for name, total in self.totals.items()}
         self.totals, self.n_in_totals = {}, 0
         return means
 
@@ -117,11 +119,12 @@ class Learner(pl.LightningModule):
             torch.manual_seed(batch_idx)
             losses = self.average.module.losses(batch)
         values = {f"validation_{name}": value for name, value in losses.items()}
-        self.log_dict(values, on_epoch=True, batch_size=len(batch))
+        self.log_dict(values, on_epoch=True, batch_size=len(batch), sync_dist=self.trainer.world_size > 1)
 
 
-def _tie_noise(seed: int, step: int) -> None:
-    torch.manual_seed(seed * 1_000_003 + step)
+def _tie_noise(seed: int, step: int, rank: int = 0) -> None:
+    """Seed what is random in a step; processes that share a batch draw each their own. Of a seed torch uses 32 bits."""
+    torch.manual_seed(seed * 1_000_003 + step + rank * 0x9E3779B1)
 
 
 def _finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -164,16 +167,6 @@ class _History(Callback):
             logger.info("%s: step %d of %d, %s; about %.0f s left", self.name, step, self.n_steps, numbers, left)
 
 
-def accelerator(device: str) -> str:
-    """Return Lightning's word for a device; InputError where it is not there."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return "cuda" if available["cuda"] else "cpu"
-    if not available[device]:
-        raise InputError(f"device: '{device}' is configured but not available here; set device: auto or cpu.")
-    return device
-
-
 def optimize_briefly(learner: Learner, cells: PairedCells, batch_size: int) -> nn.Module:
     """Return the averaged network after the same steps as `optimize` takes, on the CPU, without checkpoints and history."""
     configured = learner.configure_optimizers()
@@ -194,7 +187,8 @@ def optimize_briefly(learner: Learner, cells: PairedCells, batch_size: int) -> n
 def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     """Train a learner to its last step, from the last checkpoint of the same training where there is one.
 
-    Checkpoints of another identity (other params, data, code or seed) are left alone and not resumed.
+    Checkpoints of another identity (other params, data, code or seed) are left alone and not resumed. With several devices every step's batch is
+    shared among them: the gradient is that of the whole batch, whose noise is drawn anew.
     """
     torch.set_num_threads(max(1, run.threads))
     folder = run.checkpoints / run.identity
@@ -207,30 +201,32 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         callbacks.append(TQDMProgressBar(refresh_rate=20))
     for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    trainer = pl.Trainer(
-        max_steps=learner.n_steps,
-        accelerator=accelerator(run.device),
-        devices=1,
-        logger=False,
-        callbacks=callbacks,
-        enable_progress_bar=sys.stderr.isatty(),
-        enable_model_summary=False,
-        gradient_clip_val=MAX_GRADIENT,
-        num_sanity_val_steps=0,
-        limit_val_batches=0 if batches.validation is None else 1.0,
-        reload_dataloaders_every_n_epochs=1,
-        check_val_every_n_epoch=1,
-        default_root_dir=str(run.checkpoints),
-    )
     last = folder / "last.ckpt"
     if last.exists():
         logger.info("%s: resuming from %s", name, last)
     with warnings.catch_warnings():
         # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # `placement` says who starts the processes.
+        warnings.filterwarnings("ignore", message="The `srun` command is available")
+        trainer = pl.Trainer(
+            max_steps=learner.n_steps,
+            **placement(run),
+            logger=False,
+            callbacks=callbacks,
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_model_summary=False,
+            gradient_clip_val=MAX_GRADIENT,
+            num_sanity_val_steps=0,
+            limit_val_batches=0 if batches.validation is None else 1.0,
+            reload_dataloaders_every_n_epochs=1,
+            check_val_every_n_epoch=1,
+            default_root_dir=str(run.checkpoints),
+        )
         trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     run.history.extend(history.rows)
-    run.facts["device"] = str(trainer.strategy.root_device)
+    run.facts["device"], run.facts["n_devices"] = str(trainer.strategy.root_device), trainer.world_size
+    run.is_first_process = trainer.is_global_zero
     if hasattr(learner.network, "complaint") and (complaint := learner.network.complaint(history.rows[-1])):
         run.facts["complaint"] = complaint
         logger.warning("%s: %s", name, complaint)
