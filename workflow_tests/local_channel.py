@@ -28,7 +28,9 @@ from rattler.index import index_fs
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 SITE_PACKAGES = f"lib/{PYTHON}/site-packages"
 BUILD = "local_0"
-# Half of the standard library; no rule needs it.
+# Tests and headers are half of all files; no rule needs them.
+NOT_PACKED = {"..", "tests", "include"}
+# So are these of the standard library.
 LEFT_OUT = ("__pycache__", "test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "config-*", "site-packages", "dist-packages")
 
 
@@ -132,9 +134,9 @@ def _distributions(pins: dict[str, str], installed: dict[str, Distribution], con
         distribution = installed[name]
         requirements = {canonicalize_name(one.name): one for one in _requirements(distribution, installed)}
         depends = [f"{conda_names.get(other, other)} {one.specifier}".strip() for other, one in sorted(requirements.items())]
-        files = {f"{SITE_PACKAGES}/{file}": Path(distribution.locate_file(file)) for file in distribution.files}
-        # Commands begin with the path of the Python that pip installed them for.
-        files = {place: file for place, file in files.items() if "/../" not in place and file.exists()}
+        # Commands, outside site-packages, begin with the path of the Python that pip installed them for.
+        wanted = [file for file in distribution.files if not NOT_PACKED & {*file.parts} and Path(distribution.locate_file(file)).exists()]
+        files = {f"{SITE_PACKAGES}/{file}": Path(distribution.locate_file(file)) for file in wanted}
         yield Package(conda_names.get(name, name), _version(distribution), [f"python {PYTHON.removeprefix('python')}.*", *depends], files)
         waiting += sorted(set(requirements) - seen)
         seen |= set(requirements)
