@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from perturbflow.benchmark import benchmark
-from perturbflow.benchmark.bootstrap import MIN_PERTURBATIONS, estimate, resampled_means, share_interval
 from perturbflow.benchmark.panel import Panel, panels
 from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
 from perturbflow.benchmark.verdicts import judge, outcome
+from perturbflow.bootstrap import MIN_PERTURBATIONS, estimate, resampled_means, share_interval
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Metric
 from perturbflow.registry import FAMILIES, Family

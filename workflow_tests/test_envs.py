@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "scripts" / "perturbflow"
 # conda's name → PyPI's, where they differ.
 PYPI_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "python-isal": "isal"}
 # Import name → PyPI's name, where they differ.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "pytorch_lightning": "pytorch-lightning"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "pytorch_lightning": "pytorch-lightning", "rattler": "py-rattler"}
 # What is imported behind a call: pandas' parquet engine.
 BEHIND_CALLS = {"read_parquet": "pyarrow", "to_parquet": "pyarrow"}
 
@@ -57,19 +57,23 @@ def rules() -> dict[str, dict[str, str]]:
     return found
 
 
-def third_party(file: Path, is_lazy_wanted: bool) -> set[str]:
-    """Return the distributions that a file imports when it is imported itself, or also inside its functions."""
+def imports(file: Path, is_lazy_wanted: bool) -> list[ast.Import | ast.ImportFrom]:
+    """Return the statements by which a file imports when it is imported itself, or also inside its functions."""
     tree = ast.parse(file.read_text())
     nodes = ast.walk(tree) if is_lazy_wanted else _outside_functions(tree)
-    modules, behind = set(), set()
-    for node in nodes:
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def third_party(file: Path, is_lazy_wanted: bool) -> set[str]:
+    """Return the distributions that a file imports; see `imports`."""
+    modules = set()
+    for node in imports(file, is_lazy_wanted):
         if isinstance(node, ast.Import):
             modules.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif node.level == 0:
             modules.add(node.module.split(".")[0])
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in BEHIND_CALLS:
-            behind.add(BEHIND_CALLS[node.attr])
+    attributes = (node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute))
+    behind = {BEHIND_CALLS[name] for name in attributes if name in BEHIND_CALLS}
     external = modules - set(sys.stdlib_module_names) - {"perturbflow", "snakemake"}
     return {normalized(DISTRIBUTIONS.get(module, module)) for module in external} | behind
 
@@ -91,15 +95,26 @@ def roots_of(rule: str) -> list[Path]:
     return [script, *sorted({family.source for family in families})]
 
 
-def needed_by(rule: str) -> set[str]:
-    """Return the distributions that a rule imports.
+def files_of(rule: str) -> dict[Path, bool]:
+    """Return the files that a rule runs, and whether the rule needs what they import inside functions.
 
     An import inside a function counts in the step's own module and in the families; elsewhere it is there because not
     every rule needs it (torch in `artefacts`, scanpy in `pairs`).
     """
     roots = roots_of(rule)
     own = {file for root in roots for file in (root, *_named_imports(root))}
-    return set().union(*(third_party(file, is_lazy_wanted=file in own) for file in source_files(*roots)))
+    files = source_files(*roots)
+    # Python runs a package's __init__ before any module within it.
+    while packages := {folder / "__init__.py" for file in files for folder in file.parents if PACKAGE in (folder, *folder.parents)} - {
+        *files
+    }:
+        files = source_files(*files, *packages)
+    return {file: file in own for file in files}
+
+
+def needed_by(rule: str) -> set[str]:
+    """Return the distributions that a rule imports."""
+    return set().union(*(third_party(file, is_lazy_wanted) for file, is_lazy_wanted in files_of(rule).items()))
 
 
 def _named_imports(script: Path) -> list[Path]:

@@ -28,7 +28,7 @@ ORDER = (
     ("priors",),
     ("embeddings", "audit"),
     ("models", "training", "prediction"),
-    ("evaluation", "benchmark"),
+    ("evaluation", "bootstrap", "benchmark"),
     ("counterfactuals",),
     ("report",),
 )

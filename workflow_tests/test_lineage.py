@@ -218,7 +218,7 @@ def test_an_edit_of_the_metrics_repeats_scores_and_no_training(workplace: Workpl
 
 
 def test_an_edit_of_the_bootstrap_repeats_the_table_alone(workplace: Workplace) -> None:
-    changed = workplace.changed_by(lambda: workplace.edit("benchmark/bootstrap.py", "N_RESAMPLES = 5_000", "N_RESAMPLES = 4_999"))
+    changed = workplace.changed_by(lambda: workplace.edit("bootstrap.py", "N_RESAMPLES = 5_000", "N_RESAMPLES = 4_999"))
     assert changed == LAST
 
 

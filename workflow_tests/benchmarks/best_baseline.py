@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
 from leaderboard import markdown, parser_of_split  # noqa: E402
 
-from perturbflow.benchmark.bootstrap import estimate  # noqa: E402
+from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.evaluation import METRICS  # noqa: E402
 from perturbflow.files import read_json  # noqa: E402
 from perturbflow.registry import FAMILIES  # noqa: E402

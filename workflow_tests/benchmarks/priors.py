@@ -21,7 +21,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from perturbflow.benchmark.bootstrap import estimate  # noqa: E402
+from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.embeddings import Embeddings, coexpression  # noqa: E402
 from perturbflow.evaluation import METRICS, score_inputs  # noqa: E402
 from perturbflow.files import write_json  # noqa: E402

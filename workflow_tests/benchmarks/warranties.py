@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests/benchmarks")]
 from leaderboard import markdown_of  # noqa: E402
 
 from perturbflow.artefacts import load_artefact  # noqa: E402
-from perturbflow.benchmark.bootstrap import estimate, share_interval  # noqa: E402
+from perturbflow.bootstrap import estimate, share_interval  # noqa: E402
 from perturbflow.counterfactuals.search import scores  # noqa: E402
 from perturbflow.files import read_json  # noqa: E402
 from perturbflow.models.base import build  # noqa: E402

@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from perturbflow.benchmark.bootstrap import (
+from perturbflow.benchmark.panel import Panel
+from perturbflow.bootstrap import (
     MIN_PERTURBATIONS,
     Estimates,
     estimate,
@@ -13,7 +14,6 @@ from perturbflow.benchmark.bootstrap import (
     resampled_means,
     share_interval,
 )
-from perturbflow.benchmark.panel import Panel
 from perturbflow.evaluation import METRICS
 from perturbflow.registry import FAMILIES
 

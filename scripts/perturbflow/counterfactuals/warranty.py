@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from perturbflow.artefacts import load_artefact
-from perturbflow.benchmark.bootstrap import estimate
+from perturbflow.bootstrap import estimate
 from perturbflow.embeddings import Embeddings
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.files import atomic, write_json

@@ -15,8 +15,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from perturbflow import __version__
-from perturbflow.benchmark.bootstrap import MIN_PERTURBATIONS
 from perturbflow.benchmark.panel import FOLD
+from perturbflow.bootstrap import MIN_PERTURBATIONS
 from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
 from perturbflow.files import atomic, read_json
 from perturbflow.report.cards import ModelCard, model_cards, place_of, read_table
