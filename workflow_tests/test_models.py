@@ -384,6 +384,25 @@ def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], t
 
 
 @pytest.mark.slow
+def test_a_training_in_a_batch_job_does_not_put_the_job_into_the_queue_again(
+    screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would, at SIGUSR1: beside Snakemake, which has its own idea of what a job's end means."""
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "wrap", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    handled, register = set(), signal.signal
+
+    def registered_and_noted(number: int, handler: object) -> object:
+        if callable(handler):
+            handled.add(number)
+        return register(number, handler)
+
+    monkeypatch.setattr(signal, "signal", registered_and_noted)
+    trained("counterfactual", *screen, tmp_path, **{**QUICK, "n_steps": 10})
+    assert signal.SIGTERM in handled
+    assert signal.SIGUSR1 not in handled
+
+
 def test_a_killed_training_resumes_where_it_was(prepared_copy: Callable, tmp_path: Path) -> None:
     files = prepared_copy(COMBINATION)
     implementation, params = registered("counterfactual", n_steps=600, batch_size=32, n_latent=8)

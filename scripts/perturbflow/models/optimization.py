@@ -9,6 +9,7 @@ import warnings
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -211,6 +212,8 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         max_steps=learner.n_steps,
         accelerator=accelerator(run.device),
         devices=1,
+        # In a SLURM job Lightning would take the job's tasks for processes of this training, and put the job into the queue again itself.
+        plugins=[LightningEnvironment()],
         logger=False,
         callbacks=callbacks,
         enable_progress_bar=sys.stderr.isatty(),
