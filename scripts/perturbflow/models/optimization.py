@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import sys
 import time
 import warnings
@@ -10,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -231,7 +233,11 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     with warnings.catch_warnings():
         # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        try:
+            trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        except SIGTERMException:
+            logger.warning("%s: told to end (cancelled, or its run time is over); the next attempt goes on from the last checkpoint", name)
+            sys.exit(128 + signal.SIGTERM)
     run.history.extend(history.rows)
     run.facts["device"] = str(trainer.strategy.root_device)
     if hasattr(learner.network, "complaint") and (complaint := learner.network.complaint(history.rows[-1])):
