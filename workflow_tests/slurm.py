@@ -209,7 +209,11 @@ class Cluster:
         self.call("slurmctld", "-c")
         for node in NODES:
             self.revive(node)
-        wait_for(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "the nodes")
+        try:
+            wait_for(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "the nodes")
+        except (RuntimeError, TimeoutError) as error:
+            said = "\n".join(f"{log.name}: {log.read_text()[-1000:]}" for log in self.folder.glob("*.log"))
+            raise RuntimeError(f"SLURM does not start here: {error}\n{said}") from None
 
     def stop(self) -> None:
         """End every job and every daemon, whatever state they are in."""
