@@ -72,12 +72,12 @@ class Interruption:
 def interrupt(folder: Path, cluster: Cluster) -> Interruption:
     """Press Ctrl-C when all is done but a training, and run again: eleven jobs, with the profile as it is."""
     write_screen(folder)
-    config = closed_forms_config(models={"scppdm": {"params": {"n_steps": 300, "width": 16, "n_sampling_steps": 4}}})
+    config = closed_forms_config(models={"scppdm": {"params": {"n_steps": 600, "width": 16, "n_sampling_steps": 4}}})
     config["select"]["models"] = ["additive", "linear", "scppdm"]
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
 
     first = Running(folder, cluster, *TARGETS)
-    wait_for(lambda: first.process.poll() is not None or [*folder.rglob("last.ckpt")], "a checkpoint", 400)
+    wait_for(lambda: first.process.poll() is not None or [*folder.rglob("last.ckpt")], "a checkpoint", 600)
     if training := cluster.running_job("train_diffusion"):
         cluster.freeze(training)  # until the others are done; it does not depend on this machine then who is first
         wait_for(lambda: first.text.count("Finished jobid") == FINISHED_BEFORE, "the end of the closed forms", 200)
