@@ -33,8 +33,9 @@ class Running:
     def __init__(self, folder: Path, cluster: Cluster, *arguments: str, profile: Path = PROFILE) -> None:
         self.file = folder / "output.txt"
         settings = [f"--{key}={value}" for key, value in ON_THIS_CLUSTER.items()]
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--workflow-profile", str(profile)]
-        command += ["--nocolor", "--configfile", "mine.yaml", *settings, *arguments]
+        # Where the tests run in a shell's background, SIGINT is ignored by all that they start.
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile")]
+        command += ["--workflow-profile", str(profile), "--nocolor", "--configfile", "mine.yaml", *settings, *arguments]
         variables = {**os.environ, **cluster.environment, "XDG_CACHE_HOME": str(folder / ".cache")}
         with self.file.open("w") as output:
             self.process = subprocess.Popen(command, cwd=folder, env=variables, stdout=output, stderr=subprocess.STDOUT)
