@@ -23,6 +23,8 @@ from perturbflow.registry import FAMILIES, complete
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
 CONFIG_README = REPOSITORY / "config" / "README.md"
+CLUSTER_README = REPOSITORY / "config" / "profiles" / "README.md"
+DOCUMENTS = (README, CONFIG_README, CLUSTER_README)
 SCHEMAS = REPOSITORY / "config" / "schemas"
 DEFAULT_FILES = [REPOSITORY / "config" / f"{name}.yaml" for name in ("config", "datasets", "splits", "models", "counterfactuals")]
 
@@ -205,13 +207,13 @@ def test_commands_parse_and_name_files_that_exist(name):
 
 
 def test_bash_blocks_parse():
-    for file in (README, CONFIG_README):
+    for file in DOCUMENTS:
         for block in re.findall(r"^```bash\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL):
             subprocess.run(["bash", "-n", "-c", block], check=True)
 
 
 def test_files_that_are_linked_or_named_exist():
-    for file in (README, CONFIG_README):
+    for file in DOCUMENTS:
         text = file.read_text()
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
             if "://" not in target:

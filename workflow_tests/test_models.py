@@ -384,7 +384,27 @@ def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], t
 
 
 @pytest.mark.slow
-def test_a_killed_training_resumes_where_it_was(prepared_copy: Callable, tmp_path: Path) -> None:
+def test_a_training_in_a_batch_job_does_not_put_the_job_into_the_queue_again(
+    screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would, at SIGUSR1: beside Snakemake, which has its own idea of what a job's end means."""
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "wrap", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    handled, register = set(), signal.signal
+
+    def registered_and_noted(number: int, handler: object) -> object:
+        if callable(handler):
+            handled.add(number)
+        return register(number, handler)
+
+    monkeypatch.setattr(signal, "signal", registered_and_noted)
+    trained("counterfactual", *screen, tmp_path, **{**QUICK, "n_steps": 10})
+    assert signal.SIGTERM in handled
+    assert signal.SIGUSR1 not in handled
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_copy: Callable, tmp_path: Path) -> None:
     files = prepared_copy(COMBINATION)
     implementation, params = registered("counterfactual", n_steps=600, batch_size=32, n_latent=8)
     outputs = ["--model", str(tmp_path / "model.ckpt"), "--run", str(tmp_path / "run.json")]
@@ -400,8 +420,11 @@ def test_a_killed_training_resumes_where_it_was(prepared_copy: Callable, tmp_pat
         assert time.monotonic() < deadline, "no checkpoint in two minutes"
         assert job.poll() is None, job.stderr.read().decode()
         time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+    os.killpg(job.pid, by)
+    said = job.communicate()[1].decode()
+    assert job.returncode
+    assert ("the next attempt goes on from the last checkpoint" in said) == (by == signal.SIGTERM)
+    assert "Traceback" not in said
     assert not (tmp_path / "model.ckpt").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -104,6 +104,8 @@ def run(function: Callable, snakemake: object | None = None, by_hand: Callable |
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit:  # a training that was told to end, and has said so
+        raise
     except BaseException:
         logger.exception("%s failed", function.__name__)
         sys.exit(1)

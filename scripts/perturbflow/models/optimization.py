@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import sys
 import time
 import warnings
@@ -9,6 +10,7 @@ import warnings
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -223,7 +225,11 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
             check_val_every_n_epoch=1,
             default_root_dir=str(run.checkpoints),
         )
-        trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        try:
+            trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        except SIGTERMException:
+            logger.warning("%s: told to end (cancelled, or its run time is over); the next attempt goes on from the last checkpoint", name)
+            sys.exit(128 + signal.SIGTERM)
     run.history.extend(history.rows)
     run.facts["device"], run.facts["n_devices"] = str(trainer.strategy.root_device), trainer.world_size
     run.is_first_process = trainer.is_global_zero
