@@ -142,6 +142,14 @@ def query_block(wildcards):
     return plan.config["counterfactuals"][wildcards.query]
 
 
+# Closed forms are many, and each of their jobs takes seconds. Of nothing else are jobs submitted together: where one of a
+# group fails, Snakemake removes what the others had finished.
+def submitted_together(wildcards):
+    """Return the group of a run's jobs that a cluster gets as one: training, prediction and scores of a closed form."""
+    is_closed = plan.family(wildcards.model).rule == "train_closed_form"
+    return "closed_form" if is_closed else None
+
+
 def one_of(names):
     """Return a pattern for a wildcard that takes these names only; without names it matches nothing."""
     return "|".join(names) or "(?!)"

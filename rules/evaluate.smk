@@ -10,6 +10,8 @@ rule evaluate:
         "logs/evaluate/{dataset}.{split}.{model}.seed_{seed}.log",
     benchmark:
         "benchmarks/evaluate/{dataset}.{split}.{model}.seed_{seed}.tsv"
+    group:
+        submitted_together
     conda:
         "../envs/data.yaml"
     threads: 1

@@ -9,6 +9,8 @@ rule predict:
         "logs/predict/{dataset}.{split}.{model}.seed_{seed}.log",
     benchmark:
         "benchmarks/predict/{dataset}.{split}.{model}.seed_{seed}.tsv"
+    group:
+        submitted_together
     conda:
         "../envs/torch.yaml"
     threads: 1

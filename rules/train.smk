@@ -13,6 +13,8 @@ rule train_closed_form:
         "benchmarks/train/{dataset}.{split}.{model}.seed_{seed}.tsv"
     wildcard_constraints:
         model=one_of(plan.models_of_rule("train_closed_form")),
+    group:
+        submitted_together
     conda:
         "../envs/data.yaml"
     threads: 1

@@ -106,7 +106,7 @@ class Job:
 
     @property
     def rule(self) -> str:
-        """The rule; a job of a group has none."""
+        """The rule, or the group of jobs that were submitted as one."""
         return self.name.removeprefix("rule_").split("_wildcards_")[0]
 
     @property

@@ -16,9 +16,9 @@ PROFILE = REPOSITORY / "config" / "profiles" / "slurm"
 # What this cluster needs besides: it has no accounting database, and here it is waited for.
 ON_THIS_CLUSTER = {"slurm-status-command": "squeue", "slurm-init-seconds-before-status-checks": 2}
 
-FINISHED_BEFORE = 7  # harmonize, split, pair, embeddings, audit and two closed forms
+FINISHED_BEFORE = 11  # harmonize, split, pair, embeddings, audit; training, prediction and scores of two closed forms
 LEARNED = "results/mine/unseen_combination/scppdm/seed_0"
-TARGETS = ("trained", f"{LEARNED}/metrics.tsv")
+TARGET = "evaluated"
 
 
 class Running:
@@ -77,7 +77,7 @@ def interrupt(folder: Path, cluster: Cluster) -> Interruption:
     config["select"]["models"] = ["additive", "linear", "scppdm"]
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
 
-    first = Running(folder, cluster, *TARGETS)
+    first = Running(folder, cluster, TARGET)
     wait_for(lambda: first.process.poll() is not None or [*folder.rglob("last.ckpt")], "a checkpoint", 600)
     if training := cluster.running_job("train_diffusion"):
         cluster.freeze(training)  # until the others are done; it does not depend on this machine then who is first
@@ -85,7 +85,7 @@ def interrupt(folder: Path, cluster: Cluster) -> Interruption:
     first.process.send_signal(signal.SIGINT)
     interrupted = first.outcome()
     wait_for(lambda: not cluster.queue(), "the end of every job")
-    resumed = Running(folder, cluster, *TARGETS).outcome()
+    resumed = Running(folder, cluster, TARGET).outcome()
     return Interruption(folder, interrupted, resumed, cluster.jobs(folder))
 
 

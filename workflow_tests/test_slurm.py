@@ -11,7 +11,7 @@ import pytest
 import slurm
 import yaml
 from conftest import REPOSITORY, run_snakemake
-from slurm_runs import FATES, LEARNED, PROFILE, TARGETS, Failures, Interruption, fail, interrupt
+from slurm_runs import FATES, LEARNED, PROFILE, TARGET, Failures, Interruption, fail, interrupt
 
 GUIDE = REPOSITORY / "config" / "profiles" / "README.md"
 
@@ -74,7 +74,7 @@ def test_ctrl_c_cancels_every_job(interruption: Interruption) -> None:
 def test_the_next_run_does_what_is_left_and_no_more(interruption: Interruption) -> None:
     resumed = interruption.resumed
     assert resumed.returncode == 0, resumed.text
-    assert resumed.jobs == {"train_diffusion": 1, "predict": 1, "evaluate": 1, "trained": 1}
+    assert resumed.jobs == {"train_diffusion": 1, "predict": 1, "evaluate": 1, "evaluated": 1}
     assert len(interruption.jobs) <= 12
     (cancelled,) = (job for job in interruption.jobs if job.state != "COMPLETED")
     assert cancelled.rule == "train_diffusion"
@@ -103,8 +103,16 @@ def test_jobs_ask_for_what_their_rules_say(interruption: Interruption) -> None:
     (harmonize,) = (job for job in interruption.jobs if job.rule == "harmonize")
     assert (harmonize.cpus, harmonize.memory_mb, harmonize.time_limit) == (4, 4000, "04:00:00")
     for job in interruption.jobs:
-        if job.rule == "train_closed_form":  # by the size of their input, a few MB
-            assert 2000 < job.memory_mb < 2100
+        if job.rule == "closed_form":  # by the size of their input, a few MB
+            assert 3000 < job.memory_mb < 3100
+
+
+@pytest.mark.slow
+def test_the_steps_of_a_closed_form_are_one_job(interruption: Interruption) -> None:
+    names = [job.rule for job in interruption.jobs]
+    assert names.count("closed_form") == 2
+    assert names.count("predict") == names.count("evaluate") == 1
+    assert len([*interruption.folder.rglob("metrics.tsv")]) == 3
 
 
 @pytest.mark.slow
@@ -113,9 +121,9 @@ def test_nothing_is_left_to_be_done_whatever_the_users_own_profile_says(interrup
     (tmp_path / "config.yaml").write_text("rerun-triggers: mtime")
     (tmp_path / "fewer_genes.yaml").write_text("genes: {n_hvg: 30}")
     profiles = ("--dry-run", "--profile", str(tmp_path), "--workflow-profile", str(PROFILE), "--configfile", "mine.yaml")
-    as_it_is = run_snakemake(interruption.folder, *profiles, "--", *TARGETS)
+    as_it_is = run_snakemake(interruption.folder, *profiles, "--", TARGET)
     assert "Nothing to be done" in as_it_is.text
-    changed = run_snakemake(interruption.folder, *profiles, str(tmp_path / "fewer_genes.yaml"), "--", *TARGETS)
+    changed = run_snakemake(interruption.folder, *profiles, str(tmp_path / "fewer_genes.yaml"), "--", TARGET)
     assert {"pair": 1, "train_diffusion": 1}.items() <= changed.jobs.items(), changed.text
 
 
