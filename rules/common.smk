@@ -13,7 +13,7 @@ from snakemake.workflow import Workflow
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from perturbflow.errors import InputError
-from perturbflow.registry import Plan, own_files
+from perturbflow.registry import Plan, model_files, own_files
 
 
 # A time stamp says nothing about content: a git checkout or a copy would retrain weeks of work. The lineage that every rule
@@ -105,6 +105,19 @@ def dataset_block(wildcards):
 def split_block(wildcards):
     """Return a split's block as this screen's division reads it."""
     return plan.split(wildcards.split, wildcards.dataset)
+
+
+# The user's own files that a step finds by its configuration are inputs too, without a name, as its script is not told of them
+# again: a plan without them would be none.
+def split_files(wildcards):
+    """Return the user's own file of a split, if it has one."""
+    path = plan.config["splits"][wildcards.split].get("path")
+    return [path] if path else []
+
+
+def latent_files(wildcards):
+    """Return the user's own files that a model is made from."""
+    return model_files(plan.config["models"][wildcards.model])
 
 
 def quality_control(wildcards):

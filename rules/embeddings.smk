@@ -1,6 +1,7 @@
 rule embeddings:
     """Describe every perturbed gene by numbers."""
     input:
+        plan.embedding_tables,
         pairs="results/{dataset}/{split}/pairs.h5ad",
         priors=collect("resources/{prior}/embedding.parquet", prior=plan.priors),
     output:

@@ -1,6 +1,7 @@
 rule split:
     """Divide perturbations, contexts or cells into training, validation and test."""
     input:
+        split_files,
         harmonized="results/{dataset}/harmonized.h5ad",
         harmonization="results/{dataset}/harmonization.json",
     output:

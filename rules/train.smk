@@ -33,6 +33,7 @@ rule train_closed_form:
 rule train_diffusion:
     """Train a diffusion model (scPPDM): denoising in a latent of expression, conditioned on cell and perturbation."""
     input:
+        latent_files,
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         audit="results/{dataset}/{split}/audit.json",

@@ -106,7 +106,7 @@ class Job:
 
     @property
     def rule(self) -> str:
-        """The rule, or the group of jobs that were submitted as one."""
+        """The rule; for a group of jobs that were submitted as one, its name and its rules."""
         return self.name.removeprefix("rule_").split("_wildcards_")[0]
 
     @property

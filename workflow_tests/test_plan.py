@@ -131,6 +131,27 @@ def test_folds_are_planned_as_splits_of_their_own(light: dict[str, str], tmp_pat
     assert plan_in(tmp_path, light, config, "results/mine/genes_fold_2/split.json").jobs["split"] == 1
 
 
+def test_files_that_only_the_configuration_names_are_inputs_of_the_plan(light: dict[str, str], tmp_path: Path) -> None:
+    make_screen_file(tmp_path)
+    for name in ("mine.json", "vectors.parquet", "encoder.npz"):
+        (tmp_path / name).write_text("")
+    config = closed_forms_config(
+        splits={"frozen": {"kind": "file", "path": "mine.json"}},
+        embeddings={"sources": ["coexpression", {"file": "vectors.parquet"}]},
+        models={"scppdm": {"params": {"latent": {"file": "encoder.npz"}}}},
+    )
+    config["select"] |= {"splits": ["frozen"], "models": ["scppdm"]}
+    outcome = plan_in(tmp_path, light, config, "trained")
+    for rule, file in {
+        "harmonize": "screen.h5ad",
+        "split": "mine.json",
+        "embeddings": "vectors.parquet",
+        "train_diffusion": "encoder.npz",
+    }.items():
+        inputs = re.search(rf"rule {rule}:\n    input: (.*)", outcome.text)[1]
+        assert file in inputs.split(", "), rule
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -320,7 +341,7 @@ def test_a_second_run_plans_nothing(finished: Finished) -> None:
 def requested(finished: Finished, rule: str, *arguments: str) -> tuple[int, int]:
     """Return MB of memory and minutes that the first job of a rule would ask for, if it had to run."""
     outcome = finished.run("--dry-run", "--forcerun", rule, *arguments)
-    resources = re.search(rf"rule {rule}:\n(?:    .*\n)*?    resources: (.*)", outcome.text)[1]
+    resources = re.search(rf"rule {rule}:\n(?: +.*\n)*? +resources: (.*)", outcome.text)[1]
     return tuple(int(re.search(rf"{name}=(\d+)", resources)[1]) for name in ("mem_mb", "runtime"))
 
 
@@ -332,6 +353,22 @@ def test_memory_and_time_grow_with_the_input_and_double_with_every_attempt(rule:
     again = requested(finished, rule, "--attempt", "3")
     assert again[0] == pytest.approx(4 * memory, abs=4)
     assert again[1] == 4 * minutes
+
+
+def test_the_summary_names_what_made_every_result(finished: Finished) -> None:
+    lines = [line.split("\t") for line in finished.run("--summary").stdout.splitlines() if "\t" in line]
+    table = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+    made = {row["output_file"]: row for row in table}
+    assert {"results/benchmark.tsv", "results/report.html", "results/mine/unseen_combination/pairs.h5ad"} <= set(made)
+    assert {(row["status"], row["plan"]) for row in table} == {("ok", "no update")}
+    assert made["results/mine/unseen_combination/pairs.h5ad"]["rule"] == "pair"
+
+
+def test_the_graph_of_jobs_names_their_wildcards(finished: Finished) -> None:
+    graph = finished.run("--dag").stdout
+    assert len(re.findall(r"\blabel = ", graph)) == 5 + 3 * len(MODELS) + len(AFTER_TRAINING)
+    assert "train_closed_form" in graph
+    assert "model: linear" in graph
 
 
 def test_touched_files_plan_nothing(finished: Finished) -> None:

@@ -13,6 +13,7 @@ import yaml
 from conftest import REPOSITORY, run_snakemake
 from slurm_runs import FATES, LEARNED, PROFILE, TARGET, Failures, Interruption, fail, interrupt
 
+CLOSED_FORM = "closed_form_evaluate_predict_train_closed_form"  # the group and its rules, as the plugin names such a job
 GUIDE = REPOSITORY / "config" / "profiles" / "README.md"
 
 
@@ -103,14 +104,14 @@ def test_jobs_ask_for_what_their_rules_say(interruption: Interruption) -> None:
     (harmonize,) = (job for job in interruption.jobs if job.rule == "harmonize")
     assert (harmonize.cpus, harmonize.memory_mb, harmonize.time_limit) == (4, 4000, "04:00:00")
     for job in interruption.jobs:
-        if job.rule == "closed_form":  # by the size of their input, a few MB
+        if job.rule == CLOSED_FORM:  # by the size of their input, a few MB
             assert 3000 < job.memory_mb < 3100
 
 
 @pytest.mark.slow
 def test_the_steps_of_a_closed_form_are_one_job(interruption: Interruption) -> None:
     names = [job.rule for job in interruption.jobs]
-    assert names.count("closed_form") == 2
+    assert names.count(CLOSED_FORM) == 2
     assert names.count("predict") == names.count("evaluate") == 1
     assert len([*interruption.folder.rglob("metrics.tsv")]) == 3
 

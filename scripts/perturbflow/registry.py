@@ -518,6 +518,11 @@ class Plan:
         """Names of the priors among the sources of embeddings, in their order."""
         return [source for source in self.config["embeddings"]["sources"] if isinstance(source, str) and source != COEXPRESSION]
 
+    @property
+    def embedding_tables(self) -> list[str]:
+        """The user's own tables among the sources of embeddings, in their order."""
+        return [source["file"] for source in self.config["embeddings"]["sources"] if isinstance(source, dict)]
+
     def split(self, name: str, dataset: str) -> dict:
         """Return a split's block as one screen's division reads it: held_out is the list of this screen, if it has one."""
         block = dict(self.config["splits"][name])
@@ -558,8 +563,7 @@ class Plan:
             own = config["genes"]
             sources = [self.lineage("split", dataset, split)]
         elif step == "embeddings":
-            tables = [file_fingerprint(table["file"]) for table in config["embeddings"]["sources"] if isinstance(table, dict)]
-            own = [config["embeddings"], tables]
+            own = [config["embeddings"], [file_fingerprint(path) for path in self.embedding_tables]]
             sources = [self.lineage("pair", dataset, split), *[self.lineage("prior", name) for name in self.priors]]
         elif step == "audit":
             sources = [self.lineage("embeddings", dataset, split)]
