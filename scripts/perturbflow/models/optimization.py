@@ -5,13 +5,16 @@ import math
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from perturbflow.artefacts import DAMAGED, load_checkpoint, save_checkpoint
 from perturbflow.errors import InputError
 from perturbflow.models.base import Run
 from perturbflow.models.batches import STEPS_PER_EPOCH, Batch, Batches, PairedCells
@@ -164,6 +167,29 @@ class _History(Callback):
             logger.info("%s: step %d of %d, %s; about %.0f s left", self.name, step, self.n_steps, numbers, left)
 
 
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all; Lightning's own are copied from the system's temporary folder to their final name."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object | None = None) -> None:
+        save_checkpoint(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: str, map_location: object = None, weights_only: bool | None = None) -> dict:
+        return load_checkpoint(Path(path))
+
+
+def _resumable(last: Path, name: str) -> Path | None:
+    """Return the last checkpoint if training can go on from it; a damaged one is soon replaced."""
+    if not last.exists():
+        return None
+    try:
+        load_checkpoint(last)
+    except DAMAGED as error:
+        logger.warning("%s: %s is damaged (%s); training starts from its first step", name, last, error)
+        return None
+    logger.info("%s: resuming from %s", name, last)
+    return last
+
+
 def accelerator(device: str) -> str:
     """Return Lightning's word for a device; InputError where it is not there."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -213,6 +239,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         devices=1,
         logger=False,
         callbacks=callbacks,
+        plugins=[_WholeCheckpoints()],
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
         gradient_clip_val=MAX_GRADIENT,
@@ -222,13 +249,11 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         check_val_every_n_epoch=1,
         default_root_dir=str(run.checkpoints),
     )
-    last = folder / "last.ckpt"
-    if last.exists():
-        logger.info("%s: resuming from %s", name, last)
+    last = _resumable(folder / "last.ckpt", name)
     with warnings.catch_warnings():
         # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        trainer.fit(learner, datamodule=batches, ckpt_path=last, weights_only=True)
     run.history.extend(history.rows)
     run.facts["device"] = str(trainer.strategy.root_device)
     if hasattr(learner.network, "complaint") and (complaint := learner.network.complaint(history.rows[-1])):
