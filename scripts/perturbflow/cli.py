@@ -24,6 +24,8 @@ def _configure_logging(log: str | None) -> None:
         handlers.append(logging.FileHandler(log, mode="w", encoding="utf-8"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.captureWarnings(capture=True)
+    # A line that finds no room on a full disk is not worth a traceback on the terminal, where it stands too.
+    logging.raiseExceptions = False
 
 
 def _argument_parser(function: Callable) -> argparse.ArgumentParser:
