@@ -13,6 +13,7 @@ from snakemake.workflow import Workflow
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from perturbflow.errors import InputError
+from perturbflow.files import require_writable
 from perturbflow.registry import Plan, model_files, own_files
 
 
@@ -38,6 +39,7 @@ _files += [str(path) for path in workflow.overwrite_configfiles]
 
 try:
     plan = Plan(config, _files)
+    require_writable([".snakemake", "logs", "benchmarks", *plan.folders()])
 except InputError as error:
     raise WorkflowError(f"The configuration cannot be run.\n{error}") from None
 

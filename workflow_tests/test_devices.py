@@ -235,14 +235,14 @@ def test_two_tasks_of_a_job_step_train_together(tmp_path: Path) -> None:
 def test_a_job_with_one_task_on_slurm_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    arguments = placement(Run(seed=0, devices=2))
-    assert (arguments["devices"], arguments["num_nodes"]) == (2, 1)
-    assert not arguments["plugins"][0].creates_processes_externally
+    where, environment = placement(Run(seed=0, devices=2))
+    assert (where["devices"], where["num_nodes"]) == (2, 1)
+    assert not environment.creates_processes_externally
 
 
 def test_gpus_that_are_not_there_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 1)
-    assert placement(Run(seed=0, device="auto", devices=1))["accelerator"] == "cuda"
+    assert placement(Run(seed=0, device="auto", devices=1))[0]["accelerator"] == "cuda"
     with pytest.raises(InputError, match=r"2 GPUs are asked for \(resource gpu\), and 1 can be seen here"):
         placement(Run(seed=0, device="cuda", devices=2))

@@ -27,7 +27,9 @@ def column_of(obs: pd.DataFrame, column: str, key: str, path: Path) -> pd.Series
 
 
 def check_shape(found: tuple[int, int], dataset: dict, path: Path) -> None:
-    """Raise InputError unless the source has the cells and genes that its block declares."""
+    """Raise InputError unless the source has cells and genes, and as many as its block declares."""
+    if 0 in found:
+        raise InputError(f"{path} holds {found[0]:,} cells × {found[1]:,} genes. Save the screen with its counts.")
     declared = tuple(dataset.get("shape", found))
     if found != declared:
         raise InputError(
@@ -125,14 +127,14 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
 
     categories = pd.Categorical([canonical(label) for label in text.categories])
     labels = pd.Series(pd.Categorical.from_codes(np.append(categories.codes, -1)[text.codes], categories.categories), index=obs.index)
-    if "dose" in declared:
-        labels = _with_dose(labels, column_of(obs, declared["dose"], "perturbation.dose", path))
     if not (labels == CONTROL).any():
         common = ", ".join(f"'{label}' ({n:,})" for label, n in pd.Series(text).value_counts().head(8).items())
         raise InputError(
             f"{path}: no control cells: none of perturbation.control = {declared['control']} is in obs['{declared['column']}']. "
             f"Its most common labels: {common}. Name the control label in perturbation.control."
         )
+    if "dose" in declared:
+        labels = _with_dose(labels, column_of(obs, declared["dose"], "perturbation.dose", path))
     return labels
 
 

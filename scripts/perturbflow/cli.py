@@ -30,6 +30,8 @@ def _configure_logging(log: str | None) -> None:
     level = logging.INFO if _is_first_process() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.captureWarnings(capture=True)
+    # A line that finds no room on a full disk is not worth a traceback on the terminal, where it stands too.
+    logging.raiseExceptions = False
 
 
 def _argument_parser(function: Callable) -> argparse.ArgumentParser:

@@ -1,31 +1,103 @@
 """Files that appear whole or not at all, and the digests of their content."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from perturbflow.errors import InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_of_full_disk(error: BaseException | None) -> bool:
+    """Return whether a full disk is what led to an error; HDF5 and torch tell it in words only, or raise another error after it."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in FULL) or any(os.strerror(number) in str(error) for number in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def full_disk(folder: str | Path, wanted: str) -> InputError:
+    """Return the error of a full disk."""
+    free = shutil.disk_usage(folder).free
+    return InputError(
+        f"{folder}: no space left for {wanted} ({free:,} bytes are free). Free some, or start where there is more, and run again: "
+        "what is there is kept and gone on with."
+    )
+
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes the final name only when the block ends without an error."""
+    """Yield a path beside `path` to write to; it takes the final name only when the block ends without an error.
+
+    Raises
+    ------
+    InputError
+        If the disk is full or the folder cannot be written to.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".part{path.suffix}", dir=path.parent)
+    if path.suffix == ".h5ad":
+        remove_leftovers(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".part{path.suffix}", dir=path.parent)
+    except OSError as error:
+        if is_of_full_disk(error):
+            raise full_disk(_existing(path.parent), path.name) from error
+        raise InputError(f"{path} cannot be written: {error.strerror}. Make its folder writable, or start elsewhere.") from error
     os.close(handle)
     partial = Path(name)
     try:
-        yield partial
+        with _errors_of_closing() as errors:
+            yield partial
+        if errors:
+            raise errors[0]
         partial.chmod(0o644)
         partial.replace(path)
+    except Exception as error:
+        if isinstance(error, InputError) or not is_of_full_disk(error):
+            raise
+        failure = full_disk(path.parent, path.name)
+        # HDF5 tries once more when the process ends, and crashes where there is still no room.
+        with suppress(FileNotFoundError):  # pandas has removed it already
+            os.truncate(partial, 0)
+        raise failure from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _errors_of_closing() -> Iterator[list[BaseException]]:
+    """Collect the errors that h5py only prints: what fails while an object is closed is as lost as what fails in a write."""
+    errors: list[BaseException] = []
+    hooks = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook = lambda unraisable: errors.append(unraisable.exc_value)
+    sys.excepthook = lambda kind, error, traceback: errors.append(error)
+    try:
+        yield errors
+    finally:
+        sys.unraisablehook, sys.excepthook = hooks
+
+
+def _existing(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that exists."""
+    return next(here for here in (folder, *folder.absolute().parents) if here.exists())
+
+
+def require_writable(folders: Iterable[str | Path]) -> None:
+    """Raise InputError unless files can be made in all folders, or where these would be made."""
+    for folder in dict.fromkeys(_existing(Path(folder)) for folder in folders):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"{folder.absolute()} cannot be written to. Make it writable, or start where there is a folder that is.")
 
 
 def remove_leftovers(path: str | Path) -> None:

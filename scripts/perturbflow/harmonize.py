@@ -72,12 +72,18 @@ def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path) -> tupl
 
 
 def _provenance(raw: Path, files: dict[str, Path]) -> dict:
-    """Return file, bytes and sha256 of the source; of several files by their role. A manifest has the checksum already."""
-    known = read_json(raw)["files"] if raw.name == "manifest.json" else {}
-    described = {
-        role: {"file": str(path), "bytes": path.stat().st_size, "sha256": known[role]["sha256"] if known else file_digest(path)}
-        for role, path in files.items()
-    }
+    """Return file, bytes and sha256 of the source; of several files by their role.
+
+    Raises
+    ------
+    InputError
+        If a file is not what was downloaded: it was changed since.
+    """
+    downloaded = read_json(raw)["files"] if raw.name == "manifest.json" else {}
+    described = {role: {"file": str(path), "bytes": path.stat().st_size, "sha256": file_digest(path)} for role, path in files.items()}
+    for role, entry in downloaded.items():
+        if described[role]["sha256"] != entry["sha256"]:
+            raise InputError(f"{files[role]} was changed after its download: its sha256 is another. Delete {raw} and run again.")
     return described["file"] if list(described) == ["file"] else described
 
 

@@ -70,7 +70,7 @@ class Rows:
     def _through_hdf5(self, where: slice | tuple[slice, slice]) -> np.ndarray:
         try:
             values = self.dataset[where]
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise self._damaged(error) from error
         return values.astype(values.dtype.newbyteorder("="), copy=False)
 
@@ -119,7 +119,10 @@ class Rows:
                 def note(chunk: h5py.h5d.StoreInfo) -> None:
                     found[chunk.chunk_offset] = (chunk.byte_offset, chunk.size, chunk.filter_mask)
 
-                self.dataset.id.chunk_iter(note)
+                try:
+                    self.dataset.id.chunk_iter(note)
+                except (OSError, RuntimeError) as error:
+                    raise self._damaged(error) from error
                 self._chunk_at = found
 
     def tiles(self, start: int, stop: int) -> Iterator[tuple[int, int, np.ndarray]]:

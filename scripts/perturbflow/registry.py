@@ -155,7 +155,10 @@ def _explain(error: ValidationError, path: list[str]) -> str:
 def _holding_file(files: Sequence[Path], path: list[str]) -> str:
     """Return the name of the last configuration file that holds a key path, for the error message."""
     for file in reversed(files):
-        node = yaml.safe_load(Path(file).read_text()) or {}
+        try:
+            node = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:  # Snakemake lets a few of Python's own types pass
+            raise InputError(f"{file} holds more than plain YAML: {error}") from error
         for key in path:
             if isinstance(node, list) and str(key).isdigit() and int(key) < len(node):
                 node = node[int(key)]
@@ -483,6 +486,13 @@ class Plan:
     def _base(self, split: str) -> str:
         """Return the name that a split was selected by: folds share one."""
         return self.config["splits"][split].get("name", split)
+
+    def folders(self) -> list[str]:
+        """Return the folders that downloads and results of all runs are written to."""
+        runs = [run for table in (self.runs, self.queries) for run in table.itertuples()]
+        retrieved = dict.fromkeys([*[run.dataset for run in runs], *self.priors])
+        results = dict.fromkeys(f"results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}" for run in runs)
+        return [*[f"resources/{name}" for name in retrieved], *results]
 
     def models_of_rule(self, rule: str) -> list[str]:
         """Return the names of the models that a training rule trains."""

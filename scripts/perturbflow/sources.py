@@ -1,9 +1,11 @@
 """Open a screen's file: obs and var at once, counts in blocks of cells, so that a file of any size fits in memory."""
 
+import lzma
 import shutil
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -17,6 +19,7 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
+from perturbflow.files import full_disk, is_of_full_disk
 from perturbflow.hdf5 import Rows
 from perturbflow.kernels import TOLERANCE, compress_rows, group_entries, place_counts, round_counts
 from perturbflow.streaming import Spool, in_order
@@ -41,6 +44,10 @@ BYTES_UNDER_WAY = 2**29
 
 HIGHEST_COUNT = 2**24 - 1
 """float32 holds integers up to here, and so do three bytes."""
+
+
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
+"""What the readers of archives raise at those that are truncated, altered or encrypted."""
 
 
 class NotCounts(Exception):
@@ -227,7 +234,8 @@ class _Csr:
         self.indptr = group["indptr"][:].astype(np.int64)
         self.indices, self.data = rows_of(group["indices"]), rows_of(group["data"])
         n_entries = self.data.shape[0]
-        if len(self.indptr) != shape[self._axis] + 1 or self.indptr[-1] != n_entries or (np.diff(self.indptr) < 0).any():
+        is_whole = self.indptr[0] == 0 and self.indptr[-1] == n_entries == self.indices.shape[0] and self.indices.dtype.kind in "iu"
+        if len(self.indptr) != shape[self._axis] + 1 or not is_whole or (np.diff(self.indptr) < 0).any():
             raise InputError(f"{self.data.path} is damaged: '{group.name}/indptr' does not fit the matrix. Retrieve the file again.")
 
     _axis = 0
@@ -305,10 +313,13 @@ class H5ad(Source):
         yield from self._matrix.blocks(np.arange(len(self.obs)) if rows is None else rows, self.threads, self.scratch)
 
 
-def _table(file: h5py.File, name: str) -> pd.DataFrame:
+def _table(file: h5py.File, name: str, path: Path) -> pd.DataFrame:
     """Return obs or var."""
     if isinstance(file[name], h5py.Group):
-        return ad.io.read_elem(file[name])
+        table = ad.io.read_elem(file[name])
+        if not isinstance(table, pd.DataFrame):
+            raise InputError(f"{path}: {name} is no table but a {type(table).__name__}. Save the screen with anndata's write_h5ad.")
+        return table
     # Before anndata 0.7: an array of records with the index first; the categories of codes are in uns, -1 is missing.
     records = pd.DataFrame.from_records(file[name][()])
     for column in records:
@@ -324,23 +335,27 @@ def _content(path: Path, member: str | None) -> BinaryIO:
     """Open a file, or the member of an archive: unpacked beside it into a file without a name."""
     if h5py.is_hdf5(path):
         return path.open("rb")
-    unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  closed with its last user
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if member in names:
-                shutil.copyfileobj(archive.open(member), unpacked, 2**20)
-    elif tarfile.is_tarfile(path):
-        with tarfile.open(path) as archive:
-            names = archive.getnames()
-            if member in names:
-                shutil.copyfileobj(archive.extractfile(member), unpacked, 2**20)
-    else:
+    if not zipfile.is_zipfile(path) and not tarfile.is_tarfile(path):
         start = path.open("rb").read(64)
         shown = "an HTML page" if start.lstrip().lower().startswith((b"<!doctype", b"<html")) else f"it starts with {start[:8]!r}"
         raise InputError(f"{path} is not an h5ad file ({shown}). Save the screen with anndata's write_h5ad.")
-    if member not in names:
-        raise InputError(f"{path}: source.member is {member!r}, and the archive holds {', '.join(names[:8])}. Name one of these.")
+    try:
+        return _unpacked(path, member)
+    except DAMAGED_ARCHIVE as error:
+        if is_of_full_disk(error):
+            raise full_disk(path.parent, f"{member} of {path.name}, which is unpacked beside it") from error
+        raise InputError(f"{path}: {member} cannot be unpacked ({error}). Is the archive complete?") from error
+
+
+def _unpacked(path: Path, member: str | None) -> BinaryIO:
+    """Unpack the member of an archive beside it, into a file without a name: no name in the archive leads anywhere."""
+    unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  closed with its last user
+    with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path) as archive:
+        is_zip = isinstance(archive, zipfile.ZipFile)
+        names = archive.namelist() if is_zip else [entry.name for entry in archive if entry.isfile()]
+        if member not in names:
+            raise InputError(f"{path}: source.member is {member!r}, and the archive holds {', '.join(names[:8])}. Name one of these.")
+        shutil.copyfileobj(archive.open(member) if is_zip else archive.extractfile(member), unpacked, 2**20)
     unpacked.flush()
     return unpacked
 
@@ -367,7 +382,7 @@ def open_source(files: dict[str, Path], dataset: dict) -> Source:
     try:
         # By its name where it has one: HDF5's own reading is faster than through Python.
         file = h5py.File(path if content.name == str(path) else content, "r")
-        obs, var = _table(file, "obs"), _table(file, "var")
+        obs, var = _table(file, "obs", path), _table(file, "var", path)
         source: Source | None = None
         for place, name in (("layers['counts']", "layers/counts"), ("X", "X")):
             if name in file and (matrix := _matrix(file[name], content, path)) is not None:
@@ -388,6 +403,8 @@ def _matrix(stored: h5py.Dataset | h5py.Group, content: BinaryIO, path: Path) ->
     """Return a matrix by the way it is stored; None for an empty one."""
 
     def rows_of(dataset: h5py.Dataset) -> Rows:
+        if dataset.dtype.kind not in "biuf":
+            raise InputError(f"{path}: '{dataset.name}' holds no numbers but {dataset.dtype}. Put the integer counts into X.")
         return Rows(dataset, content.fileno(), path)
 
     if isinstance(stored, h5py.Dataset):

@@ -5,6 +5,7 @@ import io
 import logging
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Place:
                 content = stack.enter_context(gzip.open(content))
             try:
                 yield content
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, zlib.error, tarfile.ReadError, gzip.BadGzipFile) as error:
                 raise InputError(f"{self} cannot be decompressed to its end ({error}). Delete it and download it again.") from error
 
 
@@ -193,7 +194,7 @@ def open_triplets(files: dict[str, Path]) -> Source:
         raise InputError(f"{path} is no tar of 10x triplets.")
     experiments: dict[str, dict[str, Place]] = {}
     with tarfile.open(path) as archive:
-        for name in sorted(archive.getnames()):
+        for name in sorted(entry.name for entry in archive if entry.isfile()):
             if named := MEMBER.fullmatch(name):
                 experiments.setdefault(named["experiment"], {})[named["role"]] = Place(path, name)
     if not experiments:

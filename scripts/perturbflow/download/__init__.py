@@ -1,6 +1,5 @@
 """Retrieve the files of a screen: byte for byte, verified, and under their final names only when they are whole."""
 
-import errno
 import glob
 import logging
 import os
@@ -15,10 +14,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from perturbflow.download.transfer import Partial, RefusedError, fetch, no_space
+from perturbflow.download.transfer import Partial, RefusedError, fetch
 from perturbflow.download.verification import UnfitError, verify
 from perturbflow.errors import InputError
-from perturbflow.files import read_json, write_json
+from perturbflow.files import full_disk, is_of_full_disk, read_json, write_json
 from perturbflow.lineage import digest
 
 logger = logging.getLogger(__name__)
@@ -175,8 +174,8 @@ def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
         try:
             sha256, origin = _retrieve(final, file, pinned, local)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise no_space(folder, final.name) from error
+            if is_of_full_disk(error):
+                raise full_disk(folder, final.name) from error
             raise
         retrieved = datetime.now(UTC).isoformat(timespec="seconds")
     elif record and record["sha256"] == sha256:

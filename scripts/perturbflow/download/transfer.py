@@ -22,8 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from perturbflow import __version__
 from perturbflow.download.verification import A_WEB_PAGE, BLOCK_BYTES, HEAD_BYTES, is_web_page
-from perturbflow.errors import InputError
-from perturbflow.files import write_json
+from perturbflow.files import full_disk, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +63,6 @@ class LaterError(Exception):
 
 class RefusedError(Exception):
     """A mirror does not give the file."""
-
-
-def no_space(folder: Path, wanted: str) -> InputError:
-    """Return the error of a full disk."""
-    free = shutil.disk_usage(folder).free
-    return InputError(
-        f"{folder}: no space left for {wanted} ({free:,} bytes are free). Free some, or start where there is more, and run again: "
-        "what has arrived is kept and gone on with."
-    )
 
 
 # --- what has arrived -----------------------------------------------------------------------------------------------
@@ -317,7 +307,7 @@ def _attempt(session: requests.Session, url: str, partial: Partial, file: dict) 
         total = total_bytes(response)
         missing = (total or 0) - partial.size
         if missing > shutil.disk_usage(partial.path.parent).free:
-            raise no_space(partial.path.parent, f"the {missing:,} bytes of {file['name']} that are missing")
+            raise full_disk(partial.path.parent, f"the {missing:,} bytes of {file['name']} that are missing")
         _store(head, blocks, partial, file["name"], total)
         expected = total if _encoding(response) else file.get("bytes", total)
     if expected is not None and partial.size < expected:

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
+from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 from perturbflow.errors import InputError
 from perturbflow.models.base import Run
@@ -19,8 +19,8 @@ def accelerator(device: str) -> str:
     return device
 
 
-def placement(run: Run) -> dict[str, object]:
-    """Return the Trainer's arguments for the devices that a training was given.
+def placement(run: Run) -> tuple[dict[str, object], ClusterEnvironment]:
+    """Return the Trainer's arguments for the devices that a training was given, and who starts its processes.
 
     A job of Snakemake is one task of one node, on SLURM too: with more than one device Lightning starts the other processes, each of which
     runs the whole script again. A job step of several tasks, on one node or more, has them started by srun.
@@ -42,4 +42,4 @@ def placement(run: Run) -> dict[str, object]:
     environment = SLURMEnvironment(auto_requeue=False) if n_tasks > 1 else LightningEnvironment()
     # A network need not use all it has in every step: a condition may be dropped from a whole batch.
     strategy = "auto" if n_nodes * n_devices == 1 else "ddp_find_unused_parameters_true"
-    return {"accelerator": kind, "devices": n_devices, "num_nodes": n_nodes, "strategy": strategy, "plugins": [environment]}
+    return {"accelerator": kind, "devices": n_devices, "num_nodes": n_nodes, "strategy": strategy}, environment

@@ -6,14 +6,17 @@ import signal
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from perturbflow.artefacts import DAMAGED, load_checkpoint, save_checkpoint
 from perturbflow.errors import InputError
 from perturbflow.models.base import Run
 from perturbflow.models.batches import STEPS_PER_EPOCH, Batch, Batches, PairedCells
@@ -169,6 +172,29 @@ class _History(Callback):
             logger.info("%s: step %d of %d, %s; about %.0f s left", self.name, step, self.n_steps, numbers, left)
 
 
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all; Lightning's own are copied from the system's temporary folder to their final name."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object | None = None) -> None:
+        save_checkpoint(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: str, map_location: object = None, weights_only: bool | None = None) -> dict:
+        return load_checkpoint(Path(path))
+
+
+def _resumable(last: Path, name: str) -> Path | None:
+    """Return the last checkpoint if training can go on from it; a damaged one is soon replaced."""
+    if not last.exists():
+        return None
+    try:
+        load_checkpoint(last)
+    except DAMAGED as error:
+        logger.warning("%s: %s is damaged (%s); training starts from its first step", name, last, error)
+        return None
+    logger.info("%s: resuming from %s", name, last)
+    return last
+
+
 def optimize_briefly(learner: Learner, cells: PairedCells, batch_size: int) -> nn.Module:
     """Return the averaged network after the same steps as `optimize` takes, on the CPU, without checkpoints and history."""
     configured = learner.configure_optimizers()
@@ -203,9 +229,8 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         callbacks.append(TQDMProgressBar(refresh_rate=20))
     for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    last = folder / "last.ckpt"
-    if last.exists():
-        logger.info("%s: resuming from %s", name, last)
+    where, environment = placement(run)
+    last = _resumable(folder / "last.ckpt", name)
     with warnings.catch_warnings():
         # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -213,7 +238,8 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         warnings.filterwarnings("ignore", message="The `srun` command is available")
         trainer = pl.Trainer(
             max_steps=learner.n_steps,
-            **placement(run),
+            **where,
+            plugins=[environment, _WholeCheckpoints()],
             logger=False,
             callbacks=callbacks,
             enable_progress_bar=sys.stderr.isatty(),
@@ -226,7 +252,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
             default_root_dir=str(run.checkpoints),
         )
         try:
-            trainer.fit(learner, datamodule=batches, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+            trainer.fit(learner, datamodule=batches, ckpt_path=last, weights_only=True)
         except SIGTERMException:
             logger.warning("%s: told to end (cancelled, or its run time is over); the next attempt goes on from the last checkpoint", name)
             sys.exit(128 + signal.SIGTERM)
