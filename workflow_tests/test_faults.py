@@ -17,6 +17,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -693,11 +694,11 @@ def test_any_configuration_is_a_plan_or_one_message(
         for step in above:
             parent = parent[step]
         if act == "replace":
-            parent[last] = junk
+            parent[last] = deepcopy(junk)
         elif act == "remove":
             del parent[last]
         elif isinstance(parent[last], dict):
-            parent[last][key] = junk
+            parent[last][key] = deepcopy(junk)
         if not config:
             return
     Path("mine.yaml").write_text(yaml.safe_dump(config))
