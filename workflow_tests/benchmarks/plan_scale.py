@@ -59,7 +59,7 @@ def main() -> None:
     """Print seconds and jobs of each dry run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--arguments", nargs="*", default=["--cores", "2"], help="of snakemake: --workflow-profile ...")
+    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=["--cores", "2"], help="of snakemake; the last option here")
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--dry-run", "--configfile", "mission.yaml"]
     ratios = []
