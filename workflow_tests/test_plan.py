@@ -355,6 +355,16 @@ def test_memory_and_time_grow_with_the_input_and_double_with_every_attempt(rule:
     assert again[1] == 4 * minutes
 
 
+def test_jobs_of_a_closed_form_are_submitted_together_and_no_others(light: dict[str, str], tmp_path: Path) -> None:
+    make_screen_file(tmp_path)
+    config = closed_forms_config()
+    config["select"]["models"] = ["additive", "linear", "scppdm"]
+    text = plan_in(tmp_path, light, config, "evaluated").text
+    groups = re.findall(r"Group job (\w+) .*\n((?:\n| +.*\n)*)", text)
+    together = [(group, sorted(re.findall(r"^ +rule (\w+):", jobs, flags=re.MULTILINE))) for group, jobs in groups]
+    assert together == [("closed_form", ["evaluate", "predict", "train_closed_form"])] * 2
+
+
 def test_the_summary_names_what_made_every_result(finished: Finished) -> None:
     lines = [line.split("\t") for line in finished.run("--summary").stdout.splitlines() if "\t" in line]
     table = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
