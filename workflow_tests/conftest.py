@@ -233,6 +233,14 @@ def shared_data() -> Callable[[str], Path]:
 # --- Snakemake ------------------------------------------------------------------------------------------------------
 
 
+def write_screen(folder: Path, seed: int = 0) -> Path:
+    """Write the small screen where `closed_forms_config` looks for it; return the file."""
+    screen = make_screen(seed=seed)
+    del screen.uns["effects"]
+    screen.write_h5ad(folder / "screen.h5ad")
+    return folder / "screen.h5ad"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a Snakemake run said, and how it ended."""

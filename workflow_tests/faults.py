@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import yaml
-from conftest import REPOSITORY, closed_forms_config, make_screen, run_snakemake
+from conftest import REPOSITORY, closed_forms_config, run_snakemake, write_screen
 from fault_outcomes import declared
 from fault_server import Host
 
@@ -37,11 +38,8 @@ VICTIMS = {"all": "Snakemake and its jobs", "jobs": "its jobs alone", "snakemake
 
 def screen_bytes() -> bytes:
     """Return the h5ad of the small screen."""
-    screen = make_screen()
-    del screen.uns["effects"]
     with tempfile.TemporaryDirectory() as folder:
-        screen.write_h5ad(Path(folder) / "screen.h5ad")
-        return (Path(folder) / "screen.h5ad").read_bytes()
+        return write_screen(Path(folder)).read_bytes()
 
 
 def configuration(url: str, content: bytes) -> dict:
@@ -141,6 +139,9 @@ class Running:
         for job in jobs if victim != "snakemake" else ():
             with contextlib.suppress(psutil.NoSuchProcess):
                 job.kill()
+        if victim == "all":  # also what was started while the jobs were counted
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=300)
         return jobs if victim == "snakemake" else []
 

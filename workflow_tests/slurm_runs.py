@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from conftest import REPOSITORY, Outcome, closed_forms_config, make_screen
+from conftest import REPOSITORY, Outcome, closed_forms_config, write_screen
 from slurm import Cluster, Job, wait_for
 
 PROFILE = REPOSITORY / "config" / "profiles" / "slurm"
@@ -48,13 +48,6 @@ class Running:
     def outcome(self) -> Outcome:
         """Wait for its end."""
         return Outcome(self.process.wait(timeout=600), self.text, "")
-
-
-def write_screen(folder: Path) -> None:
-    """Write the small screen where the configuration looks for it."""
-    screen = make_screen()
-    del screen.uns["effects"]
-    screen.write_h5ad(folder / "screen.h5ad")
 
 
 # --- interrupted ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CLOSED_FORMS, REPOSITORY, Outcome, closed_forms_config, copy_repository, make_screen, merged, run_snakemake
+from conftest import CLOSED_FORMS, REPOSITORY, Outcome, closed_forms_config, copy_repository, merged, run_snakemake, write_screen
 
 RULE_FILES = sorted((REPOSITORY / "rules").glob("*.smk"))
 HEAVY = ("torch", "scanpy", "anndata", "pytorch_lightning", "h5py", "sklearn")
@@ -78,7 +78,7 @@ def test_priors_are_retrieved_once_for_all_splits(light: dict[str, str], tmp_pat
 
 
 def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str], tmp_path: Path) -> None:
-    make_screen_file(tmp_path)
+    write_screen(tmp_path)
     config = closed_forms_config(
         models={"stiff": {"family": "linear", "params": {"ridge": 9.0}}},
         counterfactuals={"why": {"dataset": "mine", "split": "unseen_combination", "model": "stiff", "perturbations": ["TF1+TF8"]}},
@@ -106,14 +106,14 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
     ],
 )
 def test_targets_stop_where_they_say(target: str, last: dict, absent: str, light: dict[str, str], tmp_path: Path) -> None:
-    make_screen_file(tmp_path)
+    write_screen(tmp_path)
     jobs = plan_in(tmp_path, light, closed_forms_config(), target).jobs
     assert last.items() <= jobs.items()
     assert absent not in jobs
 
 
 def test_a_split_that_cannot_be_is_left_out_with_one_line(light: dict[str, str], tmp_path: Path) -> None:
-    make_screen_file(tmp_path)
+    write_screen(tmp_path)
     config = closed_forms_config()
     config["datasets"]["mine"]["combinations"] = False
     config["select"]["splits"] = ["unseen_perturbation", "unseen_combination"]
@@ -123,7 +123,7 @@ def test_a_split_that_cannot_be_is_left_out_with_one_line(light: dict[str, str],
 
 
 def test_folds_are_planned_as_splits_of_their_own(light: dict[str, str], tmp_path: Path) -> None:
-    make_screen_file(tmp_path)
+    write_screen(tmp_path)
     config = closed_forms_config(splits={"genes": {"kind": "unseen_perturbation", "folds": 3}})
     config["select"] |= {"splits": ["genes"], "models": ["additive"]}
     outcome = plan_in(tmp_path, light, config)
@@ -132,7 +132,7 @@ def test_folds_are_planned_as_splits_of_their_own(light: dict[str, str], tmp_pat
 
 
 def test_files_that_only_the_configuration_names_are_inputs_of_the_plan(light: dict[str, str], tmp_path: Path) -> None:
-    make_screen_file(tmp_path)
+    write_screen(tmp_path)
     for name in ("mine.json", "vectors.parquet", "encoder.npz"):
         (tmp_path / name).write_text("")
     config = closed_forms_config(
@@ -265,21 +265,13 @@ MODELS = ["additive", "linear"]
 AFTER_TRAINING = {"benchmark": 1, "report": 1, "all": 1}
 
 
-def make_screen_file(folder: Path) -> Path:
-    """Write the small screen where the configuration looks for it."""
-    screen = make_screen()
-    del screen.uns["effects"]
-    screen.write_h5ad(folder / "screen.h5ad")
-    return folder / "screen.h5ad"
-
-
 class Finished:
     """A folder where everything was run, with a copy of the repository that ran it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.repository = copy_repository(folder / "repository")
-        self.screen = make_screen_file(folder)
+        self.screen = write_screen(folder)
         self.config = closed_forms_config()
         self.config["select"]["models"] = MODELS
 
@@ -356,7 +348,7 @@ def test_memory_and_time_grow_with_the_input_and_double_with_every_attempt(rule:
 
 
 def test_jobs_of_a_closed_form_are_submitted_together_and_no_others(light: dict[str, str], tmp_path: Path) -> None:
-    make_screen_file(tmp_path)
+    write_screen(tmp_path)
     config = closed_forms_config()
     config["select"]["models"] = ["additive", "linear", "scppdm"]
     text = plan_in(tmp_path, light, config, "evaluated").text
@@ -426,9 +418,7 @@ def test_an_edit_of_the_package_plans_what_depends_on_it(name: str, before: str,
 
 def test_another_content_of_the_screen_plans_everything(finished: Finished) -> None:
     content = finished.screen.read_bytes()
-    screen = make_screen(seed=1)
-    del screen.uns["effects"]
-    screen.write_h5ad(finished.screen)
+    write_screen(finished.folder, seed=1)
     try:
         jobs = finished.planned()
     finally:

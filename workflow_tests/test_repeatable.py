@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REPOSITORY, Outcome, closed_forms_config, make_screen, run_snakemake
+from conftest import REPOSITORY, Outcome, closed_forms_config, run_snakemake, write_screen
 
 from perturbflow.files import file_digest
 
@@ -27,9 +27,7 @@ TOLERANCE_ON_OTHER_THREADS = 1e-3
 def run_in(folder: Path, *arguments: str) -> Outcome:
     """Run a forest and a network on the small screen."""
     folder.mkdir()
-    screen = make_screen()
-    del screen.uns["effects"]
-    screen.write_h5ad(folder / "screen.h5ad")
+    write_screen(folder)
     config = closed_forms_config(models={"scppdm": {"params": QUICK}}, device="cpu")
     config["select"]["models"] = MODELS
     outcome = run_snakemake(folder, "evaluated", *arguments, config=config)
