@@ -16,7 +16,7 @@ rule predict:
     threads: 1
     resources:
         mem_mb=memory_by_input(20, least=3000),
-        runtime=runtime_by_input(60),
+        runtime=runtime_by_input(60, least=30),
     params:
         implementation=implementation,
         params=model_params,
