@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import yaml
-from conftest import REPOSITORY, closed_forms_config, run_snakemake, write_screen
+from conftest import REPOSITORY, Outcome, closed_forms_config, run_snakemake, write_screen
 from fault_outcomes import declared
 from fault_server import Host
 
@@ -153,6 +153,14 @@ def finish(folder: Path, *targets: str) -> Counter:
     running.process.wait(timeout=900)
     assert running.process.returncode == 0, running.text
     return running.finished
+
+
+def assert_one_message(outcome: Outcome, *parts: str) -> None:
+    """Hold a failed run to a message, told once, without a traceback."""
+    assert outcome.returncode != 0
+    for part in parts:
+        assert outcome.text.count(part) == 1, outcome.text
+    assert "Traceback" not in outcome.text, outcome.text
 
 
 # --- kills that follow one another ----------------------------------------------------------------------------------

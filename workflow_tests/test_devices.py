@@ -23,7 +23,7 @@ from perturbflow.models.batches import Batch
 from perturbflow.models.devices import placement
 
 COMBINATION = "unseen_combination"
-# Of a validation loss, on this small screen. Other noise on one device does as much: 4 % is its standard deviation.
+# Of a validation loss, on this small screen: each process draws noise of its own.
 TOLERANCE = 0.15
 
 
