@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import OFF, SPECS, dataset_block, make_screen
+from conftest import OFF, REPOSITORY, SPECS, dataset_block, make_screen
 
 from perturbflow import audit, embeddings, harmonize, pairs, splits
 from perturbflow.audit import CHECKS
@@ -53,6 +53,15 @@ SEPARABILITY = {
         "pca_knn": 0.5,
     }
 }
+WARRANTY = {
+    "identity": 0.0, "placebo": {"share_called": 0.043, "nominal": 0.05, "repeats": 20, "repeats_with_discoveries": 1},
+    "coverage": [
+        {"nominal": nominal, "measured": nominal + 0.01, "low": 0.7, "high": 0.95, "n_test": 9, "n_calibration": 17,
+         "n_calibration_perturbations": 11}
+        for nominal in (0.8, 0.9)
+    ],
+    "agreement": {"mean": 0.41}, "ceiling": {"mean": 0.77}, "on_target": {"n": 0},
+}  # fmt: skip
 HISTORY = [{"step": step, "loss": 1 / step, "validation_loss": 1.5 / step, "rate": float("nan")} for step in (10, 20, 30, 40)]
 
 
@@ -234,11 +243,22 @@ def test_metrics_are_defined_and_say_which_way_is_better(page: str) -> None:
         assert f"({metric.reading}" in text
 
 
+def run_cards(page: str) -> dict[str, str]:
+    """Return model → its run card."""
+    cards = re.findall(r'<details class="card">\n<summary>(?:<span class="dot"[^>]*></span>)?(\w+) (.*?)</details>', page, re.DOTALL)
+    return dict(cards)
+
+
 def test_kinds_of_models_come_from_their_families(page: str) -> None:
-    models = page[page.index('aria-label="Models"') :]
-    kinds = dict(re.findall(r'<tr><th scope="row">(?:<span[^>]*></span>)?(\w+)</th><td>(\w+)</td>', models[: models.index("</table>")]))
+    kinds = {model: re.search(r'<span class="note">(\w+)</span>', card)[1] for model, card in run_cards(page).items()}
     assert kinds == {**dict.fromkeys(("no_change", "additive", "perturbed_mean"), "baseline"), "technical_duplicate": "ceiling",
                      "learned": "learned"}  # fmt: skip
+
+
+def test_every_model_has_a_card_that_names_its_files(page: str) -> None:
+    for model, card in run_cards(page).items():
+        assert "2 runs, each" in card
+        assert re.search(rf"<code>results/mine/\w+/{model}/seed_0/run.json</code>", card)
 
 
 def test_what_was_dropped_is_shown(page: str, tree: Tree) -> None:
@@ -359,9 +379,48 @@ def region(page: str, label: str) -> str:
     return page[start : page.index("</table>", start)]
 
 
+def test_the_overview_has_every_learned_model_and_counts_its_metrics(page: str, tree: Tree) -> None:
+    overview = region(page, "Overview")
+    verdicts = tree.table("verdicts").fillna("").set_index(["model", "split"])
+    row = next(row for row in re.findall(r"<tr>.*?</tr>", overview, re.DOTALL) if ">learned<" in row.replace("</span>", ">"))
+    for cell, split in zip(re.findall(r"<td>(.*?)</td>", row, re.DOTALL), SPECS, strict=True):
+        told = verdicts.loc["learned", split]
+        n_won, n_lost, n_level = (len(told[name].split(",")) if told[name] else 0 for name in ("wins", "losses", "level"))
+        assert told["verdict"] in cell
+        assert f"▲ {n_won} ▼ {n_lost} = {n_level}" in cell
+    for split in SPECS:
+        assert f'href="#verdicts-mine-{split}"' in overview
+        assert f'id="verdicts-mine-{split}"' in page
+    assert "1 dataset; 2 splits; 5 models (1 learned, 3 baselines, 1 ceiling); 1 seed; 10 runs in all." in page
+
+
+def test_every_check_of_the_audit_is_explained(page: str) -> None:
+    for split in SPECS:
+        audited = region(page, f"Audit of mine × {split}")
+        for check in CHECKS:
+            name = re.escape(check.__name__.replace("_", " "))
+            assert re.search(rf"<th scope=\"row\">{name}</th><td[^>]*>[^<]{{20,}}</td><td>passed</td>", audited)
+
+
+def test_every_held_out_perturbation_has_a_figure_while_there_is_room(page: str, tree: Tree) -> None:
+    for split in SPECS:
+        held_out = {label for label in read_json(tree.folder / "mine" / split / "split.json")["perturbations"]["test"] if label != HOSTILE}
+        drawn = re.findall(r'aria-label="Scatter plot of predicted against measured effects of (\S+) by', page)
+        assert held_out <= set(drawn)
+
+
+def test_where_every_number_comes_from_names_a_rule_that_exists(page: str) -> None:
+    traces = region(page, "Files")
+    rules = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (REPOSITORY / "rules").glob("*.smk")), re.MULTILINE))
+    named = set(re.findall(r"<td><code>([\w…]+)</code></td></tr>", traces))
+    assert {"benchmark", "audit", "warranty", "counterfactual"} <= named
+    assert named - {"train_…"} <= rules
+
+
 def test_sections_stand_in_the_order_of_reading(page: str) -> None:
     headings = re.findall(r'<h2 id="(\w+)"', page)
     assert headings == [
+        "overview",
         "verdicts",
         "leaderboard",
         "calibration",
@@ -521,18 +580,14 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     picture = path.with_name("my_question.map.png")
     picture.write_bytes(b"\x89PNG what was drawn")
     shown = path.parents[1] / "warranty.json"
-    level = {"low": 0.7, "high": 0.95, "n_test": 9, "n_calibration": 17, "n_calibration_perturbations": 11}
-    content = {
-        "identity": 0.0, "placebo": {"share_called": 0.043, "nominal": 0.05, "repeats": 20, "repeats_with_discoveries": 1},
-        "coverage": [{"nominal": nominal, "measured": nominal + 0.01, **level} for nominal in (0.8, 0.9)],
-        "agreement": {"mean": 0.41}, "ceiling": {"mean": 0.77}, "on_target": {"n": 0},
-    }  # fmt: skip
-    shown.write_text(json.dumps(content))
+    write_json(shown, WARRANTY)
     page = tree.page(counterfactuals=[path], figures=[picture], warranties=[shown], report=tmp_path / "report.html")
     section = page[page.index('id="counterfactuals"') : page.index("</main>")]
     genes = re.findall(r'<th scope="row">(G\d+)</th>', section)
     assert genes == [f"G{i}" for i in range(20, 5, -1)] * 2
-    assert section.count("<svg") == 2
+    assert section.count("<svg") == 3
+    alt = re.search(r'aria-label="(Coverage of predictive intervals on mine × unseen_combination[^"]*)"', section)[1]
+    assert "learned seed 0 81.0 (70.0 to 95.0) of 80; learned seed 0 91.0 (70.0 to 95.0) of 90" in alt
     assert "my_<wbr>question" in section
     assert "TF1: the first 15 of 20 genes" in section
     assert "What training knew of TF1: measured." in section
@@ -631,11 +686,19 @@ addEventListener("load", () => {
   const table = document.querySelector("table.leaderboard");
   const button = table.tHead.rows[0].cells[1].querySelector("button");
   button.click();
+  const input = table.closest(".scroll").previousElementSibling.querySelector("input");
+  const shown = words => {
+    input.value = words;
+    input.dispatchEvent(new Event("input"));
+    return [...table.rows].filter(row => row.cells[0].scope === "row" && row.offsetHeight).map(row => row.cells[0].textContent.trim());
+  };
+  const filtered = { baseline: shown("baseline"), without: shown("-baseline -ceiling"), both: shown("BASELINE add"), all: shown("").length };
+  const nameless = [...document.querySelectorAll("a, button, input, summary")].filter(it => !(it.textContent.trim() || it.getAttribute("aria-label"))).length;
   const order = [...table.tBodies[0].rows].map(row => Number(row.cells[1].querySelector("data").value));
   const sort = table.tHead.rows[0].cells[1].getAttribute("aria-sort");
   const dark = getComputedStyle(document.body).backgroundColor;
   document.body.innerHTML = "";
-  document.body.textContent = "PROBE" + JSON.stringify({ width, page, figures, order, sort, dark }) + "EBORP";
+  document.body.textContent = "PROBE" + JSON.stringify({ width, page, figures, order, sort, dark, filtered, nameless }) + "EBORP";
 });
 </script>
 """
@@ -670,6 +733,15 @@ def test_browser_draws_every_figure_without_errors_and_sorts(browser: Callable[.
     assert all(width > 150 and height > 80 and n_marks > 10 for width, height, n_marks in seen["figures"])
     assert seen["sort"] == "ascending"  # mae: the lower the better
     assert seen["order"] == sorted(seen["order"])
+    assert seen["nameless"] == 0
+
+
+def test_rows_are_filtered_by_words(browser: Callable[..., dict]) -> None:
+    filtered = browser("--window-size=1280,900")["filtered"]
+    assert {name.removesuffix("baseline") for name in filtered["baseline"]} == {"no_change", "additive", "perturbed_mean"}
+    assert filtered["without"] == ["learnedlearned"]
+    assert filtered["both"] == ["additivebaseline"]
+    assert filtered["all"] == len(MODELS)
 
 
 def test_a_phone_in_dark_mode_scrolls_tables_not_the_page(browser: Callable[..., dict]) -> None:

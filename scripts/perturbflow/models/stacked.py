@@ -169,7 +169,7 @@ def stacking_weights(examples: Examples, prior: np.ndarray) -> np.ndarray:
 
 
 class Stacked(MeanShift):
-    """Closed forms weighted by inner cross-validation over training perturbations; see the head of this module."""
+    """Closed forms, weighted by how well they predict training perturbations that inner folds held out: the one to beat."""
 
     def learn(self, training: Training) -> Artefact:
         """Find the weights of all cases, then fit all parts to the whole of training."""

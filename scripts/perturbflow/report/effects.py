@@ -1,6 +1,6 @@
-"""Predicted against measured effects of the best and worst perturbations, a scatter plot each."""
+"""Predicted against measured effects, a scatter plot per perturbation and model; the best and worst perturbations first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata as ad
@@ -27,9 +27,16 @@ class Chosen:
     """Which perturbations and models the scatter plots of one dataset × split show."""
 
     reference: str
-    perturbations: dict[str, str]  # → best or worst
+    perturbations: dict[str, str]  # → best or worst, or nothing
     models: list[str]
     n_models_left_out: int
+    others: list[str]  # perturbations
+
+    def rest(self) -> "Chosen":
+        """Return the other perturbations, of the best learned model and the best baseline."""
+        return replace(
+            self, perturbations=dict.fromkeys(self.others, ""), models=list(dict.fromkeys([self.models[0], self.models[-1]])), others=[]
+        )
 
 
 def choose(correlations: pd.DataFrame, cards: dict[str, ModelCard]) -> Chosen | None:
@@ -57,7 +64,8 @@ def choose(correlations: pd.DataFrame, cards: dict[str, ModelCard]) -> Chosen | 
     n_worst = min(2, len(ranked) - n_best)
     perturbations = dict.fromkeys(ranked[:n_best], "best") | dict.fromkeys(ranked[len(ranked) - n_worst :], "worst")
     shown = learned[:LEARNED_MODELS_OF_EFFECTS]
-    return Chosen(reference, perturbations, [*shown, *baseline], len(learned) - len(shown))
+    others = sorted(set(ranked) - set(perturbations))
+    return Chosen(reference, perturbations, [*shown, *baseline], len(learned) - len(shown), others)
 
 
 def _label_points(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str], labelled: list[int]) -> None:

@@ -1,8 +1,9 @@
 """The page: what every section says of a dataset × split, put into the template beside this file."""
 
-import json
+import inspect
 import logging
 import platform
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from perturbflow import __version__
+from perturbflow.audit import CHECKS
 from perturbflow.benchmark.panel import FOLD
 from perturbflow.bootstrap import MIN_PERTURBATIONS
 from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
@@ -23,12 +25,14 @@ from perturbflow.report.cards import ModelCard, model_cards, place_of, read_tabl
 from perturbflow.report.drawing import Drawings, interval, number, signed
 from perturbflow.report.effects import Chosen, choose, effect_figures
 from perturbflow.report.leaderboard import Leaderboard, leaderboard
+from perturbflow.report.overview import overview
 from perturbflow.report.sections import (
     CORRELATION,
     Names,
     PerturbationTable,
     complaints,
     counterfactual_answers,
+    coverage_figures,
     data_account,
     history_of,
     perturbation_table,
@@ -47,6 +51,21 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 # of the table of perturbations. `effects` and `sections` bound their lists beside what they list.
 FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_600_000, "training": 600_000, "counterfactuals": 2_000_000}
 PERTURBATION_ROWS = 4000
+
+NUMBERS = {"benchmark": "leaderboard", "comparisons": "differences"}  # of a table of the benchmark
+RUN = "results/{dataset}/{split}/{model}/seed_{seed}"
+# What stands on the page, the file that holds it, and the rule that makes the file.
+TRACES = (
+    ("scores of single perturbations", f"{RUN}/metrics.tsv", "evaluate"),
+    ("predicted and measured effects", f"{RUN}/predictions.h5ad", "predict"),
+    ("measured cells", "results/{dataset}/{split}/pairs.h5ad", "pair"),
+    ("run cards, curves and cost", f"{RUN}/run.json", "train_…"),
+    ("dropped and renamed", "results/{dataset}/harmonization.json", "harmonize"),
+    ("roles", "results/{dataset}/{split}/split.json", "split"),
+    ("audits", "results/{dataset}/{split}/audit.json", "audit"),
+    ("warranties", f"{RUN}/warranty.json", "warranty"),
+    ("what if", f"{RUN}/counterfactuals/{{query}}.tsv", "counterfactual"),
+)
 
 
 class OfSplit:
@@ -76,13 +95,14 @@ class Group(OfSplit):
     roles: dict[str, dict]
     n_cells: int
     n_genes: int
-    checks: list[str]
+    checks: dict[str, str]  # → passed, or not applicable
     perturbations: PerturbationTable
     left_out: Names
     without_row: dict[str, Names]
     without_vector: Names
     chosen: Chosen | None = None
     effects: list[dict] = field(default_factory=list)
+    other_effects: list[dict] = field(default_factory=list)
     curves: list[dict] = field(default_factory=list)
 
 
@@ -138,6 +158,32 @@ def _boards(
                 )
             )
     return boards
+
+
+def _effects(
+    group: Group,
+    chosen: Chosen,
+    pairs: dict[tuple[str, ...], Path],
+    predictions: dict[tuple[str, ...], Path],
+    scores: pd.DataFrame,
+    cards: dict[str, ModelCard],
+    drawings: Drawings,
+) -> list[dict]:
+    """Return the scatter plots of the chosen perturbations and models of one dataset × split.
+
+    Parameters
+    ----------
+    pairs, predictions
+        By dataset and split; by dataset, split, model and seed.
+    scores
+        Correlations of the seed that is shown, as in metrics.tsv.
+    """
+    if drawings.bytes_left <= 0:
+        return []
+    here = scores[(scores["dataset"] == group.dataset) & (scores["split"] == group.split)]
+    of_model = {model: predictions[group.dataset, group.split, model, f"seed_{here['seed'].iloc[0]}"] for model in chosen.models}
+    correlations = here.set_index(["model", "perturbation"])["value"].to_dict()
+    return effect_figures(chosen, pairs[group.dataset, group.split], of_model, correlations, cards, drawings)
 
 
 def _words(name: str) -> Markup:
@@ -243,7 +289,7 @@ def report(
         n_rows = PERTURBATION_ROWS // len(roles)
         group = Group(
             dataset, split, division["spec"], of_role, *shape,
-            [check for check, result in audited["checks"].items() if result == "passed"],
+            audited["checks"],
             perturbation_table(scores[here], [model for model in cards if model in set(scores.loc[here, "model"])], n_rows),
             Names.of(division["left_out"]),
             {source: Names.of(genes) for source, genes in audited["without_row"].items() if genes},
@@ -254,20 +300,27 @@ def report(
             if place[:2] == (dataset, split) and run["history"]:
                 histories.setdefault(place[2], []).append(history_of(run))
         group.curves = training_curves(histories, group.title, cards, drawings["training"])
-        correlations = scores[here & (scores["metric"] == CORRELATION)]
-        group.chosen = choose(correlations, cards)
-        if group.chosen and drawings["effects"].bytes_left > 0:
-            seed = f"seed_{seeds[0]}"
-            of_model = {model: predicted[dataset, split, model, seed] for model in group.chosen.models}
-            of_seed = correlations[correlations["seed"] == seeds[0]].set_index(["model", "perturbation"])["value"].to_dict()
-            group.effects = effect_figures(group.chosen, paired[dataset, split], of_model, of_seed, cards, drawings["effects"])
-        logger.info("%s: %d figures of effects, %d of training", group.title, len(group.effects), len(group.curves))
+        group.chosen = choose(scores[here & (scores["metric"] == CORRELATION)], cards)
+        logger.info("%s: %d figures of training", group.title, sum(len(model["panels"]) for model in group.curves))
         groups.append(group)
 
+    # The best and worst perturbations of every split first, then as many others as there is room for.
+    of_seed = scores[(scores["metric"] == CORRELATION) & (scores["seed"] == seeds[0])]
+    for group in groups:
+        if group.chosen:
+            group.effects = _effects(group, group.chosen, paired, predicted, of_seed, cards, drawings["effects"])
+    for group in groups:
+        if group.chosen and group.chosen.others:
+            group.other_effects = _effects(group, group.chosen.rest(), paired, predicted, of_seed, cards, drawings["effects"])
+
     warranted = warranty_rows(warranties)
+    coverage = coverage_figures(warranted, cards, drawings["counterfactuals"])
     answers, n_tables_left_out = counterfactual_answers(counterfactuals, figures, warranted, cards, drawings["counterfactuals"])
     page = _render(
+        overview=overview(boards, facts, cards),
         cards=cards,
+        n_runs=Counter(model for _, _, model, _ in facts),
+        first_run={place[2]: place for place in reversed(facts)},
         boards=boards,
         groups=groups,
         datasets=accounts,
@@ -276,6 +329,8 @@ def report(
         runs=[{"place": place, **run} for place, run in facts.items()],
         answers=answers,
         warranties=warranted,
+        coverage=coverage,
+        audited={check.__name__: (inspect.getdoc(check) or "").split("\n\n")[0] for check in CHECKS},
         separability=separability_rows(facts),
         complaints=complaints(facts),
         n_tables_left_out=n_tables_left_out,
@@ -285,7 +340,7 @@ def report(
         min_perturbations=MIN_PERTURBATIONS,
         versions=list(_versions([*facts.values(), *accounts.values()])),
         provenance=provenance or {},
-        params_of=lambda card: json.dumps(card.params, ensure_ascii=False) if card.params else "",
+        traces=[(NUMBERS.get(name, name), file, "benchmark") for name, file in files.items()] + list(TRACES),
     )
     with atomic(report) as partial:
         partial.write_text(page, encoding="utf-8")

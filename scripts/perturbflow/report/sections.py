@@ -226,6 +226,51 @@ def warranty_rows(paths: list[Path]) -> list[dict]:
     return rows
 
 
+@mpl.rc_context(STYLE)
+def _coverage_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
+    names = [f"{row['model']}, {row['seed'].replace('_', ' ')}" for row in rows]
+    axes = new_axes(3.6, 0.62 + 0.3 * len(rows), left=room_for(names))
+    for y, row in enumerate(rows):
+        card = cards[row["model"]]
+        for shift, (nominal, covered) in zip((-0.15, 0.15), sorted(row["covered"].items()), strict=True):
+            axes.plot(
+                [100 * covered["low"], 100 * covered["high"]],
+                [y + shift] * 2,
+                color=card.colour,
+                linewidth=4,
+                alpha=0.35,
+                solid_capstyle="butt",
+            )
+            axes.plot(100 * covered["measured"], y + shift, card.marker, color=card.colour, markersize=5)
+            axes.plot([nominal] * 2, [y + shift - 0.14, y + shift + 0.14], color=INK, linewidth=1.4)
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("% of measured effects in 80 and 90 % intervals")
+    return axes.figure
+
+
+def coverage_figures(warranties: list[dict], cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:
+    """Return a figure per dataset × split: what share of measured effects lay in the intervals, beside what was promised."""
+    places: dict[tuple[str, str], list[dict]] = {}
+    for row in warranties:
+        places.setdefault((row["dataset"], row["split"]), []).append(row)
+    figures = []
+    for (dataset, split), rows in places.items():
+        where = f"{dataset} × {split}"
+        said = "; ".join(
+            f"{row['model']} {row['seed'].replace('_', ' ')} {number(100 * covered['measured'])} ({interval(100 * covered['low'], 100 * covered['high'])}) of {nominal}"
+            for row in rows
+            for nominal, covered in row["covered"].items()
+        )
+        if svg := drawings.svg(f"Coverage of predictive intervals on {where}, in percent: {said}.", _coverage_figure, rows, cards):
+            figures.append({"svg": svg, "where": where})
+    return figures
+
+
 def counterfactual_answers(
     paths: list[Path], figures: list[Path], warranties: list[dict], cards: dict[str, ModelCard], drawings: Drawings
 ) -> tuple[list[dict], int]:
