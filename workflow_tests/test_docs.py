@@ -256,8 +256,58 @@ def test_rule_graph_is_current():
     assert drawn(shown["graph"]) == current, "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to draw it anew"
 
 
+# --- what to cite ---------------------------------------------------------------------------------------------------
+
+CITATIONS = re.compile(r"(?<=<!-- citations: CITATION.cff -->\n).*?(?=<!-- citations: end -->)", flags=re.DOTALL)
+SCOPES = {"screen": "Screens", "prior": "Priors and names", "model": "Models", "metric": "Baselines and metrics", "software": "Software"}
+IDENTIFIER = re.compile(r"\b10\.\d{4,}/[\w./-]*\w|\d{4}\.\d{5}\b")
+
+
+def references() -> list[dict]:
+    """Return what CITATION.cff refers to."""
+    return yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["references"]
+
+
+def identifier(reference: dict) -> str:
+    """Return doi:... or arXiv:..., or nothing."""
+    return f"doi:{reference['doi']}" if "doi" in reference else next((entry["value"] for entry in reference.get("identifiers", [])), "")
+
+
+def citations() -> str:
+    """Return the list of README.md."""
+
+    def author(entry: dict) -> str:
+        return entry.get("name") or f"{entry['family-names']} {' '.join(name[0] + '.' for name in entry['given-names'].split())}"
+
+    lines = []
+    for scope, title in SCOPES.items():
+        lines.append(f"<details><summary>{title}</summary>\n")
+        for entry in (entry for entry in references() if entry["scope"] == scope):
+            authors = f"{', '.join(map(author, entry['authors']))}.".replace(", et al.", " et al.").replace("..", ".")
+            place = f" *{entry['journal']}*" if "journal" in entry else ""
+            found = f" {identifier(entry)}." if identifier(entry) else ""
+            lines.append(
+                f"* {authors} {entry['title']}.{place} ({entry['year']}).{found} {entry['notes'][0].upper() + entry['notes'][1:]}."
+            )
+        lines.append("\n</details>\n")
+    return "\n".join(lines)
+
+
+def test_citations_of_the_readme_are_those_of_the_citation_file():
+    assert CITATIONS.search(README.read_text())[0] == citations()
+
+
+def test_everything_that_is_used_is_cited():
+    known = " ".join(identifier(entry) for entry in references())
+    files = [REPOSITORY / "config/datasets.yaml", REPOSITORY / "config/config.yaml", *(REPOSITORY / "scripts").rglob("*.py")]
+    used = {name for file in files for name in IDENTIFIER.findall("\n".join(re.findall(r"(?:doi|arXiv)[: ].*", file.read_text())))}
+    assert len(used) > 25
+    assert sorted(name for name in used if name not in known) == []
+
+
 def renew() -> None:
     """Write the generated parts anew."""
+    README.write_text(CITATIONS.sub(lambda _: citations(), README.read_text()))
     text = CONFIG_README.read_text()
     table = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
     text = re.sub(r"<!-- metrics -->\n.*?<!-- metrics: end -->", lambda _: table, text, flags=re.DOTALL)

@@ -1,10 +1,11 @@
-"""Print the tables of the benchmark as Markdown, as they stand in the README.
+"""Print the tables of the benchmark as Markdown, as they stand in the READMEs.
 
 python workflow_tests/benchmarks/leaderboard.py results renge2023
+python workflow_tests/benchmarks/leaderboard.py results renge2023 --brief no_change perturbed_mean stacked jepa technical_duplicate
 
 One leaderboard per split, with the headline metrics unless --all is given: the mean, its 95 % interval in round brackets, the value
 scaled from no change (0) to the technical duplicate (1) in square ones, the best baseline in bold; below it what the metrics can tell
-here, and the verdict on every model. With
+here, and the verdict on every model. With --brief and names: these models alone, value and scaled value, the verdict in a word, and a ✗ at metrics that cannot tell. With
 --against MODEL: the paired differences to that baseline instead; above zero is better than it, whatever the metric's direction.
 """
 
@@ -55,6 +56,18 @@ def _cell(score: pd.Series) -> str:
     return f"{bold}{score['value']:.3f}{bold} ({score['ci_low']:.2f}, {score['ci_high']:.2f}){scaled}"
 
 
+def brief(rows: pd.DataFrame, verdicts: pd.DataFrame, models: list[str]) -> str:
+    """Return value, scaled value and verdict of some models; ✗ at the metrics that cannot tell."""
+    means = rows.groupby(["model", "metric"], sort=False)[["value", SCALED]].mean()
+    cells = means.apply(lambda score: f"{score['value']:.3f}" + ("" if np.isnan(score[SCALED]) else f" [{score[SCALED]:.2f}]"), axis=1)
+    words = verdicts.set_index("model")["verdict"]
+    mute = {metric for listed in verdicts["cannot_tell"].dropna() for metric in listed.split(",")}
+    better = rows.drop_duplicates("metric").set_index("metric")["better"].map(ARROWS)
+    table = cells.unstack(fill_value="").loc[[model for model in models if model in words.index or model in set(rows["model"])], better.index]
+    table = table.assign(verdict=words.reindex(table.index).fillna("–"))
+    return markdown(table, [*(f"{metric} {arrow}{' ✗' if metric in mute else ''}" for metric, arrow in better.items()), "verdict"])
+
+
 def calibration(rows: pd.DataFrame) -> str:
     """Return, per metric, DRF and BDS of the technical duplicate against both negative controls; ✗ where it cannot tell."""
     rows = rows[rows["positive"] == "technical_duplicate"]
@@ -80,6 +93,7 @@ def main() -> None:
     parser.add_argument("dataset")
     parser.add_argument("--against", metavar="MODEL")
     parser.add_argument("--all", action="store_true", help="all metrics")
+    parser.add_argument("--brief", nargs="+", metavar="MODEL")
     arguments = parser.parse_args()
     names = ("benchmark", "calibration", "comparisons", "verdicts")
     tables = {name: pd.read_csv(arguments.results / f"{name}.tsv", sep="\t") for name in names}
@@ -89,6 +103,9 @@ def main() -> None:
         if arguments.against:
             rows = tables["comparisons"].query("split == @split and baseline == @arguments.against")
         rows = rows if arguments.all else rows[rows["headline"]]
+        if arguments.brief:
+            print(brief(rows, tables["verdicts"].query("split == @split"), arguments.brief) + "\n")
+            continue
         print((differences if arguments.against else leaderboard)(rows) + "\n")
         if not arguments.against:
             known = tables["calibration"].query("split == @split")
