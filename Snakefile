@@ -19,6 +19,9 @@ from snakemake.utils import min_version
 min_version("9.25")
 
 
+report: "rules/captions/workflow.rst"
+
+
 configfile: workflow.source_path("config/config.yaml")
 configfile: workflow.source_path("config/datasets.yaml")
 configfile: workflow.source_path("config/splits.yaml")

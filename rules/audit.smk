@@ -6,7 +6,13 @@ rule audit:
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
     output:
-        audit="results/{dataset}/{split}/audit.json",
+        audit=report(
+            "results/{dataset}/{split}/audit.json",
+            caption="captions/audit.rst",
+            category="Data",
+            subcategory="{dataset}",
+            labels={"dataset": "{dataset}", "split": "{split}", "file": "audit.json"},
+        ),
     log:
         "logs/audit/{dataset}.{split}.log",
     benchmark:

@@ -6,11 +6,36 @@ rule benchmark:
             run=plan.runs.itertuples(),
         ),
     output:
-        benchmark="results/benchmark.tsv",
-        calibration="results/calibration.tsv",
-        comparisons="results/comparisons.tsv",
-        strata="results/strata.tsv",
-        verdicts="results/verdicts.tsv",
+        benchmark=report(
+            "results/benchmark.tsv",
+            caption="captions/benchmark.rst",
+            category="Benchmark",
+            labels={"file": "benchmark.tsv"},
+        ),
+        calibration=report(
+            "results/calibration.tsv",
+            caption="captions/calibration.rst",
+            category="Benchmark",
+            labels={"file": "calibration.tsv"},
+        ),
+        comparisons=report(
+            "results/comparisons.tsv",
+            caption="captions/comparisons.rst",
+            category="Benchmark",
+            labels={"file": "comparisons.tsv"},
+        ),
+        strata=report(
+            "results/strata.tsv",
+            caption="captions/strata.rst",
+            category="Benchmark",
+            labels={"file": "strata.tsv"},
+        ),
+        verdicts=report(
+            "results/verdicts.tsv",
+            caption="captions/verdicts.rst",
+            category="Benchmark",
+            labels={"file": "verdicts.tsv"},
+        ),
     log:
         "logs/benchmark.log",
     benchmark:

@@ -5,7 +5,19 @@ rule warranty:
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         model=model_file,
     output:
-        warranty="results/{dataset}/{split}/{model}/seed_{seed}/warranty.json",
+        warranty=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/warranty.json",
+            caption="captions/warranty.rst",
+            category="Runs",
+            subcategory="{dataset}, {split}",
+            labels={
+                "dataset": "{dataset}",
+                "split": "{split}",
+                "model": "{model}",
+                "seed": "{seed}",
+                "file": "warranty.json",
+            },
+        ),
         calibration="results/{dataset}/{split}/{model}/seed_{seed}/calibration.npz",
     log:
         "logs/warranty/{dataset}.{split}.{model}.seed_{seed}.log",
@@ -36,8 +48,20 @@ rule counterfactual:
         calibration="results/{dataset}/{split}/{model}/seed_{seed}/calibration.npz",
     output:
         cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",
-        effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",
-        ranking="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.ranking.tsv",
+        effects=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",
+            caption="captions/effects.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "effects.tsv"},
+        ),
+        ranking=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.ranking.tsv",
+            caption="captions/ranking.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "ranking.tsv"},
+        ),
     log:
         "logs/counterfactual/{dataset}.{split}.{model}.seed_{seed}.{query}.log",
     benchmark:
@@ -67,10 +91,34 @@ rule draw:
         effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",
         ranking="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.ranking.tsv",
     output:
-        effects_figure="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.effects.png",
-        responders="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.responders.png",
-        map="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.map.png",
-        heatmap="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.heatmap.png",
+        effects_figure=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.effects.png",
+            caption="captions/effects_figure.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "effects.png"},
+        ),
+        responders=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.responders.png",
+            caption="captions/responders.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "responders.png"},
+        ),
+        map=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.map.png",
+            caption="captions/map.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "map.png"},
+        ),
+        heatmap=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.heatmap.png",
+            caption="captions/heatmap.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "heatmap.png"},
+        ),
     log:
         "logs/draw/{dataset}.{split}.{model}.seed_{seed}.{query}.log",
     benchmark:

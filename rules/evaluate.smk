@@ -5,7 +5,19 @@ rule evaluate:
         pairs="results/{dataset}/{split}/pairs.h5ad",
         split="results/{dataset}/{split}/split.json",
     output:
-        metrics="results/{dataset}/{split}/{model}/seed_{seed}/metrics.tsv",
+        metrics=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/metrics.tsv",
+            caption="captions/metrics.rst",
+            category="Runs",
+            subcategory="{dataset}, {split}",
+            labels={
+                "dataset": "{dataset}",
+                "split": "{split}",
+                "model": "{model}",
+                "seed": "{seed}",
+                "file": "metrics.tsv",
+            },
+        ),
     log:
         "logs/evaluate/{dataset}.{split}.{model}.seed_{seed}.log",
     benchmark:

@@ -4,7 +4,13 @@ rule harmonize:
         raw=raw_file,
     output:
         harmonized="results/{dataset}/harmonized.h5ad",
-        report="results/{dataset}/harmonization.json",
+        report=report(
+            "results/{dataset}/harmonization.json",
+            caption="captions/harmonization.rst",
+            category="Data",
+            subcategory="{dataset}",
+            labels={"dataset": "{dataset}", "file": "harmonization.json"},
+        ),
     log:
         "logs/harmonize/{dataset}.log",
     benchmark:

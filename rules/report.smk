@@ -10,10 +10,7 @@ rule report:
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/run.json",
             run=plan.runs.itertuples(),
         ),
-        metrics=collect(
-            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
-            run=plan.runs.itertuples(),
-        ),
+        metrics=rules.benchmark.input.metrics,
         predictions=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/predictions.h5ad",
             run=plan.runs.itertuples(),
@@ -38,7 +35,12 @@ rule report:
         figures=rules.counterfactuals.input.figures,
         warranties=rules.counterfactuals.input.warranties,
     output:
-        report=report("results/report.html", category="Benchmark"),
+        report=report(
+            "results/report.html",
+            caption="captions/report.rst",
+            category="Benchmark",
+            labels={"file": "report.html"},
+        ),
     log:
         "logs/report.log",
     benchmark:

@@ -5,7 +5,13 @@ rule split:
         harmonized="results/{dataset}/harmonized.h5ad",
         harmonization="results/{dataset}/harmonization.json",
     output:
-        split="results/{dataset}/{split}/split.json",
+        split=report(
+            "results/{dataset}/{split}/split.json",
+            caption="captions/split.rst",
+            category="Data",
+            subcategory="{dataset}",
+            labels={"dataset": "{dataset}", "split": "{split}", "file": "split.json"},
+        ),
     log:
         "logs/split/{dataset}.{split}.log",
     benchmark:

@@ -6,7 +6,19 @@ rule train_closed_form:
         audit="results/{dataset}/{split}/audit.json",
     output:
         model="results/{dataset}/{split}/{model}/seed_{seed}/model.npz",
-        run="results/{dataset}/{split}/{model}/seed_{seed}/run.json",
+        run=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/run.json",
+            caption="captions/run.rst",
+            category="Runs",
+            subcategory="{dataset}, {split}",
+            labels={
+                "dataset": "{dataset}",
+                "split": "{split}",
+                "model": "{model}",
+                "seed": "{seed}",
+                "file": "run.json",
+            },
+        ),
     log:
         "logs/train/{dataset}.{split}.{model}.seed_{seed}.log",
     benchmark:
@@ -39,7 +51,19 @@ rule train_diffusion:
         audit="results/{dataset}/{split}/audit.json",
     output:
         model="results/{dataset}/{split}/{model}/seed_{seed}/model.ckpt",
-        run="results/{dataset}/{split}/{model}/seed_{seed}/run.json",
+        run=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/run.json",
+            caption="captions/run.rst",
+            category="Runs",
+            subcategory="{dataset}, {split}",
+            labels={
+                "dataset": "{dataset}",
+                "split": "{split}",
+                "model": "{model}",
+                "seed": "{seed}",
+                "file": "run.json",
+            },
+        ),
     log:
         "logs/train/{dataset}.{split}.{model}.seed_{seed}.log",
     benchmark:

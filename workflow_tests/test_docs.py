@@ -24,7 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
 CONFIG_README = REPOSITORY / "config" / "README.md"
 CLUSTER_README = REPOSITORY / "config" / "profiles" / "README.md"
-DOCUMENTS = (README, CONFIG_README, CLUSTER_README)
+TUTORIAL = REPOSITORY / "config" / "TUTORIAL.md"
+DOCUMENTS = (README, CONFIG_README, CLUSTER_README, TUTORIAL)
 SCHEMAS = REPOSITORY / "config" / "schemas"
 DEFAULT_FILES = [REPOSITORY / "config" / f"{name}.yaml" for name in ("config", "datasets", "splits", "models", "counterfactuals")]
 
@@ -158,7 +159,7 @@ def merged(base: dict, update: dict) -> dict:
 
 
 def yaml_blocks() -> list[tuple[str, str]]:
-    return [(file.relative_to(REPOSITORY).as_posix(), block) for file in (README, CONFIG_README)
+    return [(file.relative_to(REPOSITORY).as_posix(), block) for file in (README, CONFIG_README, TUTORIAL)
             for block in re.findall(r"^```yaml\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL)]  # fmt: skip
 
 

@@ -249,6 +249,23 @@ def test_names_of_rule_script_log_and_benchmark_agree(name: str, text: str) -> N
     assert (REPOSITORY / environment.group(1)).is_file()
 
 
+def test_every_reported_output_has_a_caption_a_category_and_labels() -> None:
+    captions = REPOSITORY / "rules" / "captions"
+    used = {"workflow"}  # the first page, named in the Snakefile
+    for name, text in rules():
+        flags = re.findall(r"=report\($(.*?)^        \),$", text, flags=re.MULTILINE | re.DOTALL)
+        assert len(flags) == len(re.findall(r"\breport\(", text)), name
+        for flag in flags:
+            path, caption = re.search(r'"(.*?)"', flag)[1], re.search(r'^ +caption="captions/(\w+)\.rst",$', flag, flags=re.MULTILINE)
+            assert caption, f"{name}: {path} has no caption"
+            assert re.search(r'^ +category="[\w-]+",$', flag, flags=re.MULTILINE), f"{name}: {path} has no category"
+            assert re.search(r"^ +labels=\{.*\"file\": ", flag, flags=re.MULTILINE | re.DOTALL), f"{name}: {path} has no labels"
+            text = (captions / f"{caption[1]}.rst").read_text()
+            assert "``snakemake --cores 1 --force {{ snakemake.output." in text, f"{caption[1]}.rst says not how the result is made again"
+            used.add(caption[1])
+    assert {path.stem for path in captions.iterdir()} == used
+
+
 def test_no_input_is_ancient() -> None:
     """Snakemake does not run a job again whose ancient input is made again: a stale result would stay."""
     assert not [name for name, text in rules() if "ancient(" in text]
@@ -414,6 +431,11 @@ def test_words_about_a_dataset_plan_nothing(finished: Finished) -> None:
 )  # fmt: skip
 def test_an_edit_of_the_package_plans_what_depends_on_it(name: str, before: str, after: str, expected: dict, finished: Finished) -> None:
     assert finished.planned_with(f"scripts/perturbflow/{name}", before, after) == expected
+
+
+def test_words_of_the_report_page_plan_nothing(finished: Finished) -> None:
+    assert finished.planned_with("rules/captions/verdicts.rst", "One line", "A line") == {}
+    assert finished.planned_with("rules/benchmark.smk", 'category="Benchmark"', 'category="Scores"') == {}
 
 
 def test_another_content_of_the_screen_plans_everything(finished: Finished) -> None:
