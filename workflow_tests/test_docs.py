@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from perturbflow.evaluation import METRICS
-from perturbflow.registry import FAMILIES, complete
+from perturbflow.registry.config import complete
+from perturbflow.registry.families import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"

@@ -56,6 +56,12 @@ def resolved(block: dict) -> dict:
     return {**block, "source": {"url": urls, **rest}, "bytes": int(known["bytes"]), "md5": str(known["md5"])}
 
 
+def own_files(block: dict) -> dict[str, str]:
+    """Return role → path of the user's own files; none where they are downloaded."""
+    path = block["source"].get("path", {})
+    return path if isinstance(path, dict) else {"file": path}
+
+
 def files_of(block: dict) -> dict[str, dict]:
     """Return role → file of a resolved block: name, url (mirrors) or pypi, and what it must be; a source of one file has the role `file`.
 
