@@ -141,8 +141,8 @@ def problem_of(block: dict) -> tuple[list[str], str] | None:
         return [idle[0]], "in a source of several files it belongs to each file under source.files."
     files = files_of(resolved(block))
     for role, file in files.items():
-        if problem := _problem_with_file(file, kind):
-            return ["source", "files", role] if kind == "files" else [], problem
+        if sentence := _problem_with_file(file, kind):
+            return ["source", "files", role] if kind == "files" else [], sentence
     names = [file["name"].casefold() for file in files.values()]
     if twice := [role for role, file in files.items() if names.count(file["name"].casefold()) > 1]:
         return ["source", "files"], f"{' and '.join(twice)} would have the same name. Give each one of its own with the key name."

@@ -1,7 +1,7 @@
 """The configuration: checked, also for what no schema can say, and completed with defaults."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from perturbflow.errors import InputError
@@ -38,7 +38,7 @@ def _check_source(where: list[str], block: dict, files: Sequence[Path]) -> None:
 
 def _check_patterns(name: str, block: dict, files: Sequence[Path]) -> None:
     """Check that the regular expressions of a block can be read, and that the one of labels has a group."""
-    patterns = {("exclude", column): pattern for column, pattern in block.get("exclude", {}).items()}
+    patterns: dict[tuple[str, ...], str | None] = {("exclude", column): pattern for column, pattern in block.get("exclude", {}).items()}
     patterns |= {("perturbation", "pattern"): block["perturbation"].get("pattern"), ("gene_pattern",): block.get("gene_pattern")}
     for keys, pattern in patterns.items():
         problem = None
@@ -111,7 +111,7 @@ def model_files(block: dict) -> list[str]:
     return [latent["file"]] if isinstance(latent, dict) else []
 
 
-def _check_model_files(config: dict, models: Sequence[str], files: Sequence[Path]) -> None:
+def _check_model_files(config: dict, models: Iterable[str], files: Sequence[Path]) -> None:
     """Check that the files are there that these models are made from."""
     for name in models:
         for path in model_files(config["models"][name]):
@@ -145,7 +145,8 @@ def _check_split(name: str, block: dict, datasets: dict, files: Sequence[Path]) 
 
 def _expand_folds(splits: dict, files: Sequence[Path]) -> tuple[dict, dict[str, list[str]]]:
     """Return the splits with k blocks {name}_fold_{i} in place of each block of k folds, and these names by the block's."""
-    expanded, folds = {}, {}
+    expanded: dict[str, dict] = {}
+    folds: dict[str, list[str]] = {}
     for name, block in splits.items():
         blocks = {name: block}
         if "folds" in block:

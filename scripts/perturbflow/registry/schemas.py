@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonschema import Draft202012Validator
@@ -37,7 +38,7 @@ def _retrieve(uri: str) -> Resource:
     return DRAFT202012.create_resource(yaml.safe_load((SCHEMAS / Path(uri).name).read_text()))
 
 
-def with_defaults(schema: dict, value: object) -> object:
+def with_defaults(schema: dict, value: Any) -> Any:
     """Return the value completed with the schema's defaults; a $ref fills nothing."""
     if not isinstance(value, dict):
         return value
@@ -106,7 +107,8 @@ def holding_file(files: Sequence[Path], path: list[str]) -> str:
 
 def check_schema(value: object, schema: dict, where: list[str], files: Sequence[Path]) -> None:
     """Check a value against a schema; `where` is its place in the configuration, for the message."""
-    resources = SchemaRegistry(retrieve=_retrieve).with_resource("", DRAFT202012.create_resource(schema))
+    resources = SchemaRegistry(retrieve=_retrieve)  # type: ignore[call-arg]  # attrs hands it to the field _retrieve
+    resources = resources.with_resource("", DRAFT202012.create_resource(schema))
     validator = _Validator(schema, registry=resources)
     errors = sorted(validator.iter_errors(value), key=lambda error: list(map(str, error.absolute_path)))
     if not errors:
