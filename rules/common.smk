@@ -18,7 +18,9 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from perturbflow.errors import InputError
 from perturbflow.files import require_writable
-from perturbflow.registry import Plan, model_files, own_files
+from perturbflow.origins import own_files
+from perturbflow.registry.config import model_files
+from perturbflow.registry.plan import Plan
 
 
 # A time stamp says nothing about content: a git checkout or a copy would retrain weeks of work. The lineage that every rule

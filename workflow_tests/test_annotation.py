@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from perturbflow.annotation import canonical_labels, gene_table
 from perturbflow.errors import InputError
-from perturbflow.registry import complete
+from perturbflow.registry.config import complete
 from perturbflow.symbols import CONTROL, SEPARATOR, human_symbols, members_of
 
 REGISTRY = complete(merged({}))["datasets"]

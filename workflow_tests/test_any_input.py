@@ -29,7 +29,7 @@ from snakemake.common.configfile import load_configfile
 from perturbflow import harmonize
 from perturbflow.annotation import canonical_labels
 from perturbflow.errors import InputError
-from perturbflow.registry import Plan
+from perturbflow.registry.plan import Plan
 from perturbflow.sources import open_source
 from perturbflow.symbols import CONTROL, members_of
 

@@ -18,7 +18,7 @@ from perturbflow.errors import InputError
 from perturbflow.models.base import Model, Run, build
 from perturbflow.pairs import Pairs
 from perturbflow.prediction import nonnegative, predict
-from perturbflow.registry import FAMILIES
+from perturbflow.registry.families import FAMILIES
 from perturbflow.symbols import members_of
 from perturbflow.training import train
 

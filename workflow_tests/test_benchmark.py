@@ -14,7 +14,7 @@ from perturbflow.benchmark.verdicts import judge, outcome
 from perturbflow.bootstrap import MIN_PERTURBATIONS, estimate, resampled_means, share_interval
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Metric
-from perturbflow.registry import FAMILIES, Family
+from perturbflow.registry.families import FAMILIES, Family
 
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
 KINDS = {

@@ -20,7 +20,7 @@ from perturbflow.models.regressions import KernelRidge
 from perturbflow.models.shift import MeanShift, Training, least_error
 from perturbflow.models.stacked import ShrunkenEntries, Stacked, stacking_weights
 from perturbflow.pairs import Pairs
-from perturbflow.registry import FAMILIES
+from perturbflow.registry.families import FAMILIES
 from perturbflow.symbols import members_of
 
 N_GENES = 60

@@ -23,7 +23,7 @@ from perturbflow.models.baselines import Additive
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
-from perturbflow.registry import FAMILIES
+from perturbflow.registry.families import FAMILIES
 from perturbflow.training import train
 
 COMBINATION = "unseen_combination"

@@ -26,7 +26,7 @@ from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace
 from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
-from perturbflow.registry import Plan
+from perturbflow.registry.plan import Plan
 
 QUICK = {"n_steps": 300, "batch_size": 64, "n_latent": 16}
 

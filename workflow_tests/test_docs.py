@@ -1,9 +1,10 @@
 """The documents say what is: every key, every default, every command, the graph of rules.
 
 Run as a script (PYTHONPATH=scripts python workflow_tests/test_docs.py), it writes the generated parts anew: the tables of
-model params and of metrics, and the rule graph.
+model params and of metrics, the map of the code, and the rule graph.
 """
 
+import ast
 import json
 import os
 import re
@@ -16,16 +17,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_envs import rules
+from test_house import MODULES, ORDER, stage
 
+from perturbflow import __version__
 from perturbflow.evaluation import METRICS
-from perturbflow.registry import FAMILIES, complete
+from perturbflow.registry.config import complete
+from perturbflow.registry.families import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
 CONFIG_README = REPOSITORY / "config" / "README.md"
 CLUSTER_README = REPOSITORY / "config" / "profiles" / "README.md"
 TUTORIAL = REPOSITORY / "config" / "TUTORIAL.md"
-DOCUMENTS = (README, CONFIG_README, CLUSTER_README, TUTORIAL)
+CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
+DOCUMENTS = (README, CONFIG_README, CLUSTER_README, TUTORIAL, CONTRIBUTING)
 SCHEMAS = REPOSITORY / "config" / "schemas"
 DEFAULT_FILES = [REPOSITORY / "config" / f"{name}.yaml" for name in ("config", "datasets", "splits", "models", "counterfactuals")]
 
@@ -147,6 +153,55 @@ def test_metrics_are_documented():
     assert expected in CONFIG_README.read_text(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
 
 
+# --- the map of the code --------------------------------------------------------------------------------------------
+
+
+def rules_of_modules() -> dict[str, list[str]]:
+    """Return module → rules whose script calls a function of it."""
+    found: dict[str, list[str]] = {}
+    for rule, fields in rules().items():
+        for node in ast.parse(Path(fields["script"]).read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module and node.module != "perturbflow.cli":
+                place = node.module.removeprefix("perturbflow.").replace(".", "/")
+                found.setdefault(place if place in MODULES else f"{place}/__init__", []).append(rule)
+    return found
+
+
+def map_of_the_code() -> str:
+    """Return the table of modules, in the order of the data; what holds no step comes last."""
+    lines = ["| module | what it does | rules that run it |", "| --- | --- | --- |"]
+    of_module = rules_of_modules()
+    for module in sorted(MODULES, key=lambda name: (stage(name) or len(ORDER) + 1, name)):
+        said = (ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n\n")[0]
+        called = ", ".join(f"`{rule}`" for rule in of_module.get(module, []))
+        lines.append(f"| `{module}.py` | {' '.join(said.split()).replace('|', '/')} | {called} |".replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+def test_map_of_the_code_is_current():
+    expected = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
+    assert expected in CONTRIBUTING.read_text(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the map anew"
+
+
+def test_every_rule_with_a_script_has_its_module_on_the_map():
+    assert set().union(*rules_of_modules().values()) == set(rules())
+    assert set(rules_of_modules()) <= set(MODULES)
+
+
+def test_what_is_named_in_code_is_there():
+    """A page that tells where to put a line names functions and tables that are still called so."""
+    places = [path for folder in ("rules", "scripts", "config", "workflow_tests") for path in (REPOSITORY / folder).rglob("*")]
+    code = "\n".join(path.read_text() for path in places if path.suffix in (".py", ".smk", ".yaml"))
+    named = set(re.findall(r"`([A-Za-z_][\w.]*)[`(=]", CONTRIBUTING.read_text()))
+    words = {name.rsplit(".", 1)[-1] for name in named if not name.endswith((".py", ".cff", ".md"))}
+    assert words
+    assert not {word for word in words if not re.search(rf"\b{re.escape(word)}\b", code)}
+
+
+def test_the_version_is_one():
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == __version__
+
+
 # --- examples and commands ------------------------------------------------------------------------------------------
 
 
@@ -211,6 +266,21 @@ def test_bash_blocks_parse():
     for file in DOCUMENTS:
         for block in re.findall(r"^```bash\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL):
             subprocess.run(["bash", "-n", "-c", block], check=True)
+            for word in shlex.split(block, comments=True):
+                if re.match(r"(config|rules|scripts|envs|workflow_tests)/.*\.(yaml|smk|py|txt)$", word):
+                    assert (REPOSITORY / word).exists(), f"{file.name} runs {word}"
+
+
+def anchors(file: Path) -> set[str]:
+    """Return what the headings of a document are linked by."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_headings_that_exist():
+    for file in DOCUMENTS:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", file.read_text()):
+            assert anchor in anchors(file.parent / target if target else file), f"{file.name} links {target}#{anchor}"
 
 
 def test_files_that_are_linked_or_named_exist():
@@ -309,6 +379,10 @@ def test_everything_that_is_used_is_cited():
 def renew() -> None:
     """Write the generated parts anew."""
     README.write_text(CITATIONS.sub(lambda _: citations(), README.read_text()))
+    table = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
+    CONTRIBUTING.write_text(
+        re.sub(r"<!-- modules -->\n.*?<!-- modules: end -->", lambda _: table, CONTRIBUTING.read_text(), flags=re.DOTALL)
+    )
     text = CONFIG_README.read_text()
     table = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
     text = re.sub(r"<!-- metrics -->\n.*?<!-- metrics: end -->", lambda _: table, text, flags=re.DOTALL)

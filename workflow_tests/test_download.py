@@ -32,7 +32,7 @@ from perturbflow.download import download, transfer
 from perturbflow.download.check import ask, ask_index
 from perturbflow.download.verification import UnfitError, is_web_page, verify
 from perturbflow.errors import InputError
-from perturbflow.registry import Plan
+from perturbflow.registry.plan import Plan
 
 CONTENT = screen()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -13,7 +13,7 @@ from perturbflow.embeddings import Embeddings, embeddings, from_table, rows_of
 from perturbflow.errors import InputError
 from perturbflow.models.base import Run, build
 from perturbflow.pairs import Pairs
-from perturbflow.registry import FAMILIES
+from perturbflow.registry.families import FAMILIES
 from perturbflow.training import train
 
 CLOSED_FORMS = [name for name, family in FAMILIES.items() if family.rule == "train_closed_form"]

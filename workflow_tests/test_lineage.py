@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import CLOSED_FORMS, closed_forms_config, copy_repository, merged
 
-from perturbflow import lineage, registry
+from perturbflow import lineage
 from perturbflow.lineage import code_digest, digest, file_fingerprint, source_files
-from perturbflow.registry import Plan
+from perturbflow.registry import families, plan
+from perturbflow.registry.plan import Plan
 
 DATA_STEPS = {"harmonize", "split", "pair", "embeddings", "audit"}
 MODEL_STEPS = {"train", "predict", "evaluate"}
@@ -75,7 +76,12 @@ def test_only_what_is_imported_counts() -> None:
 def test_imports_of_imports_count_too() -> None:
     names = {path.name for path in source_files(lineage.SCRIPTS / "evaluate.py")}
     assert {"evaluate.py", "inputs.py", "pseudobulk.py", "pairs.py", "splits.py", "symbols.py"} <= names
-    assert not names & {"download.py", "baselines.py", "registry.py", "training.py"}
+    assert not names & {"download.py", "baselines.py", "families.py", "training.py"}
+
+
+def test_scores_and_report_depend_on_the_families_and_not_on_the_plan() -> None:
+    files = source_files(*(lineage.SCRIPTS / f"{step}.py" for step in LAST))
+    assert {path.name for path in files if path.parent.name == "registry"} == {"families.py"}
 
 
 def test_no_training_of_a_closed_form_depends_on_a_learned_model() -> None:
@@ -192,8 +198,9 @@ def workplace(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    for module in (lineage, registry):
+    for module in (lineage, plan):
         monkeypatch.setattr(module, "SCRIPTS", repository / "scripts")
+    for module in (lineage, families):
         monkeypatch.setattr(module, "PACKAGE", repository / "scripts" / "perturbflow")
     workplace = Workplace(folder, repository)
     yield workplace

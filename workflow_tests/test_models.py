@@ -27,7 +27,8 @@ from perturbflow.models.latent import LatentSpace
 from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.own_gene import OwnGene
 from perturbflow.pairs import Pairs
-from perturbflow.registry import FAMILIES, complete
+from perturbflow.registry.config import complete
+from perturbflow.registry.families import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LEARNED = ["scppdm", "scppdm_hybrid", "jepa", "counterfactual"]

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from perturbflow.errors import InputError
 from perturbflow.origins import SAFE_NAME, file_name, scperturb_files
-from perturbflow.registry import FAMILIES, Plan, complete
+from perturbflow.registry.config import complete
+from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.plan import Plan
 
 CONFIG = REPOSITORY / "config"
 CLOSED = ["no_change", "additive", "linear"]

@@ -22,7 +22,7 @@ from perturbflow.benchmark import benchmark
 from perturbflow.evaluation import METRICS, evaluate
 from perturbflow.files import read_json, write_json
 from perturbflow.prediction import predict
-from perturbflow.registry import FAMILIES, Family
+from perturbflow.registry.families import FAMILIES, Family
 from perturbflow.report import leaderboard, report
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.drawing import number, signed

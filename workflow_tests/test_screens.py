@@ -26,7 +26,7 @@ from perturbflow.errors import InputError
 from perturbflow.files import file_digest
 from perturbflow.harmonize import harmonize
 from perturbflow.origins import files_of
-from perturbflow.registry import complete
+from perturbflow.registry.config import complete
 from perturbflow.symbols import CONTROL
 
 BENCHMARKS = REPOSITORY / "workflow_tests" / "benchmarks" / "README.md"

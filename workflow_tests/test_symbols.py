@@ -132,7 +132,7 @@ def test_the_table_is_read_in_no_time() -> None:
 
 
 def test_the_snakefile_does_not_read_the_table() -> None:
-    command = "import sys, perturbflow.registry; print('perturbflow.symbols' in sys.modules)"
+    command = "import sys, perturbflow.registry.plan; print('perturbflow.symbols' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts")}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

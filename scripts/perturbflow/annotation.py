@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -150,7 +151,7 @@ def _with_dose(labels: pd.Series, dose: pd.Series) -> pd.Series:
     return pd.Series(pd.Categorical.from_codes(unique.codes[codes], unique.categories), index=labels.index)
 
 
-def _number(value: object) -> str:
+def _number(value: Any) -> str:
     try:
         return f"{float(value):g}"
     except ValueError:

@@ -4,6 +4,7 @@ import pickle
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ DAMAGED = (
 """What the readers of numpy and torch raise at files that are truncated, altered, or something else."""
 
 
-def save_artefact(path: Path, artefact: dict[str, object]) -> None:
+def save_artefact(path: Path, artefact: dict[str, Any]) -> None:
     """Write an artefact; the suffix of the path decides the format."""
     if path.suffix == ".npz":
         with atomic(path) as partial:
@@ -26,7 +27,7 @@ def save_artefact(path: Path, artefact: dict[str, object]) -> None:
         save_checkpoint(path, artefact)
 
 
-def load_artefact(path: Path) -> dict[str, object]:
+def load_artefact(path: Path) -> dict[str, Any]:
     """Read an artefact; InputError where the file is damaged."""
     try:
         if path.suffix == ".npz":
@@ -42,7 +43,7 @@ def load_artefact(path: Path) -> dict[str, object]:
         ) from error
 
 
-def save_checkpoint(path: Path, content: dict[str, object]) -> None:
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values as a checkpoint."""
     import torch  # closed forms need no torch
 
@@ -51,7 +52,7 @@ def save_checkpoint(path: Path, content: dict[str, object]) -> None:
         torch.save(content, file)
 
 
-def load_checkpoint(path: Path) -> dict[str, object]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint; one of `DAMAGED` where it is not what was written, or holds more than tensors and plain values."""
     import torch
 

@@ -180,8 +180,8 @@ def no_cell_twice(evidence: Evidence) -> Findings:
         hashlib.blake2b(counts.indices[start:end].tobytes() + counts.data[start:end].tobytes(), digest_size=16).digest()
         for start, end in zip(counts.indptr[:-1], counts.indptr[1:], strict=True)
     ]
-    trained = {rows[i]: i for i in np.flatnonzero(evidence.is_train)}
-    copies = [i for i in np.flatnonzero(~evidence.is_train) if rows[i] in trained]
+    trained = {rows[i]: i for i in np.flatnonzero(evidence.is_train).tolist()}
+    copies = [i for i in np.flatnonzero(~evidence.is_train).tolist() if rows[i] in trained]
     least = np.log(evidence.is_train.sum() * max((~evidence.is_train).sum(), 1) / CHANCE_COPIES)
     copies = [i for i in copies if -poisson.logpmf(counts[i].data, counts[i].data).sum() > least]
     if not copies:

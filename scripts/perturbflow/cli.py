@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from perturbflow.errors import InputError
 
@@ -54,7 +55,7 @@ def _argument_parser(function: Callable) -> argparse.ArgumentParser:
             continue
         converter = json.loads if kind in (dict, list) else kind
         shown = "JSON" if kind in (dict, list) else getattr(kind, "__name__", str(kind)).upper()
-        arguments = {"required": is_required, "type": converter, "metavar": shown}
+        arguments: dict[str, Any] = {"required": is_required, "type": converter, "metavar": shown}
         if not is_required:
             arguments["default"] = parameter.default
             arguments["help"] = f"default: {parameter.default}"
@@ -62,7 +63,7 @@ def _argument_parser(function: Callable) -> argparse.ArgumentParser:
     return parser
 
 
-def _as_declared(value: object, hint: object) -> object:
+def _as_declared(value: Any, hint: Any) -> Any:
     """Return strings as paths where the signature says so; Snakemake hands over strings."""
     if value is None:
         return None
@@ -73,7 +74,7 @@ def _as_declared(value: object, hint: object) -> object:
     return value
 
 
-def run(function: Callable, snakemake: object | None = None, by_hand: Callable | None = None) -> None:
+def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = None) -> None:
     """Call a script's function with named inputs, outputs and params of a Snakemake job, or of the command line.
 
     From the command line `by_hand` is called in its place, where there is one: people ask for less than a job is told.

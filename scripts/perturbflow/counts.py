@@ -185,7 +185,8 @@ def write_counts(
             unpack_counts(packed, starts, kept, gene, data, indices, indptr)
             written["data"].append(data[: indptr[-1]])
             written["indices"].append(indices[: indptr[-1]])
-            totals.append(_totals(*cell_totals(data, indices, indptr, is_mt[is_seen]), np.diff(indptr)))
+            total, mitochondrial = cell_totals(data, indices, indptr, is_mt[is_seen])
+            totals.append(_totals(total, mitochondrial, np.diff(indptr)))
         for dataset in written.values():
             dataset.finish()
     table = pd.concat(totals, ignore_index=True)

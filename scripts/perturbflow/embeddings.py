@@ -9,6 +9,7 @@ import pandas as pd
 
 from perturbflow.errors import InputError
 from perturbflow.files import atomic
+from perturbflow.hdf5 import CsrRows
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import approved_symbol, candidates, members_of, without_dose
 
@@ -66,7 +67,8 @@ def coexpression(pairs: Pairs, genes: list[str]) -> pd.DataFrame:
     Genes that vary together over unperturbed and perturbed training cells lie close together. Genes × 32 at most;
     NaN for a gene that was not measured.
     """
-    X = pairs.roles("train").X.astype(np.float64)
+    stored = pairs.roles("train").X
+    X = (stored[:] if isinstance(stored, CsrRows) else stored).astype(np.float64)
     mean = np.asarray(X.mean(axis=0)).ravel()
     covariance = np.asarray((X.T @ X).todense()) / X.shape[0] - np.outer(mean, mean)
     spread = np.sqrt(np.maximum(covariance.diagonal(), 0.0))

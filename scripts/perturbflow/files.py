@@ -80,7 +80,7 @@ def _errors_of_closing() -> Iterator[list[BaseException]]:
     """Collect the errors that h5py only prints: what fails while an object is closed is as lost as what fails in a write."""
     errors: list[BaseException] = []
     hooks = sys.unraisablehook, sys.excepthook
-    sys.unraisablehook = lambda unraisable: errors.append(unraisable.exc_value)
+    sys.unraisablehook = lambda unraisable: errors.append(unraisable.exc_value or RuntimeError(unraisable.err_msg))
     sys.excepthook = lambda kind, error, traceback: errors.append(error)
     try:
         yield errors

@@ -153,7 +153,8 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         logger.warning("%s: %s", name, note)
     check_shape(n_source, dataset, path)
     source_genes = gene_table(source.var, dataset)
-    dropped, dropped_genes = Counter(), Counter()
+    dropped: Counter[str] = Counter()
+    dropped_genes: Counter[str] = Counter()
     if "gene_pattern" in dataset:
         wanted = np.flatnonzero(is_wanted(source_genes, dataset["gene_pattern"], path))
         dropped_genes["gene_pattern"] = len(source_genes) - len(wanted)

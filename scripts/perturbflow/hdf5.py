@@ -32,7 +32,12 @@ LEVEL = 2
 GAP, SPAN = 2**15, 2**21
 """Rows of a sparse matrix are read together where no more than GAP values lie between two, and SPAN values in all."""
 
-_DIRECT_FILTERS = ([], [h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE])
+_DIRECT_FILTERS: tuple[list[int], ...] = (
+    [],
+    [h5py.h5z.FILTER_DEFLATE],
+    [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE],
+    [h5py.h5z.FILTER_SHUFFLE],
+)
 
 
 class Rows:
@@ -91,6 +96,7 @@ class Rows:
         return values
 
     def _decoded(self, origin: tuple[int, ...]) -> np.ndarray:
+        assert self._chunk_at is not None  # `tiles` looks first
         found = self._chunk_at.get(origin)
         if found is None:  # never written
             return np.full(self.chunks, self.dataset.fillvalue, self.dtype)
@@ -101,7 +107,7 @@ class Rows:
         if h5py.h5z.FILTER_DEFLATE in applied:
             try:
                 content = isal_zlib.decompress(content, bufsize=n_bytes)
-            except isal_zlib.error as error:
+            except isal_zlib.error as error:  # type: ignore[misc]  # its stub declares an instance
                 raise self._damaged(error) from error
         if len(content) != n_bytes:
             raise self._damaged(f"a chunk has {len(content):,} bytes instead of {n_bytes:,}")
@@ -252,7 +258,7 @@ class Appended:
             name, (n_most,), dtype, maxshape=(None,), chunks=(self._chunk,), shuffle=True, compression="gzip", compression_opts=LEVEL
         )
         self._pool = pool
-        self._begun = np.empty(0, dtype)
+        self._begun: np.ndarray = np.empty(0, dtype)
         self._n_written = 0
         self._encoding: deque[tuple[int, Future]] = deque()
 

@@ -123,7 +123,7 @@ def pack_counts(
     for row in range(len(indptr) - 1):
         if is_wanted[row]:
             counts, genes = data[indptr[row] : indptr[row + 1]], indices[indptr[row] : indptr[row + 1]]
-            expected = 0
+            expected = np.uint32(0)
             for i in range(len(counts)):
                 gene, count = np.uint32(genes[i]), np.uint32(counts[i])
                 skipped = np.uint32(gene - expected)

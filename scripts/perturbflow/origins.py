@@ -56,6 +56,12 @@ def resolved(block: dict) -> dict:
     return {**block, "source": {"url": urls, **rest}, "bytes": int(known["bytes"]), "md5": str(known["md5"])}
 
 
+def own_files(block: dict) -> dict[str, str]:
+    """Return role → path of the user's own files; none where they are downloaded."""
+    path = block["source"].get("path", {})
+    return path if isinstance(path, dict) else {"file": path}
+
+
 def files_of(block: dict) -> dict[str, dict]:
     """Return role → file of a resolved block: name, url (mirrors) or pypi, and what it must be; a source of one file has the role `file`.
 
@@ -135,8 +141,8 @@ def problem_of(block: dict) -> tuple[list[str], str] | None:
         return [idle[0]], "in a source of several files it belongs to each file under source.files."
     files = files_of(resolved(block))
     for role, file in files.items():
-        if problem := _problem_with_file(file, kind):
-            return ["source", "files", role] if kind == "files" else [], problem
+        if sentence := _problem_with_file(file, kind):
+            return ["source", "files", role] if kind == "files" else [], sentence
     names = [file["name"].casefold() for file in files.values()]
     if twice := [role for role, file in files.items() if names.count(file["name"].casefold()) > 1]:
         return ["source", "files"], f"{' and '.join(twice)} would have the same name. Give each one of its own with the key name."

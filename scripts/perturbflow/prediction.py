@@ -83,7 +83,7 @@ def predict(
             size = len(rows) if family.is_ceiling else CELLS_PER_BLOCK  # a ceiling draws without replacement, from few
             for block, first in enumerate(range(0, len(rows), size)):
                 starts = cells.control_index[rows[first : first + size], 0]
-                told = {"strata": strata[starts]} if family.reads_strata else {}
+                told = {} if strata is None else {"strata": strata[starts]}
                 control = X[np.searchsorted(controls, starts)].toarray()
                 predicted = family.predict(control, [label], len(starts), block_seed(seed, label, block), **told)[0]
                 written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))

@@ -351,11 +351,12 @@ def _unpacked(path: Path, member: str | None) -> BinaryIO:
     """Unpack the member of an archive beside it, into a file without a name: no name in the archive leads anywhere."""
     unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  closed with its last user
     with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path) as archive:
-        is_zip = isinstance(archive, zipfile.ZipFile)
-        names = archive.namelist() if is_zip else [entry.name for entry in archive if entry.isfile()]
-        if member not in names:
+        names = archive.namelist() if isinstance(archive, zipfile.ZipFile) else [entry.name for entry in archive if entry.isfile()]
+        if member is None or member not in names:
             raise InputError(f"{path}: source.member is {member!r}, and the archive holds {', '.join(names[:8])}. Name one of these.")
-        shutil.copyfileobj(archive.open(member) if is_zip else archive.extractfile(member), unpacked, 2**20)
+        content = archive.open(member) if isinstance(archive, zipfile.ZipFile) else archive.extractfile(member)
+        assert content is not None  # names are those of files
+        shutil.copyfileobj(content, unpacked, 2**20)
     unpacked.flush()
     return unpacked
 
@@ -411,5 +412,5 @@ def _matrix(stored: h5py.Dataset | h5py.Group, content: BinaryIO, path: Path) ->
         return _Dense(rows_of(stored)) if stored.ndim == 2 and stored.size else None
     # The second names are those of h5sparse, which anndata had before 0.7.
     kind = str(stored.attrs.get("encoding-type", stored.attrs.get("h5sparse_format")))
-    shape = tuple(int(n) for n in stored.attrs.get("shape", stored.attrs.get("h5sparse_shape")))
-    return (_Csc if kind.startswith("csc") else _Csr)(stored, shape, rows_of)
+    n_rows, n_columns = (int(n) for n in stored.attrs.get("shape", stored.attrs.get("h5sparse_shape")))
+    return (_Csc if kind.startswith("csc") else _Csr)(stored, (n_rows, n_columns), rows_of)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -55,6 +56,7 @@ def _take(names: list[str], fraction: float, rng: np.random.Generator) -> set[st
 def _test_names(names: list[str], test_fraction: float | None, fold: tuple[int, int] | None, rng: np.random.Generator) -> set[str]:
     """Return a random share of the names, or one of k folds: disjoint, together all names, sizes equal but for one."""
     if fold is None:
+        assert test_fraction is not None  # the configuration has one of the two
         return _take(names, test_fraction, rng)
     i, k = fold
     if k > len(names):
@@ -318,7 +320,7 @@ def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: d
             "%s: %d perturbations, %d cells, %d of them controls", role, len(perturbations[role]), len(cells[role]), n_controls[role]
         )
     held_out = {*perturbations["validation"], *perturbations["test"]}
-    content = {
+    content: dict[str, Any] = {
         "name": name,
         "spec": spec,
         "generalization": GENERALIZATION[spec["kind"]],

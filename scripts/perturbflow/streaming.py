@@ -14,7 +14,8 @@ import numpy as np
 
 from perturbflow.errors import InputError
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], threads: int) -> Iterator[Result]:
@@ -59,7 +60,7 @@ class Spool:
     def append(self, values: np.ndarray) -> Piece:
         """Lay an array of integers (of any type) aside."""
         narrow = values.dtype if values.dtype == np.uint8 else np.min_scalar_type(int(values.max(initial=0)))
-        content = memoryview(np.ascontiguousarray(values, narrow)).cast("B")
+        content = np.ascontiguousarray(values, narrow).data.cast("B")
         piece = Piece(self._end, len(values), narrow)
         try:
             while content:

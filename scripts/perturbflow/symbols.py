@@ -38,7 +38,8 @@ class Symbols:
 def human_symbols() -> Symbols:
     """Return the table that ships with the workflow (symbols approved by HGNC, see `perturbflow.hgnc`)."""
     approved, ids = set(), {}
-    previous, alias = defaultdict(list), defaultdict(list)
+    previous: dict[str, list[str]] = defaultdict(list)
+    alias: dict[str, list[str]] = defaultdict(list)
     with gzip.open(TABLE, "rt", encoding="utf-8") as file:
         lines = (line.rstrip("\n").split("\t") for line in file if line[0] != "#")
         next(lines)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -41,15 +40,17 @@ class Place:
         return f"{self.path}: {self.member}" if self.member else str(self.path)
 
     @contextmanager
-    def open(self) -> Iterator[BinaryIO]:
+    def open(self) -> Iterator[io.BufferedIOBase]:
         """Yield the content, decompressed where it is gzipped."""
         with ExitStack() as stack:
             if self.member is None:
-                content = stack.enter_context(self.path.open("rb"))
+                raw = stack.enter_context(self.path.open("rb"))
             else:
-                content = io.BufferedReader(stack.enter_context(tarfile.open(self.path)).extractfile(self.member))
-            if content.peek(2)[:2] == b"\x1f\x8b":
-                content = stack.enter_context(gzip.open(content))
+                member = stack.enter_context(tarfile.open(self.path)).extractfile(self.member)
+                assert isinstance(member, io.BufferedReader)  # what is no file has no place in a triplet
+                raw = member
+            is_gzipped = raw.peek(2)[:2] == b"\x1f\x8b"
+            content: io.BufferedIOBase = stack.enter_context(gzip.open(raw)) if is_gzipped else raw
             try:
                 yield content
             except (EOFError, zlib.error, tarfile.ReadError, gzip.BadGzipFile) as error:

@@ -23,7 +23,7 @@ from leaderboard import markdown, parser_of_split  # noqa: E402
 from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.evaluation import METRICS  # noqa: E402
 from perturbflow.files import read_json  # noqa: E402
-from perturbflow.registry import FAMILIES  # noqa: E402
+from perturbflow.registry.families import FAMILIES  # noqa: E402
 
 FOUR = ("l2_heg1000", "pearson_delta_ctrl", "pearson_delta_pert", "pds_cosine")
 WORDS = {1: "better", 0: "level", -1: "worse"}

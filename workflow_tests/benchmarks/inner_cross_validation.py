@@ -28,7 +28,8 @@ from perturbflow.evaluation import METRICS, score_inputs  # noqa: E402
 from perturbflow.files import read_json, write_json  # noqa: E402
 from perturbflow.pairs import Pairs, pair  # noqa: E402
 from perturbflow.prediction import predict  # noqa: E402
-from perturbflow.registry import FAMILIES, complete  # noqa: E402
+from perturbflow.registry.config import complete  # noqa: E402
+from perturbflow.registry.families import FAMILIES  # noqa: E402
 from perturbflow.splits import split  # noqa: E402
 from perturbflow.symbols import members_of  # noqa: E402
 from perturbflow.training import train  # noqa: E402

@@ -63,7 +63,9 @@ def brief(rows: pd.DataFrame, verdicts: pd.DataFrame, models: list[str]) -> str:
     words = verdicts.set_index("model")["verdict"]
     mute = {metric for listed in verdicts["cannot_tell"].dropna() for metric in listed.split(",")}
     better = rows.drop_duplicates("metric").set_index("metric")["better"].map(ARROWS)
-    table = cells.unstack(fill_value="").loc[[model for model in models if model in words.index or model in set(rows["model"])], better.index]
+    table = cells.unstack(fill_value="").loc[
+        [model for model in models if model in words.index or model in set(rows["model"])], better.index
+    ]
     table = table.assign(verdict=words.reindex(table.index).fillna("–"))
     return markdown(table, [*(f"{metric} {arrow}{' ✗' if metric in mute else ''}" for metric, arrow in better.items()), "verdict"])
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests")]
 
 from conftest import merged  # noqa: E402
 
-from perturbflow.registry import FAMILIES  # noqa: E402
+from perturbflow.registry.families import FAMILIES  # noqa: E402
 
 N_SCREENS, N_SPLITS, N_MODELS, N_LEARNED, N_SEEDS = 25, 4, 15, 4, 3
 LOOP = 20_000_000

@@ -33,7 +33,7 @@ from perturbflow.prediction import predict  # noqa: E402
 from perturbflow.priors.annotations import annotation_vectors  # noqa: E402
 from perturbflow.priors.interactions import interaction_vectors  # noqa: E402
 from perturbflow.priors.tables import N_DIMENSIONS  # noqa: E402
-from perturbflow.registry import FAMILIES  # noqa: E402
+from perturbflow.registry.families import FAMILIES  # noqa: E402
 from perturbflow.splits import split  # noqa: E402
 from perturbflow.symbols import members_of  # noqa: E402
 from perturbflow.training import train  # noqa: E402

@@ -27,7 +27,8 @@ sys.path.insert(0, str(SCRIPTS))
 
 from perturbflow.files import write_json
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
-from perturbflow.registry import FAMILIES, complete
+from perturbflow.registry.config import complete
+from perturbflow.registry.families import FAMILIES
 from perturbflow.splits import ROLES
 from perturbflow.symbols import CONTROL
 

@@ -15,7 +15,7 @@ from perturbflow.benchmark.verdicts import judge
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS
 from perturbflow.files import atomic
-from perturbflow.registry import FAMILIES
+from perturbflow.registry.families import FAMILIES
 
 logger = logging.getLogger(__name__)
 

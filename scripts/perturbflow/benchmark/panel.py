@@ -63,7 +63,8 @@ def _panel(dataset: str, split: str, scores: pd.DataFrame) -> Panel:
     values = np.full((*map(len, names), len(found)), np.nan)
     values[(*codes, code)] = scores["value"]
     facts = scores.loc[~labels.duplicated(), ["perturbation", *FACTS]].reset_index(drop=True)
-    return Panel(dataset, split, *names, facts, values)
+    metrics, models, seeds = names
+    return Panel(dataset, split, metrics, models, seeds, facts, values)
 
 
 def panels(scores: pd.DataFrame) -> Iterator[Panel]:

@@ -15,7 +15,7 @@ from perturbflow.bootstrap import (
     share_interval,
 )
 from perturbflow.evaluation import METRICS
-from perturbflow.registry import FAMILIES
+from perturbflow.registry.families import FAMILIES
 
 # Families that scales and calibrations refer to.
 FLOORS = ("no_change", "perturbed_mean", "additive", "matching_mean", "transfer")

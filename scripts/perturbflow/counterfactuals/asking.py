@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.figures import draw
@@ -78,13 +79,13 @@ def ask(
     if query["search"]:
         query["search"].setdefault("budget", 10)
     output.parent.mkdir(parents=True, exist_ok=True)
-    answers = [Path(f"{output}{suffix}") for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
+    answers = Path(f"{output}.h5ad"), Path(f"{output}.tsv"), Path(f"{output}.ranking.tsv")
     counterfactual(*files, *shown, *answers, *about, query, trained["seed"])
     draw(*answers, *[Path(f"{output}.{figure}.png") for figure in ("effects", "responders", "map", "heatmap")])
     logger.info("written: %s.h5ad, .tsv, .ranking.tsv and .effects, .responders, .map and .heatmap.png", output)
 
 
-def _parsed(name: str, text: str) -> object:
+def _parsed(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import matplotlib as mpl
@@ -21,7 +22,7 @@ GENES = 15
 GENES_OF_HEATMAP = 40
 PERTURBATIONS_OF_HEATMAP = 60
 ARROWS = 150
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "font.family": ["DejaVu Sans"], "font.size": 8, "text.parse_math": False,
     "savefig.dpi": 150, "figure.facecolor": "white",
 }  # fmt: skip

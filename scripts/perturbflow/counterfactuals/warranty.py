@@ -9,6 +9,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -63,7 +64,7 @@ def identity(model: Model, cells: np.ndarray, seed: int) -> float:
     return float(np.abs(model.counterfactual(cells, [CONTROL], 2, seed)[0] - cells[:, None]).max())
 
 
-def placebo(model: Model, controls: Pairs, seed: int) -> dict[str, object]:
+def placebo(model: Model, controls: Pairs, seed: int) -> dict[str, Any]:
     """Call genes between controls that were asked about no perturbation and other controls of their batches.
 
     Parameters
@@ -119,7 +120,7 @@ def _halves(cells: Pairs, label: str) -> list[np.ndarray]:
     return [cells.mean_of(rows[half == name]) - cells.control_mean_for(rows[half == name]) for name in ("a", "b") if (half == name).any()]
 
 
-def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Scale, seed: int) -> dict[str, object]:
+def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Scale, seed: int) -> dict[str, Any]:
     """Hold predicted effects and their intervals against the measured effects of the test perturbations."""
     test = pairs.roles("test")
     effects = Effects.of_training(pairs)
@@ -153,7 +154,7 @@ def _mean(values: np.ndarray) -> tuple[float, float, float]:
     return float(found.mean[0]), float(found.low[0]), float(found.high[0])
 
 
-def _summary(rows: list[dict], calibration: Calibration) -> dict[str, object]:
+def _summary(rows: list[dict], calibration: Calibration) -> dict[str, Any]:
     coverage = []
     for level in NOMINAL:
         values = np.array([row[f"coverage_{round(100 * level)}"] for row in rows], dtype=float)
@@ -176,7 +177,7 @@ def _summary(rows: list[dict], calibration: Calibration) -> dict[str, object]:
     return {"coverage": coverage, **agreement}
 
 
-def _on_target(targets: list[tuple]) -> dict[str, object]:
+def _on_target(targets: list[tuple]) -> dict[str, Any]:
     """Return how well the perturbed genes' own changes are told, over all measured targets of the test perturbations."""
     if not targets:
         return {"n": 0}
@@ -218,7 +219,8 @@ def warranty(
         },
     }
     with atomic(calibration) as partial:
-        np.savez_compressed(partial, **found.arrays(), variance=scale.variance, spread=scale.spread)
+        arrays: dict[str, Any] = {**found.arrays(), "variance": scale.variance, "spread": scale.spread}
+        np.savez_compressed(partial, **arrays)
     write_json(warranty, content)
     logger.info("%s", sentence(content))
 

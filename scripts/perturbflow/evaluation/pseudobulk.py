@@ -26,7 +26,7 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _effects(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
     """Return Δ̂ and Δ; an effect of rounding errors is zero."""
-    return tuple(_without_rounding(profile - scored.control) for profile in (scored.predicted, scored.measured))
+    return _without_rounding(scored.predicted - scored.control), _without_rounding(scored.measured - scored.control)
 
 
 def _without_rounding(effects: np.ndarray) -> np.ndarray:

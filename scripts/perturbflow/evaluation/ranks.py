@@ -14,7 +14,7 @@ STEPS = 20  # to the next value, above which halving finds it sooner
 
 
 @compiled
-def _keys(indptr: np.ndarray, indices: np.ndarray, bits: np.ndarray, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+def _keys(indptr: np.ndarray, indices: np.ndarray, bits: np.ndarray, group: np.ndarray, n_groups: int) -> np.ndarray:
     """Return (gene · groups + group) · 2³² + bits of the stored values of a CSR matrix."""
     keys = np.empty(indptr[len(group)] - indptr[0], dtype=np.uint64)
     for cell in range(len(group)):

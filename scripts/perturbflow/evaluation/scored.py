@@ -40,6 +40,8 @@ class Differential:
 class Scored:
     """All perturbations of one model, as the metrics read them. (P perturbations, genes) throughout, unless said otherwise.
 
+    Where only some metrics are asked for, what none of them needs (`Metric.needs`) is None.
+
     Attributes
     ----------
     labels
@@ -87,14 +89,14 @@ class Scored:
     control_bulk_variance: np.ndarray
     highly_expressed: np.ndarray
     own_target: np.ndarray
-    predicted_test: Differential | None
-    measured_test: Differential | None
+    predicted_test: Differential
+    measured_test: Differential
     predicted_variance: np.ndarray
     measured_variance: np.ndarray
-    coverage: np.ndarray | None
-    predicted_components: list[np.ndarray] | None
-    measured_components: list[np.ndarray] | None
-    predicted_start: list[np.ndarray] | None
+    coverage: np.ndarray
+    predicted_components: list[np.ndarray]
+    measured_components: list[np.ndarray]
+    predicted_start: list[np.ndarray]
     n_cells: np.ndarray
     reliability: np.ndarray
     effect_size: np.ndarray

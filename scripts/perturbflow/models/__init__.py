@@ -1,1 +1,1 @@
-"""Model families: one class each behind the interface in `base`. `perturbflow.registry.FAMILIES` finds them by name."""
+"""Model families: one class each behind the interface in `base`. `perturbflow.registry.families` finds them by name."""

@@ -176,7 +176,7 @@ class CountLatent:
         blocks = []
         for first in range(0, X.shape[0], CELLS_PER_BLOCK):
             block = X[first : first + CELLS_PER_BLOCK]
-            x = torch.from_numpy((block.toarray() if sparse.issparse(block) else block).astype(np.float32))
+            x = torch.from_numpy((block if isinstance(block, np.ndarray) else block.toarray()).astype(np.float32))
             blocks.append(((self.network.embed(x) - self.network.centre) / self.network.scale).numpy())
         return np.concatenate(blocks)
 
@@ -193,6 +193,6 @@ class CountLatent:
         after, before = (np.log1p(total[:, None] * np.exp(self._log_share(at))) for at in (z + moved, z))
         return after - before
 
-    def mean_change(self, moved: np.ndarray) -> None:
+    def mean_change(self, moved: np.ndarray) -> np.ndarray | None:
         """Nothing: rates change, and the mean of log1p counts is what counts at these rates have."""
-        return
+        return None

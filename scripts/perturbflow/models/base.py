@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from perturbflow.models.conformal import Calibration
 from perturbflow.pairs import Pairs
 
 # What training leaves behind: arrays of a closed form, tensors and plain values of a network.
-Artefact = dict[str, object]
+Artefact = dict[str, Any]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Run:
     checkpoints: Path = Path("checkpoints")
     identity: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     is_first_process: bool = True
 
 
@@ -92,6 +92,10 @@ class Model(ABC):
         -------
         (perturbations, n, genes); a ceiling has no more cells than were measured.
         """
+
+    def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
+        """Return the row of pairs.h5ad of every cell that `predict` returns; a ceiling's cells are measured ones."""
+        raise NotImplementedError
 
     def counterfactual(self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int) -> np.ndarray:
         """Return what each of these cells might become, (perturbations, cells, samples, genes)."""

@@ -200,7 +200,8 @@ def effects_by_context(training: Training) -> dict[tuple[str, str], dict[str, np
     known = set(training.effects.labels)
     strata = pairs.obs[["batch", "cell_type"]].astype(str)
     has_controls = set(strata[pairs.is_control].itertuples(index=False, name=None))
-    group, found = np.full(len(pairs.labels), -1), []
+    group = np.full(len(pairs.labels), -1)
+    found: list[tuple[str, str, str, np.ndarray]] = []
     for (batch, cell_type, label), rows in strata.assign(label=pairs.labels).groupby(["batch", "cell_type", "label"]).indices.items():
         if label in known and len(rows) >= LEAST_CELLS and (batch, cell_type) in has_controls:
             group[rows] = len(found)

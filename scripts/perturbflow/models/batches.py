@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import pytorch_lightning as pl
@@ -55,6 +56,13 @@ def encoded(pairs: Pairs, latent: Latent) -> Tensor:
     for rows, X in pairs.blocks():
         z[rows] = torch.from_numpy(latent.encode(X))
     return z
+
+
+class Drawn(Protocol):
+    """Cells that batches are drawn from."""
+
+    def batch(self, size: int, seed: tuple[int, ...]) -> Any:
+        """Return a batch that depends on the seed alone."""
 
 
 class PairedCells:
@@ -128,7 +136,7 @@ class PairedCells:
         self.has_combinations = len(single) < len(self.labels)
         self.synthetic_share = synthetic_share if is_training and self.has_combinations and len(single) > 1 else 0.0
         self.single_effects = torch.zeros_like(effects[is_single]) if residual else effects[is_single]
-        self.single_genes = conditions.index(single)[:, 0] if single else None
+        self.single_genes = conditions.index(single)[:, 0] if single else torch.zeros(0, dtype=torch.long)
 
     def shifted(self, rows: np.ndarray) -> Tensor:
         """Return cells less the mean effect of their perturbation, (rows, dimensions)."""
@@ -138,7 +146,7 @@ class PairedCells:
         """Return a batch that depends on the seed alone."""
         rng = np.random.default_rng(seed)
         draw = np.arange(size) // self.cells_per_draw
-        n_draws = draw[-1] + 1
+        n_draws = int(draw[-1]) + 1
         drawn = rng.integers(0, len(self.labels), n_draws)[draw]
         target = self.cells[self.first_cell[drawn] + rng.integers(0, self.n_cells[drawn])]
         start = self.control_index[target, rng.integers(0, self.control_index.shape[1], size)]
@@ -168,7 +176,7 @@ class PairedCells:
 class _Stream(IterableDataset):
     """One epoch of batches, or of the i-th of n parts of each."""
 
-    def __init__(self, cells: PairedCells, size: int, seed: int, epoch: int, n_batches: int, part: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, cells: Drawn, size: int, seed: int, epoch: int, n_batches: int, part: tuple[int, int] = (0, 1)) -> None:
         self.cells, self.size, self.seed, self.epoch, self.n_batches, self.part = cells, size, seed, epoch, n_batches, part
 
     def __iter__(self) -> Iterator[Batch]:
@@ -180,7 +188,7 @@ class _Stream(IterableDataset):
 class Batches(pl.LightningDataModule):
     """Batches that depend on seed and epoch, so that a resumed training sees what it would have seen."""
 
-    def __init__(self, training: PairedCells, validation: PairedCells | None, size: int, seed: int) -> None:
+    def __init__(self, training: Drawn, validation: Drawn | None, size: int, seed: int) -> None:
         super().__init__()
         self.training, self.validation, self.size, self.seed = training, validation, size, seed
         self._watched: list[Batch] | None = None

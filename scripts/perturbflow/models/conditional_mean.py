@@ -120,7 +120,7 @@ class ConditionalMean(MeanShift):
         is_target = np.isin(training.genes, training.effects.genes)
         for inner, held_out, start, can_choose in self._rounds(training):
             fitted = parts() if can_choose else {"stacked": Stacked()}
-            effect_of = {name: part.learned(inner).effect for name, part in fitted.items()}
+            effect_of: dict[str, Callable[[str], np.ndarray]] = {name: part.learned(inner).effect for name, part in fitted.items()}
             if can_choose:
                 effect_of |= {name: fit(inner, start) for name, fit in self.others.items()}
             middle, reference = centres(inner.effects), inner.effects.values.mean(axis=0)
@@ -182,7 +182,7 @@ class ConditionalMean(MeanShift):
         self.measured, self.known = set(artefact["measured"].tolist()), set(artefact["known"].tolist())
         self.row = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
         stored = {key.removeprefix("held_out."): value for key, value in artefact.items() if key.startswith("held_out.")}
-        self.held_out = Calibration.from_arrays(stored)
+        self.of_held_out = Calibration.from_arrays(stored)
 
     def effect(self, perturbation: str, said: Mapping[str, Callable[[], np.ndarray]] | None = None) -> np.ndarray:
         """Mix the parts by the choice of the perturbation's case.
@@ -225,7 +225,7 @@ class ConditionalMean(MeanShift):
             cases = [case_of(label, set(i.effects.labels), set(i.effects.genes)) for i, held_out in rounds for label in held_out.labels]
             can_choose = max(map(cases.count, cases), default=0) >= LEAST_HELD_OUT
             for inner, held_out in rounds:
-                yield inner, held_out, training.pairs.rows[training.pairs.groups.is_of_half(inner.half)], can_choose
+                yield inner, held_out, training.pairs.rows[inner.controls], can_choose
         yield from _other_contexts(training)
 
 

@@ -35,7 +35,8 @@ class Conditions:
         self.base = torch.tensor([self._base[name] for name in names])
         logged = np.log1p([dose for dose in doses if dose is not None])
         # Doses that are all the same tell nothing of doses.
-        self._centre, self._spread = (logged.mean(), logged.std()) if len(logged) and logged.std() > 0 else (0.0, np.inf)
+        varies = len(logged) > 0 and logged.std() > 0
+        self._centre, self._spread = (float(logged.mean()), float(logged.std())) if varies else (0.0, float("inf"))
         self.log_dose = torch.tensor([self._standardized(dose) for dose in doses])
         self._index = {gene: i for i, gene in enumerate(self.genes)}
 

@@ -13,6 +13,7 @@ guide say, is noise here. No unpaired data can prove (2) and (3); on worlds whos
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,10 +170,10 @@ class Counterfactual(LearnedModel):
         own_dropout: float,
         bridge_noise: float,
         n_integration_steps: int,
-        **shared: float,
+        **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        self.architecture = {
+        self.architecture: dict[str, Any] = {
             "width": width, "n_layers": n_layers, "dropout": dropout, "own_dropout": own_dropout, "bridge_noise": bridge_noise,
         }  # fmt: skip
         self.n_integration_steps = n_integration_steps

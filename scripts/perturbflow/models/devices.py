@@ -1,6 +1,7 @@
 """Where a training runs: which kind of device, and how many of them on how many nodes."""
 
 import os
+from typing import Any
 
 import torch
 from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
@@ -19,7 +20,7 @@ def accelerator(device: str) -> str:
     return device
 
 
-def placement(run: Run) -> tuple[dict[str, object], ClusterEnvironment]:
+def placement(run: Run) -> tuple[dict[str, Any], ClusterEnvironment]:
     """Return the Trainer's arguments for the devices that a training was given, and who starts its processes.
 
     A job of Snakemake is one task of one node, on SLURM too: with more than one device Lightning starts the other processes, each of which

@@ -12,6 +12,7 @@ it is trained on what cells differ by from the mean of their perturbation, and t
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,12 +70,12 @@ class Diffusion(LearnedModel):
         sampler: str,
         n_sampling_steps: int,
         fresh_noise: float,
-        **shared: float,
+        **shared: Any,
     ) -> None:
         super().__init__(**shared)
         if width % n_heads:
             raise InputError(f"params width = {width} cannot be shared by n_heads = {n_heads}; choose a multiple of it.")
-        self.architecture = {
+        self.architecture: dict[str, Any] = {
             "width": width, "n_tokens": n_tokens, "n_blocks": n_blocks, "n_heads": n_heads, "dropout": dropout,
             "own_dropout": own_dropout, "condition_dropout": condition_dropout, "objective": objective, "alignment": alignment,
         }  # fmt: skip

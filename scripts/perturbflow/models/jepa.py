@@ -10,6 +10,7 @@ the perturbations that a fold holds out, it is believed as far as it predicts th
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ class Jepa(LearnedModel):
     """
 
     cells_per_draw = 16
+    latent: JepaLatent
 
     def __init__(
         self,
@@ -69,14 +71,14 @@ class Jepa(LearnedModel):
         own_dropout: float,
         action_dropout: float,
         weights: dict[str, float],
-        **shared: float,
+        **shared: Any,
     ) -> None:
         super().__init__(**shared)
         self.self_supervised, self.action, self.stops_when_broken = self_supervised, action, when_broken == "stop"
         self.n_steps_before = (n_steps_representation, n_steps_decoder)
         vicreg = {name: weights[name] for name in ("invariance", "variance", "covariance")}
-        self.masked = {"mask_rate": mask_rate, "target_decay": target_decay, "weights": vicreg}
-        self.architecture = {
+        self.masked: dict[str, Any] = {"mask_rate": mask_rate, "target_decay": target_decay, "weights": vicreg}
+        self.architecture: dict[str, Any] = {
             "width": width, "dropout": dropout, "own_dropout": own_dropout, "action_dropout": action_dropout,
             "weights": {name: weight for name, weight in weights.items() if name not in vicreg}, "is_withheld": action == "withheld",
         }  # fmt: skip
@@ -140,7 +142,7 @@ class Jepa(LearnedModel):
         rng = np.random.default_rng(run.seed)
         if is_known.sum() > INNER_CELLS:
             is_known &= rng.random(len(is_known)) < INNER_CELLS / is_known.sum()
-        is_known |= pairs.is_control if inner.half is None else groups.is_of_half(inner.half)
+        is_known |= inner.controls
         pairs, z = pairs.rematched(is_known, run.seed), z[torch.from_numpy(is_known)]
         table = inner.embeddings.standardized(inner.effects.genes)
         conditions = Conditions(list(table.index), table.to_numpy())

@@ -1,8 +1,9 @@
 """Latent spaces of expression: what every one of them offers, and the linear ones."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from scipy import sparse
@@ -33,6 +34,9 @@ class Latent(Protocol):
 
     def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Return the logarithms of the fold changes of the cells' rates, (cells, genes)."""
+
+    def state(self) -> Mapping[str, Any]:
+        """Return what is to be stored, arrays or tensors."""
 
     def change(self, z: np.ndarray, moved: np.ndarray, total: np.ndarray) -> np.ndarray:
         """Return what moves change in cells' expected log1p expression, (cells, genes); total is their normalized size, (cells,)."""

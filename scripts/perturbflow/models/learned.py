@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class LearnedModel(Model):
     reads_blocks = True
     cells_per_draw: ClassVar[int] = 1
     stops_when_broken: bool = True  # whether a network that complains of itself ends the training
+    _last: "_OfPopulation | None" = None
     learns_residuals: bool = False  # whether the network sees targets less the mean effect of their perturbation
 
     def __init__(
@@ -83,7 +84,7 @@ class LearnedModel(Model):
         self.control_share, self.synthetic_share, self.shifted_share = control_share, synthetic_share, shifted_share
 
     @abstractmethod
-    def network(self, latent: Latent, conditions: Conditions) -> nn.Module:
+    def network(self, latent: Any, conditions: Conditions) -> nn.Module:
         """Return a new network for cells of this latent space and these perturbations."""
 
     @abstractmethod
@@ -130,7 +131,7 @@ class LearnedModel(Model):
         optimize(learner, Batches(cells["train"], cells.get("validation"), self.batch_size, run.seed), run, type(self).__name__.lower())
         self.net = learner.average.module.cpu().eval()
         run.facts["unseen_genes"] = {name: str(getattr(self.neighbours, name)) for name in ("bandwidth", "tempering", "strength")}
-        artefact = {
+        artefact: Artefact = {
             "state": self.net.state_dict(),
             "latent": {name: torch.as_tensor(value) for name, value in self.latent.state().items()},
             "own_gene": torch.as_tensor(self.own_gene.coefficients),
@@ -281,7 +282,7 @@ class LearnedModel(Model):
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
         """Return what inner folds of a mean in closed form have shown; nothing where the network owns the mean."""
-        return self.mean.held_out if self.has_closed_mean else Calibration.none()
+        return self.mean.of_held_out if self.has_closed_mean else Calibration.none()
 
     def mean_change(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
         """Return what displacements change in the mean of the cells, (genes,)."""

@@ -64,7 +64,7 @@ class Neighbours:
         best = cls(genes, np.stack([vectors[gene] for gene in genes]), np.linalg.norm((moved[0] + moved[1]) / 2, axis=1))
         if len(genes) < LEAST_GENES:
             return best
-        lowest = np.inf
+        lowest, chosen = np.inf, best
         for bandwidth, tempering in itertools.product(BANDWIDTHS, TEMPERINGS):
             candidate = replace(best, bandwidth=bandwidth, tempering=tempering)
             weights = candidate.weights(best.vectors, leave_out_self=True)

@@ -15,6 +15,7 @@ effects come back in their true size and not only states.
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,7 +220,8 @@ class JepaLatent(CountLatent):
 
     def __init__(self, network: Representation, effect_map: np.ndarray | None = None) -> None:
         super().__init__(network)
-        self.effect_map = effect_map
+        if effect_map is not None:  # else `fit_effect_map` makes it
+            self.effect_map = effect_map
 
     @classmethod
     def learned(
@@ -232,7 +234,7 @@ class JepaLatent(CountLatent):
         n_steps: tuple[int, int],
         batch_size: int,
         optimization: tuple[float, float, float],
-        masked: dict[str, float],
+        masked: dict[str, Any],
         stops: bool,
     ) -> "JepaLatent":
         """Train stages A and C on the cells of the training role; goes on from checkpoints of the same training.

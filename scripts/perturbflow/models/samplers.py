@@ -52,7 +52,7 @@ def dpm(denoise: Denoise, z: Tensor, times: Tensor) -> Tensor:
 
     z_s = (σ_s/σ_t) z_t − α_s (e^{−h} − 1) D, h = λ_s − λ_t, λ = log(α/σ), D = (1 + 1/2r) ẑ_0 − (1/2r) ẑ_0', r = h'/h of the step before.
     """
-    before, h_before = None, None
+    before = h_before = z  # of no step as yet, and not read in the first
     for i, (now, then) in enumerate(itertools.pairwise(times)):
         clean, _ = denoise(z, now)
         (alpha, sigma), (alpha_s, sigma_s) = cosine_schedule(now), cosine_schedule(then)

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -64,6 +65,11 @@ class Training:
         """Column of an effect for every measured gene."""
         return {gene: i for i, gene in enumerate(self.genes)}
 
+    @property
+    def controls(self) -> np.ndarray:
+        """Mask of the controls that `effects` are measured against, (cells,)."""
+        return self.pairs.is_control if self.half is None else self.pairs.groups.is_of_half(self.half)
+
     def folds(self, *, of_genes: bool, one_by_one: bool = True) -> list[set[str]]:
         """Return sets of perturbations to be held out: all that involve some of the genes, or combinations alone."""
         rng = np.random.default_rng(self.seed)
@@ -104,7 +110,7 @@ class MeanShift(Model):
         """Measure training effects and learn from them."""
         return self.learned(Training.of(pairs, embeddings, run.seed)).artefact
 
-    def learned(self, training: Training) -> "MeanShift":
+    def learned(self, training: Training) -> Self:
         """Learn, and return the model itself."""
         self.restore(self.learn(training))
         return self
@@ -135,7 +141,10 @@ class MeanShift(Model):
         return np.stack([start + shift for shift in shifts]).astype(np.float32)
 
 
-def least_error(candidates: Sequence[MeanShift], training: Training, *, of_genes: bool, one_by_one: bool = True) -> MeanShift:
+Candidate = TypeVar("Candidate", bound=MeanShift)
+
+
+def least_error(candidates: Sequence[Candidate], training: Training, *, of_genes: bool, one_by_one: bool = True) -> Candidate:
     """Return the candidate that predicts held-out training perturbations with the least squared error; the first where none can be held out."""
     errors = np.zeros(len(candidates))
     for inner, held_out in training.rounds(of_genes=of_genes, one_by_one=one_by_one):

@@ -122,7 +122,7 @@ def gene_parts(embeddings_sources: Sequence[str], n_genes: int) -> dict[str, Mea
 
 def combination_parts(n_combinations: int) -> dict[str, MeanShift]:
     """Return what a combination's effect is mixed from, the plain sum first; few training combinations bear sums alone."""
-    sums = {
+    sums: dict[str, MeanShift] = {
         "sum": Additive(),
         "shrunken sum": ShrunkenEntries(),
         "sum on 5 directions": Projected(5),
@@ -273,7 +273,7 @@ class Stacked(MeanShift):
         ]
         values = []
         for gene in missing:
-            if gene in in_combinations:
+            if refitted is not None and gene in in_combinations:
                 values.append(refitted.effect(gene))
                 continue
             value = sum((weight * part.effect(gene) for weight, part in fitted), np.zeros(len(training.genes)))

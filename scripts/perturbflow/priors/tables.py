@@ -1,11 +1,11 @@
 """What the readers and embeddings of all priors share."""
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ N_DIMENSIONS = 64
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[io.BufferedIOBase]:
     """Open a file of text, gzipped or not, whatever its name; a fault in reading it names it."""
     try:
         with path.open("rb") as file:

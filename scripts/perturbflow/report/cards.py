@@ -9,7 +9,7 @@ import pandas as pd
 
 from perturbflow.colours import COLOURS, MARKERS
 from perturbflow.errors import InputError
-from perturbflow.registry import FAMILIES, Family
+from perturbflow.registry.families import FAMILIES, Family
 from perturbflow.report.drawing import INK
 
 
@@ -53,7 +53,7 @@ def _description(run: dict) -> str:
 
 def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
     """Return the models in the order of the runs; learned models get their colours first, ceilings have none."""
-    first = {}
+    first: dict[str, dict] = {}
     for (_, _, model, _), run in runs.items():
         first.setdefault(model, run)
     kinds = {model: _family(run).kind for model, run in first.items()}

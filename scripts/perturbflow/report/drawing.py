@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK = "#010203"  # stands for the colour of the text around the figure: the page is read in light and in dark
-STYLE = {
+# matplotlib has a type of its own for the names of settings, which no dictionary of some of them fits.
+STYLE: Any = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
     "font.family": ["DejaVu Sans"], "font.size": 8, "text.parse_math": False,
@@ -76,10 +78,10 @@ class Drawings:
         return f"data:image/png;base64,{data}"
 
 
-def new_axes(width: float, height: float, left: float, bottom: float = 0.45, top: float = 0.12, right: float = 0.15) -> Axes:
-    """Return the axes of a new figure; all in inches."""
+def new_axes(width: float, height: float, left: float, bottom: float = 0.45, top: float = 0.12, right: float = 0.15) -> tuple[Figure, Axes]:
+    """Return a new figure and its axes; all in inches."""
     figure = Figure(figsize=(width, height))
-    return figure.add_axes([left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height])
+    return figure, figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
 
 
 def room_for(names: Iterable[str]) -> float:

@@ -76,7 +76,7 @@ def _label_points(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str], la
     taken: list[tuple[float, float, float, float]] = []
     for i in labelled:
         width, height = 4.5 * scale * len(names[i]), 8 * scale
-        places = []
+        places: list[tuple[int, int, tuple[float, float, float, float]]] = []
         for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
             left = points[i, 0] + dx * 5 * scale - width * (1 - dx) / 2
             low = points[i, 1] + dy * 7 * scale - height / 2
@@ -84,19 +84,19 @@ def _label_points(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str], la
             is_inside = place[0] >= box.x0 and place[2] <= box.x1 and place[1] >= box.y0 and place[3] <= box.y1
             if is_inside and all(place[2] < o[0] or place[0] > o[2] or place[3] < o[1] or place[1] > o[3] for o in taken):
                 covered = ((points > place[:2]) & (points < place[2:])).all(axis=1).sum()
-                places.append((covered, len(places), place))
+                places.append((int(covered), len(places), place))
         if places:
             left, low, right, high = min(places)[2]
             taken.append((left, low, right, high))
             centre = axes.transData.inverted().transform(((left + right) / 2, (low + high) / 2))
-            axes.text(*centre, names[i], ha="center", va="center", fontsize=7)
+            axes.text(centre[0], centre[1], names[i], ha="center", va="center", fontsize=7)
 
 
 @mpl.rc_context(STYLE)
 def _effect_figure(
     measured: np.ndarray, predicted: np.ndarray, genes: list[str], targets: list[str], limit: float, card: ModelCard
 ) -> Figure:
-    axes = new_axes(2.6, 2.6, left=0.55, bottom=0.45)
+    figure, axes = new_axes(2.6, 2.6, left=0.55, bottom=0.45)
     axes.set_xlim(-limit, limit)
     axes.set_ylim(-limit, limit)
     for line in (axes.axhline, axes.axvline):
@@ -120,7 +120,7 @@ def _effect_figure(
     axes.locator_params(nbins=5)
     axes.set_xlabel("measured effect")
     axes.set_ylabel("predicted effect")
-    return axes.figure
+    return figure
 
 
 def effect_figures(

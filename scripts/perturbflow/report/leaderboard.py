@@ -60,7 +60,7 @@ def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[s
 
 @mpl.rc_context(STYLE)
 def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[str, Score], cards: dict[str, ModelCard]) -> Figure:
-    axes = new_axes(3.6, 0.62 + 0.24 * len(models), left=room_for(models), top=0.17)
+    figure, axes = new_axes(3.6, 0.62 + 0.24 * len(models), left=room_for(models), top=0.17)
     for y, (model, score) in enumerate(models.items()):
         card = cards[model]
         if np.isfinite(score.low):
@@ -80,7 +80,7 @@ def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[st
     axes.set_axisbelow(b=True)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(METRICS[metric].reading)
-    return axes.figure
+    return figure
 
 
 def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawings) -> Leaderboard:

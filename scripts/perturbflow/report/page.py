@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import jinja2
@@ -122,7 +123,7 @@ class Board(OfSplit):
 
 
 def _boards(
-    tables: dict[str, pd.DataFrame], generalizations: dict[tuple[str, str], str], cards: dict[str, ModelCard], drawings: Drawings
+    tables: dict[str, pd.DataFrame], generalizations: dict[tuple[str, ...], str], cards: dict[str, ModelCard], drawings: Drawings
 ) -> list[Board]:
     """Return a board per dataset × split of benchmark.tsv.
 
@@ -136,12 +137,12 @@ def _boards(
     places = list(tables["benchmark"][["dataset", "split"]].drop_duplicates().itertuples(index=False, name=None))
     pools: dict[tuple[str, str], list[str]] = {}
     for dataset, split in places:
-        whole = (dataset, fold["name"]) if (fold := FOLD.match(split)) else (dataset, split)
-        is_fold = whole in places and whole not in generalizations  # a table of no run of its own is one that pools
-        pools.setdefault(whole if is_fold else (dataset, split), []).append(split)
+        pool = (dataset, fold["name"]) if (fold := FOLD.match(split)) else (dataset, split)
+        is_fold = pool in places and pool not in generalizations  # a table of no run of its own is one that pools
+        pools.setdefault(pool if is_fold else (dataset, split), []).append(split)
     boards = []
     for (dataset, whole), members in pools.items():
-        for split in sorted(members, key=lambda name, whole=whole: name != whole):  # what pools the folds comes first
+        for split in sorted(members, key=whole.__ne__):  # what pools the folds comes first
             of = {name: table[(table["dataset"] == dataset) & (table["split"] == split)] for name, table in tables.items()}
             board = leaderboard(of["benchmark"], cards, drawings)
             boards.append(
@@ -191,12 +192,13 @@ def _words(name: str) -> Markup:
     return Markup("_<wbr>").join(str(name).split("_"))
 
 
-def _plain(value: object) -> str:
+def _plain(value: Any) -> str:
     """Return a value of a table cell."""
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, float | np.floating):
-        return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else number(value)
+        value = float(value)
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else number(value)
     return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
 
 
@@ -284,11 +286,11 @@ def report(
                    "controls": division["controls"][role], "cells": len(division["cells"][role])}
             for role in ROLES
         }  # fmt: skip
-        shape = ad.read_h5ad(paired[dataset, split], backed="r").shape
+        n_cells, n_genes = ad.read_h5ad(paired[dataset, split], backed="r").shape
         audited = read_json(checked[dataset, split])
         n_rows = PERTURBATION_ROWS // len(roles)
         group = Group(
-            dataset, split, division["spec"], of_role, *shape,
+            dataset, split, division["spec"], of_role, n_cells, n_genes,
             audited["checks"],
             perturbation_table(scores[here], [model for model in cards if model in set(scores.loc[here, "model"])], n_rows),
             Names.of(division["left_out"]),

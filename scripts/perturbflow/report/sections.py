@@ -122,7 +122,7 @@ def _curves(history: list[dict]) -> dict[str, dict[str, list[tuple[float, float]
 
 @mpl.rc_context(STYLE)
 def _curve_figure(of_seeds: list[dict[str, list[tuple[float, float]]]], card: ModelCard) -> Figure:
-    axes = new_axes(3.0, 2.2, left=0.6)
+    figure, axes = new_axes(3.0, 2.2, left=0.6)
     values = [value for by_role in of_seeds for points in by_role.values() for _, value in points]
     for by_role in of_seeds:
         for role, points in by_role.items():
@@ -136,7 +136,7 @@ def _curve_figure(of_seeds: list[dict[str, list[tuple[float, float]]]], card: Mo
         axes.locator_params(axis="y", nbins=5)
     axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel("step")
-    return axes.figure
+    return figure
 
 
 def training_curves(histories: dict[str, list[list[dict]]], where: str, cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:
@@ -200,7 +200,7 @@ def data_account(account: dict) -> dict:
 
 @mpl.rc_context(STYLE)
 def _counterfactual_figure(genes: pd.DataFrame, card: ModelCard) -> Figure:
-    axes = new_axes(3.6, 0.62 + 0.2 * len(genes), left=room_for(genes["gene"]))
+    figure, axes = new_axes(3.6, 0.62 + 0.2 * len(genes), left=room_for(genes["gene"]))
     rows = np.arange(len(genes))
     axes.axvline(0, color="#888888", linewidth=0.6)
     axes.hlines(rows, genes["low"], genes["high"], color=card.colour, linewidth=4, alpha=0.35)
@@ -212,7 +212,7 @@ def _counterfactual_figure(genes: pd.DataFrame, card: ModelCard) -> Figure:
     axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("effect on log1p expression")
-    return axes.figure
+    return figure
 
 
 def warranty_rows(paths: list[Path]) -> list[dict]:
@@ -229,7 +229,7 @@ def warranty_rows(paths: list[Path]) -> list[dict]:
 @mpl.rc_context(STYLE)
 def _coverage_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
     names = [f"{row['model']}, {row['seed'].replace('_', ' ')}" for row in rows]
-    axes = new_axes(3.6, 0.62 + 0.3 * len(rows), left=room_for(names))
+    figure, axes = new_axes(3.6, 0.62 + 0.3 * len(rows), left=room_for(names))
     for y, row in enumerate(rows):
         card = cards[row["model"]]
         for shift, (nominal, covered) in zip((-0.15, 0.15), sorted(row["covered"].items()), strict=True):
@@ -250,7 +250,7 @@ def _coverage_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
     axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("% of measured effects in 80 and 90 % intervals")
-    return axes.figure
+    return figure
 
 
 def coverage_figures(warranties: list[dict], cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:

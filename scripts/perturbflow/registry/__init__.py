@@ -1,0 +1,4 @@
+"""What exists and what runs: the families of models, the configuration, and the plan.
+
+The Snakefile imports this: standard library, PyYAML, pandas and jsonschema only. Scores and the report ask for `families` alone.
+"""

@@ -1,0 +1,231 @@
+"""The configuration: checked, also for what no schema can say, and completed with defaults."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from perturbflow.errors import InputError
+from perturbflow.origins import own_files, problem_of, resolved
+from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.schemas import check_schema, holding_file, schema_of, suggestion, with_defaults
+
+REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
+COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
+# Keys of a split's block that only some kinds have a use for.
+SPLIT_KEYS = {
+    "covariate": ("unseen_context",),
+    "held_out": ("unseen_context",),
+    "folds": ("unseen_perturbation", "unseen_combination"),
+}
+
+
+def _check_names(selected: list[str], known: dict, kind: str, where: list[str], files: Sequence[Path]) -> None:
+    for name in selected:
+        if name not in known:
+            raise InputError(
+                f"{holding_file(files, where)}{kind[:-1]} '{name}' is selected ({'.'.join(where)}) but there is no such block in "
+                f"{kind}.yaml or your config file.{suggestion(name, list(known))}"
+            )
+
+
+def _check_source(where: list[str], block: dict, files: Sequence[Path]) -> None:
+    """Check what a block says of where its files come from."""
+    if problem := problem_of(block):
+        keys, sentence = problem
+        file = holding_file(files, [*where, *keys]) or holding_file(files, [*where, "source"])
+        raise InputError(f"{file}{'.'.join([*where, *keys])}: {sentence}")
+
+
+def _check_patterns(name: str, block: dict, files: Sequence[Path]) -> None:
+    """Check that the regular expressions of a block can be read, and that the one of labels has a group."""
+    patterns: dict[tuple[str, ...], str | None] = {("exclude", column): pattern for column, pattern in block.get("exclude", {}).items()}
+    patterns |= {("perturbation", "pattern"): block["perturbation"].get("pattern"), ("gene_pattern",): block.get("gene_pattern")}
+    for keys, pattern in patterns.items():
+        problem = None
+        try:
+            if pattern is not None and re.compile(pattern).groups == 0 and keys[0] == "perturbation":
+                problem = "it needs a group, (...), that holds the perturbed gene"
+        except re.error as error:
+            problem = f"{error} at position {error.pos}"
+        if problem:
+            where = ["datasets", name, *keys]
+            raise InputError(f"{holding_file(files, where)}{'.'.join(where)}: '{pattern}' cannot serve as a regular expression: {problem}.")
+
+
+def _check_path(where: list[str], block: dict, files: Sequence[Path]) -> None:
+    """Check that the user's own files are there; only what is selected has to be."""
+    for path in own_files(block).values():
+        if not Path(path).is_file():
+            file = holding_file(files, [*where, "source", "path"])
+            raise InputError(
+                f"{file}{'.'.join(where)}.source.path: there is no file '{path}' (looked for {Path(path).absolute()}). "
+                "Relative paths start at the working directory."
+            )
+
+
+def _check_priors(config: dict, files: Sequence[Path]) -> None:
+    """Check the names of priors, which share folders with datasets and columns with other sources of embeddings."""
+    for name, block in config["priors"].items():
+        _check_source(["priors", name], block, files)
+        file = holding_file(files, ["priors", name])
+        if name == COEXPRESSION:
+            raise InputError(f"{file}priors.{name}: this is what training cells tell, in embeddings.sources; give the prior another name.")
+        if name in config["datasets"]:
+            file = holding_file(files, ["datasets", name])
+            raise InputError(
+                f"{file}datasets.{name}: there is a prior of this name, and both would keep their files in resources/{name}; "
+                "give the dataset another name."
+            )
+
+
+def _check_embeddings(config: dict, datasets: Sequence[str], files: Sequence[Path]) -> None:
+    """Check where the vectors of genes are to come from, and that they are of the genes of these datasets."""
+    where = ["embeddings", "sources"]
+    file = holding_file(files, where)
+    for source in config["embeddings"]["sources"]:
+        if isinstance(source, dict):
+            if not Path(source["file"]).is_file():
+                raise InputError(
+                    f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()})."
+                )
+        elif source != COEXPRESSION:
+            if source not in config["priors"]:
+                raise InputError(
+                    f"{file}embeddings.sources: {source!r} is not possible.{suggestion(source, [COEXPRESSION, *config['priors']])}"
+                )
+            prior = config["priors"][source]
+            _check_path(["priors", source], prior, files)
+            if others := [name for name in datasets if config["datasets"][name]["organism"] != prior["organism"]]:
+                raise InputError(
+                    f"{file}embeddings.sources: '{source}' knows {prior['organism']} genes, and {', '.join(others)} is of another organism; "
+                    "bring a prior or a table of its genes."
+                )
+    names = [_source_name(source) for source in config["embeddings"]["sources"]]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{file}embeddings.sources: '{twice[0]}' is there twice; a table goes by the name of its file.")
+
+
+def model_files(block: dict) -> list[str]:
+    """Return the files that a model's params name."""
+    latent = block["params"].get("latent")
+    return [latent["file"]] if isinstance(latent, dict) else []
+
+
+def _check_model_files(config: dict, models: Iterable[str], files: Sequence[Path]) -> None:
+    """Check that the files are there that these models are made from."""
+    for name in models:
+        for path in model_files(config["models"][name]):
+            if not Path(path).is_file():
+                file = holding_file(files, ["models", name, "params", "latent"])
+                raise InputError(
+                    f"{file}models.{name}.params.latent.file: there is no file '{path}' (looked for {Path(path).absolute()}). "
+                    "Relative paths start at the working directory."
+                )
+
+
+def _source_name(source: str | dict) -> str:
+    """Return what the columns of a source of embeddings are named after."""
+    return source if isinstance(source, str) else Path(source["file"]).stem
+
+
+def _check_split(name: str, block: dict, datasets: dict, files: Sequence[Path]) -> None:
+    """Check what the schema cannot say in the user's words; the block is as the user wrote it."""
+    for key, kinds in SPLIT_KEYS.items():
+        if key in block and block["kind"] not in kinds:
+            file = holding_file(files, ["splits", name, key])
+            raise InputError(f"{file}splits.{name}.{key}: kind {block['kind']} has no use for it; it belongs to {' and '.join(kinds)}.")
+    if "folds" in block and "test_fraction" in block:
+        file = holding_file(files, ["splits", name, "folds"])
+        raise InputError(f"{file}splits.{name}: folds say what is held out in turn, so test_fraction has no meaning; remove one of them.")
+    for dataset in block.get("held_out", {}):
+        if dataset not in datasets:
+            file = holding_file(files, ["splits", name, "held_out"])
+            raise InputError(f"{file}splits.{name}.held_out: there is no dataset '{dataset}'.{suggestion(str(dataset), list(datasets))}")
+
+
+def _expand_folds(splits: dict, files: Sequence[Path]) -> tuple[dict, dict[str, list[str]]]:
+    """Return the splits with k blocks {name}_fold_{i} in place of each block of k folds, and these names by the block's."""
+    expanded: dict[str, dict] = {}
+    folds: dict[str, list[str]] = {}
+    for name, block in splits.items():
+        blocks = {name: block}
+        if "folds" in block:
+            blocks = {f"{name}_fold_{i}": {**block, "fold": i, "name": name} for i in range(block["folds"])}
+            folds[name] = list(blocks)
+            if taken := [fold for fold in blocks if fold in splits]:
+                file = holding_file(files, ["splits", taken[0]])
+                raise InputError(f"{file}splits.{taken[0]}: this is a fold of splits.{name}; give the block another name.")
+        expanded |= blocks
+    return expanded, folds
+
+
+def complete(config: dict, files: Sequence[Path] = ()) -> dict:
+    """Return the configuration checked and completed with defaults.
+
+    Parameters
+    ----------
+    config
+        The merged configuration.
+    files
+        The files it was merged from, in order: error messages name the one that holds the mistake.
+
+    Raises
+    ------
+    InputError
+        With one line per mistake: file, key, value and what is possible.
+    """
+    schema = schema_of("config")
+    check_schema(config, schema, [], files)
+    config = with_defaults(schema, config)
+    for name in REGISTRIES:
+        registry = config.get(name, {})
+        schema = schema_of(name)
+        check_schema(registry, schema, [name], files)
+        config[name] = with_defaults(schema, registry)
+        if name == "splits":
+            for split, block in registry.items():
+                _check_split(split, block, config["datasets"], files)
+    for name, block in config["datasets"].items():
+        _check_source(["datasets", name], block, files)
+        _check_patterns(name, block, files)
+    config["datasets"] = {name: resolved(block) for name, block in config["datasets"].items()}
+    _check_priors(config, files)
+    config["splits"] = {
+        name: {key: value for key, value in block.items() if block["kind"] in SPLIT_KEYS.get(key, (block["kind"],))}
+        for name, block in config["splits"].items()
+    }
+    config["splits"], folds = _expand_folds(config["splits"], files)
+    config["select"]["splits"] = list(dict.fromkeys(fold for name in config["select"]["splits"] for fold in folds.get(name, [name])))
+    params = schema_of("models")["$defs"]
+    for name, block in config["models"].items():
+        schema = params[block["family"]]
+        check_schema(block["params"], schema, ["models", name, "params"], files)
+        block["params"] = with_defaults(schema, block["params"])
+    for kind in REGISTRIES:
+        _check_names(config["select"][kind], config[kind], kind, ["select", kind], files)
+    for name in config["select"]["counterfactuals"]:
+        query = config["counterfactuals"][name]
+        if query["split"] in folds:
+            file = holding_file(files, ["counterfactuals", name, "split"])
+            raise InputError(
+                f"{file}counterfactuals.{name}.split: '{query['split']}' has folds, each with models of its own; name one of "
+                f"{', '.join(folds[query['split']])}."
+            )
+        for kind in ("dataset", "split", "model"):
+            _check_names([query[kind]], config[f"{kind}s"], f"{kind}s", ["counterfactuals", name, kind], files)
+        family = config["models"][query["model"]]["family"]
+        if not FAMILIES[family].answers_counterfactuals:
+            file = holding_file(files, ["counterfactuals", name, "model"])
+            raise InputError(f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions.")
+    queries = [config["counterfactuals"][name] for name in config["select"]["counterfactuals"]]
+    datasets = list(dict.fromkeys([*config["select"]["datasets"], *[query["dataset"] for query in queries]]))
+    for name in datasets:
+        _check_path(["datasets", name], config["datasets"][name], files)
+    for name in dict.fromkeys([*config["select"]["splits"], *[query["split"] for query in queries]]):
+        path = config["splits"][name].get("path")
+        if path is not None and not Path(path).is_file():
+            file = holding_file(files, ["splits", name, "path"])
+            raise InputError(f"{file}splits.{name}.path: there is no file '{path}' (looked for {Path(path).absolute()}).")
+    _check_embeddings(config, datasets, files)
+    _check_model_files(config, dict.fromkeys([*config["select"]["models"], *[query["model"] for query in queries]]), files)
+    return config

@@ -1,0 +1,215 @@
+"""The plan of the runs: what will be made for a configuration, and what each result is made of."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from perturbflow.errors import InputError
+from perturbflow.lineage import SCRIPTS, code_digest, digest, file_fingerprint
+from perturbflow.origins import CONTENT_KEYS, content_of, files_of, own_files
+from perturbflow.registry.config import COEXPRESSION, complete, model_files
+from perturbflow.registry.families import FAMILIES, Family
+
+
+class Plan:
+    """Everything that will be run, and what each result is made of.
+
+    Parameters
+    ----------
+    config
+        The merged configuration, as Snakemake hands it over.
+    files
+        The configuration files, for messages.
+
+    Attributes
+    ----------
+    config
+        The completed configuration.
+    runs
+        One row per dataset × split × model × seed, with the model's family.
+    queries
+        One row per counterfactual query × seed.
+    warranties
+        One row per dataset × split × model × seed that is checked for what-if questions: those of learned families, and all that are asked.
+    left_out
+        One sentence per selection that cannot be.
+    lineage
+        (step, dataset, split, model, seed, query) → digest of what that step's result is made of.
+    """
+
+    def __init__(self, config: dict, files: Sequence[Path] = ()) -> None:
+        self.config = complete(config, files)
+        self.lineage = cache(self._lineage)
+        select = self.config["select"]
+        rows, left_out = [], []
+        for dataset in select["datasets"]:
+            for split in select["splits"]:
+                if reason := self._why_impossible(dataset, split):
+                    left_out.append(f"{dataset} × {self._base(split)} is left out: {reason}.")
+                    continue
+                for model in select["models"]:
+                    if reason := self._why_unfit(model, split):
+                        left_out.append(f"{model} × {self._base(split)} is left out: {reason}.")
+                    else:
+                        rows += [(dataset, split, model, seed, self.config["models"][model]["family"]) for seed in select["seeds"]]
+        self.left_out = list(dict.fromkeys(left_out))
+        if not rows:
+            raise InputError("Nothing is left to run. " + " ".join(self.left_out))
+        self.runs = pd.DataFrame(rows, columns=["dataset", "split", "model", "seed", "family"])
+        queries = []
+        for name in select["counterfactuals"]:
+            query = self.config["counterfactuals"][name]
+            if reason := self._why_impossible(query["dataset"], query["split"]) or self._why_unfit(query["model"], query["split"]):
+                self.left_out.append(f"counterfactual {name} is left out: {reason}.")
+            else:
+                queries += [(query["dataset"], query["split"], query["model"], seed, name) for seed in select["seeds"]]
+        self.queries = pd.DataFrame(queries, columns=["dataset", "split", "model", "seed", "query"])
+        key = ["dataset", "split", "model", "seed"]
+        is_learned = self.runs["model"].map(lambda name: self.family(name).kind == "learned").astype(bool)
+        self.warranties = pd.concat([self.runs.loc[is_learned, key], self.queries[key]]).drop_duplicates(ignore_index=True)
+
+    def _why_impossible(self, dataset: str, split: str) -> str | None:
+        """Return why a screen cannot serve a split, or None."""
+        block, screen = self.config["splits"][split], self.config["datasets"][dataset]
+        if block["kind"] == "unseen_combination" and screen.get("combinations") is False:
+            return f"{dataset} holds no combinations (combinations: false)"
+        # Batches of a merged file differ at least by the screen that they belong to.
+        declared = {*screen["covariates"], *(["batch"] if "dataset" in screen["covariates"] else [])}
+        if block["kind"] == "unseen_context" and block["covariate"] not in declared:
+            return f"{dataset} declares no covariates.{block['covariate']}, so all its cells are of one context"
+        return None
+
+    def _why_unfit(self, model: str, split: str) -> str | None:
+        """Return why a model cannot serve a split, or None."""
+        kind, kinds = self.config["splits"][split]["kind"], self.family(model).split_kinds
+        return f"family {self.config['models'][model]['family']} serves {', '.join(kinds)} only" if kinds and kind not in kinds else None
+
+    def _base(self, split: str) -> str:
+        """Return the name that a split was selected by: folds share one."""
+        return self.config["splits"][split].get("name", split)
+
+    def folders(self) -> list[str]:
+        """Return the folders that downloads and results of all runs are written to."""
+        runs = [run for table in (self.runs, self.queries) for run in table.itertuples()]
+        retrieved = dict.fromkeys([*[run.dataset for run in runs], *self.priors])
+        results = dict.fromkeys(f"results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}" for run in runs)
+        return [*[f"resources/{name}" for name in retrieved], *results]
+
+    def models_of_rule(self, rule: str) -> list[str]:
+        """Return the names of the models that a training rule trains."""
+        return [name for name, block in self.config["models"].items() if FAMILIES[block["family"]].rule == rule]
+
+    def family(self, model: str) -> Family:
+        """Return the family of a model."""
+        return FAMILIES[self.config["models"][model]["family"]]
+
+    @property
+    def families(self) -> dict[str, str]:
+        """Return model → family of all runs, in their order."""
+        return dict(zip(self.runs["model"], self.runs["family"], strict=True))
+
+    def dataset(self, name: str) -> dict:
+        """Return what harmonization reads of a dataset's block: a change of the rest makes nothing stale."""
+        unread = ("reference", "licence", "qc", "combinations", *CONTENT_KEYS)
+        block = {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
+        # Where a download came from is in its manifest; a mirror more makes nothing stale.
+        block["source"] = {key: value for key, value in block["source"].items() if key in ("path", "member")}
+        return block
+
+    def files(self, name: str) -> dict[str, dict]:
+        """Return role → file that the download of a dataset or prior retrieves: name, mirrors, and what it must be."""
+        return files_of(self._retrieved(name))
+
+    def _retrieved(self, name: str) -> dict:
+        """Return the block of a dataset or prior; none share a name."""
+        return self.config["datasets"].get(name) or self.config["priors"][name]
+
+    @property
+    def priors(self) -> list[str]:
+        """Names of the priors among the sources of embeddings, in their order."""
+        return [source for source in self.config["embeddings"]["sources"] if isinstance(source, str) and source != COEXPRESSION]
+
+    @property
+    def embedding_tables(self) -> list[str]:
+        """The user's own tables among the sources of embeddings, in their order."""
+        return [source["file"] for source in self.config["embeddings"]["sources"] if isinstance(source, dict)]
+
+    def split(self, name: str, dataset: str) -> dict:
+        """Return a split's block as one screen's division reads it: held_out is the list of this screen, if it has one."""
+        block = dict(self.config["splits"][name])
+        if held_out := block.pop("held_out", {}).get(dataset):
+            block["held_out"] = held_out
+        return block
+
+    def qc(self, dataset: str) -> dict:
+        """Return the limits of quality control of a dataset: the global ones, overridden by its own."""
+        return {**self.config["qc"], **self.config["datasets"][dataset].get("qc", {})}
+
+    def _lineage(self, step: str, dataset: str = "", split: str = "", model: str = "", seed: str = "", query: str = "") -> str:
+        """Return the digest of what a step's result is made of: its code, its configuration, its sources.
+
+        A step's configuration is the slice that it reads and no more, so that changing one model's params
+        makes that model's results stale and nothing else.
+        """
+        config = self.config
+        here = {"dataset": dataset, "split": split, "model": model, "seed": seed}
+        own: object = None
+        sources: list[str] = []
+        code = [SCRIPTS / f"{step}.py"]
+        if step == "download":
+            own = content_of(self._retrieved(dataset))
+        elif step == "prior":
+            block = config["priors"][dataset]
+            own = [block["kind"], block["organism"], list(own_files(block))]
+            sources = [file_fingerprint(path) for path in own_files(block).values()] or [self.lineage("download", dataset)]
+        elif step == "harmonize":
+            own = [self.dataset(dataset), self.qc(dataset)]
+            path = config["datasets"][dataset]["source"].get("path")
+            sources = [file_fingerprint(path) if path else self.lineage("download", dataset)]
+        elif step == "split":
+            block = self.split(split, dataset)
+            own = [block, file_fingerprint(block["path"]) if "path" in block else None]
+            sources = [self.lineage("harmonize", dataset)]
+        elif step == "pair":
+            own = config["genes"]
+            sources = [self.lineage("split", dataset, split)]
+        elif step == "embeddings":
+            own = [config["embeddings"], [file_fingerprint(path) for path in self.embedding_tables]]
+            sources = [self.lineage("pair", dataset, split), *[self.lineage("prior", name) for name in self.priors]]
+        elif step == "audit":
+            sources = [self.lineage("embeddings", dataset, split)]
+        elif step == "train":
+            is_learned = self.family(model).rule != "train_closed_form"
+            own = [config["models"][model], seed, config["device"] if is_learned else None]
+            sources = [self.lineage("audit", dataset, split), *map(file_fingerprint, model_files(config["models"][model]))]
+            code.append(self.family(model).source)
+        elif step == "predict":
+            own = config["predict"]
+            sources = [self.lineage("train", **here)]
+            code.append(self.family(model).source)
+        elif step == "evaluate":
+            sources = [self.lineage("predict", **here)]
+        elif step == "warranty":
+            sources = [self.lineage("train", **here)]
+            code.append(self.family(model).source)
+        elif step == "counterfactual":
+            own = config["counterfactuals"][query]
+            sources = [self.lineage("warranty", dataset, split, model, seed)]
+            code.append(self.family(model).source)
+        elif step == "draw":
+            sources = [self.lineage("counterfactual", **here, query=query)]
+        elif step == "benchmark":
+            own = self.families
+            sources = [self.lineage("evaluate", *run) for run in self._run_keys()]
+        elif step == "report":
+            sources = [self.lineage("benchmark")]
+            sources += [self.lineage("draw", *map(str, row)) for row in self.queries.itertuples(index=False)]
+            sources += [self.lineage("warranty", *map(str, row)) for row in self.warranties.itertuples(index=False)]
+        else:
+            raise ValueError(f"no such step: {step}")
+        return digest(step, own, sources, code_digest(*code))
+
+    def _run_keys(self) -> list[tuple[str, ...]]:
+        return [tuple(map(str, row)) for row in self.runs[["dataset", "split", "model", "seed"]].itertuples(index=False)]

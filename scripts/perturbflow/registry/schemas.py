@@ -1,0 +1,124 @@
+"""A configuration and its schemas: defaults filled in, and what the schemas forbid said in the user's words."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+from jsonschema.validators import extend
+from referencing import Registry as SchemaRegistry
+from referencing import Resource
+from referencing.jsonschema import DRAFT202012
+
+from perturbflow.errors import InputError
+from perturbflow.lineage import SCRIPTS
+
+SCHEMAS = SCRIPTS.parent / "config" / "schemas"
+# Names in a message; of more, the nearest ones.
+LISTED = 20
+
+# JSON schema takes 1.0 for an integer; it would end up in a path and in a random generator.
+_Validator = extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    ),
+)
+
+
+def schema_of(name: str) -> dict:
+    """Return a schema of config/schemas."""
+    return yaml.safe_load((SCHEMAS / f"{name}.schema.yaml").read_text())
+
+
+def _retrieve(uri: str) -> Resource:
+    return DRAFT202012.create_resource(yaml.safe_load((SCHEMAS / Path(uri).name).read_text()))
+
+
+def with_defaults(schema: dict, value: Any) -> Any:
+    """Return the value completed with the schema's defaults; a $ref fills nothing."""
+    if not isinstance(value, dict):
+        return value
+    filled = dict(value)
+    for key, subschema in schema.get("properties", {}).items():
+        if key not in filled and "default" in subschema:
+            filled[key] = subschema["default"]
+        if key in filled:
+            filled[key] = with_defaults(subschema, filled[key])
+    extra = schema.get("additionalProperties")
+    if isinstance(extra, dict):
+        filled = {key: with_defaults(extra, item) if key not in schema.get("properties", {}) else item
+                  for key, item in filled.items()}  # fmt: skip
+    return filled
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """Return the end of a message on an unknown word: the nearest known one, and all."""
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    listed = known if len(known) <= LISTED else difflib.get_close_matches(word, known, n=LISTED, cutoff=0.0)
+    more = f", {len(known) - len(listed)} more" if len(known) > len(listed) else ""
+    return f"{hint} Known: {', '.join(sorted(listed)) or '(none)'}{more}."
+
+
+def _explain(error: ValidationError, path: list[str]) -> str:
+    """Return one sentence for a schema violation, in the user's words, with the fix."""
+    place = ".".join(path) or "the top level"
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        known = list(error.schema.get("properties", {}))
+        unknown = [key for key in error.instance if key not in known]
+        return " ".join(f"{place}: unknown key '{key}'.{suggestion(str(key), known)}" for key in unknown)
+    if error.validator == "propertyNames" or "propertyNames" in error.absolute_schema_path:
+        return f"{place}: '{error.instance}' cannot be a name; use lower-case letters, digits and _."
+    if error.validator == "required":
+        missing = [key for key in error.validator_value if key not in error.instance]
+        return f"{place}: {', '.join(repr(key) for key in missing)} is missing."
+    if error.validator == "enum":
+        return f"{place}: {error.instance!r} is not possible.{suggestion(str(error.instance), list(map(str, error.validator_value)))}"
+    if error.validator == "type":
+        return f"{place}: {error.instance!r} must be of type {error.validator_value}."
+    if error.validator == "oneOf":
+        described = [branch.get("enum") or branch.get("const") or branch.get("properties") for branch in error.validator_value]
+        return f"{place}: {error.instance!r} is not possible. Possible: {described}."
+    return f"{place}: {error.message}."
+
+
+def holding_file(files: Sequence[Path], path: list[str]) -> str:
+    """Return the name of the last configuration file that holds a key path, for the error message."""
+    for file in reversed(files):
+        try:
+            node = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:  # Snakemake lets a few of Python's own types pass
+            raise InputError(f"{file} holds more than plain YAML: {error}") from error
+        for key in path:
+            if isinstance(node, list) and str(key).isdigit() and int(key) < len(node):
+                node = node[int(key)]
+            elif isinstance(node, dict) and key in node:
+                node = node[key]
+            else:
+                break
+        else:
+            return f"{file}: "
+    return ""
+
+
+def check_schema(value: object, schema: dict, where: list[str], files: Sequence[Path]) -> None:
+    """Check a value against a schema; `where` is its place in the configuration, for the message."""
+    resources = SchemaRegistry(retrieve=_retrieve)  # type: ignore[call-arg]  # attrs hands it to the field _retrieve
+    resources = resources.with_resource("", DRAFT202012.create_resource(schema))
+    validator = _Validator(schema, registry=resources)
+    errors = sorted(validator.iter_errors(value), key=lambda error: list(map(str, error.absolute_path)))
+    if not errors:
+        return
+    lines = []
+    for error in errors:
+        path = [*where, *map(str, error.absolute_path)]
+        inner = path
+        if error.validator == "additionalProperties":
+            known = error.schema.get("properties", {})
+            inner = [*path, *[str(key) for key in error.instance if key not in known][:1]]
+        lines.append(holding_file(files, inner) + _explain(error, path))
+    raise InputError("\n".join(lines))
