@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import merged
+from conftest import REPOSITORY, merged
 
 from perturbflow.evaluation import METRICS
 
@@ -129,6 +131,33 @@ SHOWN = (
     "*.tsv", "report.html", "*/harmonization.json", "*/*/split.json", "*/*/audit.json", "*/*/*/*/run.json", "*/*/*/*/metrics.tsv",
     "*/*/*/*/warranty.json", "*/*/*/*/counterfactuals/*.tsv", "*/*/*/*/counterfactuals/*.png",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "leaderboard.py results renge2023",
+        "leaderboard.py results renge2023 --brief no_change stacked scppdm technical_duplicate",
+        "leaderboard.py results renge2023 --against stacked",
+        "best_baseline.py results renge2023 unseen_context --models scppdm jepa",
+        "best_baseline.py results renge2023 unseen_context --models jepa --baseline perturbed_mean",
+        "distributions.py results renge2023 unseen_perturbation --models scppdm",
+        "distributions.py results renge2023 unseen_perturbation --models scppdm_hybrid --mean-given --figure cells.png",
+        "embeddings_and_actions.py results renge2023 unseen_context --models jepa --figure monitors.png",
+        "warranties.py results renge2023/unseen_context --models scppdm_hybrid counterfactual",
+    ],
+)
+def test_measurements_of_a_run_are_made_by_their_commands(default_job: tuple, command: str) -> None:
+    """Their numbers stand in benchmarks/README.md: a change of the package may not break what makes them again."""
+    folder, _ = default_job
+    script, *words = command.split()
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "workflow_tests/benchmarks" / script, *words], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("\n| ") > 2
+    for figure in (word for word in words if word.endswith(".png")):
+        assert (folder / figure).stat().st_size > 5_000
 
 
 def test_the_page_of_snakemake_report_shows_every_result_with_its_caption(default_job: tuple, snakemake: Callable) -> None:

@@ -64,8 +64,8 @@ class MeasuredMean:
     def __init__(self, cells: Pairs) -> None:
         self._cells = cells.select(((cells.obs["half"] == "a") & (cells.obs["role"] == "test")).to_numpy() | cells.is_control).roles("test")
 
-    def effect(self, perturbation: str) -> np.ndarray:
-        """Return the measured mean effect, (genes,)."""
+    def effect(self, perturbation: str, _said: object = None) -> np.ndarray:
+        """Return the measured mean effect, (genes,), whatever the model says."""
         return self._cells.effect_of(perturbation)
 
 
