@@ -117,9 +117,12 @@ def test_after_a_kill_one_message_leads_on(host: Host, undisturbed: Undisturbed,
 
 def test_a_second_run_in_one_folder_says_so_and_harms_nothing(host: Host, undisturbed: Undisturbed, tmp_path: Path) -> None:
     folder, target = make_folder(tmp_path / "here", host), "resources/fetched/raw/manifest.json"
+    pace, host.pace = host.pace, 5  # the first run is under way for as long as the second one takes to start
     first = Running(folder, target)
     first.wait_for("download")
-    assert_one_message(run_snakemake(folder, target, "--configfile", "mine.yaml"), "Directory cannot be locked")
+    second = run_snakemake(folder, target, "--configfile", "mine.yaml")
+    host.pace = pace
+    assert_one_message(second, "Directory cannot be locked")
     assert first.process.wait(timeout=120) == 0, first.text
     assert finished_files(folder) == {name: content for name, content in undisturbed.files.items() if name.startswith("resources/")}
 
