@@ -19,6 +19,7 @@ from conftest import OFF, REPOSITORY, SPECS, dataset_block, make_screen
 from perturbflow import audit, embeddings, harmonize, pairs, splits
 from perturbflow.audit import CHECKS
 from perturbflow.benchmark import benchmark
+from perturbflow.benchmark.verdicts import telling
 from perturbflow.evaluation import METRICS, evaluate
 from perturbflow.files import read_json, write_json
 from perturbflow.prediction import predict
@@ -217,14 +218,23 @@ def test_leaderboard_has_the_values_and_intervals_of_the_benchmark(page: str, tr
         assert f"{n} held-out perturbations" in page
 
 
-def test_best_value_is_bold_and_no_ceiling_is(page: str, tree: Tree) -> None:
+def test_best_value_is_bold_where_the_metric_can_tell_and_no_ceiling_is(page: str, tree: Tree) -> None:
     table = tree.table("benchmark")
+    mute = {
+        split: {name for name, tells in telling(rows).items() if not tells} for split, rows in tree.table("calibration").groupby("split")
+    }
+    assert any(mute.values())
     for (split, metric), rows in table[table["model"] != "technical_duplicate"].groupby(["split", "metric"]):
         best = rows["value"][METRICS[metric].loss(rows["value"]).idxmin()]
         position = [*HEADLINES, *[name for name in METRICS if name not in HEADLINES]].index(metric)
         for row in rows.itertuples():
             cell = re.findall(r"<td>.*?</td>", leaderboard_row(page, split, row.model), re.DOTALL)[position]
-            assert ("<strong>" in cell) == (row.value == best), (split, metric, row.model)
+            assert ("<strong>" in cell) == (row.value == best and metric not in mute[split]), (split, metric, row.model)
+        head = re.search(
+            rf"<th scope=.col.[^>]*>{metric.replace('_', '_<wbr>')}&nbsp;.*?</th>",
+            page[page.index(f'aria-label="Leaderboard of mine × {split}"') :],
+        )
+        assert ("cannot tell" in head[0]) == (metric in mute[split])
     assert "<strong>" not in leaderboard_row(page, "unseen_combination", "technical_duplicate")
 
 

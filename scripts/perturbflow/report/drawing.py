@@ -97,8 +97,16 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float) -> str:
-    """Return two significant digits with the sign, as differences are read."""
-    return ("0" if value == 0 else f"{value:+.2g}") if np.isfinite(value) else "–"
+    """Return two significant digits with the sign, as differences are read; what is smaller than the noise of single precision is 0."""
+    if not np.isfinite(value):
+        return "–"
+    return (
+        "0"
+        if abs(value) < 1e-6
+        else f"{value:+.2g}"
+        if abs(value) >= 1e-4
+        else np.format_float_positional(value, 2, fractional=False, sign=True)
+    )
 
 
 def interval(low: float, high: float) -> str:

@@ -1,5 +1,6 @@
 """The leaderboard of one dataset × split: scores, raw and scaled, and a figure per headline metric."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -66,7 +67,7 @@ def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[st
         if np.isfinite(score.low):
             axes.plot([score.low, score.high], [y, y], color=card.colour, linewidth=4, alpha=0.35, solid_capstyle="butt")
         axes.plot(score.value, y, card.marker, color=card.colour, markersize=5)
-    for score in ceilings.values():
+    for score in list(ceilings.values())[:1]:  # one line: two of them could not be told apart
         if np.isfinite(score.low):
             axes.axvspan(score.low, score.high, color=INK, alpha=0.07, linewidth=0)
         axes.axvline(score.value, color=INK, linewidth=1, linestyle="--")
@@ -83,14 +84,20 @@ def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[st
     return figure
 
 
-def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawings) -> Leaderboard:
-    """Return the scores of one dataset × split, drawn and put in sentences."""
+def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawings, mute: Collection[str] = ()) -> Leaderboard:
+    """Return the scores of one dataset × split, drawn and put in sentences.
+
+    Parameters
+    ----------
+    mute
+        Metrics that cannot tell on these data: nothing is best by them.
+    """
     scores = _scores(rows, cards)
     models = {model: row for model, row in scores.items() if cards[model].kind != "ceiling"}
     ceilings = {model: row for model, row in scores.items() if cards[model].kind == "ceiling"}
     metrics = [metric for metric in METRICS if any(metric in row for row in scores.values())]
     headlines = [metric for metric in metrics if METRICS[metric].headline]
-    best = rows[rows["is_best_baseline"] & rows["headline"]].drop_duplicates("metric").groupby("model", sort=False)["metric_family"]
+    best = rows[rows["is_best_baseline"] & rows["headline"] & ~rows["metric"].isin(mute)].drop_duplicates("metric")
     figures = []
     for metric in headlines:
         shown, limits = ({model: row[metric] for model, row in some.items() if metric in row} for some in (models, ceilings))
@@ -102,6 +109,7 @@ def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawi
         alt = f"{metric}, {METRICS[metric].reading}, 95 % intervals in brackets: {alt}."
         if svg := drawings.svg(alt, _leaderboard_figure, metric, shown, limits, cards):
             figures.append({"svg": svg, "metric": metric})
+    families = best.groupby("model", sort=False)["metric_family"].agg(list).to_dict()
     n = max((score.n_perturbations for row in scores.values() for score in row.values()), default=0)
     others = [metric for metric in metrics if metric not in headlines]
-    return Leaderboard(models, ceilings, headlines, others, best.agg(list).to_dict(), n, figures)
+    return Leaderboard(models, ceilings, headlines, others, dict(sorted(families.items(), key=lambda item: -len(item[1]))), n, figures)

@@ -94,6 +94,7 @@ class Group(OfSplit):
     split: str
     spec: dict
     roles: dict[str, dict]
+    contexts: dict[str, list[str]]  # per role, where contexts are held out
     n_cells: int
     n_genes: int
     checks: dict[str, str]  # → passed, or not applicable
@@ -121,6 +122,11 @@ class Board(OfSplit):
     calibration: CalibrationTable
     strata: list[StrataTable]
 
+    @property
+    def mute(self) -> set[str]:
+        """Metrics that cannot tell on these data."""
+        return {row["metric"] for row in self.calibration.rows if not row["tells"]}
+
 
 def _boards(
     tables: dict[str, pd.DataFrame], generalizations: dict[tuple[str, ...], str], cards: dict[str, ModelCard], drawings: Drawings
@@ -144,7 +150,8 @@ def _boards(
     for (dataset, whole), members in pools.items():
         for split in sorted(members, key=whole.__ne__):  # what pools the folds comes first
             of = {name: table[(table["dataset"] == dataset) & (table["split"] == split)] for name, table in tables.items()}
-            board = leaderboard(of["benchmark"], cards, drawings)
+            told = calibration_table(of["calibration"])
+            board = leaderboard(of["benchmark"], cards, drawings, {row["metric"] for row in told.rows if not row["tells"]})
             boards.append(
                 Board(
                     dataset,
@@ -154,7 +161,7 @@ def _boards(
                     generalization=generalizations[dataset, split if split != whole or len(members) == 1 else members[0]],
                     verdicts=verdict_table(of["verdicts"], of["comparisons"], cards),
                     leaderboard=board,
-                    calibration=calibration_table(of["calibration"]),
+                    calibration=told,
                     strata=strata_tables(of["strata"], list(board.best_baselines), cards),
                 )
             )
@@ -290,7 +297,7 @@ def report(
         audited = read_json(checked[dataset, split])
         n_rows = PERTURBATION_ROWS // len(roles)
         group = Group(
-            dataset, split, division["spec"], of_role, n_cells, n_genes,
+            dataset, split, division["spec"], of_role, division.get("contexts") or {}, n_cells, n_genes,
             audited["checks"],
             perturbation_table(scores[here], [model for model in cards if model in set(scores.loc[here, "model"])], n_rows),
             Names.of(division["left_out"]),

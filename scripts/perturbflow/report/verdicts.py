@@ -105,6 +105,8 @@ def strata_tables(strata: pd.DataFrame, best: list[str], cards: dict[str, ModelC
             continue
         rows = []
         for (metric, name), of_bin in here.groupby(["metric", "bin"], sort=False):
+            if not of_bin["n_perturbations"].max():
+                continue
             scores = of_bin.set_index("model")
             first = of_bin.iloc[0]
             rows.append(
