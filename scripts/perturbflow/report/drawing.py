@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,17 @@ def new_axes(width: float, height: float, left: float, bottom: float = 0.45, top
     """Return a new figure and its axes; all in inches."""
     figure = Figure(figsize=(width, height))
     return figure, figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Make every row of the axes one of these, from the top, over a light grid."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
+    axes.set_axisbelow(b=True)
+    axes.spines["left"].set_visible(False)
 
 
 def room_for(names: Iterable[str]) -> float:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from perturbflow.benchmark.tables import PRIMARY
 from perturbflow.evaluation import METRICS
 from perturbflow.report.cards import ModelCard
-from perturbflow.report.drawing import INK, STYLE, Drawings, interval, new_axes, number, room_for
+from perturbflow.report.drawing import INK, STYLE, Drawings, interval, name_rows, new_axes, number, room_for
 
 SCALED = "scaled_{}_{}".format(*PRIMARY)
 
@@ -73,13 +73,7 @@ def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[st
         axes.axvline(score.value, color=INK, linewidth=1, linestyle="--")
         axes.annotate("ceiling", (score.value, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
                       ha="center", fontsize=7)  # fmt: skip
-    axes.set_yticks(range(len(models)), list(models))
-    axes.set_ylim(len(models) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.locator_params(axis="x", nbins=5)
-    axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
-    axes.set_axisbelow(b=True)
-    axes.spines["left"].set_visible(False)
+    name_rows(axes, list(models))
     axes.set_xlabel(METRICS[metric].reading)
     return figure
 

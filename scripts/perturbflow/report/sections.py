@@ -16,7 +16,7 @@ from perturbflow.counterfactuals.warranty import sentence
 from perturbflow.evaluation import METRICS
 from perturbflow.files import read_json
 from perturbflow.report.cards import ModelCard, place_of, read_table
-from perturbflow.report.drawing import INK, STYLE, Drawings, interval, new_axes, number, room_for
+from perturbflow.report.drawing import INK, STYLE, Drawings, interval, name_rows, new_axes, number, room_for
 
 CORRELATION = METRICS["pearson_delta_ctrl"].name
 
@@ -205,12 +205,7 @@ def _counterfactual_figure(genes: pd.DataFrame, card: ModelCard) -> Figure:
     axes.axvline(0, color="#888888", linewidth=0.6)
     axes.hlines(rows, genes["low"], genes["high"], color=card.colour, linewidth=4, alpha=0.35)
     axes.plot(genes["effect"], rows, "o", color=card.colour, markersize=4)
-    axes.set_yticks(rows, genes["gene"])
-    axes.set_ylim(len(genes) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.locator_params(axis="x", nbins=5)
-    axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
-    axes.spines["left"].set_visible(False)
+    name_rows(axes, list(genes["gene"]))
     axes.set_xlabel("effect on log1p expression")
     return figure
 
@@ -243,12 +238,7 @@ def _coverage_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
             )
             axes.plot(100 * covered["measured"], y + shift, card.marker, color=card.colour, markersize=5)
             axes.plot([nominal] * 2, [y + shift - 0.14, y + shift + 0.14], color=INK, linewidth=1.4)
-    axes.set_yticks(range(len(rows)), names)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.locator_params(axis="x", nbins=5)
-    axes.grid(axis="x", color="#888888", alpha=0.25, linewidth=0.5)
-    axes.spines["left"].set_visible(False)
+    name_rows(axes, names)
     axes.set_xlabel("% of measured effects in 80 and 90 % intervals")
     return figure
 
