@@ -11,7 +11,7 @@ from conftest import PERTURBED, Prepared, ask, make_screen, run_snakemake
 
 from perturbflow.embeddings import Embeddings, embeddings, from_table, rows_of
 from perturbflow.errors import InputError
-from perturbflow.models.base import Run, build
+from perturbflow.models.base import Ceiling, Run, build
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.training import train
@@ -111,7 +111,9 @@ def effects_of(name: str, here: Prepared, genes: list[str]) -> np.ndarray:
     """Return what a closed form predicts for genes, as differences from their start cells."""
     cells, vectors = Pairs.read(here.pairs), Embeddings.read(here.embeddings)
     model = build(FAMILIES[name].implementation, {"n_components": 10, "ridge": 0.1} if name == "linear" else {})
-    model.fit(cells, vectors, Run(seed=0)) if model.is_ceiling else model.fit(cells.roles("train", "validation"), vectors, Run(seed=0))
+    model.fit(cells, vectors, Run(seed=0)) if isinstance(model, Ceiling) else model.fit(
+        cells.roles("train", "validation"), vectors, Run(seed=0)
+    )
     start = cells.roles("test").select(cells.roles("test").is_control).X.toarray()[:5]
     return model.predict(start, genes, 5, 0) - start
 

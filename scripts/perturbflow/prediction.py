@@ -14,7 +14,7 @@ from scipy import sparse
 from perturbflow.artefacts import load_artefact
 from perturbflow.files import atomic
 from perturbflow.hdf5 import AppendedRows
-from perturbflow.models.base import build
+from perturbflow.models.base import Ceiling, build
 from perturbflow.pairs import Pairs
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def predict(
         measured = cells.cells_of(label)
         if len(measured) > max_cells:
             measured = np.sort(rng.choice(measured, max_cells, replace=False))
-        if family.is_ceiling:  # its cells are measured ones: it says which
+        if isinstance(family, Ceiling):  # its cells are measured ones: it says which
             measured = np.searchsorted(cells.rows, family.rows(label, len(measured), seed))
         chosen[label] = measured
     # Controls are few and start again and again: they are kept, and no other cell is read.
@@ -80,7 +80,7 @@ def predict(
     with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
         written = AppendedRows(file.create_group("X"), len(cells.genes), len(start), pool)
         for label, rows in chosen.items():
-            size = len(rows) if family.is_ceiling else CELLS_PER_BLOCK  # a ceiling draws without replacement, from few
+            size = len(rows) if isinstance(family, Ceiling) else CELLS_PER_BLOCK  # a ceiling draws without replacement, from few
             for block, first in enumerate(range(0, len(rows), size)):
                 starts = cells.control_index[rows[first : first + size], 0]
                 told = {} if strata is None else {"strata": strata[starts]}
@@ -89,7 +89,7 @@ def predict(
                 written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
             logger.info("%s: %d cells", label, len(rows))
         written.finish()
-        obs = cells.obs.iloc[measured if family.is_ceiling else start][["cell_type", "batch"]].astype(str)
+        obs = cells.obs.iloc[measured if isinstance(family, Ceiling) else start][["cell_type", "batch"]].astype(str)
         obs = obs.assign(
             perturbation=np.repeat(list(chosen), list(map(len, chosen.values()))), control_index=cells.rows[start].astype(np.int32)
         )
@@ -97,7 +97,7 @@ def predict(
         obs.index = [f"predicted_{i}" for i in range(len(obs))]
         for column in ("perturbation", "cell_type", "batch"):
             obs[column] = pd.Categorical(obs[column])
-        uns = {"perturbflow": {"starts_from_controls": not family.is_ceiling, "role": role}}
+        uns = {"perturbflow": {"starts_from_controls": not isinstance(family, Ceiling), "role": role}}
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         for place in ("obsm", "varm", "obsp", "varp", "layers"):
             ad.io.write_elem(file, place, {})

@@ -16,7 +16,7 @@ from perturbflow.artefacts import save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.files import file_digest, read_json, write_json
 from perturbflow.lineage import code_digest, digest
-from perturbflow.models.base import Run, build
+from perturbflow.models.base import Ceiling, Run, build
 from perturbflow.pairs import Pairs
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def train(
         identity=digest(implementation, params, seed, inputs, code_digest(Path(inspect.getfile(type(family))))),
     )
     started = time.perf_counter()
-    cells = cells if family.is_ceiling else cells.roles("train", "validation")
+    cells = cells if isinstance(family, Ceiling) else cells.roles("train", "validation")
     artefact = family.fit(cells, Embeddings.read(embeddings), circumstances)
     seconds = time.perf_counter() - started
     if not circumstances.is_first_process:

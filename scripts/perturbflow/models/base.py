@@ -61,7 +61,6 @@ class Model(ABC):
     Expression is log1p-normalized, on the scale of pairs.h5ad, in that file's gene order.
     """
 
-    is_ceiling: ClassVar[bool] = False  # a ceiling may see measured test cells; a model never does
     reads_blocks: bool = False  # fit goes through the cells block by block: their expression may stay on disk
     reads_strata: ClassVar[bool] = False  # predict also takes strata: batch and cell type of every control cell
 
@@ -93,10 +92,6 @@ class Model(ABC):
         (perturbations, n, genes); a ceiling has no more cells than were measured.
         """
 
-    def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
-        """Return the row of pairs.h5ad of every cell that `predict` returns; a ceiling's cells are measured ones."""
-        raise NotImplementedError
-
     def counterfactual(self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int) -> np.ndarray:
         """Return what each of these cells might become, (perturbations, cells, samples, genes)."""
         repeated = np.repeat(cells, samples, axis=0)
@@ -114,6 +109,14 @@ class Model(ABC):
     def refusal(self, perturbation: str) -> str | None:
         """Return why this perturbation cannot be predicted, or None."""
         return None
+
+
+class Ceiling(Model):
+    """What may see measured test cells, and predicts with some of them; a model never does."""
+
+    @abstractmethod
+    def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
+        """Return the row of pairs.h5ad of every cell that `predict` returns."""
 
 
 def build(implementation: str, params: dict) -> Model:

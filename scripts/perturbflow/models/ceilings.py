@@ -1,21 +1,18 @@
 """Ceilings: what measured cells of the same perturbation predict. No model; the row every other row is read against."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
 from perturbflow.embeddings import Embeddings
-from perturbflow.models.base import Artefact, Model, Run
+from perturbflow.models.base import Artefact, Ceiling, Run
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 
 
-class TechnicalDuplicate(Model):
+class TechnicalDuplicate(Ceiling):
     """Half 'a' of the measured cells of a held-out perturbation predicts half 'b', on which every model is scored."""
-
-    is_ceiling: ClassVar[bool] = True
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
         """Keep half 'a' of all held-out perturbations."""
