@@ -111,13 +111,7 @@ def signed(value: float) -> str:
     """Return two significant digits with the sign, as differences are read; what is smaller than the noise of single precision is 0."""
     if not np.isfinite(value):
         return "–"
-    return (
-        "0"
-        if abs(value) < 1e-6
-        else f"{value:+.2g}"
-        if abs(value) >= 1e-4
-        else np.format_float_positional(value, 2, fractional=False, sign=True)
-    )
+    return "0" if abs(value) < 1e-6 else np.format_float_positional(float(f"{value:.2g}"), sign=True, trim="-")
 
 
 def interval(low: float, high: float) -> str:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from perturbflow.report.cards import ModelCard
 
-KINDS = {"learned": "learned", "baseline": "baseline", "ablation": "ablation", "ceiling": "ceiling"}
-
 
 @dataclass(frozen=True)
 class Overview:
@@ -19,8 +17,8 @@ class Overview:
     n_telling: list[tuple[int, int] | None]  # per column, of so many headline metrics; None where nothing was calibrated
 
 
-def _n(count: int, word: str, plural: str = "") -> str:
-    return f"{count:,} {word if count == 1 else plural or word + 's'}"
+def _n(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def overview(boards: list, runs: Iterable[tuple[str, ...]], cards: dict[str, ModelCard]) -> Overview:
@@ -36,9 +34,8 @@ def overview(boards: list, runs: Iterable[tuple[str, ...]], cards: dict[str, Mod
     runs = list(runs)
     columns = [board for board in boards if not board.is_fold]
     of_kind = Counter(card.kind for card in cards.values())
-    kinds = ", ".join(
-        _n(of_kind[kind], word) if kind != "learned" else f"{of_kind[kind]} learned" for kind, word in KINDS.items() if of_kind[kind]
-    )
+    others = [_n(of_kind[kind], kind) for kind in ("baseline", "ablation", "ceiling") if of_kind[kind]]
+    kinds = ", ".join(([f"{of_kind['learned']} learned"] if of_kind["learned"] else []) + others)
     counts = [
         _n(len({dataset for dataset, *_ in runs}), "dataset"),
         _n(len({(dataset, split) for dataset, split, *_ in runs}), "split"),

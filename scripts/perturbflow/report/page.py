@@ -97,7 +97,7 @@ class Group(OfSplit):
     contexts: dict[str, list[str]]  # per role, where contexts are held out
     n_cells: int
     n_genes: int
-    checks: dict[str, str]  # → passed, or not applicable
+    checks: dict[str, str]  # of the audit → passed
     perturbations: PerturbationTable
     left_out: Names
     without_row: dict[str, Names]
@@ -121,11 +121,6 @@ class Board(OfSplit):
     leaderboard: Leaderboard
     calibration: CalibrationTable
     strata: list[StrataTable]
-
-    @property
-    def mute(self) -> set[str]:
-        """Metrics that cannot tell on these data."""
-        return {row["metric"] for row in self.calibration.rows if not row["tells"]}
 
 
 def _boards(
@@ -151,7 +146,7 @@ def _boards(
         for split in sorted(members, key=whole.__ne__):  # what pools the folds comes first
             of = {name: table[(table["dataset"] == dataset) & (table["split"] == split)] for name, table in tables.items()}
             told = calibration_table(of["calibration"])
-            board = leaderboard(of["benchmark"], cards, drawings, {row["metric"] for row in told.rows if not row["tells"]})
+            board = leaderboard(of["benchmark"], cards, drawings, told.mute)
             boards.append(
                 Board(
                     dataset,

@@ -55,6 +55,11 @@ class CalibrationTable:
     pairs: list[tuple[str, str]]
     rows: list[dict]
 
+    @property
+    def mute(self) -> list[str]:
+        """Metrics that cannot tell on these data."""
+        return [row["metric"] for row in self.rows if not row["tells"]]
+
 
 def calibration_table(calibration: pd.DataFrame) -> CalibrationTable:
     """Return what the metrics can tell on one dataset × split, headline metrics first; without rows where there is no ceiling.
