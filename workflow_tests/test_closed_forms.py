@@ -1,6 +1,6 @@
 """Closed forms that learn from several perturbations at once: each is right where its assumption holds, and judged on what it has not seen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from perturbflow.models.ablations import BatchOnly, ShuffledLabels
 from perturbflow.models.base import Run, build
 from perturbflow.models.baselines import Additive, LatentSum, Transfer, effects_by_context
 from perturbflow.models.ceilings import InterpolatedDuplicate
+from perturbflow.models.conditional_mean import ConditionalMean
 from perturbflow.models.regressions import KernelRidge
 from perturbflow.models.shift import MeanShift, Training, least_error
 from perturbflow.models.stacked import ShrunkenEntries, Stacked, stacking_weights
@@ -238,6 +239,38 @@ def test_contexts_with_few_cells_or_no_controls_do_not_count(singles: dict[str, 
     no_controls = (obs["perturbation"] == "control").to_numpy() & (obs["batch"] == "b2").to_numpy()
     pairs = training.pairs.select(~(few & (np.cumsum(few) > 9)) & ~no_controls)
     assert set(effects_by_context(Training.of(pairs, NO_VECTORS, 0))) == {("b0", "t")}
+
+
+def test_a_context_that_is_held_out_takes_nothing_else_with_it(singles: dict[str, np.ndarray]) -> None:
+    pairs = make_training(singles, batches=3).pairs
+    others = pairs.without_context(("b1", "t"))
+    anew = pairs.select((pairs.obs["batch"] != "b1").to_numpy())
+    np.testing.assert_array_equal(others.rows, anew.rows)
+    assert others.effects_by_context.keys() == anew.effects_by_context.keys() == {("b0", "t"), ("b2", "t")}
+    for context, effects in anew.effects_by_context.items():
+        assert effects.keys() == others.effects_by_context[context].keys() == set(singles)
+        for label, effect in effects.items():
+            np.testing.assert_array_equal(others.effects_by_context[context][label], effect)
+
+
+def test_cells_are_read_once_for_effects_and_once_for_contexts_however_many_folds(
+    singles: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    blocks = Pairs.blocks
+
+    def counted(pairs: Pairs) -> Iterator:
+        read.append(len(pairs.rows))
+        return blocks(pairs)
+
+    monkeypatch.setattr(Pairs, "blocks", counted)
+    training = make_training(singles, batches=3)
+    n = len(training.pairs.rows)
+    Stacked().learned(training)
+    assert read == [n, n]
+    read.clear()
+    ConditionalMean().learned(training)  # and once for the effects without each context
+    assert read == [n - n // 3] * 3
 
 
 # --- stacking -------------------------------------------------------------------------------------------------------

@@ -384,6 +384,16 @@ def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], t
         torch.testing.assert_close(brief.state_dict()[name], value, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is seeded with the CPU, by torch itself")
+def test_a_step_is_seeded_as_torch_would_without_a_word_to_devices_that_are_not_there() -> None:
+    waiting = len(torch.cuda._queued_calls)
+    optimization._tie_noise(3, 30)
+    drawn = torch.rand(5)
+    assert len(torch.cuda._queued_calls) == waiting
+    torch.manual_seed(3 * 1_000_003 + 30)
+    assert torch.equal(torch.rand(5), drawn)
+
+
 @pytest.mark.slow
 def test_a_training_in_a_batch_job_does_not_put_the_job_into_the_queue_again(
     screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

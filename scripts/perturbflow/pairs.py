@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 CONTROLS_PER_CELL = 8
 ROWS_AT_ONCE = 4096
+LEAST_CELLS = 10  # of a perturbation in a context: fewer give noise for an effect
 CARRIED_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
     "total_counts", "n_genes_by_counts", "pct_counts_mt",
@@ -194,6 +195,34 @@ class Pairs:
         for rows, X in self.blocks():
             add_moments(X.data, X.indices, X.indptr, self.groups.of_cell[rows], sums, squares)
         return sums, squares
+
+    @cached_property
+    def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+        """Per batch × cell type with controls, the mean effect of every perturbation that has at least ten cells in it; from one pass."""
+        strata = self.obs[["batch", "cell_type"]].astype(str)
+        has_controls = set(strata[self.is_control].itertuples(index=False, name=None))
+        group = np.full(len(self.labels), -1)
+        found: list[tuple[str, str, str, np.ndarray]] = []
+        for (batch, cell_type, label), rows in strata.assign(label=self.labels).groupby(["batch", "cell_type", "label"]).indices.items():
+            if label != CONTROL and len(rows) >= LEAST_CELLS and (batch, cell_type) in has_controls:
+                group[rows] = len(found)
+                found.append((batch, cell_type, label, rows))
+        sums, squares = np.zeros((2, len(found), len(self.genes)))
+        for rows, X in self.blocks():
+            of_group = group[rows]
+            here = X[of_group >= 0]
+            add_moments(here.data, here.indices, here.indptr, of_group[of_group >= 0], sums, squares)
+        effects: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        for total, (batch, cell_type, label, rows) in zip(sums, found, strict=True):
+            mean = (total / len(rows)).astype(np.float32)
+            effects.setdefault((batch, cell_type), {})[label] = mean - self.control_mean_for(rows)
+        return effects
+
+    def without_context(self, context: tuple[str, str]) -> "Pairs":
+        """Return the cells of all other batches × cell types; what is known of effects in them is handed on."""
+        others = self.select(self.strata != "|".join(context))
+        vars(others)["effects_by_context"] = {other: of for other, of in self.effects_by_context.items() if other != context}
+        return others
 
     @cached_property
     def is_control(self) -> np.ndarray:

@@ -2,14 +2,12 @@
 
 import numpy as np
 
-from perturbflow.kernels import add_moments
 from perturbflow.models.base import Artefact
 from perturbflow.models.shift import MeanShift, Training, least_error
 from perturbflow.symbols import members_of
 
 LATENT_RIDGES = (0.1, 0.3, 1.0, 3.0)
 LATENT_COMPONENTS = (5, 15, 50)
-LEAST_CELLS = 10  # of a perturbation in a context: fewer give noise for an effect
 
 
 class NoChange(MeanShift):
@@ -195,27 +193,13 @@ class Transfer(MeanShift):
 
 
 def effects_by_context(training: Training) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """Return, per batch × cell type, the effects of all perturbations that have at least ten cells in it; from one pass over the cells."""
-    pairs = training.pairs
+    """Return, per batch × cell type, the effects of the training perturbations that have enough cells in it."""
     known = set(training.effects.labels)
-    strata = pairs.obs[["batch", "cell_type"]].astype(str)
-    has_controls = set(strata[pairs.is_control].itertuples(index=False, name=None))
-    group = np.full(len(pairs.labels), -1)
-    found: list[tuple[str, str, str, np.ndarray]] = []
-    for (batch, cell_type, label), rows in strata.assign(label=pairs.labels).groupby(["batch", "cell_type", "label"]).indices.items():
-        if label in known and len(rows) >= LEAST_CELLS and (batch, cell_type) in has_controls:
-            group[rows] = len(found)
-            found.append((batch, cell_type, label, rows))
-    sums, squares = np.zeros((2, len(found), len(pairs.genes)))
-    for rows, X in pairs.blocks():
-        of_group = group[rows]
-        here = X[of_group >= 0]
-        add_moments(here.data, here.indices, here.indptr, of_group[of_group >= 0], sums, squares)
-    effects: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    for total, (batch, cell_type, label, rows) in zip(sums, found, strict=True):
-        mean = (total / len(rows)).astype(np.float32)
-        effects.setdefault((batch, cell_type), {})[label] = mean - pairs.control_mean_for(rows)
-    return effects
+    of_known = {
+        context: {label: effect for label, effect in effects.items() if label in known}
+        for context, effects in training.pairs.effects_by_context.items()
+    }
+    return {context: effects for context, effects in of_known.items() if effects}
 
 
 class Linear(MeanShift):

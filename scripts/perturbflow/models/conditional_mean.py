@@ -262,7 +262,7 @@ def _other_contexts(training: Training) -> Iterator[tuple[Training, Effects, np.
     held_out = np.random.default_rng(training.seed).permutation(len(contexts))[:MAX_CONTEXTS]
     for context in (contexts[i] for i in sorted(held_out)):
         effects, is_here = by_context[context], strata == "|".join(context)
-        inner = Training.of(training.pairs.select(~is_here), training.embeddings, training.seed)
+        inner = Training.of(training.pairs.without_context(context), training.embeddings, training.seed)
         labels = [label for label in effects if label in inner.effects.labels]
         if labels:
             values = np.stack([effects[label] for label in labels])

@@ -128,8 +128,12 @@ class Learner(pl.LightningModule):
 
 
 def _tie_noise(seed: int, step: int, rank: int = 0) -> None:
-    """Seed what is random in a step; processes that share a batch draw each their own. Of a seed torch uses 32 bits."""
-    torch.manual_seed(seed * 1_000_003 + step + rank * 0x9E3779B1)
+    """Seed what is random in a step; processes that share a batch draw each their own. Of a seed torch uses 32 bits.
+
+    Without an accelerator the CPU's generator is asked itself: `torch.manual_seed` would keep a traceback for devices to come, at a tenth of a small step.
+    """
+    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seed_all(seed * 1_000_003 + step + rank * 0x9E3779B1)
 
 
 def _finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
