@@ -144,6 +144,7 @@ SHOWN = (
         "distributions.py results renge2023 unseen_perturbation --models scppdm",
         "distributions.py results renge2023 unseen_perturbation --models scppdm_hybrid --mean-given --figure cells.png",
         "embeddings_and_actions.py results renge2023 unseen_context --models jepa --figure monitors.png",
+        "loss_curves.py results renge2023 unseen_context --models scppdm jepa --figure loss_curves.png",
         "warranties.py results renge2023/unseen_context --models scppdm_hybrid counterfactual",
     ],
 )

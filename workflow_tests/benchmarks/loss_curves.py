@@ -1,0 +1,75 @@
+"""Losses of trainings: where they began, where they ended, and whether those of validation perturbations went with them.
+
+    python workflow_tests/benchmarks/loss_curves.py results carpool unseen_combination --models scppdm scppdm_hybrid jepa --figure loss_curves.png
+
+Reads run.json of all seeds: means over seeds of the first and last logged loss, of the least loss of validation perturbations, and of the step that had it.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
+
+from leaderboard import markdown, parser_of_split  # noqa: E402
+
+from perturbflow.files import read_json  # noqa: E402
+
+ROLES = {"training": ("loss", "-"), "validation": ("validation_loss", "--")}
+
+
+def ends(run: dict) -> dict[str, float]:
+    """Return a run's losses, as numbers of the table; of validation where the split has such perturbations."""
+    history = pd.DataFrame(run["history"]).set_index("step")
+    row = {}
+    for role, (name, _) in ROLES.items():
+        if name in history:
+            row |= {f"first, {role}": history[name].iloc[0], f"last, {role}": history[name].iloc[-1]}
+    if "validation_loss" in history:
+        row |= {"least, validation": history["validation_loss"].min(), "at step": history["validation_loss"].idxmin()}
+    return {**row, "steps": history.index[-1]}
+
+
+def draw(runs: dict[str, list[dict]], figure: Path) -> None:
+    """Draw a panel per model; one line per seed and role."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    drawing, panels = plt.subplots(1, len(runs), figsize=(3.4 * len(runs), 2.8), layout="constrained", squeeze=False)
+    for panel, (model, of_seeds) in zip(panels.flat, runs.items(), strict=True):
+        for seed, run in enumerate(of_seeds):
+            for role, (name, dashes) in ROLES.items():
+                points = [(row["step"], row[name]) for row in run["history"] if name in row]
+                if points:
+                    colour = "C0" if role == "training" else "0.3"
+                    panel.plot(*zip(*points, strict=True), dashes, color=colour, linewidth=1, label=role if seed == 0 else None)
+        panel.set_title(f"{model}, {len(of_seeds)} seed(s)", fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.set_ylabel("loss", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels.flat[0].legend(fontsize=8, frameon=False)
+    drawing.savefig(figure, dpi=110)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = parser_of_split(__doc__, ["scppdm", "scppdm_hybrid"])
+    parser.add_argument("--figure", type=Path)
+    arguments = parser.parse_args()
+    folder = arguments.results / arguments.dataset / arguments.split
+    runs = {model: [read_json(file) for file in sorted(folder.glob(f"{model}/seed_*/run.json"))] for model in arguments.models}
+    print(f"**{arguments.dataset}, {arguments.split}**: {max(map(len, runs.values()))} seed(s)\n")
+    table = pd.DataFrame({model: pd.DataFrame(map(ends, of_seeds)).mean() for model, of_seeds in runs.items()}).T
+    print(markdown(table.map("{:.4g}".format), list(table.columns)))
+    if arguments.figure:
+        draw(runs, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
