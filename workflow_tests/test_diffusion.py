@@ -1,6 +1,7 @@
 """scPPDM: forward process, samplers and guidance against closed forms, the network on known conditionals, doses, latents, and the hybrid."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from test_models import registered, small_conditions, trained
 from test_recount import normalized
 from torch import Tensor
 
+from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings, rows_of
 from perturbflow.errors import InputError
-from perturbflow.models import denoiser, networks, samplers
+from perturbflow.models import denoiser, external, networks, samplers
 from perturbflow.models.autoencoder import CountLatent, DrawnCells, negative_binomial
 from perturbflow.models.base import Run, build
 from perturbflow.models.batches import Batch
@@ -390,6 +392,89 @@ def test_a_latent_from_a_file_spans_its_directions(screen: tuple[Pairs, Embeddin
     table.to_csv(tmp_path / "dependent.tsv", sep="\t")
     with pytest.raises(InputError, match="6 directions are linearly dependent"):
         LatentSpace.from_loadings(tmp_path / "dependent.tsv", pairs)
+
+
+class Directions(torch.nn.Module):
+    """An encoder learned elsewhere, of some genes in an order of its own: shares of counts on fixed directions, bent."""
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__()
+        weight = torch.randn(n_genes, 6, generator=torch.Generator().manual_seed(0))
+        self.weight = torch.nn.Parameter(0.2 * weight / n_genes**0.5)
+
+    def forward(self, k: Tensor) -> Tensor:
+        """Counts, (cells, genes) → (cells, 6)."""
+        return torch.tanh(torch.log1p(400.0 * k / k.sum(dim=1, keepdim=True).clamp(min=1.0)) @ self.weight)
+
+
+def exported(path: Path, genes: list[str], module: torch.nn.Module | None = None, *, any_number: bool = True) -> Path:
+    """Save an encoder as config/README.md says it."""
+    cells = ({0: torch.export.Dim("cells")},) if any_number else None
+    program = torch.export.export(module or Directions(len(genes)), (torch.ones(7, len(genes)),), dynamic_shapes=cells)
+    torch.export.save(program, path, extra_files={"genes": "\n".join(genes)})
+    return path
+
+
+def test_an_encoder_from_a_file_reads_its_genes_wherever_they_are_and_its_moves_mean_counts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(30), 2)
+    state = rng.integers(0, 2, 600)
+    counts = rng.poisson(rng.gamma(20.0, 20.0, (600, 1)) * shares[state])
+    pairs = make_pairs(normalized(counts, 400.0))
+    genes = ["unmeasured", *(f"G{i}" for i in reversed(range(30)))]
+    path = exported(tmp_path / "encoder.pt2", genes)
+    latent = external.ExternalLatent.learned(path, pairs, 300, 64, Run(seed=0, checkpoints=tmp_path, identity="test"))
+    z = latent.encode(pairs.X)
+    expected = Directions(31)(torch.from_numpy(np.hstack([np.zeros((600, 1)), counts[:, ::-1]]).astype(np.float32))).detach().numpy()
+    np.testing.assert_allclose(z, (expected - expected.mean(axis=0)) / expected.std(axis=0), atol=0.01)
+    move = np.tile(z[state == 1].mean(axis=0) - z[state == 0].mean(axis=0), (int((state == 0).sum()), 1))
+    assert np.corrcoef(latent.fold(z[state == 0], move).mean(axis=0), np.log(shares[1] / shares[0]))[0, 1] > 0.9
+    restored = external.ExternalLatent.restored(latent.state())
+    assert np.array_equal(restored.encode(pairs.X), z)
+    assert np.array_equal(restored.fold(z[:5], move[:5]), latent.fold(z[:5], move[:5]))
+
+
+class Broken(torch.nn.Module):
+    """No number for any cell."""
+
+    def forward(self, k: Tensor) -> Tensor:
+        """Divide by nothing."""
+        return k / (k - k)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_text("gene\ta\nG0\t1\n"), "cannot be read as a program of torch.export"),
+        (lambda path: exported(path, []), "cannot be read|does not name its genes"),
+        (lambda path: torch.export.save(torch.export.export(Directions(2), (torch.ones(7, 2),)), path), "does not name its genes"),
+        (lambda path: exported(path, ["ENSG1", "ENSG2"]), r"none of its 2 genes \(ENSG1, \.\.\.\) is measured"),
+        (lambda path: exported(path, ["G0", "G1"], any_number=False), "does not take 3 cells of 2 genes"),
+        (lambda path: exported(path, ["G0", "G1"], Broken()), "finite numbers"),
+        (lambda path: exported(path, ["G0", "G1"], torch.nn.Flatten(0)), r"of 3 cells it makes \(6,\)"),
+    ],
+    ids=["no program", "no genes", "genes not named", "other genes", "one number of cells", "no numbers", "no rows"],
+)
+def test_what_is_wrong_with_a_file_of_an_encoder_is_said_with_the_way_to_make_one(make: Callable, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.pt2"
+    make(path)
+    with pytest.raises(InputError, match=message):
+        external.ExternalEncoder.read(path, [f"G{i}" for i in range(30)])
+
+
+def test_scppdm_trains_on_an_encoder_from_a_file_and_its_artefact_holds_it(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    path = exported(tmp_path / "encoder.pt2", screen[0].genes[::2])
+    params = {"n_steps": 60, "batch_size": 32, "latent": {"file": str(path)}}
+    model, artefact, run = trained("scppdm", *screen, tmp_path, **params)
+    path.unlink()
+    save_artefact(tmp_path / "model.ckpt", artefact)
+    again = build(*registered("scppdm", **params))
+    again.restore(load_artefact(tmp_path / "model.ckpt"))
+    cells = screen[0].roles("test").X[:12].toarray()
+    predicted = again.predict(cells, ["TF1+TF2", "control"], 12, 0)
+    np.testing.assert_array_equal(model.predict(cells, ["TF1+TF2", "control"], 12, 0), predicted)
+    np.testing.assert_allclose(predicted[1], cells, atol=1e-5)
+    assert run.facts["autoencoder"]["n_parameters"] > 0
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,13 @@ class Cells:
         return Cells(*(table.tensor_split(n)[i] for table in (self.x, self.k, self.unit)))
 
 
+def counts_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the counts behind log1p-normalized expression, (cells, genes), and what one count is worth in every cell, (cells, 1)."""
+    normalized = np.expm1(x.astype(np.float64))
+    unit = unit_of(normalized)[:, None]
+    return np.rint(normalized / unit).astype(np.float32), unit.astype(np.float32)
+
+
 class DrawnCells:
     """Draws batches of training cells, the same for the same seed.
 
@@ -118,10 +125,7 @@ class DrawnCells:
             *outer, step = seed
             X = self._read((*outer, step // STEPS_PER_READ))
         x = X[np.sort(np.random.default_rng(seed).integers(0, X.shape[0], size))].toarray()
-        normalized = np.expm1(x.astype(np.float64))
-        unit = unit_of(normalized)[:, None]
-        k = np.rint(normalized / unit)
-        return Cells(torch.from_numpy(x), *(torch.from_numpy(table.astype(np.float32)) for table in (k, unit)))
+        return Cells(torch.from_numpy(x), *map(torch.from_numpy, counts_of(x)))
 
 
 class CountLatent:

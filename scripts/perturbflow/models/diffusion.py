@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from perturbflow.errors import InputError
+from perturbflow.models import external
 from perturbflow.models.autoencoder import CountLatent
 from perturbflow.models.base import Run
 from perturbflow.models.conditions import Conditions
@@ -38,7 +39,7 @@ class Diffusion(LearnedModel):
     Parameters
     ----------
     latent
-        pca, counts, or {"file": table of gene loadings}.
+        pca, counts, or {"file": table of gene loadings, or an encoder}, see `LatentSpace.from_loadings` and `ExternalLatent`.
     width, n_tokens, n_blocks, n_heads, dropout, own_dropout, condition_dropout, objective, alignment
         Of the network and its training, see `Denoiser`.
     guidance_state, guidance_perturbation
@@ -93,11 +94,16 @@ class Diffusion(LearnedModel):
         if self.latent_kind == "counts":
             return CountLatent.fit(pairs, self.n_latent, self.n_steps, self.batch_size, run)
         if isinstance(self.latent_kind, dict):
-            return LatentSpace.from_loadings(Path(self.latent_kind["file"]), pairs)
+            path = Path(self.latent_kind["file"])
+            if path.suffix == external.SUFFIX:
+                return external.ExternalLatent.learned(path, pairs, self.n_steps, self.batch_size, run)
+            return LatentSpace.from_loadings(path, pairs)
         return super().fit_latent(pairs, effects, run)
 
     def restore_latent(self, state: dict[str, Tensor]) -> Latent:
         """Return the latent space of an artefact."""
+        if "encoder" in state:
+            return external.ExternalLatent.restored(state)
         return CountLatent.restored(state) if self.latent_kind == "counts" else super().restore_latent(state)
 
     def guided(self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
