@@ -384,13 +384,17 @@ def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], t
         torch.testing.assert_close(brief.state_dict()[name], value, atol=1e-6, rtol=1e-4, msg=name)
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is seeded with the CPU, by torch itself")
-def test_a_step_is_seeded_as_torch_would_without_a_word_to_devices_that_are_not_there() -> None:
-    waiting = len(torch.cuda._queued_calls)
+@pytest.mark.parametrize("has_accelerator", [False, True])
+def test_a_step_is_seeded_as_torch_would_without_a_word_to_devices_that_are_not_there(
+    has_accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", told.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
     optimization._tie_noise(3, 30)
-    drawn = torch.rand(5)
-    assert len(torch.cuda._queued_calls) == waiting
-    torch.manual_seed(3 * 1_000_003 + 30)
+    drawn, seed = torch.rand(5), 3 * 1_000_003 + 30
+    assert told == [seed] * has_accelerator
+    torch.manual_seed(seed)
     assert torch.equal(torch.rand(5), drawn)
 
 

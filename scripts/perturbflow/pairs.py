@@ -198,7 +198,10 @@ class Pairs:
 
     @cached_property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        """Per batch × cell type with controls, the mean effect of every perturbation that has at least ten cells in it; from one pass."""
+        """Per batch × cell type with controls, the mean effect of every perturbation that has at least ten cells in it; from one pass.
+
+        Of cells of one role, as each is compared with controls of its own.
+        """
         strata = self.obs[["batch", "cell_type"]].astype(str)
         has_controls = set(strata[self.is_control].itertuples(index=False, name=None))
         group = np.full(len(self.labels), -1)
@@ -218,9 +221,13 @@ class Pairs:
             effects.setdefault((batch, cell_type), {})[label] = mean - self.control_mean_for(rows)
         return effects
 
+    def is_of_context(self, context: tuple[str, str]) -> np.ndarray:
+        """Return True for the cells of a batch × cell type, (cells,)."""
+        return self.strata == "|".join(context)
+
     def without_context(self, context: tuple[str, str]) -> "Pairs":
         """Return the cells of all other batches × cell types; what is known of effects in them is handed on."""
-        others = self.select(self.strata != "|".join(context))
+        others = self.select(~self.is_of_context(context))
         vars(others)["effects_by_context"] = {other: of for other, of in self.effects_by_context.items() if other != context}
         return others
 

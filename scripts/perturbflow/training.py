@@ -55,7 +55,7 @@ def train(
     """
     family = build(implementation, params)
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
-    inputs = {path.name: file_digest(path) for path in (pairs, embeddings)}
+    inputs = {path.name: file_digest(path) for path in (pairs, embeddings, *family.files)}
     circumstances = Run(
         seed=seed,
         device=device,

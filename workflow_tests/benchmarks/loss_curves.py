@@ -23,6 +23,8 @@ ROLES = {"training": ("loss", "-"), "validation": ("validation_loss", "--")}
 
 def ends(run: dict) -> dict[str, float]:
     """Return a run's losses, as numbers of the table; of validation where the split has such perturbations."""
+    if not run["history"]:
+        sys.exit(f"{run['implementation']} has no losses: it is no network.")
     history = pd.DataFrame(run["history"]).set_index("step")
     row = {}
     for role, (name, _) in ROLES.items():
@@ -64,9 +66,11 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.results / arguments.dataset / arguments.split
     runs = {model: [read_json(file) for file in sorted(folder.glob(f"{model}/seed_*/run.json"))] for model in arguments.models}
+    if missing := [model for model, of_seeds in runs.items() if not of_seeds]:
+        sys.exit(f"{folder} holds no run.json of {', '.join(missing)}: run the workflow with these models first.")
     print(f"**{arguments.dataset}, {arguments.split}**: {max(map(len, runs.values()))} seed(s)\n")
     table = pd.DataFrame({model: pd.DataFrame(map(ends, of_seeds)).mean() for model, of_seeds in runs.items()}).T
-    print(markdown(table.map("{:.4g}".format), list(table.columns)))
+    print(markdown(table.map(lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.4g}"), list(table.columns)))
     if arguments.figure:
         draw(runs, arguments.figure)
 

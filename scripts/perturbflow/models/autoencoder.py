@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from perturbflow.hdf5 import CsrRows
 from perturbflow.models.base import Run
-from perturbflow.models.batches import Batches
+from perturbflow.models.batches import Batches, Drawn
 from perturbflow.models.networks import mlp
 from perturbflow.models.optimization import Learner, optimize
-from perturbflow.models.recount import unit_of
+from perturbflow.models.recount import counts_of
 from perturbflow.pairs import Pairs
 
 WIDTH = 128
@@ -69,7 +69,10 @@ class CountNetwork(nn.Module):
 
 
 class Cells:
-    """A batch of cells: log1p expression x and counts k, (B, genes) each, and what one count is worth in every cell, (B, 1)."""
+    """A batch of cells: what a network reads of them, x, counts k, (B, genes), and what one count is worth in every cell, (B, 1).
+
+    x is log1p expression, (B, genes); for a decoder without an encoder to be trained it is latent coordinates, (B, n_latent).
+    """
 
     def __init__(self, x: Tensor, k: Tensor, unit: Tensor) -> None:
         self.x, self.k, self.unit = x, k, unit
@@ -84,13 +87,6 @@ class Cells:
     def part(self, i: int, n: int) -> "Cells":
         """Return the i-th of n parts of about the same size."""
         return Cells(*(table.tensor_split(n)[i] for table in (self.x, self.k, self.unit)))
-
-
-def counts_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the counts behind log1p-normalized expression, (cells, genes), and what one count is worth in every cell, (cells, 1)."""
-    normalized = np.expm1(x.astype(np.float64))
-    unit = unit_of(normalized)[:, None]
-    return np.rint(normalized / unit).astype(np.float32), unit.astype(np.float32)
 
 
 class DrawnCells:
@@ -125,7 +121,17 @@ class DrawnCells:
             *outer, step = seed
             X = self._read((*outer, step // STEPS_PER_READ))
         x = X[np.sort(np.random.default_rng(seed).integers(0, X.shape[0], size))].toarray()
-        return Cells(torch.from_numpy(x), *map(torch.from_numpy, counts_of(x)))
+        k, unit = counts_of(x)
+        return Cells(torch.from_numpy(x), *(torch.from_numpy(table.astype(np.float32)) for table in (k, unit[:, None])))
+
+
+def trained(network: nn.Module, cells: Drawn, n_steps: int, batch_size: int, run: Run) -> nn.Module:
+    """Return the averaged network after its training; goes on from a checkpoint of the same training."""
+    learner = Learner(network, run.seed, n_steps, LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY)
+    own = replace(run, checkpoints=run.checkpoints / "autoencoder", history=[], facts={})
+    optimize(learner, Batches(cells, None, batch_size, run.seed), own, "autoencoder")
+    run.facts["autoencoder"] = {"n_parameters": own.facts["n_parameters"], **own.history[-1]}
+    return learner.average.module.cpu()
 
 
 class CountLatent:
@@ -147,11 +153,7 @@ class CountLatent:
         X = training.X
         torch.manual_seed(run.seed)
         network = CountNetwork(X.shape[1], n_latent)
-        learner = Learner(network, run.seed, n_steps, LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY)
-        own = replace(run, checkpoints=run.checkpoints / "autoencoder", history=[], facts={})
-        optimize(learner, Batches(DrawnCells(X), None, batch_size, run.seed), own, "autoencoder")
-        run.facts["autoencoder"] = {"n_parameters": own.facts["n_parameters"], **own.history[-1]}
-        latent = cls(learner.average.module.cpu())
+        latent = cls(trained(network, DrawnCells(X), n_steps, batch_size, run))
         z = np.concatenate([latent.encode(block) for _, block in training.blocks()])
         latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
         latent.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))
@@ -180,9 +182,13 @@ class CountLatent:
         blocks = []
         for first in range(0, X.shape[0], CELLS_PER_BLOCK):
             block = X[first : first + CELLS_PER_BLOCK]
-            x = torch.from_numpy((block if isinstance(block, np.ndarray) else block.toarray()).astype(np.float32))
-            blocks.append(((self.network.embed(x) - self.network.centre) / self.network.scale).numpy())
+            h = self.embed(block if isinstance(block, np.ndarray) else block.toarray())
+            blocks.append(((h - self.network.centre) / self.network.scale).numpy())
         return np.concatenate(blocks)
+
+    def embed(self, x: np.ndarray) -> Tensor:
+        """Return what the encoder makes of log1p-normalized cells, (cells, genes) → (cells, dimensions)."""
+        return self.network.embed(torch.from_numpy(x.astype(np.float32)))
 
     @torch.no_grad()
     def _log_share(self, z: np.ndarray) -> np.ndarray:

@@ -63,6 +63,7 @@ class Model(ABC):
 
     reads_blocks: bool = False  # fit goes through the cells block by block: their expression may stay on disk
     reads_strata: ClassVar[bool] = False  # predict also takes strata: batch and cell type of every control cell
+    files: tuple[Path, ...] = ()  # that the params name: what is in them is part of a training's identity
 
     @abstractmethod
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:

@@ -257,11 +257,10 @@ def _other_contexts(training: Training) -> Iterator[tuple[Training, Effects, np.
     by_context = effects_by_context(training)
     if len(by_context) < 2:
         return
-    strata = training.pairs.strata
     contexts = list(by_context)
     held_out = np.random.default_rng(training.seed).permutation(len(contexts))[:MAX_CONTEXTS]
     for context in (contexts[i] for i in sorted(held_out)):
-        effects, is_here = by_context[context], strata == "|".join(context)
+        effects, is_here = by_context[context], training.pairs.is_of_context(context)
         inner = Training.of(training.pairs.without_context(context), training.embeddings, training.seed)
         labels = [label for label in effects if label in inner.effects.labels]
         if labels:

@@ -81,6 +81,7 @@ class Diffusion(LearnedModel):
             "own_dropout": own_dropout, "condition_dropout": condition_dropout, "objective": objective, "alignment": alignment,
         }  # fmt: skip
         self.latent_kind, self.objective = latent, objective
+        self.files = (Path(latent["file"]),) if isinstance(latent, dict) else ()
         self.learns_residuals = self.has_closed_mean
         self.guidance_state, self.guidance_perturbation, self.dose_guidance = guidance_state, guidance_perturbation, dose_guidance
         self.sampler, self.n_sampling_steps, self.fresh_noise = sampler, n_sampling_steps, fresh_noise
@@ -94,16 +95,15 @@ class Diffusion(LearnedModel):
         if self.latent_kind == "counts":
             return CountLatent.fit(pairs, self.n_latent, self.n_steps, self.batch_size, run)
         if isinstance(self.latent_kind, dict):
-            path = Path(self.latent_kind["file"])
-            if path.suffix == external.SUFFIX:
-                return external.ExternalLatent.learned(path, pairs, self.n_steps, self.batch_size, run)
-            return LatentSpace.from_loadings(path, pairs)
+            if self.files[0].suffix == external.SUFFIX:
+                return external.ExternalLatent.learned(self.files[0], pairs, self.n_steps, self.batch_size, run)
+            return LatentSpace.from_loadings(self.files[0], pairs)
         return super().fit_latent(pairs, effects, run)
 
     def restore_latent(self, state: dict[str, Tensor]) -> Latent:
         """Return the latent space of an artefact."""
-        if "encoder" in state:
-            return external.ExternalLatent.restored(state)
+        if self.files and self.files[0].suffix == external.SUFFIX:
+            return external.ExternalLatent.restored_with(state, self.files[0], self.genes)
         return CountLatent.restored(state) if self.latent_kind == "counts" else super().restore_latent(state)
 
     def guided(self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:

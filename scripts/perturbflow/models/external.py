@@ -2,106 +2,109 @@
 
 The file is a program of `torch.export`, the format of PyTorch for networks without their Python code: from counts to coordinates of cells. A decoder
 with the count likelihood of `autoencoder` is trained on training cells, so that moves among the coordinates mean something for genes.
+
+Such a file can run code when it is loaded. It is the user's own and stays where it is: an artefact holds its digest, not its content, so that
+artefacts can be loaded whoever made them.
 """
 
-import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 
 from perturbflow.errors import InputError
-from perturbflow.models.autoencoder import (
-    CELLS_PER_BLOCK,
-    EMA_DECAY,
-    LEARNING_RATE,
-    WEIGHT_DECAY,
-    WIDTH,
-    Cells,
-    CountLatent,
-    DrawnCells,
-    counts_of,
-    negative_binomial,
-)
+from perturbflow.files import file_digest
+from perturbflow.models.autoencoder import CELLS_PER_BLOCK, WIDTH, Cells, CountLatent, DrawnCells, negative_binomial, trained
 from perturbflow.models.base import Run
-from perturbflow.models.batches import Batches
-from perturbflow.models.latent import training_sample
+from perturbflow.models.latent import sampled_rows
 from perturbflow.models.networks import mlp
-from perturbflow.models.optimization import Learner, optimize
+from perturbflow.models.recount import counts_of
 from perturbflow.pairs import Pairs
+from perturbflow.symbols import approved_symbol
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".pt2"
-HOW = (
-    "save it as torch.export.save(program, file, extra_files={'genes': '\\n'.join(symbols)}), the program exported from "
-    "counts, (cells, genes), with dynamic_shapes=({0: torch.export.Dim('cells')},)"
-)
+N_PROBES = 5
+HOW = "config/README.md says how to export one (latent)"
 
 
 class ExternalEncoder:
-    """A program from counts, (cells, its genes), to coordinates, (cells, dimensions), and which genes of the screen it reads.
+    """A program from counts of its genes, (cells, its genes) float32, to coordinates of cells, (cells, dimensions).
 
     Parameters
     ----------
-    content
-        Of the file.
-    columns
-        Column of the screen for each of the program's genes, -1 where the screen has not measured it: the program gets zeros there.
+    path
+        A file of `torch.export.save`, which names its genes in the extra file `genes`, one per line.
+    genes
+        Columns of the screen. Where it has not measured one of the program's genes, the program gets zeros.
+
+    Raises
+    ------
+    InputError
+        If the file holds no program, does not name its genes or none that is measured, or if the program does not give every cell
+        finite numbers that depend on this cell alone.
     """
 
-    def __init__(self, content: bytes, columns: np.ndarray) -> None:
-        self.content, self.columns = content, columns
-        self.program: Callable[[Tensor], Tensor] = torch.export.load(io.BytesIO(content)).module()
-
-    @classmethod
-    def read(cls, path: Path, genes: Sequence[str]) -> "ExternalEncoder":
-        """Read a file and find its genes among those of the screen.
-
-        Raises
-        ------
-        InputError
-            If it holds no program, does not name its genes, knows no measured gene, or does not return one row of numbers per cell.
-        """
-        content, extra = path.read_bytes(), {"genes": ""}
+    def __init__(self, path: Path, genes: Sequence[str]) -> None:
+        self.path, extra = path, {"genes": ""}
         try:
             with _quiet("torch.export"):  # it logs a page of traceback before it raises
-                torch.export.load(io.BytesIO(content), extra_files=extra)
+                self.program = torch.export.load(path, extra_files=extra).module()
         except Exception as error:  # of whatever kind the reader of the archive has
-            raise InputError(f"{path}: it cannot be read as a program of torch.export ({str(error)[:200]}); {HOW}.") from error
-        names = extra["genes"].split()
-        if not names:
-            raise InputError(f"{path}: it does not name its genes; {HOW}.")
+            raise InputError(f"{path} cannot be read as a program of torch.export ({str(error)[:200]}); {HOW}.") from error
+        self.names = extra["genes"].splitlines()
+        if not self.names:
+            raise InputError(f"{path} does not name its genes; {HOW}.")
         row = {gene: i for i, gene in enumerate(genes)}
-        columns = np.array([row.get(gene, -1) for gene in names])
-        if (columns < 0).all():
+        self.columns = torch.tensor([row.get(name, row.get(approved_symbol(name), -1)) for name in self.names])
+        n_measured = int((self.columns >= 0).sum())
+        if not n_measured:
             raise InputError(
-                f"{path}: none of its {len(names)} genes ({names[0]}, ...) is measured in this screen; gene symbols are asked for."
+                f"{path}: none of its {len(self.names)} genes ({self.names[0]}, ...) is among those of this screen, which are symbols."
             )
-        logger.info("%s: %d of its %d genes are among the %d of this screen", path, (columns >= 0).sum(), len(names), len(genes))
-        encoder = cls(content, columns)
-        for n in (3, 2):
-            try:
-                z = encoder(torch.ones(n, len(genes)))
-            except Exception as error:  # of whatever kind a program may raise
-                raise InputError(f"{path}: it does not take {n} cells of {len(names)} genes ({str(error)[:200]}); {HOW}.") from error
-            if z.ndim != 2 or len(z) != n or not torch.isfinite(z).all():
-                raise InputError(
-                    f"{path}: of {n} cells it makes {tuple(z.shape)} and not {n} rows of finite numbers, one column per dimension."
-                )
-        return encoder
+        level = logging.INFO if n_measured >= len(self.names) / 2 else logging.WARNING
+        logger.log(level, "%s: %d of its %d genes are among the %d of this screen; it gets zeros for the others", path, n_measured,
+                   len(self.names), len(genes))  # fmt: skip
+        self._probe(len(genes))
+
+    def _probe(self, n_genes: int) -> None:
+        """Try the program on some cells, one of them without any count."""
+        k = torch.from_numpy(np.random.default_rng(0).poisson(2.0, (N_PROBES, n_genes)).astype(np.float32))
+        k[0] = 0.0
+        try:
+            z = self.program(self._own(k))
+            again, one_by_one = self.program(self._own(k)), torch.cat([self.program(self._own(cell)) for cell in k.split(1)])
+        except Exception as error:  # of whatever kind a program may raise
+            shape = f"{N_PROBES} cells, or one, of {len(self.names)} genes as float32"
+            raise InputError(f"{self.path} does not take {shape} ({str(error)[:200]}); {HOW}.") from error
+        if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != N_PROBES:
+            made = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+            raise InputError(f"{self.path} makes {made} of {N_PROBES} cells, and not one row per cell, one column per dimension; {HOW}.")
+        if not torch.isfinite(z[0]).all():
+            raise InputError(
+                f"{self.path} makes no finite numbers of a cell without a count in any of its genes; let it divide by at least 1."
+            )
+        if not (torch.allclose(z, again, rtol=1e-3, atol=1e-4) and torch.allclose(z, one_by_one, rtol=1e-3, atol=1e-4)):
+            raise InputError(
+                f"{self.path} does not give a cell the same place twice, or in other company: it samples, or was exported in training mode; {HOW}."
+            )
+
+    def _own(self, k: Tensor) -> Tensor:
+        """Return the counts of the program's genes."""
+        return k[:, self.columns.clamp(min=0)] * (self.columns >= 0)
 
     @torch.no_grad()
     def __call__(self, k: Tensor) -> Tensor:
         """Return coordinates of counts, (cells, genes of the screen) → (cells, dimensions)."""
-        columns = torch.from_numpy(self.columns)
-        return self.program(k[:, columns.clamp(min=0)] * (columns >= 0)).float()
+        z = self.program(self._own(k)).float()
+        if not torch.isfinite(z).all():
+            raise InputError(f"{self.path} makes no finite numbers of {int((~torch.isfinite(z)).any(dim=1).sum())} of {len(z)} cells.")
+        return z
 
 
 @contextmanager
@@ -171,35 +174,36 @@ class ExternalLatent(CountLatent):
     def learned(cls, path: Path, pairs: Pairs, n_steps: int, batch_size: int, run: Run) -> "ExternalLatent":
         """Read the encoder and train a decoder on the cells of the training role; goes on from a checkpoint of the same training."""
         training = pairs.roles("train")
-        encoder = ExternalEncoder.read(path, pairs.genes)
-        h = encoder(torch.from_numpy(counts_of(training_sample(training))[0]))
+        encoder = ExternalEncoder(path, pairs.genes)
+        rows = sampled_rows(training)
+        h = torch.cat(
+            [encoder(_counts(training.X[part].toarray())) for part in np.split(rows, range(CELLS_PER_BLOCK, len(rows), CELLS_PER_BLOCK))]
+        )
         torch.manual_seed(run.seed)
         network = CountDecoder(h.mean(dim=0), h.std(dim=0).clamp(min=1e-3), len(pairs.genes))
-        learner = Learner(network, run.seed, n_steps, LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY)
-        own = replace(run, checkpoints=run.checkpoints / "decoder", history=[], facts={})
-        optimize(learner, Batches(_EncodedCells(DrawnCells(training.X), encoder), None, batch_size, run.seed), own, "decoder")
-        run.facts["autoencoder"] = {"n_parameters": own.facts["n_parameters"], **own.history[-1]}
-        return cls(encoder, learner.average.module.cpu())
+        return cls(encoder, trained(network, _EncodedCells(DrawnCells(training.X), encoder), n_steps, batch_size, run))
 
     @classmethod
-    def restored(cls, state: dict[str, Tensor]) -> "ExternalLatent":
-        """Load the program and rebuild the decoder around its weights."""
+    def restored_with(cls, state: dict[str, Tensor], path: Path, genes: Sequence[str]) -> "ExternalLatent":
+        """Read the encoder, which has to be the same file, and rebuild the decoder around its weights."""
         weights = dict(state)
-        encoder = ExternalEncoder(weights.pop("encoder").numpy().tobytes(), weights.pop("columns").numpy())
+        digest = weights.pop("encoder_sha256").numpy().tobytes().hex()
+        if not path.is_file() or file_digest(path) != digest:
+            is_there = "is not the file" if path.is_file() else "is not there, the file"
+            raise InputError(f"{path} {is_there} that this model was trained with (sha256 {digest}); bring that one back, or train anew.")
         network = CountDecoder(weights["centre"], weights["scale"], len(weights["log_shape"]))
         network.load_state_dict(weights)
-        return cls(encoder, network)
+        return cls(ExternalEncoder(path, genes), network)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the program, its columns and the decoder's weights."""
-        content = torch.frombuffer(bytearray(self.encoder.content), dtype=torch.uint8)
-        return {**super().state(), "encoder": content, "columns": torch.from_numpy(self.encoder.columns)}
+        """Return the decoder's weights and the digest of the encoder's file."""
+        digest = torch.frombuffer(bytearray.fromhex(file_digest(self.encoder.path)), dtype=torch.uint8)
+        return {**super().state(), "encoder_sha256": digest}
 
-    def encode(self, X: np.ndarray | sparse.csr_matrix) -> np.ndarray:
-        """Return coordinates, (cells, dimensions)."""
-        blocks = []
-        for first in range(0, X.shape[0], CELLS_PER_BLOCK):
-            block = X[first : first + CELLS_PER_BLOCK]
-            k, _ = counts_of(block if isinstance(block, np.ndarray) else block.toarray())
-            blocks.append(((self.encoder(torch.from_numpy(k)) - self.network.centre) / self.network.scale).numpy())
-        return np.concatenate(blocks)
+    def embed(self, x: np.ndarray) -> Tensor:
+        """Return what the encoder makes of log1p-normalized cells, (cells, genes) → (cells, dimensions)."""
+        return self.encoder(_counts(x))
+
+
+def _counts(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(counts_of(x)[0].astype(np.float32))

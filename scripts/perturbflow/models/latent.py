@@ -138,9 +138,12 @@ class LatentSpace:
         return {"mean": self.mean, "basis": self.basis, "scale": self.scale}
 
 
-def training_sample(pairs: Pairs) -> np.ndarray:
-    """Return at most MAX_CELLS training cells, (cells, genes), the same for the same screen."""
+def sampled_rows(pairs: Pairs) -> np.ndarray:
+    """Return the rows of at most MAX_CELLS training cells, the same for the same screen."""
     rows = np.flatnonzero((pairs.obs["role"] == "train").to_numpy())
-    if len(rows) > MAX_CELLS:
-        rows = np.sort(np.random.default_rng(0).choice(rows, MAX_CELLS, replace=False))
-    return pairs.X[rows].toarray().astype(np.float64)
+    return rows if len(rows) <= MAX_CELLS else np.sort(np.random.default_rng(0).choice(rows, MAX_CELLS, replace=False))
+
+
+def training_sample(pairs: Pairs) -> np.ndarray:
+    """Return these cells, (cells, genes)."""
+    return pairs.X[sampled_rows(pairs)].toarray().astype(np.float64)

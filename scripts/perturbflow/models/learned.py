@@ -159,9 +159,9 @@ class LearnedModel(Model):
 
     def restore(self, artefact: Artefact) -> None:
         """Rebuild the network around its weights."""
+        self.genes, self.seen = artefact["genes"], artefact["seen"]
         self.latent = self.restore_latent(artefact["latent"])
         self.own_gene = OwnGene(artefact["own_gene"].numpy())
-        self.genes, self.seen = artefact["genes"], artefact["seen"]
         self.population, self._last = artefact["population"].numpy(), None
         vectors = next(value for name, value in artefact["state"].items() if name.endswith("gene_encoder.vectors"))
         self.conditions = Conditions(artefact["condition_genes"], vectors.numpy())

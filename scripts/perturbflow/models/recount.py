@@ -52,6 +52,13 @@ def _units(normalized: np.ndarray, units: np.ndarray) -> None:
                 break
 
 
+def counts_of(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the counts behind log1p-normalized cells, (cells, genes), and what one of them is worth in every cell, (cells,)."""
+    normalized = np.expm1(cells.astype(np.float64))
+    unit = unit_of(normalized)
+    return np.rint(normalized / unit[:, None]), unit
+
+
 def unit_of(normalized: np.ndarray) -> np.ndarray:
     """Return what one count is worth in every cell, (cells,): the greatest number of which all values are multiples.
 
@@ -194,9 +201,8 @@ class Counted:
     @classmethod
     def of(cls, cells: np.ndarray) -> "Counted":
         """Count log1p-normalized cells, (cells, genes)."""
-        normalized = np.expm1(cells.astype(np.float64))
-        unit = unit_of(normalized)
-        return cls(np.ascontiguousarray(np.rint(normalized / unit[:, None]).astype(np.int64).T), unit)
+        k, unit = counts_of(cells)
+        return cls(np.ascontiguousarray(k.astype(np.int64).T), unit)
 
 
 @dataclass(frozen=True)
