@@ -68,7 +68,7 @@ def draw(runs: dict[str, list[dict]], figure: Path) -> None:
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    panels.flat[3].legend(fontsize=8, frameon=False)
+    drawing.legend(*panels.flat[3].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=len(runs), loc="outside lower center")
     drawing.savefig(figure, dpi=110)
 
 
