@@ -1,5 +1,6 @@
 """Cells that stay on disk: the same numbers as from memory, rows read a part at a time, and predictions written block by block."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -271,7 +272,8 @@ def test_batches_of_counts_from_disk_depend_on_seed_and_step_alone(both: tuple[P
     watched = Watched(monkeypatch)
     through = DrawnCells(X)
     seen = [through.batch(10, (0, 1, step)) for step in range(7)]
-    assert len(watched.at_once) == 3
+    through._reader.shutdown()
+    assert len(watched.at_once) == 3 + 1  # the next one is read ahead
     assert max(watched.at_once) <= 32
     resumed = DrawnCells(X)
     for step in (4, 2, 6):
@@ -279,6 +281,25 @@ def test_batches_of_counts_from_disk_depend_on_seed_and_step_alone(both: tuple[P
     assert not torch.equal(seen[0].x, seen[1].x)
     assert not torch.equal(seen[0].x, through.batch(10, (0, 2, 0)).x)
     assert (seen[0].k.sum(dim=1) > 0).all()
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_cells_are_read_ahead_from_epoch_to_epoch_whoever_looks_at_others_in_between(
+    both: tuple[Pairs, Pairs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, read = both[1].roles("train").X, []
+    runs = DrawnCells._runs
+    monkeypatch.setattr(DrawnCells, "_runs", lambda cells, seed: read.append((seed, threading.current_thread().name)) or runs(cells, seed))
+    monkeypatch.setattr(autoencoder, "STEPS_PER_EPOCH", 6)
+    through = DrawnCells(X)
+    for epoch in range(3):
+        for step in range(6):
+            through.batch(10, (0, epoch, step))
+        through.batch(10, (0, 2**30, 0))
+    through._reader.shutdown()
+    here = threading.current_thread().name
+    assert [seed for seed, thread in read if thread != here] == [(0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (0, 3, 0)]
+    assert [seed for seed, thread in read if thread == here] == [(0, 0, 0), *[(0, 2**30, 0)] * 3]
 
 
 @pytest.mark.usefixtures("short_runs")

@@ -5,6 +5,7 @@ cell's counts over the panel, which are given and not learned; θ is one number 
 one batch leave them alone.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from perturbflow.hdf5 import CsrRows
 from perturbflow.models.base import Run
-from perturbflow.models.batches import Batches, Drawn
+from perturbflow.models.batches import STEPS_PER_EPOCH, Batches, Drawn
 from perturbflow.models.networks import mlp
 from perturbflow.models.optimization import Learner, optimize
 from perturbflow.models.recount import counts_of
@@ -93,7 +94,7 @@ class DrawnCells:
     """Draws batches of training cells, the same for the same seed.
 
     Cells are drawn from all where these are in memory or small enough to be read. From a larger file N_RUNS runs of RUN neighbouring
-    cells each are read, from random places, and STEPS_PER_READ batches drawn from them.
+    cells each are read, from random places, and STEPS_PER_READ batches drawn from them, while the next ones are read in a thread.
 
     Parameters
     ----------
@@ -104,14 +105,26 @@ class DrawnCells:
     def __init__(self, X: sparse.csr_matrix | CsrRows) -> None:
         self.X = X[:] if isinstance(X, CsrRows) and X.n_stored.sum() <= VALUES_IN_MEMORY else X
         self._last: tuple[tuple[int, ...], sparse.csr_matrix] | None = None
+        self._ahead: tuple[tuple[int, ...], Future[sparse.csr_matrix]] | None = None
+        self._reader = ThreadPoolExecutor(1)
+
+    def _runs(self, seed: tuple[int, ...]) -> sparse.csr_matrix:
+        """Read runs of cells at places that depend on the seed alone."""
+        n_runs = -(-self.X.shape[0] // RUN)
+        runs = np.sort(np.random.default_rng(seed).choice(n_runs, min(N_RUNS, n_runs), replace=False))
+        rows = (runs[:, None] * RUN + np.arange(RUN)).ravel()
+        return self.X[rows[rows < self.X.shape[0]]]
 
     def _read(self, seed: tuple[int, ...]) -> sparse.csr_matrix:
-        """Return runs of cells at places that depend on the seed alone; the last ones are kept."""
+        """Return the runs of (..., epoch, read in the epoch); the last ones are kept, and those that training asks for next are on their way."""
         if self._last is None or self._last[0] != seed:
-            n_runs = -(-self.X.shape[0] // RUN)
-            runs = np.sort(np.random.default_rng(seed).choice(n_runs, min(N_RUNS, n_runs), replace=False))
-            rows = (runs[:, None] * RUN + np.arange(RUN)).ravel()
-            self._last = seed, self.X[rows[rows < self.X.shape[0]]]
+            is_next = self._ahead is not None and self._ahead[0] == seed
+            self._last = seed, self._ahead[1].result() if self._ahead is not None and is_next else self._runs(seed)
+            if self._ahead is None or is_next:  # else somebody looks at other cells in between
+                *outer, epoch, read = seed
+                is_last = (read + 1) * STEPS_PER_READ >= STEPS_PER_EPOCH
+                following = (*outer, epoch + 1, 0) if is_last else (*outer, epoch, read + 1)
+                self._ahead = following, self._reader.submit(self._runs, following)
         return self._last[1]
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Cells:
