@@ -117,7 +117,8 @@ def main() -> None:
                 }
             )  # fmt: skip
     print(markdown_of(pd.DataFrame(warranties)), "\n")
-    print(markdown_of(pd.DataFrame(searches)))
+    if searches:
+        print(markdown_of(pd.DataFrame(searches)))
 
 
 if __name__ == "__main__":
