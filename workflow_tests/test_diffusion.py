@@ -1,7 +1,6 @@
 """scPPDM: forward process, samplers and guidance against closed forms, the network on known conditionals, doses, latents, and the hybrid."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from test_models import registered, small_conditions, trained
 from test_recount import normalized
 from torch import Tensor
 
-from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings, rows_of
 from perturbflow.errors import InputError
-from perturbflow.models import denoiser, diffusion, external, networks, samplers
+from perturbflow.models import denoiser, diffusion, networks, samplers
 from perturbflow.models.autoencoder import CountLatent, DrawnCells, negative_binomial
 from perturbflow.models.base import Run, build
 from perturbflow.models.batches import Batch
@@ -349,12 +347,17 @@ def test_negative_binomial_against_scipy() -> None:
     np.testing.assert_allclose(negative_binomial(k, mean, shape).numpy(), expected, rtol=1e-5)
 
 
-def test_the_latent_of_counts_tells_states_apart_and_moves_between_them(tmp_path: Path) -> None:
+def two_states() -> tuple[Pairs, np.ndarray, np.ndarray, np.ndarray]:
+    """Return cells of two states: their pairs and counts, (cells, genes), the states' shares of genes, (2, genes), and the state of every cell."""
     rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.ones(30), 2)
     state = rng.integers(0, 2, 600)
     counts = rng.poisson(rng.gamma(20.0, 20.0, (600, 1)) * shares[state])
-    pairs = make_pairs(normalized(counts, 400.0))
+    return make_pairs(normalized(counts, 400.0)), counts, shares, state
+
+
+def test_the_latent_of_counts_tells_states_apart_and_moves_between_them(tmp_path: Path) -> None:
+    pairs, _, shares, state = two_states()
     drawn = DrawnCells(pairs.X).batch(32, (0, 0))
     np.testing.assert_allclose(drawn.k.numpy(), np.rint(drawn.k.numpy()))
     latent = CountLatent.fit(pairs, 4, 300, 64, Run(seed=0, checkpoints=tmp_path, identity="test"))
@@ -395,129 +398,6 @@ def test_a_latent_from_a_file_spans_its_directions(screen: tuple[Pairs, Embeddin
         LatentSpace.from_loadings(tmp_path / "dependent.tsv", pairs)
 
 
-class Directions(torch.nn.Module):
-    """An encoder learned elsewhere, of some genes in an order of its own: shares of counts on fixed directions, bent."""
-
-    def __init__(self, n_genes: int) -> None:
-        super().__init__()
-        weight = torch.randn(n_genes, 6, generator=torch.Generator().manual_seed(0))
-        self.weight = torch.nn.Parameter(0.2 * weight / n_genes**0.5)
-
-    def forward(self, k: Tensor) -> Tensor:
-        """Counts, (cells, genes) → (cells, 6)."""
-        return torch.tanh(torch.log1p(400.0 * k / k.sum(dim=1, keepdim=True).clamp(min=1.0)) @ self.weight)
-
-
-def exported(
-    path: Path, genes: list[str], module: torch.nn.Module | None = None, names: list[str] | None = None, *, any_number: bool = True
-) -> Path:
-    """Save an encoder as config/README.md says it."""
-    cells = ({0: torch.export.Dim("cells")},) if any_number else None
-    program = torch.export.export(module or Directions(len(genes)), (torch.ones(7, len(genes)),), dynamic_shapes=cells)
-    torch.export.save(program, path, extra_files={"genes": "\n".join(names or genes)})
-    return path
-
-
-def test_an_encoder_from_a_file_reads_its_genes_wherever_they_are_and_its_moves_mean_counts(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    shares = rng.dirichlet(np.ones(30), 2)
-    state = rng.integers(0, 2, 600)
-    counts = rng.poisson(rng.gamma(20.0, 20.0, (600, 1)) * shares[state])
-    pairs = make_pairs(normalized(counts, 400.0))
-    genes = ["unmeasured", *(f"G{i}" for i in reversed(range(30)))]
-    path = exported(tmp_path / "encoder.pt2", genes)
-    latent = external.ExternalLatent.learned(path, pairs, 300, 64, Run(seed=0, checkpoints=tmp_path, identity="test"))
-    z = latent.encode(pairs.X)
-    expected = Directions(31)(torch.from_numpy(np.hstack([np.zeros((600, 1)), counts[:, ::-1]]).astype(np.float32))).detach().numpy()
-    np.testing.assert_allclose(z, (expected - expected.mean(axis=0)) / expected.std(axis=0), atol=0.01)
-    move = np.tile(z[state == 1].mean(axis=0) - z[state == 0].mean(axis=0), (int((state == 0).sum()), 1))
-    assert np.corrcoef(latent.fold(z[state == 0], move).mean(axis=0), np.log(shares[1] / shares[0]))[0, 1] > 0.9
-    restored = external.ExternalLatent.restored_with(latent.state(), path, pairs.genes)
-    assert np.array_equal(restored.encode(pairs.X), z)
-    assert np.array_equal(restored.fold(z[:5], move[:5]), latent.fold(z[:5], move[:5]))
-
-
-class Divides(Directions):
-    """Nothing where a cell has no count."""
-
-    def forward(self, k: Tensor) -> Tensor:
-        """Divide by what may be nothing."""
-        return k @ self.weight / k.sum(dim=1, keepdim=True)
-
-
-class Samples(Directions):
-    """A draw, as of a posterior."""
-
-    def forward(self, k: Tensor) -> Tensor:
-        """Add noise."""
-        return super().forward(k) + torch.randn_like(k[:, :1])
-
-
-class LooksAround(Directions):
-    """A batch normalization that was left in training mode."""
-
-    def forward(self, k: Tensor) -> Tensor:
-        """Subtract the mean of the company."""
-        z = super().forward(k)
-        return z - z.mean(dim=0)
-
-
-class Two(Directions):
-    """Mean and variance."""
-
-    def forward(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both."""
-        z = super().forward(k)
-        return z, z
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: path.write_text("gene\ta\nG0\t1\n"), "cannot be read as a program of torch.export"),
-        (lambda path: torch.export.save(torch.export.export(Directions(2), (torch.ones(7, 2),)), path), "does not name its genes"),
-        (lambda path: exported(path, ["ENSG1", "ENSG2"]), r"none of its 2 genes \(ENSG1, \.\.\.\) is among"),
-        (lambda path: exported(path, ["G0", "G1"], any_number=False), "does not take 5 cells, or one, of 2 genes"),
-        (lambda path: exported(path, ["G0", "G1", "G2"], names=["G0", "G1"]), "does not take 5 cells, or one, of 2 genes"),
-        (lambda path: exported(path, ["G0", "G1"], torch.nn.Flatten(0)), r"a tensor of shape \(10,\) of 5 cells"),
-        (lambda path: exported(path, ["G0", "G1"], Two(2)), "does not take|makes a tuple"),
-        (lambda path: exported(path, ["G0", "G1"], Divides(2)), "a cell without a count in any of its genes; let it divide by at least 1"),
-        (lambda path: exported(path, ["G0", "G1"], Samples(2)), "the same place twice, or in other company"),
-        (lambda path: exported(path, ["G0", "G1"], LooksAround(2)), "the same place twice, or in other company"),
-    ],
-    ids=["no program", "genes not named", "other genes", "one number of cells", "more genes than names", "no rows", "two tensors", "no number", "samples",
-         "looks around"],
-)  # fmt: skip
-def test_what_is_wrong_with_a_file_of_an_encoder_is_said_before_training(make: Callable, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "encoder.pt2"
-    make(path)
-    with pytest.raises(InputError, match=message):
-        external.ExternalEncoder(path, [f"G{i}" for i in range(30)])
-
-
-def test_genes_of_an_encoder_go_by_their_approved_symbols(tmp_path: Path) -> None:
-    encoder = external.ExternalEncoder(exported(tmp_path / "encoder.pt2", ["SEPT7", "ENSG00000141510", "OTHER"]), ["A", "TP53", "SEPTIN7"])
-    assert encoder.columns.tolist() == [2, 1, -1]
-
-
-def test_scppdm_trains_on_an_encoder_from_a_file_and_asks_for_the_same_file_again(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
-    path = exported(tmp_path / "encoder.pt2", screen[0].genes[::2])
-    params = {"n_steps": 60, "batch_size": 32, "latent": {"file": str(path)}}
-    model, artefact, run = trained("scppdm", *screen, tmp_path, **params)
-    assert run.facts["autoencoder"]["n_parameters"] > 0
-    save_artefact(tmp_path / "model.ckpt", artefact)
-    again = build(*registered("scppdm", **params))
-    again.restore(load_artefact(tmp_path / "model.ckpt"))
-    cells = screen[0].roles("test").X[:12].toarray()
-    np.testing.assert_array_equal(model.predict(cells, ["TF1+TF2"], 12, 0), again.predict(cells, ["TF1+TF2"], 12, 0))
-    exported(path, screen[0].genes[::3])
-    with pytest.raises(InputError, match="is not the file that this model was trained with"):
-        again.restore(load_artefact(tmp_path / "model.ckpt"))
-    path.unlink()
-    with pytest.raises(InputError, match="is not there, the file that this model was trained with"):
-        again.restore(load_artefact(tmp_path / "model.ckpt"))
-
-
 def test_a_training_is_not_resumed_with_another_content_of_its_file(
     prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,7 +408,7 @@ def test_a_training_is_not_resumed_with_another_content_of_its_file(
         (tmp_path / "loadings.tsv").write_text("gene\ta\n" + rows)
         train(here.pairs, here.embeddings, here.audit, tmp_path / "model.ckpt", tmp_path / "run.json", implementation, params, 0)
     assert identities[0] == identities[1] != identities[2]
-    assert "loadings.tsv" in json.loads((tmp_path / "run.json").read_text())["inputs_sha256"]
+    assert "params/loadings.tsv" in json.loads((tmp_path / "run.json").read_text())["inputs_sha256"]
 
 
 @pytest.mark.parametrize(

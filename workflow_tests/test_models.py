@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from encoders import exported
 
 from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
@@ -335,12 +336,14 @@ def short_epochs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("short_epochs")
 @pytest.mark.parametrize(
     ("name", "stage"), [("scppdm", "autoencoder"), ("scppdm", "diffusion"), ("scppdm_hybrid", "diffusion"), ("jepa", "jepa stage_a"),
-                        ("jepa", "jepa stage_c"), ("jepa", "jepa"), ("counterfactual", "counterfactual")],
+                        ("jepa", "jepa stage_c"), ("jepa", "jepa"), ("counterfactual", "counterfactual"), ("external", "autoencoder")],
 )  # fmt: skip
 def test_resumed_training_equals_uninterrupted(
     name: str, stage: str, screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = {"n_steps": 30, "batch_size": 16, "n_latent": 8}
+    if name == "external":
+        name, short["latent"] = "scppdm", {"file": str(exported(tmp_path / "encoder.pt2", screen[0].genes))}
     if name == "jepa":
         short |= {"n_steps_representation": 30, "n_steps_decoder": 30, "when_broken": "report"}
         monkeypatch.setattr(conditional_mean, "LEAST_HELD_OUT", 2)

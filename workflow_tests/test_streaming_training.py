@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SPECS, Prepared, make_screen, prepare
+from encoders import exported
 from scipy import sparse
 from test_models import registered
 
@@ -206,10 +207,14 @@ def fitted(name: str, pairs: Pairs, embeddings: Path, folder: Path, **changes: o
     return model, model.fit(pairs.roles("train", "validation"), Embeddings.read(embeddings), run)
 
 
-@pytest.mark.parametrize(("name", "latent"), [("scppdm", "counts"), ("scppdm", "pca"), ("jepa", None), ("counterfactual", None)])
+@pytest.mark.parametrize(
+    ("name", "latent"), [("scppdm", "counts"), ("scppdm", "pca"), ("scppdm", "external"), ("jepa", None), ("counterfactual", None)]
+)
 def test_trained_weights_are_the_same_and_no_role_is_read_as_a_whole(
     name: str, latent: str | None, both: tuple[Pairs, Pairs], prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if latent == "external":
+        latent = {"file": str(exported(tmp_path / "encoder.pt2", both[0].genes))}
     changes = {"latent": latent} if latent else {"mean": "learned"} if name in ("jepa", "counterfactual") else {}
     monkeypatch.setattr(batches, "STEPS_PER_EPOCH", 5)
     monkeypatch.setattr(pairs_module, "ROWS_AT_ONCE", 64)
@@ -217,6 +222,7 @@ def test_trained_weights_are_the_same_and_no_role_is_read_as_a_whole(
     _, expected = fitted(name, both[0], embeddings, tmp_path / "memory", **changes)
     monkeypatch.setattr("perturbflow.models.latent.MAX_CELLS", 10**6)
     monkeypatch.setattr("perturbflow.models.probes.MAX_CELLS", 60)
+    monkeypatch.setattr("perturbflow.models.external.CELLS_PER_BLOCK", 60)
     watched = Watched(monkeypatch)
     model, artefact = fitted(name, both[1], embeddings, tmp_path / "disk", **changes)
     assert model.reads_blocks
@@ -272,7 +278,8 @@ def test_batches_of_counts_from_disk_depend_on_seed_and_step_alone(both: tuple[P
     watched = Watched(monkeypatch)
     through = DrawnCells(X)
     seen = [through.batch(10, (0, 1, step)) for step in range(7)]
-    through._reader.shutdown()
+    for read in through._ahead.values():
+        read.result()
     assert len(watched.at_once) == 3 + 1  # the next one is read ahead
     assert max(watched.at_once) <= 32
     resumed = DrawnCells(X)
@@ -295,11 +302,14 @@ def test_cells_are_read_ahead_from_epoch_to_epoch_whoever_looks_at_others_in_bet
     for epoch in range(3):
         for step in range(6):
             through.batch(10, (0, epoch, step))
-        through.batch(10, (0, 2**30, 0))
+        through.batch(10, (0, batches.WATCHED, 0))
+    for step in range(6):  # another training of the same seed
+        through.batch(10, (0, 0, step))
     through._reader.shutdown()
     here = threading.current_thread().name
-    assert [seed for seed, thread in read if thread != here] == [(0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (0, 3, 0)]
-    assert [seed for seed, thread in read if thread == here] == [(0, 0, 0), *[(0, 2**30, 0)] * 3]
+    assert [seed for seed, thread in read if thread != here] == [(0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (0, 3, 0),
+                                                                     (0, 0, 1), (0, 1, 0)]  # fmt: skip
+    assert [seed for seed, thread in read if thread == here] == [(0, 0, 0), *[(0, batches.WATCHED, 0)] * 3, (0, 0, 0)]
 
 
 @pytest.mark.usefixtures("short_runs")

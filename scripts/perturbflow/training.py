@@ -55,7 +55,9 @@ def train(
     """
     family = build(implementation, params)
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
-    inputs = {path.name: file_digest(path) for path in (pairs, embeddings, *family.files)}
+    inputs = {path.name: file_digest(path) for path in (pairs, embeddings)} | {
+        f"params/{path.name}": file_digest(path) for path in family.files
+    }
     circumstances = Run(
         seed=seed,
         device=device,

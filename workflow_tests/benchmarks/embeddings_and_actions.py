@@ -14,12 +14,9 @@ import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
-from leaderboard import markdown, parser_of_split  # noqa: E402
-
-from perturbflow.files import read_json  # noqa: E402
+from leaderboard import markdown, parser_of_split, runs_of  # noqa: E402
 
 SHOWN = ("effective_rank", "embedding_sd", "action_share", "action_effect", "distance_right_action", "distance_null_action")
 
@@ -77,9 +74,7 @@ def main() -> None:
     parser = parser_of_split(__doc__, ["jepa", "jepa_off"])
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
-    folder = arguments.results / arguments.dataset / arguments.split
-    runs = {model: [read_json(file) for file in sorted(folder.glob(f"{model}/seed_*/run.json"))] for model in arguments.models}
-    print(f"**{arguments.dataset}, {arguments.split}**: {max(map(len, runs.values()))} seed(s)\n")
+    runs = runs_of(arguments)
     for measured in (monitors, told):
         table = pd.DataFrame({model: pd.DataFrame(map(measured, of_seeds)).mean() for model, of_seeds in runs.items()}).T
         print(markdown(table.map(lambda value: "–" if np.isnan(value) else f"{value:.4g}"), list(table.columns), "model") + "\n")

@@ -10,6 +10,8 @@ here, and the verdict on every model. With --brief and names: these models alone
 """
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,16 @@ def parser_of_split(description: str, models: list[str]) -> argparse.ArgumentPar
     parser.add_argument("split")
     parser.add_argument("--models", nargs="+", default=models)
     return parser
+
+
+def runs_of(arguments: argparse.Namespace) -> dict[str, list[dict]]:
+    """Return run.json of all seeds of the models that are asked for, and print of what they are."""
+    folder = arguments.results / arguments.dataset / arguments.split
+    runs = {model: [json.loads(file.read_text()) for file in sorted(folder.glob(f"{model}/seed_*/run.json"))] for model in arguments.models}
+    if missing := [model for model, of_seeds in runs.items() if not of_seeds]:
+        sys.exit(f"{folder} holds no run.json of {', '.join(missing)}: run the workflow with these models first.")
+    print(f"**{arguments.dataset}, {arguments.split}**: {max(map(len, runs.values()))} seed(s)\n")
+    return runs
 
 
 def markdown(cells: pd.DataFrame, heads: list[str], first: str = "model") -> str:

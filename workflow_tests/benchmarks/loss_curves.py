@@ -11,12 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
-from leaderboard import markdown, parser_of_split  # noqa: E402
-
-from perturbflow.files import read_json  # noqa: E402
+from leaderboard import markdown, parser_of_split, runs_of  # noqa: E402
 
 ROLES = {"training": ("loss", "-"), "validation": ("validation_loss", "--")}
 
@@ -64,11 +61,7 @@ def main() -> None:
     parser = parser_of_split(__doc__, ["scppdm", "scppdm_hybrid"])
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
-    folder = arguments.results / arguments.dataset / arguments.split
-    runs = {model: [read_json(file) for file in sorted(folder.glob(f"{model}/seed_*/run.json"))] for model in arguments.models}
-    if missing := [model for model, of_seeds in runs.items() if not of_seeds]:
-        sys.exit(f"{folder} holds no run.json of {', '.join(missing)}: run the workflow with these models first.")
-    print(f"**{arguments.dataset}, {arguments.split}**: {max(map(len, runs.values()))} seed(s)\n")
+    runs = runs_of(arguments)
     table = pd.DataFrame({model: pd.DataFrame(map(ends, of_seeds)).mean() for model, of_seeds in runs.items()}).T
     print(markdown(table.map(lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.4g}"), list(table.columns)))
     if arguments.figure:

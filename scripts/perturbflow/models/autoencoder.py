@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perturbflow.hdf5 import CsrRows
 from perturbflow.models.base import Run
-from perturbflow.models.batches import STEPS_PER_EPOCH, Batches, Drawn
+from perturbflow.models.batches import STEPS_PER_EPOCH, WATCHED, Batches, Drawn
 from perturbflow.models.networks import mlp
 from perturbflow.models.optimization import Learner, optimize
 from perturbflow.models.recount import counts_of
@@ -105,7 +105,7 @@ class DrawnCells:
     def __init__(self, X: sparse.csr_matrix | CsrRows) -> None:
         self.X = X[:] if isinstance(X, CsrRows) and X.n_stored.sum() <= VALUES_IN_MEMORY else X
         self._last: tuple[tuple[int, ...], sparse.csr_matrix] | None = None
-        self._ahead: tuple[tuple[int, ...], Future[sparse.csr_matrix]] | None = None
+        self._ahead: dict[tuple[int, ...], Future[sparse.csr_matrix]] = {}
         self._reader = ThreadPoolExecutor(1)
 
     def _runs(self, seed: tuple[int, ...]) -> sparse.csr_matrix:
@@ -118,13 +118,12 @@ class DrawnCells:
     def _read(self, seed: tuple[int, ...]) -> sparse.csr_matrix:
         """Return the runs of (..., epoch, read in the epoch); the last ones are kept, and those that training asks for next are on their way."""
         if self._last is None or self._last[0] != seed:
-            is_next = self._ahead is not None and self._ahead[0] == seed
-            self._last = seed, self._ahead[1].result() if self._ahead is not None and is_next else self._runs(seed)
-            if self._ahead is None or is_next:  # else somebody looks at other cells in between
-                *outer, epoch, read = seed
+            self._last = seed, self._ahead.pop(seed).result() if seed in self._ahead else self._runs(seed)
+            *outer, epoch, read = seed
+            if epoch < WATCHED:
                 is_last = (read + 1) * STEPS_PER_READ >= STEPS_PER_EPOCH
                 following = (*outer, epoch + 1, 0) if is_last else (*outer, epoch, read + 1)
-                self._ahead = following, self._reader.submit(self._runs, following)
+                self._ahead = {following: self._reader.submit(self._runs, following)}
         return self._last[1]
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Cells:
@@ -147,8 +146,8 @@ def trained(network: nn.Module, cells: Drawn, n_steps: int, batch_size: int, run
     return learner.average.module.cpu()
 
 
-class CountLatent:
-    """Latent coordinates of the encoder's mean, centred and scaled by training cells.
+class NetworkLatent:
+    """Latent coordinates that an encoder makes, centred and scaled by training cells, and shares of genes that a decoder makes of them.
 
     Parameters
     ----------
@@ -158,27 +157,6 @@ class CountLatent:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval()
-
-    @classmethod
-    def fit(cls, pairs: Pairs, n_latent: int, n_steps: int, batch_size: int, run: Run) -> "CountLatent":
-        """Train on the cells of the training role; goes on from a checkpoint of the same training."""
-        training = pairs.roles("train")
-        X = training.X
-        torch.manual_seed(run.seed)
-        network = CountNetwork(X.shape[1], n_latent)
-        latent = cls(trained(network, DrawnCells(X), n_steps, batch_size, run))
-        z = np.concatenate([latent.encode(block) for _, block in training.blocks()])
-        latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
-        latent.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))
-        return latent
-
-    @classmethod
-    def restored(cls, state: dict[str, Tensor]) -> "CountLatent":
-        """Rebuild the network around its weights."""
-        n_latent, n_genes = len(state["centre"]), len(state["log_shape"])
-        network = CountNetwork(n_genes, n_latent)
-        network.load_state_dict(state)
-        return cls(network)
 
     def state(self) -> dict[str, Tensor]:
         """Return the weights."""
@@ -219,3 +197,28 @@ class CountLatent:
     def mean_change(self, moved: np.ndarray) -> np.ndarray | None:
         """Nothing: rates change, and the mean of log1p counts is what counts at these rates have."""
         return None
+
+
+class CountLatent(NetworkLatent):
+    """Latent coordinates of the autoencoder of this module: the mean of a cell's posterior."""
+
+    @classmethod
+    def fit(cls, pairs: Pairs, n_latent: int, n_steps: int, batch_size: int, run: Run) -> "CountLatent":
+        """Train on the cells of the training role; goes on from a checkpoint of the same training."""
+        training = pairs.roles("train")
+        X = training.X
+        torch.manual_seed(run.seed)
+        network = CountNetwork(X.shape[1], n_latent)
+        latent = cls(trained(network, DrawnCells(X), n_steps, batch_size, run))
+        z = np.concatenate([latent.encode(block) for _, block in training.blocks()])
+        latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
+        latent.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))
+        return latent
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> "CountLatent":
+        """Rebuild the network around its weights."""
+        n_latent, n_genes = len(state["centre"]), len(state["log_shape"])
+        network = CountNetwork(n_genes, n_latent)
+        network.load_state_dict(state)
+        return cls(network)

@@ -17,6 +17,7 @@ from perturbflow.symbols import members_of
 
 STEPS_PER_EPOCH = 100
 N_WATCHED = 1024
+WATCHED, VALIDATED = 2**30, 2**31  # in place of an epoch: no training has as many
 
 
 @dataclass(frozen=True)
@@ -206,14 +207,14 @@ class Batches(pl.LightningDataModule):
         """Return a batch of training cells and, where there are any, one of validation cells: always the same."""
         if self._watched is None:
             kinds = [cells for cells in (self.training, self.validation) if cells is not None]
-            self._watched = [cells.batch(N_WATCHED, (self.seed, 2**30, 0)) for cells in kinds]
+            self._watched = [cells.batch(N_WATCHED, (self.seed, WATCHED, 0)) for cells in kinds]
         return self._watched
 
     def val_dataloader(self) -> DataLoader | list:
         """Return four fixed batches of validation perturbations."""
         if self.validation is None:
             return []
-        return DataLoader(_Stream(self.validation, self.size, self.seed, 2**31, 4), batch_size=None)
+        return DataLoader(_Stream(self.validation, self.size, self.seed, VALIDATED, 4), batch_size=None)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch."""

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from perturbflow.errors import InputError
-from perturbflow.models import external
 from perturbflow.models.autoencoder import CountLatent
 from perturbflow.models.base import Run
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.denoiser import Denoiser
 from perturbflow.models.effects import Effects
+from perturbflow.models.external import ENCODER, ExternalLatent
 from perturbflow.models.latent import Latent, LatentSpace
 from perturbflow.models.learned import LearnedModel
 from perturbflow.models.samplers import ancestral, ddim, dpm, last_time, split
@@ -82,6 +82,7 @@ class Diffusion(LearnedModel):
         }  # fmt: skip
         self.latent_kind, self.objective = latent, objective
         self.files = (Path(latent["file"]),) if isinstance(latent, dict) else ()
+        self.has_external_encoder = any(path.suffix == ENCODER for path in self.files)
         self.learns_residuals = self.has_closed_mean
         self.guidance_state, self.guidance_perturbation, self.dose_guidance = guidance_state, guidance_perturbation, dose_guidance
         self.sampler, self.n_sampling_steps, self.fresh_noise = sampler, n_sampling_steps, fresh_noise
@@ -95,15 +96,15 @@ class Diffusion(LearnedModel):
         if self.latent_kind == "counts":
             return CountLatent.fit(pairs, self.n_latent, self.n_steps, self.batch_size, run)
         if isinstance(self.latent_kind, dict):
-            if self.files[0].suffix == external.SUFFIX:
-                return external.ExternalLatent.learned(self.files[0], pairs, self.n_steps, self.batch_size, run)
+            if self.has_external_encoder:
+                return ExternalLatent.fit(self.files[0], pairs, self.n_steps, self.batch_size, run)
             return LatentSpace.from_loadings(self.files[0], pairs)
         return super().fit_latent(pairs, effects, run)
 
     def restore_latent(self, state: dict[str, Tensor]) -> Latent:
         """Return the latent space of an artefact."""
-        if self.files and self.files[0].suffix == external.SUFFIX:
-            return external.ExternalLatent.restored_with(state, self.files[0], self.genes)
+        if self.has_external_encoder:
+            return ExternalLatent.restored(state, self.files[0], self.genes)
         return CountLatent.restored(state) if self.latent_kind == "counts" else super().restore_latent(state)
 
     def guided(self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:

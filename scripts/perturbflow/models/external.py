@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from perturbflow.errors import InputError
 from perturbflow.files import file_digest
-from perturbflow.models.autoencoder import CELLS_PER_BLOCK, WIDTH, Cells, CountLatent, DrawnCells, negative_binomial, trained
+from perturbflow.models.autoencoder import CELLS_PER_BLOCK, WIDTH, Cells, DrawnCells, NetworkLatent, negative_binomial, trained
 from perturbflow.models.base import Run
 from perturbflow.models.latent import sampled_rows
 from perturbflow.models.networks import mlp
@@ -28,7 +28,7 @@ from perturbflow.symbols import approved_symbol
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".pt2"
+ENCODER = ".pt2"  # suffix of its file
 N_PROBES = 5
 HOW = "config/README.md says how to export one (latent)"
 
@@ -51,60 +51,54 @@ class ExternalEncoder:
     """
 
     def __init__(self, path: Path, genes: Sequence[str]) -> None:
-        self.path, extra = path, {"genes": ""}
+        self.path, self.sha256, extra = path, file_digest(path), {"genes": ""}
         try:
             with _quiet("torch.export"):  # it logs a page of traceback before it raises
                 self.program = torch.export.load(path, extra_files=extra).module()
         except Exception as error:  # of whatever kind the reader of the archive has
             raise InputError(f"{path} cannot be read as a program of torch.export ({str(error)[:200]}); {HOW}.") from error
-        self.names = extra["genes"].splitlines()
-        if not self.names:
+        names = extra["genes"].splitlines()
+        if not names:
             raise InputError(f"{path} does not name its genes; {HOW}.")
         row = {gene: i for i, gene in enumerate(genes)}
-        self.columns = torch.tensor([row.get(name, row.get(approved_symbol(name), -1)) for name in self.names])
+        self.columns = torch.tensor([row.get(name, row.get(approved_symbol(name), -1)) for name in names])
         n_measured = int((self.columns >= 0).sum())
         if not n_measured:
-            raise InputError(
-                f"{path}: none of its {len(self.names)} genes ({self.names[0]}, ...) is among those of this screen, which are symbols."
-            )
-        level = logging.INFO if n_measured >= len(self.names) / 2 else logging.WARNING
+            raise InputError(f"{path}: none of its {len(names)} genes ({names[0]}, ...) is among those of this screen, which are symbols.")
+        level = logging.INFO if n_measured >= len(names) / 2 else logging.WARNING
         logger.log(level, "%s: %d of its %d genes are among the %d of this screen; it gets zeros for the others", path, n_measured,
-                   len(self.names), len(genes))  # fmt: skip
+                   len(names), len(genes))  # fmt: skip
         self._probe(len(genes))
 
     def _probe(self, n_genes: int) -> None:
         """Try the program on some cells, one of them without any count."""
         k = torch.from_numpy(np.random.default_rng(0).poisson(2.0, (N_PROBES, n_genes)).astype(np.float32))
         k[0] = 0.0
-        try:
-            z = self.program(self._own(k))
-            again, one_by_one = self.program(self._own(k)), torch.cat([self.program(self._own(cell)) for cell in k.split(1)])
-        except Exception as error:  # of whatever kind a program may raise
-            shape = f"{N_PROBES} cells, or one, of {len(self.names)} genes as float32"
-            raise InputError(f"{self.path} does not take {shape} ({str(error)[:200]}); {HOW}.") from error
-        if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != N_PROBES:
-            made = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
-            raise InputError(f"{self.path} makes {made} of {N_PROBES} cells, and not one row per cell, one column per dimension; {HOW}.")
-        if not torch.isfinite(z[0]).all():
-            raise InputError(
-                f"{self.path} makes no finite numbers of a cell without a count in any of its genes; let it divide by at least 1."
-            )
+        z, again, one_by_one = self(k), self(k), torch.cat([self(cell) for cell in k.split(1)])
         if not (torch.allclose(z, again, rtol=1e-3, atol=1e-4) and torch.allclose(z, one_by_one, rtol=1e-3, atol=1e-4)):
             raise InputError(
                 f"{self.path} does not give a cell the same place twice, or in other company: it samples, or was exported in training mode; {HOW}."
             )
 
-    def _own(self, k: Tensor) -> Tensor:
-        """Return the counts of the program's genes."""
-        return k[:, self.columns.clamp(min=0)] * (self.columns >= 0)
-
     @torch.no_grad()
     def __call__(self, k: Tensor) -> Tensor:
         """Return coordinates of counts, (cells, genes of the screen) → (cells, dimensions)."""
-        z = self.program(self._own(k)).float()
-        if not torch.isfinite(z).all():
-            raise InputError(f"{self.path} makes no finite numbers of {int((~torch.isfinite(z)).any(dim=1).sum())} of {len(z)} cells.")
-        return z
+        own = k[:, self.columns.clamp(min=0)] * (self.columns >= 0)
+        try:
+            z = self.program(own)
+        except Exception as error:  # of whatever kind a program may raise
+            shape = f"{own.shape[0]} cells of {own.shape[1]} genes as float32"
+            raise InputError(f"{self.path} does not take {shape} ({str(error)[:200]}); {HOW}.") from error
+        if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != len(k):
+            made = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+            raise InputError(f"{self.path} makes {made} of {len(k)} cells, and not one row per cell, one column per dimension; {HOW}.")
+        if n_broken := int((~torch.isfinite(z)).any(dim=1).sum()):
+            n_empty = int((own.sum(dim=1) == 0).sum())
+            raise InputError(
+                f"{self.path} makes no finite numbers of {n_broken} of {len(z)} cells, {n_empty} of which have no count in its genes; "
+                "where it divides by their sum, let it be by at least 1."
+            )
+        return z.float()
 
 
 @contextmanager
@@ -157,7 +151,7 @@ class CountDecoder(nn.Module):
         return {"loss": -negative_binomial(cells.k, mean, torch.exp(self.log_shape)).mean()}
 
 
-class ExternalLatent(CountLatent):
+class ExternalLatent(NetworkLatent):
     """Coordinates of an external encoder, centred and scaled by training cells.
 
     Parameters
@@ -171,7 +165,7 @@ class ExternalLatent(CountLatent):
         self.encoder = encoder
 
     @classmethod
-    def learned(cls, path: Path, pairs: Pairs, n_steps: int, batch_size: int, run: Run) -> "ExternalLatent":
+    def fit(cls, path: Path, pairs: Pairs, n_steps: int, batch_size: int, run: Run) -> "ExternalLatent":
         """Read the encoder and train a decoder on the cells of the training role; goes on from a checkpoint of the same training."""
         training = pairs.roles("train")
         encoder = ExternalEncoder(path, pairs.genes)
@@ -184,21 +178,21 @@ class ExternalLatent(CountLatent):
         return cls(encoder, trained(network, _EncodedCells(DrawnCells(training.X), encoder), n_steps, batch_size, run))
 
     @classmethod
-    def restored_with(cls, state: dict[str, Tensor], path: Path, genes: Sequence[str]) -> "ExternalLatent":
+    def restored(cls, state: dict[str, Tensor], path: Path, genes: Sequence[str]) -> "ExternalLatent":
         """Read the encoder, which has to be the same file, and rebuild the decoder around its weights."""
         weights = dict(state)
         digest = weights.pop("encoder_sha256").numpy().tobytes().hex()
         if not path.is_file() or file_digest(path) != digest:
-            is_there = "is not the file" if path.is_file() else "is not there, the file"
-            raise InputError(f"{path} {is_there} that this model was trained with (sha256 {digest}); bring that one back, or train anew.")
+            raise InputError(
+                f"{path} is not there, or not the file that this model was trained with (sha256 {digest}); bring it back, or train anew."
+            )
         network = CountDecoder(weights["centre"], weights["scale"], len(weights["log_shape"]))
         network.load_state_dict(weights)
         return cls(ExternalEncoder(path, genes), network)
 
     def state(self) -> dict[str, Tensor]:
         """Return the decoder's weights and the digest of the encoder's file."""
-        digest = torch.frombuffer(bytearray.fromhex(file_digest(self.encoder.path)), dtype=torch.uint8)
-        return {**super().state(), "encoder_sha256": digest}
+        return {**super().state(), "encoder_sha256": torch.frombuffer(bytearray.fromhex(self.encoder.sha256), dtype=torch.uint8)}
 
     def embed(self, x: np.ndarray) -> Tensor:
         """Return what the encoder makes of log1p-normalized cells, (cells, genes) → (cells, dimensions)."""

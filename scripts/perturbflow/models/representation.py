@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perturbflow.models.autoencoder import WIDTH, Cells, CountLatent, DrawnCells, negative_binomial
+from perturbflow.models.autoencoder import WIDTH, Cells, DrawnCells, NetworkLatent, negative_binomial
 from perturbflow.models.base import Run
 from perturbflow.models.batches import Batches
 from perturbflow.models.effects import Effects
@@ -207,7 +207,7 @@ class Representation(nn.Module):
         return collapse(watched, self.decoder[0].in_features, "lower learning_rate") if "effective_rank" in watched else None
 
 
-class JepaLatent(CountLatent):
+class JepaLatent(NetworkLatent):
     """Cells in the embedding of stage A, standardized, and what moves there mean for their genes.
 
     Parameters
