@@ -81,7 +81,7 @@ from torch import nn
 
 from perturbflow.models.base import Run
 from perturbflow.models.batches import Batch, Batches
-from perturbflow.models.optimization import Learner, optimize
+from perturbflow.models.optimization import Learner, Optimization, optimize
 
 
 class Cells:
@@ -106,7 +106,7 @@ class Network(nn.Module):
 folder, n_devices, n_steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)
 network = Network()
-learner = Learner(network, 0, n_steps, 0.01, 0.0, 0.9)
+learner = Learner(network, 0, n_steps, Optimization(0.01, 0.0, 0.9))
 run = Run(seed=0, devices=n_devices, checkpoints=folder / "checkpoints", identity="regression")
 optimize(learner, Batches(Cells(), Cells(), 32, 0), run, "regression")
 rank = learner.global_rank

@@ -24,6 +24,7 @@ from perturbflow.models.conditional_mean import ConditionalMean
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace
+from perturbflow.models.optimization import Optimization
 from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
 from perturbflow.registry.plan import Plan
@@ -360,7 +361,7 @@ def test_the_latent_of_counts_tells_states_apart_and_moves_between_them(tmp_path
     pairs, _, shares, state = two_states()
     drawn = DrawnCells(pairs.X).batch(32, (0, 0))
     np.testing.assert_allclose(drawn.k.numpy(), np.rint(drawn.k.numpy()))
-    latent = CountLatent.fit(pairs, 4, 300, 64, Run(seed=0, checkpoints=tmp_path, identity="test"))
+    latent = CountLatent.fit(pairs, 4, 300, 64, Optimization(1e-3, 0.0, 0.9), Run(seed=0, checkpoints=tmp_path, identity="test"))
     z = latent.encode(pairs.X)
     np.testing.assert_allclose(z.std(axis=0), 1.0, atol=0.02)
     move = np.tile(z[state == 1].mean(axis=0) - z[state == 0].mean(axis=0), (int((state == 0).sum()), 1))

@@ -16,6 +16,7 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models.base import Run, build
 from perturbflow.models.external import ExternalEncoder, ExternalLatent
+from perturbflow.models.optimization import Optimization
 from perturbflow.pairs import Pairs
 
 
@@ -23,7 +24,7 @@ def test_an_encoder_from_a_file_reads_its_genes_wherever_they_are_and_its_moves_
     pairs, counts, shares, state = two_states()
     genes = ["unmeasured", *(f"G{i}" for i in reversed(range(30)))]
     path = exported(tmp_path / "encoder.pt2", genes)
-    latent = ExternalLatent.fit(path, pairs, 300, 64, Run(seed=0, checkpoints=tmp_path, identity="test"))
+    latent = ExternalLatent.fit(path, pairs, 300, 64, Optimization(1e-3, 0.0, 0.9), Run(seed=0, checkpoints=tmp_path, identity="test"))
     z = latent.encode(pairs.X)
     expected = Directions(31)(torch.from_numpy(np.hstack([np.zeros((600, 1)), counts[:, ::-1]]).astype(np.float32))).detach().numpy()
     np.testing.assert_allclose(z, (expected - expected.mean(axis=0)) / expected.std(axis=0), atol=0.01)

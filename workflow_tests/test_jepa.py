@@ -11,24 +11,27 @@ import torch
 from scipy import sparse
 from test_models import QUICK_JEPA, registered, trained
 
+import perturbflow.models.jepa as jepa_module
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import conditional_mean, probes
+from perturbflow.models import conditional_mean, probes, representation
 from perturbflow.models.autoencoder import Cells, DrawnCells
 from perturbflow.models.base import Run, build
 from perturbflow.models.batches import Batch, PairedCells
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
+from perturbflow.models.optimization import Optimization
 from perturbflow.models.probes import separability
 from perturbflow.models.representation import (
     Encoder,
     JepaLatent,
     MaskedPrediction,
+    Recipe,
     Representation,
-    _trained,
     count_split,
     covariance_term,
     effective_rank,
+    shared_map,
     variance_term,
 )
 from perturbflow.models.shift import Training
@@ -124,11 +127,15 @@ def test_nothing_is_hidden_when_training_ends(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(share_seen, 1.0, atol=0.1)  # parts are on the scale of whole cells
 
 
+def recipe(*, stops: bool = True) -> Recipe:
+    return Recipe(True, 8, (300, 100), 64, Optimization(5e-3, 0.0, 0.9), {}, stops)
+
+
 def stage_a(weights: dict[str, float], tmp_path: Path, *, stops: bool) -> tuple[MaskedPrediction, Run]:
     X, _ = planted_cells()
     net = masked(40, 32, weights)
     run = Run(seed=0, checkpoints=tmp_path, identity="test")
-    return _trained(net, DrawnCells(sparse.csr_matrix(X)), 300, 64, (5e-3, 0.0, 0.9), run, "stage_a", stops), run
+    return recipe(stops=stops).trained(run, net, DrawnCells(sparse.csr_matrix(X)), 300, "stage_a"), run
 
 
 def test_without_vicreg_the_embedding_collapses_and_the_training_says_so(tmp_path: Path) -> None:
@@ -172,19 +179,20 @@ def test_effects_of_training_come_back_in_their_size(jepa: tuple, screen: tuple[
 def test_a_map_that_cells_and_effects_share_is_recovered() -> None:
     rng = np.random.default_rng(0)
     true = rng.normal(size=(3, 20))
-    latent = JepaLatent(Representation(Encoder(20, 3), 3, 20))
     h, shifts = rng.normal(size=(500, 3)), rng.normal(size=(6, 3))
-    latent._of_cells = h.T @ h / 500, h.T @ (h @ true) / 500
-    np.testing.assert_allclose(latent.with_effects(shifts, shifts @ true).effect_map, true, atol=0.02)
-    other = latent.with_effects(shifts, 2 * shifts @ true).effect_map
+    of_cells = h.T @ h / 500, h.T @ (h @ true) / 500
+    np.testing.assert_allclose(shared_map(*of_cells, shifts, shifts @ true), true, atol=0.02)
+    other = shared_map(*of_cells, shifts, 2 * shifts @ true)
     assert 1.2 < (other * true).sum() / (true**2).sum() < 1.8  # cells and perturbations weigh alike
 
 
-def test_cells_tell_the_map_nothing_of_effects(screen: tuple[Pairs, Embeddings]) -> None:
+def test_cells_tell_the_map_nothing_of_effects(screen: tuple[Pairs, Embeddings], monkeypatch: pytest.MonkeyPatch) -> None:
     training = screen[0].roles("train")
     latent = JepaLatent(Representation(Encoder(len(training.genes), 5), 5, len(training.genes)))
+    told: list[np.ndarray] = []
+    monkeypatch.setattr(representation, "shared_map", lambda *tables: told.extend(tables) or shared_map(*tables))
     latent.fit_effect_map(training)
-    within = latent._of_cells
+    within = told[:2]
     standardized = latent.encode(training.X)
     np.testing.assert_allclose(standardized.mean(axis=0), 0.0, atol=1e-4)
     np.testing.assert_allclose(standardized.std(axis=0), 1.0, atol=1e-4)
@@ -367,7 +375,7 @@ def test_an_embedding_that_learns_with_its_decoder_is_watched_too(tmp_path: Path
     X, _ = planted_cells()
     run = Run(seed=0, checkpoints=tmp_path, identity="test")
     encoder = Encoder(40, 8)
-    _trained(Representation(encoder, 8, 40), DrawnCells(sparse.csr_matrix(X)), 100, 64, (5e-3, 0.0, 0.9), run, "stage_c", stops=True)
+    recipe().trained(run, Representation(encoder, 8, 40), DrawnCells(sparse.csr_matrix(X)), 100, "stage_c")
     assert run.facts["stage_c"]["history"][-1]["effective_rank"] > 2
     frozen = Representation(encoder.requires_grad_(requires_grad=False), 8, 40)
     assert frozen.watch(cells_of(X)) == {}
@@ -414,9 +422,12 @@ def test_shuffled_actions_are_those_of_another_perturbation_of_the_same_order(sc
 
 
 def inner_effect(
-    jepa: tuple, pairs: Pairs, embeddings: Embeddings, folder: Path, kind: str, *, spoil: bool
+    jepa: tuple, pairs: Pairs, embeddings: Embeddings, folder: Path, kind: str, *, spoil: bool, own: bool
 ) -> tuple[list[str], np.ndarray]:
-    """Return what a fold holds out and what its inner world says of that, (perturbations, genes), with its cells and the other controls spoilt or not."""
+    """Return what a fold holds out and what its inner world says of that, (perturbations, genes), with its cells and the other controls spoilt or not.
+
+    With an embedding of its own, the whole training's is spoilt altogether.
+    """
     model, _, _ = jepa
     training = Training.of(pairs.roles("train", "validation"), embeddings, 0)
     kinds = {"combinations": [], "genes": []}
@@ -424,29 +435,39 @@ def inner_effect(
         kinds["genes" if set(training.effects.genes) - set(fold[0].effects.genes) else "combinations"].append(fold)
     inner, held_out, start, _ = max(kinds[kind], key=lambda fold: len(fold[1].labels))
     cells = training.pairs
-    z = torch.from_numpy(model.latent.encode(cells.X))
     known = np.isin(cells.labels, inner.effects.labels) | cells.groups.is_of_half(inner.half)
     if spoil:
-        z = torch.where(torch.from_numpy(known)[:, None], z, 100.0)
+        spoilt = replace(cells, X=sparse.csr_matrix(np.where(known[:, None], cells.X.toarray(), 7.0).astype(np.float32)))
+        inner = replace(inner, pairs=spoilt)
     table = embeddings.standardized(training.effects.genes)
+    z = torch.from_numpy(model.latent.encode(cells.X))
+    if spoil:
+        z = torch.where(torch.from_numpy(known & (not own))[:, None], z, 100.0)
     paired = PairedCells(cells, z, Conditions(list(table.index), table.to_numpy()), 0.1, 0.0, 0.7, 32)
     run = Run(seed=0, checkpoints=folder, identity="test")
     effect = model.other_parts(paired, run)["world"](inner, start)
     return held_out.labels, np.stack([effect(label) for label in held_out.labels])
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared_embedding", "own_embedding"])
 @pytest.mark.parametrize("kind", ["combinations", "genes"])
 def test_inner_folds_know_nothing_of_what_they_hold_out(
-    jepa: tuple, screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    jepa: tuple, screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, own: bool
 ) -> None:
     monkeypatch.setattr(conditional_mean, "LEAST_HELD_OUT", 1)
     monkeypatch.setattr(conditional_mean, "_other_contexts", lambda training: iter(()))
     monkeypatch.setattr(jepa[0], "n_steps", 20)
-    labels, clean = inner_effect(jepa, *screen, tmp_path / "clean", kind, spoil=False)
-    again, spoilt = inner_effect(jepa, *screen, tmp_path / "spoilt", kind, spoil=True)
+    monkeypatch.setattr(jepa[0], "n_steps_before", (20, 20))
+    monkeypatch.setattr(jepa[0], "embeds_folds_anew", own)
+    labels, clean = inner_effect(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
+    again, spoilt = inner_effect(jepa, *screen, tmp_path / "spoilt", kind, spoil=True, own=own)
     assert labels == again
     np.testing.assert_array_equal(clean, spoilt)
     assert np.abs(clean).max() > 1e-4
+    monkeypatch.setattr(jepa_module, "optimize_briefly", None)  # what is there is not trained again
+    monkeypatch.setattr(representation, "optimize_briefly", None)
+    _, resumed = inner_effect(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
+    np.testing.assert_array_equal(clean, resumed)
 
 
 def test_halves_of_controls_are_those_that_effects_are_measured_against(screen: tuple[Pairs, Embeddings]) -> None:

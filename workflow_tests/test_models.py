@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace
 from perturbflow.models.neighbours import Neighbours
+from perturbflow.models.optimization import PRECISIONS
 from perturbflow.models.own_gene import OwnGene
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import complete
@@ -378,7 +380,7 @@ def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], t
     def learner() -> optimization.Learner:
         torch.manual_seed(0)
         net = counterfactual.Velocity(latent, conditions, width=16, n_layers=1, dropout=0.1, own_dropout=0.3, bridge_noise=0.1)
-        return optimization.Learner(net, 3, 30, 0.01, 0.01, 0.9)
+        return optimization.Learner(net, 3, 30, optimization.Optimization(0.01, 0.01, 0.9))
 
     whole = learner()
     optimization.optimize(whole, batches.Batches(cells, None, 32, 3), Run(seed=3, checkpoints=tmp_path, identity="test"), "whole")
@@ -457,6 +459,50 @@ def test_a_device_that_is_not_there_is_named() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match="device: 'cuda' is configured but not available"):
         devices.accelerator("cuda")
+
+
+def test_compiled_losses_are_the_same(screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a compiler, and run as traced: compiling takes a minute, and what it changes is rounding."""
+    traced: list[dict] = []
+    trace = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda losses, options: traced.append(options) or trace(losses))
+    short = {"n_steps": 30, "batch_size": 32, "n_latent": 8, "alignment": 0.1}
+    states = [trained("scppdm", *screen, tmp_path / str(compiled), **short, compiled=compiled)[1] for compiled in (False, True)]
+    assert traced == 2 * [{"fallback_random": True}]  # of the latent space, and of the diffusion in it
+    for part in ("latent", "state"):
+        for name, value in states[0][part].items():
+            torch.testing.assert_close(states[1][part][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    network = torch.nn.Linear(2, 2)
+    network.losses = network.forward
+    with pytest.raises(InputError, match="no-such-compiler is not there"):
+        optimization.Learner(network, 0, 1, optimization.Optimization(0.1, 0.0, 0.9, compiled=True))
+
+
+def test_bfloat16_is_for_layers_alone(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    short = {"n_steps": 200, "batch_size": 64, "n_latent": 8}
+    found = {precision: trained("scppdm", *screen, tmp_path / precision, **short, precision=precision) for precision in PRECISIONS}
+    rows = {precision: run.history[-1] for precision, (_, _, run) in found.items()}
+    assert rows["bfloat16"]["loss"] != rows["float32"]["loss"]
+    for name, value in rows["float32"].items():
+        assert rows["bfloat16"][name] == pytest.approx(value, rel=0.02), name
+    tensors = [value for part in ("latent", "state") for value in found["bfloat16"][1][part].values() if value.is_floating_point()]
+    assert {value.dtype for value in tensors} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("faster", [{"precision": "bfloat16"}, {"compiled": True}, {"precision": "bfloat16", "compiled": True}], ids=str)
+def test_what_is_faster_on_a_gpu_learns_as_much(faster: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    losses = []
+    for i, changes in enumerate(({}, faster)):
+        implementation, params = registered("scppdm", n_steps=200, batch_size=64, n_latent=8, **changes)
+        run = Run(seed=0, device="cuda", checkpoints=tmp_path / str(i), identity="gpu")
+        build(implementation, params).fit(screen[0].roles("train", "validation"), screen[1], run)
+        losses.append(run.history[-1]["validation_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

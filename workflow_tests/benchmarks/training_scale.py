@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -147,6 +147,18 @@ class Clock:
 
         return call
 
+    def waited(self, name: str, function: Callable[..., Iterator]) -> Callable[..., Iterator]:
+        """Return a function that makes an iterator, with the time that is waited for its next."""
+
+        def call(*arguments: object, **named: object) -> Iterator:
+            made = function(*arguments, **named)
+            end = object()
+            following = self.timed(name, lambda: next(made, end))
+            while (item := following()) is not end:
+                yield item
+
+        return call
+
 
 def train_here(folder: Path, name: str, n_steps: int, threads: int) -> None:
     """Train one model and write what took how long."""
@@ -156,9 +168,9 @@ def train_here(folder: Path, name: str, n_steps: int, threads: int) -> None:
     clock = Clock()
     for module in (learned, autoencoder, representation):
         module.optimize = clock.timed("optimize", module.optimize)
-    jepa.optimize_briefly = clock.timed("inner folds", jepa.optimize_briefly)
-    for kind in (batches.PairedCells, autoencoder.DrawnCells):
-        kind.batch = clock.timed("batch", kind.batch)
+    for module in (jepa, representation):
+        module.optimize_briefly = clock.timed("inner folds", module.optimize_briefly)
+    batches.drawn_ahead = clock.waited("batch", batches.drawn_ahead)
     implementation, params = model_of(name, n_steps)
     family = type(base.build(implementation, params))
     family.fit = clock.timed("fit", family.fit)

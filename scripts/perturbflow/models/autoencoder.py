@@ -17,7 +17,7 @@ from perturbflow.hdf5 import CsrRows
 from perturbflow.models.base import Run
 from perturbflow.models.batches import STEPS_PER_EPOCH, WATCHED, Batches, Drawn
 from perturbflow.models.networks import mlp
-from perturbflow.models.optimization import Learner, optimize
+from perturbflow.models.optimization import Learner, Optimization, optimize
 from perturbflow.models.recount import counts_of
 from perturbflow.pairs import Pairs
 
@@ -55,11 +55,11 @@ class CountNetwork(nn.Module):
 
     def log_share(self, z: Tensor) -> Tensor:
         """(B, n_latent), in units of the prior → log ρ, (B, genes)."""
-        return torch.log_softmax(self.decoder(z), dim=-1)
+        return torch.log_softmax(self.decoder(z).float(), dim=-1)
 
     def losses(self, cells: "Cells") -> dict[str, Tensor]:
         """Negative evidence lower bound per gene."""
-        mean, log_variance = self.encoder(cells.x).chunk(2, dim=-1)
+        mean, log_variance = self.encoder(cells.x).float().chunk(2, dim=-1)
         log_variance = log_variance.clamp(-8.0, 2.0)
         z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         library = cells.k.sum(dim=1, keepdim=True)
@@ -137,9 +137,11 @@ class DrawnCells:
         return Cells(torch.from_numpy(x), *(torch.from_numpy(table.astype(np.float32)) for table in (k, unit[:, None])))
 
 
-def trained(network: nn.Module, cells: Drawn, n_steps: int, batch_size: int, run: Run) -> nn.Module:
+def trained(network: nn.Module, cells: Drawn, n_steps: int, batch_size: int, optimization: Optimization, run: Run) -> nn.Module:
     """Return the averaged network after its training; goes on from a checkpoint of the same training."""
-    learner = Learner(network, run.seed, n_steps, LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY)
+    learner = Learner(
+        network, run.seed, n_steps, replace(optimization, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, ema_decay=EMA_DECAY)
+    )
     own = replace(run, checkpoints=run.checkpoints / "autoencoder", history=[], facts={})
     optimize(learner, Batches(cells, None, batch_size, run.seed), own, "autoencoder")
     run.facts["autoencoder"] = {"n_parameters": own.facts["n_parameters"], **own.history[-1]}
@@ -203,13 +205,13 @@ class CountLatent(NetworkLatent):
     """Latent coordinates of the autoencoder of this module: the mean of a cell's posterior."""
 
     @classmethod
-    def fit(cls, pairs: Pairs, n_latent: int, n_steps: int, batch_size: int, run: Run) -> "CountLatent":
+    def fit(cls, pairs: Pairs, n_latent: int, n_steps: int, batch_size: int, optimization: Optimization, run: Run) -> "CountLatent":
         """Train on the cells of the training role; goes on from a checkpoint of the same training."""
         training = pairs.roles("train")
         X = training.X
         torch.manual_seed(run.seed)
         network = CountNetwork(X.shape[1], n_latent)
-        latent = cls(trained(network, DrawnCells(X), n_steps, batch_size, run))
+        latent = cls(trained(network, DrawnCells(X), n_steps, batch_size, optimization, run))
         z = np.concatenate([latent.encode(block) for _, block in training.blocks()])
         latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
         latent.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))

@@ -1,6 +1,7 @@
 """Batches of matched control and perturbed cells in latent coordinates, the same for the same seed and step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -174,6 +175,18 @@ class PairedCells:
         return Batch(before, z, genes, torch.from_numpy(group))
 
 
+def drawn_ahead(cells: Drawn, size: int, seeds: Iterable[tuple[int, ...]]) -> Iterator[Any]:
+    """Yield a batch per seed, each drawn in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as drawing:
+        ahead: Future | None = None
+        for seed in seeds:
+            last, ahead = ahead, drawing.submit(cells.batch, size, seed)
+            if last is not None:
+                yield last.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
 class _Stream(IterableDataset):
     """One epoch of batches, or of the i-th of n parts of each."""
 
@@ -181,8 +194,7 @@ class _Stream(IterableDataset):
         self.cells, self.size, self.seed, self.epoch, self.n_batches, self.part = cells, size, seed, epoch, n_batches, part
 
     def __iter__(self) -> Iterator[Batch]:
-        for i in range(self.n_batches):
-            batch = self.cells.batch(self.size, (self.seed, self.epoch, i))
+        for batch in drawn_ahead(self.cells, self.size, ((self.seed, self.epoch, i) for i in range(self.n_batches))):
             yield batch if self.part == (0, 1) else batch.part(*self.part)
 
 

@@ -94,10 +94,10 @@ class Diffusion(LearnedModel):
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> Latent:
         """Fit the latent space of the params."""
         if self.latent_kind == "counts":
-            return CountLatent.fit(pairs, self.n_latent, self.n_steps, self.batch_size, run)
+            return CountLatent.fit(pairs, self.n_latent, self.n_steps, self.batch_size, self.optimization, run)
         if isinstance(self.latent_kind, dict):
             if self.has_external_encoder:
-                return ExternalLatent.fit(self.files[0], pairs, self.n_steps, self.batch_size, run)
+                return ExternalLatent.fit(self.files[0], pairs, self.n_steps, self.batch_size, self.optimization, run)
             return LatentSpace.from_loadings(self.files[0], pairs)
         return super().fit_latent(pairs, effects, run)
 

@@ -22,6 +22,7 @@ from perturbflow.models.autoencoder import CELLS_PER_BLOCK, WIDTH, Cells, DrawnC
 from perturbflow.models.base import Run
 from perturbflow.models.latent import sampled_rows
 from perturbflow.models.networks import mlp
+from perturbflow.models.optimization import Optimization
 from perturbflow.models.recount import counts_of
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import approved_symbol
@@ -143,7 +144,7 @@ class CountDecoder(nn.Module):
 
     def log_share(self, h: Tensor) -> Tensor:
         """(B, n_latent), as the encoder has them → log share of every gene, (B, genes)."""
-        return torch.log_softmax(self.decoder((h - self.centre) / self.scale), dim=-1)
+        return torch.log_softmax(self.decoder((h - self.centre) / self.scale).float(), dim=-1)
 
     def losses(self, cells: Cells) -> dict[str, Tensor]:
         """Negative log likelihood of the counts, per gene."""
@@ -165,7 +166,7 @@ class ExternalLatent(NetworkLatent):
         self.encoder = encoder
 
     @classmethod
-    def fit(cls, path: Path, pairs: Pairs, n_steps: int, batch_size: int, run: Run) -> "ExternalLatent":
+    def fit(cls, path: Path, pairs: Pairs, n_steps: int, batch_size: int, optimization: Optimization, run: Run) -> "ExternalLatent":
         """Read the encoder and train a decoder on the cells of the training role; goes on from a checkpoint of the same training."""
         training = pairs.roles("train")
         encoder = ExternalEncoder(path, pairs.genes)
@@ -175,7 +176,7 @@ class ExternalLatent(NetworkLatent):
         )
         torch.manual_seed(run.seed)
         network = CountDecoder(h.mean(dim=0), h.std(dim=0).clamp(min=1e-3), len(pairs.genes))
-        return cls(encoder, trained(network, _EncodedCells(DrawnCells(training.X), encoder), n_steps, batch_size, run))
+        return cls(encoder, trained(network, _EncodedCells(DrawnCells(training.X), encoder), n_steps, batch_size, optimization, run))
 
     @classmethod
     def restored(cls, state: dict[str, Tensor], path: Path, genes: Sequence[str]) -> "ExternalLatent":

@@ -8,6 +8,7 @@ With `mean: closed_form` the mean effect is that of `conditional_mean`, with the
 the perturbations that a fold holds out, it is believed as far as it predicts those. With `mean: learned` it is the world model's alone.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,16 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perturbflow.artefacts import save_checkpoint
+from perturbflow.lineage import digest
 from perturbflow.models.base import Run
-from perturbflow.models.batches import PairedCells
+from perturbflow.models.batches import PairedCells, encoded
 from perturbflow.models.conditional_mean import FitPart
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.learned import LearnedModel, unseen_among
 from perturbflow.models.neighbours import Neighbours
-from perturbflow.models.optimization import Learner, optimize_briefly
+from perturbflow.models.optimization import Learner, optimize_briefly, resumable
 from perturbflow.models.probes import separability
-from perturbflow.models.representation import JepaLatent
+from perturbflow.models.representation import JepaLatent, Recipe
 from perturbflow.models.shift import Training
 from perturbflow.models.world import World
 from perturbflow.pairs import Pairs
@@ -34,6 +37,9 @@ from perturbflow.symbols import members_of
 STARTS = 512  # control cells that a mean effect is the mean over
 INNER_CELLS = 200_000  # perturbed ones of an inner fold
 ROWS_AT_ONCE = 2**16  # cells that what is borrowed is the mean over
+
+
+logger = logging.getLogger(__name__)
 
 
 class Jepa(LearnedModel):
@@ -45,6 +51,9 @@ class Jepa(LearnedModel):
         Whether there is a stage A; without, the encoder learns from the decoder's likelihood alone, in as many steps.
     n_steps_representation, n_steps_decoder, mask_rate, target_decay
         Of stages A and C.
+    fold_embedding
+        Of inner folds. shared: that of the whole training, which has seen the cells that a fold holds out, without their labels; own: learned
+        anew without those cells.
     action
         given; withheld: the world model never sees the perturbation; shuffled: it sees that of another one.
     when_broken
@@ -64,6 +73,7 @@ class Jepa(LearnedModel):
         n_steps_decoder: int,
         mask_rate: float,
         target_decay: float,
+        fold_embedding: str,
         action: str,
         when_broken: str,
         width: int,
@@ -75,6 +85,7 @@ class Jepa(LearnedModel):
     ) -> None:
         super().__init__(**shared)
         self.self_supervised, self.action, self.stops_when_broken = self_supervised, action, when_broken == "stop"
+        self.embeds_folds_anew = fold_embedding == "own"
         self.n_steps_before = (n_steps_representation, n_steps_decoder)
         vicreg = {name: weights[name] for name in ("invariance", "variance", "covariance")}
         self.masked: dict[str, Any] = {"mask_rate": mask_rate, "target_decay": target_decay, "weights": vicreg}
@@ -83,19 +94,17 @@ class Jepa(LearnedModel):
             "weights": {name: weight for name, weight in weights.items() if name not in vicreg}, "is_withheld": action == "withheld",
         }  # fmt: skip
 
+    @property
+    def recipe(self) -> Recipe:
+        """How the embedding is learned."""
+        return Recipe(
+            self.self_supervised, self.n_latent, self.n_steps_before, self.batch_size,
+            self.optimization, self.masked, self.stops_when_broken,
+        )  # fmt: skip
+
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> JepaLatent:
         """Train stages A and C."""
-        latent = JepaLatent.learned(
-            pairs,
-            run,
-            is_self_supervised=self.self_supervised,
-            n_embedding=self.n_latent,
-            n_steps=self.n_steps_before,
-            batch_size=self.batch_size,
-            optimization=(self.learning_rate, self.weight_decay, self.ema_decay),
-            masked=self.masked,
-            stops=self.stops_when_broken,
-        )
+        latent = JepaLatent.learned(pairs, run, self.recipe)
         run.facts["separability"] = separability(pairs.roles("train"), latent, run.seed)
         return latent
 
@@ -125,7 +134,7 @@ class Jepa(LearnedModel):
     def _inner_world(self, cells: PairedCells, run: Run, inner: Training, start: np.ndarray) -> Callable[[str], np.ndarray]:
         """Train on what an inner training knows and on its half of the controls, and return mean effects by label.
 
-        The embedding is that of the whole training: it has seen the cells that the fold holds out, without their labels.
+        What was trained stays beside the checkpoints until the whole training is done.
 
         Parameters
         ----------
@@ -134,25 +143,39 @@ class Jepa(LearnedModel):
         """
         pairs, groups = inner.pairs, inner.pairs.groups
         row = cells.pairs.rows.searchsorted  # rows of pairs.h5ad rise
-        z = cells.z if pairs is cells.pairs else cells.z[row(pairs.rows)]
         is_of_inner = np.isin(groups.labels, inner.effects.labels)
-        latent = self.latent.with_effects(groups.effects(groups.sums(z.numpy()), inner.half)[is_of_inner], inner.effects.values)
         is_perturbed = groups.of_cell < len(groups.labels)
         is_known = is_perturbed & is_of_inner[np.where(is_perturbed, groups.of_cell, 0)]
         rng = np.random.default_rng(run.seed)
         if is_known.sum() > INNER_CELLS:
             is_known &= rng.random(len(is_known)) < INNER_CELLS / is_known.sum()
-        is_known |= inner.controls
-        pairs, z = pairs.rematched(is_known, run.seed), z[torch.from_numpy(is_known)]
+        known = pairs.rematched(is_known | inner.controls, run.seed)
         table = inner.embeddings.standardized(inner.effects.genes)
         conditions = Conditions(list(table.index), table.to_numpy())
         neighbours = Neighbours.fit(*inner.halves, dict(zip(table.index, table.to_numpy(float), strict=True)))
-        torch.manual_seed(run.seed)
-        net = self.network(latent, conditions)
-        matched = self.paired(pairs, z, conditions, run.seed)
-        learner = Learner(net, run.seed, self.n_steps, self.learning_rate, self.weight_decay, self.ema_decay)
-        net = optimize_briefly(learner, matched, self.batch_size)
-        starts = cells.z[row(rng.permutation(start)[:STARTS])]
+        kept = run.checkpoints / run.identity / f"inner_{digest(inner.effects.labels, start.tolist())}.ckpt"
+        if trained := resumable(kept, "jepa, inner fold"):
+            latent = JepaLatent.restored(trained["latent"])
+            net = self.network(latent, conditions)
+            net.load_state_dict(trained["state"])
+            net.eval()
+        else:
+            if self.embeds_folds_anew:
+                latent = JepaLatent.learned_briefly(known, run.seed, self.recipe)
+                z = encoded(known, latent)
+            else:
+                z = cells.z if pairs is cells.pairs else cells.z[row(pairs.rows)]
+                shifts = groups.effects(groups.sums(z.numpy()), inner.half)[is_of_inner]
+                latent, z = self.latent.with_effects(shifts, inner.effects.values), cells.z[row(known.rows)]
+            torch.manual_seed(run.seed)
+            net = self.network(latent, conditions)
+            matched = self.paired(known, z, conditions, run.seed)
+            net = optimize_briefly(Learner(net, run.seed, self.n_steps, self.optimization), matched, self.batch_size)
+            if run.is_first_process:
+                save_checkpoint(kept, {"latent": latent.state(), "state": net.state_dict()})
+            logger.info("jepa: trained anew for an inner fold, on %d perturbations", is_of_inner.sum())
+        rows = row(rng.permutation(start)[:STARTS])
+        starts = torch.from_numpy(latent.encode(cells.pairs.X[np.sort(rows)])) if self.embeds_folds_anew else cells.z[rows]
         return partial(_mean_effect, latent, net, conditions, neighbours, set(inner.effects.genes), starts)
 
     def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, Callable[[], np.ndarray]]:

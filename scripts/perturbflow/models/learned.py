@@ -21,7 +21,7 @@ from perturbflow.models.effects import Effects
 from perturbflow.models.latent import Latent, LatentSpace
 from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.networks import GeneEncoder
-from perturbflow.models.optimization import Learner, optimize
+from perturbflow.models.optimization import Learner, Optimization, optimize
 from perturbflow.models.own_gene import OwnGene
 from perturbflow.models.recount import Change, change_of, changed, drawn_mean_change, recounted
 from perturbflow.models.shift import Training
@@ -55,6 +55,8 @@ class LearnedModel(Model):
         counts: cells of whole counts, see `recount`; shifted: control cells plus the change.
     n_latent, n_steps, batch_size, learning_rate, weight_decay, ema_decay, control_share, synthetic_share, shifted_share
         Shared by all learned families, see config/schemas/models.schema.yaml.
+    precision, compiled
+        Of families that offer them, see `Optimization`.
     """
 
     reads_blocks = True
@@ -77,10 +79,12 @@ class LearnedModel(Model):
         control_share: float,
         synthetic_share: float,
         shifted_share: float,
+        precision: str = "float32",
+        compiled: bool = False,
     ) -> None:
         self.has_closed_mean, self.cells = mean == "closed_form", cells
         self.n_latent, self.n_steps, self.batch_size = n_latent, n_steps, batch_size
-        self.learning_rate, self.weight_decay, self.ema_decay = learning_rate, weight_decay, ema_decay
+        self.optimization = Optimization(learning_rate, weight_decay, ema_decay, precision, compiled)
         self.control_share, self.synthetic_share, self.shifted_share = control_share, synthetic_share, shifted_share
 
     @abstractmethod
@@ -126,8 +130,7 @@ class LearnedModel(Model):
             for role in ("train", "validation")
             if len(pairs.roles(role).perturbations)
         }
-        steps = (self.n_steps, self.learning_rate, self.weight_decay, self.ema_decay)
-        learner = Learner(self.net, run.seed, *steps, stops=self.stops_when_broken)
+        learner = Learner(self.net, run.seed, self.n_steps, self.optimization, stops=self.stops_when_broken)
         optimize(learner, Batches(cells["train"], cells.get("validation"), self.batch_size, run.seed), run, type(self).__name__.lower())
         self.net = learner.average.module.cpu().eval()
         run.facts["unseen_genes"] = {name: str(getattr(self.neighbours, name)) for name in ("bandwidth", "tempering", "strength")}

@@ -2,11 +2,16 @@
 
 import logging
 import math
+import os
+import shutil
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -19,13 +24,37 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from perturbflow.artefacts import DAMAGED, load_checkpoint, save_checkpoint
 from perturbflow.errors import InputError
 from perturbflow.models.base import Run
-from perturbflow.models.batches import STEPS_PER_EPOCH, Batch, Batches, PairedCells
+from perturbflow.models.batches import STEPS_PER_EPOCH, Batch, Batches, Drawn, drawn_ahead
 from perturbflow.models.devices import placement
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 MAX_GRADIENT = 1.0  # norm
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How weights are found.
+
+    Attributes
+    ----------
+    learning_rate, weight_decay
+        Of AdamW.
+    ema_decay
+        Of the moving average of weights, which is what predicts.
+    precision
+        float32, or bfloat16: layers compute in it, while weights, losses and the averaged network stay float32.
+    compiled
+        Whether losses are compiled (`torch.compile`), which draws the same noise and rounds differently.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    ema_decay: float
+    precision: str = "float32"
+    compiled: bool = False
 
 
 class Learner(pl.LightningModule):
@@ -45,23 +74,24 @@ class Learner(pl.LightningModule):
         network: nn.Module,
         seed: int,
         n_steps: int,
-        learning_rate: float,
-        weight_decay: float,
-        ema_decay: float,
+        optimization: Optimization,
         *,
         stops: bool = True,
     ) -> None:
         super().__init__()
-        self.stops = stops
+        self.optimization, self.stops = optimization, stops
         self.totals: dict[str, Tensor] = {}
         self.n_in_totals = 0
         self.network = network
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=False)
-        self.seed, self.n_steps, self.learning_rate, self.weight_decay = seed, n_steps, learning_rate, weight_decay
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay), use_buffers=False)
+        self.losses = _compiled(network.losses) if optimization.compiled else network.losses
+        self.seed, self.n_steps = seed, n_steps
 
     def configure_optimizers(self) -> dict:
         """AdamW with a linear warm-up and a cosine decay."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self.optimization.learning_rate, weight_decay=self.optimization.weight_decay
+        )
         warm_up = min(100, self.n_steps // 10)
 
         def factor(step: int) -> float:
@@ -76,7 +106,7 @@ class Learner(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Minimize the network's loss."""
-        losses = _finite(self.network.losses(batch), self.global_step)
+        losses = _finite(self.losses(batch), self.global_step)
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0.0) + value.detach()
         self.n_in_totals += 1
@@ -91,9 +121,13 @@ class Learner(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Move the average, and let the network do what it does after a step."""
+        self.after_step(self.global_step)
+
+    def after_step(self, n_done: int) -> None:
+        """Move the average, and let the network do what it does after so many steps."""
         self.average.update_parameters(self.network)
         if hasattr(self.network, "after_step"):
-            self.network.after_step(self.global_step / self.n_steps)
+            self.network.after_step(n_done / self.n_steps)
 
     @torch.no_grad()
     def watched(self) -> dict[str, float]:
@@ -134,6 +168,16 @@ def _tie_noise(seed: int, step: int, rank: int = 0) -> None:
     """
     seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     seed_all(seed * 1_000_003 + step + rank * 0x9E3779B1)
+
+
+def _compiled(losses: Callable) -> Callable:
+    """Return losses that torch compiles when they are first asked for, with the noise that they would draw otherwise."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise InputError(
+            f"compiled: true in the model's params needs a C++ compiler, and {compiler} is not there; install one, name yours in CXX, or set compiled: false."
+        )
+    return torch.compile(losses, options={"fallback_random": True})
 
 
 def _finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -186,33 +230,33 @@ class _WholeCheckpoints(TorchCheckpointIO):
         return load_checkpoint(Path(path))
 
 
-def _resumable(last: Path, name: str) -> Path | None:
-    """Return the last checkpoint if training can go on from it; a damaged one is soon replaced."""
+def resumable(last: Path, name: str) -> dict | None:
+    """Return what is in the last checkpoint if training can go on from it; a damaged one is soon replaced."""
     if not last.exists():
         return None
     try:
-        load_checkpoint(last)
+        found = load_checkpoint(last)
     except DAMAGED as error:
         logger.warning("%s: %s is damaged (%s); training starts from its first step", name, last, error)
         return None
     logger.info("%s: resuming from %s", name, last)
-    return last
+    return found
 
 
-def optimize_briefly(learner: Learner, cells: PairedCells, batch_size: int) -> nn.Module:
-    """Return the averaged network after the same steps as `optimize` takes, on the CPU, without checkpoints and history."""
+def optimize_briefly(learner: Learner, cells: Drawn, batch_size: int) -> nn.Module:
+    """Return the averaged network after the same steps as `optimize` takes, on the CPU in float32, without checkpoints and history."""
     configured = learner.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     learner.network.train()
-    for step in range(learner.n_steps):
+    seeds = ((learner.seed, *divmod(step, STEPS_PER_EPOCH)) for step in range(learner.n_steps))
+    for step, batch in enumerate(drawn_ahead(cells, batch_size, seeds)):
         _tie_noise(learner.seed, step)
         optimizer.zero_grad()
-        batch = cells.batch(batch_size, (learner.seed, *divmod(step, STEPS_PER_EPOCH)))
         _finite(learner.network.losses(batch), step)["loss"].backward()
         nn.utils.clip_grad_norm_(learner.network.parameters(), MAX_GRADIENT)
         optimizer.step()
         schedule.step()
-        learner.average.update_parameters(learner.network)
+        learner.after_step(step + 1)
     return learner.average.module.eval()
 
 
@@ -234,7 +278,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     where, environment = placement(run)
-    last = _resumable(folder / "last.ckpt", name)
+    last = folder / "last.ckpt"
     with warnings.catch_warnings():
         # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -243,6 +287,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         trainer = pl.Trainer(
             max_steps=learner.n_steps,
             **where,
+            precision=PRECISIONS[learner.optimization.precision],
             plugins=[environment, _WholeCheckpoints()],
             logger=False,
             callbacks=callbacks,
@@ -256,7 +301,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
             default_root_dir=str(run.checkpoints),
         )
         try:
-            trainer.fit(learner, datamodule=batches, ckpt_path=last, weights_only=True)
+            trainer.fit(learner, datamodule=batches, ckpt_path=last if resumable(last, name) else None, weights_only=True)
         except SIGTERMException:
             logger.warning("%s: told to end (cancelled, or its run time is over); the next attempt goes on from the last checkpoint", name)
             sys.exit(128 + signal.SIGTERM)

@@ -14,7 +14,9 @@ effects come back in their true size and not only states.
 """
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from perturbflow.models.base import Run
 from perturbflow.models.batches import Batches
 from perturbflow.models.effects import Effects
 from perturbflow.models.networks import mlp
-from perturbflow.models.optimization import Learner, optimize
+from perturbflow.models.optimization import Learner, Optimization, optimize, optimize_briefly
 from perturbflow.pairs import Pairs
 
 HIDDEN = 256
@@ -207,6 +209,73 @@ class Representation(nn.Module):
         return collapse(watched, self.decoder[0].in_features, "lower learning_rate") if "effective_rank" in watched else None
 
 
+def shared_map(inner: np.ndarray, across: np.ndarray, shifts: np.ndarray, effects: np.ndarray) -> np.ndarray:
+    """Return a linear map that cells and perturbations share, (dimensions, genes).
+
+    With H and X embeddings and expression of n cells less the means of their groups, D and E shifts and effects of the perturbations, M minimizes
+    ‖X − H M‖²/n + w ‖E − D M‖² + λ‖M‖², and w gives cells and perturbations the same total variance of the embedding. Effects alone would
+    leave most directions open; cells alone give them the size of what cells differ in.
+
+    Parameters
+    ----------
+    inner, across
+        H'H/n, (dimensions, dimensions), and H'X/n, (dimensions, genes).
+    shifts, effects
+        D, (perturbations, dimensions), and E, (perturbations, genes).
+    """
+    weight = np.trace(inner) / max((shifts**2).sum(), 1e-12)
+    inner, across = inner + weight * shifts.T @ shifts, across + weight * shifts.T @ effects
+    ridge = RIDGE * np.trace(inner) / len(inner) * np.eye(len(inner))
+    return np.linalg.solve(inner + ridge, across).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an embedding is learned.
+
+    Attributes
+    ----------
+    is_self_supervised
+        If not, stage A is left out, and the encoder learns with the decoder, in as many steps as both have.
+    n_embedding
+        Dimensions.
+    n_steps
+        Of stages A and C.
+    batch_size
+        Cells per step.
+    optimization
+        Of all stages.
+    masked
+        Params of `MaskedPrediction`.
+    stops
+        Whether a collapse is an error; else it is a fact of the run.
+    """
+
+    is_self_supervised: bool
+    n_embedding: int
+    n_steps: tuple[int, int]
+    batch_size: int
+    optimization: Optimization
+    masked: dict[str, Any]
+    stops: bool
+
+    def learner(self, network: nn.Module, seed: int, n_steps: int) -> Learner:
+        """Return how a stage's network is optimized."""
+        return Learner(network, seed, n_steps, self.optimization, stops=self.stops)
+
+    def trained(self, run: Run, network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
+        """Return the averaged network after its training; what was watched goes into the run's history, and what is wrong into its facts."""
+        own = replace(run, checkpoints=run.checkpoints / stage, history=[], facts={})
+        learner = self.learner(network, run.seed, n_steps)
+        optimize(learner, Batches(cells, None, self.batch_size, run.seed), own, f"jepa {stage}")
+        run.facts[stage] = {key: own.facts[key] for key in ("n_parameters", "complaint") if key in own.facts} | {"history": own.history}
+        return learner.average.module.cpu().eval()
+
+
+# Trains the network of a stage: from the network, cells to draw from, steps and the stage's name.
+Optimized = Callable[[nn.Module, DrawnCells, int, str], nn.Module]
+
+
 class JepaLatent(NetworkLatent):
     """Cells in the embedding of stage A, standardized, and what moves there mean for their genes.
 
@@ -224,48 +293,33 @@ class JepaLatent(NetworkLatent):
             self.effect_map = effect_map
 
     @classmethod
-    def learned(
-        cls,
-        pairs: Pairs,
-        run: Run,
-        *,
-        is_self_supervised: bool,
-        n_embedding: int,
-        n_steps: tuple[int, int],
-        batch_size: int,
-        optimization: tuple[float, float, float],
-        masked: dict[str, Any],
-        stops: bool,
-    ) -> "JepaLatent":
-        """Train stages A and C on the cells of the training role; goes on from checkpoints of the same training.
+    def learned(cls, pairs: Pairs, run: Run, recipe: "Recipe") -> "JepaLatent":
+        """Train stages A and C on the cells of the training role; goes on from checkpoints of the same training."""
+        return cls._learned(pairs.roles("train"), run.seed, recipe, partial(recipe.trained, run))
 
-        Parameters
-        ----------
-        is_self_supervised
-            If not, stage A is left out, and the encoder learns with the decoder, in as many steps as both have.
-        n_steps
-            Of the stages.
-        optimization
-            Learning rate, weight decay, and decay of the average of weights.
-        masked
-            Params of `MaskedPrediction`.
-        stops
-            Whether a collapse is an error; else it is a fact of the run.
-        """
-        training = pairs.roles("train")
-        cells = DrawnCells(training.X)
-        torch.manual_seed(run.seed)
-        encoder = Encoder(training.X.shape[1], n_embedding)
+    @classmethod
+    def learned_briefly(cls, training: Pairs, seed: int, recipe: "Recipe") -> "JepaLatent":
+        """Train the same embedding on these cells, on the CPU, without checkpoints, and without a decoder where the embedding does not need it."""
+
+        def optimized(network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
+            if stage == "stage_c" and recipe.is_self_supervised:
+                return network
+            return optimize_briefly(recipe.learner(network, seed, n_steps), cells, recipe.batch_size)
+
+        return cls._learned(training, seed, recipe, optimized)
+
+    @classmethod
+    def _learned(cls, training: Pairs, seed: int, recipe: "Recipe", optimized: Optimized) -> "JepaLatent":
+        cells, n_genes = DrawnCells(training.X), training.X.shape[1]
+        torch.manual_seed(seed)
+        encoder = Encoder(n_genes, recipe.n_embedding)
         encoder.fit_scale(training)
-        if is_self_supervised:
-            trained = _trained(
-                MaskedPrediction(encoder, n_embedding, **masked), cells, n_steps[0], batch_size, optimization, run, "stage_a", stops
-            )
-            encoder = trained.target_encoder
-        torch.manual_seed(run.seed + 1)
-        representation = Representation(encoder.train(), n_embedding, training.X.shape[1])
-        steps = n_steps[1] if is_self_supervised else sum(n_steps)
-        latent = cls(_trained(representation, cells, steps, batch_size, optimization, run, "stage_c", stops))
+        n_steps = sum(recipe.n_steps)
+        if recipe.is_self_supervised:
+            n_first, n_steps = recipe.n_steps
+            encoder = optimized(MaskedPrediction(encoder, recipe.n_embedding, **recipe.masked), cells, n_first, "stage_a").target_encoder
+        torch.manual_seed(seed + 1)
+        latent = cls(optimized(Representation(encoder.train(), recipe.n_embedding, n_genes), cells, n_steps, "stage_c"))
         latent.fit_effect_map(training)
         return latent
 
@@ -285,9 +339,7 @@ class JepaLatent(NetworkLatent):
     def fit_effect_map(self, training: Pairs) -> None:
         """Centre and scale the embedding and fit M: mean effects ≈ mean shifts · M, by ridge regression. One pass over the cells.
 
-        With H and X embeddings and expression of n cells less the means of their perturbation (of controls: of their batch and cell type), D and
-        E shifts and effects of the perturbations, M minimizes ‖X − H M‖²/n + w ‖E − D M‖² + λ‖M‖², and w gives cells and perturbations the same
-        total variance of the embedding. Effects alone would leave most directions open; cells alone give them the size of what cells differ in.
+        See `shared_map`; what cells are less is the mean of their perturbation, of controls that of their batch and cell type.
         """
         groups, n = training.groups, len(training.rows)
         sums = np.zeros((len(groups.n_cells), self.n_dimensions))
@@ -303,35 +355,14 @@ class JepaLatent(NetworkLatent):
         self.network.scale.copy_(torch.from_numpy(scale))
         means = sums / np.maximum(groups.n_cells, 1)[:, None]
         within = (inner - means.T @ sums) / n, (across - means.T @ training.sums[0]) / n
-        self._of_cells = within[0] / np.outer(scale, scale), within[1] / scale[:, None]
         shifts = groups.effects((sums - groups.n_cells[:, None] * centre) / scale)
-        self.effect_map = self.with_effects(shifts, Effects.of_training(training).values).effect_map
+        self._of_cells = within[0] / np.outer(scale, scale), within[1] / scale[:, None]
+        self.effect_map = shared_map(*self._of_cells, shifts, Effects.of_training(training).values)
 
     def with_effects(self, shifts: np.ndarray, effects: np.ndarray) -> "JepaLatent":
-        """Return the same embedding with an effect map fitted to what cells of a group differ in, and to these perturbations.
-
-        Parameters
-        ----------
-        shifts, effects
-            Of perturbations, in the embedding, (perturbations, dimensions), and on expression, (perturbations, genes).
-        """
-        inner, across = self._of_cells
-        weight = np.trace(inner) / max((shifts**2).sum(), 1e-12)
-        inner, across = inner + weight * shifts.T @ shifts, across + weight * shifts.T @ effects
-        ridge = RIDGE * np.trace(inner) / self.n_dimensions * np.eye(self.n_dimensions)
-        return JepaLatent(self.network, np.linalg.solve(inner + ridge, across).astype(np.float32))
+        """Return the same embedding with an effect map fitted to the same cells and to these perturbations, see `shared_map`."""
+        return JepaLatent(self.network, shared_map(*self._of_cells, shifts, effects))
 
     def mean_change(self, moved: np.ndarray) -> np.ndarray:
         """Return mean shift · M, (genes,)."""
         return moved.mean(axis=0) @ self.effect_map
-
-
-def _trained(
-    network: nn.Module, cells: DrawnCells, n_steps: int, batch_size: int, optimization: tuple[float, float, float], run: Run, stage: str, stops: bool
-) -> nn.Module:  # fmt: skip
-    """Return the averaged network after its training; what was watched goes into the run's history, and what is wrong into its facts."""
-    learner = Learner(network, run.seed, n_steps, *optimization, stops=stops)
-    own = replace(run, checkpoints=run.checkpoints / stage, history=[], facts={})
-    optimize(learner, Batches(cells, None, batch_size, run.seed), own, f"jepa {stage}")
-    run.facts[stage] = {key: own.facts[key] for key in ("n_parameters", "complaint") if key in own.facts} | {"history": own.history}
-    return learner.average.module.cpu().eval()
