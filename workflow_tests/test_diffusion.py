@@ -428,6 +428,16 @@ def test_every_option_trains_restores_and_predicts(changes: dict, screen: tuple[
     again = build(implementation, params)
     again.restore(artefact)
     np.testing.assert_array_equal(again.predict(cells, ["TF1+TF2", "control"], 12, 0), predicted)
+    np.testing.assert_allclose(again.individual_effects(cells, "TF1", 0), model.individual_effects(cells, "TF1", 0), atol=1e-6)
+
+
+def test_a_mean_of_expected_displacements_is_that_of_each(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
+    model, _, _ = hybrid
+    z = torch.from_numpy(model.latent.encode(screen[0].X[:20]))
+    several = [torch.randint(0, len(model.conditions.genes), (20, 2)), torch.full((20, 2), -1), torch.tensor([[0, -1]]).repeat(20, 1)]
+    expected = torch.stack([model.displace(z, genes, None) for genes in several])
+    torch.testing.assert_close(model.mean_displacement(z, several), expected.mean(dim=0), atol=1e-5, rtol=1e-4)
+    assert expected[1].abs().max() < 1e-5 < expected[2].abs().max()
 
 
 def test_a_missing_file_of_loadings_is_named_and_its_content_counts(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ it is trained on what cells differ by from the mean of their perturbation, and t
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,14 +139,14 @@ class Diffusion(LearnedModel):
         Parameters
         ----------
         generator
-            Of the fresh noise of the ancestral sampler.
+            Of the fresh noise of the ancestral sampler; without it the deterministic one stands in.
         """
         times = torch.linspace(0.0, last_time(self.objective), self.n_sampling_steps + 1)
         denoise = partial(self.guided, state=state, genes=genes)
         if to_noise:
             return ddim(denoise, z, times)
         times = times.flip(0)
-        if self.sampler == "ancestral":
+        if self.sampler == "ancestral" and generator is not None:
             half = (len(z) // 2, z.shape[1])  # perturbed and unperturbed cells share their noise
             return ancestral(denoise, z, times, lambda: torch.randn(half, generator=generator).repeat(2, 1))
         return (dpm if self.sampler == "dpm" else ddim)(denoise, z, times)
@@ -166,3 +167,10 @@ class Diffusion(LearnedModel):
         both = self.flow(noise.repeat(2, 1), start.repeat(2, 1), torch.cat([genes, control]), to_noise=False, generator=generator)
         perturbed, unperturbed = both.chunk(2)
         return perturbed - unperturbed
+
+    def mean_displacement(self, start: Tensor, several: Sequence[Tensor]) -> Tensor:
+        """Return the mean of the expected displacements: the cells' own noise, and what becomes of it without a perturbation, are the same for all."""
+        control = torch.full_like(several[0], -1)
+        own = self.flow(start, start, control, to_noise=True)
+        after = partial(self.flow, own, start, to_noise=False)
+        return sum(after(genes) for genes in several) / len(several) - after(control)

@@ -95,6 +95,10 @@ class LearnedModel(Model):
     def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the latent displacement of start cells, (B, dimensions), zero where all gene indices are -1; without a generator the expected one."""
 
+    def mean_displacement(self, start: Tensor, several: Sequence[Tensor]) -> Tensor:
+        """Return the mean of the expected displacements of the same cells under several gene indices, (B, dimensions)."""
+        return sum(self.displace(start, genes, None) for genes in several) / len(several)
+
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> Latent:
         """Return the latent space that the network works in."""
         return LatentSpace.fit(pairs, effects, self.n_latent)
@@ -271,8 +275,7 @@ class LearnedModel(Model):
     def _expected_change(self, cells: np.ndarray, perturbation: str) -> np.ndarray:
         """Return what expected displacements change in each cell's expected expression, (cells, genes)."""
         z, rng = torch.from_numpy(self.latent.encode(cells)), np.random.default_rng(0)
-        n_draws = BORROWED if unseen_among(members_of(perturbation), self.seen) else 1
-        moved = sum(self._displacement(z, perturbation, rng, None) for _ in range(n_draws)) / n_draws
+        moved = self._displacement(z, perturbation, rng, None)
         return self.latent.change(z.numpy(), moved.numpy(), np.expm1(cells).sum(axis=1))
 
     def _of_population(self, perturbation: str) -> "_OfPopulation":
@@ -302,27 +305,36 @@ class LearnedModel(Model):
         return shift
 
     def _displacement(self, z: Tensor, perturbation: str, rng: np.random.Generator, generator: torch.Generator | None) -> Tensor:
-        """Return the latent displacement of cells; the part of unseen members is borrowed and scaled by its strength."""
+        """Return the latent displacement of cells; the part of unseen members is borrowed and scaled by its strength.
+
+        Without a generator that is the expected one, of what is borrowed the mean over `BORROWED` draws.
+        """
         members = members_of(perturbation)
         unseen = unseen_among(members, self.seen)
-        genes = self.conditions.index([perturbation]).expand(len(z), -1).clone()
+        known = self.conditions.index([perturbation]).expand(len(z), -1).clone()
         if not unseen:
-            return self.displace(z, genes, generator)
-        known = genes.clone()
-        for gene in unseen:
-            column = members.index(gene)
-            vector = self.conditions.vectors[self.conditions.genes.index(gene)].numpy().astype(float)
-            drawn = rng.choice(self.neighbours.genes, size=len(z), p=self.neighbours.weights(vector[None])[0])
-            genes[:, column] = self.conditions.index(list(drawn))[:, 0]
-            known[:, column] = -1
+            return self.displace(z, known, generator)
+        known[:, [members.index(gene) for gene in unseen]] = -1
         noise = generator and generator.get_state()
-        borrowed = self.displace(z, genes, generator)
+        if generator is None:
+            borrowed = self.mean_displacement(z, [self._drawn(perturbation, unseen, known, rng) for _ in range(BORROWED)])
+        else:
+            borrowed = self.displace(z, self._drawn(perturbation, unseen, known, rng), generator)
         if len(unseen) == len(members):
             return self.neighbours.strength * borrowed
         if generator is not None:
             generator.set_state(noise)
         certain = self.displace(z, known, generator)
         return certain + self.neighbours.strength * (borrowed - certain)
+
+    def _drawn(self, perturbation: str, unseen: list[str], known: Tensor, rng: np.random.Generator) -> Tensor:
+        """Return gene indices of every cell, (cells, members), with those whom unseen members borrow from in their place."""
+        genes, members = known.clone(), members_of(perturbation)
+        for gene in unseen:
+            vector = self.conditions.vectors[self.conditions.genes.index(gene)].numpy().astype(float)
+            drawn = rng.choice(self.neighbours.genes, size=len(genes), p=self.neighbours.weights(vector[None])[0])
+            genes[:, members.index(gene)] = self.conditions.index(list(drawn))[:, 0]
+        return genes
 
 
 class _OfPopulation:
