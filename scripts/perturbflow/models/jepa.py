@@ -134,22 +134,19 @@ class Jepa(LearnedModel):
     def _inner_world(self, cells: PairedCells, run: Run, inner: Training, start: np.ndarray) -> Callable[[str], np.ndarray]:
         """Train on what an inner training knows and on its half of the controls, and return mean effects by label.
 
-        What was trained stays beside the checkpoints until the whole training is done.
-
         Parameters
         ----------
         start
             Rows of pairs.h5ad that hold the controls to start from.
         """
-        pairs, groups = inner.pairs, inner.pairs.groups
-        row = cells.pairs.rows.searchsorted  # rows of pairs.h5ad rise
-        is_of_inner = np.isin(groups.labels, inner.effects.labels)
+        groups, is_of_inner = inner.pairs.groups, np.isin(inner.pairs.groups.labels, inner.effects.labels)
         is_perturbed = groups.of_cell < len(groups.labels)
         is_known = is_perturbed & is_of_inner[np.where(is_perturbed, groups.of_cell, 0)]
         rng = np.random.default_rng(run.seed)
         if is_known.sum() > INNER_CELLS:
             is_known &= rng.random(len(is_known)) < INNER_CELLS / is_known.sum()
-        known = pairs.rematched(is_known | inner.controls, run.seed)
+        known = inner.pairs.rematched(is_known | inner.controls, run.seed)
+        rows = cells.pairs.rows.searchsorted(rng.permutation(start)[:STARTS])  # rows of pairs.h5ad rise
         table = inner.embeddings.standardized(inner.effects.genes)
         conditions = Conditions(list(table.index), table.to_numpy())
         neighbours = Neighbours.fit(*inner.halves, dict(zip(table.index, table.to_numpy(float), strict=True)))
@@ -158,25 +155,27 @@ class Jepa(LearnedModel):
             latent = JepaLatent.restored(trained["latent"])
             net = self.network(latent, conditions)
             net.load_state_dict(trained["state"])
-            net.eval()
         else:
-            if self.embeds_folds_anew:
-                latent = JepaLatent.learned_briefly(known, run.seed, self.recipe)
-                z = encoded(known, latent)
-            else:
-                z = cells.z if pairs is cells.pairs else cells.z[row(pairs.rows)]
-                shifts = groups.effects(groups.sums(z.numpy()), inner.half)[is_of_inner]
-                latent, z = self.latent.with_effects(shifts, inner.effects.values), cells.z[row(known.rows)]
+            latent, z = self._fold_latent(cells, run, inner, known)
             torch.manual_seed(run.seed)
             net = self.network(latent, conditions)
             matched = self.paired(known, z, conditions, run.seed)
             net = optimize_briefly(Learner(net, run.seed, self.n_steps, self.optimization), matched, self.batch_size)
-            if run.is_first_process:
+            if run.is_first_process:  # so that no fold is trained again if the job ends before the last
                 save_checkpoint(kept, {"latent": latent.state(), "state": net.state_dict()})
             logger.info("jepa: trained anew for an inner fold, on %d perturbations", is_of_inner.sum())
-        rows = row(rng.permutation(start)[:STARTS])
         starts = torch.from_numpy(latent.encode(cells.pairs.X[np.sort(rows)])) if self.embeds_folds_anew else cells.z[rows]
-        return partial(_mean_effect, latent, net, conditions, neighbours, set(inner.effects.genes), starts)
+        return partial(_mean_effect, latent, net.eval(), conditions, neighbours, set(inner.effects.genes), starts)
+
+    def _fold_latent(self, cells: PairedCells, run: Run, inner: Training, known: Pairs) -> tuple[JepaLatent, Tensor]:
+        """Return the embedding of an inner fold, its map fitted to the effects that the fold knows, and where its cells are, (known, dimensions)."""
+        if self.embeds_folds_anew:
+            latent = JepaLatent.learned_briefly(known, run.seed, self.recipe)
+            return latent, encoded(known, latent)
+        pairs, row = inner.pairs, cells.pairs.rows.searchsorted
+        z = cells.z if pairs is cells.pairs else cells.z[row(pairs.rows)]
+        shifts = pairs.groups.effects(pairs.groups.sums(z.numpy()), inner.half)[np.isin(pairs.groups.labels, inner.effects.labels)]
+        return self.latent.with_effects(shifts, inner.effects.values), cells.z[row(known.rows)]
 
     def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, Callable[[], np.ndarray]]:
         """Return how to get the world model's mean effect on cells."""
