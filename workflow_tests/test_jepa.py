@@ -1,6 +1,8 @@
 """The JEPA: its terms against hand-computed values, its stages on planted cells, what stops it, and what its inner folds may know."""
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -421,10 +423,10 @@ def test_shuffled_actions_are_those_of_another_perturbation_of_the_same_order(sc
     assert sorted(map(tuple, right.tolist())) == sorted(map(tuple, wrong.tolist()))
 
 
-def inner_effect(
+def inner_world(
     jepa: tuple, pairs: Pairs, embeddings: Embeddings, folder: Path, kind: str, *, spoil: bool, own: bool
-) -> tuple[list[str], np.ndarray]:
-    """Return what a fold holds out and what its inner world says of that, (perturbations, genes), with its cells and the other controls spoilt or not.
+) -> tuple[list[str], Callable[[str], np.ndarray], int]:
+    """Return what a fold holds out, what its inner world says of a label, and how many controls it starts from, with cells held out and the other controls spoilt or not.
 
     With an embedding of its own, the whole training's is spoilt altogether.
     """
@@ -437,16 +439,15 @@ def inner_effect(
     cells = training.pairs
     known = np.isin(cells.labels, inner.effects.labels) | cells.groups.is_of_half(inner.half)
     if spoil:
-        spoilt = replace(cells, X=sparse.csr_matrix(np.where(known[:, None], cells.X.toarray(), 7.0).astype(np.float32)))
-        inner = replace(inner, pairs=spoilt)
+        cells = replace(cells, X=sparse.csr_matrix(np.where(known[:, None], cells.X.toarray(), 7.0).astype(np.float32)))
+        inner = replace(inner, pairs=cells)
     table = embeddings.standardized(training.effects.genes)
-    z = torch.from_numpy(model.latent.encode(cells.X))
+    z = torch.from_numpy(model.latent.encode(training.pairs.X))
     if spoil:
         z = torch.where(torch.from_numpy(known & (not own))[:, None], z, 100.0)
     paired = PairedCells(cells, z, Conditions(list(table.index), table.to_numpy()), 0.1, 0.0, 0.7, 32)
     run = Run(seed=0, checkpoints=folder, identity="test")
-    effect = model.other_parts(paired, run)["world"](inner, start)
-    return held_out.labels, np.stack([effect(label) for label in held_out.labels])
+    return held_out.labels, model.other_parts(paired, run)["world"](inner, start), len(start)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared_embedding", "own_embedding"])
@@ -459,15 +460,40 @@ def test_inner_folds_know_nothing_of_what_they_hold_out(
     monkeypatch.setattr(jepa[0], "n_steps", 20)
     monkeypatch.setattr(jepa[0], "n_steps_before", (20, 20))
     monkeypatch.setattr(jepa[0], "embeds_folds_anew", own)
-    labels, clean = inner_effect(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
-    again, spoilt = inner_effect(jepa, *screen, tmp_path / "spoilt", kind, spoil=True, own=own)
+    labels, effect, n_starts = inner_world(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
+    again, effect_of_spoilt, _ = inner_world(jepa, *screen, tmp_path / "spoilt", kind, spoil=True, own=own)
     assert labels == again
+    clean, spoilt = (np.stack([said(label) for label in labels]) for said in (effect, effect_of_spoilt))
     np.testing.assert_array_equal(clean, spoilt)
     assert np.abs(clean).max() > 1e-4
     monkeypatch.setattr(jepa_module, "optimize_briefly", None)  # what is there is not trained again
     monkeypatch.setattr(representation, "optimize_briefly", None)
-    _, resumed = inner_effect(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
-    np.testing.assert_array_equal(clean, resumed)
+    _, resumed, _ = inner_world(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
+    np.testing.assert_array_equal(clean, np.stack([resumed(label) for label in labels]))
+    monkeypatch.setitem(jepa[0].latent.network._buffers, "centre", jepa[0].latent.network.centre + 1.0)
+    with nullcontext() if own else pytest.raises(TypeError):  # what was trained in another embedding is
+        inner_world(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
+    # Where all are too many to ask, the first are asked: they have to be any.
+    starts, rows = effect.args[-1], screen[0].roles("train", "validation").rows
+    assert len(starts) == min(n_starts, jepa_module.STARTS)
+    in_file = effect.args[0].encode(screen[0].X[rows[screen[0].roles("train", "validation").is_control]])
+    place = [int(np.abs(in_file - start).sum(axis=1).argmin()) for start in starts.numpy()]
+    assert place != sorted(place)
+
+
+def test_where_folds_have_their_embedding_from() -> None:
+    assert not build(*registered("jepa")).embeds_folds_anew
+    assert build(*registered("jepa", fold_embedding="own")).embeds_folds_anew
+
+
+def test_an_embedding_that_collapses_in_a_fold_stops_the_training_or_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    cells = DrawnCells(sparse.csr_matrix(planted_cells()[0]))
+    alone = {"invariance": 25.0, "variance": 0.0, "covariance": 0.0}
+    with pytest.raises(InputError, match="stopped in an inner fold: the embedding has collapsed"):
+        recipe().trained_briefly(0, masked(40, 32, alone), cells, 300, "stage_a")
+    recipe(stops=False).trained_briefly(0, masked(40, 32, alone), cells, 300, "stage_a")
+    assert "jepa, inner fold, stage_a: the embedding has collapsed" in caplog.text
+    recipe().trained_briefly(0, masked(40, 32, WEIGHTS), cells, 300, "stage_a")
 
 
 def test_halves_of_controls_are_those_that_effects_are_measured_against(screen: tuple[Pairs, Embeddings]) -> None:

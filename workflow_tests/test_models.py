@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from encoders import exported
 from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import batches, conditional_mean, counterfactual, devices, optimization
+from perturbflow.models import autoencoder, batches, conditional_mean, counterfactual, denoiser, devices, external, optimization
 from perturbflow.models.base import Model, Run, build
 from perturbflow.models.batches import PairedCells, encoded
 from perturbflow.models.conditions import Conditions
@@ -372,6 +374,32 @@ def test_resumed_training_equals_uninterrupted(
     assert resumed_run.facts == run.facts
 
 
+def test_batches_are_drawn_ahead_in_their_order_and_no_thread_is_left() -> None:
+    class Numbers:
+        drawn: ClassVar[list[int]] = []
+
+        def batch(self, size: int, seed: tuple[int, ...]) -> int:
+            if seed[0] == 3:
+                raise ValueError("no fourth")
+            self.drawn.append(seed[0])
+            return size * seed[0]
+
+    before = threading.active_count()
+    assert list(batches.drawn_ahead(Numbers(), 10, [])) == []
+    assert list(batches.drawn_ahead(Numbers(), 10, [(2,), (0,), (1,)])) == [20, 0, 10]
+    assert threading.active_count() == before
+    broken = batches.drawn_ahead(Numbers(), 10, [(1,), (3,), (2,)])
+    assert next(broken) == 10
+    with pytest.raises(ValueError, match="no fourth"):
+        next(broken)
+    Numbers.drawn.clear()
+    cut = batches.drawn_ahead(Numbers(), 10, ((i,) for i in (0, 1, 2, 4, 5, 6)))
+    next(cut)
+    cut.close()
+    assert Numbers.drawn == [0, 1]
+    assert threading.active_count() == before
+
+
 def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
     cells, _, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
     identity = np.eye(cells.z.shape[1])
@@ -463,12 +491,19 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 def test_compiled_losses_are_the_same(screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as for a compiler, and run as traced: compiling takes a minute, and what it changes is rounding."""
-    traced: list[dict] = []
+    asked, used = [], []
     trace = partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", lambda losses, options: traced.append(options) or trace(losses))
+
+    def compiled(losses: Callable, options: dict) -> Callable:
+        asked.append(options)
+        traced = trace(losses)
+        return lambda batch: used.append(batch) or traced(batch)
+
+    monkeypatch.setattr(torch, "compile", compiled)
     short = {"n_steps": 30, "batch_size": 32, "n_latent": 8, "alignment": 0.1}
     states = [trained("scppdm", *screen, tmp_path / str(compiled), **short, compiled=compiled)[1] for compiled in (False, True)]
-    assert traced == 2 * [{"fallback_random": True}]  # of the latent space, and of the diffusion in it
+    assert asked == 2 * [{"fallback_random": True}]  # of the latent space, and of the diffusion in it
+    assert len(used) == 60
     for part in ("latent", "state"):
         for name, value in states[0][part].items():
             torch.testing.assert_close(states[1][part][name], value, rtol=1e-3, atol=1e-5, msg=name)
@@ -480,6 +515,27 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     network.losses = network.forward
     with pytest.raises(InputError, match="no-such-compiler is not there"):
         optimization.Learner(network, 0, 1, optimization.Optimization(0.1, 0.0, 0.9, compiled=True))
+
+
+def test_losses_are_float32_whatever_the_layers_are(screen: tuple[Pairs, Embeddings]) -> None:
+    drawn = autoencoder.DrawnCells(screen[0].X).batch(16, (0, 0, 0))
+    n_genes = drawn.x.shape[1]
+    cells, _, conditions = make_pairs_of_cells(screen)
+    n_latent = cells.z.shape[1]
+    coordinates = autoencoder.Cells(torch.randn(16, 4), drawn.k, drawn.unit)
+    params = {"width": 16, "n_tokens": 2, "n_blocks": 1, "n_heads": 2, "dropout": 0.0, "own_dropout": 0.0, "condition_dropout": 0.1}
+    noted: list[torch.dtype] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for network, batch in (
+            (autoencoder.CountNetwork(n_genes, 4), drawn),
+            (external.CountDecoder(torch.zeros(4), torch.ones(4), n_genes), coordinates),
+            (denoiser.Denoiser(n_latent, conditions, **params, objective="v", alignment=0.1), cells.batch(16, (0, 0, 0))),
+        ):
+            network.register_forward_hook(lambda module, given, output: noted.append(output.dtype))
+            assert {value.dtype for value in network.losses(batch).values()} == {torch.float32}
+        assert noted == [torch.bfloat16]  # the denoiser's layers
+        assert autoencoder.CountNetwork(n_genes, 4).log_share(torch.randn(3, 4)).dtype == torch.float32
+        assert external.CountDecoder(torch.zeros(4), torch.ones(4), n_genes).log_share(torch.randn(3, 4)).dtype == torch.float32
 
 
 def test_bfloat16_is_for_layers_alone(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:

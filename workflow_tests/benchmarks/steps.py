@@ -72,7 +72,7 @@ def steps(learner: Learner, batches: list, setting: str, device: torch.device) -
         started = time.perf_counter()
         for batch in there:
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
                 loss = trained.losses(batch)["loss"]
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT)
@@ -105,7 +105,12 @@ def main() -> None:
                 ratios = (taken[:, 1:] / taken[:, :1]).T
                 cells = [f"{np.median(row):.2f} ({row.min():.2f}-{row.max():.2f})" for row in ratios]
                 ms = 1000 * np.median(taken[:, 0]) / N_BATCHES
-                print("| " + " | ".join([f"{model}, {stage}", f"{ms:.1f}", *cells, f"{first.get('compiled', 0.0):.0f}"]) + " |", flush=True)
+                print(
+                    "| "
+                    + " | ".join([f"{model}, {stage}", f"{ms:.1f}", *cells, f"{first['compiled']:.0f}" if "compiled" in first else "–"])
+                    + " |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

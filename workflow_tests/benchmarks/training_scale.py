@@ -175,7 +175,7 @@ def train_here(folder: Path, name: str, n_steps: int, threads: int) -> None:
     family = type(base.build(implementation, params))
     family.fit = clock.timed("fit", family.fit)
     files = [folder / file for file in ("pairs.h5ad", "embeddings.parquet", "audit.json", "model.ckpt", "run.json")]
-    training.train(*files, implementation, params, 0, "cpu", threads)
+    training.train(*files, implementation, params, 0, "cpu", threads=threads)
     write_json(folder / "seconds.json", clock.seconds)
 
 

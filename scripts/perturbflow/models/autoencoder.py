@@ -7,6 +7,7 @@ one batch leave them alone.
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from threading import Lock
 
 import numpy as np
 import torch
@@ -107,6 +108,7 @@ class DrawnCells:
         self._last: tuple[tuple[int, ...], sparse.csr_matrix] | None = None
         self._ahead: dict[tuple[int, ...], Future[sparse.csr_matrix]] = {}
         self._reader = ThreadPoolExecutor(1)
+        self._reading = Lock()  # batches are drawn in a thread, those to be watched are not
 
     def _runs(self, seed: tuple[int, ...]) -> sparse.csr_matrix:
         """Read runs of cells at places that depend on the seed alone."""
@@ -117,14 +119,15 @@ class DrawnCells:
 
     def _read(self, seed: tuple[int, ...]) -> sparse.csr_matrix:
         """Return the runs of (..., epoch, read in the epoch); the last ones are kept, and those that training asks for next are on their way."""
-        if self._last is None or self._last[0] != seed:
-            self._last = seed, self._ahead.pop(seed).result() if seed in self._ahead else self._runs(seed)
-            *outer, epoch, read = seed
-            if epoch < WATCHED:
-                is_last = (read + 1) * STEPS_PER_READ >= STEPS_PER_EPOCH
-                following = (*outer, epoch + 1, 0) if is_last else (*outer, epoch, read + 1)
-                self._ahead = {following: self._reader.submit(self._runs, following)}
-        return self._last[1]
+        with self._reading:
+            if self._last is None or self._last[0] != seed:
+                self._last = seed, self._ahead.pop(seed).result() if seed in self._ahead else self._runs(seed)
+                *outer, epoch, read = seed
+                if epoch < WATCHED:
+                    is_last = (read + 1) * STEPS_PER_READ >= STEPS_PER_EPOCH
+                    following = (*outer, epoch + 1, 0) if is_last else (*outer, epoch, read + 1)
+                    self._ahead = {following: self._reader.submit(self._runs, following)}
+            return self._last[1]
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Cells:
         """Return cells drawn with replacement, with their counts."""

@@ -196,4 +196,5 @@ class Denoiser(nn.Module):
         candidates, own = sets.unique(dim=0, return_inverse=True)
         action = nn.functional.normalize(self.align_action(self.gene_encoder(candidates).sum(dim=1)), dim=-1)
         change = nn.functional.normalize(self.align_change((batch.target - batch.start)[perturbed]), dim=-1)
-        return nn.functional.cross_entropy(change @ action.T / TEMPERATURE, own)
+        with torch.autocast(change.device.type, enabled=False):  # with layers in bfloat16 too
+            return nn.functional.cross_entropy(change.float() @ action.float().T / TEMPERATURE, own)

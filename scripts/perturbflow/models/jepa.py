@@ -34,12 +34,11 @@ from perturbflow.models.world import World
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import members_of
 
+logger = logging.getLogger(__name__)
+
 STARTS = 512  # control cells that a mean effect is the mean over
 INNER_CELLS = 200_000  # perturbed ones of an inner fold
 ROWS_AT_ONCE = 2**16  # cells that what is borrowed is the mean over
-
-
-logger = logging.getLogger(__name__)
 
 
 class Jepa(LearnedModel):
@@ -98,9 +97,14 @@ class Jepa(LearnedModel):
     def recipe(self) -> Recipe:
         """How the embedding is learned."""
         return Recipe(
-            self.self_supervised, self.n_latent, self.n_steps_before, self.batch_size,
-            self.optimization, self.masked, self.stops_when_broken,
-        )  # fmt: skip
+            is_self_supervised=self.self_supervised,
+            n_embedding=self.n_latent,
+            n_steps=self.n_steps_before,
+            batch_size=self.batch_size,
+            optimization=self.optimization,
+            masked=self.masked,
+            stops=self.stops_when_broken,
+        )
 
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> JepaLatent:
         """Train stages A and C."""
@@ -145,17 +149,18 @@ class Jepa(LearnedModel):
         rng = np.random.default_rng(run.seed)
         if is_known.sum() > INNER_CELLS:
             is_known &= rng.random(len(is_known)) < INNER_CELLS / is_known.sum()
-        known = inner.pairs.rematched(is_known | inner.controls, run.seed)
         rows = cells.pairs.rows.searchsorted(rng.permutation(start)[:STARTS])  # rows of pairs.h5ad rise
         table = inner.embeddings.standardized(inner.effects.genes)
         conditions = Conditions(list(table.index), table.to_numpy())
         neighbours = Neighbours.fit(*inner.halves, dict(zip(table.index, table.to_numpy(float), strict=True)))
-        kept = run.checkpoints / run.identity / f"inner_{digest(inner.effects.labels, start.tolist())}.ckpt"
+        embedding = None if self.embeds_folds_anew else self.latent.network.centre.tolist()  # what was trained in another is of no use
+        kept = run.checkpoints / run.identity / f"inner_{digest(inner.effects.labels, start.tolist(), embedding)}.ckpt"
         if trained := resumable(kept, "jepa, inner fold"):
             latent = JepaLatent.restored(trained["latent"])
             net = self.network(latent, conditions)
             net.load_state_dict(trained["state"])
         else:
+            known = inner.pairs.rematched(is_known | inner.controls, run.seed)
             latent, z = self._fold_latent(cells, run, inner, known)
             torch.manual_seed(run.seed)
             net = self.network(latent, conditions)
@@ -164,7 +169,7 @@ class Jepa(LearnedModel):
             if run.is_first_process:  # so that no fold is trained again if the job ends before the last
                 save_checkpoint(kept, {"latent": latent.state(), "state": net.state_dict()})
             logger.info("jepa: trained anew for an inner fold, on %d perturbations", is_of_inner.sum())
-        starts = torch.from_numpy(latent.encode(cells.pairs.X[np.sort(rows)])) if self.embeds_folds_anew else cells.z[rows]
+        starts = torch.from_numpy(latent.encode(cells.pairs.X[rows])) if self.embeds_folds_anew else cells.z[rows]
         return partial(_mean_effect, latent, net.eval(), conditions, neighbours, set(inner.effects.genes), starts)
 
     def _fold_latent(self, cells: PairedCells, run: Run, inner: Training, known: Pairs) -> tuple[JepaLatent, Tensor]:

@@ -47,7 +47,8 @@ class Optimization:
     precision
         float32, or bfloat16: layers compute in it, while weights, losses and the averaged network stay float32.
     compiled
-        Whether losses are compiled (`torch.compile`), which draws the same noise and rounds differently.
+        Whether losses are compiled (`torch.compile`), which draws the same noise and rounds differently; a training that was resumed, whose compiler
+        meets batches in another order, too.
     """
 
     learning_rate: float
@@ -154,7 +155,7 @@ class Learner(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Report the averaged network's loss on validation perturbations, with noise tied to the batch."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.autocast(self.device.type, enabled=False):  # in float32, as it predicts
             torch.manual_seed(batch_idx)
             losses = self.average.module.losses(batch)
         values = {f"validation_{name}": value for name, value in losses.items()}

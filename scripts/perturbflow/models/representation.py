@@ -14,6 +14,7 @@ effects come back in their true size and not only states.
 """
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perturbflow.errors import InputError
 from perturbflow.models.autoencoder import WIDTH, Cells, DrawnCells, NetworkLatent, negative_binomial
 from perturbflow.models.base import Run
-from perturbflow.models.batches import Batches
+from perturbflow.models.batches import N_WATCHED, WATCHED, Batches
 from perturbflow.models.effects import Effects
 from perturbflow.models.networks import mlp
 from perturbflow.models.optimization import Learner, Optimization, optimize, optimize_briefly
 from perturbflow.pairs import Pairs
+
+logger = logging.getLogger(__name__)
 
 HIDDEN = 256
 LARGEST = 6.0  # standard deviations of a gene's input
@@ -271,6 +275,19 @@ class Recipe:
         run.facts[stage] = {key: own.facts[key] for key in ("n_parameters", "complaint") if key in own.facts} | {"history": own.history}
         return learner.average.module.cpu().eval()
 
+    def trained_briefly(self, seed: int, network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
+        """Return the same without checkpoints and history; watched at its end alone, and not trained at all if the embedding does not ask for it."""
+        if stage == "stage_c" and self.is_self_supervised:
+            return network
+        network = optimize_briefly(self.learner(network, seed, n_steps), cells, self.batch_size)
+        with torch.no_grad():
+            watched = {name: float(value) for name, value in network.watch(cells.batch(N_WATCHED, (seed, WATCHED, 0))).items()}
+        if complaint := network.complaint(watched):
+            if self.stops:
+                raise InputError(f"training was stopped in an inner fold: {complaint}")
+            logger.warning("jepa, inner fold, %s: %s", stage, complaint)
+        return network
+
 
 # Trains the network of a stage: from the network, cells to draw from, steps and the stage's name.
 Optimized = Callable[[nn.Module, DrawnCells, int, str], nn.Module]
@@ -293,23 +310,17 @@ class JepaLatent(NetworkLatent):
             self.effect_map = effect_map
 
     @classmethod
-    def learned(cls, pairs: Pairs, run: Run, recipe: "Recipe") -> "JepaLatent":
+    def learned(cls, pairs: Pairs, run: Run, recipe: Recipe) -> "JepaLatent":
         """Train stages A and C on the cells of the training role; goes on from checkpoints of the same training."""
         return cls._learned(pairs.roles("train"), run.seed, recipe, partial(recipe.trained, run))
 
     @classmethod
-    def learned_briefly(cls, training: Pairs, seed: int, recipe: "Recipe") -> "JepaLatent":
+    def learned_briefly(cls, training: Pairs, seed: int, recipe: Recipe) -> "JepaLatent":
         """Train the same embedding on these cells, on the CPU, without checkpoints, and without a decoder where the embedding does not need it."""
-
-        def optimized(network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
-            if stage == "stage_c" and recipe.is_self_supervised:
-                return network
-            return optimize_briefly(recipe.learner(network, seed, n_steps), cells, recipe.batch_size)
-
-        return cls._learned(training, seed, recipe, optimized)
+        return cls._learned(training, seed, recipe, partial(recipe.trained_briefly, seed))
 
     @classmethod
-    def _learned(cls, training: Pairs, seed: int, recipe: "Recipe", optimized: Optimized) -> "JepaLatent":
+    def _learned(cls, training: Pairs, seed: int, recipe: Recipe, optimized: Optimized) -> "JepaLatent":
         cells, n_genes = DrawnCells(training.X), training.X.shape[1]
         torch.manual_seed(seed)
         encoder = Encoder(n_genes, recipe.n_embedding)
