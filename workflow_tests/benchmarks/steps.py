@@ -1,6 +1,6 @@
 """What bfloat16 and compilation do to a step of training: paired times of the same steps, in turn, on the device that is there.
 
-    python workflow_tests/benchmarks/steps.py --models scppdm scppdm_hybrid
+    python workflow_tests/benchmarks/steps.py
 
 prints a Markdown table, a row per network that a model trains: milliseconds of a step in float32, and the times of the other settings over that
 (median of the rounds, the smallest and largest of them in brackets), with the seconds that compilation takes at first. Data are not in it:
@@ -35,7 +35,7 @@ N_BATCHES = 10
 
 
 def networks_of(name: str, folder: Path) -> dict[str, tuple[Learner, list]]:
-    """Return what a model optimizes, stage by stage, untrained, with batches for it."""
+    """Return what a model optimizes, stage by stage, untrained, with batches for it; without the closed forms that it may choose among."""
     found: dict[str, tuple[Learner, list]] = {}
 
     def noted(learner: Learner, batches: Batches, run: Run, stage: str) -> None:
@@ -84,7 +84,7 @@ def steps(learner: Learner, batches: list, setting: str, device: torch.device) -
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["scppdm", "scppdm_hybrid"], help="of config/models.yaml; some have no such params")
+    parser.add_argument("--models", nargs="+", default=["scppdm"], help="of config/models.yaml; only the diffusion family has these params")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS)[1:], default=list(SETTINGS)[1:])
     parser.add_argument("--rounds", type=int, default=20, help=f"of {N_BATCHES} steps each")
     parser.add_argument("--threads", type=int, default=2)

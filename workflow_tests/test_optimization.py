@@ -1,0 +1,280 @@
+"""How the learned families are trained: resuming, batches drawn ahead, devices, bfloat16 and compiled losses; each against the plain training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from encoders import exported
+from test_models import COMBINATION, QUICK, REPOSITORY, make_pairs_of_cells, registered, trained
+
+from perturbflow.embeddings import Embeddings
+from perturbflow.errors import InputError
+from perturbflow.models import autoencoder, batches, conditional_mean, counterfactual, denoiser, devices, external, optimization
+from perturbflow.models.base import Run, build
+from perturbflow.models.optimization import PRECISIONS
+from perturbflow.pairs import Pairs
+
+FOLDERS = {"autoencoder": "autoencoder", "jepa stage_a": "stage_a", "jepa stage_c": "stage_c"}  # of checkpoints, by what is trained first
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_epochs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(batches, "STEPS_PER_EPOCH", 5)
+    return
+
+
+@pytest.mark.usefixtures("short_epochs")
+@pytest.mark.parametrize(
+    ("name", "stage"), [("scppdm", "autoencoder"), ("scppdm", "diffusion"), ("scppdm_hybrid", "diffusion"), ("jepa", "jepa stage_a"),
+                        ("jepa", "jepa stage_c"), ("jepa", "jepa"), ("counterfactual", "counterfactual"), ("external", "autoencoder")],
+)  # fmt: skip
+def test_resumed_training_equals_uninterrupted(
+    name: str, stage: str, screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"n_steps": 30, "batch_size": 16, "n_latent": 8}
+    if name == "external":
+        name, short["latent"] = "scppdm", {"file": str(exported(tmp_path / "encoder.pt2", screen[0].genes))}
+    if name == "jepa":
+        short |= {"n_steps_representation": 30, "n_steps_decoder": 30, "when_broken": "report"}
+        monkeypatch.setattr(conditional_mean, "LEAST_HELD_OUT", 2)
+    _, whole, run = trained(name, *screen, tmp_path / "whole", **short)
+
+    class Cut(Exception):
+        pass
+
+    def cut(self: optimization._History, trainer: object, pl_module: object) -> None:
+        if self.name == stage and trainer.global_step == 15:
+            raise Cut
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimization._History, "on_train_epoch_start", cut, raising=False)
+        with pytest.raises(Cut):
+            trained(name, *screen, tmp_path / "cut", **short)
+    folder = tmp_path / "cut" / "checkpoints" / FOLDERS.get(stage, "")
+    assert (folder / "test" / "last.ckpt").exists()
+    _, resumed, resumed_run = trained(name, *screen, tmp_path / "cut", **short)
+    for part in ("latent", "state"):
+        for key, value in whole[part].items():
+            torch.testing.assert_close(resumed[part][key], value, rtol=0, atol=0, msg=key)
+    assert resumed_run.history == run.history
+    assert resumed_run.facts == run.facts
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_drawn_ahead_in_their_order_and_no_thread_is_left() -> None:
+    class Numbers:
+        drawn: ClassVar[list[int]] = []
+
+        def batch(self, size: int, seed: tuple[int, ...]) -> int:
+            if seed[0] == 3:
+                raise ValueError("no fourth")
+            self.drawn.append(seed[0])
+            return size * seed[0]
+
+    before = threading.active_count()
+    assert list(batches.drawn_ahead(Numbers(), 10, [])) == []
+    assert list(batches.drawn_ahead(Numbers(), 10, [(2,), (0,), (1,)])) == [20, 0, 10]
+    assert threading.active_count() == before
+    broken = batches.drawn_ahead(Numbers(), 10, [(1,), (3,), (2,)])
+    assert next(broken) == 10
+    with pytest.raises(ValueError, match="no fourth"):
+        next(broken)
+    Numbers.drawn.clear()
+    cut = batches.drawn_ahead(Numbers(), 10, ((i,) for i in (0, 1, 2, 4, 5, 6)))
+    next(cut)
+    cut.close()
+    assert Numbers.drawn == [0, 1]
+    assert threading.active_count() == before
+
+
+def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    cells, _, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
+    identity = np.eye(cells.z.shape[1])
+    latent = counterfactual.StateSpace(np.zeros(len(identity)), identity, np.ones(len(identity)), identity, np.full(len(identity), 0.5))
+
+    def learner() -> optimization.Learner:
+        torch.manual_seed(0)
+        net = counterfactual.Velocity(latent, conditions, width=16, n_layers=1, dropout=0.1, own_dropout=0.3, bridge_noise=0.1)
+        return optimization.Learner(net, 3, 30, optimization.Optimization(0.01, 0.01, 0.9))
+
+    whole = learner()
+    optimization.optimize(whole, batches.Batches(cells, None, 32, 3), Run(seed=3, checkpoints=tmp_path, identity="test"), "whole")
+    brief = optimization.optimize_briefly(learner(), cells, 32)
+    for name, value in whole.average.module.state_dict().items():
+        torch.testing.assert_close(brief.state_dict()[name], value, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("has_accelerator", [False, True])
+def test_a_step_is_seeded_as_torch_would_without_a_word_to_devices_that_are_not_there(
+    has_accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", told.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
+    optimization._tie_noise(3, 30)
+    drawn, seed = torch.rand(5), 3 * 1_000_003 + 30
+    assert told == [seed] * has_accelerator
+    torch.manual_seed(seed)
+    assert torch.equal(torch.rand(5), drawn)
+
+
+# --- jobs that end early ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_training_in_a_batch_job_does_not_put_the_job_into_the_queue_again(
+    screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would, at SIGUSR1: beside Snakemake, which has its own idea of what a job's end means."""
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "wrap", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    handled, register = set(), signal.signal
+
+    def registered_and_noted(number: int, handler: object) -> object:
+        if callable(handler):
+            handled.add(number)
+        return register(number, handler)
+
+    monkeypatch.setattr(signal, "signal", registered_and_noted)
+    trained("counterfactual", *screen, tmp_path, **{**QUICK, "n_steps": 10})
+    assert signal.SIGTERM in handled
+    assert signal.SIGUSR1 not in handled
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_copy: Callable, tmp_path: Path) -> None:
+    files = prepared_copy(COMBINATION)
+    implementation, params = registered("counterfactual", n_steps=600, batch_size=32, n_latent=8)
+    outputs = ["--model", str(tmp_path / "model.ckpt"), "--run", str(tmp_path / "run.json")]
+    (tmp_path / "audit.json").write_text('{"split_sha256": ""}')
+    command = [
+        sys.executable, str(REPOSITORY / "scripts/train.py"), "--pairs", str(files.pairs), "--embeddings", str(files.embeddings),
+        "--audit", str(tmp_path / "audit.json"), *outputs, "--implementation", implementation,
+        "--params", json.dumps(params), "--seed", "0", "--device", "cpu",
+    ]  # fmt: skip
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("last.ckpt")):
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        assert job.poll() is None, job.stderr.read().decode()
+        time.sleep(0.05)
+    os.killpg(job.pid, by)
+    said = job.communicate()[1].decode()
+    assert job.returncode
+    assert ("the next attempt goes on from the last checkpoint" in said) == (by == signal.SIGTERM)
+    assert "Traceback" not in said
+    assert not (tmp_path / "model.ckpt").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    history = json.loads((tmp_path / "run.json").read_text())["history"]
+    assert [row["step"] for row in history] == [100, 200, 300, 400, 500, 600]
+    assert not list(tmp_path.rglob("last.ckpt"))
+
+
+# --- devices, bfloat16 and compiled losses ---------------------------------------------------------------------------
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="device: 'cuda' is configured but not available"):
+        devices.accelerator("cuda")
+
+
+def test_compiled_losses_are_the_same(screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a compiler, and run as traced: compiling takes a minute, and what it changes is rounding."""
+    asked, used = [], []
+    trace = partial(torch.compile, backend="aot_eager")
+
+    def compiled(losses: Callable, options: dict) -> Callable:
+        asked.append(options)
+        traced = trace(losses)
+        return lambda batch: used.append(batch) or traced(batch)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    short = {"n_steps": 30, "batch_size": 32, "n_latent": 8, "alignment": 0.1}
+    states = [trained("scppdm", *screen, tmp_path / str(compiled), **short, compiled=compiled)[1] for compiled in (False, True)]
+    assert asked == 2 * [{"fallback_random": True}]  # of the latent space, and of the diffusion in it
+    assert len(used) == 60
+    for part in ("latent", "state"):
+        for name, value in states[0][part].items():
+            torch.testing.assert_close(states[1][part][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    network = torch.nn.Linear(2, 2)
+    network.losses = network.forward
+    with pytest.raises(InputError, match="no-such-compiler is not there"):
+        optimization.Learner(network, 0, 1, optimization.Optimization(0.1, 0.0, 0.9, compiled=True))
+
+
+def test_losses_are_float32_whatever_the_layers_are(screen: tuple[Pairs, Embeddings]) -> None:
+    drawn = autoencoder.DrawnCells(screen[0].X).batch(16, (0, 0, 0))
+    n_genes = drawn.x.shape[1]
+    cells, _, conditions = make_pairs_of_cells(screen)
+    n_latent = cells.z.shape[1]
+    coordinates = autoencoder.Cells(torch.randn(16, 4), drawn.k, drawn.unit)
+    params = {"width": 16, "n_tokens": 2, "n_blocks": 1, "n_heads": 2, "dropout": 0.0, "own_dropout": 0.0, "condition_dropout": 0.1}
+    noted: list[torch.dtype] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for network, batch in (
+            (autoencoder.CountNetwork(n_genes, 4), drawn),
+            (external.CountDecoder(torch.zeros(4), torch.ones(4), n_genes), coordinates),
+            (denoiser.Denoiser(n_latent, conditions, **params, objective="v", alignment=0.1), cells.batch(16, (0, 0, 0))),
+        ):
+            network.register_forward_hook(lambda module, given, output: noted.append(output.dtype))
+            assert {value.dtype for value in network.losses(batch).values()} == {torch.float32}
+        assert noted == [torch.bfloat16]  # the denoiser's layers
+        assert autoencoder.CountNetwork(n_genes, 4).log_share(torch.randn(3, 4)).dtype == torch.float32
+        assert external.CountDecoder(torch.zeros(4), torch.ones(4), n_genes).log_share(torch.randn(3, 4)).dtype == torch.float32
+
+
+def test_bfloat16_is_for_layers_alone(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    short = {"n_steps": 200, "batch_size": 64, "n_latent": 8}
+    found = {precision: trained("scppdm", *screen, tmp_path / precision, **short, precision=precision) for precision in PRECISIONS}
+    rows = {precision: run.history[-1] for precision, (_, _, run) in found.items()}
+    assert rows["bfloat16"]["loss"] != rows["float32"]["loss"]
+    for name, value in rows["float32"].items():
+        assert rows["bfloat16"][name] == pytest.approx(value, rel=0.02), name
+    tensors = [value for part in ("latent", "state") for value in found["bfloat16"][1][part].values() if value.is_floating_point()]
+    assert {value.dtype for value in tensors} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("faster", [{"precision": "bfloat16"}, {"compiled": True}, {"precision": "bfloat16", "compiled": True}], ids=str)
+def test_what_is_faster_on_a_gpu_learns_as_much(faster: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    losses = []
+    for i, changes in enumerate(({}, faster)):
+        implementation, params = registered("scppdm", n_steps=200, batch_size=64, n_latent=8, **changes)
+        run = Run(seed=0, device="cuda", checkpoints=tmp_path / str(i), identity="gpu")
+        build(implementation, params).fit(screen[0].roles("train", "validation"), screen[1], run)
+        losses.append(run.history[-1]["validation_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_training_on_a_gpu_gives_a_model_that_predicts_on_cpu(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+    implementation, params = registered("scppdm", n_steps=100, batch_size=16, n_latent=8)
+    model = build(implementation, params)
+    run = Run(seed=0, device="cuda", checkpoints=tmp_path, identity="gpu")
+    model.fit(screen[0].roles("train", "validation"), screen[1], run)
+    assert run.facts["device"].startswith("cuda")
+    assert np.isfinite(model.predict(screen[0].X[:5].toarray(), ["TF1"], 5, 0)).all()
