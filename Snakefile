@@ -45,21 +45,13 @@ include: "rules/benchmark.smk"
 include: "rules/report.smk"
 
 
-rule all:
-    """Everything that is selected: scores, report and counterfactual answers."""
-    default_target: True
-    input:
-        rules.benchmark.output,
-        "results/report.html",
-        rules.counterfactuals.input,
-    localrule: True
-
-
 rule data:
     """The selected screens, harmonized, and the priors of their genes."""
     input:
         collect(
-            "results/{dataset}/harmonized.h5ad", dataset=plan.runs["dataset"].unique()
+            "results/{dataset}/{file}",
+            dataset=plan.runs["dataset"].unique(),
+            file=["harmonized.h5ad", "harmonization.json"],
         ),
         collect("resources/{prior}/embedding.parquet", prior=plan.priors),
     localrule: True
@@ -69,8 +61,9 @@ rule pairs:
     """The pairs of all selected splits, audited for leaks."""
     input:
         collect(
-            "results/{run.dataset}/{run.split}/audit.json",
+            "results/{run.dataset}/{run.split}/{file}",
             run=plan.runs[["dataset", "split"]].drop_duplicates().itertuples(),
+            file=["split.json", "pairs.h5ad", "embeddings.parquet", "audit.json"],
         ),
     localrule: True
 
@@ -86,7 +79,22 @@ rule evaluated:
     """All selected models, scored."""
     input:
         collect(
-            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/{file}",
             run=plan.runs.itertuples(),
+            file=["predictions.h5ad", "metrics.tsv"],
         ),
+    localrule: True
+
+
+rule all:
+    """Everything that is selected: data, models, scores, report and counterfactual answers."""
+    default_target: True
+    input:
+        rules.data.input,
+        rules.pairs.input,
+        rules.trained.input,
+        rules.evaluated.input,
+        rules.counterfactuals.input,
+        rules.benchmark.output,
+        rules.report.output,
     localrule: True

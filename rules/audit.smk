@@ -5,6 +5,7 @@ rule audit:
         split="results/{dataset}/{split}/split.json",
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
+        again=again("audit"),
     output:
         audit=report(
             "results/{dataset}/{split}/audit.json",
@@ -24,6 +25,7 @@ rule audit:
         mem_mb=memory_by_input(20, least=3000),
         runtime="2h",
     params:
-        lineage=lineage("audit"),
+        code_version=code_version("perturbflow.audit:audit"),
+        made_of=made_of("audit"),
     script:
         "../scripts/audit.py"

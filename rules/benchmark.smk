@@ -5,6 +5,7 @@ rule benchmark:
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
             run=plan.runs.itertuples(),
         ),
+        again=again("benchmark"),
     output:
         benchmark=report(
             "results/benchmark.tsv",
@@ -48,6 +49,7 @@ rule benchmark:
         runtime="1h",
     params:
         families=plan.families,
-        lineage=lineage("benchmark"),
+        code_version=code_version("perturbflow.benchmark:benchmark"),
+        made_of=made_of("benchmark"),
     script:
         "../scripts/benchmark.py"

@@ -1,59 +1,62 @@
 """The plan, and the few functions that rules look things up with."""
 
 import gc
+import inspect
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from os.path import getsize, isfile
+from pathlib import Path
 
-import snakemake.common
-import snakemake.rules
+import yaml
 from snakemake.exceptions import WorkflowError
-from snakemake.io import _IOFile
-from snakemake.settings.enums import RerunTrigger
-from snakemake.workflow import Workflow
+from snakemake.utils import update_config
 
-# Jobs find the package beside their script; the Snakefile has to be told where its light part is.
-sys.path.insert(0, f"{workflow.basedir}/scripts")
+# Jobs find the package beside their script; rules are told where its light part is. Fetched one by one from a host, as
+# module(snakefile=github(...)) does, the rules stand alone: the package has to be installed then.
+_root = Path(inspect.getfile(lambda: None)).parent.parent
+if (_root / "scripts/perturbflow/registry/plan.py").is_file():
+    sys.path.insert(0, str(_root / "scripts"))
 
+from perturbflow import records
+from perturbflow.code_version import code_version
 from perturbflow.errors import InputError
 from perturbflow.files import require_writable
-from perturbflow.origins import own_files
+from perturbflow.origins import content_of, own_files
 from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
 
-
-# A time stamp says nothing about content: a git checkout or a copy would retrain weeks of work. The lineage that every rule
-# carries as a parameter holds the content of all that its result is made of, and is what makes a job run again.
-# Snakemake has no switch for this. `ancient` inputs would keep a stale result from running after what it is made of has
-# run, and the settings of a run arrive only after this file was read; hence these two answers, given when the plan is made.
-async def _no_file_is_newer(file, time):
-    """Time stamps of inputs play no part."""
-    return False
-
-
-_IOFile.is_newer = _no_file_is_newer
-Workflow.rerun_triggers = property(
-    lambda self: frozenset(self.dag_settings.rerun_triggers) - {RerunTrigger.CODE}
-)
-
-# A plan of 15,000 jobs asks a few dozen functions for their parameters 350,000 times, and is searched for garbage that it does
-# not hold: a quarter of the time of a dry run.
-snakemake.common.get_function_params = cache(snakemake.common.get_function_params)
-snakemake.rules.get_function_params = snakemake.common.get_function_params
+# A plan of 15,000 jobs is searched for garbage that it does not hold, and asks a few dozen functions 400,000 times for their
+# parameters: a fifth of the time of a dry run.
 gc.set_threshold(100_000, 50, 100)
+
+
+def looked_up(function):
+    """Mark a function that rules look things up with: Python remembers its parameters."""
+    function.__signature__ = inspect.signature(function)
+    return function
 
 
 # For messages that name the file of a mistake; the user's own come last: they override.
 _names = ("config", "datasets", "splits", "models", "counterfactuals")
-_files = [f"{workflow.basedir}/config/{name}.yaml" for name in _names]
+_files = [str(_root / f"config/{name}.yaml") for name in _names]
 _files += [str(path) for path in workflow.overwrite_configfiles]
 
+# As a module, the workflow is handed the host's config and reads none of its own files.
+_defaults = {}
+for _file in _files[: len(_names)]:
+    update_config(_defaults, yaml.safe_load(Path(_file).read_text()))
+update_config(_defaults, config)
+
 try:
-    plan = Plan(config, _files)
+    plan = Plan(_defaults, _files)
     require_writable([".snakemake", "logs", "benchmarks", *plan.folders()])
 except InputError as error:
     raise WorkflowError(f"The configuration cannot be run.\n{error}") from None
+
+records.CHANGED.parent.mkdir(parents=True, exist_ok=True)
+records.CHANGED.touch()
 
 for _sentence in plan.left_out:
     print(_sentence, file=sys.stderr)
@@ -67,55 +70,162 @@ wildcard_constraints:
     query="[a-z0-9][a-z0-9_]*",
 
 
-def lineage(step):
-    """Return a params function: the digest of all that a step's result is made of."""
-    return lambda wildcards: plan.lineage(step, **wildcards)
+# --- what makes a result stale ---------------------------------------------------------------------------------------
+# Beside every result lies a record of what it was made of (perturbflow/records.py). Time stamps, and what .snakemake/ knows of
+# this folder alone, cannot tell a touched file from a changed one, or a current folder from one that was copied and edited.
+
+_told = []
 
 
+def _fill(items, wildcards):
+    """Return the paths of a rule's input or output for these wildcards."""
+    paths = []
+    for item in items:
+        found = item(wildcards) if callable(item) else item
+        for path in [found] if isinstance(found, str) else found:
+            paths.append(str(path).format(**dict(wildcards.items())))
+    return paths
+
+
+@cache
+def _parts(rule):
+    """Return outputs, inputs but for the mark, and params of a rule."""
+    declared = getattr(rules, rule)
+    inputs = [item for item in declared.input if item is not declared.input.again]
+    return [*declared.output], inputs, dict(declared.params.items())
+
+
+def _values(rule, wildcards):
+    """Return what the params of a rule say for these wildcards; of those that depend on output, Snakemake takes none for a change either."""
+    values = dict(wildcards.items())
+    for name, value in _parts(rule)[2].items():
+        if not callable(value):
+            values[name] = value
+        elif len(inspect.signature(value).parameters) == 1:
+            values[name] = value(wildcards)
+    return values
+
+
+def again(rule):
+    """Return the last input of a rule: the mark that makes its job run again if its results are not what it would make now."""
+
+    def mark(wildcards):
+        if workflow.is_main_process:
+            results, inputs, _ = _parts(rule)
+            results = [path for path in _fill(results, wildcards) if isfile(path)]
+            if results:
+                inputs = _fill(inputs, wildcards)
+                reason = records.why_stale(results, _values(rule, wildcards), inputs)
+                if reason:
+                    _tell(reason)
+                    return local(str(records.CHANGED))
+                records.settle(results, inputs)
+        return ancient(local(str(records.CHANGED)))
+
+    return looked_up(mark)
+
+
+def _tell(reason):
+    """Say why a job runs again; the mark becomes newer than its results."""
+    _told.append(reason)
+    with records.CHANGED.open("a" if len(_told) > 1 else "w") as file:
+        file.write(
+            f"{datetime.now(UTC).isoformat()}\n{reason}\n"
+            if len(_told) == 1
+            else f"{reason}\n"
+        )
+    if len(_told) <= 10:
+        print(f"Made again: {reason}.", file=sys.stderr)
+    elif len(_told) == 11:
+        print(f"More of these: {records.CHANGED}.", file=sys.stderr)
+
+
+def made_of(rule):
+    """Return a params function: what the record beside the results is to say."""
+    return looked_up(lambda wildcards, output: _values(rule, wildcards))
+
+
+def code_of_model(step):
+    """Return a params function: the version of the code of a step and of a model's family."""
+    return looked_up(
+        lambda wildcards: code_version(step, plan.family(wildcards.model).root)
+    )
+
+
+def own(rule, paths, wildcards):
+    """Return the user's own files for a rule: where they are, whatever the prefix, and whether they are only touched."""
+    results = _fill(_parts(rule)[0], wildcards)
+    return [
+        ancient(local(path)) if records.is_touched(path, results) else local(path)
+        for path in paths
+    ]
+
+
+# --- what rules look up ----------------------------------------------------------------------------------------------
+
+
+@looked_up
 def raw_file(wildcards):
     """Return what harmonize reads: the user's own file, or the manifest of a download."""
-    source = plan.config["datasets"][wildcards.dataset]["source"]
-    return source.get("path", f"resources/{wildcards.dataset}/raw/manifest.json")
+    path = plan.config["datasets"][wildcards.dataset]["source"].get("path")
+    if path:
+        return own("harmonize", [path], wildcards)[0]
+    return f"resources/{wildcards.dataset}/raw/manifest.json"
 
 
+@looked_up
 def prior_files(wildcards):
     """Return what a prior is read from: the user's own files, or the manifest of a download."""
-    own = own_files(plan.config["priors"][wildcards.dataset])
-    return [*own.values()] or f"resources/{wildcards.dataset}/raw/manifest.json"
+    files = own_files(plan.config["priors"][wildcards.dataset])
+    if files:
+        return own("prior", files.values(), wildcards)
+    return f"resources/{wildcards.dataset}/raw/manifest.json"
 
 
+@looked_up
 def prior_roles(wildcards):
     """Return what each of the user's own files of a prior is."""
     return [*own_files(plan.config["priors"][wildcards.dataset])]
 
 
+@looked_up
 def prior_kind(wildcards):
     """Return what kind of knowledge a prior is."""
     return plan.config["priors"][wildcards.dataset]["kind"]
 
 
+@looked_up
 def prior_organism(wildcards):
     """Return whose genes a prior knows."""
     return plan.config["priors"][wildcards.dataset]["organism"]
 
 
-# Snakemake takes a params function of the output for no reason to run again. What of the way a file comes makes a result
-# stale is for the lineage to say: the same bytes are the same from any mirror.
+@looked_up
+def source_content(wildcards):
+    """Return which files download has to end with: the same bytes are the same from any mirror."""
+    return plan.content(wildcards.dataset)
+
+
+# Snakemake takes a params function of the output for no reason to run again.
+@looked_up
 def source_files(wildcards, output):
     """Return what download retrieves."""
     return plan.files(wildcards.dataset)
 
 
+@looked_up
 def local_mirror(wildcards, output):
     """Return the folder with downloads that are already here."""
     return plan.config["mirror"]
 
 
+@looked_up
 def dataset_block(wildcards):
     """Return what harmonize needs of a dataset's block."""
     return plan.dataset(wildcards.dataset)
 
 
+@looked_up
 def split_block(wildcards):
     """Return a split's block as this screen's division reads it."""
     return plan.split(wildcards.split, wildcards.dataset)
@@ -123,22 +233,33 @@ def split_block(wildcards):
 
 # The user's own files that a step finds by its configuration are inputs too, without a name, as its script is not told of them
 # again: a plan without them would be none.
+@looked_up
 def split_files(wildcards):
     """Return the user's own file of a split, if it has one."""
     path = plan.config["splits"][wildcards.split].get("path")
-    return [path] if path else []
+    return own("split", [path], wildcards) if path else []
 
 
+@looked_up
+def embedding_tables(wildcards):
+    """Return the user's own tables of vectors of genes."""
+    return own("embeddings", plan.embedding_tables, wildcards)
+
+
+@looked_up
 def latent_files(wildcards):
     """Return the user's own files that a model is made from."""
-    return model_files(plan.config["models"][wildcards.model])
+    files = model_files(plan.config["models"][wildcards.model])
+    return own("train_diffusion", files, wildcards)
 
 
+@looked_up
 def quality_control(wildcards):
     """Return the limits of quality control of a dataset."""
     return plan.qc(wildcards.dataset)
 
 
+@looked_up
 def model_file(wildcards):
     """Return the file that a model's training leaves behind."""
     name = plan.family(wildcards.model).artefact
@@ -146,24 +267,34 @@ def model_file(wildcards):
 
 
 def trained_models():
-    """Return the trained models of all selected runs."""
+    """Return the trained models of all selected runs, and what they say of their training."""
     return [
-        f"results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/{plan.family(run.model).artefact}"
+        f"results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/{name}"
         for run in plan.runs.itertuples()
+        for name in (plan.family(run.model).artefact, "run.json")
     ]
 
 
+@looked_up
 def implementation(wildcards):
     """Return where a model's family is implemented."""
     return plan.family(wildcards.model).implementation
 
 
 # Snakemake's lookup() walks through the whole of what it looks in: with thousands of jobs, half of the time of a dry run.
+@looked_up
 def model_params(wildcards):
     """Return what a model is built from."""
     return plan.config["models"][wildcards.model]["params"]
 
 
+@looked_up
+def seed(wildcards):
+    """Return the seed of a run as a number."""
+    return int(wildcards.seed)
+
+
+@looked_up
 def query_block(wildcards):
     """Return what a what-if question asks."""
     return plan.config["counterfactuals"][wildcards.query]
@@ -171,6 +302,7 @@ def query_block(wildcards):
 
 # Closed forms are many, and each of their jobs takes seconds. Of nothing else are jobs submitted together: where one of a
 # group fails, Snakemake removes what the others had finished.
+@looked_up
 def submitted_together(wildcards):
     """Return the group of a run's jobs that a cluster gets as one: training, prediction and scores of a closed form."""
     is_closed = plan.family(wildcards.model).rule == "train_closed_form"
@@ -184,7 +316,7 @@ def one_of(names):
 
 def memory(mb):
     """Return a resource function: MB of memory whatever the input, doubled with every attempt."""
-    return lambda wildcards, attempt: mb * 2 ** (attempt - 1)
+    return looked_up(lambda wildcards, attempt: mb * 2 ** (attempt - 1))
 
 
 # Snakemake's own input.size_mb starts an event loop for every job. Where a group of jobs is submitted as one, what its later
@@ -198,18 +330,23 @@ def input_mb(files):
 
 def memory_by_input(factor, least=1000):
     """Return a resource function: MB of memory by MB of input, doubled with every attempt."""
-    return lambda wildcards, input, attempt: int(
-        (least + factor * input_mb(input)) * 2 ** (attempt - 1)
+    return looked_up(
+        lambda wildcards, input, attempt: int(
+            (least + factor * input_mb(input)) * 2 ** (attempt - 1)
+        )
     )
 
 
 def runtime_by_input(per_gb, least=10):
     """Return a resource function: minutes by GB of input, doubled with every attempt."""
-    return lambda wildcards, input, attempt: int(
-        (least + per_gb * input_mb(input) / 1e3) * 2 ** (attempt - 1)
+    return looked_up(
+        lambda wildcards, input, attempt: int(
+            (least + per_gb * input_mb(input) / 1e3) * 2 ** (attempt - 1)
+        )
     )
 
 
+@looked_up
 def gpu(wildcards):
     """Return how many GPUs a training asks for: one if the configuration names cuda."""
     return int(plan.config["device"] == "cuda")

@@ -4,6 +4,7 @@ rule warranty:
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         model=model_file,
+        again=again("warranty"),
     output:
         warranty=report(
             "results/{dataset}/{split}/{model}/seed_{seed}/warranty.json",
@@ -32,8 +33,9 @@ rule warranty:
     params:
         implementation=implementation,
         params=model_params,
-        seed=lambda wildcards: int(wildcards.seed),
-        lineage=lineage("warranty"),
+        seed=seed,
+        code_version=code_of_model("perturbflow.counterfactuals.warranty:warranty"),
+        made_of=made_of("warranty"),
     script:
         "../scripts/warranty.py"
 
@@ -46,6 +48,7 @@ rule counterfactual:
         model=model_file,
         warranty="results/{dataset}/{split}/{model}/seed_{seed}/warranty.json",
         calibration="results/{dataset}/{split}/{model}/seed_{seed}/calibration.npz",
+        again=again("counterfactual"),
     output:
         cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",
         effects=report(
@@ -78,8 +81,9 @@ rule counterfactual:
         implementation=implementation,
         params=model_params,
         query=query_block,
-        seed=lambda wildcards: int(wildcards.seed),
-        lineage=lineage("counterfactual"),
+        seed=seed,
+        code_version=code_of_model("perturbflow.counterfactuals.answers:counterfactual"),
+        made_of=made_of("counterfactual"),
     script:
         "../scripts/counterfactual.py"
 
@@ -90,6 +94,7 @@ rule draw:
         cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",
         effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",
         ranking="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.ranking.tsv",
+        again=again("draw"),
     output:
         effects_figure=report(
             "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.effects.png",
@@ -132,7 +137,8 @@ rule draw:
         mem_mb=memory_by_input(20, least=2000),
         runtime="30m",
     params:
-        lineage=lineage("draw"),
+        code_version=code_version("perturbflow.counterfactuals.figures:draw"),
+        made_of=made_of("draw"),
     script:
         "../scripts/draw.py"
 
@@ -148,6 +154,15 @@ rule counterfactuals:
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.{figure}.png",
             run=plan.queries.itertuples(),
             figure=["effects", "responders", "map", "heatmap"],
+        ),
+        answers=collect(
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.{suffix}",
+            run=plan.queries.itertuples(),
+            suffix=["h5ad", "ranking.tsv"],
+        ),
+        calibrations=collect(
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/calibration.npz",
+            run=plan.warranties.itertuples(),
         ),
         warranties=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/warranty.json",

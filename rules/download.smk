@@ -1,5 +1,7 @@
 rule download:
     """Retrieve a screen's files byte for byte and verify size and checksum."""
+    input:
+        again=again("download"),
     output:
         manifest="resources/{dataset}/raw/manifest.json",
     log:
@@ -14,9 +16,11 @@ rule download:
         runtime="12h",
     params:
         name="{dataset}",
+        content=source_content,
         files=source_files,
         mirror=local_mirror,
-        lineage=lineage("download"),
+        code_version=code_version("perturbflow.download:download"),
+        made_of=made_of("download"),
     script:
         "../scripts/download.py"
 
@@ -36,6 +40,6 @@ rule download_check:
             for name in [*plan.config["datasets"], *plan.config["priors"]]
         },
         # What hosts say is of the moment, and so never up to date.
-        lineage=datetime.now(UTC).isoformat(),
+        moment=datetime.now(UTC).isoformat(),
     script:
         "../scripts/download_check.py"

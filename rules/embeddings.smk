@@ -1,9 +1,10 @@
 rule embeddings:
     """Describe every perturbed gene by numbers."""
     input:
-        plan.embedding_tables,
+        embedding_tables,
         pairs="results/{dataset}/{split}/pairs.h5ad",
         priors=collect("resources/{prior}/embedding.parquet", prior=plan.priors),
+        again=again("embeddings"),
     output:
         embeddings="results/{dataset}/{split}/embeddings.parquet",
     log:
@@ -18,6 +19,7 @@ rule embeddings:
         runtime="2h",
     params:
         sources=plan.config["embeddings"]["sources"],
-        lineage=lineage("embeddings"),
+        code_version=code_version("perturbflow.embeddings:embeddings"),
+        made_of=made_of("embeddings"),
     script:
         "../scripts/embeddings.py"

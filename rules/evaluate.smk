@@ -4,6 +4,7 @@ rule evaluate:
         predictions="results/{dataset}/{split}/{model}/seed_{seed}/predictions.h5ad",
         pairs="results/{dataset}/{split}/pairs.h5ad",
         split="results/{dataset}/{split}/split.json",
+        again=again("evaluate"),
     output:
         metrics=report(
             "results/{dataset}/{split}/{model}/seed_{seed}/metrics.tsv",
@@ -31,6 +32,7 @@ rule evaluate:
         mem_mb=memory_by_input(5, least=2000),
         runtime=runtime_by_input(30),
     params:
-        lineage=lineage("evaluate"),
+        code_version=code_version("perturbflow.evaluation:evaluate"),
+        made_of=made_of("evaluate"),
     script:
         "../scripts/evaluate.py"

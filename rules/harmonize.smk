@@ -2,6 +2,7 @@ rule harmonize:
     """Bring a screen to one schema: raw counts, canonical labels, approved symbols."""
     input:
         raw=raw_file,
+        again=again("harmonize"),
     output:
         harmonized="results/{dataset}/harmonized.h5ad",
         report=report(
@@ -25,6 +26,7 @@ rule harmonize:
         name="{dataset}",
         dataset=dataset_block,
         qc=quality_control,
-        lineage=lineage("harmonize"),
+        code_version=code_version("perturbflow.harmonize:harmonize"),
+        made_of=made_of("harmonize"),
     script:
         "../scripts/harmonize.py"

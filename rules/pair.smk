@@ -3,6 +3,7 @@ rule pair:
     input:
         harmonized="results/{dataset}/harmonized.h5ad",
         split="results/{dataset}/{split}/split.json",
+        again=again("pair"),
     output:
         pairs="results/{dataset}/{split}/pairs.h5ad",
     log:
@@ -17,6 +18,7 @@ rule pair:
         runtime="2h",
     params:
         n_hvg=plan.config["genes"]["n_hvg"],
-        lineage=lineage("pair"),
+        code_version=code_version("perturbflow.pairs:pair"),
+        made_of=made_of("pair"),
     script:
         "../scripts/pair.py"

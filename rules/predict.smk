@@ -3,6 +3,7 @@ rule predict:
     input:
         pairs="results/{dataset}/{split}/pairs.h5ad",
         model=model_file,
+        again=again("predict"),
     output:
         predictions="results/{dataset}/{split}/{model}/seed_{seed}/predictions.h5ad",
     log:
@@ -20,8 +21,9 @@ rule predict:
     params:
         implementation=implementation,
         params=model_params,
-        seed=lambda wildcards: int(wildcards.seed),
+        seed=seed,
         max_cells=plan.config["predict"]["max_cells"],
-        lineage=lineage("predict"),
+        code_version=code_of_model("perturbflow.prediction:predict"),
+        made_of=made_of("predict"),
     script:
         "../scripts/predict.py"

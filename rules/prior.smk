@@ -2,6 +2,7 @@ rule prior:
     """Turn what is known of all genes into vectors, once for all datasets and splits."""
     input:
         raw=prior_files,
+        again=again("prior"),
     output:
         embedding="resources/{dataset}/embedding.parquet",
     log:
@@ -20,6 +21,7 @@ rule prior:
         kind=prior_kind,
         roles=prior_roles,
         organism=prior_organism,
-        lineage=lineage("prior"),
+        code_version=code_version("perturbflow.priors:prior"),
+        made_of=made_of("prior"),
     script:
         "../scripts/prior.py"

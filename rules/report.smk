@@ -34,6 +34,7 @@ rule report:
         counterfactuals=rules.counterfactuals.input.effects,
         figures=rules.counterfactuals.input.figures,
         warranties=rules.counterfactuals.input.warranties,
+        again=again("report"),
     output:
         report=report(
             "results/report.html",
@@ -52,6 +53,8 @@ rule report:
         mem_mb=memory(4000),
         runtime="1h",
     params:
-        lineage=lineage("report"),
+        descriptions=plan.descriptions,
+        code_version=code_version("perturbflow.report:report"),
+        made_of=made_of("report"),
     script:
         "../scripts/report.py"

@@ -4,6 +4,7 @@ rule split:
         split_files,
         harmonized="results/{dataset}/harmonized.h5ad",
         harmonization="results/{dataset}/harmonization.json",
+        again=again("split"),
     output:
         split=report(
             "results/{dataset}/{split}/split.json",
@@ -25,6 +26,7 @@ rule split:
     params:
         name="{split}",
         spec=split_block,
-        lineage=lineage("split"),
+        code_version=code_version("perturbflow.splits:split"),
+        made_of=made_of("split"),
     script:
         "../scripts/split.py"

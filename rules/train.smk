@@ -4,6 +4,7 @@ rule train_closed_form:
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         audit="results/{dataset}/{split}/audit.json",
+        again=again("train_closed_form"),
     output:
         model="results/{dataset}/{split}/{model}/seed_{seed}/model.npz",
         run=report(
@@ -36,8 +37,9 @@ rule train_closed_form:
     params:
         implementation=implementation,
         params=model_params,
-        seed=lambda wildcards: int(wildcards.seed),
-        lineage=lineage("train"),
+        seed=seed,
+        code_version=code_of_model("perturbflow.training:train"),
+        made_of=made_of("train_closed_form"),
     script:
         "../scripts/train.py"
 
@@ -49,6 +51,7 @@ rule train_diffusion:
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         audit="results/{dataset}/{split}/audit.json",
+        again=again("train_diffusion"),
     output:
         model="results/{dataset}/{split}/{model}/seed_{seed}/model.ckpt",
         run=report(
@@ -81,9 +84,10 @@ rule train_diffusion:
     params:
         implementation=implementation,
         params=model_params,
-        seed=lambda wildcards: int(wildcards.seed),
+        seed=seed,
         device=plan.config["device"],
-        lineage=lineage("train"),
+        code_version=code_of_model("perturbflow.training:train"),
+        made_of=made_of("train_diffusion"),
     script:
         "../scripts/train.py"
 

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from perturbflow.errors import InputError
+from perturbflow.records import inputs_as_made, write_records
 
 logger = logging.getLogger("perturbflow")
+
+# Of a rule: what says when its job runs again, and nothing to its function.
+FOR_SNAKEMAKE = ("again", "code_version", "content", "descriptions", "moment")
 
 
 def _is_first_process() -> bool:
@@ -81,6 +85,7 @@ def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = No
 
     Bad input ends in one message and exit status 1; anything else in a traceback, in the log too.
     """
+    made_of = None
     if snakemake is None:
         function = by_hand or function
         _configure_logging(None)
@@ -90,7 +95,8 @@ def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = No
     else:
         _configure_logging(snakemake.log[0] if snakemake.log else None)
         arguments = {**dict(snakemake.input), **dict(snakemake.output), **dict(snakemake.params)}
-        arguments.pop("lineage", None)
+        made_of = arguments.pop("made_of", None)
+        arguments = {name: value for name, value in arguments.items() if name not in FOR_SNAKEMAKE}
         hints = typing.get_type_hints(function)
         arguments = {name: _as_declared(value, hints.get(name)) for name, value in arguments.items()}
         accepted = inspect.signature(function).parameters
@@ -99,9 +105,12 @@ def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = No
         if "devices" in accepted:
             arguments["devices"] = max(1, snakemake.resources.get("gpu", 0))
         if "provenance" in accepted:
-            arguments["provenance"] = {**dict(snakemake.wildcards), "lineage": snakemake.params.get("lineage")}
+            arguments["provenance"] = {**dict(snakemake.wildcards), "code_version": snakemake.params.get("code_version")}
     try:
+        inputs = inputs_as_made(snakemake.input) if made_of else {}
         function(**arguments)
+        if made_of and _is_first_process():
+            write_records(snakemake.output, dict(made_of), inputs)
     except InputError as error:
         logger.error("%s", error)  # noqa: TRY400  the message is all that helps
         sys.exit(1)
@@ -112,8 +121,3 @@ def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = No
     except BaseException:
         logger.exception("%s failed", function.__name__)
         sys.exit(1)
-
-
-def available_threads() -> int:
-    """Return the number of threads that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

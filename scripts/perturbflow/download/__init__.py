@@ -18,7 +18,7 @@ from perturbflow.download.transfer import Partial, RefusedError, fetch
 from perturbflow.download.verification import UnfitError, verify
 from perturbflow.errors import InputError
 from perturbflow.files import full_disk, is_of_full_disk, read_json, write_json
-from perturbflow.lineage import digest
+from perturbflow.records import digest
 
 logger = logging.getLogger(__name__)
 

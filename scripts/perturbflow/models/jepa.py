@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from perturbflow.artefacts import save_checkpoint
-from perturbflow.lineage import digest
+from perturbflow.records import digest
 from perturbflow.models.base import Run
 from perturbflow.models.batches import PairedCells, encoded
 from perturbflow.models.conditional_mean import FitPart

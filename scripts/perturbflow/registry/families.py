@@ -1,9 +1,10 @@
 """The families of models: where each is implemented, what it is, and which rule trains it."""
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 
-from perturbflow.lineage import PACKAGE
+MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,17 @@ class Family:
         return "model.npz" if self.rule == "train_closed_form" else "model.ckpt"
 
     @property
-    def source(self) -> Path:
-        """Return the file of the family's class."""
-        return PACKAGE / "models" / f"{self.implementation.split(':')[0]}.py"
+    def root(self) -> str:
+        """Return the family's class as "module:Class": where the code of the family starts."""
+        return f"perturbflow.models.{self.implementation}"
+
+    @property
+    def description(self) -> str:
+        """Return the first paragraph of the docstring of the family's class, read without importing it."""
+        module, name = self.implementation.split(":")
+        tree = ast.parse((MODELS / f"{module}.py").read_text(encoding="utf-8"))
+        documented = (ast.get_docstring(node) for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        return " ".join((next(documented, None) or "").split("\n\n")[0].split())
 
 
 def _baseline(implementation: str) -> Family:

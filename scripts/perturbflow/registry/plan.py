@@ -1,20 +1,18 @@
-"""The plan of the runs: what will be made for a configuration, and what each result is made of."""
+"""The plan of the runs: what will be made for a configuration."""
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.lineage import SCRIPTS, code_digest, digest, file_fingerprint
-from perturbflow.origins import CONTENT_KEYS, content_of, files_of, own_files
-from perturbflow.registry.config import COEXPRESSION, complete, model_files
+from perturbflow.origins import CONTENT_KEYS, content_of, files_of
+from perturbflow.registry.config import COEXPRESSION, complete
 from perturbflow.registry.families import FAMILIES, Family
 
 
 class Plan:
-    """Everything that will be run, and what each result is made of.
+    """Everything that will be run.
 
     Parameters
     ----------
@@ -35,13 +33,10 @@ class Plan:
         One row per dataset × split × model × seed that is checked for what-if questions: those of learned families, and all that are asked.
     left_out
         One sentence per selection that cannot be.
-    lineage
-        (step, dataset, split, model, seed, query) → digest of what that step's result is made of.
     """
 
     def __init__(self, config: dict, files: Sequence[Path] = ()) -> None:
         self.config = complete(config, files)
-        self.lineage = cache(self._lineage)
         select = self.config["select"]
         rows, left_out = [], []
         for dataset in select["datasets"]:
@@ -110,6 +105,11 @@ class Plan:
         """Return model → family of all runs, in their order."""
         return dict(zip(self.runs["model"], self.runs["family"], strict=True))
 
+    @property
+    def descriptions(self) -> dict[str, str]:
+        """Return family → what it is, in the words that the report shows."""
+        return {name: FAMILIES[name].description for name in dict.fromkeys(self.runs["family"])}
+
     def dataset(self, name: str) -> dict:
         """Return what harmonization reads of a dataset's block: a change of the rest makes nothing stale."""
         unread = ("reference", "licence", "qc", "combinations", *CONTENT_KEYS)
@@ -121,6 +121,10 @@ class Plan:
     def files(self, name: str) -> dict[str, dict]:
         """Return role → file that the download of a dataset or prior retrieves: name, mirrors, and what it must be."""
         return files_of(self._retrieved(name))
+
+    def content(self, name: str) -> dict[str, dict]:
+        """Return role → what makes the downloaded file of a dataset or prior the file that it is."""
+        return content_of(self._retrieved(name))
 
     def _retrieved(self, name: str) -> dict:
         """Return the block of a dataset or prior; none share a name."""
@@ -146,70 +150,3 @@ class Plan:
     def qc(self, dataset: str) -> dict:
         """Return the limits of quality control of a dataset: the global ones, overridden by its own."""
         return {**self.config["qc"], **self.config["datasets"][dataset].get("qc", {})}
-
-    def _lineage(self, step: str, dataset: str = "", split: str = "", model: str = "", seed: str = "", query: str = "") -> str:
-        """Return the digest of what a step's result is made of: its code, its configuration, its sources.
-
-        A step's configuration is the slice that it reads and no more, so that changing one model's params
-        makes that model's results stale and nothing else.
-        """
-        config = self.config
-        here = {"dataset": dataset, "split": split, "model": model, "seed": seed}
-        own: object = None
-        sources: list[str] = []
-        code = [SCRIPTS / f"{step}.py"]
-        if step == "download":
-            own = content_of(self._retrieved(dataset))
-        elif step == "prior":
-            block = config["priors"][dataset]
-            own = [block["kind"], block["organism"], list(own_files(block))]
-            sources = [file_fingerprint(path) for path in own_files(block).values()] or [self.lineage("download", dataset)]
-        elif step == "harmonize":
-            own = [self.dataset(dataset), self.qc(dataset)]
-            path = config["datasets"][dataset]["source"].get("path")
-            sources = [file_fingerprint(path) if path else self.lineage("download", dataset)]
-        elif step == "split":
-            block = self.split(split, dataset)
-            own = [block, file_fingerprint(block["path"]) if "path" in block else None]
-            sources = [self.lineage("harmonize", dataset)]
-        elif step == "pair":
-            own = config["genes"]
-            sources = [self.lineage("split", dataset, split)]
-        elif step == "embeddings":
-            own = [config["embeddings"], [file_fingerprint(path) for path in self.embedding_tables]]
-            sources = [self.lineage("pair", dataset, split), *[self.lineage("prior", name) for name in self.priors]]
-        elif step == "audit":
-            sources = [self.lineage("embeddings", dataset, split)]
-        elif step == "train":
-            is_learned = self.family(model).rule != "train_closed_form"
-            own = [config["models"][model], seed, config["device"] if is_learned else None]
-            sources = [self.lineage("audit", dataset, split), *map(file_fingerprint, model_files(config["models"][model]))]
-            code.append(self.family(model).source)
-        elif step == "predict":
-            own = config["predict"]
-            sources = [self.lineage("train", **here)]
-            code.append(self.family(model).source)
-        elif step == "evaluate":
-            sources = [self.lineage("predict", **here)]
-        elif step == "warranty":
-            sources = [self.lineage("train", **here)]
-            code.append(self.family(model).source)
-        elif step == "counterfactual":
-            own = config["counterfactuals"][query]
-            sources = [self.lineage("warranty", dataset, split, model, seed)]
-            code.append(self.family(model).source)
-        elif step == "draw":
-            sources = [self.lineage("counterfactual", **here, query=query)]
-        elif step == "benchmark":
-            own = self.families
-            sources = [self.lineage("evaluate", *run) for run in self._run_keys()]
-        elif step == "report":
-            sources = [self.lineage("benchmark")]
-            sources += [self.lineage("draw", *map(str, row)) for row in self.queries.itertuples(index=False)]
-            sources += [self.lineage("warranty", *map(str, row)) for row in self.warranties.itertuples(index=False)]
-        else:
-            raise ValueError(f"no such step: {step}")
-        return digest(step, own, sources, code_digest(*code))
-
-    def _run_keys(self) -> list[tuple[str, ...]]:
-        return [tuple(map(str, row)) for row in self.runs[["dataset", "split", "model", "seed"]].itertuples(index=False)]

@@ -14,9 +14,8 @@ from referencing import Resource
 from referencing.jsonschema import DRAFT202012
 
 from perturbflow.errors import InputError
-from perturbflow.lineage import SCRIPTS
 
-SCHEMAS = SCRIPTS.parent / "config" / "schemas"
+SCHEMAS = Path(__file__).resolve().parents[3] / "config" / "schemas"
 # Names in a message; of more, the nearest ones.
 LISTED = 20
 

@@ -1,6 +1,5 @@
 """What was run: the models as every section shows them, and where the files of a run stand."""
 
-import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +42,6 @@ def _family(run: dict) -> Family:
     raise InputError(f"run.json of {run['provenance']} names {run['implementation']}, which is no family of this version; train it again.")
 
 
-def _description(run: dict) -> str:
-    """Return the first paragraph of the docstring of a model's class, read without importing it."""
-    tree = ast.parse(_family(run).source.read_text(encoding="utf-8"))
-    name = run["implementation"].split(":")[1]
-    documented = (ast.get_docstring(node) for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    return " ".join((next(documented, None) or "").split("\n\n")[0].split())
-
-
 def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
     """Return the models in the order of the runs; learned models get their colours first, ceilings have none."""
     first: dict[str, dict] = {}
@@ -62,6 +53,6 @@ def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
         model: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]) for i, model in enumerate(coloured)
     }  # fmt: skip
     return {
-        model: ModelCard(model, kinds[model], _description(run), run["params"], *looks.get(model, (INK, "|")))
+        model: ModelCard(model, kinds[model], _family(run).description, run["params"], *looks.get(model, (INK, "|")))
         for model, run in first.items()
     }

@@ -1,0 +1,173 @@
+"""What every result was made of, kept beside it, and whether it would be made of the same now.
+
+Snakemake compares time stamps, and what it wrote down in `.snakemake/`. A touched file looks changed to it, a damaged one current, and a
+folder without `.snakemake/` current whatever it holds. So a job writes a record beside each of its results: the values of its
+params (its code version among them), the content of its inputs, and the content of the result. The plan compares (rules/common.smk).
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from perturbflow.errors import InputError
+from perturbflow.files import atomic, file_digest
+
+FOLDER = ".made"
+# What this machine remembers of files; it may be deleted.
+MEMORY = Path(".snakemake/perturbflow")
+# A file that jobs read which have to run again: it is newer than any result, and says why.
+CHANGED = MEMORY / "changed"
+# A file written to a moment ago may be written to again without another time stamp.
+SETTLED_NS = 100_000_000
+
+
+def digest(*parts: object) -> str:
+    """Return 16 hexadecimal digits over values that JSON can write; dictionaries count in sorted order."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --- the content of files -------------------------------------------------------------------------------------------
+
+
+def _memory_of(path: str | Path) -> Path:
+    return MEMORY / "digests" / f"{digest(str(path))}.json"
+
+
+def _stamps(path: str | Path) -> list[int]:
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _remember(path: str | Path, stamps: list[int], content: str) -> None:
+    if MEMORY.parent.is_dir() and os.access(MEMORY.parent, os.W_OK):
+        with atomic(_memory_of(path)) as partial:
+            partial.write_text(json.dumps([stamps, content]), encoding="utf-8")
+
+
+def content_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, or of all files of a folder.
+
+    It is remembered for as long as size and time stamps stay, so that a large file is read once.
+    """
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        return digest([(file.relative_to(path).as_posix(), content_digest(file)) for file in files])
+    stamps = _stamps(path)
+    try:
+        known, content = json.loads(_memory_of(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known, content = None, ""
+    if known != stamps:
+        content = file_digest(path)
+        if time.time_ns() - max(stamps[1:]) > SETTLED_NS:
+            _remember(path, stamps, content)
+    return content
+
+
+# --- records --------------------------------------------------------------------------------------------------------
+
+
+def _record_file(result: str | Path) -> Path:
+    return Path(result).parent / FOLDER / f"{Path(result).name}.json"
+
+
+def read_record(result: str | Path) -> dict[str, Any] | None:
+    """Return what a result was made of (keys made_of, inputs, content), or None where nothing readable says so."""
+    try:
+        record = json.loads(_record_file(result).read_text(encoding="utf-8"))
+        return {"made_of": dict(record["made_of"]), "inputs": dict(record["inputs"]), "content": str(record["content"])}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def inputs_as_made(files: Iterable[str | Path]) -> dict[str, str]:
+    """Return the content of a job's inputs, path → digest.
+
+    Raises
+    ------
+    InputError
+        If a result of an earlier job is not what that job wrote.
+    """
+    contents = {str(path): content_digest(path) for path in files if Path(path) != CHANGED}
+    for path, content in contents.items():
+        record = read_record(path)
+        if record and record["content"] != content:
+            raise InputError(f"{path} is not what was written there: its content was changed since. Run again, and it is made anew.")
+    return contents
+
+
+def write_records(results: Iterable[str | Path], made_of: dict, inputs: dict[str, str]) -> None:
+    """Write beside each result what it was made of: values of params, and the content of inputs by path."""
+    for result in results:
+        content = {"made_of": made_of, "inputs": inputs, "content": content_digest(result)}
+        with atomic(_record_file(result)) as partial:
+            partial.write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+
+# --- what the plan asks ---------------------------------------------------------------------------------------------
+
+
+def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> str | None:
+    """Return in one sentence why the results of a job that are there cannot stay, or None.
+
+    Parameters
+    ----------
+    results
+        Files that the job writes.
+    made_of
+        Values of its params now.
+    inputs
+        Files that it reads now. Those that are not there yet are for Snakemake to judge.
+    """
+    made_of = json.loads(json.dumps(made_of, default=str))
+    inputs = set(inputs)
+    for result in filter(os.path.exists, results):
+        record = read_record(result)
+        if record is None:
+            return f"{result}: nothing says what it was made of"
+        if record["made_of"] != made_of:
+            was = record["made_of"]
+            names = sorted(name for name in {*was, *made_of} if was.get(name) != made_of.get(name) or (name in was) != (name in made_of))
+            return f"{result}: other {', '.join(names)} than when it was made"
+        if set(record["inputs"]) != inputs:
+            return f"{result}: it was made from other files ({', '.join(sorted(inputs ^ set(record['inputs']))[:3])})"
+        if changed := [path for path in sorted(inputs) if os.path.exists(path) and _content_of_input(path) != record["inputs"][path]]:
+            return f"{result}: {', '.join(changed[:3])} changed since it was made"
+        if content_digest(result) != record["content"]:
+            return f"{result}: it is not what was written there"
+    return None
+
+
+def _content_of_input(path: str) -> str:
+    """Return the content of a file, or of a result what its job wrote: if it holds another by now, that job runs again, and so do those behind it."""
+    record = read_record(path)
+    return record["content"] if record else content_digest(path)
+
+
+def is_touched(path: str, results: Iterable[str]) -> bool:
+    """Return whether a file is newer than results that were made from what it still holds."""
+    there = [result for result in results if os.path.exists(result)]
+    if not there or not os.path.exists(path) or os.stat(path).st_mtime_ns <= min(os.stat(result).st_mtime_ns for result in there):
+        return False
+    records = [read_record(result) for result in there]
+    return all(record is not None and record["inputs"].get(path) == content_digest(path) for record in records)
+
+
+def settle(results: Iterable[str], inputs: Iterable[str]) -> None:
+    """Set back the time stamps of results that were only touched, so that they are not newer than what was made from them."""
+    latest = min(os.stat(result).st_mtime_ns for result in results)
+    waiting = list(inputs)
+    while waiting:
+        path = waiting.pop()
+        record = read_record(path)
+        if record is None or not os.path.exists(path) or os.stat(path).st_mtime_ns <= latest:
+            continue
+        content = content_digest(path)
+        os.utime(path, ns=(latest, latest))
+        _remember(path, _stamps(path), content)
+        waiting += record["inputs"]
