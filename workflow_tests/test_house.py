@@ -39,6 +39,7 @@ SUPPORT = (
     "files",
     "cli",
     "lineage",
+    "code_version",
     "symbols",
     "hgnc",
     "artefacts",

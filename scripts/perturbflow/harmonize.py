@@ -26,7 +26,7 @@ from perturbflow.annotation import (
 from perturbflow.counts import Genes, screen_counts, within_limits, write_counts
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, manifest_files, read_json, remove_leftovers, write_json
-from perturbflow.recipes import RECIPES
+from perturbflow.recipes import open_by_recipe
 from perturbflow.sources import SomeGenes, Source, open_source
 from perturbflow.symbols import CONTROL, members_of
 
@@ -144,7 +144,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         For a file, column, label or value that cannot be used; the message has the fix.
     """
     files = manifest_files(raw) if raw.name == "manifest.json" else {"file": raw}
-    source = RECIPES[dataset["recipe"]](files, dataset) if "recipe" in dataset else open_source(files, dataset)
+    source = open_by_recipe(dataset["recipe"], files, dataset) if "recipe" in dataset else open_source(files, dataset)
     path = source.files[0]
     n_source = len(source.obs), len(source.var)
     logger.info("%s: %s cells × %s genes", path, f"{n_source[0]:,}", f"{n_source[1]:,}")

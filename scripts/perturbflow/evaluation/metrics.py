@@ -6,7 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from perturbflow.evaluation import differential, distributions, pseudobulk
+from perturbflow.evaluation import differential as d
+from perturbflow.evaluation import distributions as f
+from perturbflow.evaluation import pseudobulk as e
 from perturbflow.evaluation.scored import Scored
 
 AHLMANN_ELTZE = "Ahlmann-Eltze et al., Nat Methods 2025"
@@ -80,7 +82,6 @@ def _metric(function: Callable[[Scored], np.ndarray], family: Family, source: st
 
 INF = float("inf")
 POSITIVE, ANY, SHARE, CORRELATION = (0.0, INF), (-INF, INF), (0.0, 1.0), (-1.0, 1.0)
-e, f, d = pseudobulk, distributions, differential
 
 METRICS: dict[str, Metric] = {
     metric.name: metric

@@ -5,18 +5,22 @@ all genes that it covers, perturbed or not, so they are no different whatever is
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
 from perturbflow.files import atomic, manifest_files
-from perturbflow.priors.annotations import annotation_vectors
-from perturbflow.priors.interactions import interaction_vectors
+from perturbflow.priors.annotations import annotation_vectors as go
+from perturbflow.priors.interactions import interaction_vectors as ppi
 
 logger = logging.getLogger(__name__)
 
-KINDS: dict[str, Callable[[dict[str, Path], str], pd.DataFrame]] = {"go": annotation_vectors, "ppi": interaction_vectors}
+__all__ = ["go", "ppi", "prior"]
+
+
+def vectors_of(kind: str, files: dict[str, Path], organism: str) -> pd.DataFrame:
+    """Return the vectors of a kind of prior, by its name; no other is referred to, so that one more makes no prior stale."""
+    return globals()[kind](files, organism)
 
 
 def prior(raw: list[Path], embedding: Path, kind: str, roles: list, organism: str = "human") -> None:
@@ -40,7 +44,7 @@ def prior(raw: list[Path], embedding: Path, kind: str, roles: list, organism: st
         If a file is missing or is not what its role says.
     """
     files = dict(zip(roles, raw, strict=True)) if roles else manifest_files(raw[0])
-    vectors = KINDS[kind](files, organism)
+    vectors = vectors_of(kind, files, organism)
     logger.info("%d genes × %d dimensions", *vectors.shape)
     vectors.index.name = "gene"
     vectors.columns = vectors.columns.astype(str)
