@@ -22,13 +22,6 @@ min_version("9.25")
 report: "rules/captions/workflow.rst"
 
 
-configfile: workflow.source_path("config/config.yaml")
-configfile: workflow.source_path("config/datasets.yaml")
-configfile: workflow.source_path("config/splits.yaml")
-configfile: workflow.source_path("config/models.yaml")
-configfile: workflow.source_path("config/counterfactuals.yaml")
-
-
 include: "rules/common.smk"
 include: "rules/download.smk"
 include: "rules/prior.smk"

@@ -49,7 +49,7 @@ rule benchmark:
         runtime="1h",
     params:
         families=plan.families,
-        code_version=code_version("perturbflow.benchmark:benchmark"),
+        code_version=code("perturbflow.benchmark:benchmark"),
         made_of=made_of("benchmark"),
     script:
         "../scripts/benchmark.py"

@@ -9,7 +9,6 @@ from functools import cache
 from os.path import getsize, isfile
 from pathlib import Path
 
-import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import update_config
 
@@ -26,6 +25,7 @@ from perturbflow.files import require_writable
 from perturbflow.origins import content_of, own_files
 from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
+from perturbflow.registry.schemas import CONFIG_FILES, read_yaml
 
 # A plan of 15,000 jobs is searched for garbage that it does not hold, and asks a few dozen functions 400,000 times for their
 # parameters: a fifth of the time of a dry run.
@@ -38,19 +38,17 @@ def looked_up(function):
     return function
 
 
-# For messages that name the file of a mistake; the user's own come last: they override.
-_names = ("config", "datasets", "splits", "models", "counterfactuals")
-_files = [str(_root / f"config/{name}.yaml") for name in _names]
-_files += [str(path) for path in workflow.overwrite_configfiles]
-
-# As a module, the workflow is handed the host's config and reads none of its own files.
-_defaults = {}
-for _file in _files[: len(_names)]:
-    update_config(_defaults, yaml.safe_load(Path(_file).read_text()))
-update_config(_defaults, config)
+# The configuration: what the user gives (--configfile, --config, or the host of a module) lies above config/*.yaml.
+# Messages name the file of a mistake; the user's own come last, as they override.
+_files = [_root / f"config/{name}.yaml" for name in CONFIG_FILES]
+_merged = {}
+for _file in _files:
+    update_config(_merged, read_yaml(_file))
+update_config(_merged, config)
+_files += [Path(path) for path in workflow.overwrite_configfiles]
 
 try:
-    plan = Plan(_defaults, _files)
+    plan = Plan(_merged, _files)
     require_writable([".snakemake", "logs", "benchmarks", *plan.folders()])
 except InputError as error:
     raise WorkflowError(f"The configuration cannot be run.\n{error}") from None
@@ -145,11 +143,27 @@ def made_of(rule):
     return looked_up(lambda wildcards, output: _values(rule, wildcards))
 
 
-def code_of_model(step):
-    """Return a params function: the version of the code of a step and of a model's family."""
+def code(step, further=None):
+    """Return a params function: the version of the code of a step, and of what its configuration names."""
     return looked_up(
-        lambda wildcards: code_version(step, plan.family(wildcards.model).root)
+        lambda wildcards: code_version(step, *(further(wildcards) if further else []))
     )
+
+
+def family(wildcards):
+    """Return the class of a model's family."""
+    return [f"perturbflow.models.{plan.family(wildcards.model).implementation}"]
+
+
+def recipe(wildcards):
+    """Return the reader of a dataset that declarations do not reach, if it has one."""
+    name = plan.config["datasets"][wildcards.dataset].get("recipe")
+    return [f"perturbflow.recipes:{name}"] if name else []
+
+
+def prior_reader(wildcards):
+    """Return the reader of a kind of prior."""
+    return [f"perturbflow.priors:{plan.config['priors'][wildcards.dataset]['kind']}"]
 
 
 def own(rule, paths, wildcards):

@@ -34,7 +34,7 @@ rule warranty:
         implementation=implementation,
         params=model_params,
         seed=seed,
-        code_version=code_of_model("perturbflow.counterfactuals.warranty:warranty"),
+        code_version=code("perturbflow.counterfactuals.warranty:warranty", family),
         made_of=made_of("warranty"),
     script:
         "../scripts/warranty.py"
@@ -82,7 +82,7 @@ rule counterfactual:
         params=model_params,
         query=query_block,
         seed=seed,
-        code_version=code_of_model("perturbflow.counterfactuals.answers:counterfactual"),
+        code_version=code("perturbflow.counterfactuals.answers:counterfactual", family),
         made_of=made_of("counterfactual"),
     script:
         "../scripts/counterfactual.py"
@@ -137,7 +137,7 @@ rule draw:
         mem_mb=memory_by_input(20, least=2000),
         runtime="30m",
     params:
-        code_version=code_version("perturbflow.counterfactuals.figures:draw"),
+        code_version=code("perturbflow.counterfactuals.figures:draw"),
         made_of=made_of("draw"),
     script:
         "../scripts/draw.py"

@@ -19,7 +19,7 @@ rule download:
         content=source_content,
         files=source_files,
         mirror=local_mirror,
-        code_version=code_version("perturbflow.download:download"),
+        code_version=code("perturbflow.download:download"),
         made_of=made_of("download"),
     script:
         "../scripts/download.py"

@@ -19,7 +19,7 @@ rule embeddings:
         runtime="2h",
     params:
         sources=plan.config["embeddings"]["sources"],
-        code_version=code_version("perturbflow.embeddings:embeddings"),
+        code_version=code("perturbflow.embeddings:embeddings"),
         made_of=made_of("embeddings"),
     script:
         "../scripts/embeddings.py"

@@ -26,7 +26,7 @@ rule harmonize:
         name="{dataset}",
         dataset=dataset_block,
         qc=quality_control,
-        code_version=code_version("perturbflow.harmonize:harmonize"),
+        code_version=code("perturbflow.harmonize:harmonize", recipe),
         made_of=made_of("harmonize"),
     script:
         "../scripts/harmonize.py"

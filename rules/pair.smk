@@ -18,7 +18,7 @@ rule pair:
         runtime="2h",
     params:
         n_hvg=plan.config["genes"]["n_hvg"],
-        code_version=code_version("perturbflow.pairs:pair"),
+        code_version=code("perturbflow.pairs:pair"),
         made_of=made_of("pair"),
     script:
         "../scripts/pair.py"

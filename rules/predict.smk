@@ -23,7 +23,7 @@ rule predict:
         params=model_params,
         seed=seed,
         max_cells=plan.config["predict"]["max_cells"],
-        code_version=code_of_model("perturbflow.prediction:predict"),
+        code_version=code("perturbflow.prediction:predict", family),
         made_of=made_of("predict"),
     script:
         "../scripts/predict.py"

@@ -21,7 +21,7 @@ rule prior:
         kind=prior_kind,
         roles=prior_roles,
         organism=prior_organism,
-        code_version=code_version("perturbflow.priors:prior"),
+        code_version=code("perturbflow.priors:prior", prior_reader),
         made_of=made_of("prior"),
     script:
         "../scripts/prior.py"

@@ -54,7 +54,7 @@ rule report:
         runtime="1h",
     params:
         descriptions=plan.descriptions,
-        code_version=code_version("perturbflow.report:report"),
+        code_version=code("perturbflow.report:report"),
         made_of=made_of("report"),
     script:
         "../scripts/report.py"

@@ -26,7 +26,7 @@ rule split:
     params:
         name="{split}",
         spec=split_block,
-        code_version=code_version("perturbflow.splits:split"),
+        code_version=code("perturbflow.splits:split"),
         made_of=made_of("split"),
     script:
         "../scripts/split.py"

@@ -38,7 +38,7 @@ rule train_closed_form:
         implementation=implementation,
         params=model_params,
         seed=seed,
-        code_version=code_of_model("perturbflow.training:train"),
+        code_version=code("perturbflow.training:train", family),
         made_of=made_of("train_closed_form"),
     script:
         "../scripts/train.py"
@@ -86,7 +86,7 @@ rule train_diffusion:
         params=model_params,
         seed=seed,
         device=plan.config["device"],
-        code_version=code_of_model("perturbflow.training:train"),
+        code_version=code("perturbflow.training:train", family),
         made_of=made_of("train_diffusion"),
     script:
         "../scripts/train.py"

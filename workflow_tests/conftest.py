@@ -305,7 +305,7 @@ def copy_repository(target: Path) -> Path:
     """Copy Snakefile, rules, scripts, config and envs, to be edited."""
     target.mkdir(parents=True)
     shutil.copy(REPOSITORY / "Snakefile", target)
-    for folder in ("rules", "scripts", "config", "envs"):
+    for folder in ("rules", "scripts", "config", "envs", "profiles"):
         shutil.copytree(REPOSITORY / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return target
 

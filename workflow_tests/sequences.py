@@ -75,7 +75,6 @@ class Place:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.repository.exists():
             copy_repository(self.repository)
-            shutil.copytree(Path(__file__).parent.parent / "profiles", self.repository / "profiles")
         write_if_other(self.folder / "screen.h5ad", screen(self.state["screen"]))
         write_if_other(self.folder / "roles.json", json.dumps(ROLES[self.state["roles"]]).encode())
         package = self.repository / "scripts/perturbflow"

@@ -213,11 +213,11 @@ def test_run_json_tells_what_went_in(prepared: dict[str, Prepared], tmp_path: Pa
     here = prepared["unseen_combination"]
     paths = (tmp_path / "model.npz", tmp_path / "run.json")
     params = {"n_components": 3, "ridge": 0.5}
-    train(here.pairs, here.embeddings, here.audit, *paths, "baselines:Linear", params, 7, provenance={"model": "linear", "lineage": "abc"})
+    train(here.pairs, here.embeddings, here.audit, *paths, "baselines:Linear", params, 7, provenance={"model": "linear", "code_version": "abc"})
     content = json.loads(paths[1].read_text())
     assert content["params"] == params
     assert content["seed"] == 7
-    assert content["provenance"]["lineage"] == "abc"
+    assert content["provenance"]["code_version"] == "abc"
     assert set(content["inputs_sha256"]) == {"pairs.h5ad", "embeddings.parquet", "audit.json"}
     assert content["split_sha256"] == json.loads(here.split.read_text())["sha256"]
     assert {"device", "seconds", "peak_memory_mb", "versions"} <= set(content)

@@ -60,7 +60,7 @@ def test_default_job_ends_well_and_leaves_every_file(default_job: tuple) -> None
         assert family in run["implementation"]
         assert run["params"]["n_steps"] == 100
         assert run["history"]
-        assert run["provenance"]["lineage"]
+        assert run["provenance"]["code_version"]
 
 
 def test_ceiling_is_above_every_model(default_job: tuple) -> None:

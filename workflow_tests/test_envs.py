@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from closures import source_files
 
-from perturbflow.lineage import source_files
 from perturbflow.registry.families import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -92,7 +92,7 @@ def roots_of(rule: str) -> list[Path]:
         families = list(FAMILIES.values())
     else:
         families = []
-    return [script, *sorted({family.source for family in families})]
+    return [script, *sorted({PACKAGE / "models" / f"{family.implementation.split(':')[0]}.py" for family in families})]
 
 
 def files_of(rule: str) -> dict[Path, bool]:

@@ -354,7 +354,7 @@ def run_model(here: Prepared, folder: Path, implementation: str, params: dict | 
     params = params or {}
     training.train(here.pairs, here.embeddings, here.audit, folder / "model.npz", folder / "run.json", implementation, params, 0)
     prediction.predict(here.pairs, folder / "model.npz", folder / "predictions.h5ad", implementation, params, 0, 1000)
-    provenance = {"dataset": "mine", "split": "s", "model": implementation.split(":")[1], "seed": "0", "lineage": "x"}
+    provenance = {"dataset": "mine", "split": "s", "model": implementation.split(":")[1], "seed": "0", "code_version": "x"}
     evaluate(folder / "predictions.h5ad", here.pairs, here.split, folder / "metrics.tsv", provenance)
     return pd.read_csv(folder / "metrics.tsv", sep="\t")
 
@@ -366,7 +366,7 @@ def test_the_table_of_scores(prepared: dict[str, Prepared], tmp_path: Path, cell
     assert set(table["perturbation"]) == set(labels)
     assert set(table["metric"]) == set(METRICS)
     assert set(table["model"]) == {"Additive"}
-    assert "lineage" not in table
+    assert "code_version" not in table
     assert (table["n_members"] == 2).all()
     assert (table["members_seen"] == 2).all()
     n_scored = cells.obs[cells.obs["half"] == "b"].groupby("perturbation", observed=True).size()

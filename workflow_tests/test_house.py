@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from closures import PACKAGE, source_files
 from conftest import REPOSITORY, Prepared
 
 from perturbflow import cli
-from perturbflow.lineage import PACKAGE, source_files
 
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
@@ -38,7 +38,7 @@ SUPPORT = (
     "errors",
     "files",
     "cli",
-    "lineage",
+    "records",
     "code_version",
     "symbols",
     "hgnc",
@@ -97,7 +97,7 @@ def test_what_the_snakefile_imports_is_light() -> None:
     allowed = {*sys.stdlib_module_names, "perturbflow", "pandas", "yaml", "jsonschema", "referencing"}
     named = re.findall(r"^from (perturbflow[\w.]*) import ", (REPOSITORY / "rules" / "common.smk").read_text(), flags=re.MULTILINE)
     files = source_files(*(MODULES[name.removeprefix("perturbflow.").replace(".", "/")] for name in named))
-    assert {path.name for path in files} >= {"plan.py", "config.py", "families.py", "lineage.py", "errors.py"}
+    assert {path.name for path in files} >= {"plan.py", "config.py", "families.py", "records.py", "code_version.py", "errors.py"}
     assert {name.split(".")[0] for path in files for name in imported(path)} <= allowed
 
 

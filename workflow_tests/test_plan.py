@@ -2,13 +2,19 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
+import h5py
 import pytest
 from conftest import CLOSED_FORMS, REPOSITORY, Outcome, closed_forms_config, copy_repository, merged, run_snakemake, write_screen
+
+from perturbflow.code_version import entry_point
 
 RULE_FILES = sorted((REPOSITORY / "rules").glob("*.smk"))
 HEAVY = ("torch", "scanpy", "anndata", "pytorch_lightning", "h5py", "sklearn")
@@ -231,7 +237,8 @@ def test_a_rule_is_complete(name: str, text: str) -> None:
     assert re.match(r'rule \w+:\n    """[A-Z].*\.$|rule \w+:\n    """[A-Z].*\."""', text), "a docstring first"
     for keyword in ("output", "log", "benchmark", "conda", "threads", "resources", "params", "script"):
         assert re.search(rf"^    {keyword}:", text, flags=re.MULTILINE), f"{name} has no {keyword}"
-    assert re.search(r'^        lineage=lineage\("\w+"\),$', text, flags=re.MULTILINE), "without lineage no edit of the code is noticed"
+    assert f'        made_of=made_of("{name}"),\n' in text, "without it the record beside its results would be empty"
+    assert f'        again=again("{name}"),\n    output:' in text, "without it a stale result would pass"
     assert not re.search(r"^    (run|message|shell):", text, flags=re.MULTILINE)
     assert text.count("\n") < 60, "a rule fits on one screen"
 
@@ -243,7 +250,8 @@ def test_names_of_rule_script_log_and_benchmark_agree(name: str, text: str) -> N
     assert (REPOSITORY / "scripts" / f"{step}.py").is_file()
     assert re.search(rf'"logs/{step}[/.]', text)
     assert re.search(rf'"benchmarks/{step}[/.]', text)
-    assert f'lineage=lineage("{step}")' in text
+    assert f'        code_version=code("{entry_point(step)}"' in text
+    assert (", family)" in text) == (step in ("train", "predict", "warranty", "counterfactual"))
     environment = re.search(r'"\.\./(envs/\w+\.yaml)"', text)
     assert environment, name
     assert (REPOSITORY / environment.group(1)).is_file()
@@ -337,7 +345,10 @@ def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
     expected += [
         split / model / "seed_0" / name for model in MODELS for name in ("model.npz", "run.json", "predictions.h5ad", "metrics.tsv")
     ]
-    assert sorted(path for path in results.rglob("*") if path.is_file()) == sorted(expected)
+    made = [path for path in results.rglob("*") if path.is_file()]
+    assert sorted(path for path in made if path.parent.name != ".made") == sorted(expected)
+    records = [path.parent / ".made" / f"{path.name}.json" for path in expected]
+    assert sorted(path for path in made if path.parent.name == ".made") == sorted(records)
     for step in ("harmonize/mine", "pair/mine.unseen_combination", "train/mine.unseen_combination.linear.seed_0"):
         assert (finished.folder / "logs" / f"{step}.log").read_text()
         assert (finished.folder / "benchmarks" / f"{step}.tsv").read_text()
@@ -424,10 +435,16 @@ def test_words_about_a_dataset_plan_nothing(finished: Finished) -> None:
         ("evaluation/inputs.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9", {"evaluate": 2, **AFTER_TRAINING}),
         ("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 3",
          {"pair": 1, "embeddings": 1, "audit": 1, "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING}),
-        ("models/baselines.py", "1e-10 * s[0]", "1e-9 * s[0]", {"train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING}),
+        ("models/baselines.py", "1e-10 * s[0]", "1e-9 * s[0]", {"train_closed_form": 1, "predict": 1, "evaluate": 1, **AFTER_TRAINING}),
         ("models/ceilings.py", '== "a"', '== "b"', {}),
+        ("files.py", "is not valid JSON", "cannot be read as JSON", {}),
+        ("pairs.py", "logger.info(", "logger.debug(", {}),
+        ("models/baselines.py", "class Additive(", "class Another:\n    level = 3\n\n\nclass Additive(", {}),
+        ("cli.py", 'datefmt="%H:%M:%S"', 'datefmt="%H:%M"', {}),
+        ("models/baselines.py", "class Linear(Model):\n    \"\"\"", "class Linear(Model):\n    \"\"\"Other words: ", {"report": 1, "all": 1}),
     ],
-    ids=["a comment", "metrics", "pairing", "baselines", "another family"],
+    ids=["a comment", "metrics", "pairing", "a baseline", "another family", "a message", "a log line", "a new baseline", "plumbing",
+         "words that the report shows"],
 )  # fmt: skip
 def test_an_edit_of_the_package_plans_what_depends_on_it(name: str, before: str, after: str, expected: dict, finished: Finished) -> None:
     assert finished.planned_with(f"scripts/perturbflow/{name}", before, after) == expected
@@ -450,6 +467,114 @@ def test_another_content_of_the_screen_plans_everything(finished: Finished) -> N
         "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING,
     }  # fmt: skip
     assert finished.planned() == {}
+
+
+MADE_OF_LINEAR = {"predict": 1, "evaluate": 1, **AFTER_TRAINING}
+LINEAR = "results/mine/unseen_combination/linear/seed_0"
+
+
+@pytest.fixture
+def copied(finished: Finished, tmp_path: Path) -> Callable[..., Finished]:
+    """Return a function that copies the finished folder, with or without what Snakemake knows and time stamps."""
+
+    def copy(snakemake: bool = True, stamps: bool = True) -> Finished:
+        here = Finished.__new__(Finished)
+        here.folder, here.repository, here.config = tmp_path / "copy", finished.repository, deepcopy(finished.config)
+        ignored = shutil.ignore_patterns("repository", ".cache", *([] if snakemake else [".snakemake"]))
+        shutil.copytree(finished.folder, here.folder, ignore=ignored, copy_function=shutil.copy2 if stamps else shutil.copyfile)
+        here.screen = here.folder / "screen.h5ad"
+        return here
+
+    return copy
+
+
+@pytest.mark.parametrize("name", ["model.npz", "run.json", "predictions.h5ad", "metrics.tsv"])
+def test_a_deleted_result_is_made_again(name: str, copied: Callable[..., Finished]) -> None:
+    here = copied()
+    (here.folder / LINEAR / name).unlink()
+    expected = {
+        "model.npz": {"train_closed_form": 1, **MADE_OF_LINEAR},
+        "run.json": {"train_closed_form": 1, **MADE_OF_LINEAR},
+        "predictions.h5ad": MADE_OF_LINEAR,
+        "metrics.tsv": {"evaluate": 1, **AFTER_TRAINING},
+    }
+    assert here.planned() == expected[name]
+
+
+def test_what_lies_behind_a_file_that_was_made_alone_follows_where_its_bytes_differ(copied: Callable[..., Finished]) -> None:
+    here = copied()
+    assert here.run("--force", f"{LINEAR}/model.npz").returncode == 0
+    assert here.planned() == {}, "the same bytes"
+    other = {**here.config, "models": {"linear": {"params": {"ridge": 0.7}}}}
+    assert here.run(f"{LINEAR}/model.npz", config=other).returncode == 0
+    assert here.planned(other) == {**MADE_OF_LINEAR, "train_closed_form": 1} or here.planned(other) == MADE_OF_LINEAR
+
+
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_a_damaged_result_is_made_again_and_what_lies_behind_it(keeps_time: bool, copied: Callable[..., Finished]) -> None:
+    here = copied()
+    pairs = here.folder / "results/mine/unseen_combination/pairs.h5ad"
+    stamp = pairs.stat()
+    with h5py.File(pairs, "r+") as file:
+        file["X/data"][...] = 2 * file["X/data"][...]
+    if keeps_time:
+        os.utime(pairs, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    outcome = here.run("--dry-run")
+    assert outcome.jobs == {
+        "pair": 1, "embeddings": 1, "audit": 1, "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING,
+    }  # fmt: skip
+    assert outcome.text.count("Made again: ") == 1
+    assert "pairs.h5ad: it is not what was written there." in outcome.text
+
+
+def test_a_damaged_table_that_nothing_reads_is_made_again(copied: Callable[..., Finished]) -> None:
+    here = copied()
+    table = here.folder / "results/calibration.tsv"
+    table.write_text(table.read_text().replace("0", "1"))
+    assert here.planned() == AFTER_TRAINING
+
+
+@pytest.mark.parametrize("stamps", [True, False])
+@pytest.mark.parametrize("snakemake", [True, False])
+def test_a_copied_folder_is_current_and_is_not_believed_where_something_changed(
+    snakemake: bool, stamps: bool, copied: Callable[..., Finished]
+) -> None:
+    here = copied(snakemake, stamps)
+    assert here.planned() == {}
+    here.config["datasets"]["mine"]["qc"]["min_counts"] = 100
+    everything = {
+        "harmonize": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
+        "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING,
+    }  # fmt: skip
+    assert here.planned() == everything
+    here.config["datasets"]["mine"]["qc"]["min_counts"] = None
+    write_screen(here.folder, seed=1)
+    assert here.planned() == everything
+
+
+def test_a_selection_counts_in_a_copied_folder(copied: Callable[..., Finished]) -> None:
+    here = copied(snakemake=False)
+    here.config["select"]["models"] = ["linear"]
+    assert here.planned() == AFTER_TRAINING
+
+
+def test_a_users_own_triggers_are_obeyed(copied: Callable[..., Finished]) -> None:
+    here = copied()
+    now = time.time() + 5
+    script = here.repository / "scripts/evaluate.py"
+    before = script.stat()
+    os.utime(script, (now, now))
+    try:
+        assert here.planned() == {}
+        assert here.run("--dry-run", "--rerun-triggers", "code").jobs == {"evaluate": 2, **AFTER_TRAINING}
+    finally:
+        os.utime(script, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_nothing_of_snakemakes_own_is_replaced() -> None:
+    for path in [REPOSITORY / "Snakefile", *RULE_FILES]:
+        imported = re.findall(r"^(?:from|import) (snakemake[\w.]*)", path.read_text(), flags=re.MULTILINE)
+        assert set(imported) <= {"snakemake.exceptions", "snakemake.utils"}, path.name
 
 
 def test_a_broken_screen_ends_in_one_message(tmp_path: Path) -> None:

@@ -217,30 +217,29 @@ def test_a_name_that_is_taken_stays_in_its_folder(text: str, end: str) -> None:
             assert not name.startswith(".")
 
 
-def test_the_same_bytes_have_the_same_lineage_whatever_the_way(tmp_path: Path) -> None:
+def test_the_same_bytes_are_the_same_whatever_the_way(tmp_path: Path) -> None:
     config = mine(tmp_path)
     pinned = {**block({"url": ["https://a.org/x.h5ad"]}), "bytes": 3, "md5": SUM[:32]}
     config["datasets"]["screen"] = pinned
 
-    def lineage(step: str = "harmonize") -> str:
-        return planned(config, tmp_path).lineage(step, "screen")
+    def read() -> tuple[dict, dict]:
+        plan = planned(config, tmp_path)
+        return plan.content("screen"), plan.dataset("screen")
 
-    download, harmonize = lineage("download"), lineage()
+    content, dataset = read()
     pinned["source"] = {"url": ["https://b.org/x.h5ad", "https://a.org/x.h5ad"]}
     config["mirror"] = str(tmp_path)
-    assert lineage("download") == download
-    assert lineage() == harmonize
+    assert read() == (content, dataset)
     pinned["md5"] = "1" + SUM[:31]
-    assert lineage("download") != download
-    assert lineage() != harmonize
+    assert read()[0] != content
 
 
 def test_where_nothing_is_published_the_url_is_all_there_is(tmp_path: Path) -> None:
     config = mine(tmp_path)
     config["datasets"]["screen"] = unpublished("https://a.org/x.h5ad")
-    before = planned(config, tmp_path).lineage("download", "screen")
+    before = planned(config, tmp_path).content("screen")
     config["datasets"]["screen"] = unpublished("https://b.org/x.h5ad")
-    assert planned(config, tmp_path).lineage("download", "screen") != before
+    assert planned(config, tmp_path).content("screen") != before
 
 
 # --- priors ---------------------------------------------------------------------------------------------------------
@@ -265,21 +264,12 @@ def test_the_shipped_priors_are_pinned_or_say_that_they_cannot_be() -> None:
 
 def test_a_prior_counts_where_it_is_selected(tmp_path: Path) -> None:
     config = with_own_prior(tmp_path)
-    place = ("my_screen", "unseen_combination")
-
-    def lineages() -> dict[str, str]:
-        plan = planned(config, tmp_path)
-        assert plan.files("my_go") == {}
-        return {"prior": plan.lineage("prior", "my_go"), **{step: plan.lineage(step, *place) for step in ("pair", "embeddings")}}
-
-    before = lineages()
-    (tmp_path / "go.obo").write_text("another")
-    after = lineages()
-    assert {step for step in before if before[step] != after[step]} == {"prior", "embeddings"}
+    plan = planned(config, tmp_path)
+    assert plan.priors == ["my_go"]
+    assert plan.files("my_go") == {}
     config["embeddings"] = {"sources": ["coexpression"]}
-    without = planned(config, tmp_path).lineage("embeddings", *place)
     (tmp_path / "go.obo").unlink()  # nobody asks for it
-    assert planned(config, tmp_path).lineage("embeddings", *place) == without
+    assert planned(config, tmp_path).priors == []
 
 
 def test_a_priors_own_file_has_to_be_there(tmp_path: Path) -> None:
@@ -361,11 +351,11 @@ def test_a_screens_division_reads_its_own_held_out_contexts(tmp_path: Path) -> N
     assert plan.split("unseen_context", "renge2023")["held_out"] == ["day_5"]
     assert "held_out" not in plan.split("unseen_context", "my_screen")
     assert "covariate" not in plan.split("unseen_combination", "my_screen"), "keys that a kind has no use for are not filled in"
-    before = plan.lineage("split", "my_screen", "unseen_context")
+    before = plan.split("unseen_context", "my_screen")
     set_at(config, "splits.unseen_context.held_out", {"renge2023": ["day_2"]})
-    assert planned(config, tmp_path).lineage("split", "my_screen", "unseen_context") == before
+    assert planned(config, tmp_path).split("unseen_context", "my_screen") == before
     set_at(config, "splits.unseen_context.held_out", {"my_screen": ["lane 2"]})
-    assert planned(config, tmp_path).lineage("split", "my_screen", "unseen_context") != before
+    assert planned(config, tmp_path).split("unseen_context", "my_screen") != before
 
 
 # --- folds ----------------------------------------------------------------------------------------------------------
@@ -387,7 +377,7 @@ def test_folds_stand_for_splits_of_their_own(selected: tuple[str, ...], tmp_path
         "kind": "unseen_perturbation", "folds": 3, "fold": 1, "name": "genes", "validation_fraction": 0.1, "seed": 0,
     }  # fmt: skip
     assert "genes" not in plan.config["splits"]
-    assert len({plan.lineage("split", "my_screen", f"genes_fold_{i}") for i in range(3)}) == 3
+    assert [plan.split(f"genes_fold_{i}", "my_screen")["fold"] for i in range(3)] == [0, 1, 2]
 
 
 def test_one_fold_can_be_selected_and_asked(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Tree:
             "figures": [],
             "warranties": [],
             "report": self.folder / "report.html",
-            "provenance": {"lineage": "0123456789abcdef"},
+            "provenance": {"code_version": "0123456789abcdef"},
         }
 
     def table(self, name: str) -> pd.DataFrame:
@@ -110,7 +110,7 @@ def run_models(here: Path, split: str) -> None:
     """Train, predict and score; the learned model is the additive one under another name, with a history."""
     for model, (implementation, params) in IMPLEMENTATIONS.items():
         folder = here / model / "seed_0"
-        provenance = {"dataset": "mine", "split": split, "model": model, "seed": "0", "lineage": f"of-{model}"}
+        provenance = {"dataset": "mine", "split": split, "model": model, "seed": "0", "code_version": f"of-{model}"}
         paths = [here / name for name in ("pairs.h5ad", "embeddings.parquet", "audit.json")]
         train(*paths, folder / "model.npz", folder / "run.json", implementation, params, seed=0, provenance=provenance)
         predict(here / "pairs.h5ad", folder / "model.npz", folder / "predictions.h5ad", implementation, params, seed=0, max_cells=20)
@@ -348,7 +348,7 @@ def test_tables_scroll_in_a_region_of_their_own(page: str) -> None:
             assert container["aria-label"]
 
 
-def test_provenance_names_lineage_and_command(page: str) -> None:
+def test_provenance_names_code_and_command(page: str) -> None:
     assert "<code>0123456789abcdef</code>" in page
     assert "<code>of-additive</code>" in page
     assert "snakemake --cores 2" in page

@@ -67,8 +67,8 @@ def _check_priors(config: dict, files: Sequence[Path]) -> None:
     """Check the names of priors, which share folders with datasets and columns with other sources of embeddings."""
     for name, block in config["priors"].items():
         _check_source(["priors", name], block, files)
-        file = holding_file(files, ["priors", name])
         if name == COEXPRESSION:
+            file = holding_file(files, ["priors", name])
             raise InputError(f"{file}priors.{name}: this is what training cells tell, in embeddings.sources; give the prior another name.")
         if name in config["datasets"]:
             file = holding_file(files, ["datasets", name])

@@ -23,11 +23,6 @@ class Family:
         return "model.npz" if self.rule == "train_closed_form" else "model.ckpt"
 
     @property
-    def root(self) -> str:
-        """Return the family's class as "module:Class": where the code of the family starts."""
-        return f"perturbflow.models.{self.implementation}"
-
-    @property
     def description(self) -> str:
         """Return the first paragraph of the docstring of the family's class, read without importing it."""
         module, name = self.implementation.split(":")

@@ -16,6 +16,7 @@ from referencing.jsonschema import DRAFT202012
 from perturbflow.errors import InputError
 
 SCHEMAS = Path(__file__).resolve().parents[3] / "config" / "schemas"
+CONFIG_FILES = ("config", "datasets", "splits", "models", "counterfactuals")
 # Names in a message; of more, the nearest ones.
 LISTED = 20
 
@@ -28,13 +29,18 @@ _Validator = extend(
 )
 
 
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds; every job reads the configuration, so by libyaml where PyYAML was built with it."""
+    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def schema_of(name: str) -> dict:
     """Return a schema of config/schemas."""
-    return yaml.safe_load((SCHEMAS / f"{name}.schema.yaml").read_text())
+    return read_yaml(SCHEMAS / f"{name}.schema.yaml")
 
 
 def _retrieve(uri: str) -> Resource:
-    return DRAFT202012.create_resource(yaml.safe_load((SCHEMAS / Path(uri).name).read_text()))
+    return DRAFT202012.create_resource(read_yaml(SCHEMAS / Path(uri).name))
 
 
 def with_defaults(schema: dict, value: Any) -> Any:
@@ -89,7 +95,7 @@ def holding_file(files: Sequence[Path], path: list[str]) -> str:
     """Return the name of the last configuration file that holds a key path, for the error message."""
     for file in reversed(files):
         try:
-            node = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            node = read_yaml(Path(file)) or {}
         except yaml.YAMLError as error:  # Snakemake lets a few of Python's own types pass
             raise InputError(f"{file} holds more than plain YAML: {error}") from error
         for key in path:
