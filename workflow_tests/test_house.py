@@ -32,6 +32,7 @@ ORDER = (
     ("evaluation", "bootstrap", "benchmark"),
     ("counterfactuals",),
     ("report",),
+    ("listing", "api", "command"),
 )
 # These hold no step: all may import them, and they import only one another.
 SUPPORT = (
@@ -39,6 +40,7 @@ SUPPORT = (
     "files",
     "cli",
     "lineage",
+    "places",
     "symbols",
     "hgnc",
     "artefacts",

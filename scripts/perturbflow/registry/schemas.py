@@ -14,9 +14,9 @@ from referencing import Resource
 from referencing.jsonschema import DRAFT202012
 
 from perturbflow.errors import InputError
-from perturbflow.lineage import SCRIPTS
+from perturbflow.places import config_folder
 
-SCHEMAS = SCRIPTS.parent / "config" / "schemas"
+SCHEMAS = config_folder() / "schemas"
 # Names in a message; of more, the nearest ones.
 LISTED = 20
 
