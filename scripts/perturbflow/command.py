@@ -1,6 +1,6 @@
 """The command `perturbflow`: what exists, scores of predictions made anywhere, audits, splits and what-if questions.
 
-Each verb calls one function of the package, imported when it is needed: `perturbflow --help` takes no second.
+Each verb calls one function of the package, imported when it is needed, so that help waits for no library.
 """
 
 import json
