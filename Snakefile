@@ -53,9 +53,8 @@ rule data:
 rule pairs:
     """The pairs of all selected splits, audited for leaks."""
     input:
-        collect(
+        per_split(
             "results/{run.dataset}/{run.split}/{file}",
-            run=plan.runs[["dataset", "split"]].drop_duplicates().itertuples(),
             file=["split.json", "pairs.h5ad", "embeddings.parquet", "audit.json"],
         ),
     localrule: True
@@ -71,9 +70,8 @@ rule trained:
 rule evaluated:
     """All selected models, scored."""
     input:
-        collect(
+        per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/{file}",
-            run=plan.runs.itertuples(),
             file=["predictions.h5ad", "metrics.tsv"],
         ),
     localrule: True

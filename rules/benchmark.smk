@@ -1,9 +1,8 @@
 rule benchmark:
     """Gather all scores: means, what the metrics can tell, differences to baselines, strata, and a verdict per model."""
     input:
-        metrics=collect(
+        metrics=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
-            run=plan.runs.itertuples(),
         ),
         again=again("benchmark"),
     output:

@@ -10,7 +10,6 @@ from os.path import getsize, isfile
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-from snakemake.utils import update_config
 
 # Jobs find the package beside their script; rules are told where its light part is. Fetched one by one from a host, as
 # module(snakefile=github(...)) does, the rules stand alone: the package has to be installed then.
@@ -25,7 +24,7 @@ from perturbflow.files import require_writable
 from perturbflow.origins import content_of, own_files
 from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
-from perturbflow.registry.schemas import CONFIG_FILES, read_yaml
+from perturbflow.registry.shipped import above_shipped, shipped_files
 
 # A plan of 15,000 jobs is searched for garbage that it does not hold, and asks a few dozen functions 400,000 times for their
 # parameters: a fifth of the time of a dry run.
@@ -38,17 +37,12 @@ def looked_up(function):
     return function
 
 
-# The configuration: what the user gives (--configfile, --config, or the host of a module) lies above config/*.yaml.
-# Messages name the file of a mistake; the user's own come last, as they override.
-_files = [_root / f"config/{name}.yaml" for name in CONFIG_FILES]
-_merged = {}
-for _file in _files:
-    update_config(_merged, read_yaml(_file))
-update_config(_merged, config)
-_files += [Path(path) for path in workflow.overwrite_configfiles]
+# What the user gives (--configfile, --config, or the host of a module) lies above config/*.yaml. Messages name the file of a
+# mistake; the user's own come last, as they override.
+_files = [*shipped_files(), *map(Path, workflow.overwrite_configfiles)]
 
 try:
-    plan = Plan(_merged, _files)
+    plan = Plan(above_shipped(config), _files)
     require_writable([".snakemake", "logs", "benchmarks", *plan.folders()])
 except InputError as error:
     raise WorkflowError(f"The configuration cannot be run.\n{error}") from None
@@ -278,6 +272,17 @@ def model_file(wildcards):
     """Return the file that a model's training leaves behind."""
     name = plan.family(wildcards.model).artefact
     return f"results/{{dataset}}/{{split}}/{{model}}/seed_{{seed}}/{name}"
+
+
+def per_run(pattern, **more):
+    """Return the files of a pattern for all selected runs."""
+    return collect(pattern, run=plan.runs.itertuples(), **more)
+
+
+def per_split(pattern, **more):
+    """Return the files of a pattern for all selected divisions of screens."""
+    places = plan.runs[["dataset", "split"]].drop_duplicates()
+    return collect(pattern, run=places.itertuples(), **more)
 
 
 def trained_models():

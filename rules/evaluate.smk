@@ -32,7 +32,7 @@ rule evaluate:
         mem_mb=memory_by_input(5, least=2000),
         runtime=runtime_by_input(30),
     params:
-        code_version=code("perturbflow.evaluation:evaluate"),
+        code_version=code("perturbflow.evaluation.table:evaluate"),
         made_of=made_of("evaluate"),
     script:
         "../scripts/evaluate.py"

@@ -6,30 +6,25 @@ rule report:
         comparisons="results/comparisons.tsv",
         strata="results/strata.tsv",
         verdicts="results/verdicts.tsv",
-        runs=collect(
+        runs=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/run.json",
-            run=plan.runs.itertuples(),
         ),
         metrics=rules.benchmark.input.metrics,
-        predictions=collect(
+        predictions=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/predictions.h5ad",
-            run=plan.runs.itertuples(),
         ),
         harmonizations=collect(
             "results/{dataset}/harmonization.json",
             dataset=plan.runs["dataset"].unique(),
         ),
-        splits=collect(
+        splits=per_split(
             "results/{run.dataset}/{run.split}/split.json",
-            run=plan.runs[["dataset", "split"]].drop_duplicates().itertuples(),
         ),
-        audits=collect(
+        audits=per_split(
             "results/{run.dataset}/{run.split}/audit.json",
-            run=plan.runs[["dataset", "split"]].drop_duplicates().itertuples(),
         ),
-        pairs=collect(
+        pairs=per_split(
             "results/{run.dataset}/{run.split}/pairs.h5ad",
-            run=plan.runs[["dataset", "split"]].drop_duplicates().itertuples(),
         ),
         counterfactuals=rules.counterfactuals.input.effects,
         figures=rules.counterfactuals.input.figures,
@@ -54,7 +49,7 @@ rule report:
         runtime="1h",
     params:
         descriptions=plan.descriptions,
-        code_version=code("perturbflow.report:report"),
+        code_version=code("perturbflow.report.page:report"),
         made_of=made_of("report"),
     script:
         "../scripts/report.py"

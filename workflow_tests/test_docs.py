@@ -20,7 +20,6 @@ import yaml
 from test_envs import rules
 from test_house import MODULES, ORDER, stage
 
-from perturbflow import __version__
 from perturbflow.evaluation import METRICS
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
@@ -196,10 +195,6 @@ def test_what_is_named_in_code_is_there():
     words = {name.rsplit(".", 1)[-1] for name in named if not name.endswith((".py", ".cff", ".md"))}
     assert words
     assert not {word for word in words if not re.search(rf"\b{re.escape(word)}\b", code)}
-
-
-def test_the_version_is_one():
-    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == __version__
 
 
 # --- examples and commands ------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ ORDER = (
     ("evaluation", "bootstrap", "benchmark"),
     ("counterfactuals",),
     ("report",),
+    ("listing", "api", "command"),
 )
 # These hold no step: all may import them, and they import only one another.
 SUPPORT = (
@@ -40,6 +41,7 @@ SUPPORT = (
     "cli",
     "records",
     "code_version",
+    "places",
     "symbols",
     "hgnc",
     "artefacts",

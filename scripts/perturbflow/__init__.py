@@ -2,7 +2,7 @@
 
 The modules follow the way the data flow and import only backwards along it:
 registry → download → harmonize → splits → pairs → embeddings → models → evaluation → counterfactuals → report.
-`registry` and `lineage` are all that the Snakefile imports: they need no torch, scanpy or anndata.
+`registry`, `records` and `code_version` are all that the Snakefile imports: they need no torch, scanpy or anndata.
 """
 
 __version__ = "0.1.0"

@@ -332,6 +332,29 @@ def fitted_digests(evidence: Evidence) -> dict[str, str]:
     }
 
 
+def passed(evidence: Evidence, place: str) -> dict[str, str]:
+    """Return every check by name, with "passed".
+
+    Parameters
+    ----------
+    evidence
+        What is looked at.
+    place
+        Where the pairs are, for the message.
+
+    Raises
+    ------
+    InputError
+        If anything leaked: one line for every finding.
+    """
+    results = {check.__name__: check(evidence) for check in CHECKS}
+    leaks = [f"{name}: {finding}" for name, findings in results.items() for finding in findings]
+    if leaks:
+        raise InputError(f"Leak in {place}: training would see what it is tested on.\n" + "\n".join(leaks))
+    logger.info("%d checks, no leak", len(results))
+    return dict.fromkeys(results, "passed")
+
+
 def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: Path) -> None:
     """Check one split for leaks and write what was checked.
 
@@ -352,15 +375,11 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
     cells = ad.read_h5ad(pairs)
     vectors = Embeddings.read(embeddings)
     evidence = Evidence(roles, cells, ad.read_h5ad(harmonized)[cells.obs_names].copy(), vectors.table)
-    results = {check.__name__: check(evidence) for check in CHECKS}
-    leaks = [f"{name}: {finding}" for name, findings in results.items() for finding in findings]
-    if leaks:
-        raise InputError(f"Leak in {pairs.parent}: training would see what it is tested on.\n" + "\n".join(leaks))
-    logger.info("%d checks, no leak", len(results))
+    checks = passed(evidence, str(pairs.parent))
     write_json(
         audit,
         {
-            "checks": dict.fromkeys(results, "passed"),
+            "checks": checks,
             "sha256": {path.name: file_digest(path) for path in (split, pairs, embeddings)},
             "split_sha256": roles["sha256"],
             "fitted_sha256": fitted_digests(evidence),

@@ -279,16 +279,15 @@ def _roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict) -> pd.Series:
     return by_perturbation(obs, roles, spec["seed"])
 
 
-def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: dict) -> None:
-    """Write the role of every perturbation and cell.
+def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict) -> dict[str, Any]:
+    """Return the content of split.json.
 
     Parameters
     ----------
-    harmonized, harmonization
-        The screen in its common schema, and the account of what was dropped.
-    split
-        JSON to be written: perturbations and cells per role with the SHA-256 of each, members seen per held-out perturbation,
-        what was left out, and what the scores are evidence of.
+    obs
+        Cells of harmonized.h5ad.
+    account
+        Of harmonization.json, organism and perturbations.dropped, which a list of the user's own is read with.
     name, spec
         The split's name and block, as `Plan.split` gives it: held_out is the list of this screen.
 
@@ -297,9 +296,8 @@ def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: d
     InputError
         If the split is not possible on this screen.
     """
-    obs = ad.read_h5ad(harmonized, backed="r").obs
     try:
-        role_of_cell = _roles_of_cells(obs, read_json(harmonization), spec)
+        role_of_cell = _roles_of_cells(obs, account, spec)
     except InputError as error:
         raise InputError(f"splits.{name}: {error}") from error
     labels = obs["perturbation"].astype(str)
@@ -336,4 +334,25 @@ def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: d
         contexts = obs[spec["covariate"]].astype(str)
         content["contexts"] = {role: sorted(set(contexts[cells[role]])) for role in ROLES}
         logger.info("held out: %s %s", spec["covariate"], ", ".join(content["contexts"]["test"]))
-    write_json(split, content)
+    return content
+
+
+def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: dict) -> None:
+    """Write the role of every perturbation and cell.
+
+    Parameters
+    ----------
+    harmonized, harmonization
+        The screen in its common schema, and the account of what was dropped.
+    split
+        JSON to be written: perturbations and cells per role with the SHA-256 of each, members seen per held-out perturbation,
+        what was left out, and what the scores are evidence of.
+    name, spec
+        The split's name and block, as `Plan.split` gives it: held_out is the list of this screen.
+
+    Raises
+    ------
+    InputError
+        If the split is not possible on this screen.
+    """
+    write_json(split, divided(ad.read_h5ad(harmonized, backed="r").obs, read_json(harmonization), name, spec))

@@ -198,6 +198,20 @@ class _Comparison:
         }
 
 
+def _check_table(predictions: ad.AnnData, genes: list[str]) -> None:
+    """Raise InputError unless the predicted cells have the genes of pairs.h5ad in their order, and a perturbation each."""
+    found = list(predictions.var_names)
+    if found != genes:
+        missing, strange = [sorted(set(these) - set(others)) for these, others in ((genes, found), (found, genes))]
+        told = [f"{len(them)} {what} ({', '.join(them[:5])})" for them, what in ((missing, "missing"), (strange, "unknown")) if them]
+        raise InputError(
+            f"predictions and pairs differ in their genes or gene order: {', '.join(told) or 'the same genes in another order'}. "
+            "var_names must be those of pairs.h5ad, in its order."
+        )
+    if "perturbation" not in predictions.obs:
+        raise InputError(f"predictions: obs has no column perturbation, only {', '.join(predictions.obs) or '(none)'}.")
+
+
 def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = NEEDS) -> Scored:
     """Bring predicted and measured cells together.
 
@@ -217,8 +231,7 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = 
         If genes differ, a predicted perturbation has no cells of the role, cells did not start from its controls, or
         expression is negative.
     """
-    if list(predictions.var_names) != cells.genes:
-        raise InputError("predictions and pairs differ in their genes or gene order; predict again.")
+    _check_table(predictions, cells.genes)
     role = str(predictions.uns.get("perturbflow", {}).get("role", "test"))
     labels = sorted(set(predictions.obs["perturbation"].astype(str)))
     is_scored = (cells.obs["role"] == role).to_numpy() & (cells.obs["half"] == "b").to_numpy()

@@ -1,7 +1,11 @@
 """From files to the table of scores."""
 
+from __future__ import annotations
+
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -10,7 +14,46 @@ from perturbflow.evaluation.metrics import METRICS
 from perturbflow.files import atomic, read_json
 from perturbflow.symbols import members_of
 
+if TYPE_CHECKING:  # seconds to import, and the report takes METRICS alone from this package
+    import anndata as ad
+
+    from perturbflow.pairs import Pairs
+
 logger = logging.getLogger(__name__)
+
+
+def scores(predictions: ad.AnnData, cells: Pairs, members_seen: Mapping[str, int], provenance: dict | None = None) -> pd.DataFrame:
+    """Return one row per metric × perturbation.
+
+    Parameters
+    ----------
+    predictions
+        Predicted cells, in memory or backed by their file.
+    cells
+        All cells of pairs.h5ad.
+    members_seen
+        Members of every predicted perturbation that training saw alone.
+    provenance
+        Values of the columns dataset, split, model and seed; empty where there are none.
+
+    Raises
+    ------
+    InputError
+        As `score_inputs`.
+    """
+    scored = score_inputs(predictions, cells)
+    table = pd.DataFrame(
+        {
+            **{key: (provenance or {}).get(key, "") for key in ("dataset", "split", "model", "seed")},
+            "perturbation": scored.labels,
+            "n_members": [len(members_of(label)) for label in scored.labels],
+            "members_seen": [members_seen[label] for label in scored.labels],
+            "n_cells": scored.n_cells,
+            "reliability": scored.reliability,
+            "effect_size": scored.effect_size,
+        }
+    )
+    return pd.concat([table.assign(metric=name, value=metric.function(scored)) for name, metric in METRICS.items()])
 
 
 def evaluate(predictions: Path, pairs: Path, split: Path, metrics: Path, provenance: dict | None = None) -> None:
@@ -28,20 +71,13 @@ def evaluate(predictions: Path, pairs: Path, split: Path, metrics: Path, provena
     from perturbflow.pairs import Pairs
 
     members_seen = read_json(split)["members_seen"]
-    scored = score_inputs(ad.read_h5ad(predictions, backed="r"), Pairs.open(pairs))
-    table = pd.DataFrame(
-        {
-            **{key: (provenance or {}).get(key, "") for key in ("dataset", "split", "model", "seed")},
-            "perturbation": scored.labels,
-            "n_members": [len(members_of(label)) for label in scored.labels],
-            "members_seen": [members_seen[label] for label in scored.labels],
-            "n_cells": scored.n_cells,
-            "reliability": scored.reliability,
-            "effect_size": scored.effect_size,
-        }
-    )
-    table = pd.concat([table.assign(metric=name, value=metric.function(scored)) for name, metric in METRICS.items()])
-    with atomic(metrics) as partial:
-        table.to_csv(partial, sep="\t", index=False, float_format="%.6g")
+    table = scores(ad.read_h5ad(predictions, backed="r"), Pairs.open(pairs), members_seen, provenance)
+    write_scores(metrics, table)
     for name, values in table.groupby("metric", sort=False)["value"]:
         logger.info("%s: %.4f (mean of %d perturbations)", name, values.mean(), values.notna().sum())
+
+
+def write_scores(path: Path, table: pd.DataFrame) -> None:
+    """Write metrics.tsv."""
+    with atomic(path) as partial:
+        table.to_csv(partial, sep="\t", index=False, float_format="%.6g")

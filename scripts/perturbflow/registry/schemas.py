@@ -14,9 +14,9 @@ from referencing import Resource
 from referencing.jsonschema import DRAFT202012
 
 from perturbflow.errors import InputError
+from perturbflow.places import config_folder
 
-SCHEMAS = Path(__file__).resolve().parents[3] / "config" / "schemas"
-CONFIG_FILES = ("config", "datasets", "splits", "models", "counterfactuals")
+SCHEMAS = config_folder() / "schemas"
 # Names in a message; of more, the nearest ones.
 LISTED = 20
 

@@ -1,0 +1,337 @@
+"""The steps as functions of AnnData, for notebooks and other programs: `from perturbflow import api`. Nothing here needs torch.
+
+Each gives what the step of the same name gives. The steps work from file to file: what comes in memory is laid aside in a folder
+that is removed afterwards, so a screen needs room for a copy in the folder of temporary files (TMPDIR). Predictions are scored,
+and splits made, in memory. A path in place of an AnnData is read where it lies.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import anndata as ad
+import pandas as pd
+from scipy import sparse
+
+from perturbflow import audit as audits
+from perturbflow import embeddings as vectors
+from perturbflow import harmonize as harmonization
+from perturbflow import pairs as pairing
+from perturbflow import prediction, splits
+from perturbflow.artefacts import save_artefact
+from perturbflow.embeddings import Embeddings
+from perturbflow.errors import InputError
+from perturbflow.evaluation.table import scores
+from perturbflow.files import read_json, write_json
+from perturbflow.models.base import Ceiling, Run, build
+from perturbflow.pairs import Pairs
+from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.schemas import suggestion
+from perturbflow.registry.shipped import shipped
+from perturbflow.symbols import CONTROL, SEPARATOR, members_of
+
+Cells: TypeAlias = ad.AnnData | Path | str
+
+
+class _Folder(ExitStack):
+    """A folder for what the steps read and write; it is removed at the end of the block."""
+
+    def __enter__(self) -> _Folder:
+        self.path = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="perturbflow_")))
+        return self
+
+    def file(self, cells: Cells, name: str) -> Path:
+        """Return the file of cells: the path that was given, or a copy of what is in memory."""
+        if not isinstance(cells, ad.AnnData):
+            if not Path(cells).is_file():
+                raise InputError(f"there is no file {cells}.")
+            return Path(cells)
+        if not isinstance(cells.X, sparse.csr_matrix):  # what the steps write, and read in blocks of rows
+            cells = ad.AnnData(
+                sparse.csr_matrix(cells.X), cells.obs, cells.var, cells.uns, obsm=dict(cells.obsm), layers=dict(cells.layers)
+            )
+        path = self.path / name
+        cells.write_h5ad(path)
+        return path
+
+    def embeddings(self, table: pd.DataFrame | None, pairs: Path) -> Path:
+        """Return the file of the vectors of genes: those that were given, or what the training cells of the pairs tell."""
+        path = self.path / "embeddings.parquet"
+        if table is None:
+            vectors.embeddings(pairs, path, ["coexpression"])
+        else:
+            table.to_parquet(path)
+        return path
+
+
+def _opened(path: Path) -> Pairs:
+    try:
+        return Pairs.open(path)
+    except (OSError, KeyError) as error:
+        raise InputError(f"{path} is no pairs.h5ad of this workflow: {error}.") from error
+
+
+def _read(cells: Cells, name: str) -> ad.AnnData:
+    if isinstance(cells, ad.AnnData):
+        return cells
+    try:
+        return ad.read_h5ad(cells, backed="r")
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {cells} ({name}).") from error
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{cells} cannot be read as h5ad ({name}): {error}.") from error
+
+
+def harmonize(screen: Cells, block: Mapping[str, Any], qc: Mapping[str, Any] | None = None, name: str = "screen") -> ad.AnnData:
+    """Bring a screen to one schema: raw counts, canonical labels, approved symbols; cells without an assigned perturbation are dropped.
+
+    Parameters
+    ----------
+    screen
+        Raw UMI counts, cells × genes, in X or layers["counts"], with the columns of obs that the block names.
+    block
+        As in config/datasets.yaml, without source: {"perturbation": {"column": ..., "control": [...]}, "covariates": {"batch": ...}}.
+    qc
+        Limits that differ from config/config.yaml, such as {"min_counts": 1000}; None in it switches a limit off.
+    name
+        What obs.dataset holds.
+
+    Returns
+    -------
+    harmonized.h5ad: X CSR float32, integer-valued; obs and var as config/README.md says; uns["perturbflow"] counts what was dropped.
+
+    Raises
+    ------
+    InputError
+        For a key, column, label or value that cannot be used; the message has the fix.
+    """
+    with _Folder() as folder:
+        raw = folder.file(screen, "screen.h5ad")
+        config = shipped(mine={"datasets": {name: {**block, "source": {"path": str(raw)}}}})
+        completed = config["datasets"][name]
+        limits = {**config["qc"], **completed.get("qc", {}), **(qc or {})}
+        harmonization.harmonize(raw, folder.path / "harmonized.h5ad", folder.path / "account.json", name, completed, limits)
+        return ad.read_h5ad(folder.path / "harmonized.h5ad")
+
+
+def _spec(kind: str, options: Mapping[str, Any]) -> dict:
+    """Return the block of a split, checked and completed, as a screen's division reads it."""
+    own = {key: value for key, value in options.items() if value is not None}
+    held_out, fold = own.pop("held_out", None), own.pop("fold", None)
+    if "folds" not in own and kind != "file":
+        own.setdefault("test_fraction", 0.25)
+    specs = shipped(mine={"splits": {"own": {"kind": kind, **own}}})["splits"]
+    names = [name for name in specs if name == "own" or name.startswith("own_fold_")]
+    if "folds" in own and f"own_fold_{fold}" not in names:
+        raise InputError(f"fold {fold} is not possible: of {own['folds']} folds name one from 0 to {own['folds'] - 1}.")
+    spec = dict(specs[f"own_fold_{fold}" if "folds" in own else "own"])
+    return {**spec, "held_out": list(held_out)} if held_out is not None else spec
+
+
+def split(harmonized: Cells, kind: str, *, organism: str = "human", name: str = "own", **options: Any) -> dict[str, Any]:
+    """Divide the cells of a screen into training, validation and test.
+
+    Parameters
+    ----------
+    harmonized
+        A screen as `harmonize` gives it; of it obs alone is read.
+    kind
+        unseen_perturbation, unseen_combination, unseen_context, random_cells or file.
+    organism
+        Whose symbols the labels of a file are: human or mouse.
+    name
+        What messages and the result call the split.
+    **options
+        As in config/splits.yaml: test_fraction (0.25), validation_fraction (0.1), seed (0), covariate, path; folds with fold, which counts
+        from 0; held_out, a list of contexts.
+
+    Returns
+    -------
+    The content of split.json: perturbations and cells per role, what was left out, what scores are evidence of.
+
+    Raises
+    ------
+    InputError
+        For an option that does not exist, and where the split is not possible on this screen.
+    """
+    account = {"organism": organism, "perturbations": {"dropped": {}}}
+    return splits.divided(_read(harmonized, "harmonized").obs, account, name, _spec(kind, options))
+
+
+def split_labels(labels: Sequence[str], kind: str, **options: Any) -> dict[str, list[str]]:
+    """Divide perturbations into training, validation and test, where there are no cells yet.
+
+    Parameters
+    ----------
+    labels
+        Perturbations, GENE or A+B; control is left out, members are sorted.
+    kind
+        unseen_perturbation or unseen_combination.
+    **options
+        test_fraction, validation_fraction, seed, folds and fold, as of `split`.
+
+    Returns
+    -------
+    Labels per role: as JSON, what a split of the kind file reads.
+
+    Raises
+    ------
+    InputError
+        If the kind divides cells, or the perturbations are too few.
+    """
+    spec = _spec(kind, options)
+    divide = {"unseen_perturbation": splits.unseen_perturbation, "unseen_combination": splits.unseen_combination}.get(kind)
+    if divide is None:
+        raise InputError(f"kind {kind} divides no labels, and these are labels: take unseen_perturbation or unseen_combination.")
+    names = sorted({SEPARATOR.join(sorted(members_of(label))) for label in labels if label != CONTROL})
+    fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
+    return divide(names, spec.get("test_fraction"), spec["validation_fraction"], spec["seed"], fold)
+
+
+def pair(harmonized: Cells, split: Mapping[str, Any], n_hvg: int = 2000) -> ad.AnnData:
+    """Make the control/perturbed pairs of a split.
+
+    Parameters
+    ----------
+    harmonized
+        A screen as `harmonize` gives it.
+    split
+        What `split` gave for it.
+    n_hvg
+        Highly variable genes, chosen on training cells; measured perturbed genes are kept besides.
+
+    Returns
+    -------
+    pairs.h5ad: X log1p of normalized counts, (cells, genes); obs.role and obs.half; obsm["control_index"], (cells, 8).
+
+    Raises
+    ------
+    InputError
+        If a role holds no control of a cell type.
+    """
+    with _Folder() as folder:
+        screen, roles, made = folder.file(harmonized, "harmonized.h5ad"), folder.path / "split.json", folder.path / "pairs.h5ad"
+        write_json(roles, dict(split))
+        pairing.pair(screen, roles, made, n_hvg)
+        return ad.read_h5ad(made)
+
+
+def audit(harmonized: Cells, split: Mapping[str, Any] | Path | str, pairs: Cells, embeddings: pd.DataFrame | None = None) -> dict[str, str]:
+    """Look for anything of held-out cells in what a model is trained on.
+
+    Parameters
+    ----------
+    harmonized, split, pairs
+        The screen, the roles of its cells, and their pairs.
+    embeddings
+        Vectors of perturbed genes, genes × dimensions; without them, what training cells tell, which cannot leak.
+
+    Returns
+    -------
+    Every check by name, with "passed".
+
+    Raises
+    ------
+    InputError
+        If anything leaked, with a line for every finding.
+    """
+    roles = dict(split) if isinstance(split, Mapping) else read_json(split)
+    with _Folder() as folder:
+        table = embeddings
+        if table is None:
+            table = Embeddings.read(folder.embeddings(None, folder.file(pairs, "pairs.h5ad"))).table
+        cells = _read(pairs, "pairs").to_memory()
+        screen = _read(harmonized, "harmonized")[cells.obs_names].to_memory()
+        place = "pairs in memory" if isinstance(pairs, ad.AnnData) else str(Path(pairs).parent)
+        return audits.passed(audits.Evidence(roles, cells, screen, table), place)
+
+
+def baseline(
+    name: str,
+    pairs: Cells,
+    embeddings: pd.DataFrame | None = None,
+    *,
+    params: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    max_cells: int | None = None,
+    role: str = "test",
+) -> ad.AnnData:
+    """Fit a model in closed form and predict the held-out perturbations: what any other prediction is to be held against.
+
+    Parameters
+    ----------
+    name
+        Of config/models.yaml: a baseline, an ablation or a ceiling, such as no_change, additive, stacked or technical_duplicate.
+    pairs
+        What `pair` gave.
+    embeddings
+        Vectors of perturbed genes, genes × dimensions; without them, what training cells tell.
+    params
+        What differs from the block of config/models.yaml.
+    seed
+        Governs all that is random.
+    max_cells
+        Most cells per perturbation; without it, predict.max_cells of config/config.yaml. As many are predicted as were measured.
+    role
+        test, or validation to choose between models.
+
+    Returns
+    -------
+    predictions.h5ad: X CSR float32, log1p-normalized, (predicted cells, genes of the pairs); obs.perturbation, cell_type, batch and
+    control_index.
+
+    Raises
+    ------
+    InputError
+        If the model does not exist or is a learned one, or a param is not possible.
+    """
+    config = shipped(mine={"models": {name: {"params": dict(params)}}} if params else None)
+    closed = [model for model, block in config["models"].items() if FAMILIES[block["family"]].rule == "train_closed_form"]
+    if name not in closed:
+        raise InputError(f"'{name}' is no model in closed form.{suggestion(name, closed)}")
+    block = config["models"][name]
+    implementation = FAMILIES[block["family"]].implementation
+    with _Folder() as folder:
+        measured, model, predictions = folder.file(pairs, "pairs.h5ad"), folder.path / "model.npz", folder.path / "predictions.h5ad"
+        vectors_of_genes = Embeddings.read(folder.embeddings(embeddings, measured))
+        family, cells = build(implementation, block["params"]), _opened(measured)
+        cells = cells if isinstance(family, Ceiling) else cells.roles("train", "validation")
+        save_artefact(model, family.fit(cells, vectors_of_genes, Run(seed=seed, checkpoints=folder.path / "checkpoints")))
+        most = config["predict"]["max_cells"] if max_cells is None else max_cells
+        prediction.predict(measured, model, predictions, implementation, block["params"], seed, most, role)
+        return ad.read_h5ad(predictions)
+
+
+def score(predictions: Cells, pairs: Cells) -> pd.DataFrame:
+    """Score predicted cells, made by whatever model, on the measured cells of the same perturbations.
+
+    Parameters
+    ----------
+    predictions
+        X log1p-normalized on the scale of the pairs, (predicted cells, genes of the pairs in their order), 0 or more; obs.perturbation;
+        obs.control_index (the row of the pairs that a cell started from) or obs.batch and obs.cell_type.
+        uns["perturbflow"]["role"] says which cells are the truth (test where it is silent).
+    pairs
+        What `pair` gave, or pairs.h5ad of the workflow.
+
+    Returns
+    -------
+    metrics.tsv: one row per metric × perturbation, with n_cells, reliability, effect_size, metric and value; values NaN where a metric
+    is undefined. Units, ranges and directions: config/README.md, or `perturbflow list metrics`.
+
+    Raises
+    ------
+    InputError
+        If genes differ, a perturbation has no held-out cells, cells did not start from controls of the role, or expression is negative.
+    """
+    cells = _read(predictions, "predictions")
+    with _Folder() as folder:
+        measured = _opened(folder.file(pairs, "pairs.h5ad"))
+        train = measured.obs.loc[measured.obs["role"] == "train", "perturbation"].astype(str)
+        seen = sorted(set(train) - {CONTROL})
+        members_seen = {label: splits.members_seen(label, seen) for label in measured.perturbations}
+        return scores(cells, measured, members_seen).reset_index(drop=True)

@@ -1,0 +1,196 @@
+"""The command `perturbflow`: what exists, scores of predictions made anywhere, audits, splits and what-if questions.
+
+Each verb calls one function of the package, imported when it is needed, so that help waits for no library.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from perturbflow import __version__
+from perturbflow.errors import InputError
+from perturbflow.files import write_json
+from perturbflow.listing import KINDS, listed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REFERENCES = ("no_change", "technical_duplicate")  # what a score is read between
+EXTRAS = {"torch": "models", "pytorch_lightning": "models"}
+Folder = click.Path(path_type=Path)
+
+
+class _Verbs(click.Group):
+    """Verbs whose bad input ends in one message and exit status 1; anything else is a bug, and a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            if extra := EXTRAS.get(error.name or ""):
+                raise click.ClickException(f"this needs {error.name}: pip install 'perturbflow[{extra}]'.") from error
+            raise
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def perturbflow() -> None:
+    """Score predictions of single-cell perturbations alike, whoever made them.
+
+    Results of the workflow are looked for where it writes them: results/DATASET/SPLIT. The workflow itself is run with snakemake.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+
+
+def _require(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """Return files of results/DATASET/SPLIT; InputError names those that are not there."""
+    files = [folder / name for name in names]
+    if missing := [file.name for file in files if not file.is_file()]:
+        what = "there is no such folder" if not folder.is_dir() else f"there is no {' and no '.join(missing)} in it"
+        raise InputError(
+            f"{folder}: {what}. It takes results/DATASET/SPLIT of a run of the workflow; `snakemake pairs` makes what it needs."
+        )
+    return files
+
+
+@perturbflow.command("list")
+@click.argument("kinds", nargs=-1, type=click.Choice(KINDS), metavar="[datasets|splits|models|metrics]...")
+@click.option("--configfile", "files", multiple=True, type=Folder, help="A configuration of yours, whose blocks are listed too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
+def list_(kinds: tuple[str, ...], files: tuple[Path, ...], as_json: bool) -> None:
+    """Show which datasets, splits, models and metrics exist."""
+    tables = listed(kinds or KINDS, files)
+    if as_json:
+        click.echo(json.dumps(tables, indent=1, ensure_ascii=False))
+        return
+    import pandas as pd
+
+    for kind, rows in tables.items():
+        click.echo(f"{kind}\n" + pd.DataFrame(rows).to_string(index=False) + "\n")
+
+
+@perturbflow.command()
+@click.argument("file", type=Folder)
+@click.option(
+    "--against", required=True, type=Folder, metavar="results/DATASET/SPLIT", help="The split whose measured cells are the truth."
+)
+@click.option("--output", type=Folder, help="Write all scores there, one row per metric × perturbation, as metrics.tsv of the workflow.")
+def score(file: Path, against: Path, output: Path | None) -> None:
+    """Score predicted cells on a split.
+
+    FILE is an h5ad with X (log1p-normalized, the genes of pairs.h5ad in their order), obs.perturbation and obs.control_index, or in place of the
+    latter obs.batch and obs.cell_type. Prints the mean of every metric over perturbations; beside it, where the workflow has scored them,
+    the floor (no_change) and the ceiling (technical_duplicate) on the same perturbations.
+    """
+    (pairs,) = _require(against, ("pairs.h5ad",))
+    from perturbflow import api
+    from perturbflow.evaluation.table import write_scores
+
+    place = against.resolve()
+    table = api.score(file, pairs).assign(dataset=place.parent.name, split=place.name, model=file.stem)
+    if output is not None:
+        write_scores(output, table)
+    labels = table["perturbation"].unique()
+    click.echo(f"{file} on {against}: {len(labels)} perturbations")
+    click.echo(_summary(table, against).to_string(index=False, na_rep="–", float_format="{:.4f}".format))
+
+
+def _summary(table: "pd.DataFrame", folder: Path) -> "pd.DataFrame":
+    """Return one row per metric: which way is better, the mean over perturbations, and that of floor and ceiling."""
+    import pandas as pd
+
+    from perturbflow.evaluation.metrics import METRICS
+
+    means = table.groupby("metric", sort=False)["value"].mean()
+    shown = pd.DataFrame({"metric": means.index, "better": [METRICS[name].direction for name in means.index], "mean": means.to_numpy()})
+    for model in REFERENCES:
+        files = sorted(folder.glob(f"{model}/seed_*/metrics.tsv"))
+        if files:
+            known = pd.concat([pd.read_csv(file, sep="\t") for file in files])
+            known = known[known["perturbation"].isin(table["perturbation"])].groupby("metric")["value"].mean()
+            shown[model] = known.reindex(means.index).to_numpy()
+    return shown
+
+
+@perturbflow.command()
+@click.argument("folder", type=Folder, metavar="results/DATASET/SPLIT")
+def audit(folder: Path) -> None:
+    """Check a split for leaks.
+
+    A leak is anything of held-out cells in what models are trained on. All checks are made anew; nothing is written.
+    """
+    split, pairs, embeddings = _require(folder, ("split.json", "pairs.h5ad", "embeddings.parquet"))
+    (harmonized,) = _require(folder.resolve().parent, ("harmonized.h5ad",))
+    from perturbflow import api
+    from perturbflow.embeddings import Embeddings
+
+    for name, outcome in api.audit(harmonized, split, pairs, Embeddings.read(embeddings).table).items():
+        click.echo(f"{outcome}  {name}")
+
+
+@perturbflow.command()
+@click.argument("file", type=Folder)
+@click.option("--kind", required=True, help="unseen_perturbation, unseen_combination, unseen_context, random_cells or file.")
+@click.option("--test-fraction", type=float, help="Of genes, combinations, contexts or cells; 0.25 without it.")
+@click.option("--validation-fraction", type=float, help="Of the same; 0.1 without it.")
+@click.option("--seed", type=int, help="0 without it.")
+@click.option("--folds", type=int, help="In place of a test fraction: as many parts, each the test set of one fold.")
+@click.option("--fold", type=int, help="Which fold, from 0.")
+@click.option("--covariate", help="Kind unseen_context: batch, cell_type or dataset.")
+@click.option("--held-out", multiple=True, help="Kind unseen_context: a context to hold out; may be repeated.")
+@click.option("--path", help="Kind file: JSON with train, validation and test lists of labels.")
+@click.option("--output", required=True, type=Folder, help="The JSON to be written.")
+def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **options: Any) -> None:
+    """Divide a screen, or a list of labels, into roles.
+
+    The roles are training, validation and test. FILE is a harmonized.h5ad: then OUTPUT is a split.json, with a role for every cell. Or FILE is text with a label per line, GENE or
+    A+B: then OUTPUT holds three lists of labels, which a split of the kind `file` reads.
+    """
+    if not file.is_file():
+        raise InputError(f"there is no file {file}; it takes a harmonized.h5ad, or text with a label per line.")
+    from perturbflow import api
+
+    options["held_out"] = list(held_out) or None
+    if file.suffix == ".h5ad":
+        content = api.split(file, kind, name=output.stem, **options)
+        roles = content["perturbations"]
+    else:
+        labels = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        content = roles = api.split_labels([label for label in labels if label], kind, **options)
+    write_json(output, content)
+    click.echo("\n".join(f"{role}: {len(names)} perturbations" for role, names in roles.items()))
+
+
+@perturbflow.command()
+@click.argument("run", type=Folder, metavar="results/DATASET/SPLIT/MODEL/seed_N")
+@click.argument("perturbations", nargs=-1, required=True, metavar="GENE|A+B|all_single...")
+@click.option("--output", required=True, type=Folder, help="Where to write, without suffix: .h5ad, .tsv, .ranking.tsv and four figures.")
+@click.option("--cells", default="control", show_default=True, help='control, or JSON that selects, such as \'{"batch": ["1"]}\'.')
+@click.option("--samples-per-cell", default=50, show_default=True, help="Outcomes drawn per cell.")
+@click.option("--keep-samples", is_flag=True, help="Store every outcome, not their mean alone.")
+@click.option("--groups", default="cell_type", show_default=True, help="The obs column that answers are given by.")
+@click.option("--search", default="null", help="JSON: the state to search perturbations towards.")
+def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any) -> None:
+    """Ask a trained model a what-if question.
+
+    What would become of cells if these genes were perturbed in them? The first question about a model also checks the model and
+    writes its warranty beside it. What each option means: config/README.md, counterfactuals.yaml.
+    """
+    from perturbflow.counterfactuals import asking
+
+    asking.ask(run, list(perturbations), output, **options)
+
+
+def main() -> None:
+    """Run the command of this process."""
+    perturbflow(prog_name="perturbflow")
+
+
+if __name__ == "__main__":
+    main()

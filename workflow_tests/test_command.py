@@ -1,0 +1,206 @@
+"""The command `perturbflow`: its verbs do what the steps do, and bad input ends in one message."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import pandas as pd
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from conftest import REPOSITORY, SPECS, Prepared
+
+from perturbflow import __version__, api
+from perturbflow.command import perturbflow
+from perturbflow.evaluation import METRICS
+from perturbflow.registry.families import FAMILIES
+from perturbflow.training import train
+
+VERBS = {"list", "score", "audit", "split", "ask"}
+
+
+def call(*arguments: object) -> Result:
+    """Call the command in this process; what is a bug is raised."""
+    return CliRunner().invoke(perturbflow, [*map(str, arguments)], catch_exceptions=False)
+
+
+def refused(*arguments: object) -> str:
+    """Call the command, which must end in one message and exit status 1; return the message."""
+    done = call(*arguments)
+    assert done.exit_code == 1, done.output
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: ")
+    return done.stderr
+
+
+@pytest.fixture
+def results(prepared: dict[str, Prepared], tmp_path: Path) -> Path:
+    """Return results/mine/unseen_combination as the workflow leaves it, before any model."""
+    here = prepared["unseen_combination"]
+    folder = tmp_path / "results" / "mine" / "unseen_combination"
+    folder.mkdir(parents=True)
+    shutil.copy(here.harmonized, folder.parent)
+    for file in (here.split, here.pairs, here.embeddings):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def predictions(results: Path, tmp_path: Path) -> Path:
+    """Return predictions of the sum of single effects, made by hand."""
+    file = tmp_path / "theirs.h5ad"
+    api.baseline("additive", results / "pairs.h5ad").write_h5ad(file)
+    return file
+
+
+# --- what it says of itself -----------------------------------------------------------------------------------------
+
+
+def test_help_names_every_verb_in_a_sentence() -> None:
+    shown = call("--help").output
+    assert set(perturbflow.commands) >= VERBS
+    for name, verb in perturbflow.commands.items():
+        assert re.search(rf"^  {name} +\S.*\.$", shown, flags=re.MULTILINE), f"{name} has no sentence of its own in --help"
+        help_of_verb = call(name, "--help").output
+        assert all(parameter.help or parameter.param_type_name == "argument" for parameter in verb.params)
+        assert help_of_verb.startswith(f"Usage: perturbflow {name}")
+    assert call("--version").output == f"perturbflow {__version__}\n"
+
+
+def test_help_is_light() -> None:
+    command = "import sys, perturbflow.command; print({'torch', 'anndata', 'scanpy', 'pandas'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts")}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# --- list -----------------------------------------------------------------------------------------------------------
+
+
+def test_list_shows_all_that_exists() -> None:
+    shown = json.loads(call("list", "--json").stdout)
+    names = {kind: [row["name"] for row in rows] for kind, rows in shown.items()}
+    for kind in ("datasets", "splits", "models"):
+        assert names[kind] == list(yaml.safe_load((REPOSITORY / "config" / f"{kind}.yaml").read_text())[kind])
+    assert names["metrics"] == list(METRICS)
+    assert {row["kind"] for row in shown["models"]} == {family.kind for family in FAMILIES.values()}
+    table = call("list", "models", "metrics").stdout
+    assert all(re.search(rf"^ *{name} ", table, flags=re.MULTILINE) for name in names["models"] + names["metrics"])
+    assert "norman2019" not in table
+
+
+def test_list_shows_what_a_configuration_adds(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("models: {linear_30: {family: linear}}\nsplits: {genes: {kind: unseen_perturbation, folds: 3}}\n")
+    shown = json.loads(call("list", "splits", "models", "--configfile", mine, "--json").stdout)
+    assert "linear_30" in [row["name"] for row in shown["models"]]
+    assert {"genes_fold_0", "genes_fold_1", "genes_fold_2"} < {row["name"] for row in shown["splits"]}
+    mine.write_text("models: {linear_30: {famly: linear}}\n")
+    assert "mine.yaml" in refused("list", "--configfile", mine)
+    assert "there is no configuration file" in refused("list", "--configfile", tmp_path / "none.yaml")
+
+
+# --- score ----------------------------------------------------------------------------------------------------------
+
+
+def test_score_prints_means_and_writes_what_the_step_writes(results: Path, predictions: Path, tmp_path: Path) -> None:
+    done = call("score", predictions, "--against", results, "--output", tmp_path / "metrics.tsv")
+    assert done.exit_code == 0, done.output
+    written = pd.read_csv(tmp_path / "metrics.tsv", sep="\t")
+    assert (written[["dataset", "split", "model"]] == ["mine", "unseen_combination", "theirs"]).all(axis=None)
+    expected = api.score(predictions, results / "pairs.h5ad")
+    pd.testing.assert_series_equal(written["value"], expected["value"], rtol=1e-5)
+    for metric, mean in expected.groupby("metric")["value"].mean().items():
+        assert re.search(rf"^ *{metric} +{METRICS[metric].direction} +{mean:.4f}$", done.stdout, flags=re.MULTILINE)
+    assert "no_change" not in done.stdout
+
+
+def test_score_stands_between_floor_and_ceiling_of_the_same_perturbations(results: Path, predictions: Path) -> None:
+    floor = api.score(api.baseline("no_change", results / "pairs.h5ad"), results / "pairs.h5ad")
+    for seed in (0, 1):
+        folder = results / "no_change" / f"seed_{seed}"
+        folder.mkdir(parents=True)
+        floor.to_csv(folder / "metrics.tsv", sep="\t", index=False)
+    one = floor["perturbation"].iloc[0]
+    few = ad.read_h5ad(predictions)
+    few[few.obs["perturbation"] == one].write_h5ad(predictions)
+    shown = call("score", predictions, "--against", results).stdout
+    value = floor.loc[(floor["metric"] == "mae") & (floor["perturbation"] == one), "value"].item()
+    assert "1 perturbations" in shown
+    assert re.search(rf"^ *mae +lower +[\d.]+ +{value:.4f}$", shown, flags=re.MULTILINE)
+
+
+def test_score_refuses_in_words(results: Path, predictions: Path, tmp_path: Path) -> None:
+    assert "there is no such folder" in refused("score", predictions, "--against", tmp_path / "results" / "none")
+    assert "there is no pairs.h5ad in it" in refused("score", predictions, "--against", results.parent)
+    assert "there is no file" in refused("score", tmp_path / "none.h5ad", "--against", results)
+    cells = ad.read_h5ad(predictions)
+    cells[:, 1:].write_h5ad(predictions)
+    assert "1 missing (TF1)" in refused("score", predictions, "--against", results)
+
+
+# --- audit, split, ask ----------------------------------------------------------------------------------------------
+
+
+def test_audit_names_every_check_or_the_leak(results: Path, prepared: dict[str, Prepared]) -> None:
+    done = call("audit", results)
+    assert done.exit_code == 0, done.output
+    checks = json.loads(prepared["unseen_combination"].audit.read_text())["checks"]
+    assert sorted(done.stdout.splitlines()) == sorted(f"passed  {name}" for name in checks)
+    cells = ad.read_h5ad(results / "pairs.h5ad")
+    cells.obs["test_labels"] = cells.obs["perturbation"]
+    cells.write_h5ad(results / "pairs.h5ad")
+    assert "nothing_else_is_carried" in refused("audit", results)
+    (results / "split.json").unlink()
+    (results / "embeddings.parquet").unlink()
+    assert "there is no split.json and no embeddings.parquet in it" in refused("audit", results)
+
+
+def test_split_of_cells_and_of_labels(results: Path, tmp_path: Path) -> None:
+    options = ["--kind", "unseen_combination", "--test-fraction", 0.3, "--validation-fraction", 0.15]
+    expected = json.loads((results / "split.json").read_text())
+    done = call("split", results.parent / "harmonized.h5ad", *options, "--output", tmp_path / "split.json")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "split.json").read_text())["cells"] == expected["cells"]
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join([name for role in expected["perturbations"].values() for name in role] + ["control", ""]))
+    assert call("split", labels, *options, "--output", tmp_path / "roles.json").exit_code == 0
+    assert json.loads((tmp_path / "roles.json").read_text()) == expected["perturbations"]
+    assert SPECS["unseen_combination"]["test_fraction"] == 0.3
+    assert "there is no file" in refused("split", tmp_path / "none.txt", *options, "--output", tmp_path / "none.json")
+    assert "'unseen' is not possible" in refused("split", labels, "--kind", "unseen", "--output", tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_ask_answers_and_names_what_is_missing(results: Path, prepared: dict[str, Prepared], tmp_path: Path) -> None:
+    run = results / "additive" / "seed_0"
+    about = (FAMILIES["additive"].implementation, {}, 0)
+    train(
+        results / "pairs.h5ad",
+        results / "embeddings.parquet",
+        prepared["unseen_combination"].audit,
+        run / "model.npz",
+        run / "run.json",
+        *about,
+    )
+    options = ["--output", tmp_path / "answers" / "mine", "--samples-per-cell", 2]
+    done = call("ask", run, "TF1", "TF4+TF3", *options, "--cells", '{"batch": ["b1"]}')
+    assert done.exit_code == 0, done.output
+    cells = ad.read_h5ad(tmp_path / "answers" / "mine.h5ad")
+    assert set(cells.obs["perturbation"]) == {"TF1", "TF3+TF4"}
+    assert set(cells.obs["batch"]) == {"b1"}
+    assert "this is no JSON" in refused("ask", run, "TF1", *options, "--cells", "b1")
+    assert "there is no model.ckpt or model.npz in it" in refused("ask", results, "TF1", *options)
+
+
+def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def without_torch(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("perturbflow.counterfactuals.asking.ask", without_torch)
+    assert "pip install 'perturbflow[models]'" in refused("ask", tmp_path, "TF1", "--output", tmp_path / "a")
