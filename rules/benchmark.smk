@@ -2,7 +2,7 @@ rule benchmark:
     """Gather all scores: means, what the metrics can tell, differences to baselines, strata, and a verdict per model."""
     input:
         metrics=per_run(
-            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv",
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv"
         ),
         again=again("benchmark"),
     output:

@@ -40,9 +40,11 @@ def looked_up(function):
 # What the user gives (--configfile, --config, or the host of a module) lies above config/*.yaml. Messages name the file of a
 # mistake; the user's own come last, as they override.
 _files = [*shipped_files(), *map(Path, workflow.overwrite_configfiles)]
+# As a module of another workflow: its rules may make the files that its configuration names.
+_is_module = Path(workflow.basedir).resolve() != _root.resolve()
 
 try:
-    plan = Plan(above_shipped(config), _files)
+    plan = Plan(above_shipped(config), _files, files_are_there=not _is_module)
     require_writable([".snakemake", "logs", "benchmarks", *plan.folders()])
 except InputError as error:
     raise WorkflowError(f"The configuration cannot be run.\n{error}") from None

@@ -7,25 +7,19 @@ rule report:
         strata="results/strata.tsv",
         verdicts="results/verdicts.tsv",
         runs=per_run(
-            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/run.json",
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/run.json"
         ),
         metrics=rules.benchmark.input.metrics,
         predictions=per_run(
-            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/predictions.h5ad",
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/predictions.h5ad"
         ),
         harmonizations=collect(
             "results/{dataset}/harmonization.json",
             dataset=plan.runs["dataset"].unique(),
         ),
-        splits=per_split(
-            "results/{run.dataset}/{run.split}/split.json",
-        ),
-        audits=per_split(
-            "results/{run.dataset}/{run.split}/audit.json",
-        ),
-        pairs=per_split(
-            "results/{run.dataset}/{run.split}/pairs.h5ad",
-        ),
+        splits=per_split("results/{run.dataset}/{run.split}/split.json"),
+        audits=per_split("results/{run.dataset}/{run.split}/audit.json"),
+        pairs=per_split("results/{run.dataset}/{run.split}/pairs.h5ad"),
         counterfactuals=rules.counterfactuals.input.effects,
         figures=rules.counterfactuals.input.figures,
         warranties=rules.counterfactuals.input.warranties,

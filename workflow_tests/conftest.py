@@ -282,10 +282,15 @@ class Outcome:
 
 
 def run_snakemake(
-    folder: Path, *arguments: str, config: dict | None = None, repository: Path = REPOSITORY, environment: dict | None = None
+    folder: Path,
+    *arguments: str,
+    config: dict | None = None,
+    repository: Path = REPOSITORY,
+    environment: dict | None = None,
+    python: str = sys.executable,
 ) -> Outcome:
     """Run the workflow in a folder; `config` becomes the user's own configuration file there."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2", "--nocolor"]
+    command = [python, "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2", "--nocolor"]
     command += map(str, arguments)
     if config is not None:
         (folder / "mine.yaml").write_text(yaml.safe_dump(config))

@@ -9,10 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import h5py
@@ -43,7 +46,6 @@ CODE = {
     "the baselines": ("models/baselines.py", "1e-10 * s[0]", "1e-3 * s[0]"),
 }
 NUMBERS = ("the metrics", "the pairing", "the baselines")
-BEFORE_TRAINING = ("harmonize", "split", "pair", "embeddings", "audit")
 
 
 def is_moment(name: str) -> bool:
@@ -59,6 +61,7 @@ class Place:
     """
 
     folder: Path
+    python: str = sys.executable
     state: dict = field(default_factory=lambda: {"screen": 0, "roles": 0, "code": [], **{name: values[0] for name, values in CONFIG.items()}})
     trained: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
@@ -113,7 +116,7 @@ class Place:
         """Run the workflow to its end, and note a training that was there already."""
         self.write()
         before = self._log_stamp()
-        outcome = run_snakemake(self.folder, *arguments, config=self.config(), repository=self.repository)
+        outcome = run_snakemake(self.folder, *arguments, config=self.config(), repository=self.repository, python=self.python)
         self._note_training(before)
         return outcome
 
@@ -122,7 +125,7 @@ class Place:
         self.write()
         before = self._log_stamp()
         (self.folder / "mine.yaml").write_text(yaml.safe_dump(self.config()))
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(self.repository / "Snakefile"), "--cores", "2", "--configfile", "mine.yaml"]
+        command = [self.python, "-m", "snakemake", "--snakefile", str(self.repository / "Snakefile"), "--cores", "2", "--configfile", "mine.yaml"]
         rule = dice.choice(("train_diffusion", "pair", ""))
         command += ["--forcerun", rule] if rule else []
         variables = {**os.environ, "XDG_CACHE_HOME": str(self.folder / ".cache")}
@@ -133,7 +136,7 @@ class Place:
                 os.killpg(process.pid, dice.choice((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)))
             process.wait(120)
         time.sleep(0.5)
-        run_snakemake(self.folder, "--unlock", config=self.config(), repository=self.repository)
+        run_snakemake(self.folder, "--unlock", config=self.config(), repository=self.repository, python=self.python)
         self._note_training(before)
 
     def _log_stamp(self) -> int:
@@ -164,17 +167,11 @@ def write_if_other(path: Path, content: bytes) -> None:
         path.write_bytes(content)
 
 
-_SCREENS: dict[int, bytes] = {}
-
-
+@cache
 def screen(seed: int) -> bytes:
     """Return the bytes of a small screen."""
-    if seed not in _SCREENS:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            _SCREENS[seed] = write_screen(Path(folder), seed).read_bytes()
-    return _SCREENS[seed]
+    with tempfile.TemporaryDirectory() as folder:
+        return write_screen(Path(folder), seed).read_bytes()
 
 
 # --- what people do -------------------------------------------------------------------------------------------------
@@ -321,12 +318,11 @@ def finish(place: Place) -> tuple[Outcome, int]:
 
 
 class References:
-    """Runs from nothing, one for every state that a sequence ends in."""
+    """Runs from nothing, one for every state that a sequence ends in, with a copy of the same repository."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, start: Place) -> None:
+        self.folder, self.start = folder, start
         folder.mkdir(parents=True, exist_ok=True)
-        self.found: dict[str, dict[str, str]] = {}
 
     def files(self, state: dict) -> dict[str, str]:
         """Return the files of a run from nothing in this state."""
@@ -336,7 +332,9 @@ class References:
         kept = self.folder / f"{key}.json"
         if kept.exists():
             return json.loads(kept.read_text())
-        place = Place(self.folder / key, {**state, "reference": ""})
+        place = Place(self.folder / key, self.start.python, {**state, "reference": ""})
+        shutil.rmtree(place.folder, ignore_errors=True)
+        shutil.copytree(self.start.repository, place.repository)  # with what is compiled
         finish(place)
         kept.write_text(json.dumps(place.files()))
         shutil.rmtree(place.folder)
@@ -347,7 +345,7 @@ def undergo(seed: int, start: Place, folder: Path, references: References, n_act
     """Do a random sequence to a copy of a finished folder, run to the end, and compare with a run from nothing."""
     dice = random.Random(seed)
     shutil.copytree(start.folder, folder, ignore=shutil.ignore_patterns(".cache"))
-    place = Place(folder, dict(start.state), list(start.trained))
+    place = Place(folder, start.python, deepcopy(start.state), list(start.trained))
     for action in dice.choices(list(ACTIONS), weights=list(ACTIONS.values()), k=n_actions):
         place.done.append(action.__name__)
         if action in (delete, damage, ask_single) and not place.results():
@@ -355,6 +353,9 @@ def undergo(seed: int, start: Place, folder: Path, references: References, n_act
         place.done[-1] = action(place, dice)
         kept = place.folder / LEARNED / ".made/finished"
         place.excused |= not kept.exists() or any("deleted records" in done for done in place.done[-1:])
+    if dice.random() < 0.6:  # back to where it began: nothing may be left of what was there in between
+        place.state = deepcopy(start.state)
+        place.done.append("undid all edits")
     place.done.append("ran to the end")
     _, messages = finish(place)
     mine, right = place.files(), references.files(place.state)

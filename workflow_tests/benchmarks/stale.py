@@ -8,11 +8,13 @@ The short form of this is `workflow_tests/test_sequences.py`. What is found is w
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests")]
 
+from forked import interpreter  # noqa: E402
 from sequences import Place, References, Verdict, finish, summary, undergo  # noqa: E402
 
 
@@ -25,21 +27,26 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
-    references = References(folder / "references")
-    start = Place(folder / "start")
+    with interpreter() as python:
+        print(summary(list(undergone(folder, python, arguments.first, arguments.sequences, arguments.actions))))
+
+
+def undergone(folder: Path, python: str, first: int, n: int, n_actions: int) -> Iterator[Verdict]:
+    """Yield what came of every sequence; those that are done already are read."""
+    start = Place(folder / "start", python)
+    references = References(folder / "references", start)
     if not (start.folder / "results/report.html").exists():
         finish(start)
     start.trained = [start.trains_on()]
-    verdicts = []
-    for seed in range(arguments.first, arguments.first + arguments.sequences):
+    for seed in range(first, first + n):
         found = folder / f"sequence_{seed}.json"
         if not found.exists():
-            verdict = undergo(seed, start, folder / f"sequence_{seed}", references, arguments.actions)
+            verdict = undergo(seed, start, folder / f"sequence_{seed}", references, n_actions)
             found.write_text(json.dumps(vars(verdict)))
-        verdicts.append(Verdict(**json.loads(found.read_text())))
-        mark = "ok" if verdicts[-1].is_good else f"STALE {verdicts[-1].stale} NEEDLESS {verdicts[-1].needless} AGAIN {verdicts[-1].repeated}"
-        print(f"{seed}: {'; '.join(verdicts[-1].done)}: {mark}", flush=True)
-    print(summary(verdicts))
+        verdict = Verdict(**json.loads(found.read_text()))
+        bad = f"stale {verdict.stale}, needless {verdict.needless}, again {verdict.repeated}"
+        print(f"{seed}: {'; '.join(verdict.done)}: {'right' if verdict.is_good else bad}", flush=True)
+        yield verdict
 
 
 if __name__ == "__main__":

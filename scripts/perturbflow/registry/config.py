@@ -83,18 +83,12 @@ def _check_embeddings(config: dict, datasets: Sequence[str], files: Sequence[Pat
     where = ["embeddings", "sources"]
     file = holding_file(files, where)
     for source in config["embeddings"]["sources"]:
-        if isinstance(source, dict):
-            if not Path(source["file"]).is_file():
-                raise InputError(
-                    f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()})."
-                )
-        elif source != COEXPRESSION:
+        if isinstance(source, str) and source != COEXPRESSION:
             if source not in config["priors"]:
                 raise InputError(
                     f"{file}embeddings.sources: {source!r} is not possible.{suggestion(source, [COEXPRESSION, *config['priors']])}"
                 )
             prior = config["priors"][source]
-            _check_path(["priors", source], prior, files)
             if others := [name for name in datasets if config["datasets"][name]["organism"] != prior["organism"]]:
                 raise InputError(
                     f"{file}embeddings.sources: '{source}' knows {prior['organism']} genes, and {', '.join(others)} is of another organism; "
@@ -159,7 +153,7 @@ def _expand_folds(splits: dict, files: Sequence[Path]) -> tuple[dict, dict[str, 
     return expanded, folds
 
 
-def complete(config: dict, files: Sequence[Path] = ()) -> dict:
+def complete(config: dict, files: Sequence[Path] = (), files_are_there: bool = True) -> dict:
     """Return the configuration checked and completed with defaults.
 
     Parameters
@@ -168,6 +162,8 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
         The merged configuration.
     files
         The files it was merged from, in order: error messages name the one that holds the mistake.
+    files_are_there
+        Whether the user's own files have to be there already; rules of a host workflow may make them later.
 
     Raises
     ------
@@ -219,13 +215,27 @@ def complete(config: dict, files: Sequence[Path] = ()) -> dict:
             raise InputError(f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions.")
     queries = [config["counterfactuals"][name] for name in config["select"]["counterfactuals"]]
     datasets = list(dict.fromkeys([*config["select"]["datasets"], *[query["dataset"] for query in queries]]))
+    _check_embeddings(config, datasets, files)
+    if files_are_there:
+        splits = [*config["select"]["splits"], *[query["split"] for query in queries]]
+        models = [*config["select"]["models"], *[query["model"] for query in queries]]
+        _check_own_files(config, datasets, dict.fromkeys(splits), dict.fromkeys(models), files)
+    return config
+
+
+def _check_own_files(config: dict, datasets: Iterable[str], splits: Iterable[str], models: Iterable[str], files: Sequence[Path]) -> None:
+    """Check that the user's own files are there that are selected."""
     for name in datasets:
         _check_path(["datasets", name], config["datasets"][name], files)
-    for name in dict.fromkeys([*config["select"]["splits"], *[query["split"] for query in queries]]):
+    for name in splits:
         path = config["splits"][name].get("path")
         if path is not None and not Path(path).is_file():
             file = holding_file(files, ["splits", name, "path"])
             raise InputError(f"{file}splits.{name}.path: there is no file '{path}' (looked for {Path(path).absolute()}).")
-    _check_embeddings(config, datasets, files)
-    _check_model_files(config, dict.fromkeys([*config["select"]["models"], *[query["model"] for query in queries]]), files)
-    return config
+    for source in config["embeddings"]["sources"]:
+        if isinstance(source, dict) and not Path(source["file"]).is_file():
+            file = holding_file(files, ["embeddings", "sources"])
+            raise InputError(f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()}).")
+        if isinstance(source, str) and source != COEXPRESSION:
+            _check_path(["priors", source], config["priors"][source], files)
+    _check_model_files(config, models, files)

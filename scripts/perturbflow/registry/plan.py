@@ -20,6 +20,8 @@ class Plan:
         The merged configuration, as Snakemake hands it over.
     files
         The configuration files, for messages.
+    files_are_there
+        Whether the user's own files have to be there already.
 
     Attributes
     ----------
@@ -35,8 +37,8 @@ class Plan:
         One sentence per selection that cannot be.
     """
 
-    def __init__(self, config: dict, files: Sequence[Path] = ()) -> None:
-        self.config = complete(config, files)
+    def __init__(self, config: dict, files: Sequence[Path] = (), files_are_there: bool = True) -> None:
+        self.config = complete(config, files, files_are_there)
         select = self.config["select"]
         rows, left_out = [], []
         for dataset in select["datasets"]:
