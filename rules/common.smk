@@ -10,6 +10,7 @@ from os.path import getsize, isfile
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.iocontainers import Wildcards
 
 # Jobs find the package beside their script; rules are told where its light part is. Fetched one by one from a host, as
 # module(snakefile=github(...)) does, the rules stand alone: the package has to be installed then.
@@ -103,18 +104,30 @@ def _values(rule, wildcards):
 def again(rule):
     """Return the last input of a rule: the mark that makes its job run again if its results are not what it would make now."""
 
+    @cache
+    def is_stale(*place):
+        wildcards = Wildcards(fromdict=dict(place))
+        results, inputs, _ = _parts(rule)
+        results = [path for path in _fill(results, wildcards) if isfile(path)]
+        if not results:
+            return False
+        inputs = _fill(inputs, wildcards)
+        reason = records.why_stale(results, _values(rule, wildcards), inputs)
+        if reason:
+            _tell(reason)
+            records.outdate(results)
+        else:
+            records.settle(results, inputs)
+        return bool(reason)
+
     def mark(wildcards):
-        if workflow.is_main_process:
-            results, inputs, _ = _parts(rule)
-            results = [path for path in _fill(results, wildcards) if isfile(path)]
-            if results:
-                inputs = _fill(inputs, wildcards)
-                reason = records.why_stale(results, _values(rule, wildcards), inputs)
-                if reason:
-                    _tell(reason)
-                    return local(str(records.CHANGED))
-                records.settle(results, inputs)
-        return ancient(local(str(records.CHANGED)))
+        # A job's own process is handed what was planned.
+        is_new = workflow.is_main_process and is_stale(*wildcards.items())
+        return (
+            local(str(records.CHANGED))
+            if is_new
+            else ancient(local(str(records.CHANGED)))
+        )
 
     return looked_up(mark)
 
@@ -122,12 +135,10 @@ def again(rule):
 def _tell(reason):
     """Say why a job runs again; the mark becomes newer than its results."""
     _told.append(reason)
-    with records.CHANGED.open("a" if len(_told) > 1 else "w") as file:
-        file.write(
-            f"{datetime.now(UTC).isoformat()}\n{reason}\n"
-            if len(_told) == 1
-            else f"{reason}\n"
-        )
+    if len(_told) == 1:
+        records.CHANGED.write_text(f"{datetime.now(UTC).isoformat()}\n")
+    with records.CHANGED.open("a") as file:
+        file.write(f"{reason}\n")
     if len(_told) <= 10:
         print(f"Made again: {reason}.", file=sys.stderr)
     elif len(_told) == 11:

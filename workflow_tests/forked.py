@@ -69,7 +69,8 @@ def serve(address: str, client: str) -> None:
     listener.bind(address)
     listener.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    print("ready", flush=True)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -116,7 +117,7 @@ def _run(arguments: list[str]) -> int:
         arguments = arguments[1:]
     is_module = arguments[0] == "-m"
     sys.argv = arguments[1:] if is_module else arguments
-    sys.path[0] = os.getcwd() if is_module else str(Path(arguments[0]).resolve().parent)
+    sys.path[0] = str(Path.cwd()) if is_module else str(Path(arguments[0]).resolve().parent)
     try:
         if is_module:
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -125,9 +126,9 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as ended:
         if ended.code is None or isinstance(ended.code, int):
             return (ended.code or 0) & 0xFF
-        print(ended.code, file=sys.stderr)
+        sys.stderr.write(f"{ended.code}\n")
         return 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001  as Python itself does
         traceback.print_exc()
         return 1
     return 0

@@ -34,7 +34,14 @@ ROLES = [
     {"train": PERTURBED[:6] + COMBINATIONS[:3], "validation": [], "test": [*PERTURBED[6:], *COMBINATIONS[3:]]},
 ]
 # What of the configuration is changed: name → values, the first of which every sequence starts with.
-CONFIG = {"n_hvg": (40, 30), "n_steps": (40, 50), "ridge": (0.1, 0.5), "max_cells": (1000, 12), "min_counts": (None, 900), "reference": ("", "doi:10.1/x")}
+CONFIG = {
+    "n_hvg": (40, 30),
+    "n_steps": (40, 50),
+    "ridge": (0.1, 0.5),
+    "max_cells": (1000, 12),
+    "min_counts": (None, 900),
+    "reference": ("", "doi:10.1/x"),
+}
 # Code: name → file of the package, text there, and what takes its place. `words` are edits that change no number.
 CODE = {
     "a message": ("files.py", "is not valid JSON", "cannot be read as JSON"),
@@ -62,7 +69,9 @@ class Place:
 
     folder: Path
     python: str = sys.executable
-    state: dict = field(default_factory=lambda: {"screen": 0, "roles": 0, "code": [], **{name: values[0] for name, values in CONFIG.items()}})
+    state: dict = field(
+        default_factory=lambda: {"screen": 0, "roles": 0, "code": [], **{name: values[0] for name, values in CONFIG.items()}}
+    )
     trained: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     needless: list[str] = field(default_factory=list)
@@ -125,7 +134,17 @@ class Place:
         self.write()
         before = self._log_stamp()
         (self.folder / "mine.yaml").write_text(yaml.safe_dump(self.config()))
-        command = [self.python, "-m", "snakemake", "--snakefile", str(self.repository / "Snakefile"), "--cores", "2", "--configfile", "mine.yaml"]
+        command = [
+            self.python,
+            "-m",
+            "snakemake",
+            "--snakefile",
+            str(self.repository / "Snakefile"),
+            "--cores",
+            "2",
+            "--configfile",
+            "mine.yaml",
+        ]
         rule = dice.choice(("train_diffusion", "pair", ""))
         command += ["--forcerun", rule] if rule else []
         variables = {**os.environ, "XDG_CACHE_HOME": str(self.folder / ".cache")}
@@ -371,7 +390,14 @@ def undergo(seed: int, start: Place, folder: Path, references: References, n_act
 def summary(verdicts: list[Verdict]) -> str:
     """Return the table of what was done and what came of it, in Markdown."""
     kinds = Counter(re.sub(r"[ =].*", "", done) for verdict in verdicts for done in verdict.done)
-    lines = ["| sequences | actions | stale results | needless trainings | something to do after the end | messages |", "| --- | --- | --- | --- | --- | --- |"]
-    counts = [len(verdicts), kinds.total(), *(sum(map(bool, (getattr(v, name) for v in verdicts))) for name in ("stale", "needless", "repeated"))]
+    lines = [
+        "| sequences | actions | stale results | needless trainings | something to do after the end | messages |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    counts = [
+        len(verdicts),
+        kinds.total(),
+        *(sum(map(bool, (getattr(v, name) for v in verdicts))) for name in ("stale", "needless", "repeated")),
+    ]
     lines.append(f"| {' | '.join(map(str, counts))} | {sum(verdict.messages for verdict in verdicts)} |")
     return "\n".join(lines)

@@ -213,7 +213,16 @@ def test_run_json_tells_what_went_in(prepared: dict[str, Prepared], tmp_path: Pa
     here = prepared["unseen_combination"]
     paths = (tmp_path / "model.npz", tmp_path / "run.json")
     params = {"n_components": 3, "ridge": 0.5}
-    train(here.pairs, here.embeddings, here.audit, *paths, "baselines:Linear", params, 7, provenance={"model": "linear", "code_version": "abc"})
+    train(
+        here.pairs,
+        here.embeddings,
+        here.audit,
+        *paths,
+        "baselines:Linear",
+        params,
+        7,
+        provenance={"model": "linear", "code_version": "abc"},
+    )
     content = json.loads(paths[1].read_text())
     assert content["params"] == params
     assert content["seed"] == 7

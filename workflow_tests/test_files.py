@@ -67,6 +67,14 @@ def test_a_manifest_leads_to_the_files_beside_it(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.json"
     write_json(manifest, {"files": {"matrix": {"file": "m.mtx", "bytes": 3}, "barcodes": {"file": "b.tsv", "bytes": 2}}})
     assert manifest_files(manifest) == {"matrix": tmp_path / "m.mtx", "barcodes": tmp_path / "b.tsv"}
+    content = read_json(manifest)
+    content["files"]["matrix"]["sha256"] = file_digest(tmp_path / "m.mtx")
+    content["files"]["barcodes"]["sha256"] = file_digest(tmp_path / "b.tsv")
+    write_json(manifest, content)
+    assert manifest_files(manifest, whole=True) == manifest_files(manifest)
+    (tmp_path / "b.tsv").write_bytes(b"21")
+    with pytest.raises(InputError, match=r"b\.tsv is missing or not the 2 bytes"):
+        manifest_files(manifest, whole=True)
     (tmp_path / "b.tsv").write_bytes(b"1")
     with pytest.raises(InputError, match=r"b\.tsv is missing or not the 2 bytes.*Delete .*manifest\.json"):
         manifest_files(manifest)

@@ -574,7 +574,7 @@ def test_a_users_own_triggers_are_obeyed(copied: Callable[..., Finished]) -> Non
 def test_nothing_of_snakemakes_own_is_replaced() -> None:
     for path in [REPOSITORY / "Snakefile", *RULE_FILES]:
         imported = re.findall(r"^(?:from|import) (snakemake[\w.]*)", path.read_text(), flags=re.MULTILINE)
-        assert set(imported) <= {"snakemake.exceptions", "snakemake.utils"}, path.name
+        assert set(imported) <= {"snakemake.exceptions", "snakemake.iocontainers", "snakemake.utils"}, path.name
 
 
 def test_a_broken_screen_ends_in_one_message(tmp_path: Path) -> None:

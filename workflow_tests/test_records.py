@@ -39,7 +39,7 @@ def second() -> str | None:
 
 def edit(path: str, content: str, keeps_time: bool = False) -> None:
     """Write other content, as an editor does or as `cp --preserve` would."""
-    stamp = os.stat(path)
+    stamp = Path(path).stat()
     Path(path).write_text(content)
     if keeps_time:
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
@@ -187,7 +187,7 @@ def test_a_copy_is_current_without_what_snakemake_knows(place: Path, monkeypatch
 
 
 def mtime(path: str) -> int:
-    return os.stat(path).st_mtime_ns
+    return Path(path).stat().st_mtime_ns
 
 
 def test_touched_results_are_set_back_along_the_chain() -> None:
@@ -208,6 +208,17 @@ def test_a_file_is_touched_only_if_it_is_newer_and_the_same() -> None:
     os.utime("screen.h5ad", ns=(mtime("results/first.h5ad") + 10**9,) * 2)
     assert not is_touched("screen.h5ad", ["results/first.h5ad"])
     assert not is_touched("missing", ["results/first.h5ad"])
+
+
+def test_a_stale_result_from_the_future_is_older_than_the_mark() -> None:
+    records.CHANGED.parent.mkdir(parents=True)
+    records.CHANGED.touch()
+    future = time.time_ns() + 10**12
+    os.utime("results/first.h5ad", ns=(future, future))
+    before = mtime("results/second.tsv")
+    records.outdate(["results/first.h5ad", "results/second.tsv", "results/missing"])
+    assert mtime("results/first.h5ad") < mtime(str(records.CHANGED))
+    assert mtime("results/second.tsv") == before
 
 
 def test_a_record_is_plain_json() -> None:

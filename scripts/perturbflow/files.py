@@ -132,19 +132,20 @@ def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def manifest_files(manifest: str | Path) -> dict[str, Path]:
-    """Return role → path of the files that a manifest names, which lie beside it.
+def manifest_files(manifest: str | Path, whole: bool = False) -> dict[str, Path]:
+    """Return role → path of the files that a manifest names, which lie beside it; `whole` reads them to compare checksums, too.
 
     Raises
     ------
     InputError
-        If a file is missing or has another size than was downloaded.
+        If a file is missing or not what was downloaded.
     """
     manifest = Path(manifest)
     found = {}
     for role, entry in read_json(manifest)["files"].items():
         path = manifest.parent / entry["file"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        is_there = path.is_file() and path.stat().st_size == entry["bytes"]
+        if not is_there or (whole and file_digest(path) != entry["sha256"]):
             raise InputError(
                 f"{path} is missing or not the {entry['bytes']:,} bytes that were downloaded. Delete {manifest} and run again."
             )

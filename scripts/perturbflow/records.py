@@ -39,7 +39,7 @@ def _memory_of(path: str | Path) -> Path:
 
 
 def _stamps(path: str | Path) -> list[int]:
-    found = os.stat(path)
+    found = Path(path).stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
@@ -54,7 +54,7 @@ def content_digest(path: str | Path) -> str:
 
     It is remembered for as long as size and time stamps stay, so that a large file is read once.
     """
-    if os.path.isdir(path):
+    if Path(path).is_dir():
         files = sorted(file for file in Path(path).rglob("*") if file.is_file())
         return digest([(file.relative_to(path).as_posix(), content_digest(file)) for file in files])
     stamps = _stamps(path)
@@ -126,7 +126,7 @@ def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> s
     """
     made_of = json.loads(json.dumps(made_of, default=str))
     inputs = set(inputs)
-    for result in filter(os.path.exists, results):
+    for result in (result for result in results if Path(result).exists()):
         record = read_record(result)
         if record is None:
             return f"{result}: nothing says what it was made of"
@@ -136,7 +136,7 @@ def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> s
             return f"{result}: other {', '.join(names)} than when it was made"
         if set(record["inputs"]) != inputs:
             return f"{result}: it was made from other files ({', '.join(sorted(inputs ^ set(record['inputs']))[:3])})"
-        if changed := [path for path in sorted(inputs) if os.path.exists(path) and _content_of_input(path) != record["inputs"][path]]:
+        if changed := [path for path in sorted(inputs) if Path(path).exists() and _content_of_input(path) != record["inputs"][path]]:
             return f"{result}: {', '.join(changed[:3])} changed since it was made"
         if content_digest(result) != record["content"]:
             return f"{result}: it is not what was written there"
@@ -149,23 +149,34 @@ def _content_of_input(path: str) -> str:
     return record["content"] if record else content_digest(path)
 
 
+def _mtime(path: str) -> int:
+    return Path(path).stat().st_mtime_ns
+
+
 def is_touched(path: str, results: Iterable[str]) -> bool:
     """Return whether a file is newer than results that were made from what it still holds."""
-    there = [result for result in results if os.path.exists(result)]
-    if not there or not os.path.exists(path) or os.stat(path).st_mtime_ns <= min(os.stat(result).st_mtime_ns for result in there):
+    there = [result for result in results if Path(result).exists()]
+    if not there or not Path(path).exists() or _mtime(path) <= min(map(_mtime, there)):
         return False
     records = [read_record(result) for result in there]
     return all(record is not None and record["inputs"].get(path) == content_digest(path) for record in records)
 
 
+def outdate(results: Iterable[str]) -> None:
+    """Make results older than the mark; those of another machine may have time stamps that are still to come."""
+    for result in results:
+        if Path(result).exists() and _mtime(result) >= _mtime(str(CHANGED)):
+            os.utime(result, (0, 0))
+
+
 def settle(results: Iterable[str], inputs: Iterable[str]) -> None:
     """Set back the time stamps of results that were only touched, so that they are not newer than what was made from them."""
-    latest = min(os.stat(result).st_mtime_ns for result in results)
+    latest = min(map(_mtime, results))
     waiting = list(inputs)
     while waiting:
         path = waiting.pop()
         record = read_record(path)
-        if record is None or not os.path.exists(path) or os.stat(path).st_mtime_ns <= latest:
+        if record is None or not Path(path).exists() or _mtime(path) <= latest:
             continue
         content = content_digest(path)
         os.utime(path, ns=(latest, latest))

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from perturbflow.artefacts import save_checkpoint
-from perturbflow.records import digest
 from perturbflow.models.base import Run
 from perturbflow.models.batches import PairedCells, encoded
 from perturbflow.models.conditional_mean import FitPart
@@ -32,6 +31,7 @@ from perturbflow.models.representation import JepaLatent, Recipe
 from perturbflow.models.shift import Training
 from perturbflow.models.world import World
 from perturbflow.pairs import Pairs
+from perturbflow.records import digest
 from perturbflow.symbols import members_of
 
 logger = logging.getLogger(__name__)

@@ -43,7 +43,7 @@ def prior(raw: list[Path], embedding: Path, kind: str, roles: list, organism: st
     InputError
         If a file is missing or is not what its role says.
     """
-    files = dict(zip(roles, raw, strict=True)) if roles else manifest_files(raw[0])
+    files = dict(zip(roles, raw, strict=True)) if roles else manifest_files(raw[0], whole=True)
     vectors = vectors_of(kind, files, organism)
     logger.info("%d genes × %d dimensions", *vectors.shape)
     vectors.index.name = "gene"

@@ -235,7 +235,9 @@ def _check_own_files(config: dict, datasets: Iterable[str], splits: Iterable[str
     for source in config["embeddings"]["sources"]:
         if isinstance(source, dict) and not Path(source["file"]).is_file():
             file = holding_file(files, ["embeddings", "sources"])
-            raise InputError(f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()}).")
+            raise InputError(
+                f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()})."
+            )
         if isinstance(source, str) and source != COEXPRESSION:
             _check_path(["priors", source], config["priors"][source], files)
     _check_model_files(config, models, files)
