@@ -111,13 +111,14 @@ def again(rule):
         results = [path for path in _fill(results, wildcards) if isfile(path)]
         if not results:
             return False
+        _settle(results[0])
         inputs = _fill(inputs, wildcards)
         reason = records.why_stale(results, _values(rule, wildcards), inputs)
         if reason:
             _tell(reason)
             records.outdate(results)
         else:
-            records.settle(results, inputs)
+            records.renew(*_fill([getattr(rules, rule).benchmark], wildcards), results)
         return bool(reason)
 
     def mark(wildcards):
@@ -130,6 +131,18 @@ def again(rule):
         )
 
     return looked_up(mark)
+
+
+@cache
+def _settle_folder(folder):
+    records.settle(folder)
+
+
+def _settle(result):
+    """Set the time stamps of touched results right, once, before Snakemake looks at any."""
+    parts = Path(result).parts
+    top = next(i for i, part in enumerate(parts) if part in ("results", "resources"))
+    _settle_folder(Path(*parts[: top + 1]))
 
 
 def _tell(reason):
@@ -174,10 +187,17 @@ def prior_reader(wildcards):
 
 
 def own(rule, paths, wildcards):
-    """Return the user's own files for a rule: where they are, whatever the prefix, and whether they are only touched."""
+    """Return the user's own files for a rule: they lie where they are, whatever the prefix, and their time stamps play no part.
+
+    In a module a rule of the host may make them in the same run, which Snakemake would not carry on from ancient files.
+    """
     results = _fill(_parts(rule)[0], wildcards)
     return [
-        ancient(local(path)) if records.is_touched(path, results) else local(path)
+        (
+            ancient(local(path))
+            if records.is_unchanged(path, results) and not _is_module
+            else local(path)
+        )
         for path in paths
     ]
 

@@ -45,8 +45,8 @@ rule screen:
 class Host:
     """A workflow of somebody else in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, python: str) -> None:
+        self.folder, self.python = folder, python
         folder.mkdir()
         self.repository = copy_repository(folder / "clone")
         (folder / "Snakefile").write_text(HOST.format(snakefile=self.repository / "Snakefile"))
@@ -58,7 +58,7 @@ class Host:
     def run(self, *arguments: str) -> Outcome:
         """Run the host's Snakefile."""
         (self.folder / "host.yaml").write_text(yaml.safe_dump({"perturbflow": self.config}))
-        return run_snakemake(self.folder, *arguments, repository=self.folder)
+        return run_snakemake(self.folder, *arguments, repository=self.folder, python=self.python)
 
 
 PLANNED = {
@@ -69,9 +69,9 @@ PLANNED = {
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+def host(tmp_path_factory: pytest.TempPathFactory, python: str) -> Host:
     """Return a host that was planned, and then run."""
-    host = Host(tmp_path_factory.mktemp("module") / "host")
+    host = Host(tmp_path_factory.mktemp("module") / "host", python)
     planned = host.run("--dry-run")
     assert planned.jobs == PLANNED, planned.text
     done = host.run()

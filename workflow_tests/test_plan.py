@@ -5,9 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -290,19 +290,23 @@ MODELS = ["additive", "linear"]
 AFTER_TRAINING = {"benchmark": 1, "report": 1, "all": 1}
 
 
+@dataclass
 class Finished:
-    """A folder where everything was run, with a copy of the repository that ran it."""
+    """A folder where everything was run, and the copy of the repository that ran it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.repository = copy_repository(folder / "repository")
-        self.screen = write_screen(folder)
-        self.config = closed_forms_config()
-        self.config["select"]["models"] = MODELS
+    folder: Path
+    repository: Path
+    config: dict
+    python: str
+
+    @property
+    def screen(self) -> Path:
+        """The user's file."""
+        return self.folder / "screen.h5ad"
 
     def run(self, *arguments: str, config: dict | None = None) -> Outcome:
         """Run everything."""
-        return run_snakemake(self.folder, *arguments, config=config or self.config, repository=self.repository)
+        return run_snakemake(self.folder, *arguments, config=config or self.config, repository=self.repository, python=self.python)
 
     def planned(self, config: dict | None = None) -> dict[str, int]:
         """Return what would be run now."""
@@ -324,9 +328,13 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, python: str) -> Finished:
     """Return a finished run of two closed forms."""
-    here = Finished(tmp_path_factory.mktemp("finished"))
+    folder = tmp_path_factory.mktemp("finished")
+    config = closed_forms_config()
+    config["select"]["models"] = MODELS
+    write_screen(folder)
+    here = Finished(folder, copy_repository(folder / "repository"), config, python)
     outcome = here.run()
     assert outcome.returncode == 0, outcome.text
     return here
@@ -478,11 +486,9 @@ def copied(finished: Finished, tmp_path: Path) -> Callable[..., Finished]:
     """Return a function that copies the finished folder, with or without what Snakemake knows and time stamps."""
 
     def copy(snakemake: bool = True, stamps: bool = True) -> Finished:
-        here = Finished.__new__(Finished)
-        here.folder, here.repository, here.config = tmp_path / "copy", finished.repository, deepcopy(finished.config)
+        here = replace(finished, folder=tmp_path / "copy", config=deepcopy(finished.config))
         ignored = shutil.ignore_patterns("repository", ".cache", *([] if snakemake else [".snakemake"]))
         shutil.copytree(finished.folder, here.folder, ignore=ignored, copy_function=shutil.copy2 if stamps else shutil.copyfile)
-        here.screen = here.folder / "screen.h5ad"
         return here
 
     return copy
@@ -560,7 +566,7 @@ def test_a_selection_counts_in_a_copied_folder(copied: Callable[..., Finished]) 
 
 def test_a_users_own_triggers_are_obeyed(copied: Callable[..., Finished]) -> None:
     here = copied()
-    now = time.time() + 5
+    now = max(path.stat().st_mtime for path in here.folder.rglob("*")) + 5
     script = here.repository / "scripts/evaluate.py"
     before = script.stat()
     os.utime(script, (now, now))

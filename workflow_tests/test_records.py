@@ -9,7 +9,7 @@ import pytest
 
 from perturbflow import records
 from perturbflow.errors import InputError
-from perturbflow.records import content_digest, digest, inputs_as_made, is_touched, read_record, settle, why_stale, write_records
+from perturbflow.records import content_digest, digest, inputs_as_made, is_unchanged, read_record, settle, why_stale, write_records
 
 MADE_OF = {"n_hvg": 40, "code_version": "abc", "block": {"a": [1, None]}}
 
@@ -191,23 +191,49 @@ def mtime(path: str) -> int:
 
 
 def test_touched_results_are_set_back_along_the_chain() -> None:
+    Path("results/third.tsv").write_text("third")
+    write_records(["results/third.tsv"], MADE_OF, inputs_as_made(["results/second.tsv"]))
     now = time.time_ns()
-    for i, path in enumerate(["results/second.tsv", "results/first.h5ad", "screen.h5ad"]):
+    for i, path in enumerate(["results/third.tsv", "results/second.tsv", "results/first.h5ad", "screen.h5ad"]):
         os.utime(path, ns=(now + i * 10**6, now + i * 10**6))
-    assert second() is None
-    settle(["results/second.tsv"], ["results/first.h5ad"])
-    assert mtime("results/first.h5ad") == mtime("results/second.tsv")
-    assert mtime("screen.h5ad") > mtime("results/first.h5ad"), "the user's own files are left alone"
-    assert is_touched("screen.h5ad", ["results/first.h5ad"])
+    settle("results")
+    assert mtime("results/first.h5ad") == mtime("results/second.tsv") == mtime("results/third.tsv") == now
+    assert mtime("screen.h5ad") > now, "the user's own files are left alone"
 
 
-def test_a_file_is_touched_only_if_it_is_newer_and_the_same() -> None:
-    os.utime("screen.h5ad", (1, 1))
-    assert not is_touched("screen.h5ad", ["results/first.h5ad"])
+def test_a_result_that_was_made_anew_stays_newer_than_what_was_made_from_the_old_one() -> None:
+    edit("results/first.h5ad", "another content")
+    write_records(["results/first.h5ad"], MADE_OF, inputs_as_made(["screen.h5ad"]))
+    os.utime("results/second.tsv", (1, 1))
+    before = mtime("results/first.h5ad")
+    settle("results")
+    assert mtime("results/first.h5ad") == before
+
+
+def test_the_table_of_time_and_memory_is_as_new_as_the_results() -> None:
+    Path("benchmark.tsv").write_text("s\n1\n")
+    os.utime("benchmark.tsv", (1, 1))
+    records.renew("benchmark.tsv", ["results/second.tsv", "results/first.h5ad"])
+    assert mtime("benchmark.tsv") == min(mtime("results/second.tsv"), mtime("results/first.h5ad"))
+    records.renew("missing.tsv", ["results/second.tsv"])
+
+
+def test_setting_back_reads_no_file_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    time.sleep(0.15)
+    before = content_digest("results/first.h5ad")
+    os.utime("results/second.tsv", (1, 1))
+    settle("results")
+    monkeypatch.setattr(records, "file_digest", lambda path: pytest.fail(f"{path} is read again"))
+    assert content_digest("results/first.h5ad") == before
+
+
+def test_a_file_is_unchanged_if_all_results_were_made_from_what_it_holds() -> None:
+    assert is_unchanged("screen.h5ad", ["results/first.h5ad", "results/missing"])
+    assert not is_unchanged("screen.h5ad", ["results/missing"])
+    assert not is_unchanged("screen.h5ad", ["results/first.h5ad", "results/second.tsv"])
+    assert not is_unchanged("missing", ["results/first.h5ad"])
     edit("screen.h5ad", "another content")
-    os.utime("screen.h5ad", ns=(mtime("results/first.h5ad") + 10**9,) * 2)
-    assert not is_touched("screen.h5ad", ["results/first.h5ad"])
-    assert not is_touched("missing", ["results/first.h5ad"])
+    assert not is_unchanged("screen.h5ad", ["results/first.h5ad"])
 
 
 def test_a_stale_result_from_the_future_is_older_than_the_mark() -> None:

@@ -49,6 +49,14 @@ def _remember(path: str | Path, stamps: list[int], content: str) -> None:
             partial.write_text(json.dumps([stamps, content]), encoding="utf-8")
 
 
+def _remembered(path: str | Path) -> tuple[list[int] | None, str]:
+    try:
+        known, content = json.loads(_memory_of(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None, ""
+    return known, content
+
+
 def content_digest(path: str | Path) -> str:
     """Return the SHA-256 of a file's content, or of all files of a folder.
 
@@ -58,10 +66,7 @@ def content_digest(path: str | Path) -> str:
         files = sorted(file for file in Path(path).rglob("*") if file.is_file())
         return digest([(file.relative_to(path).as_posix(), content_digest(file)) for file in files])
     stamps = _stamps(path)
-    try:
-        known, content = json.loads(_memory_of(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known, content = None, ""
+    known, content = _remembered(path)
     if known != stamps:
         content = file_digest(path)
         if time.time_ns() - max(stamps[1:]) > SETTLED_NS:
@@ -153,12 +158,11 @@ def _mtime(path: str) -> int:
     return Path(path).stat().st_mtime_ns
 
 
-def is_touched(path: str, results: Iterable[str]) -> bool:
-    """Return whether a file is newer than results that were made from what it still holds."""
-    there = [result for result in results if Path(result).exists()]
-    if not there or not Path(path).exists() or _mtime(path) <= min(map(_mtime, there)):
+def is_unchanged(path: str, results: Iterable[str]) -> bool:
+    """Return whether all results that are there were made from what a file still holds."""
+    records = [read_record(result) for result in results if Path(result).exists()]
+    if not records or not Path(path).exists():
         return False
-    records = [read_record(result) for result in there]
     return all(record is not None and record["inputs"].get(path) == content_digest(path) for record in records)
 
 
@@ -166,19 +170,39 @@ def outdate(results: Iterable[str]) -> None:
     """Make results older than the mark; those of another machine may have time stamps that are still to come."""
     for result in results:
         if Path(result).exists() and _mtime(result) >= _mtime(str(CHANGED)):
-            os.utime(result, (0, 0))
+            os.utime(result, (1, 1))  # Snakemake takes 0 for no time at all
 
 
-def settle(results: Iterable[str], inputs: Iterable[str]) -> None:
-    """Set back the time stamps of results that were only touched, so that they are not newer than what was made from them."""
-    latest = min(map(_mtime, results))
-    waiting = list(inputs)
+def renew(benchmark: str, results: Iterable[str]) -> None:
+    """Make the table of a job's time and memory as new as its results: Snakemake counts it among them."""
+    oldest = min(map(_mtime, results))
+    if Path(benchmark).exists() and _mtime(benchmark) < oldest:
+        os.utime(benchmark, ns=(oldest, oldest))
+
+
+def settle(folder: str | Path) -> None:
+    """Set back the time stamps of results in a folder that were only touched, so that none is newer than what was made from it.
+
+    Copying or touching a folder puts its files in any order, and Snakemake takes what is newer for changed.
+    """
+    results = [path.parent.parent / path.stem for path in Path(folder).rglob(f"{FOLDER}/*.json")]
+    times = {str(result): _mtime(str(result)) for result in results if result.exists()}
+    records = {result: record for result in times if (record := read_record(result))}
+    waiting = list(records)
     while waiting:
-        path = waiting.pop()
-        record = read_record(path)
-        if record is None or not Path(path).exists() or _mtime(path) <= latest:
-            continue
-        content = content_digest(path)
-        os.utime(path, ns=(latest, latest))
+        result = waiting.pop()
+        for path, content in records[result]["inputs"].items():
+            if path in records and times[path] > times[result] and records[path]["content"] == content:
+                times[path] = times[result]
+                waiting.append(path)
+    for result in records:
+        if times[result] < _mtime(result):
+            _set_back(result, times[result])
+
+
+def _set_back(path: str, mtime: int) -> None:
+    stamps = _stamps(path)
+    os.utime(path, ns=(mtime, mtime))
+    known, content = _remembered(path)
+    if known == stamps:
         _remember(path, _stamps(path), content)
-        waiting += record["inputs"]
