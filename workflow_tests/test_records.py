@@ -129,7 +129,11 @@ def test_what_was_made_of_the_same_is_current() -> None:
 def test_what_is_not_there_is_for_snakemake_to_judge() -> None:
     Path("results/first.h5ad").unlink()
     assert first({"other": 1}) is None
-    assert second() is None
+
+
+def test_what_was_made_from_a_deleted_file_is_stale() -> None:
+    Path("results/first.h5ad").unlink()
+    assert second() == "results/second.tsv: results/first.h5ad is not there any more"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +168,16 @@ def test_a_result_that_was_made_anew_with_other_bytes_makes_what_is_behind_it_st
     write_records(["results/first.h5ad"], MADE_OF, inputs_as_made(["screen.h5ad"]))
     assert first() is None
     assert second() == "results/second.tsv: results/first.h5ad changed since it was made"
+
+
+def test_a_download_may_be_deleted_to_make_room() -> None:
+    manifest = Path("resources/mine/raw/manifest.json")
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    write_records(["results/first.h5ad"], MADE_OF, inputs_as_made([manifest]))
+    manifest.unlink()
+    assert first(inputs=(str(manifest),)) is None
+    assert first({**MADE_OF, "n_hvg": 3}, inputs=(str(manifest),)) is not None
 
 
 def test_one_of_several_results_is_enough() -> None:

@@ -21,6 +21,8 @@ FOLDER = ".made"
 MEMORY = Path(".snakemake/perturbflow")
 # A file that jobs read which have to run again: it is newer than any result, and says why.
 CHANGED = MEMORY / "changed"
+# What was downloaded may be deleted to make room.
+DOWNLOAD = "/raw/manifest.json"
 # A file written to a moment ago may be written to again without another time stamp.
 SETTLED_NS = 100_000_000
 
@@ -127,7 +129,7 @@ def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> s
     made_of
         Values of its params now.
     inputs
-        Files that it reads now. Those that are not there yet are for Snakemake to judge.
+        Files that it reads now.
     """
     made_of = json.loads(json.dumps(made_of, default=str))
     inputs = set(inputs)
@@ -141,7 +143,10 @@ def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> s
             return f"{result}: other {', '.join(names)} than when it was made"
         if set(record["inputs"]) != inputs:
             return f"{result}: it was made from other files ({', '.join(sorted(inputs ^ set(record['inputs']))[:3])})"
-        if changed := [path for path in sorted(inputs) if Path(path).exists() and _content_of_input(path) != record["inputs"][path]]:
+        missing = [path for path in sorted(inputs) if not Path(path).exists()]
+        if lost := [path for path in missing if not path.endswith(DOWNLOAD)]:
+            return f"{result}: {', '.join(lost[:3])} is not there any more"
+        if changed := [path for path in sorted(inputs - {*missing}) if _content_of_input(path) != record["inputs"][path]]:
             return f"{result}: {', '.join(changed[:3])} changed since it was made"
         if content_digest(result) != record["content"]:
             return f"{result}: it is not what was written there"
