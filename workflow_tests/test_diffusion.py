@@ -406,11 +406,12 @@ def test_a_training_is_not_resumed_with_another_content_of_its_file(
     here, identities = prepared["unseen_combination"], []
     monkeypatch.setattr(diffusion.Diffusion, "fit", lambda self, pairs, embeddings, run: identities.append(run.identity) or {})
     implementation, params = registered("scppdm", latent={"file": str(tmp_path / "loadings.tsv")})
-    for rows in ("TF1\t1\nTF2\t2\n", "TF1\t1\nTF2\t2\n", "TF1\t2\nTF2\t1\n"):
+    for i, rows in enumerate(("TF1\t1\nTF2\t2\n", "TF1\t1\nTF2\t2\n", "TF1\t2\nTF2\t1\n")):
         (tmp_path / "loadings.tsv").write_text("gene\ta\n" + rows)
-        train(here.pairs, here.embeddings, here.audit, tmp_path / "model.ckpt", tmp_path / "run.json", implementation, params, 0)
+        outputs = tmp_path / f"seed_{i}/model.ckpt", tmp_path / f"seed_{i}/run.json"
+        train(here.pairs, here.embeddings, here.audit, *outputs, implementation, params, 0)
+        assert "params/loadings.tsv" in json.loads(outputs[1].read_text())["inputs_sha256"]
     assert identities[0] == identities[1] != identities[2]
-    assert "params/loadings.tsv" in json.loads((tmp_path / "run.json").read_text())["inputs_sha256"]
 
 
 @pytest.mark.parametrize(
