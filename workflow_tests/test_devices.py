@@ -157,7 +157,7 @@ def test_the_same_seed_gives_the_same_validation_curve_within_the_tolerance(prep
     np.testing.assert_allclose(curves[1], curves[0], rtol=TOLERANCE)
     assert curves[1][-1] < curves[1][0]
     assert said.count("diffusion: step 300 of 300") == 1
-    assert sorted(path.name for path in (tmp_path / "together").iterdir()) == ["audit.json", "model.ckpt", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "together").iterdir()) == [".made", "audit.json", "model.ckpt", "run.json"]
 
 
 @pytest.mark.slow
