@@ -360,8 +360,8 @@ class References:
         return json.loads(kept.read_text())
 
 
-def undergo(seed: int, start: Place, folder: Path, references: References, n_actions: int) -> Verdict:
-    """Do a random sequence to a copy of a finished folder, run to the end, and compare with a run from nothing."""
+def undergo(seed: int, start: Place, folder: Path, references: References, n_actions: int, back: float = 0.6) -> Verdict:
+    """Do a random sequence to a copy of a finished folder, run to the end, and compare with a run from nothing; `back` of them undo all edits first."""
     dice = random.Random(seed)
     shutil.copytree(start.folder, folder, ignore=shutil.ignore_patterns(".cache"))
     place = Place(folder, start.python, deepcopy(start.state), list(start.trained))
@@ -372,7 +372,7 @@ def undergo(seed: int, start: Place, folder: Path, references: References, n_act
         place.done[-1] = action(place, dice)
         kept = place.folder / LEARNED / ".made/finished"
         place.excused |= not kept.exists() or any("deleted records" in done for done in place.done[-1:])
-    if dice.random() < 0.6:  # back to where it began: nothing may be left of what was there in between
+    if dice.random() < back:  # back to where it began: nothing may be left of what was there in between
         place.state = deepcopy(start.state)
         place.done.append("undid all edits")
     place.done.append("ran to the end")
