@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,7 +72,6 @@ def test_lines_are_compared_to_the_digits_shown(shown: str, said: str, equal: bo
 @pytest.mark.slow
 def test_the_tutorial_says_what_happens(default_download: None, tmp_path: Path) -> None:
     folder = copy_repository(tmp_path / "repository")
-    shutil.copytree(REPOSITORY / "profiles", folder / "profiles")
     said: list[str] = []
     kind = ""
     for marker, text in blocks():
