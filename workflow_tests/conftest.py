@@ -22,9 +22,9 @@ from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.embeddings import Embeddings
 from perturbflow.pairs import Pairs
+from perturbflow.registry.shipped import above_shipped as merged  # noqa: F401  the tests' word for it
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIG_FILES = ("config", "datasets", "splits", "models", "counterfactuals")
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 PERTURBED = [f"TF{i}" for i in range(1, 9)]
@@ -321,21 +321,6 @@ def copy_repository(target: Path) -> Path:
     for folder in ("rules", "scripts", "config", "envs", "profiles"):
         shutil.copytree(REPOSITORY / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return target
-
-
-def merged(mine: dict, folder: Path = REPOSITORY / "config") -> dict:
-    """Return the repository's configuration with the user's on top: mappings merged, lists replaced, as Snakemake does."""
-
-    def merge(below: dict, above: dict) -> dict:
-        both = dict(below)
-        for key, value in above.items():
-            both[key] = merge(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
-        return both
-
-    config: dict = {}
-    for name in CONFIG_FILES:
-        config = merge(config, yaml.safe_load((folder / f"{name}.yaml").read_text()))
-    return merge(config, mine)
 
 
 def closed_forms_config(**changes: object) -> dict:

@@ -23,6 +23,7 @@ from test_house import MODULES, ORDER, stage
 from perturbflow.evaluation import METRICS
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.shipped import merged
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
@@ -198,14 +199,6 @@ def test_what_is_named_in_code_is_there():
 
 
 # --- examples and commands ------------------------------------------------------------------------------------------
-
-
-def merged(base: dict, update: dict) -> dict:
-    """Merge as Snakemake's --configfile does: mappings deeply, lists replaced."""
-    out = dict(base)
-    for key, value in update.items():
-        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
 
 
 def yaml_blocks() -> list[tuple[str, str]]:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import CONFIG_FILES, REPOSITORY, copy_repository
+from conftest import REPOSITORY, copy_repository
 from packaging.requirements import Requirement
 from test_envs import conda_pins, environment_files, locked, normalized, third_party
 
 from perturbflow import __version__
 from perturbflow.places import PACKAGE, config_folder
+from perturbflow.registry.shipped import shipped_files
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
@@ -83,7 +84,7 @@ def test_wheel_holds_the_package_its_tables_and_the_registries(wheel: Path) -> N
     held = {name for name in files if name.startswith("perturbflow/")}
     own = {path for path in PACKAGE.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
     expected = {f"perturbflow/{path.relative_to(PACKAGE).as_posix()}" for path in own}
-    registries = [*(config_folder() / f"{name}.yaml" for name in CONFIG_FILES), *(config_folder() / "schemas").glob("*.yaml")]
+    registries = [*shipped_files(), *(config_folder() / "schemas").glob("*.yaml")]
     expected |= {f"perturbflow/config/{path.relative_to(config_folder()).as_posix()}" for path in registries}
     assert held == expected
 

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 import yaml
-from conftest import CONFIG_FILES, REPOSITORY, merged
+from conftest import REPOSITORY, merged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from perturbflow.origins import SAFE_NAME, file_name, scperturb_files
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.plan import Plan
+from perturbflow.registry.shipped import shipped_files
 
 CONFIG = REPOSITORY / "config"
 CLOSED = ["no_change", "additive", "linear"]
@@ -46,7 +47,7 @@ def planned(config: dict, tmp_path: Path) -> Plan:
     """Return the plan of the user's configuration, which lies in mine.yaml."""
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(config))
-    return Plan(merged(config), [*[CONFIG / f"{name}.yaml" for name in CONFIG_FILES], path])
+    return Plan(merged(config), [*shipped_files(), path])
 
 
 def block(source: dict) -> dict:

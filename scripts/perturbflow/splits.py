@@ -338,7 +338,7 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict) -> dict[str
 
 
 def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: dict) -> None:
-    """Write the role of every perturbation and cell.
+    """Write the role of every perturbation and cell; InputError as in `divided`.
 
     Parameters
     ----------
@@ -348,11 +348,6 @@ def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: d
         JSON to be written: perturbations and cells per role with the SHA-256 of each, members seen per held-out perturbation,
         what was left out, and what the scores are evidence of.
     name, spec
-        The split's name and block, as `Plan.split` gives it: held_out is the list of this screen.
-
-    Raises
-    ------
-    InputError
-        If the split is not possible on this screen.
+        As in `divided`.
     """
     write_json(split, divided(ad.read_h5ad(harmonized, backed="r").obs, read_json(harmonization), name, spec))
