@@ -571,7 +571,8 @@ def test_a_users_own_triggers_are_obeyed(copied: Callable[..., Finished]) -> Non
     now = max(path.stat().st_mtime for path in here.folder.rglob("*")) + 5
     os.utime(here.repository / "scripts/evaluate.py", (now, now))
     assert here.planned() == {}
-    assert here.run("--dry-run", "--rerun-triggers", "code").jobs == {"evaluate": 2, **AFTER_TRAINING}
+    outcome = here.run("--dry-run", "--rerun-triggers", "code")
+    assert outcome.jobs == {"evaluate": 2, **AFTER_TRAINING}, outcome.text
 
 
 def test_nothing_of_snakemakes_own_is_replaced() -> None:
