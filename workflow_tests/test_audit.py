@@ -13,13 +13,13 @@ from conftest import SPECS, SPECS_OF_CELLS, Prepared, make_screen, prepare
 from scipy import sparse
 
 from perturbflow import embeddings, pairs
-from perturbflow.audit import CHECKS, GUIDE
+from perturbflow.audit import CHECKS
 from perturbflow.embeddings import coexpression
 from perturbflow.errors import InputError
 from perturbflow.files import file_digest
 from perturbflow.pairs import Pairs
 from perturbflow.splits import names_digest
-from perturbflow.symbols import members_of
+from perturbflow.symbols import GUIDE, members_of
 
 
 def change_split(here: Prepared, change: Callable[[dict], None]) -> None:

@@ -1,15 +1,20 @@
 """What is known of cells and genes before a count is read: which cells are wanted, their labels and covariates, gene symbols."""
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from perturbflow.controls import Controls, counted, declaration, look_alikes, warning
 from perturbflow.errors import InputError
+from perturbflow.separators import Unsplit, unsplit
 from perturbflow.symbols import CONTROL, DOSE_SIGN, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
+
+logger = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
 ENSEMBL_COLUMNS = ("gene_id", "ensembl_id", "ensemble_id", "ensembl_gene_id", "gene_ids")
@@ -75,7 +80,7 @@ def is_excluded(obs: pd.DataFrame, exclude: dict[str, str], path: Path) -> np.nd
     return excluded
 
 
-def _members(label: str, declared: dict) -> list[str]:
+def members_in(label: str, declared: Mapping) -> list[str]:
     """Return the members that a label names, in the words of the block: first pattern, then separator, then rename."""
     parts = [label]
     if "pattern" in declared:
@@ -103,7 +108,7 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     declared = dataset["perturbation"]
     source = column_of(obs, declared["column"], "perturbation.column", path)
     text = as_text(source)
-    control, unassigned = {CONTROL, *declared["control"]}, set(declared["drop"])
+    control, unassigned = Controls.of(declared), set(declared["drop"])
     # Drugs are no genes: theirs are not the names that HGNC approves.
     organism, measured = dataset["organism"], dict(zip(genes["original_name"], genes["gene_name"], strict=True))
     if dataset["perturbation_type"] == "drug":
@@ -114,29 +119,75 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
             return None
         if label in control:
             return CONTROL
-        members = _members(label, declared)
+        members = [CONTROL if member in control else member for member in members_in(label, declared)]
         # A combination with an unassigned member ("A+nan") is no single perturbation either.
         if unassigned & {member for member in members if member}:
             return None
-        if any(SEPARATOR in member for member in members if member not in control):
+        if any(SEPARATOR in member for member in members):
             raise InputError(
                 f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here, but "
                 f"perturbation.separator is {declared['separator']!r}. Set it to '{SEPARATOR}', or give the label another name with "
                 "perturbation.rename."
             )
-        return label_of(members, control, organism, measured) or None
+        return label_of(members, (), organism, measured) or None
 
     categories = pd.Categorical([canonical(label) for label in text.categories])
     labels = pd.Series(pd.Categorical.from_codes(np.append(categories.codes, -1)[text.codes], categories.categories), index=obs.index)
     if not (labels == CONTROL).any():
-        common = ", ".join(f"'{label}' ({n:,})" for label, n in pd.Series(text).value_counts().head(8).items())
-        raise InputError(
-            f"{path}: no control cells: none of perturbation.control = {declared['control']} is in obs['{declared['column']}']. "
-            f"Its most common labels: {common}. Name the control label in perturbation.control."
-        )
+        n_cells = cells_of_labels(obs, dataset, path)
+        alike = look_alikes(n_cells, control, lambda label: members_in(label, declared), is_drug=not organism)
+        hint = (
+            f"These look like controls (cells): {counted(alike)}. If they are, set {declaration(alike)}." if alike
+            else f"Its most common labels: {counted(n_cells)}. Name the control label in perturbation.control."
+        )  # fmt: skip
+        sought = " and ".join(f"perturbation.{key} = {declared[key]}" for key in ("control", "control_pattern") if key in declared)
+        raise InputError(f"{path}: no control cells: none of {sought} is in obs['{declared['column']}']. {hint}")
     if "dose" in declared:
         labels = _with_dose(labels, column_of(obs, declared["dose"], "perturbation.dose", path))
     return labels
+
+
+def cells_of_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> dict[str, int]:
+    """Return label as in the file → cells, most cells first, without the labels of cells that have no assigned perturbation."""
+    declared = dataset["perturbation"]
+    n_cells = pd.Series(as_text(column_of(obs, declared["column"], "perturbation.column", path))).value_counts()
+    return {label: int(n) for label, n in n_cells.items() if n and label not in declared["drop"]}
+
+
+def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> dict[str, dict[str, int]]:
+    """Return what a block may have missed: labels that look like controls, and combinations that are not split, with their cells.
+
+    Both are told in the log and stay as they are.
+
+    Raises
+    ------
+    InputError
+        If the separator is wrong: as A|B that is not split, a held-out gene would train within a combination. Where it is null, or a pattern finds
+        the members, that was chosen, and it is told only.
+    """
+    declared = dataset["perturbation"]
+    is_drug, n_cells = dataset["perturbation_type"] == "drug", cells_of_labels(obs, dataset, path)
+    names = [] if is_drug else {*genes["original_name"], *genes["gene_name"], *genes["gene_id"]} - {""}
+
+    def members(label: str) -> list[str]:
+        return members_in(label, declared)
+
+    combined = unsplit(n_cells, declared, members, names, is_human=dataset["organism"] == "human" and not is_drug)
+    if combined:
+        _tell_combinations(combined, declared, path)
+    left = {label: n for label, n in n_cells.items() if not combined or label not in combined.labels}
+    alike = look_alikes(left, Controls.of(declared), members, is_drug=is_drug)
+    if alike:
+        logger.warning("%s: %s", path, warning(alike, declared.get("control", [])))
+    return {"looks_like_control": alike, "not_split": combined.labels if combined else {}}
+
+
+def _tell_combinations(combined: Unsplit, declared: dict, path: Path) -> None:
+    said = f"{path}: {combined.sentence(declared['separator'])}."
+    fix = f"Set perturbation.separator: {combined.separator!r}"
+    if combined.is_sure and declared["separator"] is not None and "pattern" not in declared:
+        raise InputError(f"{said} {fix}; null, if these labels are no combinations: nothing is split then.")
+    logger.warning("%s Each stays one perturbation. %s, if they are combinations.", said, fix)
 
 
 def _with_dose(labels: pd.Series, dose: pd.Series) -> pd.Series:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,14 +19,12 @@ from perturbflow.errors import InputError
 from perturbflow.files import file_digest, read_json, write_json
 from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
 from perturbflow.splits import LABEL_KINDS, ROLES, names_digest
-from perturbflow.symbols import CONTROL, SEPARATOR, members_of
+from perturbflow.symbols import CONTROL, GUIDE, SEPARATOR, members_of
 
 logger = logging.getLogger(__name__)
 
 # How many cells of a whole screen may look like copies by chance, in expectation, before copies are spoken of.
 CHANCE_COPIES = 1e-3
-# ATF2g1, p-sgELK1-6, KLF1_sg2, KLF1-2: guides as public screens name them.
-GUIDE = re.compile(r"(?:p-)?(?:sg)?(?P<gene>.+?)(?:[._-]?(?:sg|g|guide)[._-]?|[._-])\d+")
 PLACES = {"uns": {"perturbflow"}, "obsm": set(), "varm": set(), "obsp": set(), "varp": set(), "layers": set()}
 PLACES_OF_PAIRS = {**PLACES, "obsm": {"control_index"}, "layers": {"counts"}, "obs": {*CARRIED_OBS, "role", "half"},
                    "var": {"gene_name", "gene_id", "original_name", "highly_variable", "is_perturbed_gene"}}  # fmt: skip

@@ -17,6 +17,7 @@ from perturbflow.annotation import (
     canonical_labels,
     check_shape,
     contradicting,
+    doubtful_labels,
     gene_table,
     in_subset,
     is_excluded,
@@ -94,8 +95,8 @@ def _rows_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
 
 def _chosen_cells(
     source: Source, genes: pd.DataFrame, name: str, dataset: dict, dropped: Counter
-) -> tuple[np.ndarray, pd.DataFrame, dict[str, str]]:
-    """Return the rows of cells with an assigned perturbation, their obs, and which labels were renamed; count the others by reason."""
+) -> tuple[np.ndarray, pd.DataFrame, dict[str, dict]]:
+    """Return the rows of cells with an assigned perturbation, their obs, and what is to be told of labels; count the others by reason."""
     path = source.files[0]
     rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
     if dataset["subset"]:
@@ -105,6 +106,7 @@ def _chosen_cells(
         excluded = is_excluded(source_obs, dataset["exclude"], path)
         dropped["exclude"] = int(excluded.sum())
         rows, source_obs = rows[~excluded], _rows_of(source_obs, np.flatnonzero(~excluded))
+    doubtful = doubtful_labels(source_obs, dataset, genes, path)
     labels = canonical_labels(source_obs, dataset, genes, path)
     assigned = np.flatnonzero(labels.notna())
     dropped["unassigned"] = len(labels) - len(assigned)
@@ -116,7 +118,7 @@ def _chosen_cells(
     obs = schema_obs(source_obs, labels, name, dataset, path)
     if not obs.index.is_unique:
         obs.index = ad.utils.make_index_unique(obs.index)
-    return rows, obs, renamed_labels
+    return rows, obs, {"renamed": renamed_labels, "controls_declared": dataset["perturbation"].get("control", []), **doubtful}
 
 
 def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dict, qc: dict, threads: int = 1) -> None:
@@ -162,7 +164,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     harmonized.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(harmonized)
     source.threads, source.scratch = threads, harmonized.parent
-    rows, obs, renamed_labels = _chosen_cells(source, source_genes, name, dataset, dropped)
+    rows, obs, of_labels = _chosen_cells(source, source_genes, name, dataset, dropped)
     source.obs = source.obs[[]]  # its columns are in obs now
     renamed_genes = dict(
         source_genes.loc[source_genes["gene_name"] != source_genes["original_name"], ["original_name", "gene_name"]].to_numpy()
@@ -202,7 +204,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         "cells": {"source": n_source[0], "kept": len(obs), "dropped": dict(dropped)},
         "genes": {"source": n_source[1], "kept": len(var), "dropped": dict(dropped_genes), "merged": len(source_genes) - len(genes.is_mt),
                   "renamed": renamed_genes, "contradicting": contradictions},
-        "perturbations": {"kept": kept, "dropped": too_few, "renamed": renamed_labels,
+        "perturbations": {"kept": kept, "dropped": too_few, **of_labels,
                           "not_measured": sorted(perturbed - set(var.index))},
         "ambiguous": ambiguous(sorted({*perturbed, *var.index})) if is_human else {},
         "qc": qc,

@@ -14,6 +14,8 @@ DOSE_SIGN = "@"
 
 TABLE = Path(__file__).with_name("hgnc.tsv.gz")
 ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?")
+# ATF2g1, p-sgELK1-6, KLF1_sg2, KLF1-2: guides as public screens name them.
+GUIDE = re.compile(r"(?:p-)?(?:sg)?(?P<gene>.+?)(?:[._-]?(?:sg|g|guide)[._-]?|[._-])\d+")
 
 # Two letters are words of many vocabularies (NA, KO, WT): they are no evidence of a gene that has another name today.
 SHORTEST_OLD_NAME = 3

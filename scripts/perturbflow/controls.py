@@ -1,0 +1,139 @@
+"""Which labels are controls: those that a dataset's block declares. Labels that only look like controls are found and told, never folded in."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from perturbflow.symbols import CONTROL, human_symbols
+
+# What may stand before a control's name: a guide's or a library's mark.
+_PREFIX = r"(?:(?:p|px|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
+# Names that mean a control whatever follows them.
+_NAMES = "|".join(
+    (
+        r"non[\W_]*(?:target|human[\W_]*target|silenc|cutting|edit|infect|transduc|transfect|treat|perturb|stimulat)[a-z]*",
+        r"no[\W_]*(?:target|guide|gRNA|sgRNA|site|perturb|treat|transduc|drug|stim)[a-z]*", r"neg(?:ative)?[\W_]*(?:ctrl|ctl|control|con|guide)s?",
+        r"safe[\W_]*(?:target|harbou?r|cut)[a-z]*", r"scrambled?", r"(?:inter|non)genic(?:[\W_]*(?:site|region))?", r"olfactory[\W_]*receptor",
+        r"(?:untreat|unperturb|untransduc|untransfect|uninfect|unstimulat|unedit|unmodifi)(?:ed)?", r"(?:ctrl|ctl|control)s?", r"aavs[\W_]*1",
+        r"(?:gt[\W_]*)?rosa[\W_]*26", r"[fr]?luciferase", r"lac[\W_]*z", r"gal[\W_]*4", r"[et]?[gry]fp", r"[et]?bfp2?", r"mcherry",
+        r"empty(?:[\W_]*(?:vector|plasmid|guide|control))?", r"backbone", r"dmso", r"vehicles?", r"placebo", r"mock", r"parental",
+        r"wild[\W_]*types?", r"pbs", r"solvent",
+    )
+)  # fmt: skip
+# Short words are parts of many names: only numbers and letters of guides may follow.
+_SHORT = r"ntc?|nc|wt|neg|scr|ctr|ev|[fr]?luc2?"
+_NUMBERS = r"(?:[\W_]*(?:(?:sg|g|guide)[\W_]*)?\d+(?!\d)|[\W_]+[a-z](?![a-z]))*[\W_]*"
+NAMED = re.compile(rf"{_PREFIX}(?:{_NAMES})(?:[\W_\d].*|(?:guide|grna|sgrna|control|ctrl|cell|g\d).*)?", re.IGNORECASE)
+SHORT = re.compile(rf"{_PREFIX}(?:{_SHORT}){_NUMBERS}", re.IGNORECASE)
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The labels, and members of labels, that a dataset's block declares to be controls.
+
+    Attributes
+    ----------
+    names
+        As written.
+    pattern
+        A regular expression that fully matches others.
+    """
+
+    names: frozenset[str]
+    pattern: re.Pattern[str] | None = None
+
+    @classmethod
+    def of(cls, declared: Mapping) -> "Controls":
+        """Read `control` and `control_pattern` of a block's `perturbation`."""
+        names = {CONTROL, *declared.get("control", [])}
+        # A column of whole numbers in which some are missing holds 6.0 where 6 is meant.
+        names |= {f"{name}.0" for name in names if name.isdigit()}
+        pattern = declared.get("control_pattern")
+        return cls(frozenset(names), None if pattern is None else re.compile(pattern))
+
+    def __contains__(self, text: str) -> bool:
+        """Return whether a label or a member is declared a control."""
+        return text in self.names or (self.pattern is not None and self.pattern.fullmatch(text) is not None)
+
+    def resembles(self, text: str, *, is_drug: bool = False) -> bool:
+        """Return whether a label that is not declared a control looks like one.
+
+        It does by the field's names for controls, and where it is a declared one in other letters, or starts with one and goes on
+        with a separator or a digit. A gene's approved symbol (NT5E, WT1) does not, but for the few that name a control.
+        """
+        if NAMED.fullmatch(text):
+            return True
+        if text.upper() in human_symbols().approved:
+            return False
+        return (not is_drug and SHORT.fullmatch(text) is not None) or any(_is_form(text, name) for name in self.names)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text.casefold())
+
+
+def _is_form(text: str, name: str) -> bool:
+    """Return whether a text is a name in other letters or separators, or goes on after it with a separator or a digit."""
+    if len(_plain(name)) < 2:
+        return False
+    if _plain(text) == _plain(name):
+        return True
+    rest = text[len(name) :] if text.casefold().startswith(name.casefold()) else ""
+    return bool(re.match(r"[\W_]", rest)) or (rest[:1].isdigit() and not name[-1].isdigit())
+
+
+def look_alikes(
+    n_cells: Mapping[str, int], controls: Controls, members: Callable[[str], Iterable[str]], *, is_drug: bool = False
+) -> dict[str, int]:
+    """Return members that look like controls and are declared none → their cells, most cells first.
+
+    Parameters
+    ----------
+    n_cells
+        Label as in the file → cells.
+    members
+        What a label names, in the words of the block.
+    """
+    found: dict[str, int] = {}
+    for label, n in n_cells.items():
+        if label not in controls:
+            for member in {member for member in members(label) if member and member not in controls}:
+                found[member] = found.get(member, 0) + n
+    alike = {member: n for member, n in found.items() if controls.resembles(member, is_drug=is_drug)}
+    return dict(sorted(alike.items(), key=lambda item: (-item[1], item[0])))
+
+
+def counted(n_cells: Mapping[str, int]) -> str:
+    """Return labels, each with its number of cells, as many as a message holds."""
+    shown = ", ".join(f"'{label}' ({n:,})" for label, n in list(n_cells.items())[:SHOWN])
+    return f"{shown}, {len(n_cells) - SHOWN:,} more" if len(n_cells) > SHOWN else shown
+
+
+def declaration(alike: Iterable[str], declared: Iterable[str] = ()) -> str:
+    """Return the line of a block that makes controls of these labels: a list, or a pattern where they differ by numbers alone.
+
+    Parameters
+    ----------
+    declared
+        What perturbation.control holds already: a list replaces it.
+    """
+    names = list(alike)
+    patterns = list(dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name).replace(r"\-", "-")) for name in names))
+    if len(names) > SHOWN and len(patterns) <= len(names) // 2:
+        return f"perturbation.control_pattern: '{'|'.join(patterns)}'"
+    return f"perturbation.control: [{', '.join(map(_quoted, [*declared, *names]))}]"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def warning(alike: Mapping[str, int], declared: Iterable[str]) -> str:
+    """Return the sentences that tell of labels that look like controls, with the fix; `declared` as in `declaration`."""
+    one = len(alike) == 1
+    return (
+        f"{len(alike):,} {'label looks like a control' if one else 'labels look like controls'} and {'is' if one else 'are'} declared as none "
+        f"(cells): {counted(alike)}. {'It stays a perturbation' if one else 'They stay perturbations'}. If {'it is a control' if one else 'they are controls'}, "
+        f"declare {'it' if one else 'them'}: {declaration(alike, declared)}."
+    )

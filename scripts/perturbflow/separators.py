@@ -1,0 +1,113 @@
+"""Combinations that are not split: labels whose parts under another separator are perturbations, controls or genes themselves."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from perturbflow.controls import NAMED, Controls
+from perturbflow.symbols import GUIDE, human_symbols
+
+_SIGNS = ("--", "__", "||", "//", "|", ",", ";", "&", "_", ":", "/", "+", "-", ".", "~", "^", "*", "%", "@", "#", "\\", " ")
+_WORDS = ("and", "AND", "And", "plus", "with", "x")
+# The longer one first: A--B holds - as well.
+SEPARATORS = (*[f" {word} " for word in _WORDS], *_SIGNS)
+MANY = 3  # labels whose parts are known: no accident any more
+
+
+@dataclass(frozen=True)
+class Unsplit:
+    """Labels that are combinations under another separator.
+
+    Attributes
+    ----------
+    separator
+        What joins their members.
+    labels
+        Label as in the file → cells.
+    n_holding
+        Labels that hold the separator and are no gene's name.
+    n_of_labels
+        How many of `labels` have parts that are all labels of the screen.
+    """
+
+    separator: str
+    labels: dict[str, int]
+    n_holding: int
+    n_of_labels: int
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the declared separator is wrong: many such labels, or most of those that hold the sign."""
+        n = len(self.labels)
+        return n >= MANY or (2 * n >= self.n_holding and (n > 1 or self.n_of_labels == n))
+
+    def sentence(self, declared: str | None) -> str:
+        """Return what was found, without the fix."""
+        examples = ", ".join(f"'{label}'" for label in list(self.labels)[:3])
+        n_cells = sum(self.labels.values())
+        return (
+            f"{len(self.labels):,} of {self.n_holding:,} labels that hold '{self.separator}' ({n_cells:,} cells) are combinations that are not "
+            f"split, such as {examples}: each of their parts is a perturbation, a control or a gene of this screen, but perturbation.separator is "
+            f"{'null' if declared is None else repr(declared)}"
+        )
+
+
+class _Names:
+    """Names that a part of a label may be."""
+
+    def __init__(self, members: set[str], controls: Controls, genes: Iterable[str], *, is_human: bool) -> None:
+        self.labels, self.controls = members, controls
+        self.genes = {*genes, *(human_symbols().approved if is_human else ())}
+
+    def is_label(self, part: str) -> bool:
+        """Return whether a part is a perturbation or a control of the screen."""
+        return part in self.labels or part in self.controls or NAMED.fullmatch(part) is not None
+
+    def has(self, part: str) -> bool:
+        """Return whether a part is a name at all: a number is none."""
+        if not any(letter.isalpha() for letter in part):
+            return False
+        if self.is_label(part) or part in self.genes:
+            return True
+        guide = GUIDE.fullmatch(part)
+        return guide is not None and (guide["gene"] in self.genes or guide["gene"] in self.labels)
+
+
+def _parts(member: str, separator: str) -> list[str]:
+    return [part.strip() for part in member.split(separator) if part.strip()]
+
+
+def unsplit(
+    n_cells: Mapping[str, int], declared: Mapping, members: Callable[[str], Iterable[str]], genes: Iterable[str], *, is_human: bool
+) -> Unsplit | None:
+    """Return the combinations that a declared separator does not split, under the separator that tells the most of them.
+
+    Parameters
+    ----------
+    n_cells
+        Label as in the file → cells, without those of unassigned cells.
+    declared
+        `perturbation` of the dataset's block.
+    members
+        What a label names, in the words of the block.
+    genes
+        Names and ids of the measured genes; none where perturbations are no genes.
+    is_human
+        Whether perturbations are human genes: approved symbols are names too, also of genes that are not measured.
+    """
+    controls = Controls.of(declared)
+    of_label = {label: [member for member in members(label) if member not in controls] for label in n_cells if label not in controls}
+    named = {member for found in of_label.values() for member in found}
+    names = _Names(named, controls, genes, is_human=is_human)
+    # HLA-A and INS-IGF2 are genes of their own.
+    whole = {member for member in named if member in names.genes or NAMED.fullmatch(member)}
+    best = None
+    for separator in SEPARATORS:
+        if separator.strip() == (declared["separator"] or "").strip() != "" or separator == declared["separator"]:
+            continue
+        holding = {member: parts for member in named - whole if separator in member and len(parts := _parts(member, separator)) > 1}
+        combined = {member for member, parts in holding.items() if all(names.has(part) for part in parts)}
+        if combined and (best is None or len(combined) > best[1]):
+            labels = {label: n_cells[label] for label, found in of_label.items() if not combined.isdisjoint(found)}
+            n_of_labels = sum(all(names.is_label(part) for part in holding[member]) for member in combined)
+            best = Unsplit(separator, labels, len(holding), n_of_labels), len(combined)
+    return best[0] if best else None
