@@ -43,7 +43,7 @@ rule data:
     input:
         collect(
             "results/{dataset}/{file}",
-            dataset=plan.runs["dataset"].unique(),
+            dataset=plan.datasets,
             file=["harmonized.h5ad", "harmonization.json"],
         ),
         collect("resources/{prior}/embedding.parquet", prior=plan.priors),
@@ -78,10 +78,10 @@ rule evaluated:
 
 
 rule all:
-    """Everything that is selected: scores, report and counterfactual answers. A file behind them that was deleted is made again, too."""
+    """Everything that is selected: scores, report and counterfactual answers; data and pairs where no model is. A file behind them that was deleted is made again, too."""
     default_target: True
     input:
-        rules.benchmark.output,
-        rules.report.output,
+        [] if plan.runs.empty else [*rules.benchmark.output, *rules.report.output],
         rules.counterfactuals.input,
+        [*rules.data.input, *rules.pairs.input] if plan.runs.empty else [],
     localrule: True

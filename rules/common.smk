@@ -273,6 +273,12 @@ def split_block(wildcards):
     return plan.split(wildcards.split, wildcards.dataset)
 
 
+@looked_up
+def label_naming(wildcards):
+    """Return how a dataset's block reads the labels that a split names."""
+    return plan.naming(wildcards.split, wildcards.dataset)
+
+
 # The user's own files that a step finds by its configuration are inputs too, without a name, as its script is not told of them
 # again: a plan without them would be none.
 @looked_up
@@ -315,8 +321,7 @@ def per_run(pattern, **more):
 
 def per_split(pattern, **more):
     """Return the files of a pattern for all selected divisions of screens."""
-    places = plan.runs[["dataset", "split"]].drop_duplicates()
-    return collect(pattern, run=places.itertuples(), **more)
+    return collect(pattern, run=plan.divisions.itertuples(), **more)
 
 
 def trained_models():

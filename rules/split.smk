@@ -26,6 +26,7 @@ rule split:
     params:
         name="{split}",
         spec=split_block,
+        naming=label_naming,
         code_version=code("perturbflow.splits:split"),
         made_of=made_of("split"),
     script:

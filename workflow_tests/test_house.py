@@ -23,8 +23,8 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ORDER = (
     ("origins", "registry"),
     ("download",),
-    ("sources", "triplets", "recipes", "annotation", "counts", "harmonize"),
-    ("splits",),
+    ("sources", "triplets", "recipes", "controls", "separators", "annotation", "counts", "harmonize"),
+    ("split_files", "splits"),
     ("pairs",),
     ("priors",),
     ("embeddings", "audit"),
@@ -43,6 +43,7 @@ SUPPORT = (
     "code_version",
     "places",
     "symbols",
+    "nearest",
     "hgnc",
     "artefacts",
     "compiled",
@@ -179,7 +180,7 @@ def test_a_script_does_its_work_from_the_command_line(prepared: dict[str, Prepar
     (tmp_path / "roles.json").write_text('{"train": ["TF99"], "test": ["TF1"]}')
     failed = run_script("split", *inputs, "--split", tmp_path / "failed.json", "--spec", json.dumps(few))
     assert failed.returncode == 1
-    assert "roles.json: 'TF99' in 'train' cannot be used" in failed.stderr
+    assert "no such perturbation: 'TF99' in train" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "failed.json").exists()
 

@@ -1,6 +1,7 @@
 """The configuration: a good one is completed, a bad one is explained in the user's words, with file, key, value and fix."""
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
@@ -310,6 +311,70 @@ def test_nothing_left_to_run_is_an_error(tmp_path: Path) -> None:
         planned(config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("selected", "said", "divisions"),
+    [
+        ({"splits": [], "models": []}, "select.splits is empty.*my_screen will be harmonized", []),
+        ({"splits": []}, "select.splits is empty.*my_screen will be harmonized", []),
+        ({"models": []}, "select.models is empty.*my_screen will be harmonized, split and paired", [("my_screen", "unseen_combination")]),
+    ],
+)
+def test_a_screen_is_made_ready_where_nothing_is_to_be_trained(selected: dict, said: str, divisions: list, tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["select"] |= selected
+    plan = planned(config, tmp_path)
+    assert plan.runs.empty
+    assert plan.datasets == ["my_screen"]
+    assert list(plan.divisions.itertuples(index=False, name=None)) == divisions
+    assert re.search(said, plan.left_out[-1])
+    assert plan.folders() == ["resources/my_screen", "results/my_screen"]
+
+
+def test_a_number_is_a_text_where_a_text_is_meant(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["datasets"]["my_screen"]["perturbation"] |= {"control": [6, 7.5], "drop": [-1], "rename": {12: "KLF1"}}
+    config["datasets"]["my_screen"]["covariates"] = {"batch": [1, "lane"], "cell_type": {"value": 562}}
+    block = planned(config, tmp_path).config["datasets"]["my_screen"]
+    assert block["perturbation"]["control"] == ["6", "7.5"]
+    assert block["perturbation"]["drop"] == ["-1"]
+    assert block["perturbation"]["rename"] == {"12": "KLF1"}
+    assert block["covariates"] == {"batch": ["1", "lane"], "cell_type": {"value": "562"}}
+
+
+@pytest.mark.parametrize("held_out", [["KLF1", "SPI1"], {"my_screen": ["KLF1", "SPI1"]}])
+@pytest.mark.parametrize("kind", ["unseen_perturbation", "unseen_combination", "unseen_context"])
+def test_what_is_named_in_full_needs_no_fraction(kind: str, held_out: list | dict, tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["datasets"]["my_screen"]["covariates"] = {"batch": "lane"}
+    config["splits"]["named"] = {"kind": kind, "held_out": held_out}
+    config["select"]["splits"] = ["named"]
+    plan = planned(config, tmp_path)
+    assert plan.split("named", "my_screen")["held_out"] == ["KLF1", "SPI1"]
+    assert bool(plan.naming("named", "my_screen")) == (kind != "unseen_context")
+
+
+def test_a_screen_without_names_and_without_a_fraction_is_left_out(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["splits"]["named"] = {"kind": "unseen_perturbation", "held_out": {"renge2023": ["SOX2"]}}
+    config["select"]["splits"] = ["named", "unseen_combination"]
+    assert planned(config, tmp_path).left_out == [
+        "my_screen × named is left out: held_out names nothing of my_screen, and there is no test_fraction."
+    ]
+
+
+def test_only_what_reads_labels_is_part_of_a_split_that_names_some(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    (tmp_path / "roles.json").write_text("{}")
+    config["select"]["splits"] = ["frozen", "unseen_combination"]
+    before = planned(config, tmp_path)
+    assert before.naming("unseen_combination", "my_screen") == {}
+    declared = config["datasets"]["my_screen"]["perturbation"]
+    declared["drop"] = ["nothing"]
+    assert planned(config, tmp_path).naming("frozen", "my_screen") == before.naming("frozen", "my_screen")
+    declared["separator"] = "|"
+    assert planned(config, tmp_path).naming("frozen", "my_screen") != before.naming("frozen", "my_screen")
+
+
 def test_combinations_that_are_not_declared_do_not_keep_a_split_out(tmp_path: Path) -> None:
     config = mine(tmp_path)
     del config["datasets"]["my_screen"]["combinations"]
@@ -533,7 +598,8 @@ BAD = {
     "seeds with a point": ("select.seeds", [1.0], ["mine.yaml: select.seeds.0: 1.0 must be of type integer"]),
     "one seed": ("select.seeds", 3, ["select.seeds: 3 must be of type array"]),
     "negative seed": ("select.seeds", [-1], ["select.seeds.0: -1"]),
-    "nothing selected": ("select.models", [], ["select.models: []"]),
+    "nothing selected": ("select.datasets", [], ["select.datasets: []"]),
+    "a truth for a text": ("datasets.my_screen.perturbation.control", [False], ["control.0: False is no text; write it in quotes"]),
     "selected twice": ("select.models", ["linear", "linear"], ["select.models", "non-unique"]),
     "models as a word": ("select.models", "linear", ["select.models: 'linear' must be of type array"]),
     "n_hvg is a word": ("genes.n_hvg", "many", ["mine.yaml: genes.n_hvg: 'many' must be of type integer"]),
@@ -541,13 +607,22 @@ BAD = {
     "control is a word": (
         "datasets.my_screen.perturbation.control", "NT", ["datasets.my_screen.perturbation.control: 'NT' must be of type array"],
     ),
-    "control is missing": ("datasets.my_screen.perturbation", {"column": "a"}, ["datasets.my_screen.perturbation: 'control' is missing"]),
+    "control is missing": ("datasets.my_screen.perturbation", {"column": "a"}, ["datasets.my_screen.perturbation: 'control' or 'control_pattern' is missing"]),
     "fraction over 1": ("splits.unseen_combination.test_fraction", 1.5, ["mine.yaml: splits.unseen_combination.test_fraction: 1.5"]),
     "file split without file": ("splits.mine", {"kind": "file"}, ["splits.mine: 'path' is missing"]),
-    "split without fraction": ("splits.mine", {"kind": "unseen_combination"}, ["splits.mine: 'test_fraction' is missing"]),
+    "split without fraction": ("splits.mine", {"kind": "unseen_combination"}, ["splits.mine: 'test_fraction' or 'folds' or 'held_out' is missing"]),
     "folds and a fraction": (
         "splits.mine", {"kind": "unseen_combination", "folds": 3, "test_fraction": 0.2},
         ["mine.yaml: splits.mine: folds say what is held out in turn", "remove one of them"],
+    ),
+    "folds and names": (
+        "splits.mine", {"kind": "unseen_combination", "folds": 3, "held_out": ["A+B"]}, ["held_out has no meaning; remove one of them"],
+    ),
+    "names of cells": (
+        "splits.mine", {"kind": "random_cells", "test_fraction": 0.2, "held_out": ["A"]}, ["splits.mine.held_out: kind random_cells has no use"],
+    ),
+    "a pattern of controls that cannot be read": (
+        "datasets.my_screen.perturbation.control_pattern", "NT[", ["perturbation.control_pattern: 'NT[' cannot serve as a regular expression"],
     ),
     "folds of contexts": (
         "splits.mine", {"kind": "unseen_context", "folds": 3},
@@ -575,7 +650,7 @@ BAD = {
         "splits.mine", {"kind": "unseen_context", "test_fraction": 0.2, "held_out": {"my_screen": "a"}},
         ["mine.yaml: splits.mine.held_out.my_screen: 'a' must be of type array"],
     ),
-    "contexts without fraction": ("splits.mine", {"kind": "unseen_context"}, ["splits.mine: 'test_fraction' is missing"]),
+    "contexts without fraction": ("splits.mine", {"kind": "unseen_context"}, ["splits.mine: 'test_fraction' or 'folds' or 'held_out' is missing"]),
     "ridge is zero": ("models.linear.params", {"ridge": 0}, ["mine.yaml: models.linear.params.ridge: 0"]),
     "dataset is a word": ("datasets.my_screen", "screen.h5ad", ["datasets.my_screen: 'screen.h5ad' must be of type object"]),
     "unknown source of embeddings": (

@@ -1,6 +1,7 @@
 """Splits: whatever the labels, nothing of a held-out perturbation is in training, and every cell has one place."""
 
 import json
+import pickle
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,19 +11,20 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SPECS, SPECS_OF_CELLS, Prepared
+from conftest import COMBINATIONS, PERTURBED, SPECS, SPECS_OF_CELLS, Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perturbflow import embeddings, pairs
 from perturbflow.errors import InputError
+from perturbflow.split_files import Labels
 from perturbflow.splits import (
     CONTROL_FRACTIONS,
     GENERALIZATION,
     LABEL_KINDS,
     ROLES,
     divide_controls,
-    from_file,
+    listed,
     members_seen,
     names_digest,
     random_cells,
@@ -51,8 +53,8 @@ def test_every_perturbation_has_one_role(kind: str, labels: list[str], fraction:
     roles = KINDS[kind](labels, *fraction, seed)
     assert set(roles) == set(ROLES)
     assert sorted(label for role in ROLES for label in roles[role]) == labels
-    for listed in roles.values():
-        assert all(members_of(label) == sorted(members_of(label)) for label in listed)
+    for names in roles.values():
+        assert all(members_of(label) == sorted(members_of(label)) for label in names)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -374,7 +376,7 @@ def read(tmp_path: Path) -> Callable[..., dict]:
     def call(content: object, dropped: dict[str, int] | None = None, fraction: float = 0.25, seed: int = 0) -> dict:
         path = tmp_path / "roles.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return from_file(path, LABELS, dropped or {}, fraction, seed, "human")
+        return listed(path, Labels(LABELS, dropped or {}, "human"), fraction, seed)
 
     return call
 
@@ -392,21 +394,21 @@ def test_labels_of_a_file_are_made_canonical(read: Callable) -> None:
 def test_renamed_symbols_are_understood_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "roles.json"
     path.write_text(json.dumps({"train": ["AARS"], "validation": ["B"], "test": ["KIAA1804+AARS"]}))
-    roles = from_file(path, ["AARS1", "AARS1+MAP3K21", "B"], {}, 0.1, 0, "human")
+    roles = listed(path, Labels(["AARS1", "AARS1+MAP3K21", "B"], {}, "human"), 0.1, 0)
     assert roles == {"train": ["AARS1"], "validation": ["B"], "test": ["AARS1+MAP3K21"]}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"train": ["A"], "test": ["Aa+B"]}, r"'Aa\+B' in 'test'.*no such perturbation; nearest: A\+B"),
-        ({"train": ["A", ""], "test": ["B"]}, r"'' in 'train' cannot be used"),
-        ({"train": ["A", "B"], "test": ["B"]}, r"B in both 'train' and 'test'"),
-        ({"train": ["A", "A+B"], "test": ["B+A"]}, r"A\+B in both 'train' and 'test'"),
-        ({"train": ["A"], "validation": ["C"], "test": ["C"]}, r"C in both 'validation' and 'test'"),
+        ({"train": ["A"], "test": ["Aa+B"]}, r"no such perturbation: 'Aa\+B' in test \(did you mean A\+B\?\)"),
+        ({"train": ["A", ""], "test": ["B"]}, r"no such perturbation: '' in train"),
+        ({"train": ["A", "B"], "test": ["B"]}, r"in two lists.*'B' in train and test"),
+        ({"train": ["A", "A+B"], "test": ["B+A"]}, r"'A\+B' in train and test"),
+        ({"train": ["A"], "validation": ["C"], "test": ["C"]}, r"'C' in validation and test"),
         ({"train": [], "test": ["B"]}, "'train' is empty"),
         ({"train": ["A"]}, "'test' is empty"),
-        ({"train": ["A"], "tset": ["B"]}, r"unknown key \['tset'\].*train, validation and test"),
+        ({"train": ["A"], "tset": ["B"]}, r"unknown key \['tset'\].*train, validation \(or val\) and test"),
         ({"train": "A", "test": ["B"]}, "'train' must be a list of labels"),
         ({"train": [1], "test": ["B"]}, "'train' must be a list of labels"),
         ("train: [A]", "is not valid JSON"),
@@ -420,8 +422,90 @@ def test_a_file_that_cannot_be_used_is_explained(content: object, message: str, 
 
 
 def test_a_label_that_quality_control_dropped_is_told_so(read: Callable) -> None:
-    with pytest.raises(InputError, match=r"'GONE' in 'test'.*dropped by qc.min_cells_per_perturbation \(12 cells\)"):
+    with pytest.raises(InputError, match=r"dropped by qc.min_cells_per_perturbation: 'GONE' in test \(12 cells\)"):
         read({"train": ["A"], "test": ["GONE"]}, dropped={"GONE": 12})
+
+
+def test_all_labels_that_cannot_be_used_are_in_one_message(read: Callable) -> None:
+    content = {"train": ["A", "GONE", "Bb", "C"], "validation": ["d", "C"], "test": ["ZZZ9"]}
+    with pytest.raises(InputError) as raised:
+        read(content, dropped={"GONE": 12})
+    said = str(raised.value)
+    for part in (
+        "'Bb' in train (did you mean",
+        "'d' in validation (did you mean D",
+        "'ZZZ9' in test",
+        "'GONE' in train (12 cells)",
+        "'C' in train and validation",
+    ):
+        assert part in said
+
+
+@pytest.mark.parametrize("key", ["val", "valid", "validation"])
+def test_a_file_of_gears_is_read_as_it_is(key: str, read: Callable) -> None:
+    content = {"train": ["A+ctrl", "ctrl+B", "ctrl", "C+ctrl"], key: ["ctrl+D"], "test": ["B+A"]}
+    assert read(content) == {"train": ["A", "B", "C"], "validation": ["D"], "test": ["A+B"]}
+
+
+def test_labels_of_a_file_are_read_as_those_of_the_screen_were(tmp_path: Path) -> None:
+    """The dataset's own pattern, separator, other names and controls bring a label to its form before it is called unknown."""
+    path = tmp_path / "roles.json"
+    path.write_text(json.dumps({"train": ["sgA-1", "sgA-2", "sgOLD-1", "NT-12"], "val": ["D"], "test": ["sgA-1|sgB-3"]}))
+    declared = {"control": ["NT"], "control_pattern": r"NT-\d+", "separator": "|", "pattern": r"sg(\w+)-\d+", "rename": {"OLD": "C"}}
+    assert listed(path, Labels(LABELS, {}, "human", declared), 0.1, 0) == {"train": ["A", "C"], "validation": ["D"], "test": ["A+B"]}
+
+
+@pytest.mark.parametrize("name", ["roles.pkl", "roles.json"])
+def test_a_pickle_is_refused_with_the_way_to_convert_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps({"train": ["A+ctrl"], "val": ["B+ctrl"], "test": ["C+ctrl"]}))
+    with pytest.raises(InputError, match="is a pickle") as raised:
+        listed(path, Labels(LABELS, {}, "human"), 0.1, 0)
+    monkeypatch.chdir(tmp_path)
+    command = "\n".join(line.strip() for line in str(raised.value).splitlines() if line.startswith("  "))
+    exec(command)
+    assert listed(tmp_path / "roles.converted.json", Labels(LABELS, {}, "human"), 0.1, 0)["validation"] == ["B"]
+
+
+# --- held out by name -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "test"),
+    [
+        ("unseen_perturbation", ["TF1", "ctrl+TF5"], {"TF1", "TF5", "TF1+TF2", "TF1+TF3", "TF5+TF6"}),
+        ("unseen_combination", ["TF2+TF1", "TF3+TF4"], {"TF1+TF2", "TF3+TF4"}),
+    ],
+)
+def test_what_a_block_names_is_held_out(kind: str, named: list[str], test: set[str], prepared: dict[str, Prepared], tmp_path: Path) -> None:
+    here = prepared[kind]
+    spec = {"kind": kind, "held_out": named, "validation_fraction": 0.2, "seed": 0}
+    split(here.harmonized, here.harmonization, tmp_path / "split.json", "mine", spec)
+    content = json.loads((tmp_path / "split.json").read_text())
+    assert set(content["perturbations"]["test"]) == test
+    assert content["perturbations"]["validation"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "message"),
+    [
+        ("unseen_perturbation", ["tf1", "XYZ99"], r"no such perturbed gene.*'XYZ99'.*'tf1' \(did you mean TF1"),
+        ("unseen_perturbation", ["TF1+TF2"], r"'TF1\+TF2'"),
+        ("unseen_perturbation", PERTURBED, "held_out names every perturbed gene"),
+        ("unseen_combination", ["TF1", "TF1+TF9"], r"no such combination: 'TF1'.*'TF1\+TF9' \(did you mean"),
+        ("unseen_combination", COMBINATIONS, "held_out names every combination"),
+    ],
+)
+def test_names_that_cannot_be_held_out_are_explained(
+    kind: str, named: list[str], message: str, prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
+    here = prepared[kind]
+    spec = {"kind": kind, "held_out": named, "validation_fraction": 0.2, "seed": 0}
+    with pytest.raises(InputError, match=message):
+        split(here.harmonized, here.harmonization, tmp_path / "split.json", "mine", spec)
+
+
+# --- more of a user's own file --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("validation", [{"validation": []}, {}])

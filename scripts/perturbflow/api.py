@@ -32,6 +32,7 @@ from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.schemas import suggestion
 from perturbflow.registry.shipped import shipped
+from perturbflow.split_files import Labels, held_out_names
 from perturbflow.symbols import CONTROL, SEPARATOR, members_of
 
 Cells: TypeAlias = ad.AnnData | Path | str
@@ -147,7 +148,7 @@ def split(harmonized: Cells, kind: str, *, organism: str = "human", name: str = 
         What messages and the result call the split.
     **options
         As in config/splits.yaml: test_fraction (0.25), validation_fraction (0.1), seed (0), covariate, path; folds with fold, which counts
-        from 0; held_out, a list of contexts.
+        from 0; held_out, a list of genes, combinations or contexts.
 
     Returns
     -------
@@ -172,7 +173,7 @@ def split_labels(labels: Sequence[str], kind: str, **options: Any) -> dict[str, 
     kind
         unseen_perturbation or unseen_combination.
     **options
-        test_fraction, validation_fraction, seed, folds and fold, as of `split`.
+        test_fraction, validation_fraction, seed, folds and fold, held_out, as of `split`.
 
     Returns
     -------
@@ -189,7 +190,8 @@ def split_labels(labels: Sequence[str], kind: str, **options: Any) -> dict[str, 
         raise InputError(f"kind {kind} divides no labels, and these are labels: take unseen_perturbation or unseen_combination.")
     names = sorted({SEPARATOR.join(sorted(members_of(label))) for label in labels if label != CONTROL})
     fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
-    return divide(names, spec.get("test_fraction"), spec["validation_fraction"], spec["seed"], fold)
+    held_out = held_out_names(spec["held_out"], kind, Labels(names, {}, "human")) if "held_out" in spec else None
+    return divide(names, spec.get("test_fraction"), spec["validation_fraction"], spec["seed"], fold, held_out)
 
 
 def pair(harmonized: Cells, split: Mapping[str, Any], n_hvg: int = 2000) -> ad.AnnData:

@@ -143,7 +143,7 @@ def audit(folder: Path) -> None:
 @click.option("--folds", type=int, help="In place of a test fraction: as many parts, each the test set of one fold.")
 @click.option("--fold", type=int, help="Which fold, from 0.")
 @click.option("--covariate", help="Kind unseen_context: batch, cell_type or dataset.")
-@click.option("--held-out", multiple=True, help="Kind unseen_context: a context to hold out; may be repeated.")
+@click.option("--held-out", multiple=True, help="A gene, combination or context to hold out, by the kind; may be repeated.")
 @click.option("--path", help="Kind file: JSON with train, validation and test lists of labels.")
 @click.option("--output", required=True, type=Folder, help="The JSON to be written.")
 def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **options: Any) -> None:

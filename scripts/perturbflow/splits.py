@@ -4,7 +4,6 @@ A role belongs to a cell. Where perturbations are held out (`LABEL_KINDS`), all 
 contexts or cells are, a perturbation has cells in several.
 """
 
-import difflib
 import hashlib
 import json
 import logging
@@ -17,11 +16,12 @@ import pandas as pd
 
 from perturbflow.errors import InputError
 from perturbflow.files import read_json, write_json
-from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, members_of
+from perturbflow.split_files import LISTS, Labels, from_file, held_out_names
+from perturbflow.symbols import CONTROL, members_of
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("train", "validation", "test")
+ROLES = LISTS
 # Controls are split too: a model that starts from a control it was trained on would be scored on its own training data.
 CONTROL_FRACTIONS = {"train": 0.5, "test": 0.3, "validation": 0.2}
 
@@ -53,10 +53,14 @@ def _take(names: list[str], fraction: float, rng: np.random.Generator) -> set[st
     return set(rng.permutation(sorted(names))[:n])
 
 
-def _test_names(names: list[str], test_fraction: float | None, fold: tuple[int, int] | None, rng: np.random.Generator) -> set[str]:
-    """Return a random share of the names, or one of k folds: disjoint, together all names, sizes equal but for one."""
+def _test_names(
+    names: list[str], test_fraction: float | None, fold: tuple[int, int] | None, held_out: set[str] | None, rng: np.random.Generator
+) -> set[str]:
+    """Return the names that are to be held out, a random share of all, or one of k folds: disjoint, together all, sizes equal but for one."""
+    if held_out is not None:
+        return held_out
     if fold is None:
-        assert test_fraction is not None  # the configuration has one of the two
+        assert test_fraction is not None  # the configuration has one of the three
         return _take(names, test_fraction, rng)
     i, k = fold
     if k > len(names):
@@ -65,17 +69,23 @@ def _test_names(names: list[str], test_fraction: float | None, fold: tuple[int, 
 
 
 def unseen_perturbation(
-    labels: list[str], test_fraction: float | None, validation_fraction: float, seed: int, fold: tuple[int, int] | None = None
+    labels: list[str],
+    test_fraction: float | None,
+    validation_fraction: float,
+    seed: int,
+    fold: tuple[int, int] | None = None,
+    held_out: set[str] | None = None,
 ) -> Perturbations:
     """Hold out genes: every perturbation with a held-out member goes where the gene goes, test before validation.
 
-    With a fold (i, k) in place of a test fraction, the i-th of k parts of the genes is held out: each gene in one fold.
+    With a fold (i, k) in place of a test fraction, the i-th of k parts of the genes is held out: each gene in one fold. With `held_out`
+    these genes are.
     """
     genes = sorted({gene for label in labels for gene in members_of(label)})
     if len(genes) < 3:
         raise InputError(f"split unseen_perturbation needs at least 3 perturbed genes; this screen has {len(genes)}: {', '.join(genes)}.")
     rng = np.random.default_rng(seed)
-    test = _test_names(genes, test_fraction, fold, rng)
+    test = _test_names(genes, test_fraction, fold, held_out, rng)
     validation = _take(sorted(set(genes) - test), validation_fraction * len(genes) / max(1, len(genes) - len(test)), rng)
     roles: Perturbations = {role: [] for role in ROLES}
     for label in labels:
@@ -85,9 +95,14 @@ def unseen_perturbation(
 
 
 def unseen_combination(
-    labels: list[str], test_fraction: float | None, validation_fraction: float, seed: int, fold: tuple[int, int] | None = None
+    labels: list[str],
+    test_fraction: float | None,
+    validation_fraction: float,
+    seed: int,
+    fold: tuple[int, int] | None = None,
+    held_out: set[str] | None = None,
 ) -> Perturbations:
-    """Hold out combinations, a share or a fold (i, k) of them; every single perturbation is in training."""
+    """Hold out combinations: a share, a fold (i, k) of them, or those of `held_out`; every single perturbation is in training."""
     combinations = sorted(label for label in labels if len(members_of(label)) > 1)
     if len(combinations) < 2:
         raise InputError(
@@ -95,7 +110,7 @@ def unseen_combination(
             "Set combinations: false in the dataset's block, or check perturbation.separator."
         )
     rng = np.random.default_rng(seed)
-    test = _test_names(combinations, test_fraction, fold, rng)
+    test = _test_names(combinations, test_fraction, fold, held_out, rng)
     rest = sorted(set(combinations) - test)
     validation = _take(rest, validation_fraction * len(combinations) / max(1, len(rest)), rng) if rest else set()
     return {
@@ -105,36 +120,9 @@ def unseen_combination(
     }
 
 
-def from_file(
-    path: Path, labels: list[str], dropped: dict[str, int], validation_fraction: float, seed: int, organism: str
-) -> Perturbations:
-    """Read roles from a JSON of three lists of labels; without validation, a share of train serves, by seed."""
-    content = read_json(path)
-    if unknown := set(content) - set(ROLES):
-        raise InputError(f"{path}: unknown key {sorted(unknown)}; a split file has the lists train, validation and test.")
-    genes = {gene: gene for label in [*labels, *dropped] for gene in members_of(label)}
-    roles: Perturbations = {}
-    for role in ROLES:
-        listed = content.get(role, [])
-        if not isinstance(listed, list) or not all(isinstance(label, str) for label in listed):
-            raise InputError(f"{path}: '{role}' must be a list of labels.")
-        canonical = [canonical_label(label, {CONTROL}, SEPARATOR, organism, genes) for label in listed]
-        roles[role] = sorted({label for label in canonical if label != CONTROL})
-    known = set(labels)
-    for role, listed in roles.items():
-        for label in listed:
-            if label not in known:
-                why = (
-                    f"it was dropped by qc.min_cells_per_perturbation ({dropped[label]} cells)" if label in dropped
-                    else f"the screen has no such perturbation; nearest: {', '.join(difflib.get_close_matches(label, labels)) or 'none'}"
-                )  # fmt: skip
-                raise InputError(f"{path}: '{label}' in '{role}' cannot be used: {why}. Remove it from the file.")
-    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        if both := sorted(set(roles[first]) & set(roles[second])):
-            raise InputError(f"{path}: {', '.join(both[:5])} in both '{first}' and '{second}': a perturbation has one role.")
-    for role in ("train", "test"):
-        if not roles[role]:
-            raise InputError(f"{path}: '{role}' is empty.")
+def listed(path: Path, labels: Labels, validation_fraction: float, seed: int) -> Perturbations:
+    """Return the roles that a file lists (`from_file`); without validation, a share of train serves, by seed."""
+    roles = from_file(path, labels)
     if not roles["validation"] and len(roles["train"]) > 2:
         chosen = _take(roles["train"], max(validation_fraction, 1e-9), np.random.default_rng(seed))
         roles["validation"] = sorted(chosen)
@@ -187,7 +175,7 @@ def by_perturbation(obs: pd.DataFrame, roles: Perturbations, seed: int) -> pd.Se
 
 
 def unseen_context(
-    obs: pd.DataFrame, covariate: str, held_out: list | None, test_fraction: float, validation_fraction: float, seed: int
+    obs: pd.DataFrame, covariate: str, held_out: list | None, test_fraction: float | None, validation_fraction: float, seed: int
 ) -> pd.Series:
     """Hold out contexts: the values of a covariate, with all their controls and all cells of perturbations seen elsewhere.
 
@@ -218,6 +206,7 @@ def unseen_context(
             f"tells contexts apart under covariates.{covariate} in the dataset's block, or take the split out of select.splits."
         )
     if held_out is None:
+        assert test_fraction is not None  # the configuration has one of the two
         test = _take(known, min(test_fraction, 1 - 1 / len(known)), np.random.default_rng(seed))
     else:
         test = set(map(str, held_out))
@@ -262,24 +251,27 @@ def names_digest(names: list[str]) -> str:
     return hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()
 
 
-def _roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict) -> pd.Series:
+def _roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict, naming: dict) -> pd.Series:
     """Return the role of every cell under a split's block; missing where it has none."""
     shares = {key: spec[key] for key in ("validation_fraction", "seed")}
     if spec["kind"] == "random_cells":
         return random_cells(obs, spec["test_fraction"], **shares)
     if spec["kind"] == "unseen_context":
-        return unseen_context(obs, spec["covariate"], spec.get("held_out"), spec["test_fraction"], **shares)
-    labels = sorted(set(obs["perturbation"].astype(str)) - {CONTROL})
+        return unseen_context(obs, spec["covariate"], spec.get("held_out"), spec.get("test_fraction"), **shares)
+    names = sorted(set(obs["perturbation"].astype(str)) - {CONTROL})
+    organism = "" if naming.get("perturbation_type") == "drug" else account["organism"]
+    labels = Labels(names, account["perturbations"]["dropped"], organism, naming.get("perturbation", {}))
     if spec["kind"] == "file":
-        roles = from_file(Path(spec["path"]), labels, account["perturbations"]["dropped"], **shares, organism=account["organism"])
+        roles = listed(Path(spec["path"]), labels, **shares)
     else:
         divide = {"unseen_perturbation": unseen_perturbation, "unseen_combination": unseen_combination}[spec["kind"]]
         fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
-        roles = divide(labels, spec.get("test_fraction"), **shares, fold=fold)
+        held_out = held_out_names(spec["held_out"], spec["kind"], labels) if "held_out" in spec else None
+        roles = divide(names, spec.get("test_fraction"), **shares, fold=fold, held_out=held_out)
     return by_perturbation(obs, roles, spec["seed"])
 
 
-def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict) -> dict[str, Any]:
+def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dict | None = None) -> dict[str, Any]:
     """Return the content of split.json.
 
     Parameters
@@ -290,6 +282,8 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict) -> dict[str
         Of harmonization.json, organism and perturbations.dropped, which a list of the user's own is read with.
     name, spec
         The split's name and block, as `Plan.split` gives it: held_out is the list of this screen.
+    naming
+        How the dataset's block reads labels (`Plan.naming`), for those that the split names.
 
     Raises
     ------
@@ -297,7 +291,7 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict) -> dict[str
         If the split is not possible on this screen.
     """
     try:
-        role_of_cell = _roles_of_cells(obs, account, spec)
+        role_of_cell = _roles_of_cells(obs, account, spec, naming or {})
     except InputError as error:
         raise InputError(f"splits.{name}: {error}") from error
     labels = obs["perturbation"].astype(str)
@@ -337,7 +331,7 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict) -> dict[str
     return content
 
 
-def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: dict) -> None:
+def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: dict, naming: dict | None = None) -> None:
     """Write the role of every perturbation and cell; InputError as in `divided`.
 
     Parameters
@@ -347,7 +341,7 @@ def split(harmonized: Path, harmonization: Path, split: Path, name: str, spec: d
     split
         JSON to be written: perturbations and cells per role with the SHA-256 of each, members seen per held-out perturbation,
         what was left out, and what the scores are evidence of.
-    name, spec
+    name, spec, naming
         As in `divided`.
     """
-    write_json(split, divided(ad.read_h5ad(harmonized, backed="r").obs, read_json(harmonization), name, spec))
+    write_json(split, divided(ad.read_h5ad(harmonized, backed="r").obs, read_json(harmonization), name, spec, naming))

@@ -7,14 +7,14 @@ from pathlib import Path
 from perturbflow.errors import InputError
 from perturbflow.origins import own_files, problem_of, resolved
 from perturbflow.registry.families import FAMILIES
-from perturbflow.registry.schemas import check_schema, holding_file, schema_of, suggestion, with_defaults
+from perturbflow.registry.schemas import check_schema, holding_file, schema_of, suggestion, with_defaults, with_texts
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
 # Keys of a split's block that only some kinds have a use for.
 SPLIT_KEYS = {
     "covariate": ("unseen_context",),
-    "held_out": ("unseen_context",),
+    "held_out": ("unseen_context", "unseen_perturbation", "unseen_combination"),
     "folds": ("unseen_perturbation", "unseen_combination"),
 }
 
@@ -39,11 +39,12 @@ def _check_source(where: list[str], block: dict, files: Sequence[Path]) -> None:
 def _check_patterns(name: str, block: dict, files: Sequence[Path]) -> None:
     """Check that the regular expressions of a block can be read, and that the one of labels has a group."""
     patterns: dict[tuple[str, ...], str | None] = {("exclude", column): pattern for column, pattern in block.get("exclude", {}).items()}
-    patterns |= {("perturbation", "pattern"): block["perturbation"].get("pattern"), ("gene_pattern",): block.get("gene_pattern")}
+    patterns |= {("perturbation", key): block["perturbation"].get(key) for key in ("pattern", "control_pattern")}
+    patterns[("gene_pattern",)] = block.get("gene_pattern")
     for keys, pattern in patterns.items():
         problem = None
         try:
-            if pattern is not None and re.compile(pattern).groups == 0 and keys[0] == "perturbation":
+            if pattern is not None and re.compile(pattern).groups == 0 and keys == ("perturbation", "pattern"):
                 problem = "it needs a group, (...), that holds the perturbed gene"
         except re.error as error:
             problem = f"{error} at position {error.pos}"
@@ -122,16 +123,26 @@ def _source_name(source: str | dict) -> str:
     return source if isinstance(source, str) else Path(source["file"]).stem
 
 
+def held_out_of(held_out: list | dict, dataset: str) -> list | None:
+    """Return what a split's block holds out of a dataset by name: its own list, or one for all; None where a share is held out."""
+    return held_out if isinstance(held_out, list) else held_out.get(dataset)
+
+
+def datasets_named(held_out: list | dict) -> list[str]:
+    """Return the datasets that `held_out` has a list for."""
+    return [] if isinstance(held_out, list) else list(held_out)
+
+
 def _check_split(name: str, block: dict, datasets: dict, files: Sequence[Path]) -> None:
     """Check what the schema cannot say in the user's words; the block is as the user wrote it."""
     for key, kinds in SPLIT_KEYS.items():
         if key in block and block["kind"] not in kinds:
             file = holding_file(files, ["splits", name, key])
             raise InputError(f"{file}splits.{name}.{key}: kind {block['kind']} has no use for it; it belongs to {' and '.join(kinds)}.")
-    if "folds" in block and "test_fraction" in block:
+    if "folds" in block and (others := [key for key in ("test_fraction", "held_out") if key in block]):
         file = holding_file(files, ["splits", name, "folds"])
-        raise InputError(f"{file}splits.{name}: folds say what is held out in turn, so test_fraction has no meaning; remove one of them.")
-    for dataset in block.get("held_out", {}):
+        raise InputError(f"{file}splits.{name}: folds say what is held out in turn, so {others[0]} has no meaning; remove one of them.")
+    for dataset in datasets_named(block.get("held_out", {})):
         if dataset not in datasets:
             file = holding_file(files, ["splits", name, "held_out"])
             raise InputError(f"{file}splits.{name}.held_out: there is no dataset '{dataset}'.{suggestion(str(dataset), list(datasets))}")
@@ -171,11 +182,12 @@ def complete(config: dict, files: Sequence[Path] = (), files_are_there: bool = T
         With one line per mistake: file, key, value and what is possible.
     """
     schema = schema_of("config")
+    config = with_texts(schema, config)
     check_schema(config, schema, [], files)
     config = with_defaults(schema, config)
     for name in REGISTRIES:
-        registry = config.get(name, {})
         schema = schema_of(name)
+        registry = with_texts(schema, config.get(name, {}))
         check_schema(registry, schema, [name], files)
         config[name] = with_defaults(schema, registry)
         if name == "splits":

@@ -7,8 +7,11 @@ import pandas as pd
 
 from perturbflow.errors import InputError
 from perturbflow.origins import CONTENT_KEYS, content_of, files_of
-from perturbflow.registry.config import COEXPRESSION, complete
+from perturbflow.registry.config import COEXPRESSION, complete, held_out_of
 from perturbflow.registry.families import FAMILIES, Family
+
+# Keys of a dataset's `perturbation` that say how a label is read.
+NAMING = ("control", "control_pattern", "separator", "pattern", "rename")
 
 
 class Plan:
@@ -27,8 +30,12 @@ class Plan:
     ----------
     config
         The completed configuration.
+    datasets
+        The screens that are harmonized.
+    divisions
+        One row per dataset × split: those of the runs; all that can be made where no model is selected.
     runs
-        One row per dataset × split × model × seed, with the model's family.
+        One row per dataset × split × model × seed, with the model's family. None where no split or no model is selected.
     queries
         One row per counterfactual query × seed.
     warranties
@@ -40,21 +47,27 @@ class Plan:
     def __init__(self, config: dict, files: Sequence[Path] = (), files_are_there: bool = True) -> None:
         self.config = complete(config, files, files_are_there)
         select = self.config["select"]
-        rows, left_out = [], []
+        rows, left_out, possible = [], [], []
         for dataset in select["datasets"]:
             for split in select["splits"]:
                 if reason := self._why_impossible(dataset, split):
                     left_out.append(f"{dataset} × {self._base(split)} is left out: {reason}.")
                     continue
+                possible.append((dataset, split))
                 for model in select["models"]:
                     if reason := self._why_unfit(model, split):
                         left_out.append(f"{model} × {self._base(split)} is left out: {reason}.")
                     else:
                         rows += [(dataset, split, model, seed, self.config["models"][model]["family"]) for seed in select["seeds"]]
         self.left_out = list(dict.fromkeys(left_out))
-        if not rows:
+        if not rows and (select["models"] or not possible) and select["splits"]:
             raise InputError("Nothing is left to run. " + " ".join(self.left_out))
         self.runs = pd.DataFrame(rows, columns=["dataset", "split", "model", "seed", "family"])
+        made = self.runs[["dataset", "split"]] if rows or not select["splits"] else pd.DataFrame(possible, columns=["dataset", "split"])
+        self.divisions = made.drop_duplicates(ignore_index=True)
+        self.datasets = list(dict.fromkeys(self.divisions["dataset"] if select["splits"] else select["datasets"]))
+        if not rows:
+            self.left_out.append(self._instead())
         queries = []
         for name in select["counterfactuals"]:
             query = self.config["counterfactuals"][name]
@@ -67,11 +80,23 @@ class Plan:
         is_learned = self.runs["model"].map(lambda name: self.family(name).kind == "learned").astype(bool)
         self.warranties = pd.concat([self.runs.loc[is_learned, key], self.queries[key]]).drop_duplicates(ignore_index=True)
 
+    def _instead(self) -> str:
+        """Return what is made where nothing is trained."""
+        what = "splits" if not self.config["select"]["splits"] else "models"
+        made = "harmonized" if what == "splits" else "harmonized, split and paired"
+        return f"select.{what} is empty, so no model is trained: {', '.join(self.datasets)} will be {made}."
+
     def _why_impossible(self, dataset: str, split: str) -> str | None:
         """Return why a screen cannot serve a split, or None."""
         block, screen = self.config["splits"][split], self.config["datasets"][dataset]
         if block["kind"] == "unseen_combination" and screen.get("combinations") is False:
             return f"{dataset} holds no combinations (combinations: false)"
+        if (
+            held_out_of(block.get("held_out", {}), dataset) is None
+            and block["kind"] != "file"
+            and not {"test_fraction", "folds"} & {*block}
+        ):
+            return f"held_out names nothing of {dataset}, and there is no test_fraction"
         # Batches of a merged file differ at least by the screen that they belong to.
         declared = {*screen["covariates"], *(["batch"] if "dataset" in screen["covariates"] else [])}
         if block["kind"] == "unseen_context" and block["covariate"] not in declared:
@@ -90,8 +115,10 @@ class Plan:
     def folders(self) -> list[str]:
         """Return the folders that downloads and results of all runs are written to."""
         runs = [run for table in (self.runs, self.queries) for run in table.itertuples()]
-        retrieved = dict.fromkeys([*[run.dataset for run in runs], *self.priors])
+        retrieved = dict.fromkeys([*self.datasets, *[run.dataset for run in runs], *self.priors])
         results = dict.fromkeys(f"results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}" for run in runs)
+        if not runs:
+            results = dict.fromkeys(f"results/{name}" for name in self.datasets)
         return [*[f"resources/{name}" for name in retrieved], *results]
 
     def models_of_rule(self, rule: str) -> list[str]:
@@ -145,9 +172,18 @@ class Plan:
     def split(self, name: str, dataset: str) -> dict:
         """Return a split's block as one screen's division reads it: held_out is the list of this screen, if it has one."""
         block = dict(self.config["splits"][name])
-        if held_out := block.pop("held_out", {}).get(dataset):
+        if held_out := held_out_of(block.pop("held_out", {}), dataset):
             block["held_out"] = held_out
         return block
+
+    def naming(self, split: str, dataset: str) -> dict:
+        """Return what of a dataset's block reads labels that a split names; nothing where it names none, so that no change makes it stale."""
+        spec = self.split(split, dataset)
+        if spec["kind"] != "file" and ("held_out" not in spec or spec["kind"] == "unseen_context"):
+            return {}
+        block = self.config["datasets"][dataset]
+        declared = {key: value for key, value in block["perturbation"].items() if key in NAMING}
+        return {"perturbation": declared, "perturbation_type": block["perturbation_type"]}
 
     def qc(self, dataset: str) -> dict:
         """Return the limits of quality control of a dataset: the global ones, overridden by its own."""

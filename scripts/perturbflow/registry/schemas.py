@@ -60,6 +60,25 @@ def with_defaults(schema: dict, value: Any) -> Any:
     return filled
 
 
+def with_texts(schema: dict, value: Any) -> Any:
+    """Return the value with numbers written as texts where the schema wants texts: `control: [6]` is `["6"]`. A $ref is not followed."""
+    if isinstance(value, dict):
+        of_key, others = schema.get("properties", {}), schema.get("additionalProperties")
+        others = others if isinstance(others, dict) else {}
+        return {_text_of(key): with_texts(of_key.get(key, others), item) for key, item in value.items()} if of_key or others else value
+    if isinstance(value, list):
+        branches = [schema, *(branch for branch in schema.get("oneOf", ()) if branch.get("type") == "array")]
+        items: dict = next((branch["items"] for branch in branches if "items" in branch), {})
+        return [with_texts(items, item) for item in value]
+    types = schema.get("type", ())
+    return _text_of(value) if "string" in types and not {"number", "integer"} & {*types} else value
+
+
+def _text_of(value: Any) -> Any:
+    """Return a number as text; true and false stay: YAML takes yes, no, on and off for them, so nobody knows which word is meant."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def suggestion(word: str, known: list[str]) -> str:
     """Return the end of a message on an unknown word: the nearest known one, and all."""
     close = difflib.get_close_matches(word, known, n=1)
@@ -81,8 +100,12 @@ def _explain(error: ValidationError, path: list[str]) -> str:
     if error.validator == "required":
         missing = [key for key in error.validator_value if key not in error.instance]
         return f"{place}: {', '.join(repr(key) for key in missing)} is missing."
+    if error.validator == "anyOf" and all("required" in branch for branch in error.validator_value):
+        return f"{place}: {' or '.join(repr(branch['required'][0]) for branch in error.validator_value)} is missing."
     if error.validator == "enum":
         return f"{place}: {error.instance!r} is not possible.{suggestion(str(error.instance), list(map(str, error.validator_value)))}"
+    if error.validator == "type" and isinstance(error.instance, bool) and "string" in error.validator_value:
+        return f"{place}: {error.instance} is no text; write it in quotes as the file has it, such as '{error.instance}' or 'no' (YAML reads no as false)."
     if error.validator == "type":
         return f"{place}: {error.instance!r} must be of type {error.validator_value}."
     if error.validator == "oneOf":
