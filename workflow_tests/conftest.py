@@ -333,11 +333,11 @@ def snakemake() -> Callable[..., Outcome]:
 
 
 def copy_repository(target: Path) -> Path:
-    """Copy Snakefile, rules, scripts, config and envs, to be edited."""
+    """Copy Snakefile, rules, scripts, config and envs, to be edited; what was compiled of the scripts goes along."""
     target.mkdir(parents=True)
     shutil.copy(REPOSITORY / "Snakefile", target)
     for folder in ("rules", "scripts", "config", "envs", "profiles"):
-        shutil.copytree(REPOSITORY / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / folder, target / folder, ignore=shutil.ignore_patterns("*.tmp.*", "*.pyc.*"))
     return target
 
 

@@ -67,6 +67,7 @@ def serve(address: str, client: str) -> None:
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    sys.modules["numba"].njit(lambda x: x + 1)(1.0)  # numba sets itself up at its first compilation
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
