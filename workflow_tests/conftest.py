@@ -1,10 +1,12 @@
 """What the tests share: a small screen with known effects, the steps run on it once, and a way to call Snakemake."""
 
+import contextlib
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,16 +284,33 @@ class Outcome:
         return counts
 
 
+_open_to_the_end = contextlib.ExitStack()
+
+
+@functools.cache
+def forked_python() -> str:
+    """Return the interpreter of `forked`, one for all tests."""
+    return _open_to_the_end.enter_context(interpreter())
+
+
+def pytest_unconfigure() -> None:
+    """End what served all tests."""
+    _open_to_the_end.close()
+
+
 def run_snakemake(
     folder: Path,
     *arguments: str,
     config: dict | None = None,
     repository: Path = REPOSITORY,
     environment: dict | None = None,
-    python: str = sys.executable,
+    python: str | None = None,
 ) -> Outcome:
-    """Run the workflow in a folder; `config` becomes the user's own configuration file there."""
-    command = [python, "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2", "--nocolor"]
+    """Run the workflow in a folder; `config` becomes the user's own configuration file there.
+
+    The interpreter is one that starts in a tenth of the time (`forked`), unless another is named.
+    """
+    command = [python or forked_python(), "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2", "--nocolor"]
     command += map(str, arguments)
     if config is not None:
         (folder / "mine.yaml").write_text(yaml.safe_dump(config))
@@ -302,10 +321,9 @@ def run_snakemake(
 
 
 @pytest.fixture(scope="session")
-def python() -> Iterator[str]:
-    """Yield an interpreter that starts in a tenth of the time, for tests that start Snakemake dozens of times; see `forked`."""
-    with interpreter() as path:
-        yield path
+def python() -> str:
+    """Return an interpreter that starts in a tenth of the time, for tests that start Snakemake dozens of times; see `forked`."""
+    return forked_python()
 
 
 @pytest.fixture(scope="session")
@@ -315,11 +333,11 @@ def snakemake() -> Callable[..., Outcome]:
 
 
 def copy_repository(target: Path) -> Path:
-    """Copy Snakefile, rules, scripts, config and envs, to be edited."""
+    """Copy Snakefile, rules, scripts, config and envs, to be edited; what was compiled of the scripts goes along."""
     target.mkdir(parents=True)
     shutil.copy(REPOSITORY / "Snakefile", target)
     for folder in ("rules", "scripts", "config", "envs", "profiles"):
-        shutil.copytree(REPOSITORY / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / folder, target / folder, ignore=shutil.ignore_patterns("*.tmp.*", "*.pyc.*"))
     return target
 
 

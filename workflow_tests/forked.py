@@ -51,7 +51,8 @@ def interpreter() -> Iterator[str]:
         address, client = f"{folder}/socket", Path(folder, "python")
         client.write_text(CLIENT.format(python=sys.executable, address=address, signals=[int(number) for number in SIGNALS]))
         client.chmod(client.stat().st_mode | stat.S_IXUSR)
-        server = subprocess.Popen([sys.executable, __file__, address, str(client)], stdout=subprocess.PIPE, start_new_session=True)
+        command = [sys.executable, __file__, address, str(client)]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         try:
             assert server.stdout.readline() == b"ready\n"
             yield str(client)
@@ -61,10 +62,12 @@ def interpreter() -> Iterator[str]:
 
 
 def serve(address: str, client: str) -> None:
-    """Fork for every call, for ever."""
+    """Fork for every call, for as long as whoever started this lives."""
+    threading.Thread(target=_end_with_its_starter, daemon=True).start()
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    sys.modules["numba"].njit(lambda x: x + 1)(1.0)  # numba sets itself up at its first compilation
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -77,6 +80,11 @@ def serve(address: str, client: str) -> None:
             listener.close()
             _answer(connection, client)
         connection.close()
+
+
+def _end_with_its_starter() -> None:
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _answer(connection: socket.socket, client: str) -> None:
