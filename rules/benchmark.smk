@@ -4,6 +4,7 @@ rule benchmark:
         metrics=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv"
         ),
+        audits=per_split("results/{run.dataset}/{run.split}/audit.json"),
         again=again("benchmark"),
     output:
         benchmark=report(

@@ -12,7 +12,8 @@ import pytest
 from conftest import PERTURBED, QUERY, REPOSITORY, Prepared, ask, make_screen, prepare
 from structural import World, chosen, expected_effects, own_effects
 
-from perturbflow.counterfactuals.answers import counterfactual, expanded
+from perturbflow.counterfactuals.answers import counterfactual
+from perturbflow.counterfactuals.questions import expanded
 from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import calibrated, held_to_test, identity, placebo, sentence
 from perturbflow.embeddings import Embeddings
@@ -327,8 +328,16 @@ def test_an_answer_has_all_that_is_promised(asked: tuple) -> None:
 def test_questions_are_expanded() -> None:
     genes = ["B", "A", "C"]
     assert expanded("all_single", genes, []) == genes
-    assert expanded({"all_pairs_of": genes}, [], []) == ["A+B", "B+C", "A+C"]
-    assert expanded(["B+A", "A+B", "C"], [], []) == ["A+B", "C"]
+    assert expanded({"all_pairs_of": genes}, genes, []) == ["A+B", "B+C", "A+C"]
+    assert expanded(["B+A", "A+B", "C"], ["A", "B"], ["C"]) == ["A+B", "C"]
+
+
+def test_what_the_screen_does_not_know_is_asked_back_in_one_message() -> None:
+    with pytest.raises(InputError) as raised:
+        expanded(["klf1", "KLF1+MAPK", "ZZZ9"], ["KLF1", "MAP2K6"], ["GATA1", "MAPK1"])
+    for part in ("neither perturbed", "'klf1' (did you mean KLF1", "'MAPK' (did you mean MAPK1", "'ZZZ9'"):
+        assert part in str(raised.value)
+    assert expanded(["OLD@5", "DRUG@0.3"], ["DRUG@1", "OLD@10"], []) == ["OLD@5", "DRUG@0.3"], "a dose of a known drug"
 
 
 def test_many_perturbations_keep_their_strongest_genes(asked: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,9 +380,9 @@ def test_search_towards_nothing_is_told_to_be_chance(additive: tuple) -> None:
     ("query", "words"),
     [
         ({"cells": {"colour": ["blue"]}}, "no obs column 'colour'"),
-        ({"cells": {"batch": ["b9"]}}, "selects no test control"),
+        ({"cells": {"batch": ["b9"]}}, "cells: obs column 'batch' does not hold 'b9'"),
         ({"groups": "colour"}, "groups: there is no obs column 'colour'"),
-        ({"search": {"towards": {"cells": {"perturbation": ["TF99"]}}, "budget": 1}}, "selects no cell"),
+        ({"search": {"towards": {"cells": {"perturbation": ["TF99"]}}, "budget": 1}}, "does not hold 'TF99'. It holds TF1"),
         ({"search": {"towards": {"signature": {"XYZ": 1.0}}, "budget": 1}}, "none of its genes is among"),
     ],
 )

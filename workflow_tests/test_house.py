@@ -27,7 +27,7 @@ ORDER = (
     ("split_files", "splits"),
     ("pairs",),
     ("priors",),
-    ("embeddings", "audit"),
+    ("caveats", "embeddings", "audit"),
     ("models", "training", "prediction"),
     ("evaluation", "bootstrap", "benchmark"),
     ("counterfactuals",),

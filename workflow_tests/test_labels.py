@@ -120,11 +120,11 @@ def test_what_starts_with_a_declared_control_is_told(declared: list[str], alike:
     assert [text for text in [*alike, *others] if controls.resembles(text)] == alike
 
 
-@settings(deadline=200)
-@given(st.text(alphabet="sgNTntlib_-1230 xchr", max_size=80))
-def test_no_label_takes_long_to_look_at(label: str) -> None:
-    NAMED.fullmatch(label)
-    SHORT.fullmatch(label)
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["sg", "g", "NT", "1", "23", "lib", "_", "-", "chr1", "1x", "guide", "p", "a"]), max_size=60).map("".join))
+def test_any_label_is_looked_at_in_no_time(label: str) -> None:
+    """A pattern that goes back and forth would take for ever here."""
+    assert {bool(NAMED.fullmatch(label)), bool(SHORT.fullmatch(label))} <= {True, False}
 
 
 def test_a_pattern_declares_many_controls_at_once(harmonized_from: Callable, tiny_screen: Callable) -> None:

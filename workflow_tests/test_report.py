@@ -61,7 +61,7 @@ WARRANTY = {
          "n_calibration_perturbations": 11}
         for nominal in (0.8, 0.9)
     ],
-    "agreement": {"mean": 0.41}, "ceiling": {"mean": 0.77}, "on_target": {"n": 0},
+    "agreement": {"mean": 0.41}, "ceiling": {"mean": 0.77}, "on_target": {"n": 0}, "perturbations": [],
 }  # fmt: skip
 HISTORY = [{"step": step, "loss": 1 / step, "validation_loss": 1.5 / step, "rate": float("nan")} for step in (10, 20, 30, 40)]
 
@@ -566,6 +566,32 @@ def test_no_section_without_counterfactuals(page: str) -> None:
     assert "What if" not in page
 
 
+def test_doubtful_labels_and_controls_of_other_batches_are_shown(tree: Tree, tmp_path: Path, few_figures: None) -> None:
+    (account,), audits = tree.arguments()["harmonizations"], tree.arguments()["audits"]
+    content = read_json(account)
+    content["perturbations"] |= {"looks_like_control": {"NT-12": 40, HOSTILE: 3}, "not_split": {"TF1|TF2": 40}}
+    harmonization = tmp_path / "mine" / "harmonization.json"
+    write_json(harmonization, content)
+    changed = []
+    for path in audits:
+        changed.append(tmp_path / "mine" / path.parent.name / "audit.json")
+        changed[-1].parent.mkdir()
+        write_json(
+            changed[-1],
+            {**read_json(path), "matched_across_batches": {"cells": 700, "share": 0.5, "batches": {"b2": 700}, "roles": {"train": 700}}},
+        )
+    verdicts = tree.table("verdicts").assign(caveats="Lanes differ.")
+    verdicts.to_csv(tmp_path / "verdicts.tsv", sep="\t", index=False)
+    page = tree.page(harmonizations=[harmonization], audits=changed, verdicts=tmp_path / "verdicts.tsv", report=tmp_path / "report.html")
+    text = html.unescape(page)
+    assert re.search(r'perturbation\.control: \["control", .*"NT-12"\]', text)
+    assert "NT-12 (40)" in text
+    assert "TF1|TF2 (40)" in text
+    assert HOSTILE not in page
+    assert "700 (50 % of the perturbed cells); by batch: b2 (700)" in text
+    assert page.count("<strong>Caveat</strong>: Lanes differ.") == len(SPECS)
+
+
 def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: Tree, tmp_path: Path, few_figures: None) -> None:
     path = tmp_path / "results/mine/unseen_combination/learned/seed_0/counterfactuals/my_question.tsv"
     path.parent.mkdir(parents=True)
@@ -581,6 +607,7 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
             "rank": 21 - i,
             "is_perturbed_gene": i == 20,
             "known": "measured",
+            "in_other_contexts": label != "TF1",
         }
         for label in ("TF1", HOSTILE)
         for group in ("all", "T cell")
@@ -595,6 +622,9 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     section = page[page.index('id="counterfactuals"') : page.index("</main>")]
     genes = re.findall(r'<th scope="row">(G\d+)</th>', section)
     assert genes == [f"G{i}" for i in range(20, 5, -1)] * 2
+    assert "Warranty: intervals, calibrated on 17" in section
+    assert "Warranty: none: training measured this in other contexts alone" in section
+    assert "in other contexts</th>" not in section, "the column is said in words"
     assert section.count("<svg") == 3
     alt = re.search(r'aria-label="(Coverage of predictive intervals on mine × unseen_combination[^"]*)"', section)[1]
     assert "learned seed 0 81.0 (70.0 to 95.0) of 80; learned seed 0 91.0 (70.0 to 95.0) of 90" in alt

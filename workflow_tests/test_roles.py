@@ -71,7 +71,7 @@ def test_what_is_fitted_for_a_model_knows_no_held_out_cell(kind: str, prepared: 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("unseen_context", {"TF1": "measured, in other contexts", "TF1+TF8": "composed of measured genes, in other contexts"}),
+        ("unseen_context", {"TF1": "measured in other contexts", "TF1+TF8": "composed of measured genes in other contexts"}),
         ("random_cells", {"TF1": "measured", "TF1+TF8": "composed of measured genes"}),
     ],
 )

@@ -14,6 +14,7 @@ import scanpy as sc
 from scipy import sparse
 from scipy.stats import poisson
 
+from perturbflow.caveats import caveats_of, matched_across_batches
 from perturbflow.embeddings import Embeddings, coexpression
 from perturbflow.errors import InputError
 from perturbflow.files import file_digest, read_json, write_json
@@ -361,7 +362,8 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
         The screen, the roles, the pairs and the gene vectors of one split.
     audit
         JSON to be written: every check by name, the SHA-256 of every file that training reads, of training cells, and of each
-        thing fitted on them; the perturbed genes that each source of vectors has no row for, and those that none has.
+        thing fitted on them; the perturbed genes that each source of vectors has no row for, and those that none has; the cells that are
+        compared with controls of other batches, and what has to be said with every verdict.
 
     Raises
     ------
@@ -373,6 +375,10 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
     vectors = Embeddings.read(embeddings)
     evidence = Evidence(roles, cells, ad.read_h5ad(harmonized)[cells.obs_names].copy(), vectors.table)
     checks = passed(evidence, str(pairs.parent))
+    matched = matched_across_batches(cells.obs, np.asarray(cells.obsm["control_index"]))
+    caveats = caveats_of(matched)
+    for caveat in caveats:
+        logger.warning("%s", caveat)
     write_json(
         audit,
         {
@@ -382,5 +388,7 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
             "fitted_sha256": fitted_digests(evidence),
             "without_row": vectors.without_row(),
             "without_vector": vectors.without_vector,
+            "matched_across_batches": matched,
+            "caveats": caveats,
         },
     )

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from perturbflow.benchmark.panel import panels
+from perturbflow.benchmark.panel import FOLD, panels
 from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
 from perturbflow.benchmark.verdicts import judge
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS
-from perturbflow.files import atomic
+from perturbflow.files import atomic, read_json
 from perturbflow.registry.families import FAMILIES
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,18 @@ def _read(path: Path) -> pd.DataFrame:
     return scores
 
 
+def _caveats(audits: list[Path]) -> dict[tuple[str, str], list[str]]:
+    """Return dataset and split → what has to be said with its verdicts; what pools folds has the caveats of all of them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in audits:
+        dataset, split = path.parts[-3:-1]
+        said = read_json(path)["caveats"]
+        found.setdefault((dataset, split), []).extend(said)
+        if fold := FOLD.match(split):
+            found.setdefault((dataset, fold["name"]), []).extend(f"{split}: {caveat}" for caveat in said)
+    return found
+
+
 def benchmark(
     metrics: list[Path],
     families: dict[str, str],
@@ -39,6 +51,7 @@ def benchmark(
     comparisons: Path,
     strata: Path,
     verdicts: Path,
+    audits: list[Path] | None = None,
 ) -> None:
     """Write all tables of the benchmark.
 
@@ -58,6 +71,8 @@ def benchmark(
         Table to be written: headline metrics by kind of perturbation (`tables.stratify`).
     verdicts
         Table to be written: one line per model × dataset × split (`verdicts.judge`).
+    audits
+        The audit.json of every dataset × split, whose caveats stand with the verdicts.
 
     Raises
     ------
@@ -69,10 +84,11 @@ def benchmark(
         if families.get(model) not in FAMILIES:
             raise InputError(f"families: '{families.get(model)}' of model '{model}' is no family; known: {', '.join(FAMILIES)}.")
     tables: dict[Path, list[pd.DataFrame]] = {path: [] for path in (benchmark, calibration, comparisons, strata, verdicts)}
+    caveats = _caveats(audits or [])
     for panel in panels(scores):
         compared, calibrated = compare(panel, families), calibrate(panel, families)
         summary = summarize(panel, families)
-        judged = judge(summary, calibrated, compared)
+        judged = judge(summary, calibrated, compared, caveats.get((panel.dataset, panel.split), ()))
         for path, table in zip(tables, (summary, calibrated, compared, stratify(panel, families), judged), strict=True):
             tables[path].append(table)
         logger.info("%s × %s: %d models, %d perturbations", panel.dataset, panel.split, len(panel.models), len(panel.perturbations))

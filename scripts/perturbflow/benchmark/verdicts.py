@@ -13,7 +13,7 @@ COLLAPSED = 0.4  # mean rank_cosine above it: chance is 0.5
 
 BETTER, TRADES, LEVEL, WORSE = "better", "trades", "level", "worse"
 VERDICTS = ["dataset", "split", "model", "family", "kind", "verdict", "wins", "losses", "level", "cannot_tell", "best_baselines",
-            "against_stacked", "no_better_than", "mode_collapse", "sentence"]  # fmt: skip
+            "against_stacked", "no_better_than", "mode_collapse", "caveats", "sentence"]  # fmt: skip
 
 
 def telling(calibration: pd.DataFrame) -> dict[str, bool]:
@@ -76,7 +76,7 @@ def _why_not(rows: pd.DataFrame) -> str:
     return "no headline metric can tell good from bad here"
 
 
-def judge(summary: pd.DataFrame, calibration: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame:
+def judge(summary: pd.DataFrame, calibration: pd.DataFrame, comparisons: pd.DataFrame, caveats: Iterable[str] = ()) -> pd.DataFrame:
     """Return one row per model but ceilings: the verdict on the headline metric of every family of metrics.
 
     Each headline metric is compared with the baseline that is best by it: better than the best baseline is better by one metric
@@ -87,6 +87,8 @@ def judge(summary: pd.DataFrame, calibration: pd.DataFrame, comparisons: pd.Data
     ----------
     summary, calibration, comparisons
         Rows of one dataset × split (`tables`).
+    caveats
+        Sentences on its data that hold for every verdict (`perturbflow.caveats`).
     """
     tells = telling(calibration)
     headlines = comparisons[comparisons["headline"]]
@@ -131,6 +133,7 @@ def judge(summary: pd.DataFrame, calibration: pd.DataFrame, comparisons: pd.Data
                 "against_stacked": outcome(against_stacked["verdict"]) if len(against_stacked) else "",
                 "no_better_than": ",".join(no_better),
                 "mode_collapse": is_collapsed,
+                "caveats": " ".join(caveats),
                 "sentence": " ".join(f"{clause[0].upper()}{clause[1:]}." for clause in said),
             }
         )

@@ -1,6 +1,5 @@
 """What if these genes were perturbed in these cells? Answered per cell, with a distribution of outcomes and an interval that was tested."""
 
-import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,15 +12,17 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 
 from perturbflow.artefacts import load_artefact
+from perturbflow.counterfactuals.contexts import Context, Places, contexts_of
+from perturbflow.counterfactuals.questions import expanded, holding
 from perturbflow.counterfactuals.search import Direction, ranked
-from perturbflow.counterfactuals.warranty import sentence
+from perturbflow.counterfactuals.warranty import fitting, was_checked
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, read_json
 from perturbflow.models.base import Model, build
 from perturbflow.models.conformal import Calibration, Scale, case_of
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, members_of
+from perturbflow.symbols import CONTROL, members_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ MAX_CELLS = 1000
 MAX_ROWS = 20_000  # perturbations × cells that are written
 LEAST_CELLS = 50  # of a perturbation, however many are asked
 CELLS_PER_BLOCK = 32
+PROBED = 4  # cells that are asked first, whether the model has an answer
 MANY = 20  # perturbations: of more, the table has the strongest genes only
 GENES_OF_MANY = 50
 LAYERS = ("before", "effect", *(f"q{int(100 * quantile):02d}" for quantile in QUANTILES))
@@ -54,33 +56,10 @@ def selected_cells(cells: Pairs, selection: str | dict) -> Pairs:
     test = cells.roles("test")
     mask = test.is_control.copy()
     if isinstance(selection, dict):
-        for column, values in selection.items():
-            if column not in test.obs:
-                raise InputError(f"cells: there is no obs column '{column}'; possible: {', '.join(test.obs.columns)}.")
-            mask &= test.obs[column].astype(str).isin(list(map(str, values))).to_numpy()
+        mask &= holding(test.obs, selection, "cells")
     if not mask.any():
         raise InputError(f"cells: {selection} selects no test control; what-if questions start from controls that no model was trained on.")
     return test.select(mask)
-
-
-def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: list[str]) -> list[str]:
-    """Return canonical labels of a question.
-
-    Parameters
-    ----------
-    perturbations
-        Labels; "all_single": every perturbed gene of the screen; or {"all_pairs_of": genes}.
-    genes, measured
-        Perturbed genes of the screen, and measured ones.
-    """
-    if perturbations == "all_single":
-        texts = list(genes)
-    elif isinstance(perturbations, dict):
-        texts = [SEPARATOR.join(pair) for pair in itertools.combinations(perturbations["all_pairs_of"], 2)]
-    else:
-        texts = list(perturbations)
-    names = dict(zip(measured, measured, strict=True))
-    return list(dict.fromkeys(canonical_label(text, {CONTROL}, SEPARATOR, measured=names) for text in texts))
 
 
 @dataclass(frozen=True)
@@ -96,11 +75,14 @@ class Known:
     distance
         Of its unseen gene (the farthest, of several) to the nearest training gene, in units of the median distance of training genes to their nearest;
         0 where all genes were seen, NaN for a gene without a vector.
+    is_elsewhere
+        Whether training measured it in none of the contexts that are asked.
     """
 
     words: str
     case: str
     distance: float
+    is_elsewhere: bool = False
 
 
 class Knowledge:
@@ -115,24 +97,33 @@ class Knowledge:
         np.fill_diagonal(among, np.inf)
         self.typical = float(np.median(among.min(axis=1))) if len(own) > 1 else np.nan
         self.own = own
-        context = ["dataset", "batch", "cell_type"]
-        self.is_new_context = training.obs[context].drop_duplicates().merge(chosen.obs[context].drop_duplicates()).empty
+        self.asked = set(contexts_of(chosen.obs))
+        self.places = Places(training)
 
-    def of(self, label: str) -> Known:
-        """Return what was known of a canonical label."""
+    def of(self, label: str, asked: set[Context] | None = None) -> Known:
+        """Return what was known of a canonical label in some of the contexts that are asked; in all of them without `asked`."""
         if label == CONTROL:
             return Known("no perturbation", "measured", 0.0)
+        asked = self.asked if asked is None else asked
         case = case_of(label, self.labels, set(self.seen))
+        where, is_elsewhere = self.places.words(label, asked), self.places.is_elsewhere(label, asked)
         unseen = [gene for gene in members_of(label) if gene not in self.seen]
         if not unseen:
             words = "measured" if case == "measured" else "composed of measured genes"
-            return Known(words + (", in other contexts" if self.is_new_context else ""), case, 0.0)
+            return Known(words + where, case, 0.0, is_elsewhere)
         without = [gene for gene in unseen if gene not in self.table.index or gene in self.without_vector]
-        words = f"extrapolation: {len(unseen)} gene(s) never perturbed in training"
+        words = f"extrapolation{',' if where else ''}{where}: {len(unseen)} gene(s) never perturbed in training"
         if without:
-            return Known(f"{words}, {len(without)} of them without a vector", case, np.nan)
+            return Known(f"{words}, {len(without)} of them without a vector", case, np.nan, is_elsewhere)
         distance = float(cdist(self.table.loc[unseen].to_numpy(), self.own).min(axis=1).max() / self.typical)
-        return Known(f"{words}, {distance:.1f} times as far from the nearest as training genes are from one another", case, distance)
+        words += f", {distance:.1f} times as far from the nearest as training genes are from one another"
+        return Known(words, case, distance, is_elsewhere)
+
+    def by_group(self, label: str, chosen: Pairs, groups: pd.Series) -> dict[str, Known]:
+        """Return what was known of a label in all cells that are asked, and in every group of them."""
+        contexts = pd.Series(contexts_of(chosen.obs), index=groups.index)
+        of_groups = {name: self.of(label, set(contexts[groups == name])) for name in sorted(groups.unique())}
+        return {"all": self.of(label), **of_groups}
 
 
 @dataclass
@@ -215,22 +206,26 @@ def _quantiles(outcomes: np.ndarray) -> list[np.ndarray]:
     return [placed[:, rank] for rank in ranks]
 
 
-def effect_table(answer: Answer, genes: list[str], groups: pd.Series, calibration: Calibration, scale: Scale) -> pd.DataFrame:
-    """Return one row per group of cells × gene, strongest first, see `counterfactual`."""
+def effect_table(
+    answer: Answer, genes: list[str], groups: pd.Series, calibration: Calibration, scale: Scale, known: dict[str, Known], warranty: dict
+) -> pd.DataFrame:
+    """Return one row per group of cells × gene, strongest first, see `counterfactual`; no interval where the warranty checked no such answer."""
     own = calibration.for_case(answer.known.case)
-    half = own.reach(LEVEL) * scale.at(own.typical_sampling) if own.labels and answer.label != CONTROL else np.full(len(genes), np.nan)
+    reach = own.reach(LEVEL) * scale.at(own.typical_sampling) if own.labels and answer.label != CONTROL else np.full(len(genes), np.nan)
     is_target = np.isin(genes, members_of(answer.label))
     masks = {"all": np.ones(len(groups), dtype=bool)}
     if len(names := sorted(groups.unique())) > 1:
         masks |= {name: (groups == name).to_numpy() for name in names}
     tables = []
     for name, mask in masks.items():
+        half = reach if was_checked(warranty, known[name].is_elsewhere) else np.full(len(genes), np.nan)
         effect, up = answer.effects[mask].mean(axis=0), answer.up[mask].mean(axis=0)
         table = pd.DataFrame(
             {
                 "perturbation": answer.label, "group": name, "gene": genes, "effect": effect, "low": effect - half, "high": effect + half,
                 "cells_low": np.quantile(answer.effects[mask], 0.05, axis=0), "cells_high": np.quantile(answer.effects[mask], 0.95, axis=0),
-                "probability_of_sign": np.where(effect >= 0, up, 1.0 - up), "is_perturbed_gene": is_target, "known": answer.known.words,
+                "probability_of_sign": np.where(effect >= 0, up, 1.0 - up), "is_perturbed_gene": is_target, "known": known[name].words,
+                "in_other_contexts": known[name].is_elsewhere,
             }
         )  # fmt: skip
         table["rank"] = table["effect"].abs().rank(ascending=False, method="first").astype(int)
@@ -265,7 +260,8 @@ def counterfactual(
     effects
         Table to be written, one row per perturbation × group of cells × gene: effect (mean over cells, log1p-normalized), low and high (90 %
         conformal interval of what a screen would measure; empty without held-out perturbations), cells_low and cells_high (5 and 95 % quantile of
-        the cells' effects), probability_of_sign (share of outcomes on the effect's side of the start cell), rank (by size), is_perturbed_gene, known.
+        the cells' effects), probability_of_sign (share of outcomes on the effect's side of the start cell), rank (by size), is_perturbed_gene, known, in_other_contexts
+        (training measured it in none of the contexts of these cells: low and high are empty unless the warranty was checked on such perturbations).
         Of more than 20 perturbations, the 50 strongest genes of each.
     ranking
         Table to be written, one row per perturbation: size of the effect, genes whose interval leaves out zero, share of non-responding cells, known,
@@ -276,7 +272,7 @@ def counterfactual(
     Raises
     ------
     InputError
-        For a gene that the model cannot tell from others, or a selection without cells.
+        For a gene that the screen does not know or the model cannot tell from others, or a selection without cells.
     """
     everything = Pairs.open(pairs)
     chosen = selected_cells(everything, query["cells"])
@@ -284,9 +280,8 @@ def counterfactual(
     family.restore(load_artefact(model))
     training, vectors = everything.roles("train"), Embeddings.read(embeddings)
     labels = expanded(query["perturbations"], list(vectors.table.index), chosen.genes)
-    refused = {label: reason for label in labels if (reason := family.refusal(label))}
-    if refused:
-        raise InputError(" ".join(f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items()))
+    knowledge = Knowledge(training, vectors, chosen)
+    _check_answerable(family, labels, knowledge, chosen.X[:PROBED].toarray(), seed)
     most = max(LEAST_CELLS, min(MAX_CELLS, MAX_ROWS // len(labels)))
     if len(chosen.rows) > most:
         keep = np.zeros(len(chosen.rows), dtype=bool)
@@ -295,7 +290,6 @@ def counterfactual(
         chosen = chosen.select(keep)
     groups = _groups(chosen, query["groups"])
     direction = Direction.of(query["search"], everything, chosen) if query["search"] else None
-    knowledge = Knowledge(training, vectors, chosen)
     with np.load(calibration) as arrays:
         stored = dict(arrays)
     found, scale = Calibration.from_arrays(stored), Scale(stored["variance"], stored["spread"])
@@ -307,16 +301,18 @@ def counterfactual(
         for i, label in enumerate(labels):
             answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start))
             response = answer.response(np.isin(chosen.genes, members_of(label)))
-            obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=answer.known.words)
+            in_context = {context: knowledge.of(label, {context}).words for context in knowledge.asked}
+            known = [in_context[context] for context in contexts_of(chosen.obs)]
+            obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=known)
             observed.append(obs.assign(response=response).set_axis([f"{label}:{cell}" for cell in chosen.obs.index]))
-            table = effect_table(answer, chosen.genes, groups, found, scale)
+            table = effect_table(answer, chosen.genes, groups, found, scale, knowledge.by_group(label, chosen, groups), shown)
             means[label] = answer.effects.mean(axis=0)
             rows.append(_row(answer, table, response))
             tables.append(table[table["rank"] <= GENES_OF_MANY] if len(labels) > MANY else table)
             logger.info("%s (%s): largest effects %s", label, answer.known.words, rows[-1]["strongest"])
         said = {
             "cells": str(query["cells"]), "samples_per_cell": query["samples_per_cell"], "seed": seed,
-            "warranty": sentence(shown), "level_of_intervals": LEVEL,
+            "warranty": _warranty_words(shown, {label: knowledge.of(label).is_elsewhere for label in labels}), "level_of_intervals": LEVEL,
         }  # fmt: skip
         writer.finish(pd.concat(observed), {"perturbflow": said})
     with atomic(effects) as partial:
@@ -328,6 +324,29 @@ def counterfactual(
     with atomic(ranking) as partial:
         summary.to_csv(partial, sep="\t", index=False, float_format="%.6g")
     logger.info("warranty: %s", said["warranty"])
+
+
+def _check_answerable(model: Model, labels: list[str], knowledge: Knowledge, cells: np.ndarray, seed: int) -> None:
+    """Raise InputError for labels that the model refuses, or that it never saw and answers with no change at all: that is no answer."""
+    refused = {label: reason for label in labels if (reason := model.refusal(label))}
+    for label in labels:
+        if (
+            label not in refused
+            and knowledge.of(label).case.startswith("unseen")
+            and not model.individual_effects(cells, label, seed).any()
+        ):
+            refused[label] = "it never saw it perturbed, and what it says of it is no change at all. Ask another model, such as stacked"
+    if refused:
+        raise InputError(" ".join(f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items()))
+
+
+def _warranty_words(warranty: dict, is_elsewhere: dict[str, bool]) -> str:
+    """Return the warranty of an answer in words; where some perturbations were measured in other contexts alone, theirs after it."""
+    labels = [label for label, elsewhere in is_elsewhere.items() if elsewhere]
+    if len(labels) in (0, len(is_elsewhere)):
+        return fitting(warranty, bool(labels))
+    named = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
+    return f"{fitting(warranty, False)}. Of {named}, measured in other contexts: {fitting(warranty, True)}"
 
 
 def _groups(chosen: Pairs, column: str) -> pd.Series:
@@ -345,5 +364,5 @@ def _row(answer: Answer, table: pd.DataFrame, response: np.ndarray) -> dict[str,
         "perturbation": answer.label, "size": float(np.linalg.norm(others["effect"])), "n_genes_told": int(told.sum()),
         "not_responding": float((response < 0.5).mean()), "spread_of_response": float(response.std()),
         "strongest": ", ".join(f"{row.gene} {row.effect:+.2f}" for row in table.head(5).itertuples()),
-        "known": answer.known.words, "distance": answer.known.distance,
+        "known": answer.known.words, "distance": answer.known.distance, "in_other_contexts": answer.known.is_elsewhere,
     }  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.figures import draw
+from perturbflow.counterfactuals.questions import check_question
 from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.errors import InputError
 from perturbflow.files import read_json
@@ -64,12 +65,14 @@ def ask(
     trained = read_json(needed["run.json"])
     about = (trained["implementation"], trained["params"])
     files = needed["pairs.h5ad"], needed["embeddings.parquet"], model
+    asked: list[str] | str = "all_single" if perturbations == ["all_single"] else perturbations
+    check_question(*files[:2], asked)
     shown = run / "warranty.json", run / "calibration.npz"
     if not all(path.is_file() for path in shown):
         logger.info("checking the model first; once per model")
         warranty(*files, *shown, *about, trained["seed"])
     query = {
-        "perturbations": "all_single" if perturbations == ["all_single"] else perturbations,
+        "perturbations": asked,
         "cells": cells if cells == "control" else _parsed("cells", cells),
         "samples_per_cell": samples_per_cell,
         "keep_samples": keep_samples,

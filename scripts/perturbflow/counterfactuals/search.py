@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from perturbflow.counterfactuals.questions import holding
 from perturbflow.errors import InputError
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import members_of
@@ -54,11 +55,7 @@ class Direction:
                     wanted[row[gene]] = value
             words = f"a signature of {np.count_nonzero(wanted)} genes" + (f" ({', '.join(absent)} not measured)" if absent else "")
             return cls(wanted, np.stack([rng.permutation(wanted) for _ in range(N_CHANCE)]), words)
-        mask = np.ones(len(pairs.rows), dtype=bool)
-        for column, values in towards["cells"].items():
-            if column not in pairs.obs:
-                raise InputError(f"search.towards.cells: there is no obs column '{column}'; possible: {', '.join(pairs.obs.columns)}.")
-            mask &= pairs.obs[column].astype(str).isin(list(map(str, values))).to_numpy()
+        mask = holding(pairs.obs, towards["cells"], "search.towards.cells")
         if not mask.any():
             raise InputError(f"search.towards.cells: {towards['cells']} selects no cell.")
         rows = np.flatnonzero(mask)

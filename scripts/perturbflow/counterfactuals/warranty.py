@@ -16,6 +16,7 @@ from scipy import sparse
 
 from perturbflow.artefacts import load_artefact
 from perturbflow.bootstrap import estimate
+from perturbflow.counterfactuals.contexts import Places, contexts_of
 from perturbflow.embeddings import Embeddings
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.files import atomic, write_json
@@ -126,6 +127,7 @@ def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Sc
     effects = Effects.of_training(pairs)
     known, reference = (set(effects.labels), set(effects.genes)), effects.values.mean(axis=0)
     column = {gene: i for i, gene in enumerate(pairs.genes)}
+    places = Places(pairs.roles("train"))
     rows, targets = [], []
     for label in test.perturbations:
         if model.refusal(label) is not None:
@@ -136,6 +138,7 @@ def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Sc
         reach = scale.at(measured_by(test, label))
         off = np.abs(measured - predicted)
         row = {"perturbation": label, "case": case, "agreement": _correlation((predicted - reference)[kept], (measured - reference)[kept])}
+        row["in_other_contexts"] = places.is_elsewhere(label, contexts_of(test.obs.iloc[test.cells_of(label)]))
         row["ceiling"] = _ceiling(*((half - reference)[kept] for half in halves)) if len(halves) == 2 else np.nan
         for level in NOMINAL:
             own = calibration.for_case(case)
@@ -145,7 +148,8 @@ def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Sc
             if gene in column:
                 pair = [half[column[gene]] for half in halves] if len(halves) == 2 else [np.nan] * 2
                 targets.append((label, gene, float(predicted[column[gene]]), float(measured[column[gene]]), *map(float, pair)))
-    return {"perturbations": rows, "on_target": _on_target(targets), **_summary(rows, calibration)}
+    counts = {"n_calibration": len(calibration.labels), "n_calibration_perturbations": len(set(calibration.labels))}
+    return {"perturbations": rows, "on_target": _on_target(targets), **_summary(rows, counts)}
 
 
 def _mean(values: np.ndarray) -> tuple[float, float, float]:
@@ -154,7 +158,8 @@ def _mean(values: np.ndarray) -> tuple[float, float, float]:
     return float(found.mean[0]), float(found.low[0]), float(found.high[0])
 
 
-def _summary(rows: list[dict], calibration: Calibration) -> dict[str, Any]:
+def _summary(rows: list[dict], counts: dict[str, int]) -> dict[str, Any]:
+    """Return what test perturbations' rows say together; `counts` tells how many measurements the intervals were calibrated on."""
     coverage = []
     for level in NOMINAL:
         values = np.array([row[f"coverage_{round(100 * level)}"] for row in rows], dtype=float)
@@ -166,8 +171,7 @@ def _summary(rows: list[dict], calibration: Calibration) -> dict[str, Any]:
                 "low": low,
                 "high": high,
                 "n_test": len(rows),
-                "n_calibration": len(calibration.labels),
-                "n_calibration_perturbations": len(set(calibration.labels)),
+                **counts,
             }
         )
     agreement = {}
@@ -240,3 +244,37 @@ def sentence(content: dict) -> str:
         f"placebo: {100 * placebo['share_called']:.1f} % of genes called at {100 * placebo['nominal']:.0f} %, discoveries in "
         f"{placebo['repeats_with_discoveries']} of {placebo['repeats']} repeats"
     )  # fmt: skip
+
+
+def _checked(content: dict, in_other_contexts: bool) -> list[dict]:
+    """Return the rows of the test perturbations that training measured in other contexts alone, or of the others."""
+    return [row for row in content["perturbations"] if row.get("in_other_contexts", False) == in_other_contexts]
+
+
+def was_checked(content: dict, in_other_contexts: bool) -> bool:
+    """Return whether a model was checked on perturbations that training measured in other contexts alone, or on others."""
+    return bool(_checked(content, in_other_contexts)) or not (in_other_contexts or content["perturbations"])
+
+
+def fitting(content: dict, in_other_contexts: bool) -> str:
+    """Return the warranty in one sentence, by the test perturbations that are as the one that is asked.
+
+    Parameters
+    ----------
+    content
+        Of warranty.json.
+    in_other_contexts
+        Whether training measured what is asked in none of the contexts that are asked.
+    """
+    if not was_checked(content, in_other_contexts):
+        if in_other_contexts:
+            return (
+                "none: training measured this in other contexts alone, and the model was checked on no such perturbation, so there are no intervals. "
+                "A split of kind unseen_context checks it"
+            )
+        return "none: the model was checked on perturbations that training measured in other contexts alone, and this is another case"
+    rows = _checked(content, in_other_contexts)
+    if len(rows) == len(content["perturbations"]):
+        return sentence(content)
+    counts = {key: content["coverage"][0][key] for key in ("n_calibration", "n_calibration_perturbations")}
+    return sentence({**content, **_summary(rows, counts)})

@@ -102,6 +102,8 @@ class Group(OfSplit):
     left_out: Names
     without_row: dict[str, Names]
     without_vector: Names
+    matched: dict[str, Any]  # across batches, of the audit
+    matched_batches: Names
     chosen: Chosen | None = None
     effects: list[dict] = field(default_factory=list)
     other_effects: list[dict] = field(default_factory=list)
@@ -298,6 +300,8 @@ def report(
             Names.of(division["left_out"]),
             {source: Names.of(genes) for source, genes in audited["without_row"].items() if genes},
             Names.of(audited["without_vector"]),
+            audited["matched_across_batches"],
+            Names.of(f"{batch} ({n:,})" for batch, n in audited["matched_across_batches"]["batches"].items()),
         )  # fmt: skip
         histories: dict[str, list[list[dict]]] = {}
         for place, run in facts.items():

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from perturbflow.colours import COLOURS, MARKERS
-from perturbflow.counterfactuals.warranty import sentence
+from perturbflow.controls import declaration
+from perturbflow.counterfactuals.warranty import fitting
 from perturbflow.evaluation import METRICS
 from perturbflow.files import read_json
 from perturbflow.report.cards import ModelCard, place_of, read_table
@@ -192,6 +193,9 @@ def data_account(account: dict) -> dict:
         "perturbations_dropped": Names.of(f"{label} ({n:,})" for label, n in perturbations["dropped"].items()),
         "perturbations_renamed": Names.of(f"{before} → {after}" for before, after in perturbations["renamed"].items()),
         "not_measured": Names.of(perturbations["not_measured"]),
+        "looks_like_control": Names.of(f"{label} ({n:,})" for label, n in perturbations["looks_like_control"].items()),
+        "declare_controls": declaration(perturbations["looks_like_control"], perturbations["controls_declared"]),
+        "not_split": Names.of(f"{label} ({n:,})" for label, n in perturbations["not_split"].items()),
     }
 
 
@@ -275,12 +279,13 @@ def counterfactual_answers(
     warranties
         Rows of `warranty_rows`.
     """
-    warranty_of = {(row["dataset"], row["split"], row["model"], row["seed"]): sentence(row) for row in warranties}
+    warranty_of = {(row["dataset"], row["split"], row["model"], row["seed"]): row for row in warranties}
     answers, n_tables, n_left_out = [], 0, 0
     for path in paths:
         dataset, split, model, seed, _ = place_of(path, 5)
         table = read_table([path])
         blocks = []
+        checked = warranty_of.get((dataset, split, model, seed))
         for label, rows in table.groupby("perturbation", sort=False):
             if n_tables >= COUNTERFACTUAL_TABLES:
                 n_left_out += 1
@@ -291,12 +296,13 @@ def counterfactual_answers(
             listed = "; ".join(f"{row.gene} {number(row.effect)} ({interval(row.low, row.high)})" for row in top.itertuples())
             card = cards.get(model) or ModelCard(model, "learned", "", {}, COLOURS[0], MARKERS[0])
             svg = drawings.svg(f"Effects of {label} with their intervals: {listed}.", _counterfactual_figure, top, card)
-            columns = [column for column in top if column not in ("perturbation", "known", "group")]
+            columns = [column for column in top if column not in ("perturbation", "known", "group", "in_other_contexts")]
             known = rows["known"].iloc[0]
             blocks.append(
                 {
                     "label": label,
                     "known": known,
+                    "warranty": fitting(checked, bool(rows["in_other_contexts"].iloc[0])) if checked else "",
                     "rows": top[columns].to_dict("records"),
                     "columns": columns,
                     "svg": svg,
@@ -313,7 +319,7 @@ def counterfactual_answers(
                 "seed": seed,
                 "path": path,
                 "blocks": blocks,
-                "warranty": warranty_of.get((dataset, split, model, seed), ""),
+                "warranties": list(dict.fromkeys(block["warranty"] for block in blocks if block["warranty"])),
                 "figures": [
                     (CAPTIONS[kind], picture)
                     for figure in shown

@@ -25,6 +25,7 @@ class VerdictTable:
     metrics: list[str]
     rows: list[dict]
     sentences: dict[str, str]  # of learned models
+    caveats: str  # of the data, for every verdict
 
 
 def verdict_table(verdicts: pd.DataFrame, comparisons: pd.DataFrame, cards: dict[str, ModelCard]) -> VerdictTable:
@@ -45,7 +46,7 @@ def verdict_table(verdicts: pd.DataFrame, comparisons: pd.DataFrame, cards: dict
         by_metric = {metric: cells.get((row["model"], metric)) for metric in metrics}
         rows.append({**row, "cells": {metric: cell and {**cell, "is_mute": metric in mute} for metric, cell in by_metric.items()}})
     learned = {row["model"]: row["sentence"] for row in in_order if cards[row["model"]].kind == "learned"}
-    return VerdictTable(metrics, rows, learned)
+    return VerdictTable(metrics, rows, learned, in_order[0]["caveats"] if in_order else "")
 
 
 @dataclass(frozen=True)

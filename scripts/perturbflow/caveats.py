@@ -1,0 +1,49 @@
+"""What is no leak and is part of every effect all the same: cells that are compared with controls of other batches."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+TOLD = 0.01  # share of the perturbed cells from which on it is a caveat of the verdicts
+SHOWN = 5  # batches
+
+
+def matched_across_batches(obs: pd.DataFrame, control_index: np.ndarray) -> dict[str, Any]:
+    """Return which perturbed cells have matched controls of other batches, as their own holds none of their role.
+
+    Parameters
+    ----------
+    obs
+        Cells of pairs.h5ad: is_control, batch and role.
+    control_index
+        Rows of the matched controls, (cells, k); -1 for controls.
+
+    Returns
+    -------
+    cells and share of the perturbed cells; cells per batch and per role, of those that have any.
+    """
+    perturbed = np.flatnonzero(~obs["is_control"].to_numpy(bool))
+    batch = obs["batch"].astype("category").cat.codes.to_numpy()
+    elsewhere = perturbed[(batch[control_index[perturbed]] != batch[perturbed][:, None]).any(axis=1)]
+    found = obs.iloc[elsewhere]
+    counts = {column: found[column].astype(str).value_counts() for column in ("batch", "role")}
+    return {
+        "cells": len(found),
+        "share": len(found) / max(1, len(perturbed)),
+        "batches": {str(name): int(n) for name, n in counts["batch"].items()},
+        "roles": {str(name): int(n) for name, n in counts["role"].items()},
+    }
+
+
+def caveats_of(matched: dict[str, Any]) -> list[str]:
+    """Return what has to be said with every verdict, one sentence each; `matched` is what `matched_across_batches` gives."""
+    if matched["share"] < TOLD:
+        return []
+    batches = list(matched["batches"])
+    more = f" and {len(batches) - SHOWN:,} more" if len(batches) > SHOWN else ""
+    return [
+        f"{matched['cells']:,} perturbed cells ({100 * matched['share']:.0f} %) have no control in their own batch and are compared with controls of "
+        f"other batches ({'batch' if len(batches) == 1 else 'batches'} {', '.join(batches[:SHOWN])}{more}): "
+        "what batches differ by is part of their effects, for every model and for the measured cells alike."
+    ]

@@ -1,0 +1,55 @@
+"""Where training measured a perturbation: in the contexts that are asked, or in others alone. Controls measure nothing of it."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from perturbflow.pairs import Pairs
+from perturbflow.symbols import CONTROL, members_of
+
+CONTEXT = ["dataset", "batch", "cell_type"]
+ELSEWHERE = "in other contexts"
+
+Context = tuple[str, ...]
+
+
+def contexts_of(obs: pd.DataFrame) -> list[Context]:
+    """Return the context of every cell: dataset, batch and cell type."""
+    return list(obs[CONTEXT].astype(str).itertuples(index=False, name=None))
+
+
+class Places:
+    """The contexts in which training holds perturbed cells, by label, by gene, and altogether."""
+
+    def __init__(self, training: Pairs) -> None:
+        cells = training.obs[~training.is_control]
+        rows = cells[["perturbation", *CONTEXT]].astype(str).drop_duplicates()
+        self.of_label: dict[str, set[Context]] = {}
+        self.of_gene: dict[str, set[Context]] = {}
+        self.all: set[Context] = set()
+        for label, *context in rows.itertuples(index=False, name=None):
+            place = tuple(context)
+            self.of_label.setdefault(label, set()).add(place)
+            for gene in members_of(label):
+                self.of_gene.setdefault(gene, set()).add(place)
+            self.all.add(place)
+
+    def needed(self, label: str) -> list[set[Context]]:
+        """Return the contexts of everything that an answer on a label rests on: its own cells, else those of its genes, else all."""
+        if label in self.of_label:
+            return [self.of_label[label]]
+        return [self.of_gene[gene] for gene in members_of(label) if gene in self.of_gene] or [self.all]
+
+    def is_elsewhere(self, label: str, asked: Iterable[Context]) -> bool:
+        """Return whether something that the answer rests on was measured in none of the contexts that are asked."""
+        contexts = set(asked)
+        return label != CONTROL and any(places.isdisjoint(contexts) for places in self.needed(label))
+
+    def words(self, label: str, asked: Iterable[Context]) -> str:
+        """Return in which of the contexts that are asked a label was measured; nothing where that is all kinds of cells."""
+        asked = set(asked)
+        if self.is_elsewhere(label, asked):
+            return f" {ELSEWHERE}"
+        kinds = {(dataset, cell_type) for dataset, _, cell_type in asked}
+        met = set.intersection(*({(dataset, cell_type) for dataset, _, cell_type in places} for places in self.needed(label)))
+        return "" if kinds <= met else f" in {len(kinds & met)} of the {len(kinds)} kinds of cells that are asked"

@@ -1,0 +1,82 @@
+"""What is asked, in the words of the screen: labels and cells of a question, refused in one message where the screen does not know them."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+
+from perturbflow.embeddings import Embeddings
+from perturbflow.errors import InputError
+from perturbflow.nearest import did_you_mean
+from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, members_of, without_dose
+
+
+def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: list[str]) -> list[str]:
+    """Return canonical labels of a question.
+
+    Parameters
+    ----------
+    perturbations
+        Labels; "all_single": every perturbed gene of the screen; or {"all_pairs_of": genes}.
+    genes, measured
+        Perturbed genes of the screen, and measured ones.
+
+    Raises
+    ------
+    InputError
+        If a member is neither, all of them in one message: whatever a model says of it would be said of any word.
+    """
+    if perturbations == "all_single":
+        texts = list(genes)
+    elif isinstance(perturbations, dict):
+        texts = [SEPARATOR.join(pair) for pair in itertools.combinations(perturbations["all_pairs_of"], 2)]
+    else:
+        texts = list(perturbations)
+    names = {**dict(zip(measured, measured, strict=True)), **dict(zip(genes, genes, strict=True))}
+    labels = list(dict.fromkeys(canonical_label(text, {CONTROL}, SEPARATOR, measured=names) for text in texts))
+    known = {*names, *(without_dose(gene)[0] for gene in genes)}
+    asked = dict.fromkeys(member for label in labels for member in members_of(label))
+    if unknown := [member for member in asked if member not in known and without_dose(member)[0] not in known]:
+        raise InputError(
+            f"perturbations: neither perturbed in this screen nor among its {len(measured):,} measured genes (pairs.h5ad): "
+            f"{', '.join(did_you_mean(member, known) for member in unknown)}. Correct the name; for a gene with few counts raise genes.n_hvg."
+        )
+    return labels
+
+
+def check_question(pairs: Path, embeddings: Path, perturbations: list[str] | str | dict) -> None:
+    """Raise InputError for perturbations that the screen does not know, before anything is computed."""
+    with h5py.File(pairs) as file:
+        measured = list(map(str, ad.io.read_elem(file["var"]).index))
+    expanded(perturbations, list(Embeddings.read(embeddings).table.index), measured)
+
+
+def holding(obs: pd.DataFrame, selection: dict[str, Sequence], place: str) -> np.ndarray:
+    """Return which cells hold one of the listed values in every listed column, (cells,).
+
+    Raises
+    ------
+    InputError
+        If a column or a value is not there: the rest would be another question.
+    """
+    mask = np.ones(len(obs), dtype=bool)
+    for column, values in selection.items():
+        if column not in obs:
+            raise InputError(f"{place}: there is no obs column '{column}'; possible: {', '.join(obs.columns)}.")
+        texts = obs[column].astype(str)
+        _check_values(column, list(map(str, values)), texts.unique(), place)
+        mask &= texts.isin(list(map(str, values))).to_numpy()
+    return mask
+
+
+def _check_values(column: str, values: list[str], known: Iterable[str], place: str) -> None:
+    known = list(known)
+    if unknown := [value for value in values if value not in known]:
+        raise InputError(
+            f"{place}: obs column '{column}' does not hold {', '.join(did_you_mean(value, known) for value in unknown)}. "
+            f"It holds {', '.join(sorted(known)[:20])}{', ...' if len(known) > 20 else ''}."
+        )
