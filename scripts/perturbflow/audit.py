@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from scipy.stats import poisson
 
 from perturbflow.embeddings import Embeddings, coexpression
 from perturbflow.errors import InputError
+from perturbflow.features import GUIDE
 from perturbflow.files import file_digest, read_json, write_json
 from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
 from perturbflow.splits import LABEL_KINDS, ROLES, names_digest
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 # How many cells of a whole screen may look like copies by chance, in expectation, before copies are spoken of.
 CHANCE_COPIES = 1e-3
-# ATF2g1, p-sgELK1-6, KLF1_sg2, KLF1-2: guides as public screens name them.
-GUIDE = re.compile(r"(?:p-)?(?:sg)?(?P<gene>.+?)(?:[._-]?(?:sg|g|guide)[._-]?|[._-])\d+")
 PLACES = {"uns": {"perturbflow"}, "obsm": set(), "varm": set(), "obsp": set(), "varp": set(), "layers": set()}
 PLACES_OF_PAIRS = {**PLACES, "obsm": {"control_index"}, "layers": {"counts"}, "obs": {*CARRIED_OBS, "role", "half"},
                    "var": {"gene_name", "gene_id", "original_name", "highly_variable", "is_perturbed_gene"}}  # fmt: skip
@@ -238,7 +236,10 @@ def nothing_else_is_carried(evidence: Evidence) -> Findings:
     harmonized.h5ad keeps the source's obs; of these, only `CARRIED_OBS` reach what models read.
     """
     found = []
-    for name, adata, places in (("harmonized.h5ad", evidence.screen, PLACES), ("pairs.h5ad", evidence.pairs, PLACES_OF_PAIRS)):
+    # Guides and antibodies of the same cells, which pairs.h5ad does not carry.
+    apart = set(evidence.screen.uns.get("perturbflow", {}).get("features_apart", {}))
+    screen = {**PLACES, "obsm": apart}
+    for name, adata, places in (("harmonized.h5ad", evidence.screen, screen), ("pairs.h5ad", evidence.pairs, PLACES_OF_PAIRS)):
         for place, known in places.items():
             if unknown := sorted(map(str, set(getattr(adata, place)) - known)):
                 found.append(f"{name} carries {place} {', '.join(unknown[:5])}, which this workflow does not make")
