@@ -21,7 +21,7 @@ from perturbflow import records
 from perturbflow.code_version import code_version
 from perturbflow.errors import InputError
 from perturbflow.files import require_writable
-from perturbflow.origins import own_files
+from perturbflow.origins import labels_file, own_files
 from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.shipped import above_shipped, shipped_files
@@ -208,11 +208,18 @@ def own(rule, paths, wildcards):
 
 @looked_up
 def raw_file(wildcards):
-    """Return what harmonize reads: the user's own file, or the manifest of a download."""
+    """Return what harmonize reads: the user's own file or folder, or the manifest of a download."""
     path = plan.config["datasets"][wildcards.dataset]["source"].get("path")
     if path:
         return own("harmonize", [path], wildcards)[0]
     return f"resources/{wildcards.dataset}/raw/manifest.json"
+
+
+@looked_up
+def labels_of_cells(wildcards):
+    """Return the user's own table of labels of a dataset, if it has one."""
+    path = labels_file(plan.config["datasets"][wildcards.dataset])
+    return own("harmonize", [path], wildcards) if path else []
 
 
 @looked_up

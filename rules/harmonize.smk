@@ -1,6 +1,7 @@
 rule harmonize:
     """Bring a screen to one schema: raw counts, canonical labels, approved symbols."""
     input:
+        labels_of_cells,
         raw=raw_file,
         again=again("harmonize"),
     output:

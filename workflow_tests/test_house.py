@@ -23,7 +23,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ORDER = (
     ("origins", "registry"),
     ("download",),
-    ("sources", "triplets", "recipes", "controls", "separators", "annotation", "counts", "harmonize"),
+    ("sources", "recipes", "controls", "separators", "annotation", "features", "counts", "harmonize"),
     ("split_files", "splits"),
     ("pairs",),
     ("priors",),

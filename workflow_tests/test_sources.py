@@ -29,12 +29,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from scipy import sparse
 
-from perturbflow import hdf5, sources
+from perturbflow import hdf5
 from perturbflow.errors import InputError
 from perturbflow.harmonize import harmonize
 from perturbflow.hdf5 import Appended, Rows
 from perturbflow.kernels import pack_counts, unpack_counts
-from perturbflow.sources import open_source
+from perturbflow.sources import base, matrices, open_source
 from perturbflow.streaming import Spool, in_order
 
 LIMITS = {"min_counts": 850, "min_genes": 74, "max_pct_mt": 1.2, "min_cells_per_gene": 330, "min_cells_per_perturbation": 18}
@@ -43,8 +43,9 @@ LIMITS = {"min_counts": 850, "min_genes": 74, "max_pct_mt": 1.2, "min_cells_per_
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks of a few cells, so that a small screen has many, and chunks that a block does not fill."""
-    monkeypatch.setattr(sources, "BLOCK_VALUES", 80 * 37)
-    monkeypatch.setattr(sources, "BLOCK_ENTRIES", 1500)
+    for module in (base, matrices):
+        monkeypatch.setattr(module, "BLOCK_VALUES", 80 * 37)
+    monkeypatch.setattr(matrices, "BLOCK_ENTRIES", 1500)
     monkeypatch.setattr(hdf5, "CHUNK", 1000)
 
 

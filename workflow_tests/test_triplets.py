@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 from scipy import io as scipy_io
 from scipy import sparse
 
-from perturbflow import triplets
 from perturbflow.errors import InputError
-from perturbflow.triplets import open_triplets
+from perturbflow.sources import triplets
+from perturbflow.sources.triplets import open_triplets
 
 N_GENES, N_BARCODES = 40, 90
 
@@ -120,17 +121,43 @@ def test_the_triplets_of_a_tar_are_joined_on_the_genes_that_all_have(tmp_path: P
     assert np.array_equal(counts, expected[rows])
 
 
-def shuffled(content: bytes) -> bytes:
-    lines = content.splitlines()
-    return b"\n".join([*lines[:3], *sorted(lines[3:])])
+def by_gene(lines: list[bytes]) -> list[bytes]:
+    return sorted(lines)
+
+
+def at_random(lines: list[bytes]) -> list[bytes]:
+    return [lines[i] for i in np.random.default_rng(3).permutation(len(lines))]
+
+
+@pytest.mark.parametrize("arranged", [by_gene, at_random])
+@pytest.mark.parametrize("entries", [100, 10**6])
+def test_entries_in_any_order_give_the_same_cells(
+    arranged: Callable, entries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triplets, "ENTRIES", entries)
+    files, matrix, cells = contents()
+    head, lines = files["matrix"].splitlines()[:3], files["matrix"].splitlines()[3:]
+    files["matrix"] = b"\n".join([*head, *arranged(lines)])
+    rows = np.array([0, 3, 4, 40, len(cells) - 1])
+    numbers, counts = together(open_triplets(written(tmp_path, files)), rows)
+    assert np.array_equal(numbers, rows)
+    assert np.array_equal(counts, matrix.toarray().T[[i for i in range(N_BARCODES) if i % 5]][rows])
+
+
+def test_order_that_is_lost_late_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triplets, "ENTRIES", 50)
+    files, _, _ = contents()
+    lines = files["matrix"].splitlines()
+    files["matrix"] = b"\n".join([*lines[:200], *lines[:199:-1]])
+    with pytest.raises(InputError, match=r"matrix\.mtx: its entries are not sorted by barcode .* throughout"):
+        together(open_triplets(written(tmp_path, files)))
 
 
 BROKEN = {
     "truncated": ("matrix", lambda text: text[: text.rindex(b"\n", 0, len(text) // 2)], r"matrix\.mtx ends after [\d,]+ of [\d,]+ entries"),
     "cut in a line": ("matrix", lambda text: text.rstrip()[:-2], r"matrix\.mtx: after [\d,]+ entries comes what is no count|ends after"),
-    "not sorted": ("matrix", shuffled, r"matrix\.mtx: its entries are not sorted by barcode"),
     "fractions": ("matrix", lambda text: text.rstrip() + b".5", r"matrix\.mtx: after [\d,]+ entries comes what is no count"),
-    "no matrix": ("matrix", lambda _: b"<html>", r"matrix\.mtx is no sparse MatrixMarket file: it starts with '<html>'"),
+    "no matrix": ("matrix", lambda _: b"<html>", r"matrix\.mtx is no sparse MatrixMarket file of counts: it starts with '<html>'"),
     "other barcodes": ("barcodes", lambda text: text[: text.rindex(b"\n")], r"90 barcodes, but the files beside it list 40 genes and 89"),
     "other genes": ("genes", lambda text: text + b"\nENSG1\tB", r"40 genes × 90 barcodes, but .* 41 genes"),
     "two identities": ("cell_identities", lambda text: text + b"\n" + text.splitlines()[2], r"barcode \w+-\d has several rows"),

@@ -80,14 +80,28 @@ def is_excluded(obs: pd.DataFrame, exclude: dict[str, str], path: Path) -> np.nd
     return excluded
 
 
+def _found(pattern: str, label: str) -> list[str]:
+    """Return what the group of a pattern finds in a label, each time that it matches; the label where it does not."""
+    matches = re.finditer(pattern, label)
+    return [next((group for group in match.groups() if group is not None), "") for match in matches] or [label]
+
+
 def members_in(label: str, declared: Mapping) -> list[str]:
-    """Return the members that a label names, in the words of the block: first pattern, then separator, then rename."""
-    parts = [label]
+    """Return the members that a label names, in the words of the block: first pattern, then separator, then rename.
+
+    A pattern may be written for one guide: one that is bound to begin or end of a label finds one member or two as one in `KLF1_1|GATA1_2`.
+    Where it finds something in every part between separators, controls aside, each part is taken by itself.
+    """
+    separator, parts = declared["separator"], [label]
     if "pattern" in declared:
-        matches = re.finditer(declared["pattern"], label)
-        parts = [next((group for group in match.groups() if group is not None), "") for match in matches] or parts
-    if declared["separator"]:
-        parts = [member for part in parts for member in part.split(declared["separator"])]
+        parts = [part.strip() for part in label.split(separator)] if separator else parts
+        controls, unassigned = Controls.of(declared), declared.get("drop", ())
+        others = {part for part in parts if part in controls or part in unassigned}
+        if not all(part in others or re.search(declared["pattern"], part) for part in parts):
+            parts = [label]
+        parts = [member for part in parts for member in ([part] if part in others else _found(declared["pattern"], part))]
+    if separator:
+        parts = [member for part in parts for member in part.split(separator)]
     renamed = declared.get("rename", {})
     return [renamed.get(member.strip(), member.strip()) for member in parts]
 

@@ -48,13 +48,15 @@ class _Folder(ExitStack):
     def file(self, cells: Cells, name: str) -> Path:
         """Return the file of cells: the path that was given, or a copy of what is in memory."""
         if not isinstance(cells, ad.AnnData):
-            if not Path(cells).is_file():
+            if not Path(cells).exists():
                 raise InputError(f"there is no file {cells}.")
             return Path(cells)
-        if not isinstance(cells.X, sparse.csr_matrix):  # what the steps write, and read in blocks of rows
+        if cells.X is not None and not isinstance(cells.X, sparse.csr_matrix):  # what the steps write, and read in blocks of rows
+            raw = cells.raw
             cells = ad.AnnData(
                 sparse.csr_matrix(cells.X), cells.obs, cells.var, cells.uns, obsm=dict(cells.obsm), layers=dict(cells.layers)
             )
+            cells.raw = None if raw is None else raw.to_adata()
         path = self.path / name
         cells.write_h5ad(path)
         return path
@@ -93,9 +95,11 @@ def harmonize(screen: Cells, block: Mapping[str, Any], qc: Mapping[str, Any] | N
     Parameters
     ----------
     screen
-        Raw UMI counts, cells × genes, in X or layers["counts"], with the columns of obs that the block names.
+        Raw UMI counts, cells × genes, in X, layers["counts"] or where the block says, with the columns of obs that it names. Or the path of
+        a file or folder as source.path takes it.
     block
-        As in config/datasets.yaml, without source: {"perturbation": {"column": ..., "control": [...]}, "covariates": {"batch": ...}}.
+        As in config/datasets.yaml, without source: {"perturbation": {"column": ..., "control": [...]}, "covariates": {"batch": ...}}. Of
+        source it may have labels and modality.
     qc
         Limits that differ from config/config.yaml, such as {"min_counts": 1000}; None in it switches a limit off.
     name
@@ -112,7 +116,7 @@ def harmonize(screen: Cells, block: Mapping[str, Any], qc: Mapping[str, Any] | N
     """
     with _Folder() as folder:
         raw = folder.file(screen, "screen.h5ad")
-        config = shipped(mine={"datasets": {name: {**block, "source": {"path": str(raw)}}}})
+        config = shipped(mine={"datasets": {name: {**block, "source": {**block.get("source", {}), "path": str(raw)}}}})
         completed = config["datasets"][name]
         limits = {**config["qc"], **completed.get("qc", {}), **(qc or {})}
         harmonization.harmonize(raw, folder.path / "harmonized.h5ad", folder.path / "account.json", name, completed, limits)

@@ -17,6 +17,7 @@ from scipy.stats import poisson
 from perturbflow.caveats import caveats_of, matched_across_batches
 from perturbflow.embeddings import Embeddings, coexpression
 from perturbflow.errors import InputError
+from perturbflow.features import GUIDE
 from perturbflow.files import file_digest, read_json, write_json
 from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
 from perturbflow.splits import LABEL_KINDS, ROLES, names_digest
@@ -236,7 +237,10 @@ def nothing_else_is_carried(evidence: Evidence) -> Findings:
     harmonized.h5ad keeps the source's obs; of these, only `CARRIED_OBS` reach what models read.
     """
     found = []
-    for name, adata, places in (("harmonized.h5ad", evidence.screen, PLACES), ("pairs.h5ad", evidence.pairs, PLACES_OF_PAIRS)):
+    # Guides and antibodies of the same cells, which pairs.h5ad does not carry.
+    apart = set(evidence.screen.uns.get("perturbflow", {}).get("features_apart", {}))
+    screen = {**PLACES, "obsm": apart}
+    for name, adata, places in (("harmonized.h5ad", evidence.screen, screen), ("pairs.h5ad", evidence.pairs, PLACES_OF_PAIRS)):
         for place, known in places.items():
             if unknown := sorted(map(str, set(getattr(adata, place)) - known)):
                 found.append(f"{name} carries {place} {', '.join(unknown[:5])}, which this workflow does not make")

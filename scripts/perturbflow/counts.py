@@ -71,11 +71,14 @@ class Screened:
         Per cell that was read: counts, genes and percent mitochondrial, over all genes of the source.
     n_cells
         Per gene, the cells within the limits that have it.
+    source
+        What was read: the source, or an alternative of it.
     """
 
     totals: pd.DataFrame
     n_cells: np.ndarray
     spool: Spool
+    source: Source
     n_entries: int = 0
     pieces: list[tuple[Piece, Piece]] = field(default_factory=list)
 
@@ -94,7 +97,7 @@ class Screened:
 
 def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Screened:
     found: list[pd.DataFrame] = []
-    screened = Screened(pd.DataFrame(), np.zeros(len(genes.is_mt), np.int64), Spool(source.scratch))
+    screened = Screened(pd.DataFrame(), np.zeros(len(genes.is_mt), np.int64), Spool(source.scratch), source)
     for _, block in source.blocks(rows):
         counts = genes.merged(block)
         total, mitochondrial = cell_totals(counts.data, counts.indices, counts.indptr, genes.is_mt)
@@ -107,12 +110,12 @@ def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Scree
 
 
 def screen_counts(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Screened:
-    """Read the raw UMI counts of the wanted rows once: from X if it holds them, else from layers['counts'].
+    """Read the raw UMI counts of the wanted rows once: from the place that the source was opened at, else from its alternative.
 
     Raises
     ------
     InputError
-        If neither holds non-negative integers.
+        If neither holds non-negative integers; the message names the places of the file that do.
     """
     problems = []
     candidate: Source | None = source
@@ -127,9 +130,14 @@ def screen_counts(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> S
             if problems:
                 logger.info("%s: counts are taken from %s (%s)", source.files[0], candidate.place, problems[0])
             return screened
+    elsewhere = source.places_with_counts()
+    fix = (
+        f"Counts are in {', '.join(elsewhere)}: write counts: {elsewhere[0]} into its block"
+        if elsewhere
+        else "Put the integer counts into X or layers['counts']"
+    )
     raise InputError(
-        f"{source.files[0]}: raw UMI counts are needed, {'; '.join(problems)}. "
-        "Put the integer counts into X or layers['counts']; normalization is done later, on training cells."
+        f"{source.files[0]}: raw UMI counts are needed, {'; '.join(problems)}. {fix}; normalization is done later, on training cells."
     )
 
 

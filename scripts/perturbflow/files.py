@@ -132,6 +132,26 @@ def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
+def files_in(folder: str | Path) -> list[Path]:
+    """Return all files of a folder and of those below it, in the order of their names."""
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
+def bytes_of(path: str | Path) -> int:
+    """Return the size of a file, or of all files of a folder."""
+    path = Path(path)
+    return sum(file.stat().st_size for file in files_in(path)) if path.is_dir() else path.stat().st_size
+
+
+def content_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content; of a folder, that of a list of its files with theirs, as `sha256sum` prints it."""
+    path = Path(path)
+    if not path.is_dir():
+        return file_digest(path)
+    lines = [f"{file_digest(file)}  {file.relative_to(path).as_posix()}\n" for file in files_in(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def manifest_files(manifest: str | Path, whole: bool = False) -> dict[str, Path]:
     """Return role → path of the files that a manifest names, which lie beside it; `whole` reads them to compare checksums, too.
 

@@ -14,6 +14,7 @@ import pandas as pd
 from perturbflow import __version__
 from perturbflow.annotation import (
     ambiguous,
+    as_text,
     canonical_labels,
     check_shape,
     contradicting,
@@ -26,7 +27,9 @@ from perturbflow.annotation import (
 )
 from perturbflow.counts import Genes, screen_counts, within_limits, write_counts
 from perturbflow.errors import InputError
-from perturbflow.files import atomic, file_digest, manifest_files, read_json, remove_leftovers, write_json
+from perturbflow.features import SHOWN, features_apart, keys_of, write_features
+from perturbflow.files import atomic, bytes_of, content_sha256, manifest_files, read_json, remove_leftovers, write_json
+from perturbflow.origins import labels_file
 from perturbflow.recipes import open_by_recipe
 from perturbflow.sources import SomeGenes, Source, open_source
 from perturbflow.symbols import CONTROL, members_of
@@ -73,7 +76,7 @@ def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path) -> tupl
 
 
 def _provenance(raw: Path, files: dict[str, Path]) -> dict:
-    """Return file, bytes and sha256 of the source; of several files by their role.
+    """Return file, bytes and sha256 of the source, a file or a folder; of several files by their role.
 
     Raises
     ------
@@ -81,7 +84,7 @@ def _provenance(raw: Path, files: dict[str, Path]) -> dict:
         If a file is not what was downloaded: it was changed since.
     """
     downloaded = read_json(raw)["files"] if raw.name == "manifest.json" else {}
-    described = {role: {"file": str(path), "bytes": path.stat().st_size, "sha256": file_digest(path)} for role, path in files.items()}
+    described = {role: {"file": str(path), "bytes": bytes_of(path), "sha256": content_sha256(path)} for role, path in files.items()}
     for role, entry in downloaded.items():
         if described[role]["sha256"] != entry["sha256"]:
             raise InputError(f"{files[role]} was changed after its download: its sha256 is another. Delete {raw} and run again.")
@@ -91,6 +94,16 @@ def _provenance(raw: Path, files: dict[str, Path]) -> dict:
 def _rows_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
     """Return some rows of a table; the table itself where these are all, for two million cells of obs are half a gigabyte."""
     return table if len(rows) == len(table) else table.iloc[rows]
+
+
+def _split_by_type(source: Source, dataset: dict) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the numbers of the features that are gene expression, and those of the others by type."""
+    declared = dataset["perturbation"]
+    labels = as_text(source.obs[declared["column"]]).categories if declared["column"] in source.obs else []
+    named = {part for label in labels for part in (label, *(label.split(declared["separator"]) if declared["separator"] else ()))}
+    apart = features_apart(source.var, named, source.files[0])
+    genes = np.setdiff1d(np.arange(len(source.var)), np.concatenate([np.empty(0, int), *apart.values()]))
+    return genes, apart
 
 
 def _chosen_cells(
@@ -130,9 +143,10 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     Parameters
     ----------
     raw
-        The user's h5ad, or the manifest of a download.
+        The user's file or folder, or the manifest of a download.
     harmonized
-        AnnData to be written: X raw UMI counts (CSR float32, integer-valued), obs and var as in config/README.md.
+        AnnData to be written: X raw UMI counts (CSR float32, integer-valued), obs and var as in config/README.md; obsm holds the counts of
+        features that are no gene expression, one matrix per type.
     report
         JSON to be written: cells, genes and perturbations kept, dropped and renamed, by reason.
     name, dataset, qc
@@ -146,6 +160,8 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         For a file, column, label or value that cannot be used; the message has the fix.
     """
     files = manifest_files(raw) if raw.name == "manifest.json" else {"file": raw}
+    if labels := labels_file(dataset):
+        files["labels"] = Path(labels)
     source = open_by_recipe(dataset["recipe"], files, dataset) if "recipe" in dataset else open_source(files, dataset)
     path = source.files[0]
     n_source = len(source.obs), len(source.var)
@@ -154,13 +170,17 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     if note := dataset.get("note"):
         logger.warning("%s: %s", name, note)
     check_shape(n_source, dataset, path)
-    source_genes = gene_table(source.var, dataset)
     dropped: Counter[str] = Counter()
-    dropped_genes: Counter[str] = Counter()
+    wanted, apart = _split_by_type(source, dataset)
+    names_apart = {kind: source.var.index[numbers].astype(str).to_numpy(object) for kind, numbers in apart.items()}
+    dropped_genes: Counter[str] = Counter({kind: len(numbers) for kind, numbers in apart.items()})
+    source_genes = gene_table(source.var.iloc[wanted], dataset)
     if "gene_pattern" in dataset:
-        wanted = np.flatnonzero(is_wanted(source_genes, dataset["gene_pattern"], path))
-        dropped_genes["gene_pattern"] = len(source_genes) - len(wanted)
-        source, source_genes = SomeGenes(source, wanted), source_genes.iloc[wanted].reset_index(drop=True)
+        is_of_pattern = is_wanted(source_genes, dataset["gene_pattern"], path)
+        dropped_genes["gene_pattern"] = int((~is_of_pattern).sum())
+        wanted, source_genes = wanted[is_of_pattern], source_genes[is_of_pattern].reset_index(drop=True)
+    if len(wanted) < len(source.var):
+        source = SomeGenes(source, wanted, apart)
     harmonized.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(harmonized)
     source.threads, source.scratch = threads, harmonized.parent
@@ -196,6 +216,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     if len(contradictions) > 0.05 * len(var):
         logger.warning("%s: names and Ensembl ids of %d genes contradict one another; are they shifted?", path, len(contradictions))
 
+    keys = keys_of(apart)
     account = {
         "dataset": name,
         "note": note or "",
@@ -204,6 +225,8 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         "cells": {"source": n_source[0], "kept": len(obs), "dropped": dict(dropped)},
         "genes": {"source": n_source[1], "kept": len(var), "dropped": dict(dropped_genes), "merged": len(source_genes) - len(genes.is_mt),
                   "renamed": renamed_genes, "contradicting": contradictions},
+        "features_apart": {kind: {"features": len(names), "first": names[:SHOWN].tolist(), "obsm": keys[kind]}
+                           for kind, names in names_apart.items()},
         "perturbations": {"kept": kept, "dropped": too_few, **of_labels,
                           "not_measured": sorted(perturbed - set(var.index))},
         "ambiguous": ambiguous(sorted({*perturbed, *var.index})) if is_human else {},
@@ -216,7 +239,8 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
             "sha256": provenance["sha256"] if "sha256" in provenance else {role: entry["sha256"] for role, entry in provenance.items()},
             "versions": account["versions"],
             "dropped_cells": {reason.replace("/", "_"): n for reason, n in dropped.items()},
-            "dropped_genes": dict(dropped_genes),
+            "dropped_genes": {reason.replace("/", "_"): n for reason, n in dropped_genes.items()},
+            "features_apart": {keys[kind]: names for kind, names in names_apart.items()},
         }
     }
     for reason, n in dropped.items():
@@ -232,6 +256,10 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         for place in ("obsm", "varm", "obsp", "varp", "layers"):
             ad.io.write_elem(file, place, {})
+        if apart:
+            is_written = np.zeros(len(is_within), bool)
+            is_written[np.flatnonzero(is_within)[is_kept]] = True
+            write_features(file["obsm"], screened.source, apart, is_written, threads)
         for place, content in (("obs", obs), ("var", var), ("uns", uns)):
             ad.io.write_elem(file, place, content, dataset_kwargs={"compression": "gzip"})
     write_json(report, account)

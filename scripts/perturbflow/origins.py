@@ -62,6 +62,38 @@ def own_files(block: dict) -> dict[str, str]:
     return path if isinstance(path, dict) else {"file": path}
 
 
+def labels_file(block: dict) -> str | None:
+    """Return the user's own table of labels, which is joined to obs, if the block has one."""
+    labels = block["source"].get("labels")
+    return str(labels) if labels is not None else None
+
+
+# A zarr store has one of these in its root, and a folder of Cell Ranger a matrix.
+ZARR_ROOT = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
+TENX_MATRIX = re.compile(r"(?:.*[_.-])?matrix\.mtx(?:\.[a-z.]+)?")
+
+
+def folder_kind(folder: Path) -> str | None:
+    """Return what a folder holds: `zarr`, `10x`, or None for neither."""
+    if any((folder / name).is_file() for name in ZARR_ROOT):
+        return "zarr"
+    return "10x" if any(TENX_MATRIX.fullmatch(file.name) for file in folder.iterdir()) else None
+
+
+def problem_of_folder(folder: Path) -> str | None:
+    """Return why a folder is no source, in one sentence with what is found in it and what would be one; None if it is one."""
+    if folder_kind(folder):
+        return None
+    inside = sorted(folder.iterdir())
+    shown = ", ".join(file.name + "/" * file.is_dir() for file in inside[:8]) + (", ..." if len(inside) > 8 else "")
+    usable = [file for file in inside if (file.is_dir() and folder_kind(file)) or file.suffix in (".h5ad", ".h5", ".h5mu")]
+    fix = f" Name one of these: {', '.join(map(str, usable[:4]))}." if usable else ""
+    return (
+        f"the folder '{folder}' holds {shown or 'nothing'}; expected is a folder with matrix.mtx[.gz], barcodes.tsv[.gz] and "
+        f"features.tsv[.gz] (10x), or a zarr store.{fix}"
+    )
+
+
 def files_of(block: dict) -> dict[str, dict]:
     """Return role → file of a resolved block: name, url (mirrors) or pypi, and what it must be; a source of one file has the role `file`.
 
@@ -135,6 +167,9 @@ def problem_of(block: dict) -> tuple[list[str], str] | None:
         return ["source", "member"], f"'{source['member']}' leads out of the archive. Name a path inside it."
     if "name" in source and kind not in ("url", "pypi"):
         return ["source", "name"], f"a source by {kind} has no use for it; it belongs to url and pypi."
+    if "recipe" in block and (idle := [key for key in ("counts", "labels", "modality") if key in block or key in source]):
+        keys = [idle[0]] if idle[0] in block else ["source", idle[0]]
+        return keys, f"recipe {block['recipe']} knows what its files hold. Leave {idle[0]} out."
     if kind == "scperturb" and (problem := _problem_with_scperturb(block)):
         return problem
     if kind == "files" and (idle := [key for key in CONTENT_KEYS if key in block]):

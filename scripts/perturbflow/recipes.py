@@ -10,7 +10,7 @@ from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.sources import InMemory, Source
-from perturbflow.triplets import open_triplets
+from perturbflow.sources.triplets import open_triplets
 
 
 def renge2023(files: dict[str, Path], dataset: dict) -> Source:

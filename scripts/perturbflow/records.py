@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from perturbflow.errors import InputError
-from perturbflow.files import atomic, file_digest
+from perturbflow.files import atomic, content_sha256, files_in
 
 FOLDER = ".made"
 # What this machine remembers of files; it may be deleted.
@@ -40,9 +40,14 @@ def _memory_of(path: str | Path) -> Path:
     return MEMORY / "digests" / f"{digest(str(path))}.json"
 
 
-def _stamps(path: str | Path) -> list[int]:
-    found = Path(path).stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+def _stamps(path: str | Path) -> list:
+    """Return size and time stamps of a file; of a folder their sum, the newest, and a digest of those of all its files."""
+    if not Path(path).is_dir():
+        found = Path(path).stat()
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    inside = {file.relative_to(path).as_posix(): _stamps(file) for file in files_in(path)}
+    size, modified, changed = zip(*inside.values(), strict=True) if inside else ((0,), (0,), (0,))
+    return [sum(size), max(modified), max(changed), digest(inside)]
 
 
 def _remember(path: str | Path, stamps: list[int], content: str) -> None:
@@ -62,16 +67,13 @@ def _remembered(path: str | Path) -> tuple[list[int] | None, str]:
 def content_digest(path: str | Path) -> str:
     """Return the SHA-256 of a file's content, or of all files of a folder.
 
-    It is remembered for as long as size and time stamps stay, so that a large file is read once.
+    It is remembered for as long as sizes and time stamps stay, so that what is large is read once.
     """
-    if Path(path).is_dir():
-        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-        return digest([(file.relative_to(path).as_posix(), content_digest(file)) for file in files])
     stamps = _stamps(path)
     known, content = _remembered(path)
     if known != stamps:
-        content = file_digest(path)
-        if time.time_ns() - max(stamps[1:]) > SETTLED_NS:
+        content = content_sha256(path)
+        if time.time_ns() - max(stamps[1:3]) > SETTLED_NS:
             _remember(path, stamps, content)
     return content
 

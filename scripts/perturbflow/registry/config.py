@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from perturbflow.errors import InputError
-from perturbflow.origins import own_files, problem_of, resolved
+from perturbflow.origins import labels_file, own_files, problem_of, problem_of_folder, resolved
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.schemas import check_schema, holding_file, schema_of, suggestion, with_defaults, with_texts
 
@@ -54,13 +54,21 @@ def _check_patterns(name: str, block: dict, files: Sequence[Path]) -> None:
 
 
 def _check_path(where: list[str], block: dict, files: Sequence[Path]) -> None:
-    """Check that the user's own files are there; only what is selected has to be."""
-    for path in own_files(block).values():
-        if not Path(path).is_file():
-            file = holding_file(files, [*where, "source", "path"])
+    """Check that the user's own files are there, a prior's as files and a screen's as a file or folder; only what is selected has to be."""
+    is_screen = where[0] == "datasets"
+    paths = [(("source", "path"), path) for path in own_files(block).values()]
+    if is_screen and (labels := labels_file(block)):
+        paths.append((("source", "labels"), labels))
+    for keys, path in paths:
+        place = f"{holding_file(files, [*where, *keys])}{'.'.join([*where, *keys])}: "
+        if is_screen and keys[-1] == "path" and Path(path).is_dir():
+            if problem := problem_of_folder(Path(path)):
+                raise InputError(f"{place}{problem}")
+        elif Path(path).exists() and not Path(path).is_file():
+            raise InputError(f"{place}'{path}' is a folder, and a file is expected.")
+        elif not Path(path).is_file():
             raise InputError(
-                f"{file}{'.'.join(where)}.source.path: there is no file '{path}' (looked for {Path(path).absolute()}). "
-                "Relative paths start at the working directory."
+                f"{place}there is no file '{path}' (looked for {Path(path).absolute()}). Relative paths start at the working directory."
             )
 
 

@@ -144,7 +144,7 @@ class Plan:
         unread = ("reference", "licence", "qc", "combinations", *CONTENT_KEYS)
         block = {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
         # Where a download came from is in its manifest; a mirror more makes nothing stale.
-        block["source"] = {key: value for key, value in block["source"].items() if key in ("path", "member")}
+        block["source"] = {key: value for key, value in block["source"].items() if key in ("path", "member", "labels", "modality")}
         return block
 
     def files(self, name: str) -> dict[str, dict]:

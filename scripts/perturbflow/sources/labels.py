@@ -1,0 +1,78 @@
+"""Labels of cells in a table of their own, such as Cell Ranger's protospacer_calls_per_cell.csv, joined by barcode."""
+
+import gzip
+import logging
+from pathlib import Path
+
+import pandas as pd
+
+from perturbflow.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """Return a table, comma- or tab-separated, plain or gzipped."""
+    try:
+        is_gzipped = path.open("rb").read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rt") if is_gzipped else path.open(encoding="utf-8") as file:
+            first = file.readline()
+            file.seek(0)
+            return pd.read_csv(file, sep="\t" if "\t" in first else ";" if ";" in first and "," not in first else ",")
+    except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{path} (source.labels) cannot be read as a table: {error}. A header and commas or tabs are expected.") from error
+
+
+def _root(barcodes: pd.Index) -> pd.Index | None:
+    """Return barcodes without their suffix where all have the same or none, so that no lane is lost; else None."""
+    suffixes = barcodes.str.extract(r"(-\w+)?$")[0].fillna("").unique()
+    return barcodes.str.removesuffix(suffixes[0]) if len(suffixes) == 1 else None
+
+
+def with_labels(obs: pd.DataFrame, labels: Path, path: Path) -> pd.DataFrame:
+    """Return obs with the columns of a table; cells that are not in the table have no values.
+
+    The column of barcodes is the one that has most of the cells' names. Where none has any, and all barcodes of the screen or of the
+    table have one suffix (`-1`) that the others lack, it makes no difference.
+
+    Parameters
+    ----------
+    obs
+        All cells; the index holds their barcodes.
+    labels
+        The table, one row per cell.
+    path
+        The screen, for messages.
+
+    Raises
+    ------
+    InputError
+        If the table cannot be read, no column has barcodes of the screen, or a barcode has several rows.
+    """
+    table = _table(labels)
+    cells = pd.Index(obs.index.astype(str))
+    texts = {column: pd.Index(table[column].astype(str)) for column in table if not pd.api.types.is_float_dtype(table[column])}
+    found = {column: int(names.isin(cells).sum()) for column, names in texts.items()}
+    if not any(found.values()) and (roots := _root(cells)) is not None:
+        shortened = {column: root for column, names in texts.items() if (root := _root(names)) is not None}
+        cells, texts = roots, {**texts, **shortened}
+        found = {column: int(names.isin(cells).sum()) for column, names in texts.items()}
+    if not any(found.values()):
+        shown = "; ".join(f"{column}: {table[column].iloc[0]}" for column in list(table)[:4] if len(table))
+        raise InputError(
+            f"{labels} (source.labels) has no column with barcodes of {path}, whose cells are called {', '.join(cells[:2])}, ... "
+            f"Its first row: {shown or 'none'}. Give it one, with a suffix like theirs."
+        )
+    barcode = max(found, key=lambda column: found[column])
+    names = texts[barcode]
+    if names.has_duplicates:
+        twice = names[names.duplicated()][0]
+        raise InputError(f"{labels} (source.labels): barcode {twice} has several rows. Join its labels to one row per cell.")
+    table = table.drop(columns=barcode).set_index(names)
+    if not cells.isin(names).all():  # a missing value makes no number of 6 into 6.0
+        table = table.astype(dict.fromkeys(table.select_dtypes("integer"), "Int64"))
+    joined = table.reindex(cells).set_index(obs.index)
+    if replaced := sorted(set(map(str, joined)) & set(map(str, obs))):
+        logger.warning("%s: obs already has %s; the values of %s are taken", path, ", ".join(replaced), labels)
+    logger.info("%s: %s of %s cells have labels in %s", path, f"{int(cells.isin(names).sum()):,}", f"{len(cells):,}", labels)
+    return pd.concat([obs.drop(columns=replaced), joined], axis=1)
