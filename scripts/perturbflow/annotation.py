@@ -3,13 +3,13 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from perturbflow.doses import Member, Scale, members_in, tell, with_doses
 from perturbflow.errors import InputError
-from perturbflow.symbols import CONTROL, DOSE_SIGN, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
+from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
 
 UNKNOWN = "unknown"
 ENSEMBL_COLUMNS = ("gene_id", "ensembl_id", "ensemble_id", "ensembl_gene_id", "gene_ids")
@@ -75,20 +75,8 @@ def is_excluded(obs: pd.DataFrame, exclude: dict[str, str], path: Path) -> np.nd
     return excluded
 
 
-def _members(label: str, declared: dict) -> list[str]:
-    """Return the members that a label names, in the words of the block: first pattern, then separator, then rename."""
-    parts = [label]
-    if "pattern" in declared:
-        matches = re.finditer(declared["pattern"], label)
-        parts = [next((group for group in match.groups() if group is not None), "") for match in matches] or parts
-    if declared["separator"]:
-        parts = [member for part in parts for member in part.split(declared["separator"])]
-    renamed = declared.get("rename", {})
-    return [renamed.get(member.strip(), member.strip()) for member in parts]
-
-
 def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> pd.Series:
-    """Return canonical labels as a categorical; missing where the cell has no assigned perturbation.
+    """Return canonical labels as a categorical; missing where the cell has no assigned perturbation. attrs["dose_unit"] is their doses' unit.
 
     Parameters
     ----------
@@ -98,7 +86,7 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     Raises
     ------
     InputError
-        If no cell is a control, or a label holds the sign of a combination that is not split.
+        If no cell is a control, a label holds the sign of a combination that is not split, or a dose cannot be read.
     """
     declared = dataset["perturbation"]
     source = column_of(obs, declared["column"], "perturbation.column", path)
@@ -109,53 +97,51 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     if dataset["perturbation_type"] == "drug":
         organism, measured = "", {}
 
-    def canonical(label: str) -> str | None:
+    dose = as_text(column_of(obs, declared["dose"], "perturbation.dose", path)) if "dose" in declared else None
+    where = f"{path}: obs['{declared['column' if dose is None else 'dose']}']"
+
+    def members_of_label(label: str, amount: str) -> list[Member] | None:
         if label in unassigned:
             return None
         if label in control:
-            return CONTROL
-        members = _members(label, declared)
+            return [(CONTROL, "")]
+        members = members_in(label, declared)
         # A combination with an unassigned member ("A+nan") is no single perturbation either.
-        if unassigned & {member for member in members if member}:
+        if unassigned & {name for name, _ in members if name}:
             return None
-        if any(SEPARATOR in member for member in members if member not in control):
+        if any(SEPARATOR in name for name, _ in members if name not in control):
             raise InputError(
                 f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here, but "
                 f"perturbation.separator is {declared['separator']!r}. Set it to '{SEPARATOR}', or give the label another name with "
                 "perturbation.rename."
             )
-        return label_of(members, control, organism, measured) or None
+        return with_doses(members, amount, control, label, declared["separator"], where)
 
-    categories = pd.Categorical([canonical(label) for label in text.categories])
-    labels = pd.Series(pd.Categorical.from_codes(np.append(categories.codes, -1)[text.codes], categories.categories), index=obs.index)
+    codes, texts = _label_and_dose(text, dose)
+    named = [members_of_label(*both) for both in texts]
+    scale = Scale.of((amount for members in named for _, amount in members or []), where)
+    canonical = [label_of(map(scale.member, members or []), control, organism, measured) or None for members in named]
+    tell(canonical, np.bincount(codes[codes >= 0], minlength=len(canonical)), path, is_declared=dose is not None)
+    categories = pd.Categorical(canonical)
+    labels = pd.Series(pd.Categorical.from_codes(np.append(categories.codes, -1)[codes], categories.categories), index=obs.index)
+    labels.attrs["dose_unit"] = scale.unit
     if not (labels == CONTROL).any():
         common = ", ".join(f"'{label}' ({n:,})" for label, n in pd.Series(text).value_counts().head(8).items())
         raise InputError(
             f"{path}: no control cells: none of perturbation.control = {declared['control']} is in obs['{declared['column']}']. "
             f"Its most common labels: {common}. Name the control label in perturbation.control."
         )
-    if "dose" in declared:
-        labels = _with_dose(labels, column_of(obs, declared["dose"], "perturbation.dose", path))
     return labels
 
 
-def _with_dose(labels: pd.Series, dose: pd.Series) -> pd.Series:
-    """Return labels of perturbed cells followed by `@` and the dose, where it is known: a drug at two doses is two perturbations."""
-    table = pd.DataFrame({"label": labels.astype(object).to_numpy(), "dose": dose.astype(object).to_numpy()})
-    codes, pairs = pd.factorize(pd.MultiIndex.from_frame(table))
-    texts = [
-        None if pd.isna(label) else label if label == CONTROL or pd.isna(amount) else f"{label}{DOSE_SIGN}{_number(amount)}"
-        for label, amount in pairs
-    ]
-    unique = pd.Categorical(texts)
-    return pd.Series(pd.Categorical.from_codes(unique.codes[codes], unique.categories), index=labels.index)
-
-
-def _number(value: Any) -> str:
-    try:
-        return f"{float(value):g}"
-    except ValueError:
-        return str(value)
+def _label_and_dose(text: pd.Categorical, dose: pd.Categorical | None) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Return which label and dose each cell has, -1 without a label, and these labels and doses, empty where the dose is missing."""
+    if dose is None:
+        return text.codes, [(label, "") for label in text.categories]
+    amounts, has_label = ["", *dose.categories], text.codes >= 0
+    codes = np.full(len(text), -1)
+    codes[has_label], unique = pd.factorize((text.codes.astype(np.int64) * len(amounts) + dose.codes + 1)[has_label])
+    return codes, [(text.categories[i // len(amounts)], amounts[i % len(amounts)]) for i in unique]
 
 
 def _covariate(obs: pd.DataFrame, declared: str | list[str] | dict | None, undeclared: str, key: str, path: Path) -> pd.Categorical:

@@ -28,7 +28,7 @@ from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, manifest_files, read_json, remove_leftovers, write_json
 from perturbflow.recipes import open_by_recipe
 from perturbflow.sources import SomeGenes, Source, open_source
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.symbols import CONTROL, SEPARATOR, entities_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ def _rows_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
 
 def _chosen_cells(
     source: Source, genes: pd.DataFrame, name: str, dataset: dict, dropped: Counter
-) -> tuple[np.ndarray, pd.DataFrame, dict[str, str]]:
-    """Return the rows of cells with an assigned perturbation, their obs, and which labels were renamed; count the others by reason."""
+) -> tuple[np.ndarray, pd.DataFrame, dict[str, str], str]:
+    """Return the rows of cells with a perturbation, their obs, which labels were renamed, and the unit of doses; count other cells by reason."""
     path = source.files[0]
     rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
     if dataset["subset"]:
@@ -106,17 +106,20 @@ def _chosen_cells(
         dropped["exclude"] = int(excluded.sum())
         rows, source_obs = rows[~excluded], _rows_of(source_obs, np.flatnonzero(~excluded))
     labels = canonical_labels(source_obs, dataset, genes, path)
+    dose_unit = labels.attrs["dose_unit"]
     assigned = np.flatnonzero(labels.notna())
     dropped["unassigned"] = len(labels) - len(assigned)
     rows, labels, source_obs = rows[assigned], labels.iloc[assigned], _rows_of(source_obs, assigned)
     pairs = pd.DataFrame({"before": source_obs[dataset["perturbation"]["column"]].array, "after": labels.array}).drop_duplicates()
+    # The dose of a column is no part of a label's name.
+    named = (lambda label: SEPARATOR.join(entities_of(label))) if "dose" in dataset["perturbation"] else str
     renamed_labels = {
-        str(before): str(after) for before, after in pairs.itertuples(index=False) if str(before) != after and after != CONTROL
+        str(before): named(after) for before, after in pairs.itertuples(index=False) if after != CONTROL and str(before) != named(after)
     }
     obs = schema_obs(source_obs, labels, name, dataset, path)
     if not obs.index.is_unique:
         obs.index = ad.utils.make_index_unique(obs.index)
-    return rows, obs, renamed_labels
+    return rows, obs, renamed_labels, dose_unit
 
 
 def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dict, qc: dict, threads: int = 1) -> None:
@@ -162,7 +165,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     harmonized.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(harmonized)
     source.threads, source.scratch = threads, harmonized.parent
-    rows, obs, renamed_labels = _chosen_cells(source, source_genes, name, dataset, dropped)
+    rows, obs, renamed_labels, dose_unit = _chosen_cells(source, source_genes, name, dataset, dropped)
     source.obs = source.obs[[]]  # its columns are in obs now
     renamed_genes = dict(
         source_genes.loc[source_genes["gene_name"] != source_genes["original_name"], ["original_name", "gene_name"]].to_numpy()
@@ -189,7 +192,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         dropped_genes["qc.min_cells_per_gene"] = int((~is_seen).sum())
     var = var[is_seen]
     is_human = dataset["organism"] == "human"
-    perturbed = {gene for label in kept for gene in members_of(label)} if dataset["perturbation_type"] != "drug" else set()
+    perturbed = {gene for label in kept for gene in entities_of(label)} if dataset["perturbation_type"] != "drug" else set()
     contradictions = contradicting(var) if is_human else {}
     if len(contradictions) > 0.05 * len(var):
         logger.warning("%s: names and Ensembl ids of %d genes contradict one another; are they shifted?", path, len(contradictions))
@@ -203,7 +206,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         "genes": {"source": n_source[1], "kept": len(var), "dropped": dict(dropped_genes), "merged": len(source_genes) - len(genes.is_mt),
                   "renamed": renamed_genes, "contradicting": contradictions},
         "perturbations": {"kept": kept, "dropped": too_few, "renamed": renamed_labels,
-                          "not_measured": sorted(perturbed - set(var.index))},
+                          "not_measured": sorted(perturbed - set(var.index)), "dose_unit": dose_unit},
         "ambiguous": ambiguous(sorted({*perturbed, *var.index})) if is_human else {},
         "qc": qc,
         "versions": {name: version(name) for name in ("anndata", "h5py", "scanpy")} | {"perturbflow": __version__},
@@ -215,6 +218,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
             "versions": account["versions"],
             "dropped_cells": {reason.replace("/", "_"): n for reason, n in dropped.items()},
             "dropped_genes": dict(dropped_genes),
+            "dose_unit": dose_unit,
         }
     }
     for reason, n in dropped.items():
