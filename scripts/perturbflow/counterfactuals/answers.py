@@ -21,7 +21,7 @@ from perturbflow.files import atomic, read_json
 from perturbflow.models.base import Model, build
 from perturbflow.models.conformal import Calibration, Scale, case_of
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, members_of
+from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, entities_of, entity_of, members_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: 
         texts = [SEPARATOR.join(pair) for pair in itertools.combinations(perturbations["all_pairs_of"], 2)]
     else:
         texts = list(perturbations)
-    names = dict(zip(measured, measured, strict=True))
+    names = {name: name for name in [*measured, *map(entity_of, genes)]}
     return list(dict.fromkeys(canonical_label(text, {CONTROL}, SEPARATOR, measured=names) for text in texts))
 
 
@@ -108,8 +108,10 @@ class Knowledge:
 
     def __init__(self, training: Pairs, vectors: Embeddings, chosen: Pairs) -> None:
         self.labels = set(training.perturbations)
-        self.seen = sorted({gene for other in training.perturbations for gene in members_of(other)})
-        self.table, self.without_vector = vectors.standardized(self.seen), set(vectors.without_vector)
+        self.seen = sorted({gene for other in training.perturbations for gene in entities_of(other)})
+        table = vectors.standardized(sorted({gene for other in training.perturbations for gene in members_of(other)}))
+        self.table = table.groupby(list(map(entity_of, table.index))).first()  # a compound has one vector, whatever its dose
+        self.without_vector = set(map(entity_of, vectors.without_vector))
         own = self.table.reindex(self.seen).dropna().to_numpy()
         among = cdist(own, own)
         np.fill_diagonal(among, np.inf)
@@ -123,9 +125,10 @@ class Knowledge:
         if label == CONTROL:
             return Known("no perturbation", "measured", 0.0)
         case = case_of(label, self.labels, set(self.seen))
-        unseen = [gene for gene in members_of(label) if gene not in self.seen]
+        unseen = [gene for gene in entities_of(label) if gene not in self.seen]
         if not unseen:
-            words = "measured" if case == "measured" else "composed of measured genes"
+            is_single = len(members_of(label)) == 1
+            words = "measured" if case == "measured" else "measured at other doses" if is_single else "composed of measured genes"
             return Known(words + (", in other contexts" if self.is_new_context else ""), case, 0.0)
         without = [gene for gene in unseen if gene not in self.table.index or gene in self.without_vector]
         words = f"extrapolation: {len(unseen)} gene(s) never perturbed in training"
@@ -219,7 +222,7 @@ def effect_table(answer: Answer, genes: list[str], groups: pd.Series, calibratio
     """Return one row per group of cells × gene, strongest first, see `counterfactual`."""
     own = calibration.for_case(answer.known.case)
     half = own.reach(LEVEL) * scale.at(own.typical_sampling) if own.labels and answer.label != CONTROL else np.full(len(genes), np.nan)
-    is_target = np.isin(genes, members_of(answer.label))
+    is_target = np.isin(genes, entities_of(answer.label))
     masks = {"all": np.ones(len(groups), dtype=bool)}
     if len(names := sorted(groups.unique())) > 1:
         masks |= {name: (groups == name).to_numpy() for name in names}
@@ -306,7 +309,7 @@ def counterfactual(
         writer = Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)
         for i, label in enumerate(labels):
             answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start))
-            response = answer.response(np.isin(chosen.genes, members_of(label)))
+            response = answer.response(np.isin(chosen.genes, entities_of(label)))
             obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=answer.known.words)
             observed.append(obs.assign(response=response).set_axis([f"{label}:{cell}" for cell in chosen.obs.index]))
             table = effect_table(answer, chosen.genes, groups, found, scale)
