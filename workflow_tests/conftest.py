@@ -25,12 +25,16 @@ from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.embeddings import Embeddings
 from perturbflow.pairs import Pairs
 from perturbflow.registry.shipped import above_shipped as merged  # noqa: F401  the tests' word for it
+from perturbflow.symbols import members_of, without_dose
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 PERTURBED = [f"TF{i}" for i in range(1, 9)]
 COMBINATIONS = ["TF1+TF2", "TF3+TF4", "TF1+TF3", "TF2+TF4", "TF5+TF6", "TF6+TF7"]
+# Four compounds at four doses, and combinations of two.
+DOSED = [*[f"TF{i}@{dose}" for i in range(1, 5) for dose in (1, 3, 10, 30)], "TF1@1+TF2@10", "TF1@10+TF2@1", "TF3@3+TF4@3", "TF3@30+TF4@30"]
+HALF_DOSE = 5.0  # at which a compound has half of its effect
 BATCHES = ("b1", "b2")
 OFF = {"min_counts": None, "min_genes": None, "max_pct_mt": None, "min_cells_per_gene": None, "min_cells_per_perturbation": None}
 CLOSED_FORMS = ["no_change", "perturbed_mean", "additive", "linear", "technical_duplicate"]
@@ -42,7 +46,7 @@ CLOSED_FORMS = ["no_change", "perturbed_mean", "additive", "linear", "technical_
 def make_screen(seed: int = 0, n_genes: int = 80, n_controls: int = 40, n_cells: int = 20, labels: list[str] | None = None) -> ad.AnnData:
     """Return raw counts of a screen with additive effects on the log scale.
 
-    Every perturbed gene moves ten genes by a fold change and, in its own column, itself; `uns["effects"]` holds the log
+    At a dose d (`TF1@d`) an effect is d / (d + HALF_DOSE) of the whole. Every perturbed gene moves ten genes by a fold change and, in its own column, itself; `uns["effects"]` holds the log
     fold changes (perturbed genes × genes). Batch b2 is sequenced deeper and has a gene of its own that is high.
 
     Parameters
@@ -65,7 +69,9 @@ def make_screen(seed: int = 0, n_genes: int = 80, n_controls: int = 40, n_cells:
         batch_level[20] *= 3.0 if batch == "b2" else 1.0
         for label in ["control", *labels]:
             n = n_controls if label == "control" else n_cells
-            shift = sum((effects.loc[gene].to_numpy() for gene in label.split("+") if label != "control"), np.zeros(n_genes))
+            shift = np.zeros(n_genes)
+            for gene, dose in map(without_dose, members_of(label)):
+                shift += effects.loc[gene].to_numpy() * (1.0 if dose is None else dose / (dose + HALF_DOSE))
             blocks.append(rng.poisson(rng.gamma(8.0, batch_level * np.exp(shift) / 8.0, (n, n_genes))))
             obs += [(label, batch)] * n
     table = pd.DataFrame(obs, columns=["perturbation", "lane"], index=[f"cell_{i}" for i in range(len(obs))])
@@ -170,7 +176,7 @@ def prepare(folder: Path, screen: ad.AnnData, spec: dict, n_hvg: int = 40) -> Pr
 
 SPECS = {
     kind: {"kind": kind, "test_fraction": 0.3, "validation_fraction": 0.15, "seed": 0}
-    for kind in ("unseen_perturbation", "unseen_combination")
+    for kind in ("unseen_perturbation", "unseen_combination", "unseen_dose")
 }
 # Perturbations have cells in several roles here.
 SPECS_OF_CELLS = {
@@ -185,7 +191,8 @@ SPECS_OF_CELLS = {
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prepared]:
     """Return all kinds of split of one screen, prepared once; not to be written to."""
     specs = {**SPECS, **SPECS_OF_CELLS}
-    return {kind: prepare(tmp_path_factory.mktemp(kind), make_screen(), spec) for kind, spec in specs.items()}
+    labels = {"unseen_dose": DOSED}
+    return {kind: prepare(tmp_path_factory.mktemp(kind), make_screen(labels=labels.get(kind)), spec) for kind, spec in specs.items()}
 
 
 @pytest.fixture(scope="session")

@@ -205,6 +205,42 @@ def cells_of_the_held_out_context_in_training(here: Prepared) -> None:
     embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
 
 
+def another_dose_of_a_held_out_compound(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        split["perturbations"]["train"].append(f"{next(label for label in split['perturbations']['test'] if '+' not in label)}@7")
+
+    change_split(here, change)
+
+
+def another_dose_of_a_held_out_combination(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        split["perturbations"]["train"].append("+".join(f"{member}@7" for member in members_of(split["perturbations"]["test"][0])))
+
+    change_split(here, change)
+
+
+def a_held_out_dose_without_another(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        split["perturbations"]["test"].append("TF8@5")
+
+    change_split(here, change)
+
+
+def a_held_out_dose_in_a_training_combination(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        label = next(label for label in split["perturbations"]["test"] if "+" not in label)
+        split["perturbations"]["train"].append(f"{label}+TF8")
+
+    change_split(here, change)
+
+
+def other_doses_that_the_split_says_are_unseen(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        split["members_seen"] = dict.fromkeys(split["members_seen"], 0)
+
+    change_split(here, change)
+
+
 def guides_as_perturbations(here: Prepared) -> None:
     def change(split: dict) -> None:
         split["perturbations"]["train"].append("TF1_g1")
@@ -297,7 +333,24 @@ LEAKS = [
     ("unseen_combination", a_matched_control_that_is_perturbed, "controls_are_of_the_role: matched controls that are perturbed"),
     ("unseen_combination", a_perturbed_cell_without_control, "controls_are_of_the_role: perturbed cells without a matched control"),
     ("unseen_combination", a_matched_control_of_another_cell_type, "controls_are_of_the_role: .* controls of another cell_type"),
-    ("unseen_perturbation", a_held_out_gene_in_a_training_combination, "held_out_genes_are_unseen: held-out genes that training holds"),
+    (
+        "unseen_perturbation",
+        a_held_out_gene_in_a_training_combination,
+        "held_out_genes_are_unseen: held-out genes or compounds that training holds",
+    ),
+    (
+        "unseen_perturbation",
+        another_dose_of_a_held_out_compound,
+        "held_out_genes_are_unseen: held-out genes or compounds that training holds",
+    ),
+    (
+        "unseen_combination",
+        another_dose_of_a_held_out_combination,
+        "held_out_combinations_are_unseen: combinations, one held out and one in training, that differ by dose alone",
+    ),
+    ("unseen_dose", a_held_out_dose_without_another, "held_out_doses_lie_among_others: .* training holds no dose of: TF8@5"),
+    ("unseen_dose", a_held_out_dose_in_a_training_combination, "held_out_doses_lie_among_others: .* training holds in a combination"),
+    ("unseen_dose", other_doses_that_the_split_says_are_unseen, "members_seen_are_told: members_seen is wrong for TF"),
     ("unseen_combination", expression_scaled_by_something_else, "expression_is_normalized: X is not the counts normalized"),
     ("unseen_combination", a_target_sum_of_all_cells, "normalization_is_of_training: target sum .* is not the training cells' median"),
     (

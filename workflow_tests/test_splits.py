@@ -16,24 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perturbflow import embeddings, pairs
+from perturbflow.divisions import DIVISIONS, ROLES, members_seen, unseen_combination, unseen_dose, unseen_perturbation
 from perturbflow.errors import InputError
 from perturbflow.split_files import Labels
 from perturbflow.splits import (
     CONTROL_FRACTIONS,
     GENERALIZATION,
     LABEL_KINDS,
-    ROLES,
     divide_controls,
     listed,
-    members_seen,
     names_digest,
     random_cells,
     split,
-    unseen_combination,
     unseen_context,
-    unseen_perturbation,
 )
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.symbols import CONTROL, entities_of, entity_of, members_of
 
 KINDS = {"unseen_perturbation": unseen_perturbation, "unseen_combination": unseen_combination}
 
@@ -105,7 +102,7 @@ def test_the_fractions_are_of_perturbed_genes() -> None:
 
 
 def test_too_few_for_a_split_is_explained() -> None:
-    with pytest.raises(InputError, match=r"at least 3 perturbed genes; this screen has 2: A, B"):
+    with pytest.raises(InputError, match=r"at least 3 perturbed genes or compounds; this screen has 2: A, B"):
         unseen_perturbation(["A", "B", "A+B"], 0.3, 0.1, 0)
     with pytest.raises(InputError, match=r"at least 2 combinations \(A\+B\); this screen has 1.*combinations: false"):
         unseen_combination(["A", "B", "A+B"], 0.5, 0.1, 0)
@@ -113,7 +110,71 @@ def test_too_few_for_a_split_is_explained() -> None:
 
 @pytest.mark.parametrize(("label", "n"), [("A", 1), ("C", 0), ("A+B", 2), ("A+C", 1), ("C+D", 0)])
 def test_members_seen_counts_what_was_measured_alone(label: str, n: int) -> None:
-    assert members_seen(label, ["A", "B", "D+E"]) == n
+    assert members_seen([label], ["A", "B", "D+E"]) == {label: n}
+
+
+# --- doses ----------------------------------------------------------------------------------------------------------
+
+members_at_doses = st.tuples(st.sampled_from(GENES[:6]), st.sampled_from(["", "@1", "@10", "@0.5", "@100", "@1e-05"])).map("".join)
+dosed = st.sets(st.lists(members_at_doses, min_size=1, max_size=2, unique=True).map(sorted).map("+".join), min_size=8, max_size=40).map(
+    sorted
+)
+
+
+@given(labels=dosed, fraction=fractions, seed=seeds)
+@settings(max_examples=80, deadline=None)
+def test_all_doses_of_a_compound_go_to_one_side(labels: list[str], fraction: tuple[float, float], seed: int) -> None:
+    if len({name for label in labels for name in entities_of(label)}) >= 3:
+        roles = unseen_perturbation(labels, *fraction, seed)
+        trained = {name for label in roles["train"] for name in entities_of(label)}
+        alone = {role: {entity_of(label) for label in roles[role] if len(members_of(label)) == 1} for role in ROLES}
+        assert not (alone["validation"] | alone["test"]) & trained
+        assert not alone["validation"] & alone["test"]
+    names = {label: tuple(entities_of(label)) for label in labels if len(members_of(label)) > 1}
+    if len(set(names.values())) >= 2:
+        roles = unseen_combination(labels, *fraction, seed)
+        held = {role: {names[label] for label in roles[role] if label in names} for role in ROLES}
+        assert not held["train"] & (held["validation"] | held["test"])
+        assert not held["validation"] & held["test"]
+        assert {label for label in labels if len(members_of(label)) == 1} <= set(roles["train"])
+
+
+@given(labels=dosed, fraction=fractions, seed=seeds, folds=st.sampled_from([None, 3, 4]))
+@settings(max_examples=80, deadline=None)
+def test_a_held_out_dose_leaves_two_others_in_training(
+    labels: list[str], fraction: tuple[float, float], seed: int, folds: int | None
+) -> None:
+    doses = [label for label in labels if len(members_of(label)) == 1 and "@" in label]
+    eligible = {label for label in doses if sum(entity_of(other) == entity_of(label) for other in doses) > 2}
+    if not eligible:
+        with pytest.raises(InputError, match=r"at least 3 doses measured alone; this screen has none.*perturbation\.dose"):
+            unseen_dose(labels, *fraction, seed)
+        return
+    several = (
+        [unseen_dose(labels, None, fraction[1], seed, (i, folds)) for i in range(folds)]
+        if folds
+        else [unseen_dose(labels, *fraction, seed)]
+    )
+    for roles in several:
+        assert sorted(label for role in ROLES for label in roles[role]) == labels
+        held_out = [label for role in ("validation", "test") for label in roles[role]]
+        assert {label for label in held_out if len(members_of(label)) == 1} <= eligible
+        for label in held_out:
+            assert sum(entity_of(other) == entity_of(label) for other in roles["train"] if other in doses) >= 2 or "+" in label
+        trained = {member for label in roles["train"] for member in members_of(label)}
+        assert not trained & set(held_out)
+    if folds:
+        tested = [label for roles in several for label in roles["test"] if len(members_of(label)) == 1]
+        assert sorted(tested) == sorted(eligible)
+
+
+def test_two_folds_of_three_doses_are_refused() -> None:
+    with pytest.raises(InputError, match=r"2 folds leave fewer than 2 of the 3 doses of A in training; set folds to 3 or more"):
+        unseen_dose(["A@1", "A@2", "A@3"], None, 0.0, 0, (0, 2))
+
+
+def test_a_compound_is_seen_at_whatever_dose() -> None:
+    assert members_seen(["A@10", "A@5+B@1", "C@1", "D@2"], ["A@1", "B", "C@3+E@1"]) == {"A@10": 1, "A@5+B@1": 2, "C@1": 0, "D@2": 0}
 
 
 # --- folds ----------------------------------------------------------------------------------------------------------
@@ -256,6 +317,7 @@ def test_every_split_says_what_its_scores_are_evidence_of(prepared: dict[str, Pr
     for kind in (*SPECS, *SPECS_OF_CELLS):
         assert json.loads(prepared[kind].split.read_text())["generalization"] == GENERALIZATION[kind]
     assert set(GENERALIZATION) == {*LABEL_KINDS, *SPECS_OF_CELLS}
+    assert {*DIVISIONS, "file"} == set(LABEL_KINDS)
     assert "no evidence of generalization" in GENERALIZATION["random_cells"]
 
 
@@ -344,7 +406,7 @@ def test_split_json_places_every_cell_once(kind: str, prepared: dict[str, Prepar
         assert content["sha256"][role]["cells"] == names_digest(of_role.index.tolist())
         assert content["sha256"][role]["perturbations"] == names_digest(content["perturbations"][role])
     held_out = [*content["perturbations"]["validation"], *content["perturbations"]["test"]]
-    assert content["members_seen"] == {label: members_seen(label, content["perturbations"]["train"]) for label in held_out}
+    assert content["members_seen"] == members_seen(held_out, content["perturbations"]["train"])
     assert content["name"] == "mine"
     assert content["left_out"] == []
 

@@ -2,17 +2,17 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from perturbflow.controls import Controls, counted, declaration, look_alikes, warning
+from perturbflow.doses import Member, Scale, members_in, names_in, tell, with_doses
 from perturbflow.errors import InputError
 from perturbflow.separators import Unsplit, unsplit
-from perturbflow.symbols import CONTROL, DOSE_SIGN, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
+from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,34 +80,8 @@ def is_excluded(obs: pd.DataFrame, exclude: dict[str, str], path: Path) -> np.nd
     return excluded
 
 
-def _found(pattern: str, label: str) -> list[str]:
-    """Return what the group of a pattern finds in a label, each time that it matches; the label where it does not."""
-    matches = re.finditer(pattern, label)
-    return [next((group for group in match.groups() if group is not None), "") for match in matches] or [label]
-
-
-def members_in(label: str, declared: Mapping) -> list[str]:
-    """Return the members that a label names, in the words of the block: first pattern, then separator, then rename.
-
-    A pattern may be written for one guide: one that is bound to begin or end of a label finds one member or two as one in `KLF1_1|GATA1_2`.
-    Where it finds something in every part between separators, controls aside, each part is taken by itself.
-    """
-    separator, parts = declared["separator"], [label]
-    if "pattern" in declared:
-        parts = [part.strip() for part in label.split(separator)] if separator else parts
-        controls, unassigned = Controls.of(declared), declared.get("drop", ())
-        others = {part for part in parts if part in controls or part in unassigned}
-        if not all(part in others or re.search(declared["pattern"], part) for part in parts):
-            parts = [label]
-        parts = [member for part in parts for member in ([part] if part in others else _found(declared["pattern"], part))]
-    if separator:
-        parts = [member for part in parts for member in part.split(separator)]
-    renamed = declared.get("rename", {})
-    return [renamed.get(member.strip(), member.strip()) for member in parts]
-
-
 def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> pd.Series:
-    """Return canonical labels as a categorical; missing where the cell has no assigned perturbation.
+    """Return canonical labels as a categorical; missing where the cell has no assigned perturbation. attrs["dose_unit"] is their doses' unit.
 
     Parameters
     ----------
@@ -117,7 +91,7 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     Raises
     ------
     InputError
-        If no cell is a control, or a label holds the sign of a combination that is not split.
+        If no cell is a control, a label holds the sign of a combination that is not split, or a dose cannot be read.
     """
     declared = dataset["perturbation"]
     source = column_of(obs, declared["column"], "perturbation.column", path)
@@ -128,36 +102,43 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     if dataset["perturbation_type"] == "drug":
         organism, measured = "", {}
 
-    def canonical(label: str) -> str | None:
+    dose = as_text(column_of(obs, declared["dose"], "perturbation.dose", path)) if "dose" in declared else None
+    where = f"{path}: obs['{declared['column' if dose is None else 'dose']}']"
+
+    def members_of_label(label: str, amount: str) -> list[Member] | None:
         if label in unassigned:
             return None
         if label in control:
-            return CONTROL
-        members = [CONTROL if member in control else member for member in members_in(label, declared)]
+            return [(CONTROL, "")]
+        members = [(CONTROL, "") if name in control else (name, amount) for name, amount in members_in(label, declared)]
         # A combination with an unassigned member ("A+nan") is no single perturbation either.
-        if unassigned & {member for member in members if member}:
+        if unassigned & {name for name, _ in members if name}:
             return None
-        if any(SEPARATOR in member for member in members):
+        if any(SEPARATOR in name for name, _ in members):
             raise InputError(
                 f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here, but "
                 f"perturbation.separator is {declared['separator']!r}. Set it to '{SEPARATOR}', or give the label another name with "
                 "perturbation.rename."
             )
-        return label_of(members, (), organism, measured) or None
+        return with_doses(members, amount, {CONTROL}, label, declared["separator"], where)
 
-    categories = pd.Categorical([canonical(label) for label in text.categories])
-    labels = pd.Series(pd.Categorical.from_codes(np.append(categories.codes, -1)[text.codes], categories.categories), index=obs.index)
+    codes, texts = _label_and_dose(text, dose)
+    named = [members_of_label(*both) for both in texts]
+    scale = Scale.of((amount for members in named for _, amount in members or []), where)
+    canonical = [label_of(map(scale.member, members or []), (), organism, measured) or None for members in named]
+    tell(canonical, np.bincount(codes[codes >= 0], minlength=len(canonical)), path, is_declared=dose is not None)
+    categories = pd.Categorical(canonical)
+    labels = pd.Series(pd.Categorical.from_codes(np.append(categories.codes, -1)[codes], categories.categories), index=obs.index)
+    labels.attrs["dose_unit"] = scale.unit
     if not (labels == CONTROL).any():
         n_cells = cells_of_labels(obs, dataset, path)
-        alike = look_alikes(n_cells, control, lambda label: members_in(label, declared), is_drug=not organism)
+        alike = look_alikes(n_cells, control, lambda label: names_in(label, declared), is_drug=not organism)
         hint = (
             f"These look like controls (cells): {counted(alike)}. If they are, set {declaration(alike)}." if alike
             else f"Its most common labels: {counted(n_cells)}. Name the control label in perturbation.control."
         )  # fmt: skip
         sought = " and ".join(f"perturbation.{key} = {declared[key]}" for key in ("control", "control_pattern") if key in declared)
         raise InputError(f"{path}: no control cells: none of {sought} is in obs['{declared['column']}']. {hint}")
-    if "dose" in declared:
-        labels = _with_dose(labels, column_of(obs, declared["dose"], "perturbation.dose", path))
     return labels
 
 
@@ -184,7 +165,7 @@ def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path:
     names = [] if is_drug else {*genes["original_name"], *genes["gene_name"], *genes["gene_id"]} - {""}
 
     def members(label: str) -> list[str]:
-        return members_in(label, declared)
+        return names_in(label, declared)
 
     combined = unsplit(n_cells, declared, members, names, is_human=dataset["organism"] == "human" and not is_drug)
     if combined:
@@ -204,23 +185,14 @@ def _tell_combinations(combined: Unsplit, declared: dict, path: Path) -> None:
     logger.warning("%s Each stays one perturbation. %s, if they are combinations.", said, fix)
 
 
-def _with_dose(labels: pd.Series, dose: pd.Series) -> pd.Series:
-    """Return labels of perturbed cells followed by `@` and the dose, where it is known: a drug at two doses is two perturbations."""
-    table = pd.DataFrame({"label": labels.astype(object).to_numpy(), "dose": dose.astype(object).to_numpy()})
-    codes, pairs = pd.factorize(pd.MultiIndex.from_frame(table))
-    texts = [
-        None if pd.isna(label) else label if label == CONTROL or pd.isna(amount) else f"{label}{DOSE_SIGN}{_number(amount)}"
-        for label, amount in pairs
-    ]
-    unique = pd.Categorical(texts)
-    return pd.Series(pd.Categorical.from_codes(unique.codes[codes], unique.categories), index=labels.index)
-
-
-def _number(value: Any) -> str:
-    try:
-        return f"{float(value):g}"
-    except ValueError:
-        return str(value)
+def _label_and_dose(text: pd.Categorical, dose: pd.Categorical | None) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Return which label and dose each cell has, -1 without a label, and these labels and doses, empty where the dose is missing."""
+    if dose is None:
+        return text.codes, [(label, "") for label in text.categories]
+    amounts, has_label = ["", *dose.categories], text.codes >= 0
+    codes = np.full(len(text), -1)
+    codes[has_label], unique = pd.factorize((text.codes.astype(np.int64) * len(amounts) + dose.codes + 1)[has_label])
+    return codes, [(text.categories[i // len(amounts)], amounts[i % len(amounts)]) for i in unique]
 
 
 def _covariate(obs: pd.DataFrame, declared: str | list[str] | dict | None, undeclared: str, key: str, path: Path) -> pd.Categorical:

@@ -18,14 +18,15 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow import audit as audits
+from perturbflow import divisions, prediction, splits
 from perturbflow import embeddings as vectors
 from perturbflow import harmonize as harmonization
 from perturbflow import pairs as pairing
-from perturbflow import prediction, splits
 from perturbflow.artefacts import save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.evaluation.table import scores
+from perturbflow.evidence import Evidence
 from perturbflow.files import read_json, write_json
 from perturbflow.models.base import Ceiling, Run, build
 from perturbflow.pairs import Pairs
@@ -145,7 +146,7 @@ def split(harmonized: Cells, kind: str, *, organism: str = "human", name: str = 
     harmonized
         A screen as `harmonize` gives it; of it obs alone is read.
     kind
-        unseen_perturbation, unseen_combination, unseen_context, random_cells or file.
+        unseen_perturbation, unseen_combination, unseen_dose, unseen_context, random_cells or file.
     organism
         Whose symbols the labels of a file are: human or mouse.
     name
@@ -175,7 +176,7 @@ def split_labels(labels: Sequence[str], kind: str, **options: Any) -> dict[str, 
     labels
         Perturbations, GENE or A+B; control is left out, members are sorted.
     kind
-        unseen_perturbation or unseen_combination.
+        unseen_perturbation, unseen_combination or unseen_dose.
     **options
         test_fraction, validation_fraction, seed, folds and fold, held_out, as of `split`.
 
@@ -189,9 +190,9 @@ def split_labels(labels: Sequence[str], kind: str, **options: Any) -> dict[str, 
         If the kind divides cells, or the perturbations are too few.
     """
     spec = _spec(kind, options)
-    divide = {"unseen_perturbation": splits.unseen_perturbation, "unseen_combination": splits.unseen_combination}.get(kind)
+    divide = divisions.DIVISIONS.get(kind)
     if divide is None:
-        raise InputError(f"kind {kind} divides no labels, and these are labels: take unseen_perturbation or unseen_combination.")
+        raise InputError(f"kind {kind} divides no labels, and these are labels: take {' or '.join(divisions.DIVISIONS)}.")
     names = sorted({SEPARATOR.join(sorted(members_of(label))) for label in labels if label != CONTROL})
     fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
     held_out = held_out_names(spec["held_out"], kind, Labels(names, {}, "human")) if "held_out" in spec else None
@@ -253,7 +254,7 @@ def audit(harmonized: Cells, split: Mapping[str, Any] | Path | str, pairs: Cells
         cells = _read(pairs, "pairs").to_memory()
         screen = _read(harmonized, "harmonized")[cells.obs_names].to_memory()
         place = "pairs in memory" if isinstance(pairs, ad.AnnData) else str(Path(pairs).parent)
-        return audits.passed(audits.Evidence(roles, cells, screen, table), place)
+        return audits.passed(Evidence(roles, cells, screen, table), place)
 
 
 def baseline(
@@ -339,5 +340,5 @@ def score(predictions: Cells, pairs: Cells) -> pd.DataFrame:
         measured = _opened(folder.file(pairs, "pairs.h5ad"))
         train = measured.obs.loc[measured.obs["role"] == "train", "perturbation"].astype(str)
         seen = sorted(set(train) - {CONTROL})
-        members_seen = {label: splits.members_seen(label, seen) for label in measured.perturbations}
+        members_seen = divisions.members_seen(measured.perturbations, seen)
         return scores(cells, measured, members_seen).reset_index(drop=True)

@@ -3,8 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import anndata as ad
@@ -17,11 +15,22 @@ from scipy.stats import poisson
 from perturbflow.caveats import caveats_of, matched_across_batches
 from perturbflow.embeddings import Embeddings, coexpression
 from perturbflow.errors import InputError
-from perturbflow.features import GUIDE
+from perturbflow.evidence import (
+    Evidence,
+    Findings,
+    guides_of_a_gene_stay_together,
+    held_out_combinations_are_unseen,
+    held_out_contexts_are_unseen,
+    held_out_doses_lie_among_others,
+    held_out_genes_are_unseen,
+    labels_are_canonical,
+    members_seen_are_told,
+    roles_are_disjoint,
+    roles_of_cells_agree,
+)
 from perturbflow.files import file_digest, read_json, write_json
 from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
-from perturbflow.splits import LABEL_KINDS, ROLES, names_digest
-from perturbflow.symbols import CONTROL, GUIDE, SEPARATOR, members_of
+from perturbflow.splits import names_digest
 
 logger = logging.getLogger(__name__)
 
@@ -31,139 +40,7 @@ PLACES = {"uns": {"perturbflow"}, "obsm": set(), "varm": set(), "obsp": set(), "
 PLACES_OF_PAIRS = {**PLACES, "obsm": {"control_index"}, "layers": {"counts"}, "obs": {*CARRIED_OBS, "role", "half"},
                    "var": {"gene_name", "gene_id", "original_name", "highly_variable", "is_perturbed_gene"}}  # fmt: skip
 
-Findings = list[str]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What training reads of one split, and what it must follow from.
-
-    Attributes
-    ----------
-    split
-        Content of split.json.
-    pairs
-        pairs.h5ad.
-    screen
-        harmonized.h5ad: the cells of `pairs`, in the same order.
-    embeddings
-        Gene vectors, genes × dimensions.
-    """
-
-    split: dict
-    pairs: ad.AnnData
-    screen: ad.AnnData
-    embeddings: pd.DataFrame
-
-    @property
-    def holds_out_perturbations(self) -> bool:
-        """Whether perturbations are what is held out, rather than contexts or cells."""
-        return self.split["spec"]["kind"] in LABEL_KINDS
-
-    @cached_property
-    def counts(self) -> sparse.csr_matrix:
-        """Counts of all genes of the screen, cells × genes."""
-        counts = sparse.csr_matrix(self.screen.X)
-        counts.eliminate_zeros()
-        counts.sort_indices()
-        return counts
-
-    @cached_property
-    def totals(self) -> np.ndarray:
-        """Counts per cell over all genes of the screen, (cells,)."""
-        return np.asarray(self.counts.sum(axis=1)).ravel()
-
-    @cached_property
-    def is_train(self) -> np.ndarray:
-        """Mask of training cells."""
-        return (self.pairs.obs["role"] == "train").to_numpy()
-
-    def gene_of(self, member: str) -> str:
-        """Return the measured gene that a member is a guide of; any other member as it is."""
-        match = GUIDE.fullmatch(member)
-        return match["gene"] if match and member not in self.screen.var_names and match["gene"] in self.screen.var_names else member
-
-
-# --- roles ----------------------------------------------------------------------------------------------------------
-
-
-def roles_are_disjoint(evidence: Evidence) -> Findings:
-    """No cell has two roles; where perturbations are held out, no perturbation has, whatever the order of its members."""
-    split, found = evidence.split, []
-    for i, first in enumerate(ROLES):
-        for second in ROLES[i + 1 :]:
-            sets = [{SEPARATOR.join(sorted(members_of(label))) for label in split["perturbations"][role]} for role in (first, second)]
-            if evidence.holds_out_perturbations and (shared := sorted(sets[0] & sets[1])):
-                found.append(f"perturbations in both {first} and {second}: {', '.join(shared[:5])}")
-            if shared := sorted(set(split["cells"][first]) & set(split["cells"][second])):
-                found.append(f"{len(shared)} cells in both {first} and {second}, for example {shared[0]}")
-    return found
-
-
-def labels_are_canonical(evidence: Evidence) -> Findings:
-    """Members of every label are sorted, so that A+B and B+A cannot part ways."""
-    labels = evidence.pairs.obs["perturbation"].unique()
-    wrong = [label for label in labels if label != CONTROL and members_of(label) != sorted(set(members_of(label)))]
-    return [f"labels with unsorted or repeated members: {', '.join(wrong[:5])}"] if wrong else []
-
-
-def roles_of_cells_agree(evidence: Evidence) -> Findings:
-    """Every cell has the role that the split gives it, and that its perturbation may have."""
-    split, obs, found = evidence.split, evidence.pairs.obs, []
-    roles = obs["role"].astype(str)
-    for role in ROLES:
-        allowed = {*split["perturbations"][role], CONTROL}
-        strangers = sorted(set(obs.loc[roles == role, "perturbation"].astype(str)) - allowed)
-        if strangers:
-            found.append(f"cells of {', '.join(strangers[:5])} have the role {role}, which the split does not give them")
-        if names_digest(obs.index[roles == role].tolist()) != split["sha256"][role]["cells"]:
-            found.append(f"the cells with the role {role} are not those of the split")
-    return found
-
-
-def held_out_genes_are_unseen(evidence: Evidence) -> Findings:
-    """In unseen_perturbation, no gene of a held-out single occurs in any training perturbation."""
-    if evidence.split["spec"]["kind"] != "unseen_perturbation":
-        return []
-    roles = evidence.split["perturbations"]
-    seen = {gene for label in roles["train"] for gene in members_of(label)}
-    singles = [label for role in ("validation", "test") for label in roles[role] if len(members_of(label)) == 1]
-    leaked = sorted(set(singles) & seen)
-    return [f"held-out genes that training holds, alone or in a combination: {', '.join(leaked[:5])}"] if leaked else []
-
-
-def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
-    """A gene's guides are no perturbations of their own: none is held out while training holds another."""
-    if not evidence.holds_out_perturbations:
-        return []
-
-    def perturbed(label: str) -> str:
-        return SEPARATOR.join(sorted({evidence.gene_of(member) for member in members_of(label)}))
-
-    roles = evidence.split["perturbations"]
-    held_out = [label for role in ("validation", "test") for label in roles[role]]
-    trained = {perturbed(label): label for label in roles["train"]}
-    shared = [f"{label} and {trained[perturbed(label)]}" for label in held_out if trained.get(perturbed(label), label) != label]
-    if evidence.split["spec"]["kind"] == "unseen_perturbation":  # alone or in a combination, a gene is seen or it is not
-        members = {member for label in roles["train"] for member in members_of(label)}
-        guide = {evidence.gene_of(member): member for member in members}
-        unseen = [(label, member) for label in held_out for member in members_of(label) if member not in members]
-        shared += [f"{label} and {guide[gene]}" for label, member in unseen if (gene := evidence.gene_of(member)) in guide]
-    return (
-        [f"guides of one gene, one held out and one in training: {', '.join(dict.fromkeys(shared[:5]))}; label cells by gene"]
-        if shared
-        else []
-    )
-
-
-def held_out_contexts_are_unseen(evidence: Evidence) -> Findings:
-    """In unseen_context, training and validation hold no cell of a held-out context, controls included, and test no other."""
-    if evidence.split["spec"]["kind"] != "unseen_context":
-        return []
-    covariate, held_out = evidence.split["spec"]["covariate"], evidence.split["contexts"]["test"]
-    is_test = (evidence.pairs.obs["role"] == "test").to_numpy()
-    wrong = evidence.screen.obs[covariate].astype(str).isin(held_out).to_numpy() != is_test
-    return [f"{wrong.sum()} cells are on the wrong side of the held-out {covariate} {', '.join(held_out)}"] if wrong.any() else []
+# --- cells ---------------------------------------------------------------------------------------------------------
 
 
 def no_cell_twice(evidence: Evidence) -> Findings:
@@ -304,6 +181,9 @@ CHECKS: tuple[Callable[[Evidence], Findings], ...] = (
     labels_are_canonical,
     roles_of_cells_agree,
     held_out_genes_are_unseen,
+    held_out_combinations_are_unseen,
+    held_out_doses_lie_among_others,
+    members_seen_are_told,
     guides_of_a_gene_stay_together,
     held_out_contexts_are_unseen,
     no_cell_twice,

@@ -136,8 +136,8 @@ def audit(folder: Path) -> None:
 
 @perturbflow.command()
 @click.argument("file", type=Folder)
-@click.option("--kind", required=True, help="unseen_perturbation, unseen_combination, unseen_context, random_cells or file.")
-@click.option("--test-fraction", type=float, help="Of genes, combinations, contexts or cells; 0.25 without it.")
+@click.option("--kind", required=True, help="unseen_perturbation, unseen_combination, unseen_dose, unseen_context, random_cells or file.")
+@click.option("--test-fraction", type=float, help="Of genes or compounds, combinations, doses, contexts or cells; 0.25 without it.")
 @click.option("--validation-fraction", type=float, help="Of the same; 0.1 without it.")
 @click.option("--seed", type=int, help="0 without it.")
 @click.option("--folds", type=int, help="In place of a test fraction: as many parts, each the test set of one fold.")

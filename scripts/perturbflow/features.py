@@ -13,7 +13,7 @@ from perturbflow.annotation import ENSEMBL_COLUMNS
 from perturbflow.errors import InputError
 from perturbflow.hdf5 import AppendedRows
 from perturbflow.sources.base import EXPRESSION, TYPE_COLUMNS, SomeGenes, Source
-from perturbflow.symbols import human_symbols
+from perturbflow.symbols import GUIDE, human_symbols
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ OTHER_WORDS = {
 }  # fmt: skip
 ENSEMBL_GENE = r"ENS[A-Z]*G\d{6}"  # with a version or the name of a genome, too
 TOTALSEQ = re.compile(r".+[ _.-]TotalSeq[ _.-]?[A-D]\d*", re.IGNORECASE)
-# ATF2g1, p-sgELK1-6, KLF1_sg2, KLF1-2: guides as public screens name them.
-GUIDE = re.compile(r"(?:p-)?(?:sg)?(?P<gene>.+?)(?:[._-]?(?:sg|g|guide)[._-]?|[._-])\d+")
 SHOWN = 5
 """Features of a type that are named."""
 

@@ -32,7 +32,7 @@ from perturbflow.files import atomic, bytes_of, content_sha256, manifest_files, 
 from perturbflow.origins import labels_file
 from perturbflow.recipes import open_by_recipe
 from perturbflow.sources import SomeGenes, Source, open_source
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.symbols import CONTROL, SEPARATOR, entities_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,17 +121,26 @@ def _chosen_cells(
         rows, source_obs = rows[~excluded], _rows_of(source_obs, np.flatnonzero(~excluded))
     doubtful = doubtful_labels(source_obs, dataset, genes, path)
     labels = canonical_labels(source_obs, dataset, genes, path)
+    dose_unit = labels.attrs["dose_unit"]
     assigned = np.flatnonzero(labels.notna())
     dropped["unassigned"] = len(labels) - len(assigned)
     rows, labels, source_obs = rows[assigned], labels.iloc[assigned], _rows_of(source_obs, assigned)
     pairs = pd.DataFrame({"before": source_obs[dataset["perturbation"]["column"]].array, "after": labels.array}).drop_duplicates()
+    # The dose of a column is no part of a label's name.
+    named = (lambda label: SEPARATOR.join(entities_of(label))) if "dose" in dataset["perturbation"] else str
     renamed_labels = {
-        str(before): str(after) for before, after in pairs.itertuples(index=False) if str(before) != after and after != CONTROL
+        str(before): named(after) for before, after in pairs.itertuples(index=False) if after != CONTROL and str(before) != named(after)
     }
     obs = schema_obs(source_obs, labels, name, dataset, path)
     if not obs.index.is_unique:
         obs.index = ad.utils.make_index_unique(obs.index)
-    return rows, obs, {"renamed": renamed_labels, "controls_declared": dataset["perturbation"].get("control", []), **doubtful}
+    of_labels = {
+        "renamed": renamed_labels,
+        "controls_declared": dataset["perturbation"].get("control", []),
+        **doubtful,
+        "dose_unit": dose_unit,
+    }
+    return rows, obs, of_labels
 
 
 def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dict, qc: dict, threads: int = 1) -> None:
@@ -211,7 +220,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         dropped_genes["qc.min_cells_per_gene"] = int((~is_seen).sum())
     var = var[is_seen]
     is_human = dataset["organism"] == "human"
-    perturbed = {gene for label in kept for gene in members_of(label)} if dataset["perturbation_type"] != "drug" else set()
+    perturbed = {gene for label in kept for gene in entities_of(label)} if dataset["perturbation_type"] != "drug" else set()
     contradictions = contradicting(var) if is_human else {}
     if len(contradictions) > 0.05 * len(var):
         logger.warning("%s: names and Ensembl ids of %d genes contradict one another; are they shifted?", path, len(contradictions))
@@ -241,6 +250,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
             "dropped_cells": {reason.replace("/", "_"): n for reason, n in dropped.items()},
             "dropped_genes": {reason.replace("/", "_"): n for reason, n in dropped_genes.items()},
             "features_apart": {keys[kind]: names for kind, names in names_apart.items()},
+            "dose_unit": of_labels["dose_unit"],
         }
     }
     for reason, n in dropped.items():

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbflow.divisions import ROLES
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, read_json
 from perturbflow.hdf5 import CsrRows
 from perturbflow.kernels import add_moments
-from perturbflow.splits import ROLES
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.symbols import CONTROL, entities_of
 
 logger = logging.getLogger(__name__)
 
@@ -398,7 +398,7 @@ def pair(harmonized: Path, split: Path, pairs: Path, n_hvg: int) -> None:
         training = ad.AnnData(X=X[is_train], var=pd.DataFrame(index=adata.var_names))
         sc.pp.highly_variable_genes(training, n_top_genes=n_hvg, flavor="seurat")
         highly_variable = training.var["highly_variable"].to_numpy()
-    perturbed_genes = {gene for label in obs["perturbation"].unique() for gene in members_of(label)}
+    perturbed_genes = {gene for label in obs["perturbation"].unique() for gene in entities_of(label)}
     is_perturbed_gene = adata.var_names.isin(perturbed_genes)
     kept = highly_variable | is_perturbed_gene
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perturbflow.annotation import members_in
 from perturbflow.controls import Controls
+from perturbflow.divisions import ROLES
+from perturbflow.doses import Scale, members_in
 from perturbflow.errors import InputError
 from perturbflow.files import read_json
 from perturbflow.nearest import did_you_mean
-from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, label_of, members_of, without_dose
+from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, entities_of, entity_of, label_of, members_of
 
-LISTS = ("train", "validation", "test")
 # What others call the roles: GEARS, cell-load, scikit-learn.
 ROLE_NAMES = {"val": "validation", "valid": "validation", "training": "train", "testing": "test"}
 # GEARS writes a single perturbation A+ctrl, whatever the file calls its controls.
@@ -49,7 +49,9 @@ class Labels:
         found = [canonical_label(text, field_controls, SEPARATOR, self.organism, genes)]
         if self.declared:
             controls = Controls.of(self.declared)
-            members = [CONTROL if member in controls else member for member in members_in(text, self.declared)]
+            named = members_in(text, self.declared)
+            scale = Scale.of((dose for _, dose in named), f"'{text}'")
+            members = [CONTROL if name in controls else scale.member((name, dose)) for name, dose in named]
             found.append(CONTROL if text in controls else label_of(members, field_controls, self.organism, genes))
         return found
 
@@ -58,16 +60,15 @@ class Labels:
         readings = self._readings(text)
         return next((label for label in readings if label in self.known or label in self.dropped or label == CONTROL), readings[0])
 
-    def members(self, text: str) -> set[str]:
-        """Return the perturbed genes, or the compound at all its doses, that a text means; the text in canonical form where it means none."""
-        readings = self._readings(text)
-        meant = ({gene for gene in self.genes if reading in (gene, without_dose(gene)[0])} for reading in readings)
-        return next(filter(None, meant), {readings[0]})
+    def entity(self, text: str) -> str:
+        """Return the perturbed gene, or the compound at all its doses, that a text means; the text in canonical form where it means none."""
+        readings = [entity_of(label) for label in self._readings(text)]
+        return next((name for name in readings if name in self.entities), readings[0])
 
     @property
-    def genes(self) -> set[str]:
-        """All members of the screen's labels."""
-        return {gene for label in self.known for gene in members_of(label)}
+    def entities(self) -> set[str]:
+        """All genes or compounds of the screen's labels."""
+        return {name for label in self.known for name in entities_of(label)}
 
 
 def _listed(texts: Sequence[str], shown: Callable[[str], str] = str) -> str:
@@ -107,10 +108,10 @@ def read_roles(path: Path) -> dict[str, list[str]]:
             f"open({target!r}, 'w'))\n"
             f"and name {target} as path."
         )
-    listed: dict[str, list[str]] = {role: [] for role in LISTS}
+    listed: dict[str, list[str]] = {role: [] for role in ROLES}
     content = read_json(path)
     named = {key: ROLE_NAMES.get(key, key) for key in content}
-    if unknown := sorted(set(named.values()) - set(LISTS)):
+    if unknown := sorted(set(named.values()) - set(ROLES)):
         raise InputError(f"{path}: unknown key {unknown}; a split file has the lists train, validation (or val) and test.")
     for key, role in named.items():
         texts = content[key]
@@ -146,7 +147,7 @@ def from_file(path: Path, labels: Labels) -> dict[str, list[str]]:
 
 
 def held_out_names(texts: Iterable[Any], kind: str, labels: Labels) -> set[str]:
-    """Return the genes, or the combinations, that a split's block names to be held out.
+    """Return the genes or compounds, or the combinations at all their doses, that a split's block names to be held out.
 
     Raises
     ------
@@ -154,11 +155,11 @@ def held_out_names(texts: Iterable[Any], kind: str, labels: Labels) -> set[str]:
         If some are none of the screen's, in one message; or if nothing would be left to learn from.
     """
     if kind == "unseen_combination":
-        known = {label for label in labels.known if len(members_of(label)) > 1}
-        what, names = "combination", {labels.label(str(text)) for text in texts}
+        what, known = "combination", {SEPARATOR.join(entities_of(label)) for label in labels.known if len(members_of(label)) > 1}
+        names = {SEPARATOR.join(entities_of(labels.label(str(text)))) for text in texts}
     else:
-        known, what = labels.genes, "perturbed gene or compound"
-        names = {gene for text in texts for gene in labels.members(str(text))}
+        what, known = "perturbed gene or compound", labels.entities
+        names = {labels.entity(str(text)) for text in texts}
     found = _unusable(dict.fromkeys(sorted(names), ""), known, labels.dropped, what)
     if found:
         raise InputError(f"held_out: {'; '.join(found)}.")

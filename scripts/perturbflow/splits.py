@@ -14,126 +14,48 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from perturbflow.divisions import DIVISIONS, ROLES, Perturbations, members_seen, take
 from perturbflow.errors import InputError
 from perturbflow.files import read_json, write_json
-from perturbflow.split_files import LISTS, Labels, from_file, held_out_names
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.split_files import Labels, from_file, held_out_names
+from perturbflow.symbols import CONTROL
 
 logger = logging.getLogger(__name__)
 
-ROLES = LISTS
 # Controls are split too: a model that starts from a control it was trained on would be scored on its own training data.
 CONTROL_FRACTIONS = {"train": 0.5, "test": 0.3, "validation": 0.2}
 
 # Kinds that hold perturbations out: a label has one role.
-LABEL_KINDS = ("unseen_perturbation", "unseen_combination", "file")
+LABEL_KINDS = ("unseen_perturbation", "unseen_combination", "unseen_dose", "file")
 # What is held out, and what a score is therefore evidence of.
 GENERALIZATION = {
-    "unseen_perturbation": "Genes are held out: scores say how well effects of genes that training never saw perturbed are predicted, "
-    "in contexts that training knows.",
-    "unseen_combination": "Combinations are held out while every gene perturbed alone is in training: scores say how well known "
-    "effects are combined, and nothing of new genes.",
+    "unseen_perturbation": "Genes or compounds are held out, with all their doses: scores say how well effects of those that training "
+    "never saw perturbed are predicted, in contexts that training knows.",
+    "unseen_combination": "Combinations are held out, with all their doses, while everything perturbed alone is in training: scores say "
+    "how well known effects are combined, and nothing of new genes or compounds.",
+    "unseen_dose": "Doses of compounds are held out whose other doses are in training: scores say how well responses are interpolated or "
+    "extrapolated over dose, and nothing of new compounds.",
     "unseen_context": "Contexts are held out, with all their cells, controls included: scores say how well effects measured in other "
     "contexts carry over to the controls of a new one, and nothing of new perturbations.",
     "random_cells": "Cells are held out at random, and training saw other cells of every perturbation: scores measure "
     "interpolation and are no evidence of generalization.",
     "file": "Perturbations are held out by a list of the user's own: scores say how well these are predicted; how many of their genes "
-    "training saw perturbed alone stands beside each.",
+    "or compounds training saw perturbed alone, at whatever dose, stands beside each.",
 }
 
-Perturbations = dict[str, list[str]]
 
-
-# --- perturbations held out -----------------------------------------------------------------------------------------
-
-
-def _take(names: list[str], fraction: float, rng: np.random.Generator) -> set[str]:
-    """Return a random share of the names, rounded to at least one where the fraction is positive."""
-    n = min(len(names), max(1, round(fraction * len(names)))) if fraction > 0 else 0
-    return set(rng.permutation(sorted(names))[:n])
-
-
-def _test_names(
-    names: list[str], test_fraction: float | None, fold: tuple[int, int] | None, held_out: set[str] | None, rng: np.random.Generator
-) -> set[str]:
-    """Return the names that are to be held out, a random share of all, or one of k folds: disjoint, together all, sizes equal but for one."""
-    if held_out is not None:
-        return held_out
-    if fold is None:
-        assert test_fraction is not None  # the configuration has one of the three
-        return _take(names, test_fraction, rng)
-    i, k = fold
-    if k > len(names):
-        raise InputError(f"{k} folds cannot be made of {len(names)}: {', '.join(names)}. Set folds to {len(names)} or fewer.")
-    return set(rng.permutation(sorted(names))[i::k])
-
-
-def unseen_perturbation(
-    labels: list[str],
-    test_fraction: float | None,
-    validation_fraction: float,
-    seed: int,
-    fold: tuple[int, int] | None = None,
-    held_out: set[str] | None = None,
-) -> Perturbations:
-    """Hold out genes: every perturbation with a held-out member goes where the gene goes, test before validation.
-
-    With a fold (i, k) in place of a test fraction, the i-th of k parts of the genes is held out: each gene in one fold. With `held_out`
-    these genes are.
-    """
-    genes = sorted({gene for label in labels for gene in members_of(label)})
-    if len(genes) < 3:
-        raise InputError(f"split unseen_perturbation needs at least 3 perturbed genes; this screen has {len(genes)}: {', '.join(genes)}.")
-    rng = np.random.default_rng(seed)
-    test = _test_names(genes, test_fraction, fold, held_out, rng)
-    validation = _take(sorted(set(genes) - test), validation_fraction * len(genes) / max(1, len(genes) - len(test)), rng)
-    roles: Perturbations = {role: [] for role in ROLES}
-    for label in labels:
-        members = set(members_of(label))
-        roles["test" if members & test else "validation" if members & validation else "train"].append(label)
-    return roles
-
-
-def unseen_combination(
-    labels: list[str],
-    test_fraction: float | None,
-    validation_fraction: float,
-    seed: int,
-    fold: tuple[int, int] | None = None,
-    held_out: set[str] | None = None,
-) -> Perturbations:
-    """Hold out combinations: a share, a fold (i, k) of them, or those of `held_out`; every single perturbation is in training."""
-    combinations = sorted(label for label in labels if len(members_of(label)) > 1)
-    if len(combinations) < 2:
-        raise InputError(
-            f"split unseen_combination needs at least 2 combinations (A+B); this screen has {len(combinations)}. "
-            "Set combinations: false in the dataset's block, or check perturbation.separator."
-        )
-    rng = np.random.default_rng(seed)
-    test = _test_names(combinations, test_fraction, fold, held_out, rng)
-    rest = sorted(set(combinations) - test)
-    validation = _take(rest, validation_fraction * len(combinations) / max(1, len(rest)), rng) if rest else set()
-    return {
-        "train": [label for label in labels if label not in test | validation],
-        "validation": sorted(validation),
-        "test": sorted(test),
-    }
+# --- perturbations held out by a list ------------------------------------------------------------------------------
 
 
 def listed(path: Path, labels: Labels, validation_fraction: float, seed: int) -> Perturbations:
     """Return the roles that a file lists (`from_file`); without validation, a share of train serves, by seed."""
     roles = from_file(path, labels)
     if not roles["validation"] and len(roles["train"]) > 2:
-        chosen = _take(roles["train"], max(validation_fraction, 1e-9), np.random.default_rng(seed))
+        chosen = take(roles["train"], max(validation_fraction, 1e-9), np.random.default_rng(seed))
         roles["validation"] = sorted(chosen)
         roles["train"] = [label for label in roles["train"] if label not in chosen]
         logger.info("%s names no validation perturbations: %s serve, by seed %d", path, ", ".join(sorted(chosen)), seed)
     return roles
-
-
-def members_seen(label: str, train: list[str]) -> int:
-    """Return how many members of a perturbation are measured alone in training."""
-    return sum(gene in train for gene in members_of(label))
 
 
 # --- cells ----------------------------------------------------------------------------------------------------------
@@ -207,7 +129,7 @@ def unseen_context(
         )
     if held_out is None:
         assert test_fraction is not None  # the configuration has one of the two
-        test = _take(known, min(test_fraction, 1 - 1 / len(known)), np.random.default_rng(seed))
+        test = take(known, min(test_fraction, 1 - 1 / len(known)), np.random.default_rng(seed))
     else:
         test = set(map(str, held_out))
     if unknown := sorted(test - set(known)):
@@ -264,10 +186,10 @@ def _roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict, naming: dict) 
     if spec["kind"] == "file":
         roles = listed(Path(spec["path"]), labels, **shares)
     else:
-        divide = {"unseen_perturbation": unseen_perturbation, "unseen_combination": unseen_combination}[spec["kind"]]
+        divide = DIVISIONS[spec["kind"]]
         fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
-        held_out = held_out_names(spec["held_out"], spec["kind"], labels) if "held_out" in spec else None
-        roles = divide(names, spec.get("test_fraction"), **shares, fold=fold, held_out=held_out)
+        named = {"held_out": held_out_names(spec["held_out"], spec["kind"], labels)} if "held_out" in spec else {}
+        roles = divide(names, spec.get("test_fraction"), **shares, fold=fold, **named)
     return by_perturbation(obs, roles, spec["seed"])
 
 
@@ -319,7 +241,7 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
         "perturbations": perturbations,
         "left_out": left_out,
         "n_cells_left_out": n_left_out,
-        "members_seen": {label: members_seen(label, perturbations["train"]) for label in held_out},
+        "members_seen": members_seen(held_out, perturbations["train"]),
         "controls": n_controls,
         "cells": cells,
         "sha256": {role: {"perturbations": names_digest(perturbations[role]), "cells": names_digest(cells[role])} for role in ROLES},

@@ -1,6 +1,7 @@
 """Labels and gene symbols: one canonical form for both, so that a perturbed gene finds its row."""
 
 import gzip
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -96,7 +97,7 @@ def _target(member: str, organism: str, measured: Mapping[str, str]) -> str:
 def label_of(members: Iterable[str], control: Iterable[str], organism: str = "human", measured: Mapping[str, str] | None = None) -> str:
     """Return the canonical label of the members of a combination: approved symbols, sorted, joined by `+`, control members left out.
 
-    Without a member that names anything it is an empty string: no control.
+    Without a member that names anything it is an empty string: no control. A member's dose (`NAME@dose`) goes with it.
 
     Parameters
     ----------
@@ -106,7 +107,8 @@ def label_of(members: Iterable[str], control: Iterable[str], organism: str = "hu
     """
     control = {*control, CONTROL}
     named = [member.strip() for member in members if member.strip()]
-    genes = {_target(member, organism, measured or {}) for member in named if member not in control}
+    perturbed = [without_dose(member) for member in named if member not in control and entity_of(member) not in control]
+    genes = {at_dose(_target(name, organism, measured or {}), dose) for name, dose in perturbed}
     return SEPARATOR.join(sorted(genes)) or (CONTROL if named else "")
 
 
@@ -123,14 +125,33 @@ def canonical_label(
 
 
 def members_of(label: str) -> list[str]:
-    """Return the perturbed genes of a canonical label; none for control."""
+    """Return the perturbed genes or compounds of a canonical label, each with its dose where it has one; none for control."""
     return [] if label == CONTROL else label.split(SEPARATOR)
 
 
 def without_dose(member: str) -> tuple[str, float | None]:
     """Return the name and the dose of a member `DRUG@dose`; None where it has none."""
-    name, at, dose = member.rpartition(DOSE_SIGN)
+    name, _, text = member.rpartition(DOSE_SIGN)
     try:
-        return (name, float(dose)) if at and name and float(dose) >= 0 else (member, None)
+        dose = float(text)
     except ValueError:
         return member, None
+    return (name, dose) if name and 0 <= dose < math.inf else (member, None)
+
+
+def at_dose(name: str, dose: float | None) -> str:
+    """Return the member `NAME@dose`; the name where there is no dose. Whole doses are written in full, others with seven digits."""
+    if dose is None:
+        return name
+    amount = f"{dose:.0f}" if dose.is_integer() and dose < 1e15 else f"{dose:.7g}".replace("+", "")  # a plus joins members
+    return f"{name}{DOSE_SIGN}{amount}"
+
+
+def entity_of(member: str) -> str:
+    """Return the gene or compound that a member is, whatever its dose."""
+    return without_dose(member)[0]
+
+
+def entities_of(label: str) -> list[str]:
+    """Return the genes or compounds of a canonical label, whatever their doses, sorted; none for control."""
+    return sorted({entity_of(member) for member in members_of(label)})

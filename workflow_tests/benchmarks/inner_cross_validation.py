@@ -31,7 +31,7 @@ from perturbflow.prediction import predict  # noqa: E402
 from perturbflow.registry.config import complete  # noqa: E402
 from perturbflow.registry.families import FAMILIES  # noqa: E402
 from perturbflow.splits import split  # noqa: E402
-from perturbflow.symbols import members_of  # noqa: E402
+from perturbflow.symbols import SEPARATOR, entities_of, members_of  # noqa: E402
 from perturbflow.training import train  # noqa: E402
 
 
@@ -40,11 +40,11 @@ def inner_folds(outer: dict, n_folds: int) -> list[dict[str, list[str]]]:
     usable = outer["perturbations"]["train"] + outer["perturbations"]["validation"]
     rng = np.random.default_rng(1)
     if outer["spec"]["kind"] == "unseen_combination":
-        units = [label for label in usable if len(members_of(label)) > 1]
-        tested = {unit: [unit] for unit in units}
+        named = {label: [SEPARATOR.join(entities_of(label))] for label in usable if len(members_of(label)) > 1}
     else:
-        units = sorted({gene for label in usable for gene in members_of(label)})
-        tested = {unit: [label for label in usable if unit in members_of(label)] for unit in units}
+        named = {label: entities_of(label) for label in usable}
+    units = {unit for of in named.values() for unit in of}
+    tested = {unit: [label for label, of in named.items() if unit in of] for unit in units}
     folds = []
     for chosen in np.array_split(rng.permutation(sorted(units)), n_folds):
         test = sorted({label for unit in chosen for label in tested[unit]})

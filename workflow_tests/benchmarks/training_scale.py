@@ -25,11 +25,11 @@ from scipy import sparse
 
 sys.path.insert(0, str(SCRIPTS))
 
+from perturbflow.divisions import ROLES
 from perturbflow.files import write_json
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
-from perturbflow.splits import ROLES
 from perturbflow.symbols import CONTROL
 
 N_GENES, N_PERTURBATIONS, N_BATCHES, CONTROL_SHARE = 2000, 400, 12, 0.05

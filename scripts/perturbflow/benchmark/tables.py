@@ -18,7 +18,7 @@ from perturbflow.evaluation import METRICS
 from perturbflow.registry.families import FAMILIES
 
 # Families that scales and calibrations refer to.
-FLOORS = ("no_change", "perturbed_mean", "additive", "matching_mean", "transfer")
+FLOORS = ("no_change", "perturbed_mean", "additive", "matching_mean", "transfer", "dose_interpolation")
 CEILINGS = ("technical_duplicate", "interpolated_duplicate")
 PRIMARY = ("no_change", "technical_duplicate")
 NEGATIVES = ("no_change", "perturbed_mean")

@@ -22,7 +22,7 @@ from perturbflow.files import atomic, read_json
 from perturbflow.models.base import Model, build
 from perturbflow.models.conformal import Calibration, Scale, case_of
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.symbols import CONTROL, entities_of, entity_of, members_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,10 @@ class Knowledge:
 
     def __init__(self, training: Pairs, vectors: Embeddings, chosen: Pairs) -> None:
         self.labels = set(training.perturbations)
-        self.seen = sorted({gene for other in training.perturbations for gene in members_of(other)})
-        self.table, self.without_vector = vectors.standardized(self.seen), set(vectors.without_vector)
+        self.seen = sorted({gene for other in training.perturbations for gene in entities_of(other)})
+        table = vectors.standardized(sorted({gene for other in training.perturbations for gene in members_of(other)}))
+        self.table = table.groupby(list(map(entity_of, table.index))).first()  # a compound has one vector, whatever its dose
+        self.without_vector = set(map(entity_of, vectors.without_vector))
         own = self.table.reindex(self.seen).dropna().to_numpy()
         among = cdist(own, own)
         np.fill_diagonal(among, np.inf)
@@ -107,9 +109,10 @@ class Knowledge:
         asked = self.asked if asked is None else asked
         case = case_of(label, self.labels, set(self.seen))
         where, is_elsewhere = self.places.words(label, asked), self.places.is_elsewhere(label, asked)
-        unseen = [gene for gene in members_of(label) if gene not in self.seen]
+        unseen = [gene for gene in entities_of(label) if gene not in self.seen]
         if not unseen:
-            words = "measured" if case == "measured" else "composed of measured genes"
+            is_single = len(members_of(label)) == 1
+            words = "measured" if case == "measured" else "measured at other doses" if is_single else "composed of measured genes"
             return Known(words + where, case, 0.0, is_elsewhere)
         without = [gene for gene in unseen if gene not in self.table.index or gene in self.without_vector]
         words = f"extrapolation{',' if where else ''}{where}: {len(unseen)} gene(s) never perturbed in training"
@@ -212,7 +215,7 @@ def effect_table(
     """Return one row per group of cells × gene, strongest first, see `counterfactual`; no interval where the warranty checked no such answer."""
     own = calibration.for_case(answer.known.case)
     reach = own.reach(LEVEL) * scale.at(own.typical_sampling) if own.labels and answer.label != CONTROL else np.full(len(genes), np.nan)
-    is_target = np.isin(genes, members_of(answer.label))
+    is_target = np.isin(genes, entities_of(answer.label))
     masks = {"all": np.ones(len(groups), dtype=bool)}
     if len(names := sorted(groups.unique())) > 1:
         masks |= {name: (groups == name).to_numpy() for name in names}
@@ -300,7 +303,7 @@ def counterfactual(
         writer = Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)
         for i, label in enumerate(labels):
             answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start))
-            response = answer.response(np.isin(chosen.genes, members_of(label)))
+            response = answer.response(np.isin(chosen.genes, entities_of(label)))
             in_context = {context: knowledge.of(label, {context}).words for context in knowledge.asked}
             known = [in_context[context] for context in contexts_of(chosen.obs)]
             obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=known)

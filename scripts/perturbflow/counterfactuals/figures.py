@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 
 from perturbflow.colours import COLOURS
 from perturbflow.files import atomic
-from perturbflow.symbols import members_of
+from perturbflow.symbols import entities_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _responders(answer: ad.AnnData, shown: list[str]) -> Figure:
         histogram.set_xlabel("response (mean effect = 1)")
         histogram.set_ylabel("cells")
         effect = np.asarray(answer.layers["effect"][rows])
-        kept = ~np.isin(answer.var_names, members_of(label))
+        kept = ~np.isin(answer.var_names, entities_of(label))
         top = np.argsort(-np.abs(effect.mean(axis=0)) * kept)[:8]
         thirds = np.quantile(response, [1 / 3, 2 / 3])
         height = np.arange(len(top))

@@ -12,7 +12,7 @@ import pandas as pd
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.nearest import did_you_mean
-from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, members_of, without_dose
+from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, entities_of, entity_of
 
 
 def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: list[str]) -> list[str]:
@@ -36,14 +36,13 @@ def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: 
         texts = [SEPARATOR.join(pair) for pair in itertools.combinations(perturbations["all_pairs_of"], 2)]
     else:
         texts = list(perturbations)
-    names = {**dict(zip(measured, measured, strict=True)), **dict(zip(genes, genes, strict=True))}
+    names = {name: name for name in [*measured, *map(entity_of, genes)]}
     labels = list(dict.fromkeys(canonical_label(text, {CONTROL}, SEPARATOR, measured=names) for text in texts))
-    known = {*names, *(without_dose(gene)[0] for gene in genes)}
-    asked = dict.fromkeys(member for label in labels for member in members_of(label))
-    if unknown := [member for member in asked if member not in known and without_dose(member)[0] not in known]:
+    asked = dict.fromkeys(name for label in labels for name in entities_of(label))
+    if unknown := [name for name in asked if name not in names]:
         raise InputError(
             f"perturbations: neither perturbed in this screen nor among its {len(measured):,} measured genes (pairs.h5ad): "
-            f"{', '.join(did_you_mean(member, known) for member in unknown)}. Correct the name; for a gene with few counts raise genes.n_hvg."
+            f"{', '.join(did_you_mean(name, names) for name in unknown)}. Correct the name; for a gene with few counts raise genes.n_hvg."
         )
     return labels
 

@@ -8,7 +8,7 @@ import pandas as pd
 from perturbflow.counterfactuals.questions import holding
 from perturbflow.errors import InputError
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import members_of
+from perturbflow.symbols import entities_of
 
 N_CHANCE = 500  # directions of nothing
 
@@ -96,7 +96,7 @@ def ranked(summary: pd.DataFrame, means: dict[str, np.ndarray], genes: list[str]
     """
     labels = summary["perturbation"].tolist()
     effects = np.stack([means[label] for label in labels])
-    is_target = np.stack([np.isin(genes, members_of(label)) for label in labels])
+    is_target = np.stack([np.isin(genes, entities_of(label)) for label in labels])
     score = scores(effects, direction.wanted[None], is_target)[0]
     best_of_nothing = scores(effects, direction.noise, is_target).max(axis=1)
     kept = np.where(is_target, 0.0, 1.0)

@@ -24,7 +24,7 @@ from perturbflow.models.base import Model, build
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.symbols import CONTROL, entities_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) ->
     found = model.held_out(pairs.roles("train", "validation"), embeddings, seed)
     labels = [label for label in validation.perturbations if model.refusal(label) is None]
     if labels:
-        known = set(effects.labels), set(effects.genes)
+        known = set(effects.labels), set(effects.entities)
         found += Calibration.of(
             labels, [case_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in labels]),
             np.stack([validation.effect_of(label) for label in labels]), [measured_by(validation, label) for label in labels], scale, pairs.genes,
@@ -125,7 +125,7 @@ def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Sc
     """Hold predicted effects and their intervals against the measured effects of the test perturbations."""
     test = pairs.roles("test")
     effects = Effects.of_training(pairs)
-    known, reference = (set(effects.labels), set(effects.genes)), effects.values.mean(axis=0)
+    known, reference = (set(effects.labels), set(effects.entities)), effects.values.mean(axis=0)
     column = {gene: i for i, gene in enumerate(pairs.genes)}
     places = Places(pairs.roles("train"))
     rows, targets = [], []
@@ -134,7 +134,7 @@ def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Sc
             continue
         predicted, measured, halves = asked_effect(model, test, label, seed), test.effect_of(label), _halves(test, label)
         case = case_of(label, *known)
-        kept = ~np.isin(pairs.genes, members_of(label))
+        kept = ~np.isin(pairs.genes, entities_of(label))
         reach = scale.at(measured_by(test, label))
         off = np.abs(measured - predicted)
         row = {"perturbation": label, "case": case, "agreement": _correlation((predicted - reference)[kept], (measured - reference)[kept])}
@@ -144,7 +144,7 @@ def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Sc
             own = calibration.for_case(case)
             row[f"coverage_{round(100 * level)}"] = float((off <= own.reach(level) * reach)[kept].mean()) if own.labels else np.nan
         rows.append(row)
-        for gene in members_of(label):
+        for gene in entities_of(label):
             if gene in column:
                 pair = [half[column[gene]] for half in halves] if len(halves) == 2 else [np.nan] * 2
                 targets.append((label, gene, float(predicted[column[gene]]), float(measured[column[gene]]), *map(float, pair)))

@@ -16,7 +16,7 @@ from perturbflow.evaluation.measured import ROWS_AT_ONCE, Measured, run_of_rows
 from perturbflow.evaluation.profiles import bulk, mean_and_variance, mean_change, mean_profile
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.evaluation.scored import NEEDED, Differential, Scored
-from perturbflow.symbols import members_of
+from perturbflow.symbols import entities_of
 
 if TYPE_CHECKING:  # seconds to import, and the report takes METRICS alone from this package
     import anndata as ad
@@ -242,7 +242,7 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = 
         )
     measured = Measured(cells, labels, role, is_sampled="cells" in needs)
     comparison = _Comparison(measured, Predictions(predictions, measured), needs)
-    own_target = np.stack([np.isin(cells.genes, members_of(label)) for label in labels])
+    own_target = np.stack([np.isin(cells.genes, entities_of(label)) for label in labels])
     values: dict = dict.fromkeys(NEEDED)
     for i, (label, own) in enumerate(zip(labels, own_target, strict=True)):
         for name, value in comparison.of(label, own).items():

@@ -3,8 +3,9 @@
 import numpy as np
 
 from perturbflow.models.base import Artefact
+from perturbflow.models.doses import Doses
 from perturbflow.models.shift import MeanShift, Training, least_error
-from perturbflow.symbols import members_of
+from perturbflow.symbols import entities_of, entity_of, members_of
 
 LATENT_RIDGES = (0.1, 0.3, 1.0, 3.0)
 LATENT_COMPONENTS = (5, 15, 50)
@@ -37,7 +38,8 @@ class PerturbedMean(MeanShift):
 class Additive(MeanShift):
     """The sum of the members' single effects; a member never measured alone counts as the mean single effect.
 
-    Ahlmann-Eltze, Huber & Anders 2025, x̂_{a+b} = x̄_a + x̄_b − c̄.
+    Ahlmann-Eltze, Huber & Anders 2025, x̂_{a+b} = x̄_a + x̄_b − c̄. A compound at a dose that training lacks has its effect at the
+    nearest dose.
     """
 
     def learn(self, training: Training) -> Artefact:
@@ -51,15 +53,40 @@ class Additive(MeanShift):
         """Take over the arrays."""
         super().restore(artefact)
         self.row = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
+        self.doses = Doses(self.row)
+
+    def known(self, member: str) -> np.ndarray | None:
+        """Return the effect of a member, (genes,); None for a gene or compound never measured alone."""
+        nearest = self.doses.nearest(member)
+        return None if nearest is None else self.artefact["effects"][self.row[nearest]]
 
     def members(self, perturbation: str) -> np.ndarray:
         """Return the effect of every member, (members, genes)."""
-        effects, mean = self.artefact["effects"], self.artefact["mean"]
-        return np.stack([effects[self.row[gene]] if gene in self.row else mean for gene in members_of(perturbation)])
+        effects = map(self.known, members_of(perturbation))
+        return np.stack([self.artefact["mean"] if effect is None else effect for effect in effects])
+
+    def knows(self, perturbation: str) -> bool:
+        """Tell whether every member was measured alone, at whatever dose."""
+        return all(map(self.doses.holds, members_of(perturbation)))
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Sum over members."""
         return self.members(perturbation).sum(axis=0)
+
+
+class DoseInterpolation(Additive):
+    """The effect at a dose between those that training holds of a compound, by interpolation over the log dose; members add up.
+
+    e(d) = (1 − t) e(d₁) + t e(d₂) with t = log(d / d₁) / log(d₂ / d₁) for the nearest doses d₁ < d < d₂: the trapezium that dose-response
+    curves are summarized by, too. Below the lowest dose the effect falls in proportion to the dose, as that of a Hill curve of slope 1 does
+    far from its half; above the highest it is that of the highest. A compound never measured alone counts as the mean single effect.
+    """
+
+    def known(self, member: str) -> np.ndarray | None:
+        """Interpolate."""
+        weights = self.doses.weights(member)
+        effects = [weight * self.artefact["effects"][self.row[known]] for known, weight in weights.items()]
+        return np.sum(effects, axis=0) if effects else None
 
 
 class MatchingMean(Additive):
@@ -90,7 +117,7 @@ class ShrunkenAdditive(Additive):
             for inner, held_out in training.rounds(of_genes=of_genes):
                 plain = Additive().learned(inner)
                 for label, value in zip(held_out.labels, held_out.values, strict=True):
-                    if len(members_of(label)) > 1 and (is_unseen := not plain.row.keys() >= set(members_of(label))) == of_genes:
+                    if len(members_of(label)) > 1 and (is_unseen := not plain.knows(label)) == of_genes:
                         predicted = plain.effect(label)
                         explained[int(is_unseen)] += predicted @ value
                         energy[int(is_unseen)] += predicted @ predicted
@@ -99,16 +126,16 @@ class ShrunkenAdditive(Additive):
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Shrink the sum of a combination; a single effect stays as it is."""
-        members = members_of(perturbation)
-        is_unseen = not self.row.keys() >= set(members)
-        return super().effect(perturbation) * (self.artefact["factors"][int(is_unseen)] if len(members) > 1 else 1.0)
+        factor = self.artefact["factors"][int(not self.knows(perturbation))] if len(members_of(perturbation)) > 1 else 1.0
+        return super().effect(perturbation) * factor
 
 
 class LatentSum(MeanShift):
     """Members add up in a latent space; their vectors are fitted to all training perturbations, alone or combined, at once.
 
     y_p = (μ_o + Σ_{g ∈ p} z_g) V with V the leading principal directions of training effects, μ_o an intercept for
-    perturbations of o members, and z_g by ridge regression on the indicators of members. An unseen member has z = 0.
+    perturbations of o members, and z_g by ridge regression on the indicators of members. An unseen member has z = 0, a compound at a
+    dose that training lacks the z of its nearest dose.
 
     Parameters
     ----------
@@ -134,13 +161,19 @@ class LatentSum(MeanShift):
         return {"V": V, "orders": np.array(orders), "intercepts": solved[: len(orders)],
                 "genes": np.array(genes, dtype=str), "z": solved[len(orders) :]}  # fmt: skip
 
+    def restore(self, artefact: Artefact) -> None:
+        """Take over the arrays."""
+        super().restore(artefact)
+        self._row = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
+        self._doses = Doses(self._row)
+
     def effect(self, perturbation: str) -> np.ndarray:
         """Add up and decode; an order that training lacks has the intercept of the nearest, by the number of members."""
         members = members_of(perturbation)
-        orders, row = self.artefact["orders"], {gene: i for i, gene in enumerate(self.artefact["genes"].tolist())}
+        orders, known = self.artefact["orders"], filter(None, map(self._doses.nearest, members))
         nearest = int(np.abs(orders - len(members)).argmin())
         latent = self.artefact["intercepts"][nearest] * len(members) / orders[nearest]
-        return (latent + self.artefact["z"][[row[gene] for gene in members if gene in row]].sum(axis=0)) @ self.artefact["V"]
+        return (latent + self.artefact["z"][[self._row[member] for member in known]].sum(axis=0)) @ self.artefact["V"]
 
 
 class LatentAdditive(MeanShift):
@@ -160,6 +193,7 @@ class LatentAdditive(MeanShift):
     def restore(self, artefact: Artefact) -> None:
         """Take over the arrays."""
         super().restore(artefact)
+        self._known = {entity_of(member) for member in artefact["seen.genes"].tolist()}
         self._chosen = {}
         for name in ("seen", "unseen"):
             self._chosen[name] = LatentSum(0, 0.0)
@@ -167,7 +201,7 @@ class LatentAdditive(MeanShift):
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Add up in the latent space."""
-        is_seen = set(members_of(perturbation)) <= set(self.artefact["seen.genes"].tolist())
+        is_seen = set(entities_of(perturbation)) <= self._known
         return self._chosen["seen" if is_seen else "unseen"].effect(perturbation)
 
 
@@ -218,7 +252,7 @@ class Linear(MeanShift):
     def learn(self, training: Training) -> Artefact:
         """Solve for W."""
         effects, genes, row = training.effects, training.genes, training.row
-        usable = [i for i, label in enumerate(effects.labels) if all(gene in row for gene in members_of(label))]
+        usable = [i for i, label in enumerate(effects.labels) if all(gene in row for gene in entities_of(label))]
         Y = np.column_stack([np.zeros(len(genes)), *effects.values[usable]])  # (genes, conditions)
         b = Y.mean(axis=1)
         centred = Y - Y.mean(axis=0)
@@ -226,7 +260,7 @@ class Linear(MeanShift):
         k = min(self.n_components, int((s > 1e-10 * s[0]).sum())) if s[0] > 0 else 1
         G = U[:, :k] * s[:k]  # (genes, K)
         P = np.column_stack(
-            [np.zeros(k), *[G[[row[gene] for gene in members_of(effects.labels[i])]].sum(axis=0) for i in usable]]
+            [np.zeros(k), *[G[[row[gene] for gene in entities_of(effects.labels[i])]].sum(axis=0) for i in usable]]
         )  # (K, conditions)
         penalty = self.ridge * np.eye(k)
         W = np.linalg.solve(G.T @ G + penalty, G.T @ (Y - b[:, None]) @ P.T) @ np.linalg.inv(P @ P.T + penalty)
@@ -236,5 +270,5 @@ class Linear(MeanShift):
         """Return G W P_p + b."""
         row = {gene: i for i, gene in enumerate(self.artefact["genes"].tolist())}
         G, W, b = self.artefact["G"], self.artefact["W"], self.artefact["b"]
-        measured = [row[gene] for gene in members_of(perturbation) if gene in row]
+        measured = [row[gene] for gene in entities_of(perturbation) if gene in row]
         return G @ W @ G[measured].sum(axis=0) + b

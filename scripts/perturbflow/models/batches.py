@@ -139,6 +139,7 @@ class PairedCells:
         self.synthetic_share = synthetic_share if is_training and self.has_combinations and len(single) > 1 else 0.0
         self.single_effects = torch.zeros_like(effects[is_single]) if residual else effects[is_single]
         self.single_genes = conditions.index(single)[:, 0] if single else torch.zeros(0, dtype=torch.long)
+        self.base = conditions.base
 
     def shifted(self, rows: np.ndarray) -> Tensor:
         """Return cells less the mean effect of their perturbation, (rows, dimensions)."""
@@ -167,7 +168,7 @@ class PairedCells:
         if self.synthetic_share:
             other = rng.integers(0, len(self.single_genes), n_draws)[draw]
             is_composed = (rng.random(n_draws) < self.synthetic_share)[draw]
-            is_composed &= ((genes >= 0).sum(dim=1) == 1).numpy() & (self.single_genes[other] != genes[:, 0]).numpy()
+            is_composed &= ((genes >= 0).sum(dim=1) == 1).numpy() & (self.base[self.single_genes[other]] != self.base[genes[:, 0]]).numpy()
             z[is_composed] += self.single_effects[other[is_composed]]
             genes[is_composed, 1] = self.single_genes[other[is_composed]]
         group = draw * (self.stratum.max() + 1) + self.stratum[target]

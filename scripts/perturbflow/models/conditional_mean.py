@@ -31,7 +31,7 @@ from perturbflow.models.conformal import CASES, Calibration, Scale, case_of, mea
 from perturbflow.models.effects import Effects
 from perturbflow.models.shift import MeanShift, Training
 from perturbflow.models.stacked import Stacked
-from perturbflow.symbols import members_of
+from perturbflow.symbols import entities_of, members_of
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class ConditionalMean(MeanShift):
         chosen = dict.fromkeys(CASES, (0, 1.0, 0))
         scored: dict[str, list[np.ndarray]] = {case: [] for case in CASES}
         kept: list[_HeldOut] = []
-        is_target = np.isin(training.genes, training.effects.genes)
+        is_target = np.isin(training.genes, training.effects.entities)
         for inner, held_out, start, can_choose in self._rounds(training):
             fitted = parts() if can_choose else {"stacked": Stacked()}
             effect_of: dict[str, Callable[[str], np.ndarray]] = {name: part.learned(inner).effect for name, part in fitted.items()}
@@ -126,7 +126,7 @@ class ConditionalMean(MeanShift):
             middle, reference = centres(inner.effects), inner.effects.values.mean(axis=0)
             is_high = np.zeros(len(training.genes), dtype=bool)
             is_high[np.argsort(-inner.pairs.control_level, kind="stable")[:N_HIGH]] = True
-            measured, known = set(inner.effects.labels), set(inner.effects.genes)
+            measured, known = set(inner.effects.labels), set(inner.effects.entities)
             cases = np.array([case_of(label, measured, known) for label in held_out.labels])
             for case in CASES:
                 rows = np.flatnonzero(cases == case)
@@ -152,7 +152,7 @@ class ConditionalMean(MeanShift):
                 logger.info("mean of the case '%s': %s, gain %.1f, by %d held-out perturbations", case, self.mixes[mix], gain, n)
         artefact: Artefact = {
             "measured": np.array(training.effects.labels, dtype=str),
-            "known": np.array(training.effects.genes, dtype=str),
+            "known": np.array(training.effects.entities, dtype=str),
             "mixes": np.array([json.dumps(mix) for mix in self.mixes], dtype=str),
             "choice": np.array([chosen[case] for case in CASES], dtype=float),
             **{f"centre.{kind}": value for kind, value in centres(training.effects).items()},
@@ -197,7 +197,7 @@ class ConditionalMean(MeanShift):
         effects = {name: (said[name]() if name in said else self.parts[name].effect(perturbation))[None] for name in self.mixes[int(mix)]}
         centre = self.artefact[f"centre.{kind_of(perturbation)}"]
         effect = _mixed(effects, self.mixes[int(mix)], gain, centre)[0]
-        own = [self.row[gene] for gene in members_of(perturbation) if gene not in self.known and gene in self.row]
+        own = [self.row[gene] for gene in entities_of(perturbation) if gene not in self.known and gene in self.row]
         if own:
             effect[own] = self.parts["stacked"].effect(perturbation)[own]
         return effect
@@ -222,7 +222,7 @@ class ConditionalMean(MeanShift):
             rounds = list(
                 itertools.islice(training.rounds(of_genes=of_genes, one_by_one=False), 0, None, 2)
             )  # against one half of the controls
-            cases = [case_of(label, set(i.effects.labels), set(i.effects.genes)) for i, held_out in rounds for label in held_out.labels]
+            cases = [case_of(label, set(i.effects.labels), set(i.effects.entities)) for i, held_out in rounds for label in held_out.labels]
             can_choose = max(map(cases.count, cases), default=0) >= LEAST_HELD_OUT
             for inner, held_out in rounds:
                 yield inner, held_out, training.pairs.rows[inner.controls], can_choose

@@ -18,7 +18,7 @@ import numpy as np
 
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import members_of
+from perturbflow.symbols import entities_of
 
 CASES = ("measured", "seen", "unseen gene", "unseen member")  # what training knew of a perturbation
 LEVELS = np.linspace(0.0, 1.0, 201)  # of the scores that are kept of a perturbation
@@ -26,13 +26,13 @@ LEAST_OF_CASE = 4  # perturbations: with fewer of its own case, a question gets 
 
 
 def case_of(perturbation: str, measured: set[str], known: set[str]) -> str:
-    """Return which case a perturbation is, given the labels of training and the genes perturbed in it."""
-    members = members_of(perturbation)
+    """Return which case a perturbation is, given the labels of training and the genes or compounds perturbed in it, at whatever dose."""
+    entities = entities_of(perturbation)
     if perturbation in measured:
         return "measured"
-    if set(members) <= known:
+    if set(entities) <= known:
         return "seen"
-    return "unseen gene" if len(members) == 1 else "unseen member"
+    return "unseen gene" if len(entities) == 1 else "unseen member"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Calibration:
         """Score predictions of held-out perturbations, (perturbations, genes)."""
         scores = []
         for label, p, m, s in zip(labels, predicted, measured, sampling, strict=True):
-            kept = ~np.isin(genes, members_of(label))
+            kept = ~np.isin(genes, entities_of(label))
             scores.append(np.quantile((np.abs(m - p) / scale.at(s))[kept], LEVELS))
         return cls(list(labels), list(cases), np.array(scores).reshape(len(scores), len(LEVELS)), np.array(sampling, dtype=float))
 

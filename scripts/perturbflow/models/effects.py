@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import members_of
+from perturbflow.symbols import entities_of, members_of
 
 
 @dataclass(frozen=True)
@@ -85,5 +85,10 @@ class Effects:
 
     @property
     def genes(self) -> list[str]:
-        """All perturbed genes of training, sorted."""
+        """All members of training perturbations, sorted: perturbed genes, or compounds at each of their doses."""
         return sorted({gene for label in self.labels for gene in members_of(label)})
+
+    @property
+    def entities(self) -> list[str]:
+        """The genes or compounds that these are, whatever their doses, sorted."""
+        return sorted({entity for label in self.labels for entity in entities_of(label)})

@@ -26,7 +26,7 @@ from perturbflow.models.own_gene import OwnGene
 from perturbflow.models.recount import Change, change_of, changed, drawn_mean_change, recounted
 from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import CONTROL, members_of, without_dose
+from perturbflow.symbols import CONTROL, entity_of, members_of
 
 CELLS_PER_BLOCK = 2048
 CENTRED_FROM = 16  # cells: fewer say little of where their mean is
@@ -36,8 +36,8 @@ BORROWED = 16  # draws of whom an unseen gene borrows from, to average over
 
 def unseen_among(members: Sequence[str], seen: Collection[str]) -> list[str]:
     """Return the members that training did not see; a drug at another dose is seen: its dose is a number."""
-    names = {without_dose(gene)[0] for gene in seen}
-    return [gene for gene in members if without_dose(gene)[0] not in names]
+    names = set(map(entity_of, seen))
+    return [member for member in members if entity_of(member) not in names]
 
 
 class LearnedModel(Model):
@@ -299,8 +299,8 @@ class LearnedModel(Model):
         """Return what is known of the levels of unseen perturbed genes, (genes,)."""
         shift = np.zeros(len(self.genes))
         row = {gene: i for i, gene in enumerate(self.genes)}
-        for gene in members_of(perturbation):
-            if gene not in self.seen and gene in row:
+        for gene in map(entity_of, unseen_among(members_of(perturbation), self.seen)):
+            if gene in row:
                 shift[row[gene]] += self.own_gene.shift(float(start[:, row[gene]].mean()))
         return shift
 

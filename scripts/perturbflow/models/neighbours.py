@@ -13,6 +13,7 @@ import numpy as np
 from scipy.spatial.distance import cdist, pdist
 
 from perturbflow.models.effects import Effects
+from perturbflow.symbols import entity_of
 
 BANDWIDTHS = (np.inf, 1.0, 0.5, 0.25)
 TEMPERINGS = (0.0, 1.0)
@@ -49,7 +50,7 @@ class Neighbours:
 
     @classmethod
     def fit(cls, first: Effects, second: Effects, vectors: dict[str, np.ndarray]) -> "Neighbours":
-        """Choose bandwidth, tempering and strength by leaving out each training gene in turn.
+        """Choose bandwidth, tempering and strength by leaving out each training gene, or compound with all its doses, in turn.
 
         Parameters
         ----------
@@ -62,7 +63,7 @@ class Neighbours:
         genes = [gene for gene in by_gene[0] if gene in vectors]
         moved = [np.stack([effects[gene] for gene in genes]) for effects in by_gene]
         best = cls(genes, np.stack([vectors[gene] for gene in genes]), np.linalg.norm((moved[0] + moved[1]) / 2, axis=1))
-        if len(genes) < LEAST_GENES:
+        if len(set(map(entity_of, genes))) < LEAST_GENES:
             return best
         lowest, chosen = np.inf, best
         for bandwidth, tempering in itertools.product(BANDWIDTHS, TEMPERINGS):
@@ -83,6 +84,7 @@ class Neighbours:
         logits = -0.5 * (distances / (self.bandwidth * scale)) ** 2 if np.isfinite(self.bandwidth) else np.zeros_like(distances)
         logits = logits - self.tempering * np.log(np.maximum(self.sizes, 1e-12))
         if leave_out_self:
-            np.fill_diagonal(logits, -np.inf)
+            names = np.array(list(map(entity_of, self.genes)))
+            logits[names[:, None] == names] = -np.inf
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         return weights / weights.sum(axis=1, keepdims=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
+from perturbflow.symbols import entity_of
 
 LEAST_TARGETS = 4
 RIDGE = 0.1
@@ -29,7 +30,8 @@ class OwnGene:
     def fit(cls, pairs: Pairs, effects: Effects) -> "OwnGene":
         """Fit on the targets that are measured; pairs are the training cells."""
         row = {gene: i for i, gene in enumerate(pairs.genes)}
-        targets = [(pairs.control_level[row[gene]], effect[row[gene]]) for gene, effect in effects.single.items() if gene in row]
+        single = [(entity_of(label), effect) for label, effect in effects.single.items()]
+        targets = [(pairs.control_level[row[gene]], effect[row[gene]]) for gene, effect in single if gene in row]
         if len(targets) < LEAST_TARGETS:
             return cls(np.zeros(2))
         level, moved = np.array(targets).T

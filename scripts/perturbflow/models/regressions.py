@@ -8,8 +8,10 @@ from scipy.spatial.distance import cdist, pdist
 
 from perturbflow.models.base import Artefact
 from perturbflow.models.baselines import Additive
+from perturbflow.models.doses import Doses
 from perturbflow.models.own_gene import OwnGene
 from perturbflow.models.shift import Training, least_error
+from perturbflow.symbols import entity_of
 
 RIDGES = (0.03, 0.3, 1.0, 3.0, 30.0)
 NEIGHBOURS = (1, 3, 5, 10)
@@ -29,7 +31,8 @@ class GeneTable(Additive):
     def learn(self, training: Training) -> Artefact:
         """Measure what is known and guess the other perturbed genes."""
         known = training.effects.by_gene()
-        unknown = [gene for gene in training.embeddings.table.index if gene not in known]
+        doses = Doses(known)
+        unknown = [gene for gene in training.embeddings.table.index if not doses.holds(gene)]
         mean = np.mean(list(known.values()), axis=0)
         guessed = self.guess(training, known, unknown) if unknown else np.zeros((0, len(mean)))
         return {"genes": np.array([*known, *unknown], dtype=str), "effects": np.vstack([*known.values(), guessed]), "mean": mean}
@@ -163,7 +166,8 @@ class CovarianceResponse(GeneTable):
         covariance, level = training.pairs.control_covariance, training.pairs.control_level
         own = OwnGene.fit(training.pairs, training.effects)
 
-        def response(gene: str) -> np.ndarray:
+        def response(member: str) -> np.ndarray:
+            gene = entity_of(member)
             if gene not in training.row:
                 return np.zeros(len(level))
             target = training.row[gene]

@@ -15,7 +15,7 @@ from perturbflow.models.base import Artefact, Model, Run, start_cells
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.symbols import CONTROL, SEPARATOR, entities_of, members_of
 
 N_FOLDS = 5
 MAX_GENES_ONE_BY_ONE = 20  # few genes are held out one by one
@@ -71,16 +71,18 @@ class Training:
         return self.pairs.is_control if self.half is None else self.pairs.groups.is_of_half(self.half)
 
     def folds(self, *, of_genes: bool, one_by_one: bool = True) -> list[set[str]]:
-        """Return sets of perturbations to be held out: all that involve some of the genes, or combinations alone."""
+        """Return sets of perturbations to be held out: all that involve some of the genes or compounds, at whatever dose, or combinations alone."""
         rng = np.random.default_rng(self.seed)
         labels = self.effects.labels
         if of_genes:
-            genes = rng.permutation(self.effects.genes)
+            genes = rng.permutation(self.effects.entities)
             parts = np.array_split(genes, len(genes) if one_by_one and len(genes) <= MAX_GENES_ONE_BY_ONE else N_FOLDS)
-            folds = [{label for label in labels if not set(part).isdisjoint(members_of(label))} for part in parts]
+            folds = [{label for label in labels if not set(part).isdisjoint(entities_of(label))} for part in parts]
         else:
-            combinations = rng.permutation([label for label in labels if len(members_of(label)) > 1])
-            folds = [set(map(str, combinations[i::N_FOLDS])) for i in range(N_FOLDS)]
+            names = {label: SEPARATOR.join(entities_of(label)) for label in labels if len(members_of(label)) > 1}
+            combinations = rng.permutation(list(dict.fromkeys(names.values())))
+            dealt = {str(name): i % N_FOLDS for i, name in enumerate(combinations)}
+            folds = [{label for label, name in names.items() if dealt[name] == i} for i in range(N_FOLDS)]
         return [fold for fold in folds if fold and len(fold) < len(labels)]
 
     def rounds(self, *, of_genes: bool, one_by_one: bool = True) -> Iterator[tuple["Training", Effects]]:
@@ -127,7 +129,7 @@ class MeanShift(Model):
             # Against one half of the controls.
             for inner, held in itertools.islice(training.rounds(of_genes=of_genes, one_by_one=False), 0, None, 2):
                 fitted = copy.copy(self).learned(inner)
-                measured, known = set(inner.effects.labels), set(inner.effects.genes)
+                measured, known = set(inner.effects.labels), set(inner.effects.entities)
                 found += Calibration.of(
                     held.labels, [case_of(label, measured, known) for label in held.labels], np.stack([fitted.effect(label) for label in held.labels]),
                     held.values, [measured_by(training.pairs, label, share=0.5) for label in held.labels], scale, training.genes,

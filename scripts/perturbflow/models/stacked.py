@@ -9,6 +9,8 @@ Three cases have weights of their own, each found by non-negative least squares 
   that the first case gives it, and weights are found apart for combinations with and without one;
 * a perturbation of training in another context: its effect there, and the mean.
 
+A compound alone, at a dose that training lacks of it, has the effect that its other doses say (`DoseInterpolation`).
+
 Weights are pulled towards the plain sum (for combinations), the plain effect (contexts) or zero (genes), as by one more training
 perturbation, because a handful of perturbations tells little; for the same reason fewer parts are mixed where training has under 40
 genes or ten combinations. The level of an unseen gene itself follows `OwnGene`.
@@ -21,12 +23,12 @@ import numpy as np
 from scipy.optimize import nnls
 
 from perturbflow.models.base import Artefact
-from perturbflow.models.baselines import Additive, LatentSum, PerturbedMean, Transfer, effects_by_context
+from perturbflow.models.baselines import Additive, DoseInterpolation, LatentSum, PerturbedMean, Transfer, effects_by_context
 from perturbflow.models.effects import Effects
 from perturbflow.models.own_gene import OwnGene
 from perturbflow.models.regressions import CovarianceResponse, KernelRidge, Nearest
 from perturbflow.models.shift import MeanShift, Training
-from perturbflow.symbols import members_of
+from perturbflow.symbols import entities_of, entity_of, members_of, without_dose
 
 LEAST_GENES_OF_FULL_STACK = 40
 LEAST_COMBINATIONS_OF_FULL_STACK = 10
@@ -176,7 +178,7 @@ class Stacked(MeanShift):
         sources = training.embeddings.sources
         self.own_gene = OwnGene.fit(training.pairs, training.effects)
         self.own_shift = {gene: self.own_gene.shift(float(training.pairs.control_level[row])) for gene, row in training.row.items()}
-        self.gene_parts = gene_parts(sources, len(training.effects.single))
+        self.gene_parts = gene_parts(sources, len(set(map(entity_of, training.effects.single))))
         self.gene_weights = stacking_weights(self._gene_examples(training), np.zeros(len(self.gene_parts)))
         parts = combination_parts(int((training.effects.order > 1).sum()))
         plain = np.eye(len(parts))[0]
@@ -190,7 +192,7 @@ class Stacked(MeanShift):
         measured = set(training.effects.labels)
         artefact: Artefact = {
             "measured": np.array(sorted(measured), dtype=str),
-            "known": np.array(training.effects.genes, dtype=str),
+            "known": np.array(training.effects.entities, dtype=str),
             "genes": np.array(sorted(set(whole.effects.labels) - measured), dtype=str),
             "seen_weights": weights["seen"], "unseen_weights": weights["unseen"], "context_weights": context_weights,
             "gene_weights": self.gene_weights, "gene_parts": np.array(list(self.gene_parts), dtype=str),
@@ -199,6 +201,8 @@ class Stacked(MeanShift):
         artefact["guesses"] = np.stack([whole.effects.of(gene) for gene in artefact["genes"].tolist()] or [np.zeros(len(training.genes))])
         # A gene without a row in the embeddings has nothing to be guessed from but what the mean is worth.
         artefact["other"] = self.gene_weights[0] * training.effects.values.mean(axis=0)
+        if any(without_dose(label)[1] is not None for label in training.effects.single):
+            artefact |= {f"dose.{key}": value for key, value in DoseInterpolation().learn(_singles_only(training)).items()}
         used = weights["seen"] + weights["unseen"]
         for group, models, of, share in (("combination", parts, whole, used), ("context", contexts, training, context_weights)):
             for i, model in enumerate(models.values()):
@@ -218,16 +222,25 @@ class Stacked(MeanShift):
                 prefix = f"{group}.{i}."
                 if own := {key.removeprefix(prefix): value for key, value in artefact.items() if key.startswith(prefix)}:
                     model.restore(own)
+        self.dosed = None
+        if own := {key.removeprefix("dose."): value for key, value in artefact.items() if key.startswith("dose.")}:
+            self.dosed = DoseInterpolation()
+            self.dosed.restore(own)
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Mix the parts of the case that the perturbation is."""
         if perturbation in self.artefact["measured"]:
             return self._mix("context", perturbation, self.artefact["context_weights"])
-        members = members_of(perturbation)
-        if len(members) == 1:
+        if len(members_of(perturbation)) == 1:
             guessed = self.artefact["genes"].tolist()
-            return self.artefact["guesses"][guessed.index(perturbation)] if perturbation in guessed else self.artefact["other"]
-        case = "seen" if set(members) <= set(self.artefact["known"].tolist()) else "unseen"
+            if perturbation in guessed:
+                return self.artefact["guesses"][guessed.index(perturbation)]
+            if self.dosed and self.dosed.knows(perturbation):
+                return self.dosed.effect(perturbation)
+            # Where training has no doses, a gene at a dose is the gene.
+            name = entity_of(perturbation)
+            return self.artefact["other"] if name == perturbation else self.effect(name)
+        case = "seen" if set(entities_of(perturbation)) <= set(self.artefact["known"].tolist()) else "unseen"
         return self._mix("combination", perturbation, self.artefact[f"{case}_weights"])
 
     def _mix(self, group: str, perturbation: str, weights: np.ndarray) -> np.ndarray:
@@ -242,7 +255,7 @@ class Stacked(MeanShift):
             singles = _singles_only(inner)
             parts = [part.learned(singles) for part in self.gene_parts.values()]
             for label, value in held_out.single.items():
-                is_own = np.array(training.genes) == label
+                is_own = np.array(training.genes) == entity_of(label)
                 yield [np.where(is_own, 0.0, part.effect(label)) for part in parts], np.where(is_own, 0.0, value)
 
     def _combination_examples(self, training: Training, parts: dict[str, MeanShift], *, of_genes: bool) -> Examples:
@@ -260,7 +273,7 @@ class Stacked(MeanShift):
                     yield [part.effect(label) for part in fitted], value
 
     def _with_guesses(self, training: Training) -> Training:
-        """Return training with a single effect for every gene: refitted from combinations where it is in some, else guessed."""
+        """Return training with a single effect for every member: refitted from combinations where it is in some, from other doses, or guessed."""
         effects = training.effects
         missing = [gene for gene in training.embeddings.table.index if gene not in effects.labels]
         if not missing:
@@ -268,6 +281,7 @@ class Stacked(MeanShift):
         in_combinations = set(missing) & set(effects.genes)
         refitted = LatentSum(10_000, 0.3).learned(training) if in_combinations else None
         singles = _singles_only(training)
+        dosed = DoseInterpolation().learned(singles)
         fitted = [
             (weight, part.learned(singles)) for weight, part in zip(self.gene_weights, self.gene_parts.values(), strict=True) if weight > 0
         ]
@@ -276,9 +290,12 @@ class Stacked(MeanShift):
             if refitted is not None and gene in in_combinations:
                 values.append(refitted.effect(gene))
                 continue
+            if dosed.knows(gene):
+                values.append(dosed.effect(gene))
+                continue
             value = sum((weight * part.effect(gene) for weight, part in fitted), np.zeros(len(training.genes)))
-            if gene in training.row and self.own_gene.coefficients.any():
-                value[training.row[gene]] = self.own_shift[gene]
+            if (name := entity_of(gene)) in training.row and self.own_gene.coefficients.any():
+                value[training.row[name]] = self.own_shift[name]
             values.append(value)
         added = Effects(
             [*effects.labels, *missing], np.vstack([effects.values, *values]), np.vstack([effects.errors, np.zeros_like(values)])

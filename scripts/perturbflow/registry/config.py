@@ -15,7 +15,7 @@ COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
 SPLIT_KEYS = {
     "covariate": ("unseen_context",),
     "held_out": ("unseen_context", "unseen_perturbation", "unseen_combination"),
-    "folds": ("unseen_perturbation", "unseen_combination"),
+    "folds": ("unseen_perturbation", "unseen_combination", "unseen_dose"),
 }
 
 
@@ -44,8 +44,14 @@ def _check_patterns(name: str, block: dict, files: Sequence[Path]) -> None:
     for keys, pattern in patterns.items():
         problem = None
         try:
-            if pattern is not None and re.compile(pattern).groups == 0 and keys == ("perturbation", "pattern"):
-                problem = "it needs a group, (...), that holds the perturbed gene"
+            if pattern is not None and keys[0] == "perturbation":
+                compiled = re.compile(pattern)
+                if compiled.groups == 0:
+                    problem = "it needs a group, (...), that holds the perturbed gene"
+                elif {"dose", "unit"} & set(compiled.groupindex) and "member" not in compiled.groupindex:
+                    problem = "beside the group dose, (?P<dose>...), it needs the group member, (?P<member>...)"
+            elif pattern is not None:
+                re.compile(pattern)
         except re.error as error:
             problem = f"{error} at position {error.pos}"
         if problem:

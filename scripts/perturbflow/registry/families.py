@@ -38,6 +38,7 @@ def _baseline(implementation: str) -> Family:
 FAMILIES = {
     "no_change": _baseline("baselines:NoChange"),
     "perturbed_mean": _baseline("baselines:PerturbedMean"),
+    "dose_interpolation": _baseline("baselines:DoseInterpolation"),
     "matching_mean": _baseline("baselines:MatchingMean"),
     "additive": _baseline("baselines:Additive"),
     "shrunken_additive": _baseline("baselines:ShrunkenAdditive"),

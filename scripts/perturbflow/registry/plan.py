@@ -97,6 +97,8 @@ class Plan:
             and not {"test_fraction", "folds"} & {*block}
         ):
             return f"held_out names nothing of {dataset}, and there is no test_fraction"
+        if block["kind"] == "unseen_dose" and not _may_have_doses(screen):
+            return f"{dataset} declares no perturbation.dose, so its perturbations have no doses"
         # Batches of a merged file differ at least by the screen that they belong to.
         declared = {*screen["covariates"], *(["batch"] if "dataset" in screen["covariates"] else [])}
         if block["kind"] == "unseen_context" and block["covariate"] not in declared:
@@ -188,3 +190,9 @@ class Plan:
     def qc(self, dataset: str) -> dict:
         """Return the limits of quality control of a dataset: the global ones, overridden by its own."""
         return {**self.config["qc"], **self.config["datasets"][dataset].get("qc", {})}
+
+
+def _may_have_doses(screen: dict) -> bool:
+    """Tell whether a screen can have doses: declared ones, or compounds, whose labels may hold them."""
+    declared = screen["perturbation"]
+    return "dose" in declared or "(?P<dose>" in declared.get("pattern", "") or screen["perturbation_type"] in ("drug", "unknown")

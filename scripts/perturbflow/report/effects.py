@@ -14,7 +14,7 @@ from perturbflow.evaluation import score_inputs
 from perturbflow.pairs import Pairs
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.drawing import INK, STYLE, Drawings, new_axes, number
-from perturbflow.symbols import members_of
+from perturbflow.symbols import entities_of
 
 # What the page holds of this section, besides its bytes of figures.
 LEARNED_MODELS_OF_EFFECTS = 5
@@ -145,7 +145,7 @@ def effect_figures(
     scored = {model: score_inputs(ad.read_h5ad(predictions[model]), cells) for model in chosen.models}
     shown = []
     for label, why in chosen.perturbations.items():
-        targets = members_of(label)
+        targets = entities_of(label)
         panels = []
         effects = {}
         for model, inputs in scored.items():

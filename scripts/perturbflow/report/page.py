@@ -20,6 +20,7 @@ from perturbflow import __version__
 from perturbflow.audit import CHECKS
 from perturbflow.benchmark.panel import FOLD
 from perturbflow.bootstrap import MIN_PERTURBATIONS
+from perturbflow.divisions import ROLES
 from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
 from perturbflow.files import atomic, read_json
 from perturbflow.report.cards import ModelCard, model_cards, place_of, read_table
@@ -42,7 +43,6 @@ from perturbflow.report.sections import (
     warranty_rows,
 )
 from perturbflow.report.verdicts import CalibrationTable, StrataTable, VerdictTable, calibration_table, strata_tables, verdict_table
-from perturbflow.splits import ROLES
 
 logger = logging.getLogger(__name__)
 

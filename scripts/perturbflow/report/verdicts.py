@@ -13,7 +13,7 @@ STRATA = {
     "reliability": "by how well two halves of a perturbation's cells agree",
     "effect_size": "by size of the measured effect",
     "n_cells": "by number of measured cells scored",
-    "members_seen": "by how many of the perturbed genes training knew alone",
+    "members_seen": "by how many of the perturbed genes or compounds training knew alone",
 }
 MODELS_OF_STRATA = 6
 

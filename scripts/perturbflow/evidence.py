@@ -1,0 +1,189 @@
+"""What training reads of one split, and the checks of its roles: nothing that is held out has a cell in training."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from perturbflow.divisions import ROLES, members_seen
+from perturbflow.splits import LABEL_KINDS, names_digest
+from perturbflow.symbols import CONTROL, GUIDE, SEPARATOR, at_dose, entities_of, entity_of, members_of, without_dose
+
+Findings = list[str]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What training reads of one split, and what it must follow from.
+
+    Attributes
+    ----------
+    split
+        Content of split.json.
+    pairs
+        pairs.h5ad.
+    screen
+        harmonized.h5ad: the cells of `pairs`, in the same order.
+    embeddings
+        Gene vectors, genes × dimensions.
+    """
+
+    split: dict
+    pairs: ad.AnnData
+    screen: ad.AnnData
+    embeddings: pd.DataFrame
+
+    @property
+    def holds_out_perturbations(self) -> bool:
+        """Whether perturbations are what is held out, rather than contexts or cells."""
+        return self.split["spec"]["kind"] in LABEL_KINDS
+
+    @cached_property
+    def counts(self) -> sparse.csr_matrix:
+        """Counts of all genes of the screen, cells × genes."""
+        counts = sparse.csr_matrix(self.screen.X)
+        counts.eliminate_zeros()
+        counts.sort_indices()
+        return counts
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """Counts per cell over all genes of the screen, (cells,)."""
+        return np.asarray(self.counts.sum(axis=1)).ravel()
+
+    @cached_property
+    def is_train(self) -> np.ndarray:
+        """Mask of training cells."""
+        return (self.pairs.obs["role"] == "train").to_numpy()
+
+    @property
+    def held_out(self) -> list[str]:
+        """Perturbations of validation and test."""
+        return [label for role in ("validation", "test") for label in self.split["perturbations"][role]]
+
+    @property
+    def trained(self) -> list[str]:
+        """Perturbations of training."""
+        return self.split["perturbations"]["train"]
+
+    def gene_of(self, member: str) -> str:
+        """Return the measured gene that a member is a guide of, at the member's dose; any other member as it is."""
+        name, dose = without_dose(member)
+        match = GUIDE.fullmatch(name)
+        is_guide = match and name not in self.screen.var_names and match["gene"] in self.screen.var_names
+        return at_dose(match["gene"], dose) if match and is_guide else member
+
+
+def roles_are_disjoint(evidence: Evidence) -> Findings:
+    """No cell has two roles; where perturbations are held out, no perturbation has, whatever the order of its members."""
+    split, found = evidence.split, []
+    for i, first in enumerate(ROLES):
+        for second in ROLES[i + 1 :]:
+            sets = [{SEPARATOR.join(sorted(members_of(label))) for label in split["perturbations"][role]} for role in (first, second)]
+            if evidence.holds_out_perturbations and (shared := sorted(sets[0] & sets[1])):
+                found.append(f"perturbations in both {first} and {second}: {', '.join(shared[:5])}")
+            if shared := sorted(set(split["cells"][first]) & set(split["cells"][second])):
+                found.append(f"{len(shared)} cells in both {first} and {second}, for example {shared[0]}")
+    return found
+
+
+def labels_are_canonical(evidence: Evidence) -> Findings:
+    """Members of every label are sorted, so that A+B and B+A cannot part ways."""
+    labels = evidence.pairs.obs["perturbation"].unique()
+    wrong = [label for label in labels if label != CONTROL and members_of(label) != sorted(set(members_of(label)))]
+    return [f"labels with unsorted or repeated members: {', '.join(wrong[:5])}"] if wrong else []
+
+
+def roles_of_cells_agree(evidence: Evidence) -> Findings:
+    """Every cell has the role that the split gives it, and that its perturbation may have."""
+    split, obs, found = evidence.split, evidence.pairs.obs, []
+    roles = obs["role"].astype(str)
+    for role in ROLES:
+        allowed = {*split["perturbations"][role], CONTROL}
+        strangers = sorted(set(obs.loc[roles == role, "perturbation"].astype(str)) - allowed)
+        if strangers:
+            found.append(f"cells of {', '.join(strangers[:5])} have the role {role}, which the split does not give them")
+        if names_digest(obs.index[roles == role].tolist()) != split["sha256"][role]["cells"]:
+            found.append(f"the cells with the role {role} are not those of the split")
+    return found
+
+
+def held_out_genes_are_unseen(evidence: Evidence) -> Findings:
+    """In unseen_perturbation, no gene or compound of a held-out single occurs in any training perturbation, at whatever dose."""
+    if evidence.split["spec"]["kind"] != "unseen_perturbation":
+        return []
+    seen = {name for label in evidence.trained for name in entities_of(label)}
+    leaked = sorted({label for label in evidence.held_out if len(members_of(label)) == 1 and entity_of(label) in seen})
+    return [f"held-out genes or compounds that training holds, alone or in a combination: {', '.join(leaked[:5])}"] if leaked else []
+
+
+def held_out_combinations_are_unseen(evidence: Evidence) -> Findings:
+    """In unseen_combination, no held-out combination is in training at other doses."""
+    if evidence.split["spec"]["kind"] != "unseen_combination":
+        return []
+    seen = {tuple(entities_of(label)): label for label in evidence.trained if len(members_of(label)) > 1}
+    leaked = [f"{label} and {seen[pair]}" for label in evidence.held_out if (pair := tuple(entities_of(label))) in seen]
+    return [f"combinations, one held out and one in training, that differ by dose alone: {', '.join(leaked[:5])}"] if leaked else []
+
+
+def held_out_doses_lie_among_others(evidence: Evidence) -> Findings:
+    """In unseen_dose, training holds another dose of the compound of every held-out single, and the held-out dose in no combination."""
+    if evidence.split["spec"]["kind"] != "unseen_dose":
+        return []
+    seen = {member for label in evidence.trained for member in members_of(label)}
+    alone = {entity_of(label) for label in evidence.trained if len(members_of(label)) == 1}
+    singles = [label for label in evidence.held_out if len(members_of(label)) == 1]
+    found = []
+    if leaked := sorted(set(singles) & seen):
+        found.append(f"held-out doses that training holds in a combination: {', '.join(leaked[:5])}")
+    if unknown := sorted({label for label in singles if entity_of(label) not in alone}):
+        found.append(f"held-out doses of compounds that training holds no dose of: {', '.join(unknown[:5])}")
+    return found
+
+
+def members_seen_are_told(evidence: Evidence) -> Findings:
+    """The split says of every held-out perturbation how many of its genes or compounds training holds alone, at whatever dose."""
+    if not evidence.holds_out_perturbations:
+        return []
+    expected, told = members_seen(evidence.held_out, evidence.trained), evidence.split["members_seen"]
+    wrong = sorted(label for label, n in expected.items() if told.get(label) != n)
+    return (
+        [f"members_seen is wrong for {', '.join(f'{label} ({told.get(label)} for {expected[label]})' for label in wrong[:5])}"]
+        if wrong
+        else []
+    )
+
+
+def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
+    """A gene's guides are no perturbations of their own: none is held out while training holds another."""
+    if not evidence.holds_out_perturbations:
+        return []
+
+    def perturbed(label: str) -> str:
+        return SEPARATOR.join(sorted({evidence.gene_of(member) for member in members_of(label)}))
+
+    trained = {perturbed(label): label for label in evidence.trained}
+    shared = [f"{label} and {trained[perturbed(label)]}" for label in evidence.held_out if trained.get(perturbed(label), label) != label]
+    if evidence.split["spec"]["kind"] == "unseen_perturbation":  # alone or in a combination, a gene is seen or it is not
+        names = {name for label in evidence.trained for name in entities_of(label)}
+        guide = {evidence.gene_of(name): name for name in names}
+        unseen = [(label, name) for label in evidence.held_out for name in entities_of(label) if name not in names]
+        shared += [f"{label} and {guide[gene]}" for label, name in unseen if (gene := evidence.gene_of(name)) in guide]
+    return (
+        [f"guides of one gene, one held out and one in training: {', '.join(dict.fromkeys(shared[:5]))}; label cells by gene"]
+        if shared
+        else []
+    )
+
+
+def held_out_contexts_are_unseen(evidence: Evidence) -> Findings:
+    """In unseen_context, training and validation hold no cell of a held-out context, controls included, and test no other."""
+    if evidence.split["spec"]["kind"] != "unseen_context":
+        return []
+    covariate, held_out = evidence.split["spec"]["covariate"], evidence.split["contexts"]["test"]
+    is_test = (evidence.pairs.obs["role"] == "test").to_numpy()
+    wrong = evidence.screen.obs[covariate].astype(str).isin(held_out).to_numpy() != is_test
+    return [f"{wrong.sum()} cells are on the wrong side of the held-out {covariate} {', '.join(held_out)}"] if wrong.any() else []
