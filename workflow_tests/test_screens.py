@@ -97,6 +97,13 @@ def test_every_cell_and_gene_becomes_what_it_has_to(name: str, harmonized_screen
 
 
 @pytest.mark.parametrize("name", FIXTURES)
+def test_labels_of_a_registered_screen_raise_no_false_alarm(name: str, harmonized_screen: Callable) -> None:
+    told = harmonized_screen(name).account["perturbations"]
+    assert told["not_split"] == {}
+    assert told["looks_like_control"] == {}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
 def test_declared_covariates_are_found_and_controls_are_in_every_context(name: str, harmonized_screen: Callable) -> None:
     obs, declared = harmonized_screen(name).adata.obs, REGISTRY[name]["covariates"]
     assert "cell_type" in declared
