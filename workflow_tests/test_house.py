@@ -23,7 +23,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ORDER = (
     ("origins", "registry"),
     ("download",),
-    ("sources", "triplets", "recipes", "annotation", "counts", "harmonize"),
+    ("sources", "triplets", "recipes", "organism", "annotation", "efficacy", "counts", "harmonize"),
     ("splits",),
     ("pairs",),
     ("priors",),

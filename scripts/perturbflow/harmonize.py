@@ -13,6 +13,8 @@ import pandas as pd
 
 from perturbflow import __version__
 from perturbflow.annotation import (
+    ENSEMBL_COLUMNS,
+    SYMBOL_COLUMNS,
     ambiguous,
     canonical_labels,
     check_shape,
@@ -23,9 +25,11 @@ from perturbflow.annotation import (
     is_wanted,
     schema_obs,
 )
-from perturbflow.counts import Genes, screen_counts, within_limits, write_counts
+from perturbflow.counts import Genes, Screened, limits_on, screen_counts, within_limits, write_counts
+from perturbflow.efficacy import DIRECTIONS, OwnGenes
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, manifest_files, read_json, remove_leftovers, write_json
+from perturbflow.organism import genomes, mitochondrial, other_organism, why_no_mitochondrial
 from perturbflow.recipes import open_by_recipe
 from perturbflow.sources import SomeGenes, Source, open_source
 from perturbflow.symbols import CONTROL, members_of
@@ -37,14 +41,19 @@ def _merged_genes(genes: pd.DataFrame, organism: str) -> tuple[Genes, pd.DataFra
     """Return how genes of one symbol become one, and the table of unique genes."""
     codes, unique = pd.factorize(genes["gene_name"])
     joined = genes.groupby(codes)["original_name"].agg("; ".join)
-    genes = genes.drop_duplicates("gene_name").set_index(pd.Index(unique))
+    is_mt = np.bincount(codes, mitochondrial(genes, organism), len(unique)) > 0
+    genes = genes.drop_duplicates("gene_name").set_index(pd.Index(unique)).drop(columns="source_name")
     genes["original_name"] = joined.to_numpy()
-    is_mt = genes.index.str.startswith("mt-" if organism == "mouse" else "MT-")
     return Genes(codes, is_mt), genes
 
 
-def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path) -> tuple[dict[str, int], dict[str, int]]:
+def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: str) -> tuple[dict[str, int], dict[str, int]]:
     """Return the cells per perturbation of those that have enough, control included, and of those that have too few.
+
+    Parameters
+    ----------
+    lost
+        Which limits drop controls, for messages.
 
     Raises
     ------
@@ -54,10 +63,10 @@ def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path) -> tupl
     n_cells = perturbation.value_counts()
     n_cells = {label: int(n) for label, n in n_cells[n_cells > 0].items()}
     n_controls = n_cells.get(CONTROL, 0)
-    if not n_controls:
-        raise InputError(f"{path}: quality control leaves no control cells. Lower the limits under qc in the dataset's block.")
     if n_controls < max(limit, 3):
-        raise InputError(f"{path}: only {n_controls} control cells are left; at least {max(limit, 3)} are needed to measure an effect.")
+        left = f"only {n_controls} control cells are left" if n_controls else "quality control leaves no control cells"
+        remedy = f" Of the controls, {lost}, under qc in the dataset's block." if lost else ""
+        raise InputError(f"{path}: {left}; at least {max(limit, 3)} are needed to measure an effect.{remedy}")
     too_few = {label: n for label, n in n_cells.items() if n < limit and label != CONTROL}
     kept = {label: n for label, n in n_cells.items() if label not in too_few}
     if len(kept) < 2:
@@ -90,6 +99,61 @@ def _provenance(raw: Path, files: dict[str, Path]) -> dict:
 def _rows_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
     """Return some rows of a table; the table itself where these are all, for two million cells of obs are half a gigabyte."""
     return table if len(rows) == len(table) else table.iloc[rows]
+
+
+def _chosen_genes(source: Source, dataset: dict, dropped: Counter, warnings: list[str]) -> tuple[Source, pd.DataFrame]:
+    """Return the source with the wanted genes of the declared organism, and their table; count the others by reason.
+
+    Raises
+    ------
+    InputError
+        If the genes evidently are those of another organism.
+    """
+    path, organism = source.files[0], dataset["organism"]
+    of_genome, prefixes = genomes(source.var, (*ENSEMBL_COLUMNS, *SYMBOL_COLUMNS))
+    if prefixes:
+        is_own = np.isin(of_genome, (organism, ""))
+        if not (of_genome == organism).any():
+            raise InputError(
+                f"{path}: gene names begin with {' and '.join(prefixes)}, and organism is {organism}. Set the organism in the dataset's block."
+            )
+        warnings.append(f"gene names begin with {' and '.join(prefixes)}: the prefixes are left out.")
+        if not is_own.all():
+            dropped["other_genome"] = int((~is_own).sum())
+            warnings[-1] += f" {dropped['other_genome']:,} genes of the other genome are dropped; organism is {organism}."
+            source = SomeGenes(source, np.flatnonzero(is_own))
+    genes = gene_table(source.var, dataset)
+    if "gene_pattern" in dataset:
+        wanted = np.flatnonzero(is_wanted(genes, dataset["gene_pattern"], path))
+        dropped["gene_pattern"] = len(genes) - len(wanted)
+        source, genes = SomeGenes(source, wanted), genes.iloc[wanted].reset_index(drop=True)
+    if reason := other_organism(genes, organism):
+        raise InputError(f"{path}: organism is {organism}, but {reason}")
+    return source, genes
+
+
+def _own_genes(screened: Screened, dataset: dict, qc: dict, path: Path, warnings: list[str]) -> tuple[np.ndarray, dict[str, int], dict]:
+    """Return which of the cells within the limits changed enough in their own genes, how many did not, and the account of it.
+
+    Raises
+    ------
+    InputError
+        If a limit cannot be met.
+    """
+    direction = DIRECTIONS.get(dataset["perturbation_type"], "")
+    limits = {name: qc.get(name) for name in ("min_efficacy", "min_cell_efficacy")}
+    for name, limit in limits.items():
+        if limit is not None and direction == "down" and limit > 1:
+            raise InputError(f"{path}: qc.{name} = {limit}: a knock-down takes at most all of it, 1. Lower it in the dataset's block.")
+        if limit is not None and not direction:
+            warnings.append(f"qc.{name} drops nothing: where {dataset['perturbation_type']} takes a gene is not known.")
+    found = screened.own.efficacy(direction)
+    passes, dropped = screened.own.passes(found, direction, *(limits.values() if direction else (None, None)))
+    told: dict[str, dict] = {}
+    for row in found.to_dict("records"):
+        numbers = {name: float(f"{row[name]:.4g}") for name in ("expected", "ratio", "low", "high")}
+        told.setdefault(row["label"], {})[row["member"]] = {"cells": row["cells"], **numbers, "is_told": row["is_told"]}
+    return passes, dropped, {"direction": direction, "perturbations": told}
 
 
 def _chosen_cells(
@@ -132,7 +196,8 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     harmonized
         AnnData to be written: X raw UMI counts (CSR float32, integer-valued), obs and var as in config/README.md.
     report
-        JSON to be written: cells, genes and perturbations kept, dropped and renamed, by reason.
+        JSON to be written: cells, genes and perturbations kept, dropped and renamed, by reason; how perturbed genes changed (`efficacy`);
+        and what a reader should know (`warnings`).
     name, dataset, qc
         The dataset's name, its block and its limits of quality control.
     threads
@@ -152,13 +217,10 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     if note := dataset.get("note"):
         logger.warning("%s: %s", name, note)
     check_shape(n_source, dataset, path)
-    source_genes = gene_table(source.var, dataset)
     dropped: Counter[str] = Counter()
     dropped_genes: Counter[str] = Counter()
-    if "gene_pattern" in dataset:
-        wanted = np.flatnonzero(is_wanted(source_genes, dataset["gene_pattern"], path))
-        dropped_genes["gene_pattern"] = len(source_genes) - len(wanted)
-        source, source_genes = SomeGenes(source, wanted), source_genes.iloc[wanted].reset_index(drop=True)
+    warnings: list[str] = []
+    source, source_genes = _chosen_genes(source, dataset, dropped_genes, warnings)
     harmonized.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(harmonized)
     source.threads, source.scratch = threads, harmonized.parent
@@ -168,18 +230,26 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         source_genes.loc[source_genes["gene_name"] != source_genes["original_name"], ["original_name", "gene_name"]].to_numpy()
     )
     genes, var = _merged_genes(source_genes, dataset["organism"])
+    if qc["max_pct_mt"] is not None and not genes.is_mt.any():
+        warnings.append(f"qc.max_pct_mt = {qc['max_pct_mt']} drops nothing: {why_no_mitochondrial(source_genes)}.")
+    is_drug = dataset["perturbation_type"] == "drug"
 
     with ThreadPoolExecutor(1) as beside:
         described = beside.submit(_provenance, raw, files)
-        screened = screen_counts(source, rows, genes, qc)
+        screened = screen_counts(source, rows, genes, qc, OwnGenes.of(obs, var.index[:0] if is_drug else var.index))
         provenance = described.result()
     is_within, dropped_by_limit = within_limits(screened, qc, path)
     dropped.update(dropped_by_limit)
+    is_effective, dropped_by_efficacy, efficacy = _own_genes(screened, dataset, qc, path, warnings)
+    dropped.update(dropped_by_efficacy)
     perturbation = obs["perturbation"][is_within]
-    kept, too_few = _rare_perturbations(perturbation, qc["min_cells_per_perturbation"] or 0, path)
-    is_kept = ~perturbation.isin(list(too_few)).to_numpy()
+    lost = limits_on(obs["is_control"].to_numpy(), screened, qc)
+    kept, too_few = _rare_perturbations(perturbation[is_effective], qc["min_cells_per_perturbation"] or 0, path, lost)
+    is_rare = perturbation.isin(list(too_few)).to_numpy()
+    is_kept = is_effective & ~is_rare
     if too_few:
-        dropped["qc.min_cells_per_perturbation"] = int((~is_kept).sum())
+        dropped["qc.min_cells_per_perturbation"] = int((is_effective & is_rare).sum())
+    left_out = {**perturbation[~is_effective & ~perturbation.isin(list(kept))].value_counts(), **too_few}
     obs = _rows_of(obs, np.flatnonzero(is_within)[is_kept])
     is_seen = np.ones(len(var), bool)
     if qc["min_cells_per_gene"] is not None:
@@ -189,10 +259,12 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         dropped_genes["qc.min_cells_per_gene"] = int((~is_seen).sum())
     var = var[is_seen]
     is_human = dataset["organism"] == "human"
-    perturbed = {gene for label in kept for gene in members_of(label)} if dataset["perturbation_type"] != "drug" else set()
+    perturbed = set() if is_drug else {gene for label in kept for gene in members_of(label)}
     contradictions = contradicting(var) if is_human else {}
     if len(contradictions) > 0.05 * len(var):
-        logger.warning("%s: names and Ensembl ids of %d genes contradict one another; are they shifted?", path, len(contradictions))
+        warnings.append(f"names and Ensembl ids of {len(contradictions):,} genes contradict one another; are they shifted?")
+    for warning in warnings:
+        logger.warning("%s: %s", path, warning)
 
     account = {
         "dataset": name,
@@ -202,9 +274,11 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         "cells": {"source": n_source[0], "kept": len(obs), "dropped": dict(dropped)},
         "genes": {"source": n_source[1], "kept": len(var), "dropped": dict(dropped_genes), "merged": len(source_genes) - len(genes.is_mt),
                   "renamed": renamed_genes, "contradicting": contradictions},
-        "perturbations": {"kept": kept, "dropped": too_few, "renamed": renamed_labels,
+        "perturbations": {"kept": kept, "dropped": {label: int(n) for label, n in left_out.items() if n}, "renamed": renamed_labels,
                           "not_measured": sorted(perturbed - set(var.index))},
         "ambiguous": ambiguous(sorted({*perturbed, *var.index})) if is_human else {},
+        "efficacy": efficacy,
+        "warnings": warnings,
         "qc": qc,
         "versions": {name: version(name) for name in ("anndata", "h5py", "scanpy")} | {"perturbflow": __version__},
     }  # fmt: skip
