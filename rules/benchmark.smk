@@ -4,6 +4,10 @@ rule benchmark:
         metrics=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv"
         ),
+        qualities=collect(
+            "results/{dataset}/quality.tsv",
+            dataset=plan.runs["dataset"].unique(),
+        ),
         again=again("benchmark"),
     output:
         benchmark=report(

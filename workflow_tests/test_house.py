@@ -31,7 +31,7 @@ ORDER = (
     ("models", "training", "prediction"),
     ("evaluation", "bootstrap", "benchmark"),
     ("counterfactuals",),
-    ("report",),
+    ("report", "quality"),
     ("listing", "api", "command"),
 )
 # These hold no step: all may import them, and they import only one another.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from perturbflow.symbols import CONTROL, members_of, without_dose
-
-logger = logging.getLogger(__name__)
 
 DIRECTIONS = {"CRISPRi": "down", "CRISPRko": "down", "CRISPRcas13": "down", "CRISPRa": "up"}
 """Where a kind of perturbation takes its own gene."""
@@ -73,7 +71,7 @@ class OwnGenes:
         nth = np.arange(len(cell)) - np.repeat(np.cumsum(n) - n, n)
         return cell, (np.cumsum(self.n_pairs) - self.n_pairs)[label[cell]] + nth
 
-    @property
+    @cached_property
     def place(self) -> np.ndarray:
         """Place in `genes` per pair."""
         return np.array([place for _, _, place in self.pairs], np.int64)
