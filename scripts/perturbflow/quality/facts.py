@@ -101,14 +101,14 @@ def findings(table: pd.DataFrame, batches: pd.DataFrame, efficacy: dict) -> list
            "Every batch and cell type with perturbed cells has some."))  # fmt: skip
     told = table[table["ratio"].notna()] if "ratio" in table else table.iloc[:0]
     if efficacy["direction"]:
-        down = efficacy["direction"] == "down"
+        down, untold = efficacy["direction"] == "down", "not measured, or too few molecules"
         reached = int((told["ratio_high"] < 1).sum() if down else (told["ratio_low"] > 1).sum())
         say("on target", 2 * len(told) >= n and reached >= 0.8 * len(told),
             f"Own genes go {efficacy['direction']}, beyond chance, in {_share(reached, len(told))} perturbations; the median level is "
-            f"{told['ratio'].median():.2f} of the controls'. Of {n - len(told):,} it cannot be told: not measured, or too few molecules."
-            if len(told) else "Of no perturbation it can be told whether its own gene changed: not measured, or too few molecules.")  # fmt: skip
+            f"{told['ratio'].median():.2f} of the controls'." + (f" Of {n - len(told):,} it cannot be told: {untold}." if len(told) < n else "")
+            if len(told) else f"Of no perturbation it can be told whether its own gene changed: {untold}.")  # fmt: skip
     tested = table[table["responds"].notna()]
-    n_responds = int((tested["responds"] == True).sum())  # noqa: E712  a column of True, False and missing
+    n_responds = int(tested["responds"].eq(True).sum())
     say("response", len(tested) > 0 and n_responds >= 0.5 * len(tested),
         f"{_share(n_responds, len(tested))} perturbations differ from their controls by energy distance (Holm-adjusted p below {ALPHA})."
         + (f" {n - len(tested):,} were not tested: fewer than {LEAST_CELLS} cells with controls." if len(tested) < n else ""))  # fmt: skip
@@ -146,7 +146,7 @@ def summary(name: str, obs: pd.DataFrame, table: pd.DataFrame, batches: pd.DataF
         "direction": account["efficacy"]["direction"],
         "batches": batches.astype({"batch": str, "cell_type": str}).to_dict("records"),
         "response": {
-            "n_tested": len(tested), "n_responds": int((tested == True).sum()), "alpha": ALPHA, "n_permutations": N_PERMUTATIONS,  # noqa: E712
+            "n_tested": len(tested), "n_responds": int(tested.eq(True).sum()), "alpha": ALPHA, "n_permutations": N_PERMUTATIONS,
             "cells_per_perturbation": CELLS_PER_PERTURBATION,
         },
         "not_scorable": {str(label): str(why) for label, why in table["not_scorable"].items() if why},

@@ -216,5 +216,5 @@ def responses(sample: Sample) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=columns).set_index("perturbation")
     table["p_adjusted"] = holm(table["p_value"].to_numpy(float))
     table["responds"] = (table["p_adjusted"] < ALPHA).astype(object).where(table["p_adjusted"].notna())
-    table["escaping"] = table["escaping"].where(table["responds"] == True)  # noqa: E712  missing is neither
+    table["escaping"] = table["escaping"].where(table["responds"].eq(True))
     return table

@@ -42,7 +42,7 @@ def _logarithmic(axes: Axes, which: Literal["x", "y"], low: float, high: float) 
 @mpl.rc_context(STYLE)
 def _cells_figure(n_cells: np.ndarray) -> Figure:
     figure, axes = new_axes(3.6, 2.2, left=0.55)
-    edges = np.geomspace(max(n_cells.min(), 1), n_cells.max() + 1, 25)
+    edges = np.geomspace(0.8 * n_cells.min(), 1.25 * n_cells.max(), 25)
     axes.hist(n_cells, edges.tolist(), color=PERTURBED, alpha=0.8)
     axes.axvline(np.median(n_cells), color=INK, linewidth=1, linestyle="--")
     _logarithmic(axes, "x", edges[0], edges[-1])
@@ -96,12 +96,14 @@ def _own_genes_figure(table: pd.DataFrame) -> Figure:
 @mpl.rc_context(STYLE)
 def _response_figure(table: pd.DataFrame) -> Figure:
     figure, axes = new_axes(3.6, 2.2, left=0.55)
-    responds = table["responds"].to_numpy() == True  # noqa: E712  a column of True, False and missing
+    responds = table["responds"].eq(True).to_numpy()
     for is_shown, colour, name in ((~responds, MUTED, "like controls"), (responds, COLOURS[2], "responds")):
         axes.plot(table["n_cells"][is_shown], table["energy_distance"][is_shown], "o", color=colour, markersize=3, alpha=0.7, label=name)
     _logarithmic(axes, "x", table["n_cells"].min(), table["n_cells"].max())
-    axes.set_yscale("symlog", linthresh=max(float(table["energy_distance"].abs().median()), 1e-6))
-    axes.yaxis.set_major_formatter("{x:g}")
+    middle, highest = (float(value) for value in table["energy_distance"].abs().quantile([0.5, 1]))
+    if highest > 20 * middle > 0:
+        axes.set_yscale("symlog", linthresh=middle)
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("cells of a perturbation")
     axes.set_ylabel("energy distance")
     axes.legend(frameon=False, fontsize=7, loc="best", handlelength=1)
