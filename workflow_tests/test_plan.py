@@ -350,7 +350,7 @@ def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
         *[results / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")],
         results / "report.html",
         results / "mine" / "harmonized.h5ad",
-        results / "mine" / "harmonization.json",
+        *[results / "mine" / name for name in ("harmonization.json", "quality.tsv", "quality.json", "quality.html")],
     ]
     expected += [split / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")]
     expected += [
