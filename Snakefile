@@ -5,6 +5,7 @@ Path grammar, with five wildcards only (dataset, split, model, seed, and query f
   resources/{dataset}/raw/manifest.json                                what was retrieved, beside the files themselves
   resources/{dataset}/embedding.parquet                                vectors of genes, where the name is that of a prior
   results/{dataset}/harmonized.h5ad, harmonization.json                one schema for all; what was dropped and why
+  results/{dataset}/quality.tsv, quality.json, quality.html            what is to be known of a screen before any training
   results/{dataset}/{split}/split.json                                 perturbations and cells per role
   results/{dataset}/{split}/pairs.h5ad, embeddings.parquet, audit.json what models train on, and the proof that nothing leaked
   results/{dataset}/{split}/{model}/seed_{seed}/model.npz|.ckpt, run.json, predictions.h5ad, metrics.tsv
@@ -26,6 +27,7 @@ include: "rules/common.smk"
 include: "rules/download.smk"
 include: "rules/prior.smk"
 include: "rules/harmonize.smk"
+include: "rules/quality.smk"
 include: "rules/split.smk"
 include: "rules/pair.smk"
 include: "rules/embeddings.smk"
@@ -39,12 +41,18 @@ include: "rules/report.smk"
 
 
 rule data:
-    """The selected screens, harmonized, and the priors of their genes."""
+    """The selected screens, harmonized and described, and the priors of their genes."""
     input:
         collect(
             "results/{dataset}/{file}",
             dataset=plan.datasets,
-            file=["harmonized.h5ad", "harmonization.json"],
+            file=[
+                "harmonized.h5ad",
+                "harmonization.json",
+                "quality.tsv",
+                "quality.json",
+                "quality.html",
+            ],
         ),
         collect("resources/{prior}/embedding.parquet", prior=plan.priors),
     localrule: True

@@ -5,6 +5,10 @@ rule benchmark:
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv"
         ),
         audits=per_split("results/{run.dataset}/{run.split}/audit.json"),
+        qualities=collect(
+            "results/{dataset}/quality.tsv",
+            dataset=plan.datasets,
+        ),
         again=again("benchmark"),
     output:
         benchmark=report(

@@ -1,6 +1,11 @@
 rule report:
     """Write one self-contained page that a biologist can read."""
     input:
+        # Read beside quality.json.
+        collect(
+            "results/{dataset}/quality.tsv",
+            dataset=plan.runs["dataset"].unique(),
+        ),
         benchmark="results/benchmark.tsv",
         calibration="results/calibration.tsv",
         comparisons="results/comparisons.tsv",
@@ -15,6 +20,10 @@ rule report:
         ),
         harmonizations=collect(
             "results/{dataset}/harmonization.json",
+            dataset=plan.runs["dataset"].unique(),
+        ),
+        qualities=collect(
+            "results/{dataset}/quality.json",
             dataset=plan.runs["dataset"].unique(),
         ),
         splits=per_split("results/{run.dataset}/{run.split}/split.json"),

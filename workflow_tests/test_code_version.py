@@ -21,6 +21,7 @@ from perturbflow.counterfactuals.figures import draw
 from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.evaluation import evaluate
 from perturbflow.prediction import predict
+from perturbflow.quality import quality
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 from perturbflow.training import train
@@ -490,9 +491,14 @@ def test_all_that_scores_is_counted(prepared: dict[str, Prepared], tmp_path: Pat
             evaluate(folder / "predictions.h5ad", here.pairs, here.split, metrics[-1], provenance)
         assert {"evaluate", "auprc", "sinkhorn_w2"} <= {code.co_name for code in codes}
         assert not outside(codes, entry_point("evaluate"))
+    described = [tmp_path / name for name in ("quality.tsv", "quality.json", "quality.html")]
+    with functions_run() as codes:
+        quality(here.harmonized, here.harmonization, *described)
+    assert {"quality", "escaping", "screen_section"} <= {code.co_name for code in codes}
+    assert not outside(codes, entry_point("quality"))
     tables = [tmp_path / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")]
     with functions_run() as codes:
-        benchmark(metrics, {name: name for name in models}, *tables)
+        benchmark(metrics, {name: name for name in models}, *tables, described[:1])
     assert {"benchmark", "judge"} <= {code.co_name for code in codes}
     assert not outside(codes, entry_point("benchmark"))
 

@@ -128,7 +128,7 @@ def test_second_run_plans_nothing(default_job: tuple, snakemake: Callable) -> No
 
 # What `snakemake --report` shows; cells, models and predictions are too large for a page.
 SHOWN = (
-    "*.tsv", "report.html", "*/harmonization.json", "*/*/split.json", "*/*/audit.json", "*/*/*/*/run.json", "*/*/*/*/metrics.tsv",
+    "*.tsv", "report.html", "*/harmonization.json", "*/quality.tsv", "*/quality.html", "*/*/split.json", "*/*/audit.json", "*/*/*/*/run.json", "*/*/*/*/metrics.tsv",
     "*/*/*/*/warranty.json", "*/*/*/*/counterfactuals/*.tsv", "*/*/*/*/counterfactuals/*.png",
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ORDER = (
     ("origins", "registry"),
     ("download",),
-    ("sources", "recipes", "controls", "separators", "doses", "annotation", "features", "counts", "harmonize"),
+    ("sources", "recipes", "controls", "separators", "doses", "organism", "annotation", "features", "efficacy", "counts", "harmonize"),
     ("divisions", "split_files", "splits"),
     ("pairs",),
     ("priors",),
@@ -31,7 +31,7 @@ ORDER = (
     ("models", "training", "prediction"),
     ("evaluation", "bootstrap", "benchmark"),
     ("counterfactuals",),
-    ("report",),
+    ("report", "quality"),
     ("listing", "api", "command"),
 )
 # These hold no step: all may import them, and they import only one another.

@@ -60,7 +60,7 @@ def test_the_blocked_environment_blocks(light: dict[str, str]) -> None:
 
 def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str, str], tmp_path: Path) -> None:
     assert plan_in(tmp_path, light).jobs == {
-        "download": 1, "harmonize": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2,
+        "download": 1, "harmonize": 1, "quality": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2,
         "train_closed_form": 19, "train_diffusion": 4, "train_jepa": 2, "train_counterfactual": 2,
         "predict": 27, "evaluate": 27, "warranty": 8, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
@@ -72,7 +72,7 @@ def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, 
     outcome = plan_in(tmp_path, light, {"select": {name: list(config[name]) for name in ("datasets", "splits", "models")}})
     # 26 screens divide in 49 ways; `transfer` serves the 15 of them that hold out a context, the other 24 models all.
     assert outcome.jobs == {
-        "download": 26, "harmonize": 26, "split": 49, "pair": 49, "embeddings": 49, "audit": 49,
+        "download": 26, "harmonize": 26, "quality": 26, "split": 49, "pair": 49, "embeddings": 49, "audit": 49,
         "train_closed_form": 799, "train_diffusion": 98, "train_jepa": 245, "train_counterfactual": 49,
         "predict": 1191, "evaluate": 1191, "warranty": 392, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
@@ -96,7 +96,7 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
         "counterfactuals": ["why"],
     }
     assert plan_in(tmp_path, light, config).jobs == {
-        "harmonize": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "train_closed_form": 8, "predict": 8, "evaluate": 8,
+        "harmonize": 1, "quality": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "train_closed_form": 8, "predict": 8, "evaluate": 8,
         "warranty": 2, "counterfactual": 2, "draw": 2, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
@@ -104,7 +104,7 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
 @pytest.mark.parametrize(
     ("target", "last", "absent"),
     [
-        ("data", {"harmonize": 1}, "split"),
+        ("data", {"harmonize": 1, "quality": 1}, "split"),
         ("pairs", {"pair": 1, "audit": 1}, "train_closed_form"),
         ("trained", {"train_closed_form": 5}, "predict"),
         ("evaluated", {"evaluate": 5}, "benchmark"),
@@ -196,6 +196,7 @@ def test_the_rulegraph_follows_the_data(tmp_path: Path) -> None:
     order = [
         "download",
         "harmonize",
+        "quality",
         "split",
         "pair",
         "embeddings",
@@ -212,6 +213,8 @@ def test_the_rulegraph_follows_the_data(tmp_path: Path) -> None:
     assert {
         ("download", "harmonize"),
         ("harmonize", "split"),
+        ("harmonize", "quality"),
+        ("quality", "benchmark"),
         ("pair", "embeddings"),
         ("audit", "train_diffusion"),
         ("report", "all"),
@@ -347,7 +350,7 @@ def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
         *[results / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")],
         results / "report.html",
         results / "mine" / "harmonized.h5ad",
-        results / "mine" / "harmonization.json",
+        *[results / "mine" / name for name in ("harmonization.json", "quality.tsv", "quality.json", "quality.html")],
     ]
     expected += [split / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")]
     expected += [
@@ -471,7 +474,7 @@ def test_another_content_of_the_screen_plans_everything(finished: Finished) -> N
     finally:
         finished.screen.write_bytes(content)
     assert jobs == {
-        "harmonize": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
+        "harmonize": 1, "quality": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
         "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING,
     }  # fmt: skip
     assert finished.planned() == {}
@@ -549,7 +552,7 @@ def test_a_copied_folder_is_current_and_is_not_believed_where_something_changed(
     assert here.planned() == {}
     here.config["datasets"]["mine"]["qc"]["min_counts"] = 100
     everything = {
-        "harmonize": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
+        "harmonize": 1, "quality": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
         "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING,
     }  # fmt: skip
     assert here.planned() == everything

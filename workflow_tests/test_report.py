@@ -23,6 +23,7 @@ from perturbflow.benchmark.verdicts import telling
 from perturbflow.evaluation import METRICS, evaluate
 from perturbflow.files import read_json, write_json
 from perturbflow.prediction import predict
+from perturbflow.quality import quality
 from perturbflow.registry.families import FAMILIES, Family
 from perturbflow.report import leaderboard, report
 from perturbflow.report.cards import ModelCard
@@ -87,6 +88,7 @@ class Tree:
             "metrics": [path.with_name("metrics.tsv") for path in runs],
             "predictions": [path.with_name("predictions.h5ad") for path in runs],
             "harmonizations": [self.folder / "mine" / "harmonization.json"],
+            "qualities": [self.folder / "mine" / "quality.json"],
             **of_splits,
             "counterfactuals": [],
             "figures": [],
@@ -141,6 +143,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
     screen.write_h5ad(mine / "screen.h5ad")
     qc = {**OFF, "min_cells_per_perturbation": 10}
     harmonize.harmonize(mine / "screen.h5ad", mine / "harmonized.h5ad", mine / "harmonization.json", "mine", dataset_block(), qc)
+    quality(*[mine / name for name in ("harmonized.h5ad", "harmonization.json", "quality.tsv", "quality.json", "quality.html")])
     families = pytest.MonkeyPatch()
     families.setitem(FAMILIES, "learned", Family("base:Model", "learned", "train_learned"))
     for split, spec in SPECS.items():
@@ -154,7 +157,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
         audit.audit(mine / "harmonized.h5ad", *files.values())
         run_models(here, split)
     of_tree = Tree(folder)
-    benchmark(of_tree.arguments()["metrics"], MODELS, **{name: folder / f"{name}.tsv" for name in TABLES})
+    tables = {name: folder / f"{name}.tsv" for name in TABLES}
+    benchmark(of_tree.arguments()["metrics"], MODELS, **tables, qualities=[mine / "quality.tsv"])
     yield of_tree
     families.undo()
 
@@ -168,7 +172,8 @@ def page(tree: Tree) -> str:
 @pytest.fixture
 def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the time of most figures."""
-    monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", {"leaderboard": 1, "effects": 1, "training": 1, "counterfactuals": 100_000})
+    few = {"leaderboard": 1, "effects": 1, "training": 1, "counterfactuals": 100_000, "screens": 1}
+    monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", few)
 
 
 class Elements(HTMLParser):
@@ -305,7 +310,7 @@ def test_no_curve_is_drawn_of_closed_forms(tree: Tree, tmp_path: Path, few_figur
     arguments = tree.arguments()
     baselines = {name: [path for path in arguments[name] if "learned" not in path.parts] for name in ("runs", "metrics", "predictions")}
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
-    benchmark(baselines["metrics"], MODELS, **tables)
+    benchmark(baselines["metrics"], MODELS, **tables, qualities=[])
     page = tree.page(**baselines, **tables, report=tmp_path / "report.html")
     assert "No model of this run was trained in steps" in page
     assert "one of the best" in page  # the best baseline is drawn all the same
@@ -435,6 +440,7 @@ def test_sections_stand_in_the_order_of_reading(page: str) -> None:
         "leaderboard",
         "calibration",
         "strata",
+        "screens",
         "run",
         "effects",
         "perturbations",
@@ -480,7 +486,7 @@ def test_without_a_ceiling_nothing_is_calibrated_and_the_page_says_so(tree: Tree
         for name in ("runs", "metrics", "predictions")
     }
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
-    benchmark(some["metrics"], MODELS, **tables)
+    benchmark(some["metrics"], MODELS, **tables, qualities=[])
     page = tree.page(**some, **tables, report=tmp_path / "report.html")
     assert page.count("Nothing was calibrated") == len(SPECS)
 
@@ -500,7 +506,7 @@ def test_strata_have_a_table_per_kind_and_a_row_per_bin(tree: Tree, tmp_path: Pa
         order = table["perturbation"].rank(method="dense")
         table.assign(reliability=order / 100, effect_size=order).to_csv(metrics[-1], sep="\t", index=False)
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
-    benchmark(metrics, MODELS, **tables)
+    benchmark(metrics, MODELS, **tables, qualities=[])
     page = tree.page(metrics=metrics, **tables, report=tmp_path / "report.html")
     strata = pd.read_csv(tables["strata"], sep="\t").query("split == 'unseen_combination' and stratum == 'reliability'")
     assert len(strata) > 0
@@ -523,7 +529,7 @@ def test_folds_are_folded_below_what_pools_them(tree: Tree, tmp_path: Path, few_
         parts = [path.relative_to(tree.folder).parts for path in arguments[name]]
         moved[name] = [tmp_path.joinpath(dataset, renamed[split], *rest) for dataset, split, *rest in parts]
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
-    benchmark(moved["metrics"], MODELS, **tables)
+    benchmark(moved["metrics"], MODELS, **tables, qualities=[])
     page = tree.page(**moved, **tables, report=tmp_path / "report.html")
     for section in ("verdicts", "leaderboard", "calibration", "strata"):
         places = [page.index(f'<h3 id="{section}-mine-{name}">') for name in ("genes", "genes_fold_0", "genes_fold_1")]
@@ -648,11 +654,20 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
 
 
 def test_figures_beyond_the_budget_are_left_out_and_the_page_says_so(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", {"leaderboard": 1, "effects": 0, "training": 0, "counterfactuals": 0})
+    monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", {**dict.fromkeys(FIGURE_BYTES, 0), "leaderboard": 1})
     page = tree.page(report=tmp_path / "report.html")
     assert page.count("<svg") == 1
     assert f"{2 * len(HEADLINES) - 1} figures are left out here" in page
     assert "mine × unseen_combination is left out here" in page
+
+
+def test_the_section_on_a_screen_says_what_its_file_says(tree: Tree, page: str) -> None:
+    section = html.unescape(page[page.index('<h2 id="screens">') : page.index('<h2 id="run">')])
+    told = read_json(tree.folder / "mine" / "quality.json")
+    assert all(finding["text"] in section for finding in told["findings"])
+    table = pd.read_csv(tree.folder / "mine" / "quality.tsv", sep="\t")
+    assert section.count('<tr><th scope="row">') == len(told["findings"]) + len(table)
+    assert section.count("<svg") == 6
 
 
 def test_long_tables_keep_the_best_and_the_worst() -> None:
@@ -682,14 +697,19 @@ def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(tree: Tree, tmp_p
     run = read_json(origin / "additive" / "seed_0" / "run.json")
     account = read_json(tree.folder / "mine" / "harmonization.json")
     account["perturbations"]["dropped"] = {f"DROPPED{i}": 3 for i in range(5000)}
+    described = read_json(tree.folder / "mine" / "quality.json")
+    many = pd.concat([pd.read_csv(tree.folder / "mine" / "quality.tsv", sep="\t")] * 400)
     arguments: dict[str, list[Path]] = {
-        name: [] for name in ("runs", "metrics", "predictions", "harmonizations", "splits", "audits", "pairs")
+        name: [] for name in ("runs", "metrics", "predictions", "harmonizations", "qualities", "splits", "audits", "pairs")
     }
     for dataset in [f"screen_number_{i}" for i in range(25)]:
         here = tmp_path / dataset / "unseen_combination"
         here.mkdir(parents=True)
         write_json(here.parent / "harmonization.json", account)
         arguments["harmonizations"].append(here.parent / "harmonization.json")
+        write_json(here.parent / "quality.json", {**described, "dataset": dataset})
+        many.to_csv(here.parent / "quality.tsv", sep="\t", index=False)
+        arguments["qualities"].append(here.parent / "quality.json")
         for name, file in (("splits", "split.json"), ("audits", "audit.json"), ("pairs", "pairs.h5ad")):
             (here / file).symlink_to(origin / file)
             arguments[name].append(here / file)
@@ -702,7 +722,7 @@ def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(tree: Tree, tmp_p
                 arguments[name].append(folder / file)
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
     families = {**dict.fromkeys(names, "additive"), "model_0": "no_change", "model_1": "perturbed_mean", "model_2": "technical_duplicate"}
-    benchmark(arguments["metrics"][: len(names)], families, **tables)
+    benchmark(arguments["metrics"][: len(names)], families, **tables, qualities=[])
     for path in tables.values():
         table = pd.read_csv(path, sep="\t")
         pd.concat([table.assign(dataset=f"screen_number_{i}") for i in range(25)]).to_csv(path, sep="\t", index=False)

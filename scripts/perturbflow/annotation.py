@@ -11,6 +11,7 @@ import pandas as pd
 from perturbflow.controls import Controls, counted, declaration, look_alikes, warning
 from perturbflow.doses import Member, Scale, members_in, names_in, tell, with_doses
 from perturbflow.errors import InputError
+from perturbflow.organism import names_now, without_genome
 from perturbflow.separators import Unsplit, unsplit
 from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
 
@@ -98,7 +99,7 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     text = as_text(source)
     control, unassigned = Controls.of(declared), set(declared["drop"])
     # Drugs are no genes: theirs are not the names that HGNC approves.
-    organism, measured = dataset["organism"], dict(zip(genes["original_name"], genes["gene_name"], strict=True))
+    organism, measured = dataset["organism"], names_now(genes, dataset["organism"])
     if dataset["perturbation_type"] == "drug":
         organism, measured = "", {}
 
@@ -244,13 +245,19 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
 
 
 def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
-    """Return gene_name (approved symbol), gene_id (Ensembl id or empty) and original_name per source gene.
+    """Return gene_name (approved symbol), gene_id (Ensembl id or empty), original_name and source_name (the index) per source gene.
 
+    Prefixes of genomes (GRCh38_) are left out of all but source_name.
     A name that is approved stays. Otherwise the Ensembl id decides where HGNC knows it, else a previous symbol of one gene is renamed.
     Two genes of the file are never given one name: where another has it, or two would come to share it, they stay as they are.
     """
-    names = pd.Series(var.index.astype(str))
-    columns = {column: var[column].astype(object).where(var[column].notna(), "").astype(str) for column in var}
+    source_names = pd.Series(var.index.astype(str))
+    names = without_genome(source_names)
+    columns = {
+        column: without_genome(var[column].astype(object).where(var[column].notna(), "").astype(str).reset_index(drop=True))
+        for column in (*ENSEMBL_COLUMNS, *SYMBOL_COLUMNS)
+        if column in var
+    }
     ids = next((columns[column] for column in ENSEMBL_COLUMNS if column in columns), None)
     if names.str.fullmatch(ENSEMBL_ID).mean() > 0.5:
         ids = names
@@ -267,7 +274,8 @@ def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
         is_renamed = approved != names
         claims = names[is_renamed].groupby(approved[is_renamed]).nunique()
         approved = approved.where(~is_renamed | ~(approved.isin(set(names)) | approved.isin(claims.index[claims > 1])), names)
-    return pd.DataFrame({"gene_name": approved.to_numpy(), "gene_id": ids.to_numpy(), "original_name": names.to_numpy()})
+    named = {"gene_name": approved, "gene_id": ids, "original_name": names, "source_name": source_names}
+    return pd.DataFrame({column: values.to_numpy() for column, values in named.items()})
 
 
 def is_wanted(genes: pd.DataFrame, pattern: str, path: Path) -> np.ndarray:

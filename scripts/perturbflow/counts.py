@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbflow.efficacy import OwnCounts, OwnGenes
 from perturbflow.errors import InputError
 from perturbflow.hdf5 import Appended
 from perturbflow.kernels import cell_totals, pack_counts, unpack_counts
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 LIMITS = (("min_counts", "total_counts", 1), ("min_genes", "n_genes_by_counts", 1), ("max_pct_mt", "pct_counts_mt", -1))
 """Limit of quality control, the total that it looks at, and 1 for a lower limit, -1 for an upper one."""
+
+REMEDIES = {1: "lower it", -1: "raise it"}
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,15 @@ class Screened:
         Per gene, the cells within the limits that have it.
     source
         What was read: the source, or an alternative of it.
+    own
+        What was counted of the perturbed genes.
     """
 
     totals: pd.DataFrame
     n_cells: np.ndarray
     spool: Spool
     source: Source
+    own: OwnCounts
     n_entries: int = 0
     pieces: list[tuple[Piece, Piece]] = field(default_factory=list)
 
@@ -95,9 +101,9 @@ class Screened:
             yield self.spool.read(packed), np.append(0, self.spool.read(ends).astype(np.int64))
 
 
-def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Screened:
+def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict, own: OwnGenes) -> Screened:
     found: list[pd.DataFrame] = []
-    screened = Screened(pd.DataFrame(), np.zeros(len(genes.is_mt), np.int64), Spool(source.scratch), source)
+    screened = Screened(pd.DataFrame(), np.zeros(len(genes.is_mt), np.int64), Spool(source.scratch), source, OwnCounts(own))
     for _, block in source.blocks(rows):
         counts = genes.merged(block)
         total, mitochondrial = cell_totals(counts.data, counts.indices, counts.indptr, genes.is_mt)
@@ -105,12 +111,18 @@ def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Scree
         found.append(totals)
         is_within = np.logical_and.reduce([np.ones(len(totals), bool), *(passes for _, passes in _passes(totals, qc))])
         screened.lay_aside(counts, is_within)
+        screened.own.add(counts, total, is_within)
     screened.totals = pd.concat(found, ignore_index=True)
     return screened
 
 
-def screen_counts(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> Screened:
+def screen_counts(source: Source, rows: np.ndarray, genes: Genes, qc: dict, own: OwnGenes) -> Screened:
     """Read the raw UMI counts of the wanted rows once: from the place that the source was opened at, else from its alternative.
+
+    Parameters
+    ----------
+    own
+        The perturbed genes of these cells, which are counted on the way.
 
     Raises
     ------
@@ -122,7 +134,7 @@ def screen_counts(source: Source, rows: np.ndarray, genes: Genes, qc: dict) -> S
     while candidate is not None:
         candidate.threads, candidate.scratch = source.threads, source.scratch
         try:
-            screened = _one_pass(candidate, rows, genes, qc)
+            screened = _one_pass(candidate, rows, genes, qc, own)
         except NotCounts as problem:
             problems.append(f"{candidate.place}: {problem}")
             candidate = candidate.alternative
@@ -151,17 +163,31 @@ def within_limits(screened: Screened, qc: dict, path: object) -> tuple[np.ndarra
     """
     is_kept = np.ones(len(screened.totals), bool)
     dropped = {}
-    columns = {name: column for name, column, _ in LIMITS}
+    of_limit = {name: (column, REMEDIES[sign]) for name, column, sign in LIMITS}
     for name, passes in _passes(screened.totals, qc):
         if not (is_kept & passes).any():
-            middle = screened.totals.loc[is_kept, columns[name]].median()
+            column, remedy = of_limit[name]
+            middle = screened.totals.loc[is_kept, column].median()
             raise InputError(
-                f"{path}: qc.{name} = {qc[name]} leaves no cell (median of the file: {middle:g}). "
-                f"Set a limit that suits this screen, or null, under qc in its block."
+                f"{path}: qc.{name} = {qc[name]} leaves no cell (median of the file: {middle:g}); {remedy}, or set null, "
+                "under qc in the dataset's block."
             )
         dropped[f"qc.{name}"] = int((is_kept & ~passes).sum())
         is_kept &= passes
     return is_kept, dropped
+
+
+def limits_on(cells: np.ndarray, screened: Screened, qc: dict) -> str:
+    """Return, in words, how many of these cells (a mask of those that were read) each limit drops, the strictest first."""
+    of_limit = {name: (column, REMEDIES[sign]) for name, column, sign in LIMITS}
+    lost = sorted(((int((cells & ~passes).sum()), name) for name, passes in _passes(screened.totals, qc)), reverse=True)
+    said = [
+        f"qc.{name} = {qc[name]} drops {n:,} of {cells.sum():,} (their median: {screened.totals.loc[cells, of_limit[name][0]].median():g}); "
+        f"{of_limit[name][1]}"
+        for n, name in lost
+        if n
+    ]
+    return ". ".join(said)
 
 
 def write_counts(

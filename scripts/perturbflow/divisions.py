@@ -92,9 +92,14 @@ def unseen_combination(
 
 
 def unseen_dose(
-    labels: list[str], test_fraction: float | None, validation_fraction: float, seed: int, fold: tuple[int, int] | None = None
+    labels: list[str],
+    test_fraction: float | None,
+    validation_fraction: float,
+    seed: int,
+    fold: tuple[int, int] | None = None,
+    held_out: set[str] | None = None,
 ) -> Perturbations:
-    """Hold out doses of compounds, a share or a fold (i, k) of them, and leave at least two other doses of each in training.
+    """Hold out doses of compounds, a share, a fold (i, k), or those of `held_out`, and leave at least two other doses of each in training.
 
     Compounds with fewer than three doses above zero, measured alone, stay in training. A combination goes where its held-out member goes.
     """
@@ -112,12 +117,16 @@ def unseen_dose(
     rng = np.random.default_rng(seed)
     left = {name: len(of) - LEAST_DOSES_LEFT for name, of in doses.items()}  # that may be held out
     n = sum(map(len, doses.values()))
-    if fold is None:
-        assert test_fraction is not None  # the configuration has one of the two
-        test = _take_doses(doses, max(1, round(test_fraction * n)), left, rng)
-    else:
+    if held_out is not None:
+        test = held_out
+    elif fold is not None:
         test = _fold_of_doses(doses, fold, rng)
+    else:
+        assert test_fraction is not None  # the configuration has one of the three
+        test = _take_doses(doses, max(1, round(test_fraction * n)), left, rng)
     left = {name: left[name] - len(test & set(of)) for name, of in doses.items()}
+    if few := [name for name in map(entity_of, sorted(test)) if left.get(name, -1) < 0]:
+        raise InputError(f"held_out leaves fewer than {LEAST_DOSES_LEFT} doses of {', '.join(dict.fromkeys(few))} in training; name fewer.")
     rest = {name: sorted(set(of) - test) for name, of in doses.items()}
     validation = _take_doses(rest, max(1, round(validation_fraction * n)) if validation_fraction > 0 else 0, left, rng)
     return _by_members({label: members_of(label) for label in labels}, test, validation)

@@ -13,6 +13,8 @@ import pandas as pd
 
 from perturbflow import __version__
 from perturbflow.annotation import (
+    ENSEMBL_COLUMNS,
+    SYMBOL_COLUMNS,
     ambiguous,
     as_text,
     canonical_labels,
@@ -25,10 +27,12 @@ from perturbflow.annotation import (
     is_wanted,
     schema_obs,
 )
-from perturbflow.counts import Genes, screen_counts, within_limits, write_counts
+from perturbflow.counts import Genes, Screened, limits_on, screen_counts, within_limits, write_counts
+from perturbflow.efficacy import DIRECTIONS, OwnGenes
 from perturbflow.errors import InputError
 from perturbflow.features import SHOWN, features_apart, keys_of, write_features
 from perturbflow.files import atomic, bytes_of, content_sha256, manifest_files, read_json, remove_leftovers, write_json
+from perturbflow.organism import genomes, mitochondrial, other_organism, why_no_mitochondrial
 from perturbflow.origins import labels_file
 from perturbflow.recipes import open_by_recipe
 from perturbflow.sources import SomeGenes, Source, open_source
@@ -41,14 +45,19 @@ def _merged_genes(genes: pd.DataFrame, organism: str) -> tuple[Genes, pd.DataFra
     """Return how genes of one symbol become one, and the table of unique genes."""
     codes, unique = pd.factorize(genes["gene_name"])
     joined = genes.groupby(codes)["original_name"].agg("; ".join)
-    genes = genes.drop_duplicates("gene_name").set_index(pd.Index(unique))
+    is_mt = np.bincount(codes, mitochondrial(genes, organism), len(unique)) > 0
+    genes = genes.drop_duplicates("gene_name").set_index(pd.Index(unique)).drop(columns="source_name")
     genes["original_name"] = joined.to_numpy()
-    is_mt = genes.index.str.startswith("mt-" if organism == "mouse" else "MT-")
     return Genes(codes, is_mt), genes
 
 
-def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path) -> tuple[dict[str, int], dict[str, int]]:
+def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: str) -> tuple[dict[str, int], dict[str, int]]:
     """Return the cells per perturbation of those that have enough, control included, and of those that have too few.
+
+    Parameters
+    ----------
+    lost
+        Which limits drop controls, for messages.
 
     Raises
     ------
@@ -58,10 +67,10 @@ def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path) -> tupl
     n_cells = perturbation.value_counts()
     n_cells = {label: int(n) for label, n in n_cells[n_cells > 0].items()}
     n_controls = n_cells.get(CONTROL, 0)
-    if not n_controls:
-        raise InputError(f"{path}: quality control leaves no control cells. Lower the limits under qc in the dataset's block.")
     if n_controls < max(limit, 3):
-        raise InputError(f"{path}: only {n_controls} control cells are left; at least {max(limit, 3)} are needed to measure an effect.")
+        left = f"only {n_controls} control cells are left" if n_controls else "quality control leaves no control cells"
+        remedy = f" Of the controls, {lost}, under qc in the dataset's block." if lost else ""
+        raise InputError(f"{path}: {left}; at least {max(limit, 3)} are needed to measure an effect.{remedy}")
     too_few = {label: n for label, n in n_cells.items() if n < limit and label != CONTROL}
     kept = {label: n for label, n in n_cells.items() if label not in too_few}
     if len(kept) < 2:
@@ -104,6 +113,63 @@ def _split_by_type(source: Source, dataset: dict) -> tuple[np.ndarray, dict[str,
     apart = features_apart(source.var, named, source.files[0])
     genes = np.setdiff1d(np.arange(len(source.var)), np.concatenate([np.empty(0, int), *apart.values()]))
     return genes, apart
+
+
+def _chosen_genes(source: Source, dataset: dict, dropped: Counter, warnings: list[str]) -> tuple[np.ndarray, pd.DataFrame, dict]:
+    """Return the numbers of the wanted genes of the declared organism, their table, and features of other types; count what is no such gene.
+
+    Raises
+    ------
+    InputError
+        If the genes evidently are those of another organism.
+    """
+    path, organism = source.files[0], dataset["organism"]
+    wanted, apart = _split_by_type(source, dataset)
+    dropped.update({kind: len(numbers) for kind, numbers in apart.items()})
+    of_genome, prefixes = genomes(source.var.iloc[wanted], (*ENSEMBL_COLUMNS, *SYMBOL_COLUMNS))
+    if prefixes:
+        is_own = np.isin(of_genome, (organism, ""))
+        if not (of_genome == organism).any():
+            raise InputError(
+                f"{path}: gene names begin with {' and '.join(prefixes)}, and organism is {organism}. Set the organism in the dataset's block."
+            )
+        warnings.append(f"gene names begin with {' and '.join(prefixes)}: the prefixes are left out.")
+        if not is_own.all():
+            dropped["other_genome"] = int((~is_own).sum())
+            warnings[-1] += f" {dropped['other_genome']:,} genes of the other genome are dropped; organism is {organism}."
+            wanted = wanted[is_own]
+    genes = gene_table(source.var.iloc[wanted], dataset)
+    if "gene_pattern" in dataset:
+        is_of_pattern = is_wanted(genes, dataset["gene_pattern"], path)
+        dropped["gene_pattern"] = int((~is_of_pattern).sum())
+        wanted, genes = wanted[is_of_pattern], genes[is_of_pattern].reset_index(drop=True)
+    if reason := other_organism(genes, organism):
+        raise InputError(f"{path}: organism is {organism}, but {reason}")
+    return wanted, genes, apart
+
+
+def _own_genes(screened: Screened, dataset: dict, qc: dict, path: Path, warnings: list[str]) -> tuple[np.ndarray, dict[str, int], dict]:
+    """Return which of the cells within the limits changed enough in their own genes, how many did not, and the account of it.
+
+    Raises
+    ------
+    InputError
+        If a limit cannot be met.
+    """
+    direction = DIRECTIONS.get(dataset["perturbation_type"], "")
+    limits = {name: qc.get(name) for name in ("min_efficacy", "min_cell_efficacy")}
+    for name, limit in limits.items():
+        if limit is not None and direction == "down" and limit > 1:
+            raise InputError(f"{path}: qc.{name} = {limit}: a knock-down takes at most all of it, 1. Lower it in the dataset's block.")
+        if limit is not None and not direction:
+            warnings.append(f"qc.{name} drops nothing: where {dataset['perturbation_type']} takes a gene is not known.")
+    found = screened.own.efficacy(direction)
+    passes, dropped = screened.own.passes(found, direction, *(limits.values() if direction else (None, None)))
+    told: dict[str, dict] = {}
+    for row in found.to_dict("records"):
+        numbers = {name: float(f"{row[name]:.4g}") for name in ("expected", "ratio", "low", "high")}
+        told.setdefault(row["label"], {})[row["member"]] = {"cells": row["cells"], **numbers, "is_told": row["is_told"]}
+    return passes, dropped, {"direction": direction, "perturbations": told}
 
 
 def _chosen_cells(
@@ -157,7 +223,8 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         AnnData to be written: X raw UMI counts (CSR float32, integer-valued), obs and var as in config/README.md; obsm holds the counts of
         features that are no gene expression, one matrix per type.
     report
-        JSON to be written: cells, genes and perturbations kept, dropped and renamed, by reason.
+        JSON to be written: cells, genes and perturbations kept, dropped and renamed, by reason; how perturbed genes changed (`efficacy`);
+        and what a reader should know (`warnings`).
     name, dataset, qc
         The dataset's name, its block and its limits of quality control.
     threads
@@ -180,14 +247,10 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         logger.warning("%s: %s", name, note)
     check_shape(n_source, dataset, path)
     dropped: Counter[str] = Counter()
-    wanted, apart = _split_by_type(source, dataset)
+    dropped_genes: Counter[str] = Counter()
+    warnings: list[str] = []
+    wanted, source_genes, apart = _chosen_genes(source, dataset, dropped_genes, warnings)
     names_apart = {kind: source.var.index[numbers].astype(str).to_numpy(object) for kind, numbers in apart.items()}
-    dropped_genes: Counter[str] = Counter({kind: len(numbers) for kind, numbers in apart.items()})
-    source_genes = gene_table(source.var.iloc[wanted], dataset)
-    if "gene_pattern" in dataset:
-        is_of_pattern = is_wanted(source_genes, dataset["gene_pattern"], path)
-        dropped_genes["gene_pattern"] = int((~is_of_pattern).sum())
-        wanted, source_genes = wanted[is_of_pattern], source_genes[is_of_pattern].reset_index(drop=True)
     if len(wanted) < len(source.var):
         source = SomeGenes(source, wanted, apart)
     harmonized.parent.mkdir(parents=True, exist_ok=True)
@@ -199,18 +262,26 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         source_genes.loc[source_genes["gene_name"] != source_genes["original_name"], ["original_name", "gene_name"]].to_numpy()
     )
     genes, var = _merged_genes(source_genes, dataset["organism"])
+    if qc["max_pct_mt"] is not None and not genes.is_mt.any():
+        warnings.append(f"qc.max_pct_mt = {qc['max_pct_mt']} drops nothing: {why_no_mitochondrial(source_genes)}.")
+    is_drug = dataset["perturbation_type"] == "drug"
 
     with ThreadPoolExecutor(1) as beside:
         described = beside.submit(_provenance, raw, files)
-        screened = screen_counts(source, rows, genes, qc)
+        screened = screen_counts(source, rows, genes, qc, OwnGenes.of(obs, var.index[:0] if is_drug else var.index))
         provenance = described.result()
     is_within, dropped_by_limit = within_limits(screened, qc, path)
     dropped.update(dropped_by_limit)
+    is_effective, dropped_by_efficacy, efficacy = _own_genes(screened, dataset, qc, path, warnings)
+    dropped.update(dropped_by_efficacy)
     perturbation = obs["perturbation"][is_within]
-    kept, too_few = _rare_perturbations(perturbation, qc["min_cells_per_perturbation"] or 0, path)
-    is_kept = ~perturbation.isin(list(too_few)).to_numpy()
+    lost = limits_on(obs["is_control"].to_numpy(), screened, qc)
+    kept, too_few = _rare_perturbations(perturbation[is_effective], qc["min_cells_per_perturbation"] or 0, path, lost)
+    is_rare = perturbation.isin(list(too_few)).to_numpy()
+    is_kept = is_effective & ~is_rare
     if too_few:
-        dropped["qc.min_cells_per_perturbation"] = int((~is_kept).sum())
+        dropped["qc.min_cells_per_perturbation"] = int((is_effective & is_rare).sum())
+    left_out = {**perturbation[~is_effective & ~perturbation.isin(list(kept))].value_counts(), **too_few}
     obs = _rows_of(obs, np.flatnonzero(is_within)[is_kept])
     is_seen = np.ones(len(var), bool)
     if qc["min_cells_per_gene"] is not None:
@@ -220,10 +291,12 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         dropped_genes["qc.min_cells_per_gene"] = int((~is_seen).sum())
     var = var[is_seen]
     is_human = dataset["organism"] == "human"
-    perturbed = {gene for label in kept for gene in entities_of(label)} if dataset["perturbation_type"] != "drug" else set()
+    perturbed = set() if is_drug else {gene for label in kept for gene in entities_of(label)}
     contradictions = contradicting(var) if is_human else {}
     if len(contradictions) > 0.05 * len(var):
-        logger.warning("%s: names and Ensembl ids of %d genes contradict one another; are they shifted?", path, len(contradictions))
+        warnings.append(f"names and Ensembl ids of {len(contradictions):,} genes contradict one another; are they shifted?")
+    for warning in warnings:
+        logger.warning("%s: %s", path, warning)
 
     keys = keys_of(apart)
     account = {
@@ -236,9 +309,11 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
                   "renamed": renamed_genes, "contradicting": contradictions},
         "features_apart": {kind: {"features": len(names), "first": names[:SHOWN].tolist(), "obsm": keys[kind]}
                            for kind, names in names_apart.items()},
-        "perturbations": {"kept": kept, "dropped": too_few, **of_labels,
+        "perturbations": {"kept": kept, "dropped": {label: int(n) for label, n in left_out.items() if n}, **of_labels,
                           "not_measured": sorted(perturbed - set(var.index))},
         "ambiguous": ambiguous(sorted({*perturbed, *var.index})) if is_human else {},
+        "efficacy": efficacy,
+        "warnings": warnings,
         "qc": qc,
         "versions": {name: version(name) for name in ("anndata", "h5py", "scanpy")} | {"perturbflow": __version__},
     }  # fmt: skip

@@ -11,7 +11,7 @@ from perturbflow.doses import Scale, members_in
 from perturbflow.errors import InputError
 from perturbflow.files import read_json
 from perturbflow.nearest import did_you_mean
-from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, entities_of, entity_of, label_of, members_of
+from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, entities_of, entity_of, label_of, members_of, without_dose
 
 # What others call the roles: GEARS, cell-load, scikit-learn.
 ROLE_NAMES = {"val": "validation", "valid": "validation", "training": "train", "testing": "test"}
@@ -147,7 +147,7 @@ def from_file(path: Path, labels: Labels) -> dict[str, list[str]]:
 
 
 def held_out_names(texts: Iterable[Any], kind: str, labels: Labels) -> set[str]:
-    """Return the genes or compounds, or the combinations at all their doses, that a split's block names to be held out.
+    """Return the genes or compounds, the combinations at all their doses, or the doses, that a split's block names to be held out.
 
     Raises
     ------
@@ -157,6 +157,9 @@ def held_out_names(texts: Iterable[Any], kind: str, labels: Labels) -> set[str]:
     if kind == "unseen_combination":
         what, known = "combination", {SEPARATOR.join(entities_of(label)) for label in labels.known if len(members_of(label)) > 1}
         names = {SEPARATOR.join(entities_of(labels.label(str(text)))) for text in texts}
+    elif kind == "unseen_dose":
+        what, known = "dose measured alone", {label for label in labels.known if len(members_of(label)) == 1 and without_dose(label)[1]}
+        names = {labels.label(str(text)) for text in texts}
     else:
         what, known = "perturbed gene or compound", labels.entities
         names = {labels.entity(str(text)) for text in texts}

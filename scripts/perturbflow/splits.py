@@ -188,8 +188,8 @@ def _roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict, naming: dict) 
     else:
         divide = DIVISIONS[spec["kind"]]
         fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
-        named = {"held_out": held_out_names(spec["held_out"], spec["kind"], labels)} if "held_out" in spec else {}
-        roles = divide(names, spec.get("test_fraction"), **shares, fold=fold, **named)
+        held_out = held_out_names(spec["held_out"], spec["kind"], labels) if "held_out" in spec else None
+        roles = divide(names, spec.get("test_fraction"), **shares, fold=fold, held_out=held_out)
     return by_perturbation(obs, roles, spec["seed"])
 
 

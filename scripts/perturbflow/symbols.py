@@ -102,8 +102,8 @@ def label_of(members: Iterable[str], control: Iterable[str], organism: str = "hu
     Parameters
     ----------
     measured
-        Genes of the screen, name in the file → name now. A member that is one of these names goes where that gene went; a member that
-        is none, but an alias of one measured gene, is that gene. So a perturbed gene finds its row.
+        Genes of the screen, name in the file → name now (`perturbflow.organism.names_now`). A member that is one of these names goes
+        where that gene went; a member that is none, but an alias of one measured gene, is that gene. So a perturbed gene finds its row.
     """
     control = {*control, CONTROL}
     named = [member.strip() for member in members if member.strip()]

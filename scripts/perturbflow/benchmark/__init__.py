@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from perturbflow.benchmark.panel import FOLD, panels
+from perturbflow.benchmark.panel import FOLD, QUALITY, panels
 from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
 from perturbflow.benchmark.verdicts import judge
 from perturbflow.errors import InputError
@@ -43,6 +43,22 @@ def _caveats(audits: list[Path]) -> dict[tuple[str, str], list[str]]:
     return found
 
 
+def _with_quality(scores: pd.DataFrame, paths: list[Path]) -> pd.DataFrame:
+    """Return scores with what is known of their perturbations (columns `QUALITY` of quality.tsv); without a table it is missing."""
+    words = {"perturbation": str, "responds": str}
+    tables = [
+        pd.read_csv(path, sep="\t", dtype=words, keep_default_na=False, na_values={name: [""] for name in ("efficacy", "responds")}).assign(
+            dataset=path.parent.name
+        )[["dataset", "perturbation", *QUALITY]]
+        for path in paths
+    ]
+    if not tables:
+        return scores
+    known = pd.concat(tables, ignore_index=True)
+    known["responds"] = known["responds"].map({"True": 1.0, "False": 0.0})
+    return scores.merge(known, how="left", on=["dataset", "perturbation"], validate="many_to_one")
+
+
 def benchmark(
     metrics: list[Path],
     families: dict[str, str],
@@ -51,6 +67,7 @@ def benchmark(
     comparisons: Path,
     strata: Path,
     verdicts: Path,
+    qualities: list[Path],
     audits: list[Path] | None = None,
 ) -> None:
     """Write all tables of the benchmark.
@@ -71,6 +88,8 @@ def benchmark(
         Table to be written: headline metrics by kind of perturbation (`tables.stratify`).
     verdicts
         Table to be written: one line per model × dataset × split (`verdicts.judge`).
+    qualities
+        quality.tsv of every dataset: scores are also told by what it says of their perturbations.
     audits
         The audit.json of every dataset × split, whose caveats stand with the verdicts.
 
@@ -79,7 +98,7 @@ def benchmark(
     InputError
         If a run holds a metric that this version does not know, or `families` lacks a model.
     """
-    scores = pd.concat([_read(path) for path in metrics], ignore_index=True)
+    scores = _with_quality(pd.concat([_read(path) for path in metrics], ignore_index=True), qualities)
     for model in scores["model"].unique():
         if families.get(model) not in FAMILIES:
             raise InputError(f"families: '{families.get(model)}' of model '{model}' is no family; known: {', '.join(FAMILIES)}.")

@@ -11,7 +11,8 @@ import pandas as pd
 from perturbflow.evaluation import METRICS
 
 FOLD = re.compile(r"^(?P<name>.+)_fold_\d+$")
-FACTS = ["n_members", "members_seen", "n_cells", "reliability", "effect_size"]
+QUALITY = ["efficacy", "responds"]
+FACTS = ["n_members", "members_seen", "n_cells", "reliability", "effect_size", *QUALITY]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _panel(dataset: str, split: str, scores: pd.DataFrame) -> Panel:
     code, found = pd.factorize(labels)
     values = np.full((*map(len, names), len(found)), np.nan)
     values[(*codes, code)] = scores["value"]
-    facts = scores.loc[~labels.duplicated(), ["perturbation", *FACTS]].reset_index(drop=True)
+    facts = scores[~labels.duplicated()].reindex(columns=["perturbation", *FACTS]).reset_index(drop=True)
     metrics, models, seeds = names
     return Panel(dataset, split, metrics, models, seeds, facts, values)
 

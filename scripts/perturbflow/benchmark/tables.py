@@ -35,6 +35,7 @@ STRATA = ["dataset", "split", "metric", "metric_family", "model", "family", "kin
 
 WORDS = {1: "better", 0: "level", -1: "worse"}
 TOO_FEW = "too few"
+WORDED = ("members_seen", "responds")  # strata with words for bins, not ranges
 BINS = {2: ("low", "high"), 3: ("low", "middle", "high")}
 TELLS, CANNOT_TELL = "tells", "cannot tell"
 
@@ -242,18 +243,20 @@ def _bins(values: pd.Series) -> pd.Series:
 def stratify(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
     """Return one row per model × headline metric × stratum: the mean over the perturbations of one kind, and its interval.
 
-    Strata are thirds (halves below nine perturbations) by reliability, effect_size and n_cells, since the useful thresholds
-    differ from screen to screen; and members_seen, how many of the perturbed genes training knew alone. from and to bound the bin.
+    Strata are thirds (halves below nine perturbations) by reliability, effect_size, n_cells and efficacy (how far the perturbed gene
+    itself changed), since the useful thresholds differ from screen to screen; members_seen, how many of the perturbed genes training knew
+    alone; and responds, whether the perturbation does anything (energy distance to controls). from and to bound the bin.
     """
     facts = panel.perturbations
-    binned = {name: _bins(facts[name]) for name in ("reliability", "effect_size", "n_cells")}
+    binned = {name: _bins(facts[name]) for name in ("reliability", "effect_size", "n_cells", "efficacy")}
     is_known = facts["members_seen"].notna()
     words = [f"{seen:.0f} of {n:.0f}" for seen, n in zip(facts["members_seen"], facts["n_members"], strict=True)]
     binned["members_seen"] = pd.Series(words, index=facts.index).where(is_known)
+    binned["responds"] = facts["responds"].map({1.0: "responds", 0.0: "like controls"})
     headlines = [k for k, metric in enumerate(panel.metrics) if METRICS[metric].headline]
     parts = []
     for stratum, bins in binned.items():
-        for name in sorted(bins.dropna().unique(), key=None if stratum == "members_seen" else list(BINS[3]).index):
+        for name in sorted(bins.dropna().unique(), key=None if stratum in WORDED else list(BINS[3]).index):
             columns = np.flatnonzero(bins == name)
             values = panel.values[headlines][..., columns]
             found = estimate(values.reshape(-1, *values.shape[2:]))

@@ -14,7 +14,7 @@ COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
 # Keys of a split's block that only some kinds have a use for.
 SPLIT_KEYS = {
     "covariate": ("unseen_context",),
-    "held_out": ("unseen_context", "unseen_perturbation", "unseen_combination"),
+    "held_out": ("unseen_context", "unseen_perturbation", "unseen_combination", "unseen_dose"),
     "folds": ("unseen_perturbation", "unseen_combination", "unseen_dose"),
 }
 

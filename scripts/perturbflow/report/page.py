@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import jinja2
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from perturbflow import __version__
 from perturbflow.audit import CHECKS
@@ -24,10 +21,12 @@ from perturbflow.divisions import ROLES
 from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
 from perturbflow.files import atomic, read_json
 from perturbflow.report.cards import ModelCard, model_cards, place_of, read_table
-from perturbflow.report.drawing import Drawings, interval, number, signed
+from perturbflow.report.drawing import Drawings
 from perturbflow.report.effects import Chosen, choose, effect_figures
 from perturbflow.report.leaderboard import Leaderboard, leaderboard
 from perturbflow.report.overview import overview
+from perturbflow.report.rendering import render
+from perturbflow.report.screens import screen_section
 from perturbflow.report.sections import (
     CORRELATION,
     Names,
@@ -46,12 +45,13 @@ from perturbflow.report.verdicts import CalibrationTable, StrataTable, VerdictTa
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE = Path(__file__).with_name("report_template.html")
+TEMPLATE = "report_template.html"
 
 # What a page of less than 10 MB holds, whatever was selected: bytes of figures per section, and rows
 # of the table of perturbations. `effects` and `sections` bound their lists beside what they list.
-FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_600_000, "training": 600_000, "counterfactuals": 2_000_000}
+FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_600_000, "training": 600_000, "counterfactuals": 2_000_000, "screens": 350_000}
 PERTURBATION_ROWS = 4000
+SCREEN_ROWS = 300  # of tables of screens
 
 NUMBERS = {"benchmark": "leaderboard", "comparisons": "differences"}  # of a table of the benchmark
 RUN = "results/{dataset}/{split}/{model}/seed_{seed}"
@@ -61,6 +61,7 @@ TRACES = (
     ("predicted and measured effects", f"{RUN}/predictions.h5ad", "predict"),
     ("measured cells", "results/{dataset}/{split}/pairs.h5ad", "pair"),
     ("run cards, curves and cost", f"{RUN}/run.json", "train_…"),
+    ("is this screen good enough?", "results/{dataset}/quality.tsv, quality.json", "quality"),
     ("dropped and renamed", "results/{dataset}/harmonization.json", "harmonize"),
     ("roles", "results/{dataset}/{split}/split.json", "split"),
     ("audits", "results/{dataset}/{split}/audit.json", "audit"),
@@ -191,34 +192,6 @@ def _effects(
     return effect_figures(chosen, pairs[group.dataset, group.split], of_model, correlations, cards, drawings)
 
 
-def _words(name: str) -> Markup:
-    """Return a name that may be broken after an underscore: long names must not widen a phone's page."""
-    return Markup("_<wbr>").join(str(name).split("_"))
-
-
-def _plain(value: Any) -> str:
-    """Return a value of a table cell."""
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, float | np.floating):
-        value = float(value)
-        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else number(value)
-    return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
-
-
-def _render(**content: object) -> str:
-    loader = jinja2.FileSystemLoader(TEMPLATE.parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "number": number,
-        "interval": lambda score: interval(score.low, score.high),
-        "words": _words,
-        "plain": _plain,
-        "signed": signed,
-    }
-    return environment.get_template(TEMPLATE.name).render(**content)
-
-
 def _versions(runs: Iterable[dict]) -> Iterator[tuple[str, list[str]]]:
     found: dict[str, set[str]] = {"python": {platform.python_version()}, "perturbflow": {__version__}, "matplotlib": {mpl.__version__}}
     for run in runs:
@@ -237,6 +210,7 @@ def report(
     metrics: list[Path],
     predictions: list[Path],
     harmonizations: list[Path],
+    qualities: list[Path],
     splits: list[Path],
     audits: list[Path],
     pairs: list[Path],
@@ -256,6 +230,8 @@ def report(
         run.json, metrics.tsv and predictions.h5ad of every run.
     harmonizations
         harmonization.json of every dataset.
+    qualities
+        quality.json of every dataset, with quality.tsv beside it.
     splits, audits, pairs
         split.json, audit.json and pairs.h5ad of every dataset × split.
     counterfactuals
@@ -324,7 +300,8 @@ def report(
     warranted = warranty_rows(warranties)
     coverage = coverage_figures(warranted, cards, drawings["counterfactuals"])
     answers, n_tables_left_out = counterfactual_answers(counterfactuals, figures, warranted, cards, drawings["counterfactuals"])
-    page = _render(
+    page = render(
+        TEMPLATE,
         overview=overview(boards, facts, cards),
         cards=cards,
         n_runs=Counter(model for _, _, model, _ in facts),
@@ -332,6 +309,7 @@ def report(
         boards=boards,
         groups=groups,
         datasets=accounts,
+        screens=[screen_section(path, drawings["screens"], SCREEN_ROWS // len(qualities)) for path in qualities],
         seeds=seeds,
         metrics={name: metric for name, metric in METRICS.items() if name in set(tables["benchmark"]["metric"])},
         runs=[{"place": place, **run} for place, run in facts.items()],

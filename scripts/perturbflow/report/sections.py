@@ -39,6 +39,9 @@ REASONS = {
     "qc.min_genes": "with fewer than {limit:,} genes",
     "qc.max_pct_mt": "with more than {limit:g} % mitochondrial counts",
     "qc.min_cells_per_gene": "seen in fewer than {limit:,} cells",
+    "qc.min_efficacy": "of perturbations that changed their own gene by a share below {limit:g}",
+    "qc.min_cell_efficacy": "whose own gene differs by a share below {limit:g}",
+    "other_genome": "of the other genome",
     "qc.min_cells_per_perturbation": "in perturbations of fewer than {limit:,} cells",
 }
 VALIDATION = re.compile(r"^(?:validation|val|valid)_")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from perturbflow.benchmark.tables import CEILINGS, NEGATIVES
+from perturbflow.benchmark.tables import CEILINGS, NEGATIVES, WORDED
 from perturbflow.benchmark.verdicts import telling
 from perturbflow.evaluation import METRICS
 from perturbflow.report.cards import ModelCard
@@ -14,6 +14,8 @@ STRATA = {
     "effect_size": "by size of the measured effect",
     "n_cells": "by number of measured cells scored",
     "members_seen": "by how many of the perturbed genes or compounds training knew alone",
+    "efficacy": "by the share by which the perturbation changed its own gene",
+    "responds": "by whether the perturbation differs from controls at all",
 }
 MODELS_OF_STRATA = 6
 
@@ -122,7 +124,7 @@ def strata_tables(strata: pd.DataFrame, best: list[str], cards: dict[str, ModelC
                     "from": first["from"],
                     "to": first["to"],
                     "n": int(of_bin["n_perturbations"].max()),
-                    "is_range": stratum != "members_seen",
+                    "is_range": stratum not in WORDED,
                     "cells": [scores.loc[model] for model in models],
                 }
             )

@@ -1,0 +1,121 @@
+"""Whose genes a file holds: prefixes of genomes, mitochondrial genes, and signs that another organism was declared."""
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from perturbflow.symbols import ENSEMBL_ID, human_symbols
+
+# Cell Ranger writes GRCh38_MT-CO1 and mm10___mt-Co1 where a reference holds several genomes; Seurat makes dashes of underscores, R dots.
+PREFIX = re.compile(
+    r"(?:(?P<human>GRCh3[78]|hg(?:18|19|38)|human)|(?P<mouse>GRCm3[89]|mm(?:9|10|39)|mouse))(?:[-.]\d{4}-[A-Z])?[-_.]+(?=\w)",
+    re.IGNORECASE,
+)
+NEARLY_ALL = 0.9
+"""Share of genes that have to begin with the name of a genome before it is taken for a prefix: spike-ins and reporters have none."""
+
+LEAST_NAMES = 20
+"""Fewer names or ids do not tell an organism."""
+
+MITOCHONDRIAL = re.compile(r"mt-.+|mt[._](?:nd|co|atp|cy|rnr|t[a-z]).*", re.IGNORECASE)
+REFSEQ_MITOCHONDRIAL = {"ND1", "ND2", "ND3", "ND4", "ND4L", "ND5", "ND6", "COX1", "COX2", "COX3", "CYTB", "ATP6", "ATP8"}
+"""Names in the annotations of NCBI, which write no MT-. COX1 and COX2 are also old names of PTGS1 and PTGS2: most have to be there."""
+MOUSE_MITOCHONDRIAL = {f"ENSMUSG000000{number}" for number in (*range(64336, 64362), *range(64363, 64373), 65947)}
+"""Ensembl ids of the 37 genes from mt-Tf to mt-Tp."""
+
+
+def _prefixes(names: pd.Index | pd.Series) -> list[re.Match | None]:
+    """Return the prefix of every name; none at all where fewer than nearly all have one."""
+    found = [PREFIX.match(name) for name in names]
+    has_some = len(found) > 0 and sum(match is not None for match in found) >= NEARLY_ALL * len(found)
+    return found if has_some else [None] * len(found)
+
+
+def without_genome(names: pd.Series) -> pd.Series:
+    """Return names of genes without the prefix of their genome, where nearly all have one."""
+    return pd.Series([name[match.end() :] if match else name for name, match in zip(names, _prefixes(names), strict=True)], names.index)
+
+
+def genomes(var: pd.DataFrame, columns: Iterable[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the organism that the prefix of every gene tells, empty where it has none, and the prefixes.
+
+    Parameters
+    ----------
+    var
+        As it came.
+    columns
+        Those that may hold names or ids of genes; the index is looked at first.
+    """
+    for names in (var.index, *(var[column] for column in columns if column in var)):
+        found = _prefixes(names.astype(str))
+        if any(found):
+            organism = np.array([match.lastgroup if match else "" for match in found], dtype=object)
+            return organism, sorted({match[0] for match in found if match})
+    return np.full(len(var), "", dtype=object), []
+
+
+def names_now(genes: pd.DataFrame, organism: str) -> dict[str, str]:
+    """Return every name that the file has for a gene (symbol, Ensembl id, index) → its name now.
+
+    Mouse symbols are there in capitals and in lower case too, where that means one gene: a label SOX2 finds Sox2.
+    """
+    columns = [genes[column] for column in ("source_name", "gene_id", "original_name") if column in genes]
+    names = {name: now for column in columns for name, now in zip(column, genes["gene_name"], strict=True) if name}
+    if organism == "mouse":
+        meant = pd.Series(genes["gene_name"].unique())
+        meant = meant[~meant.str.casefold().duplicated(keep=False)]
+        names = {**dict(zip(meant.str.lower(), meant, strict=True)), **dict(zip(meant.str.upper(), meant, strict=True)), **names}
+    return names
+
+
+def mitochondrial(genes: pd.DataFrame, organism: str) -> np.ndarray:
+    """Return which genes are mitochondrial: by symbol, by Ensembl id, or by NCBI's names where most of these are there.
+
+    Parameters
+    ----------
+    genes
+        Columns gene_name, gene_id and original_name (`perturbflow.annotation.gene_table`).
+    """
+    names = genes["original_name"]
+    is_mt = genes["gene_name"].str.fullmatch(MITOCHONDRIAL) | names.str.fullmatch(MITOCHONDRIAL)
+    ids = MOUSE_MITOCHONDRIAL
+    if organism == "human":
+        ids = {number for number, symbol in human_symbols().of_ensembl_id.items() if symbol.startswith("MT-")}
+    is_mt |= genes["gene_id"].isin(ids)
+    by_refseq = names.isin(REFSEQ_MITOCHONDRIAL)
+    if not is_mt.any() and names[by_refseq].nunique() >= 10:
+        is_mt = by_refseq
+    return is_mt.to_numpy(bool)
+
+
+def other_organism(genes: pd.DataFrame, declared: str) -> str | None:
+    """Return why genes are evidently those of another organism than the declared one, and which, or None.
+
+    Ensembl ids decide. Symbols do where human ones are declared and most of those that HGNC knows are written as mouse symbols are
+    (Sox2); capitals are no evidence of human ones, as some write mouse symbols so.
+    """
+    ids = genes["gene_id"][genes["gene_id"] != ""]
+    of_organism = {"human": int(ids.str.startswith("ENSG0").sum()), "mouse": int(ids.str.startswith("ENSMUSG").sum())}
+    for organism, n in of_organism.items():
+        if organism != declared and n >= LEAST_NAMES and n > NEARLY_ALL * len(ids):
+            return f"{n:,} of {len(ids):,} Ensembl ids are of {organism} genes. Set organism: {organism} in the dataset's block."
+    names = genes["original_name"][~genes["original_name"].str.fullmatch(ENSEMBL_ID)]
+    approved = human_symbols().approved
+    n_human = int(names.isin(approved).sum())
+    n_mouse = int((names.str.fullmatch(r"[A-Z][a-z0-9-]*[a-z][a-z0-9-]*") & names.str.upper().isin(approved)).sum())
+    if declared == "human" and n_mouse >= LEAST_NAMES and n_mouse > NEARLY_ALL * (n_mouse + n_human):
+        example = ", ".join(names[names.str.upper().isin(approved) & ~names.isin(approved)].head(3))
+        return (
+            f"{n_mouse:,} gene names are written as mouse symbols are ({example}), {n_human:,} as human ones. "
+            "Set organism: mouse in the dataset's block."
+        )
+    return None
+
+
+def why_no_mitochondrial(genes: pd.DataFrame) -> str:
+    """Return what may be the cause that none of the genes is known to be mitochondrial."""
+    if genes["original_name"].str.fullmatch(ENSEMBL_ID).mean() > 0.5:
+        return "the genes have Ensembl ids alone, and none is that of a mitochondrial gene of this organism"
+    return f"none of the {len(genes):,} genes has such a name (MT-CO1, mt-Co1) or id, as in a panel, or in a file whose genes were filtered"

@@ -1,0 +1,50 @@
+"""From a harmonized screen to what is to be known of it before models are trained."""
+
+import logging
+from pathlib import Path
+
+from perturbflow.files import atomic, read_json, write_json
+from perturbflow.quality.facts import batch_table, perturbation_facts, summary
+from perturbflow.quality.response import responses
+from perturbflow.quality.sample import Sample
+from perturbflow.report.drawing import Drawings
+from perturbflow.report.rendering import render
+from perturbflow.report.screens import screen_section
+
+logger = logging.getLogger(__name__)
+
+FIGURE_BYTES = 5_000_000
+ROWS = 5000
+TEMPLATE = "screen_page.html"
+
+
+def quality(harmonized: Path, harmonization: Path, table: Path, account: Path, page: Path) -> None:
+    """Describe a screen: cells, controls, own genes, response and escaping cells of every perturbation.
+
+    All cells are looked at, those that a split holds out too. Nothing of this is read by a split, a training or a prediction: the tables of
+    the benchmark group scores by it, and people read it.
+
+    Parameters
+    ----------
+    harmonized, harmonization
+        The screen and its account.
+    table
+        quality.tsv to be written: one row per perturbation (`facts.perturbation_facts`).
+    account
+        quality.json to be written: the screen as a whole (`facts.summary`).
+    page
+        HTML to be written: both as one page, nothing fetched.
+    """
+    known = read_json(harmonization)
+    sample = Sample(harmonized)
+    batches = batch_table(sample.obs)
+    found = perturbation_facts(sample.obs, batches, known["efficacy"], responses(sample))
+    with atomic(table) as partial:
+        found.to_csv(partial, sep="\t", float_format="%.6g")
+    told = summary(known["dataset"], sample.obs, found, batches, known)
+    write_json(account, told)
+    for finding in told["findings"]:
+        logger.info("%s: %s", finding["about"], finding["text"])
+    drawings = Drawings("screens", FIGURE_BYTES)
+    with atomic(page) as partial:
+        partial.write_text(render(TEMPLATE, screen=screen_section(account, drawings, ROWS)), encoding="utf-8")

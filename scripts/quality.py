@@ -1,0 +1,7 @@
+"""Describe a screen before any training: harmonized.h5ad and harmonization.json → quality.tsv, quality.json and quality.html."""
+
+from perturbflow.cli import run
+from perturbflow.quality import quality
+
+if __name__ == "__main__":
+    run(quality, globals().get("snakemake"))

@@ -1,0 +1,177 @@
+"""Whose genes a file holds: prefixes, mitochondrial genes, other organisms; and limits that name themselves."""
+
+from collections.abc import Callable
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perturbflow.annotation import gene_table
+from perturbflow.errors import InputError
+from perturbflow.organism import MOUSE_MITOCHONDRIAL, genomes, mitochondrial, other_organism, without_genome
+from perturbflow.symbols import human_symbols
+
+HUMAN = sorted(human_symbols().approved)[5000:5070]
+PREFIXES = [
+    "GRCh38_",
+    "GRCh38___",
+    "hg19_",
+    "hg38___",
+    "GRCh37.",
+    "GRCh38-2020-A_",
+    "GRCh38-",
+    "mm10_",
+    "mm10___",
+    "mm10---",
+    "GRCm39_",
+    "human_",
+]
+
+
+def with_genes(screen: ad.AnnData, names: dict[str, str], others: str = "{}") -> ad.AnnData:
+    """Return a copy whose genes have other names: those in `names`, the others by a pattern."""
+    screen = screen.copy()
+    screen.var_names = [names.get(name, others.format(name)) for name in screen.var_names]
+    return screen
+
+
+# --- prefixes -------------------------------------------------------------------------------------------------------
+
+
+@given(names=st.lists(st.from_regex(r"[A-Z][A-Z0-9-]{1,7}", fullmatch=True), min_size=1, max_size=30), prefix=st.sampled_from(PREFIXES))
+def test_a_prefix_of_all_genes_is_removed_and_names_without_one_stay(names: list[str], prefix: str) -> None:
+    assert list(without_genome(pd.Series([prefix + name for name in names]))) == names
+    assert list(without_genome(pd.Series(names))) == names
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_labels_find_genes_behind_a_prefix(prefix: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
+    organism = "mouse" if prefix.startswith(("mm", "GRCm")) else "human"
+    screen = with_genes(tiny_screen(), {"MT-ND1": f"{prefix}{'mt-Nd1' if organism == 'mouse' else 'MT-ND1'}"}, f"{prefix}{{}}")
+    result = harmonized_from(screen, {"max_pct_mt": 20}, organism=organism)
+    assert {"TF1", "GENE1"} <= set(result.adata.var_names)
+    assert result.account["perturbations"]["not_measured"] == []
+    assert result.adata.obs["pct_counts_mt"].max() > 0
+    assert [prefix in warning for warning in result.account["warnings"]] == [True]
+
+
+def test_of_two_genomes_the_declared_one_is_kept_and_the_other_counted(harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = tiny_screen()
+    names = {name: f"GRCh38_{name}" for name in screen.var_names[:60]}
+    both = with_genes(screen, names, "mm10___{}")
+    result = harmonized_from(both)
+    assert result.account["genes"]["dropped"] == {"other_genome": 20}
+    assert list(result.adata.var_names) == list(screen.var_names[:60])
+    assert np.array_equal(result.adata.obs["total_counts"], screen[result.adata.obs_names].X[:, :60].sum(axis=1).A1)
+    assert "20 genes of the other genome are dropped" in result.account["warnings"][0]
+    with pytest.raises(InputError, match="begin with hg19_, and organism is mouse"):
+        harmonized_from(with_genes(screen, {}, "hg19_{}"), organism="mouse")
+
+
+def test_prefixed_ids_are_ids() -> None:
+    var = pd.DataFrame({"gene_ids": ["GRCh38_ENSG00000198804", "GRCh38_ENSG00000105610"]}, index=["GRCh38_MT-CO1", "GRCh38_KLF1"])
+    table = gene_table(var, {"organism": "human"})
+    assert list(table["gene_id"]) == ["ENSG00000198804", "ENSG00000105610"]
+    assert list(table["gene_name"]) == ["MT-CO1", "KLF1"]
+    assert genomes(var.set_index("gene_ids"), ())[1] == ["GRCh38_"]
+
+
+# --- mitochondrial genes --------------------------------------------------------------------------------------------
+
+
+def table_of(names: list[str], organism: str) -> pd.DataFrame:
+    """Return the gene table of a file with these names."""
+    return gene_table(pd.DataFrame(index=names), {"organism": organism})
+
+
+@pytest.mark.parametrize(
+    ("names", "organism", "n"),
+    [
+        (["MT-CO1", "KLF1", "MTOR"], "human", 1),
+        (["mt-Co1", "mt-Tl1", "Mtor", "Klf1"], "mouse", 2),
+        (["MT-CO1", "KLF1"], "mouse", 1),  # symbols in capitals
+        (["MT.CO1", "MT_ND4L", "MT1.X"], "human", 2),
+        (["ENSG00000198804", "ENSG00000198888.2", "ENSG00000105610"], "human", 2),
+        ([*sorted(MOUSE_MITOCHONDRIAL), "ENSMUSG00000000001"], "mouse", 37),
+        (["ND1", "ND2", "ND3", "ND4", "ND4L", "ND5", "ND6", "COX1", "COX2", "CYTB", "ATP6", "ATP8", "PTGS1"], "human", 12),
+        (["COX1", "COX2", "PTGS3"], "human", 0),  # alone they may be PTGS1 and PTGS2
+    ],
+)
+def test_mitochondrial_genes_are_found(names: list[str], organism: str, n: int) -> None:
+    assert mitochondrial(table_of(names, organism), organism).sum() == n
+
+
+def test_a_limit_that_no_gene_serves_is_told_once_with_its_cause(
+    harmonized_from: Callable, tiny_screen: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    panel = with_genes(tiny_screen(), {"MT-ND1": "OTHER"})
+    with caplog.at_level("WARNING"):
+        result = harmonized_from(panel, {"max_pct_mt": 20})
+    (warning,) = result.account["warnings"]
+    assert "qc.max_pct_mt = 20 drops nothing: none of the 80 genes" in warning
+    assert caplog.text.count(warning) == 1
+    ids = with_genes(panel, {name: f"ENSMUSG{i:011d}" for i, name in enumerate(panel.var_names)})
+    (warning,) = harmonized_from(ids, {"max_pct_mt": 20}, organism="mouse").account["warnings"]
+    assert "Ensembl ids alone" in warning
+    assert harmonized_from(panel).account["warnings"] == []
+    assert harmonized_from(tiny_screen(), {"max_pct_mt": 20}).account["warnings"] == []
+
+
+# --- another organism -----------------------------------------------------------------------------------------------
+
+
+def test_genes_of_another_organism_than_the_declared_one_are_an_error(harmonized_from: Callable, tiny_screen: Callable) -> None:
+    names = {f"GENE{i}": symbol.capitalize() for i, symbol in enumerate(HUMAN)}
+    mouse = with_genes(tiny_screen(), {**names, "MT-ND1": "mt-Nd1"})
+    with pytest.raises(InputError, match=r"screen.h5ad: organism is human, but .* written as mouse symbols.*Set organism: mouse"):
+        harmonized_from(mouse, {"max_pct_mt": 1})
+    assert harmonized_from(mouse, {"max_pct_mt": 100}, organism="mouse").adata.obs["pct_counts_mt"].max() > 0
+    ids = with_genes(tiny_screen(), {f"GENE{i}": f"ENSMUSG{i:011d}" for i in range(70)})
+    with pytest.raises(InputError, match=r"Ensembl ids are of mouse genes\. Set organism: mouse"):
+        harmonized_from(ids)
+
+
+def test_symbols_of_either_organism_pass_for_their_own() -> None:
+    mouse = [name.capitalize() for name in HUMAN]
+    assert other_organism(table_of(HUMAN, "human"), "human") is None
+    assert other_organism(table_of([*HUMAN, *mouse], "human"), "human") is None, "both: nothing is evident"
+    assert other_organism(table_of(mouse, "mouse"), "mouse") is None
+    assert other_organism(table_of(HUMAN, "mouse"), "mouse") is None, "some write mouse symbols in capitals"
+    assert other_organism(table_of([f"AC{i:06d}.{i}" for i in range(90)], "human"), "human") is None
+
+
+def test_labels_in_capitals_find_mouse_genes_where_that_is_one_gene(harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = with_genes(tiny_screen(), {"TF1": "Tf1", "TF2": "Tf2", "GENE0": "tf2"})
+    result = harmonized_from(screen, organism="mouse")
+    assert {"Tf1", "TF2", "TF2+Tf1", "TF3"} <= set(result.adata.obs["perturbation"])
+    assert result.account["perturbations"]["not_measured"] == ["TF2"], "Tf2 and tf2 are two"
+    assert result.account["perturbations"]["renamed"]["TF1"] == "Tf1"
+
+
+# --- limits that leave no control -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("qc", "spoilt", "said"),
+    [
+        ({"max_pct_mt": 5}, "mitochondrial", r"qc.max_pct_mt = 5 drops 80 of 80 \(their median: [\d.]+\); raise it"),
+        ({"min_counts": 300}, "shallow", r"qc.min_counts = 300 drops 80 of 80 \(their median: [\d.]+\); lower it"),
+    ],
+)
+def test_the_limit_that_leaves_no_control_is_named_with_its_direction(
+    qc: dict, spoilt: str, said: str, harmonized_from: Callable, tiny_screen: Callable
+) -> None:
+    screen = tiny_screen()
+    X = screen.X.toarray()
+    control = (screen.obs["perturbation"] == "control").to_numpy()
+    if spoilt == "mitochondrial":
+        X[:, screen.var_names == "MT-ND1"] = 1
+        X[np.ix_(control, screen.var_names == "MT-ND1")] = 900
+    else:
+        X[control] = np.minimum(X[control], 1)
+    screen.X = X
+    with pytest.raises(InputError, match="leaves no control cells.*" + said):
+        harmonized_from(screen, qc)
