@@ -10,8 +10,9 @@ from conftest import COMBINATIONS, PERTURBED, dataset_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbflow.annotation import canonical_labels, doubtful_labels, gene_table, members_in
+from perturbflow.annotation import canonical_labels, doubtful_labels, gene_table
 from perturbflow.controls import NAMED, SHORT, Controls, declaration, look_alikes
+from perturbflow.doses import names_in
 from perturbflow.errors import InputError
 from perturbflow.nearest import nearest
 from perturbflow.separators import SEPARATORS, unsplit
@@ -181,7 +182,7 @@ def test_whole_numbers_in_a_column_with_gaps_are_found() -> None:
 
 def test_cells_of_a_member_are_counted_over_labels() -> None:
     def members(label: str) -> list[str]:
-        return members_in(label, {"separator": "+"})
+        return names_in(label, {"separator": "+"})
 
     n_cells = {"NT-1": 5, "KLF1+NT-1": 3, "KLF1": 9, "control": 7}
     assert look_alikes(n_cells, DECLARED, members) == {"NT-1": 8}
@@ -224,7 +225,7 @@ def test_labels_that_are_never_split_on_purpose_are_told_only(
 def found(labels: list[str], separator: str | None = "+", genes: tuple[str, ...] = (), *, is_human: bool = True) -> tuple[str, bool] | None:
     """Return the separator that is found, and whether the declared one is surely wrong."""
     declared = {"separator": separator, "control": ["control"]}
-    one = unsplit(dict.fromkeys(labels, 10), declared, lambda label: members_in(label, declared), genes, is_human=is_human)
+    one = unsplit(dict.fromkeys(labels, 10), declared, lambda label: names_in(label, declared), genes, is_human=is_human)
     return None if one is None else (one.separator, one.is_sure)
 
 
