@@ -210,6 +210,11 @@ def test_a_wrong_separator_ends_harmonization_with_the_right_one(separator: str)
     assert told["not_split"] == {}
 
 
+def test_a_separator_that_would_split_genes_is_not_proposed() -> None:
+    with pytest.raises(InputError, match=r"'-' stands in names of genes too \(HLA-A\), so put another sign, such as '\+'"):
+        told_of(["control", "KLF1-CEBPA", "KLF1", "CEBPA", "HLA-A"])
+
+
 def test_labels_that_are_never_split_on_purpose_are_told_only(
     harmonized_from: Callable, tiny_screen: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
