@@ -101,6 +101,11 @@ def test_genes_look_like_no_controls(gene: str) -> None:
     assert not DECLARED.resembles(gene)
 
 
+@pytest.mark.parametrize("guide", ["WT1_2", "sgWT1-1", "CTR9g1", "SCRG1_sg2", "NT5E_1"])
+def test_guides_of_genes_look_like_no_controls(guide: str) -> None:
+    assert not DECLARED.resembles(guide)
+
+
 def test_of_all_approved_symbols_two_name_a_control() -> None:
     assert {name for name in human_symbols().approved if DECLARED.resembles(name)} == {"AAVS1", "CTRL"}
 
