@@ -180,9 +180,9 @@ def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path:
 
 def _tell_combinations(combined: Unsplit, declared: dict, path: Path) -> None:
     said = f"{path}: {combined.sentence(declared['separator'])}."
-    fix = f"Set perturbation.separator: {combined.separator!r}"
+    fix = combined.fix(declared["column"])
     if combined.is_sure and declared["separator"] is not None and "pattern" not in declared:
-        raise InputError(f"{said} {fix}; null, if these labels are no combinations: nothing is split then.")
+        raise InputError(f"{said} {fix}. If these labels are no combinations, set perturbation.separator: null; nothing is split then.")
     logger.warning("%s Each stays one perturbation. %s, if they are combinations.", said, fix)
 
 

@@ -127,15 +127,16 @@ def harmonize(screen: Cells, block: Mapping[str, Any], qc: Mapping[str, Any] | N
 def _spec(kind: str, options: Mapping[str, Any]) -> dict:
     """Return the block of a split, checked and completed, as a screen's division reads it."""
     own = {key: value for key, value in options.items() if value is not None}
-    held_out, fold = own.pop("held_out", None), own.pop("fold", None)
+    fold = own.pop("fold", None)
+    if "held_out" in own:
+        own["held_out"] = [value if isinstance(value, int | float) else str(value) for value in own["held_out"]]
     if "folds" not in own and kind != "file":
         own.setdefault("test_fraction", 0.25)
     specs = shipped(mine={"splits": {"own": {"kind": kind, **own}}})["splits"]
     names = [name for name in specs if name == "own" or name.startswith("own_fold_")]
     if "folds" in own and f"own_fold_{fold}" not in names:
         raise InputError(f"fold {fold} is not possible: of {own['folds']} folds name one from 0 to {own['folds'] - 1}.")
-    spec = dict(specs[f"own_fold_{fold}" if "folds" in own else "own"])
-    return {**spec, "held_out": list(held_out)} if held_out is not None else spec
+    return dict(specs[f"own_fold_{fold}" if "folds" in own else "own"])
 
 
 def split(harmonized: Cells, kind: str, *, organism: str = "human", name: str = "own", **options: Any) -> dict[str, Any]:

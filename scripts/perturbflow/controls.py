@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from perturbflow.symbols import CONTROL, human_symbols
+from perturbflow.symbols import CONTROL, GUIDE, human_symbols
 
 # What may stand before a control's name: a guide's or a library's mark.
 _PREFIX = r"(?:(?:p|px|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
@@ -64,7 +64,8 @@ class Controls:
         """
         if NAMED.fullmatch(text):
             return True
-        if text.upper() in human_symbols().approved:
+        guide = GUIDE.fullmatch(text)
+        if {text.upper(), guide["gene"].upper() if guide else ""} & human_symbols().approved:
             return False
         return (not is_drug and SHORT.fullmatch(text) is not None) or any(_is_form(text, name) for name in self.names)
 

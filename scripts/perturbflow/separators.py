@@ -27,12 +27,15 @@ class Unsplit:
         Labels that hold the separator and are no gene's name.
     n_of_labels
         How many of `labels` have parts that are all labels of the screen.
+    genes
+        Single genes among the labels whose names hold the separator, which it would split as well (HLA-A).
     """
 
     separator: str
     labels: dict[str, int]
     n_holding: int
     n_of_labels: int
+    genes: list[str]
 
     @property
     def is_sure(self) -> bool:
@@ -49,6 +52,15 @@ class Unsplit:
             f"split, such as {examples}: each of their parts is a perturbation, a control or a gene of this screen, but perturbation.separator is "
             f"{'null' if declared is None else repr(declared)}"
         )
+
+    def fix(self, column: str) -> str:
+        """Return what to do so that they are split."""
+        if self.genes:
+            return (
+                f"'{self.separator}' stands in names of genes too ({', '.join(self.genes[:3])}), so put another sign, such as '+', between members "
+                f"in obs['{column}']"
+            )
+        return f"Set perturbation.separator: {self.separator!r}"
 
 
 class _Names:
@@ -109,5 +121,6 @@ def unsplit(
         if combined and (best is None or len(combined) > best[1]):
             labels = {label: n_cells[label] for label, found in of_label.items() if not combined.isdisjoint(found)}
             n_of_labels = sum(all(names.is_label(part) for part in holding[member]) for member in combined)
-            best = Unsplit(separator, labels, len(holding), n_of_labels), len(combined)
+            genes_holding = sorted(member for member in whole if len(_parts(member, separator)) > 1)
+            best = Unsplit(separator, labels, len(holding), n_of_labels, genes_holding), len(combined)
     return best[0] if best else None
