@@ -210,7 +210,7 @@ def files_named_in(value: object) -> Iterator[str]:
     """Yield every path and file value below a configuration."""
     if isinstance(value, dict):
         for key, item in value.items():
-            if key in ("path", "file"):
+            if key in ("path", "file", "labels"):
                 yield from item.values() if isinstance(item, dict) else [item]
             yield from files_named_in(item)
     elif isinstance(value, list):

@@ -69,7 +69,7 @@ def test_an_edit_of_the_same_size_is_noticed(keeps_time: bool, after: float) -> 
 def test_a_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     time.sleep(0.15)
     before = content_digest("screen.h5ad")
-    monkeypatch.setattr(records, "file_digest", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(records, "content_sha256", lambda path: pytest.fail(f"{path} is read again"))
     assert content_digest("screen.h5ad") == before
 
 
@@ -237,7 +237,7 @@ def test_setting_back_reads_no_file_again(monkeypatch: pytest.MonkeyPatch) -> No
     before = content_digest("results/first.h5ad")
     os.utime("results/second.tsv", (1, 1))
     settle("results")
-    monkeypatch.setattr(records, "file_digest", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(records, "content_sha256", lambda path: pytest.fail(f"{path} is read again"))
     assert content_digest("results/first.h5ad") == before
 
 

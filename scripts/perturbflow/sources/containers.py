@@ -61,4 +61,4 @@ def open_hdf5(path: Path, member: str | None) -> tuple[Any, BinaryIO]:
         # By its name where it has one: HDF5's own reading is faster than through Python.
         return h5py.File(path if content.name == str(path) else content, "r"), content
     except Exception as error:
-        raise InputError(f"{path} is nothing that HDF5 can read ({type(error).__name__}: {error}). Is it complete?") from error
+        raise InputError(f"{path} is an HDF5 file that anndata cannot read ({type(error).__name__}: {error}). Is it complete?") from error
