@@ -11,7 +11,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 import pytest
-from conftest import QUERY, SPECS, Prepared, copy_repository, make_screen, merged, prepare
+from conftest import DOSED, QUERY, SPECS, Prepared, copy_repository, make_screen, merged, prepare
 
 from perturbflow import code_version as subject
 from perturbflow.benchmark import benchmark
@@ -447,7 +447,7 @@ def imported() -> None:
 @pytest.mark.parametrize("kind", SPECS)
 def test_all_that_prepares_the_data_is_counted(kind: str, tmp_path: Path) -> None:
     with functions_run() as codes:
-        prepare(tmp_path, make_screen(), SPECS[kind])
+        prepare(tmp_path, make_screen(labels=DOSED if kind == "unseen_dose" else None), SPECS[kind])
     assert {"harmonize", "split", "pair", "embeddings", "audit"} <= {code.co_name for code in codes}
     assert not outside(codes, *map(entry_point, ("harmonize", "split", "pair", "embeddings", "audit")))
 

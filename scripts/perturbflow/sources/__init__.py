@@ -12,7 +12,7 @@ from perturbflow.hdf5 import Rows
 from perturbflow.origins import folder_kind, problem_of_folder
 from perturbflow.sources.anndatas import open_anndata
 from perturbflow.sources.base import InMemory, NotCounts, SomeGenes, Source, as_counts
-from perturbflow.sources.containers import open_hdf5
+from perturbflow.sources.containers import damaged, open_hdf5
 from perturbflow.sources.labels import with_labels
 from perturbflow.sources.matrices import Values
 from perturbflow.sources.modalities import open_mudata
@@ -72,10 +72,13 @@ def _opened(path: Path, dataset: dict) -> Source:
     def rows_of(stored: h5py.Dataset) -> Values:
         return Rows(stored, content.fileno(), path)
 
-    if matrices_of(file):
+    try:
+        if not matrices_of(file):
+            return _of_scverse(file, path, rows_of, dataset)
         _refuse(dataset, path, "counts", "modality")
         return open_tenx(file, path, rows_of)
-    return _of_scverse(file, path, rows_of, dataset)
+    except (OSError, RuntimeError, LookupError) as error:  # HDF5's at a damaged file, wherever it is met
+        raise damaged(path, error) from error
 
 
 def _opened_folder(path: Path, dataset: dict) -> Source:

@@ -48,6 +48,11 @@ def _unpacked(path: Path, member: str | None) -> BinaryIO:
     return unpacked
 
 
+def damaged(path: Path, error: Exception) -> InputError:
+    """Return what is said of an HDF5 file that cannot be read."""
+    return InputError(f"{path} is an HDF5 file that anndata cannot read ({type(error).__name__}: {error}). Is it complete?")
+
+
 def open_hdf5(path: Path, member: str | None) -> tuple[Any, BinaryIO]:
     """Return an HDF5 file, or the one that is the member of an archive, and its content to read from beside HDF5.
 
@@ -61,4 +66,4 @@ def open_hdf5(path: Path, member: str | None) -> tuple[Any, BinaryIO]:
         # By its name where it has one: HDF5's own reading is faster than through Python.
         return h5py.File(path if content.name == str(path) else content, "r"), content
     except Exception as error:
-        raise InputError(f"{path} is an HDF5 file that anndata cannot read ({type(error).__name__}: {error}). Is it complete?") from error
+        raise damaged(path, error) from error
