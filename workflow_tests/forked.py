@@ -29,9 +29,13 @@ LIBRARIES = (
 )  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# Started in place of Python: hands its command line, environment and streams to the server, and waits for the exit status.
+# Started in place of Python: hands its command line, environment and streams to the server, and waits for the exit status. What is neither a
+# script nor Snakemake is left to Python itself.
 CLIENT = """#!{python} -ISE
-import array, json, os, signal, socket, sys
+import json, os, signal, socket, sys
+words = [word for word in sys.argv[1:] if word not in ("-u", "-B")]
+if not words or (words[0].startswith("-") and words[:2] != ["-m", "snakemake"]):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({address!r})
 call = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()

@@ -420,7 +420,7 @@ def write(folder: Path, **tables: pd.DataFrame) -> dict:
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.metrics.tsv", sep="\t", index=False)
     paths = [folder / f"{name}.metrics.tsv" for name in tables]
-    return {"metrics": paths, "families": FAMILY_OF, "qualities": [], **{name: folder / f"{name}.tsv" for name in TABLES}}
+    return {"metrics": paths, "families": FAMILY_OF, "qualities": [], "audits": [], **{name: folder / f"{name}.tsv" for name in TABLES}}
 
 
 def test_all_tables_are_written_with_their_keys(tmp_path: Path) -> None:

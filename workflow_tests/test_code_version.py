@@ -498,7 +498,7 @@ def test_all_that_scores_is_counted(prepared: dict[str, Prepared], tmp_path: Pat
     assert not outside(codes, entry_point("quality"))
     tables = [tmp_path / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")]
     with functions_run() as codes:
-        benchmark(metrics, {name: name for name in models}, *tables, described[:1])
+        benchmark(metrics, {name: name for name in models}, *tables, described[:1], [here.audit])
     assert {"benchmark", "judge"} <= {code.co_name for code in codes}
     assert not outside(codes, entry_point("benchmark"))
 

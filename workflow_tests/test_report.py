@@ -158,7 +158,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
         run_models(here, split)
     of_tree = Tree(folder)
     tables = {name: folder / f"{name}.tsv" for name in TABLES}
-    benchmark(of_tree.arguments()["metrics"], MODELS, **tables, qualities=[mine / "quality.tsv"])
+    benchmark(of_tree.arguments()["metrics"], MODELS, **tables, qualities=[mine / "quality.tsv"], audits=[])
     yield of_tree
     families.undo()
 
@@ -310,7 +310,7 @@ def test_no_curve_is_drawn_of_closed_forms(tree: Tree, tmp_path: Path, few_figur
     arguments = tree.arguments()
     baselines = {name: [path for path in arguments[name] if "learned" not in path.parts] for name in ("runs", "metrics", "predictions")}
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
-    benchmark(baselines["metrics"], MODELS, **tables, qualities=[])
+    benchmark(baselines["metrics"], MODELS, **tables, qualities=[], audits=[])
     page = tree.page(**baselines, **tables, report=tmp_path / "report.html")
     assert "No model of this run was trained in steps" in page
     assert "one of the best" in page  # the best baseline is drawn all the same
@@ -486,7 +486,7 @@ def test_without_a_ceiling_nothing_is_calibrated_and_the_page_says_so(tree: Tree
         for name in ("runs", "metrics", "predictions")
     }
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
-    benchmark(some["metrics"], MODELS, **tables, qualities=[])
+    benchmark(some["metrics"], MODELS, **tables, qualities=[], audits=[])
     page = tree.page(**some, **tables, report=tmp_path / "report.html")
     assert page.count("Nothing was calibrated") == len(SPECS)
 
@@ -506,7 +506,7 @@ def test_strata_have_a_table_per_kind_and_a_row_per_bin(tree: Tree, tmp_path: Pa
         order = table["perturbation"].rank(method="dense")
         table.assign(reliability=order / 100, effect_size=order).to_csv(metrics[-1], sep="\t", index=False)
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
-    benchmark(metrics, MODELS, **tables, qualities=[])
+    benchmark(metrics, MODELS, **tables, qualities=[], audits=[])
     page = tree.page(metrics=metrics, **tables, report=tmp_path / "report.html")
     strata = pd.read_csv(tables["strata"], sep="\t").query("split == 'unseen_combination' and stratum == 'reliability'")
     assert len(strata) > 0
@@ -529,7 +529,7 @@ def test_folds_are_folded_below_what_pools_them(tree: Tree, tmp_path: Path, few_
         parts = [path.relative_to(tree.folder).parts for path in arguments[name]]
         moved[name] = [tmp_path.joinpath(dataset, renamed[split], *rest) for dataset, split, *rest in parts]
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
-    benchmark(moved["metrics"], MODELS, **tables, qualities=[])
+    benchmark(moved["metrics"], MODELS, **tables, qualities=[], audits=[])
     page = tree.page(**moved, **tables, report=tmp_path / "report.html")
     for section in ("verdicts", "leaderboard", "calibration", "strata"):
         places = [page.index(f'<h3 id="{section}-mine-{name}">') for name in ("genes", "genes_fold_0", "genes_fold_1")]
@@ -722,7 +722,7 @@ def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(tree: Tree, tmp_p
                 arguments[name].append(folder / file)
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
     families = {**dict.fromkeys(names, "additive"), "model_0": "no_change", "model_1": "perturbed_mean", "model_2": "technical_duplicate"}
-    benchmark(arguments["metrics"][: len(names)], families, **tables, qualities=[])
+    benchmark(arguments["metrics"][: len(names)], families, **tables, qualities=[], audits=[])
     for path in tables.values():
         table = pd.read_csv(path, sep="\t")
         pd.concat([table.assign(dataset=f"screen_number_{i}") for i in range(25)]).to_csv(path, sep="\t", index=False)

@@ -68,7 +68,7 @@ def benchmark(
     strata: Path,
     verdicts: Path,
     qualities: list[Path],
-    audits: list[Path] | None = None,
+    audits: list[Path],
 ) -> None:
     """Write all tables of the benchmark.
 
@@ -103,7 +103,7 @@ def benchmark(
         if families.get(model) not in FAMILIES:
             raise InputError(f"families: '{families.get(model)}' of model '{model}' is no family; known: {', '.join(FAMILIES)}.")
     tables: dict[Path, list[pd.DataFrame]] = {path: [] for path in (benchmark, calibration, comparisons, strata, verdicts)}
-    caveats = _caveats(audits or [])
+    caveats = _caveats(audits)
     for panel in panels(scores):
         compared, calibrated = compare(panel, families), calibrate(panel, families)
         summary = summarize(panel, families)
