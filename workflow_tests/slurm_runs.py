@@ -119,7 +119,9 @@ def fail(folder: Path, cluster: Cluster) -> Failures:
     settings["default-resources"]["slurm_account"] = "mylab"
     (profile / "profile.yaml").write_text(yaml.safe_dump(settings))
 
-    run = Running(folder, cluster, "--set-resources", *RESOURCES, "--", "data", profile=profile)
+    run = Running(
+        folder, cluster, "--set-resources", *RESOURCES, "--", *[f"results/{fate}/harmonized.h5ad" for fate in FATES], profile=profile
+    )
     cluster.freeze(wait_for(lambda: cluster.running_job("hung"), "the job that is to hang"))
     lost = wait_for(lambda: cluster.running_job("lost"), "the job whose node is to be lost")
     cluster.freeze(lost)  # or it may be done before

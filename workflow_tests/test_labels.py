@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from conftest import COMBINATIONS, PERTURBED, dataset_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -167,14 +168,14 @@ def test_without_a_declared_control_those_that_look_like_one_are_proposed(harmon
         harmonized_from(screen)
 
 
-@given(st.lists(st.from_regex(r"(NT|neg ctrl|safe.x)[_-][0-9]{1,4}", fullmatch=True), min_size=1, max_size=30, unique=True))
+@given(st.lists(st.from_regex(r"(NT|neg ctrl|safe[ .'\"\\µ]x)[_-][0-9]{1,4}", fullmatch=True), min_size=1, max_size=30, unique=True))
 def test_the_proposed_declaration_takes_all_of_them_in(alike: list[str]) -> None:
     line = declaration(alike, ["control"])
     key, value = line.split(": ", 1)
     if key.endswith("pattern"):
-        assert all(re.fullmatch(value.strip("'"), label) for label in alike)
+        assert all(re.fullmatch(yaml.safe_load(value), label) for label in alike)
     else:
-        assert value == "[" + ", ".join(f'"{label}"' for label in ["control", *alike]) + "]"
+        assert yaml.safe_load(value) == ["control", *alike]
 
 
 def test_whole_numbers_in_a_column_with_gaps_are_found() -> None:

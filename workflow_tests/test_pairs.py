@@ -15,7 +15,7 @@ from perturbflow import embeddings, pairs
 from perturbflow.embeddings import Embeddings, coexpression, from_table
 from perturbflow.errors import InputError
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.symbols import CONTROL, entities_of
 
 KINDS = [*SPECS, *SPECS_OF_CELLS]
 
@@ -87,8 +87,10 @@ def test_matching_depends_on_the_seed_alone() -> None:
 # --- expression -----------------------------------------------------------------------------------------------------
 
 
-def test_x_is_log1p_of_counts_scaled_to_the_training_median(adata: ad.AnnData, prepared: dict[str, Prepared]) -> None:
-    screen = ad.read_h5ad(prepared["unseen_combination"].harmonized)[adata.obs_names]
+def test_x_is_log1p_of_counts_scaled_to_the_training_median(
+    adata: ad.AnnData, prepared: dict[str, Prepared], request: pytest.FixtureRequest
+) -> None:
+    screen = ad.read_h5ad(prepared[request.node.callspec.params["adata"]].harmonized)[adata.obs_names]
     totals = screen.X.toarray().sum(axis=1)
     target = np.median(totals[(adata.obs["role"] == "train").to_numpy()])
     assert adata.uns["perturbflow"]["target_sum"] == pytest.approx(target)
@@ -100,7 +102,7 @@ def test_x_is_log1p_of_counts_scaled_to_the_training_median(adata: ad.AnnData, p
 
 def test_highly_variable_genes_and_all_measured_perturbed_genes_are_kept(adata: ad.AnnData) -> None:
     assert adata.var["highly_variable"].sum() == 40
-    genes = {gene for label in adata.obs["perturbation"].unique() for gene in members_of(label)}
+    genes = {gene for label in adata.obs["perturbation"].unique() for gene in entities_of(label)}
     assert set(adata.var_names[adata.var["is_perturbed_gene"]]) == genes
     assert (adata.var["highly_variable"] | adata.var["is_perturbed_gene"]).all()
     assert adata.n_vars < 80

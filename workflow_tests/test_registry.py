@@ -123,6 +123,7 @@ def test_a_datasets_own_qc_overrides_the_global_one(tmp_path: Path) -> None:
     plan = planned(config, tmp_path)
     assert plan.qc("my_screen") == {
         "min_counts": 11, "min_genes": 7, "max_pct_mt": None, "min_cells_per_gene": 10, "min_cells_per_perturbation": 30,
+        "min_efficacy": None, "min_cell_efficacy": None,
     }  # fmt: skip
     assert plan.qc("renge2023")["min_counts"] == 50
 

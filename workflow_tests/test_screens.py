@@ -211,7 +211,7 @@ def test_a_triplet_goes_from_the_mirror_folder_to_harmonized_by_one_command(snak
     config = {"select": {"datasets": ["norman2019_geo"]}, "mirror": "mirror", "datasets": {"norman2019_geo": block}}
     done = snakemake(tmp_path, "data", config=config)
     assert done.returncode == 0, done.text
-    assert done.jobs == {"data": 1, "download": 1, "harmonize": 1}
+    assert done.jobs == {"data": 1, "download": 1, "harmonize": 1, "quality": 1}
     account = json.loads((tmp_path / "results" / "norman2019_geo" / "harmonization.json").read_text())
     assert account["perturbations"]["kept"] == expected.labels
 

@@ -1,5 +1,6 @@
 """Which labels are controls: those that a dataset's block declares. Labels that only look like controls are found and told, never folded in."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -122,12 +123,14 @@ def declaration(alike: Iterable[str], declared: Iterable[str] = ()) -> str:
     names = list(alike)
     patterns = list(dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name).replace(r"\-", "-")) for name in names))
     if len(names) > SHOWN and len(patterns) <= len(names) // 2:
-        return f"perturbation.control_pattern: '{'|'.join(patterns)}'"
+        pattern = "|".join(patterns).replace("'", "''")
+        return f"perturbation.control_pattern: '{pattern}'"
     return f"perturbation.control: [{', '.join(map(_quoted, [*declared, *names]))}]"
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+def _quoted(text: str) -> str:
+    """Return a text as YAML has it between quotation marks."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def warning(alike: Mapping[str, int], declared: Iterable[str]) -> str:
