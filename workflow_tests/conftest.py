@@ -15,9 +15,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from forked import interpreter
 from scipy import sparse
+from threadpoolctl import threadpool_limits
 
 from perturbflow import audit, embeddings, harmonize, pairs, splits
 from perturbflow.counterfactuals.answers import counterfactual
@@ -26,6 +28,10 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.pairs import Pairs
 from perturbflow.registry.shipped import above_shipped as merged  # noqa: F401  the tests' word for it
 from perturbflow.symbols import members_of, without_dose
+
+# Two workers share two cores, and threads that wait for one another spin.
+torch.set_num_threads(1)
+threadpool_limits(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

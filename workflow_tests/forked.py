@@ -23,10 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LIBRARIES = (
-    "numpy", "pandas", "scipy.sparse", "scipy.stats", "sklearn.ensemble", "sklearn.linear_model", "anndata", "scanpy", "h5py", "numba", "torch",
+    "numpy", "pandas", "threadpoolctl", "scipy.sparse", "scipy.stats", "sklearn.ensemble", "sklearn.linear_model", "anndata", "scanpy", "h5py", "numba", "torch",
     "pytorch_lightning", "matplotlib.pyplot", "pyarrow.parquet", "jinja2", "yaml", "jsonschema", "requests", "snakemake.cli", "snakemake.api",
     "snakemake.script", "snakemake.executors.local", "snakemake_executor_plugin_slurm",
 )  # fmt: skip
+# Libraries read these when they are loaded; a fork is told of its own number (`_answer`).
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Started in place of Python: hands its command line, environment and streams to the server, and waits for the exit status. What is neither a
@@ -56,7 +58,8 @@ def interpreter() -> Iterator[str]:
         client.write_text(CLIENT.format(python=sys.executable, address=address, signals=[int(number) for number in SIGNALS]))
         client.chmod(client.stat().st_mode | stat.S_IXUSR)
         command = [sys.executable, __file__, address, str(client)]
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        variables = os.environ | dict.fromkeys(THREADS, "1")
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=variables)
         try:
             assert server.stdout.readline() == b"ready\n"
             yield str(client)
@@ -106,6 +109,10 @@ def _answer(connection: socket.socket, client: str) -> None:
     os.environ.clear()
     os.environ.update(variables)
     sys.executable = client
+    n_threads = int(variables.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    if n_threads > 1:
+        sys.modules["torch"].set_num_threads(n_threads)
+        sys.modules["threadpoolctl"].threadpool_limits(n_threads)
     threading.Thread(target=_obey, args=(connection,), daemon=True).start()
     status = _run(arguments)
     for stream in (sys.stdout, sys.stderr):
