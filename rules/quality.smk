@@ -15,7 +15,7 @@ rule quality:
         account="results/{dataset}/quality.json",
         page=report(
             "results/{dataset}/quality.html",
-            caption="captions/quality.rst",
+            caption="captions/quality_page.rst",
             category="Data",
             subcategory="{dataset}",
             labels={"dataset": "{dataset}", "file": "quality.html"},
