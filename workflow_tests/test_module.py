@@ -64,7 +64,7 @@ class Host:
 PLANNED = {
     "screen": 1, "best": 1,
     **{f"perturbflow_{step}": 1 for step in
-       ("harmonize", "split", "pair", "embeddings", "audit", "train_closed_form", "predict", "evaluate", "benchmark")},
+       ("harmonize", "quality", "split", "pair", "embeddings", "audit", "train_closed_form", "predict", "evaluate", "benchmark")},
 }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_a_second_run_plans_nothing_and_other_content_of_a_result_is_noticed(hos
 def test_the_configuration_of_the_module_counts(host: Host) -> None:
     host.config["genes"]["n_hvg"] = 30
     try:
-        assert set(host.run("--dry-run").jobs) == set(PLANNED) - {"screen", "perturbflow_harmonize", "perturbflow_split"}
+        assert set(host.run("--dry-run").jobs) == set(PLANNED) - {"screen", "perturbflow_harmonize", "perturbflow_quality", "perturbflow_split"}
     finally:
         host.config["genes"]["n_hvg"] = 40
 
