@@ -102,7 +102,12 @@ def test_a_second_run_plans_nothing_and_other_content_of_a_result_is_noticed(hos
 def test_the_configuration_of_the_module_counts(host: Host) -> None:
     host.config["genes"]["n_hvg"] = 30
     try:
-        assert set(host.run("--dry-run").jobs) == set(PLANNED) - {"screen", "perturbflow_harmonize", "perturbflow_quality", "perturbflow_split"}
+        assert set(host.run("--dry-run").jobs) == set(PLANNED) - {
+            "screen",
+            "perturbflow_harmonize",
+            "perturbflow_quality",
+            "perturbflow_split",
+        }
     finally:
         host.config["genes"]["n_hvg"] = 40
 

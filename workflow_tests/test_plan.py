@@ -407,7 +407,7 @@ def test_the_summary_names_what_made_every_result(finished: Finished) -> None:
 
 def test_the_graph_of_jobs_names_their_wildcards(finished: Finished) -> None:
     graph = finished.run("--dag").stdout
-    assert len(re.findall(r"\blabel = ", graph)) == 5 + 3 * len(MODELS) + len(AFTER_TRAINING)
+    assert len(re.findall(r"\blabel = ", graph)) == 6 + 3 * len(MODELS) + len(AFTER_TRAINING)
     assert "train_closed_form" in graph
     assert "model: linear" in graph
 

@@ -42,6 +42,7 @@ IMPLEMENTATIONS = {
 }
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
 MODELS = {**{name: name for name in IMPLEMENTATIONS}, "learned": "learned"}
+SPLITS = {name: spec for name, spec in SPECS.items() if name != "unseen_dose"}  # the screen has no doses
 HEADLINES = [name for name, metric in METRICS.items() if metric.headline]
 STAGE = [{"step": step, "effective_rank": 5.0 + step} for step in (1, 2, 3)]
 SEPARABILITY = {
@@ -77,10 +78,10 @@ class Tree:
         """Return what the rule hands over."""
         runs = [
             self.folder / "mine" / split / model / "seed_0" / "run.json"
-            for split in SPECS
+            for split in SPLITS
             for model in [*IMPLEMENTATIONS, "learned"]
         ]  # fmt: skip
-        of_splits = {name: [self.folder / "mine" / split / file for split in SPECS]
+        of_splits = {name: [self.folder / "mine" / split / file for split in SPLITS]
                      for name, file in (("splits", "split.json"), ("audits", "audit.json"), ("pairs", "pairs.h5ad"))}  # fmt: skip
         return {
             **{name: self.folder / f"{name}.tsv" for name in TABLES},
@@ -146,7 +147,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
     quality(*[mine / name for name in ("harmonized.h5ad", "harmonization.json", "quality.tsv", "quality.json", "quality.html")])
     families = pytest.MonkeyPatch()
     families.setitem(FAMILIES, "learned", Family("base:Model", "learned", "train_learned"))
-    for split, spec in SPECS.items():
+    for split, spec in SPLITS.items():
         here = mine / split
         here.mkdir()
         files = {name: here / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")}
@@ -214,7 +215,7 @@ def test_nothing_is_fetched(page: str) -> None:
 
 def test_leaderboard_has_the_values_and_intervals_of_the_benchmark(page: str, tree: Tree) -> None:
     table = tree.table("benchmark")
-    assert len(table) == len(SPECS) * 5 * len(METRICS)
+    assert len(table) == len(SPLITS) * 5 * len(METRICS)
     for row in table.itertuples():
         cells = leaderboard_row(page, row.split, row.model)
         assert f'<data value="{row.value}">{number(row.value)}</data>' in cells
@@ -398,19 +399,19 @@ def test_the_overview_has_every_learned_model_and_counts_its_metrics(page: str, 
     overview = region(page, "Overview")
     verdicts = tree.table("verdicts").fillna("").set_index(["model", "split"])
     row = next(row for row in re.findall(r"<tr>.*?</tr>", overview, re.DOTALL) if ">learned<" in row.replace("</span>", ">"))
-    for cell, split in zip(re.findall(r"<td>(.*?)</td>", row, re.DOTALL), SPECS, strict=True):
+    for cell, split in zip(re.findall(r"<td>(.*?)</td>", row, re.DOTALL), SPLITS, strict=True):
         told = verdicts.loc["learned", split]
         n_won, n_lost, n_level = (len(told[name].split(",")) if told[name] else 0 for name in ("wins", "losses", "level"))
         assert told["verdict"] in cell
         assert f"▲ {n_won} ▼ {n_lost} = {n_level}" in cell
-    for split in SPECS:
+    for split in SPLITS:
         assert f'href="#verdicts-mine-{split}"' in overview
         assert f'id="verdicts-mine-{split}"' in page
     assert "1 dataset; 2 splits; 5 models (1 learned, 3 baselines, 1 ceiling); 1 seed; 10 runs in all." in page
 
 
 def test_every_check_of_the_audit_is_explained(page: str) -> None:
-    for split in SPECS:
+    for split in SPLITS:
         audited = region(page, f"Audit of mine × {split}")
         for check in CHECKS:
             name = re.escape(check.__name__.replace("_", " "))
@@ -418,7 +419,7 @@ def test_every_check_of_the_audit_is_explained(page: str) -> None:
 
 
 def test_every_held_out_perturbation_has_a_figure_while_there_is_room(page: str, tree: Tree) -> None:
-    for split in SPECS:
+    for split in SPLITS:
         held_out = {label for label in read_json(tree.folder / "mine" / split / "split.json")["perturbations"]["test"] if label != HOSTILE}
         drawn = re.findall(r'aria-label="Scatter plot of predicted against measured effects of (\S+) by', page)
         assert held_out <= set(drawn)
@@ -464,7 +465,7 @@ def test_every_verdict_stands_on_the_page(page: str, tree: Tree) -> None:
 def test_differences_to_the_best_baseline_are_those_of_the_table(page: str, tree: Tree) -> None:
     table = tree.table("comparisons").merge(tree.table("verdicts")[["split", "model", "cannot_tell"]].fillna(""), on=["split", "model"])
     rows = table[table["is_best_baseline"] & table["headline"] & (table["kind"] != "ceiling")]
-    assert len(rows) == len(SPECS) * 4 * len(HEADLINES)
+    assert len(rows) == len(SPLITS) * 4 * len(HEADLINES)
     for row in rows.itertuples():
         cells = region(page, f"Verdicts of mine × {row.split}")
         shown = f'<data value="{row.difference}">{signed(row.difference)}</data>'
@@ -488,12 +489,12 @@ def test_without_a_ceiling_nothing_is_calibrated_and_the_page_says_so(tree: Tree
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
     benchmark(some["metrics"], MODELS, **tables, qualities=[], audits=[])
     page = tree.page(**some, **tables, report=tmp_path / "report.html")
-    assert page.count("Nothing was calibrated") == len(SPECS)
+    assert page.count("Nothing was calibrated") == len(SPLITS)
 
 
 def test_the_generalization_of_a_split_is_said_with_its_verdicts(page: str) -> None:
     verdicts = page[page.index('id="verdicts"') : page.index('id="leaderboard"')]
-    assert all(f"What {split} says of itself." in verdicts for split in SPECS)
+    assert all(f"What {split} says of itself." in verdicts for split in SPLITS)
 
 
 def test_strata_have_a_table_per_kind_and_a_row_per_bin(tree: Tree, tmp_path: Path, few_figures: None) -> None:
@@ -518,7 +519,7 @@ def test_strata_have_a_table_per_kind_and_a_row_per_bin(tree: Tree, tmp_path: Pa
 
 def test_folds_are_folded_below_what_pools_them(tree: Tree, tmp_path: Path, few_figures: None) -> None:
     arguments = tree.arguments()
-    renamed = dict(zip(SPECS, ("genes_fold_0", "genes_fold_1"), strict=True))
+    renamed = dict(zip(SPLITS, ("genes_fold_0", "genes_fold_1"), strict=True))
     for split, fold in renamed.items():
         shutil.copytree(tree.folder / "mine" / split, tmp_path / "mine" / fold)
         for path in (tmp_path / "mine" / fold).glob("*/*/metrics.tsv"):
@@ -595,7 +596,7 @@ def test_doubtful_labels_and_controls_of_other_batches_are_shown(tree: Tree, tmp
     assert "TF1|TF2 (40)" in text
     assert HOSTILE not in page
     assert "700 (50 % of the perturbed cells); by batch: b2 (700)" in text
-    assert page.count("<strong>Caveat</strong>: Lanes differ.") == len(SPECS)
+    assert page.count("<strong>Caveat</strong>: Lanes differ.") == len(SPLITS)
 
 
 def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: Tree, tmp_path: Path, few_figures: None) -> None:
