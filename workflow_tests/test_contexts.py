@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -91,6 +92,14 @@ def test_a_kind_of_cells_that_lacks_a_perturbation_is_counted(one_line: tuple[Pr
     assert places.words("TF1", {("mine", "b3", "unknown")}) == " in other contexts"
     assert not places.is_elsewhere("GENE1", {("mine", "b2", "unknown")}), "genes never perturbed rest on all of training"
     assert places.is_elsewhere("GENE1", {("other", "b2", "unknown")})
+
+
+def test_another_dose_rests_on_the_contexts_of_its_compound() -> None:
+    obs = pd.DataFrame({"perturbation": ["TF1@1", "TF2@1"], "dataset": "mine", "batch": ["b1", "b2"], "cell_type": "T cell"})
+    places = Places(SimpleNamespace(obs=obs, is_control=np.zeros(2, bool)))
+    assert places.is_elsewhere("TF1@5", {("mine", "b2", "T cell")})
+    assert not places.is_elsewhere("TF1@5", {("mine", "b1", "T cell")})
+    assert places.is_elsewhere("TF1@5+TF2@1", {("mine", "b2", "T cell")})
 
 
 # --- controls of other batches --------------------------------------------------------------------------------------

@@ -111,9 +111,7 @@ def test_words_of_types_are_understood_and_others_left(case: str) -> None:
     assert {kind: list(numbers) for kind, numbers in apart.items()} == ({other: [2]} if is_apart else {})
 
 
-def test_a_file_of_one_type_stays_as_it_is_and_one_without_genes_is_told() -> None:
-    only = pd.DataFrame({"feature_types": ["CRISPR Guide Capture"] * 2}, index=["a", "b"])
-    assert features_apart(only, [], "mine.h5ad") == {}
+def test_a_file_without_genes_is_told() -> None:
     neither = pd.DataFrame({"feature_types": ["CRISPR Guide Capture", "Antibody Capture"]}, index=["a", "b"])
     with pytest.raises(InputError, match=r"mine\.h5ad holds no gene expression: its features are CRISPR Guide Capture, Antibody Capture"):
         features_apart(neither, [], "mine.h5ad")
@@ -244,3 +242,14 @@ def test_the_default_stays_x_and_then_the_layer_counts(harmonized_from: Callable
     found = harmonized_from(shared)
     np.testing.assert_array_equal(found.adata.X.toarray(), screen[:, 5:60].X.toarray())
     assert json.loads(found.report.read_text())["features_apart"] == {}
+
+
+def test_a_file_of_guides_alone_is_no_screen() -> None:
+    var = pd.DataFrame({"feature_types": "CRISPR Guide Capture"}, index=["KLF1_1", "KLF1_2"])
+    with pytest.raises(InputError, match=r"holds no gene expression: its features are CRISPR Guide Capture"):
+        features_apart(var, [], "screen.h5ad")
+
+
+def test_one_word_of_the_files_own_for_all_genes_changes_nothing() -> None:
+    assert features_apart(pd.DataFrame({"type": "gene"}, index=["KLF1", "GATA1"]), [], "screen.h5ad") == {}
+    assert features_apart(pd.DataFrame({"feature_types": "Custom"}, index=["KLF1", "GATA1"]), [], "screen.h5ad") == {}

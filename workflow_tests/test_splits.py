@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perturbflow import embeddings, pairs
-from perturbflow.divisions import DIVISIONS, ROLES, members_seen, unseen_combination, unseen_dose, unseen_perturbation
+from perturbflow.divisions import DIVISIONS, ROLES, Shares, members_seen, unseen_combination, unseen_dose, unseen_perturbation
 from perturbflow.errors import InputError
 from perturbflow.split_files import Labels
 from perturbflow.splits import (
@@ -47,7 +47,7 @@ seeds = st.integers(0, 5)
 @given(labels=screens, fraction=fractions, seed=seeds)
 @settings(max_examples=60, deadline=None)
 def test_every_perturbation_has_one_role(kind: str, labels: list[str], fraction: tuple[float, float], seed: int) -> None:
-    roles = KINDS[kind](labels, *fraction, seed)
+    roles = KINDS[kind](labels, Shares(*fraction, seed))
     assert set(roles) == set(ROLES)
     assert sorted(label for role in ROLES for label in roles[role]) == labels
     for names in roles.values():
@@ -62,20 +62,20 @@ def test_roles_depend_on_the_seed_and_not_on_the_order_of_labels(
 ) -> None:
     shuffled = list(labels)
     shuffling.shuffle(shuffled)
-    first, second = KINDS[kind](labels, *fraction, seed), KINDS[kind](shuffled, *fraction, seed)
+    first, second = KINDS[kind](labels, Shares(*fraction, seed)), KINDS[kind](shuffled, Shares(*fraction, seed))
     assert {role: set(listed) for role, listed in first.items()} == {role: set(listed) for role, listed in second.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_seed_holds_out_others(kind: str) -> None:
     labels = [*GENES, *[f"{a}+{b}" for a, b in pairwise(GENES)]]
-    assert len({tuple(sorted(KINDS[kind](labels, 0.3, 0.1, seed)["test"])) for seed in range(5)}) > 1
+    assert len({tuple(sorted(KINDS[kind](labels, Shares(0.3, 0.1, seed))["test"])) for seed in range(5)}) > 1
 
 
 @given(labels=screens, fraction=fractions, seed=seeds)
 @settings(max_examples=60, deadline=None)
 def test_a_held_out_gene_is_in_no_training_perturbation(labels: list[str], fraction: tuple[float, float], seed: int) -> None:
-    roles = unseen_perturbation(labels, *fraction, seed)
+    roles = unseen_perturbation(labels, Shares(*fraction, seed))
     genes = {role: {gene for label in roles[role] for gene in members_of(label)} for role in ROLES}
     held_out = {
         gene for role in ("validation", "test") for label in roles[role] if len(members_of(label)) == 1 for gene in members_of(label)
@@ -90,22 +90,22 @@ def test_a_held_out_gene_is_in_no_training_perturbation(labels: list[str], fract
 @given(labels=screens, fraction=fractions, seed=seeds)
 @settings(max_examples=60, deadline=None)
 def test_all_singles_are_in_training_where_combinations_are_held_out(labels: list[str], fraction: tuple[float, float], seed: int) -> None:
-    roles = unseen_combination(labels, *fraction, seed)
+    roles = unseen_combination(labels, Shares(*fraction, seed))
     assert {label for label in labels if "+" not in label} <= set(roles["train"])
     n = sum("+" in label for label in labels)
     assert len(roles["test"]) == min(n, max(1, round(fraction[0] * n)))
 
 
 def test_the_fractions_are_of_perturbed_genes() -> None:
-    roles = unseen_perturbation([f"P{i}" for i in range(40)], 0.25, 0.1, 0)
+    roles = unseen_perturbation([f"P{i}" for i in range(40)], Shares(0.25, 0.1, 0))
     assert {role: len(listed) for role, listed in roles.items()} == {"train": 26, "validation": 4, "test": 10}
 
 
 def test_too_few_for_a_split_is_explained() -> None:
     with pytest.raises(InputError, match=r"at least 3 perturbed genes or compounds; this screen has 2: A, B"):
-        unseen_perturbation(["A", "B", "A+B"], 0.3, 0.1, 0)
+        unseen_perturbation(["A", "B", "A+B"], Shares(0.3, 0.1, 0))
     with pytest.raises(InputError, match=r"at least 2 combinations \(A\+B\); this screen has 1.*combinations: false"):
-        unseen_combination(["A", "B", "A+B"], 0.5, 0.1, 0)
+        unseen_combination(["A", "B", "A+B"], Shares(0.5, 0.1, 0))
 
 
 @pytest.mark.parametrize(("label", "n"), [("A", 1), ("C", 0), ("A+B", 2), ("A+C", 1), ("C+D", 0)])
@@ -125,14 +125,14 @@ dosed = st.sets(st.lists(members_at_doses, min_size=1, max_size=2, unique=True).
 @settings(max_examples=80, deadline=None)
 def test_all_doses_of_a_compound_go_to_one_side(labels: list[str], fraction: tuple[float, float], seed: int) -> None:
     if len({name for label in labels for name in entities_of(label)}) >= 3:
-        roles = unseen_perturbation(labels, *fraction, seed)
+        roles = unseen_perturbation(labels, Shares(*fraction, seed))
         trained = {name for label in roles["train"] for name in entities_of(label)}
         alone = {role: {entity_of(label) for label in roles[role] if len(members_of(label)) == 1} for role in ROLES}
         assert not (alone["validation"] | alone["test"]) & trained
         assert not alone["validation"] & alone["test"]
     names = {label: tuple(entities_of(label)) for label in labels if len(members_of(label)) > 1}
     if len(set(names.values())) >= 2:
-        roles = unseen_combination(labels, *fraction, seed)
+        roles = unseen_combination(labels, Shares(*fraction, seed))
         held = {role: {names[label] for label in roles[role] if label in names} for role in ROLES}
         assert not held["train"] & (held["validation"] | held["test"])
         assert not held["validation"] & held["test"]
@@ -148,12 +148,12 @@ def test_a_held_out_dose_leaves_two_others_in_training(
     eligible = {label for label in doses if sum(entity_of(other) == entity_of(label) for other in doses) > 2}
     if not eligible:
         with pytest.raises(InputError, match=r"at least 3 doses measured alone; this screen has none.*perturbation\.dose"):
-            unseen_dose(labels, *fraction, seed)
+            unseen_dose(labels, Shares(*fraction, seed))
         return
     several = (
-        [unseen_dose(labels, None, fraction[1], seed, (i, folds)) for i in range(folds)]
+        [unseen_dose(labels, Shares(None, fraction[1], seed, (i, folds))) for i in range(folds)]
         if folds
-        else [unseen_dose(labels, *fraction, seed)]
+        else [unseen_dose(labels, Shares(*fraction, seed))]
     )
     for roles in several:
         assert sorted(label for role in ROLES for label in roles[role]) == labels
@@ -170,7 +170,7 @@ def test_a_held_out_dose_leaves_two_others_in_training(
 
 def test_two_folds_of_three_doses_are_refused() -> None:
     with pytest.raises(InputError, match=r"2 folds leave fewer than 2 of the 3 doses of A in training; set folds to 3 or more"):
-        unseen_dose(["A@1", "A@2", "A@3"], None, 0.0, 0, (0, 2))
+        unseen_dose(["A@1", "A@2", "A@3"], Shares(None, 0.0, 0, (0, 2)))
 
 
 def test_a_compound_is_seen_at_whatever_dose() -> None:
@@ -184,7 +184,7 @@ def test_a_compound_is_seen_at_whatever_dose() -> None:
 @given(labels=screens, k=st.integers(2, 3), seed=seeds)
 @settings(max_examples=40, deadline=None)
 def test_everything_is_in_the_test_set_of_one_fold(kind: str, labels: list[str], k: int, seed: int) -> None:
-    folds = [KINDS[kind](labels, None, 0.1, seed, fold=(i, k)) for i in range(k)]
+    folds = [KINDS[kind](labels, Shares(None, 0.1, seed, fold=(i, k))) for i in range(k)]
     if kind == "unseen_combination":
         held_out = [label for roles in folds for label in roles["test"]]
         assert sorted(held_out) == sorted(label for label in labels if "+" in label)
@@ -200,7 +200,7 @@ def test_everything_is_in_the_test_set_of_one_fold(kind: str, labels: list[str],
 
 def test_every_gene_is_held_out_by_one_fold() -> None:
     labels = [*GENES, *[f"{a}+{b}" for a, b in pairwise(GENES)]]
-    folds = [unseen_perturbation(labels, None, 0.1, 0, fold=(i, 4)) for i in range(4)]
+    folds = [unseen_perturbation(labels, Shares(None, 0.1, 0, fold=(i, 4))) for i in range(4)]
     held_out = [{label for label in roles["test"] if "+" not in label} for roles in folds]
     assert sorted(gene for genes in held_out for gene in genes) == GENES
     assert max(map(len, held_out)) - min(map(len, held_out)) <= 1
@@ -210,7 +210,7 @@ def test_every_gene_is_held_out_by_one_fold() -> None:
 
 def test_more_folds_than_genes_are_explained() -> None:
     with pytest.raises(InputError, match=r"9 folds cannot be made of 3: A, B, C. Set folds to 3 or fewer"):
-        unseen_perturbation(["A", "B", "C"], None, 0.1, 0, fold=(0, 9))
+        unseen_perturbation(["A", "B", "C"], Shares(None, 0.1, 0, fold=(0, 9)))
 
 
 # --- contexts and cells ---------------------------------------------------------------------------------------------

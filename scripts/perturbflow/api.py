@@ -195,9 +195,8 @@ def split_labels(labels: Sequence[str], kind: str, **options: Any) -> dict[str, 
     if divide is None:
         raise InputError(f"kind {kind} divides no labels, and these are labels: take {' or '.join(divisions.DIVISIONS)}.")
     names = sorted({SEPARATOR.join(sorted(members_of(label))) for label in labels if label != CONTROL})
-    fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
     held_out = held_out_names(spec["held_out"], kind, Labels(names, {}, "human")) if "held_out" in spec else None
-    return divide(names, spec.get("test_fraction"), spec["validation_fraction"], spec["seed"], fold, held_out)
+    return divide(names, divisions.Shares.of(spec, held_out))
 
 
 def pair(harmonized: Cells, split: Mapping[str, Any], n_hvg: int = 2000) -> ad.AnnData:

@@ -1,7 +1,9 @@
 """Divide perturbations among training, validation and test by a rule: genes or compounds, combinations, or doses are held out."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,63 +22,76 @@ def take(names: list[str], fraction: float, rng: np.random.Generator) -> set[str
     return set(rng.permutation(sorted(names))[:n])
 
 
-def _test_names(
-    names: list[str], test_fraction: float | None, fold: tuple[int, int] | None, held_out: set[str] | None, rng: np.random.Generator
-) -> set[str]:
-    """Return the names that are to be held out, a random share of all, or one of k folds: disjoint, together all, sizes equal but for one."""
-    if held_out is not None:
-        return held_out
-    if fold is None:
-        assert test_fraction is not None  # the configuration has one of the three
-        return take(names, test_fraction, rng)
-    i, k = fold
-    if k > len(names):
-        raise InputError(f"{k} folds cannot be made of {len(names)}: {', '.join(names)}. Set folds to {len(names)} or fewer.")
-    return set(rng.permutation(sorted(names))[i::k])
+@dataclass(frozen=True)
+class Shares:
+    """What is held out for test, one of three, and for validation.
 
-
-def unseen_perturbation(
-    labels: list[str],
-    test_fraction: float | None,
-    validation_fraction: float,
-    seed: int,
-    fold: tuple[int, int] | None = None,
-    held_out: set[str] | None = None,
-) -> Perturbations:
-    """Hold out genes or compounds: every perturbation with a held-out member, at whatever dose, goes where the member goes, test first.
-
-    With a fold (i, k) in place of a test fraction, the i-th of k parts of them is held out: each gene or compound in one fold.
-    With `held_out` these are.
+    Attributes
+    ----------
+    test
+        Share of the names, by seed.
+    validation
+        Share of the names, by seed.
+    fold
+        The i-th of k parts of the names, each name in one: (i, k).
+    held_out
+        The names themselves.
     """
+
+    test: float | None
+    validation: float
+    seed: int
+    fold: tuple[int, int] | None = None
+    held_out: Set[str] | None = None
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any], held_out: Set[str] | None) -> "Shares":
+        """Read a split's block; `held_out` are the names that it lists, as the screen calls them."""
+        fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
+        return cls(spec.get("test_fraction"), spec["validation_fraction"], spec["seed"], fold, held_out)
+
+    def test_names(self, names: list[str], rng: np.random.Generator) -> Set[str]:
+        """Return the names that are held out for test."""
+        if self.held_out is not None:
+            return self.held_out
+        if self.fold is None:
+            return take(names, self.test_share, rng)
+        i, k = self.fold
+        if k > len(names):
+            raise InputError(f"{k} folds cannot be made of {len(names)}: {', '.join(names)}. Set folds to {len(names)} or fewer.")
+        return set(rng.permutation(sorted(names))[i::k])
+
+    @property
+    def test_share(self) -> float:
+        """The share of the names for test, where there are neither folds nor names."""
+        assert self.test is not None  # the configuration has one of the three
+        return self.test
+
+
+def unseen_perturbation(labels: list[str], shares: Shares) -> Perturbations:
+    """Hold out genes or compounds: every perturbation with a held-out member, at whatever dose, goes where the member goes, test first."""
     entities = sorted({entity for label in labels for entity in entities_of(label)})
     if len(entities) < 3:
         raise InputError(
             f"split unseen_perturbation needs at least 3 perturbed genes or compounds; this screen has {len(entities)}: "
             f"{', '.join(entities)}."
         )
-    rng = np.random.default_rng(seed)
-    test = _test_names(entities, test_fraction, fold, held_out, rng)
-    validation = take(sorted(set(entities) - test), validation_fraction * len(entities) / max(1, len(entities) - len(test)), rng)
+    rng = np.random.default_rng(shares.seed)
+    test = shares.test_names(entities, rng)
+    validation = take(sorted(set(entities) - test), shares.validation * len(entities) / max(1, len(entities) - len(test)), rng)
     return _by_members({label: entities_of(label) for label in labels}, test, validation)
 
 
-def _by_members(members: dict[str, list[str]], test: set[str], validation: set[str]) -> Perturbations:
+def _by_members(members: dict[str, list[str]], test: Set[str], validation: Set[str]) -> Perturbations:
     """Return the roles of labels whose members are held out, test before validation."""
     roles: Perturbations = {role: [] for role in ROLES}
     for label, own in members.items():
-        roles["test" if test & set(own) else "validation" if validation & set(own) else "train"].append(label)
+        roles["test" if not test.isdisjoint(own) else "validation" if not validation.isdisjoint(own) else "train"].append(label)
     return roles
 
 
-def unseen_combination(
-    labels: list[str],
-    test_fraction: float | None,
-    validation_fraction: float,
-    seed: int,
-    fold: tuple[int, int] | None = None,
-    held_out: set[str] | None = None,
-) -> Perturbations:
-    """Hold out combinations, each with all its doses, a share, a fold (i, k), or those of `held_out`; everything perturbed alone is in training."""
+def unseen_combination(labels: list[str], shares: Shares) -> Perturbations:
+    """Hold out combinations, each with all its doses; everything perturbed alone is in training."""
     combination = {label: SEPARATOR.join(entities_of(label)) for label in labels if len(members_of(label)) > 1}
     names = sorted(set(combination.values()))
     if len(names) < 2:
@@ -84,22 +99,15 @@ def unseen_combination(
             f"split unseen_combination needs at least 2 combinations (A+B); this screen has {len(names)}. "
             "Set combinations: false in the dataset's block, or check perturbation.separator."
         )
-    rng = np.random.default_rng(seed)
-    test = _test_names(names, test_fraction, fold, held_out, rng)
+    rng = np.random.default_rng(shares.seed)
+    test = shares.test_names(names, rng)
     rest = sorted(set(names) - test)
-    validation = take(rest, validation_fraction * len(names) / max(1, len(rest)), rng) if rest else set()
+    validation = take(rest, shares.validation * len(names) / max(1, len(rest)), rng) if rest else set()
     return _by_members({label: [combination[label]] if label in combination else [] for label in labels}, test, validation)
 
 
-def unseen_dose(
-    labels: list[str],
-    test_fraction: float | None,
-    validation_fraction: float,
-    seed: int,
-    fold: tuple[int, int] | None = None,
-    held_out: set[str] | None = None,
-) -> Perturbations:
-    """Hold out doses of compounds, a share, a fold (i, k), or those of `held_out`, and leave at least two other doses of each in training.
+def unseen_dose(labels: list[str], shares: Shares) -> Perturbations:
+    """Hold out doses of compounds, and leave at least two other doses of each in training.
 
     Compounds with fewer than three doses above zero, measured alone, stay in training. A combination goes where its held-out member goes.
     """
@@ -114,21 +122,20 @@ def unseen_dose(
             f"split unseen_dose needs a compound, or gene, with at least {LEAST_DOSES_LEFT + 1} doses measured alone; this screen has none. "
             "Name the obs column of doses under perturbation.dose in the dataset's block, or take the split out of select.splits."
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(shares.seed)
     left = {name: len(of) - LEAST_DOSES_LEFT for name, of in doses.items()}  # that may be held out
     n = sum(map(len, doses.values()))
-    if held_out is not None:
-        test = held_out
-    elif fold is not None:
-        test = _fold_of_doses(doses, fold, rng)
+    if shares.held_out is not None:
+        test = shares.held_out
+    elif shares.fold is not None:
+        test = _fold_of_doses(doses, shares.fold, rng)
     else:
-        assert test_fraction is not None  # the configuration has one of the three
-        test = _take_doses(doses, max(1, round(test_fraction * n)), left, rng)
+        test = _take_doses(doses, max(1, round(shares.test_share * n)), left, rng)
     left = {name: left[name] - len(test & set(of)) for name, of in doses.items()}
     if few := [name for name in map(entity_of, sorted(test)) if left.get(name, -1) < 0]:
         raise InputError(f"held_out leaves fewer than {LEAST_DOSES_LEFT} doses of {', '.join(dict.fromkeys(few))} in training; name fewer.")
     rest = {name: sorted(set(of) - test) for name, of in doses.items()}
-    validation = _take_doses(rest, max(1, round(validation_fraction * n)) if validation_fraction > 0 else 0, left, rng)
+    validation = _take_doses(rest, max(1, round(shares.validation * n)) if shares.validation > 0 else 0, left, rng)
     return _by_members({label: members_of(label) for label in labels}, test, validation)
 
 

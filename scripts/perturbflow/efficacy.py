@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.symbols import CONTROL, members_of, without_dose
+from perturbflow.symbols import CONTROL, entity_of, members_of
 
 DIRECTIONS = {"CRISPRi": "down", "CRISPRko": "down", "CRISPRcas13": "down", "CRISPRa": "up"}
 """Where a kind of perturbation takes its own gene."""
@@ -55,7 +55,7 @@ class OwnGenes:
         labels = obs["perturbation"].cat.categories.tolist()
         strata = obs.groupby(["batch", "cell_type"], observed=True)
         cell_type = strata.size().index.to_frame(index=False).groupby("cell_type", observed=True).ngroup().to_numpy()
-        members = [[(member, without_dose(member)[0]) for member in members_of(label)] for label in labels]
+        members = [[(member, entity_of(member)) for member in members_of(label)] for label in labels]
         row = {name: i for i, name in enumerate(gene_names)}
         genes = np.unique([row[gene] for of_label in members for _, gene in of_label if gene in row]).astype(np.int64)
         place = {gene: i for i, gene in enumerate(genes.tolist())}

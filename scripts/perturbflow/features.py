@@ -85,15 +85,16 @@ def features_apart(var: pd.DataFrame, labels: Iterable[str], path: object) -> di
     Raises
     ------
     InputError
-        If no feature is gene expression, though several types of others are there.
+        If no feature is gene expression.
     """
     by_column = (_types_by_column(var[column]) for column in TYPE_COLUMNS if column in var)
     types = next((found for found in by_column if found is not None), None)
     if types is None:
         types = _types_by_name(var, labels)
     apart = {str(kind): np.flatnonzero((types == kind).to_numpy()) for kind in types.dropna().unique()}
-    if len(apart) == 1 and sum(map(len, apart.values())) == len(var):
-        return {}
+    is_all_of_one = len(apart) == 1 and sum(map(len, apart.values())) == len(var)
+    if is_all_of_one and not _word(next(iter(apart))).endswith("capture"):
+        return {}  # a word of the file's own for its genes
     if apart and sum(map(len, apart.values())) == len(var):
         raise InputError(f"{path} holds no gene expression: its features are {', '.join(apart)}. Name the file that holds it.")
     for kind, numbers in apart.items():

@@ -3,8 +3,10 @@
 import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -209,6 +211,70 @@ def _chosen_cells(
     return rows, obs, of_labels
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The cells and perturbations that quality control keeps.
+
+    Attributes
+    ----------
+    is_within
+        Per cell that was read, whether it is within the limits on cells.
+    is_kept
+        Per cell within these, whether it is kept.
+    perturbations, left_out
+        Label → cells, of those that are kept, control included, and of those that are left out with all their cells.
+    efficacy
+        How perturbed genes changed in their own cells.
+    """
+
+    is_within: np.ndarray
+    is_kept: np.ndarray
+    perturbations: dict[str, int]
+    left_out: dict[str, int]
+    efficacy: dict[str, Any]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Numbers of the kept cells among those that were read."""
+        return np.flatnonzero(self.is_within)[self.is_kept]
+
+
+def _kept_cells(screened: Screened, obs: pd.DataFrame, dataset: dict, qc: dict, path: Path, dropped: Counter, warnings: list[str]) -> Kept:
+    """Return which cells are within all limits and of a perturbation that has enough of them; count the others by reason.
+
+    Raises
+    ------
+    InputError
+        If a limit leaves too few cells, controls or perturbations.
+    """
+    is_within, dropped_by_limit = within_limits(screened, qc, path)
+    dropped.update(dropped_by_limit)
+    is_effective, dropped_by_efficacy, efficacy = _own_genes(screened, dataset, qc, path, warnings)
+    dropped.update(dropped_by_efficacy)
+    perturbation = obs["perturbation"][is_within]
+    lost = limits_on(obs["is_control"].to_numpy(), screened, qc)
+    kept, too_few = _rare_perturbations(perturbation[is_effective], qc["min_cells_per_perturbation"] or 0, path, lost)
+    is_rare = perturbation.isin(list(too_few)).to_numpy()
+    if too_few:
+        dropped["qc.min_cells_per_perturbation"] = int((is_effective & is_rare).sum())
+    ineffective = perturbation[~is_effective & ~perturbation.isin(list(kept))].value_counts()
+    left_out = {**{label: int(n) for label, n in ineffective.items() if n}, **too_few}
+    return Kept(is_within, is_effective & ~is_rare, kept, left_out, efficacy)
+
+
+def _write_tables(file: h5py.File, obs: pd.DataFrame, totals: pd.DataFrame, var: pd.DataFrame, uns: dict) -> None:
+    """Write what stands beside X in harmonized.h5ad; obs gets the totals as columns."""
+    for column in totals:
+        obs[column] = totals[column].to_numpy()
+    for column in obs.select_dtypes("category"):
+        obs[column] = obs[column].cat.remove_unused_categories()
+    file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    for place in ("obsm", "varm", "obsp", "varp", "layers"):
+        ad.io.write_elem(file, place, {})
+    for place, content in (("obs", obs), ("var", var), ("uns", uns)):
+        ad.io.write_elem(file, place, content, dataset_kwargs={"compression": "gzip"})
+
+
 def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dict, qc: dict, threads: int = 1) -> None:
     """Bring one screen to the schema of harmonized.h5ad and write an account of everything dropped or renamed.
 
@@ -270,19 +336,8 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         described = beside.submit(_provenance, raw, files)
         screened = screen_counts(source, rows, genes, qc, OwnGenes.of(obs, var.index[:0] if is_drug else var.index))
         provenance = described.result()
-    is_within, dropped_by_limit = within_limits(screened, qc, path)
-    dropped.update(dropped_by_limit)
-    is_effective, dropped_by_efficacy, efficacy = _own_genes(screened, dataset, qc, path, warnings)
-    dropped.update(dropped_by_efficacy)
-    perturbation = obs["perturbation"][is_within]
-    lost = limits_on(obs["is_control"].to_numpy(), screened, qc)
-    kept, too_few = _rare_perturbations(perturbation[is_effective], qc["min_cells_per_perturbation"] or 0, path, lost)
-    is_rare = perturbation.isin(list(too_few)).to_numpy()
-    is_kept = is_effective & ~is_rare
-    if too_few:
-        dropped["qc.min_cells_per_perturbation"] = int((is_effective & is_rare).sum())
-    left_out = {**perturbation[~is_effective & ~perturbation.isin(list(kept))].value_counts(), **too_few}
-    obs = _rows_of(obs, np.flatnonzero(is_within)[is_kept])
+    cells = _kept_cells(screened, obs, dataset, qc, path, dropped, warnings)
+    obs = _rows_of(obs, cells.rows)
     is_seen = np.ones(len(var), bool)
     if qc["min_cells_per_gene"] is not None:
         is_seen = screened.n_cells >= qc["min_cells_per_gene"]
@@ -291,7 +346,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         dropped_genes["qc.min_cells_per_gene"] = int((~is_seen).sum())
     var = var[is_seen]
     is_human = dataset["organism"] == "human"
-    perturbed = set() if is_drug else {gene for label in kept for gene in entities_of(label)}
+    perturbed = set() if is_drug else {gene for label in cells.perturbations for gene in entities_of(label)}
     contradictions = contradicting(var) if is_human else {}
     if len(contradictions) > 0.05 * len(var):
         warnings.append(f"names and Ensembl ids of {len(contradictions):,} genes contradict one another; are they shifted?")
@@ -309,10 +364,10 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
                   "renamed": renamed_genes, "contradicting": contradictions},
         "features_apart": {kind: {"features": len(names), "first": names[:SHOWN].tolist(), "obsm": keys[kind]}
                            for kind, names in names_apart.items()},
-        "perturbations": {"kept": kept, "dropped": {label: int(n) for label, n in left_out.items() if n}, **of_labels,
+        "perturbations": {"kept": cells.perturbations, "dropped": cells.left_out, **of_labels,
                           "not_measured": sorted(perturbed - set(var.index))},
         "ambiguous": ambiguous(sorted({*perturbed, *var.index})) if is_human else {},
-        "efficacy": efficacy,
+        "efficacy": cells.efficacy,
         "warnings": warnings,
         "qc": qc,
         "versions": {name: version(name) for name in ("anndata", "h5py", "scanpy")} | {"perturbflow": __version__},
@@ -330,21 +385,12 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     }
     for reason, n in dropped.items():
         logger.info("dropped %s cells: %s", f"{n:,}", reason)
-    logger.info("kept %s cells × %s genes, %d perturbations", f"{len(obs):,}", f"{len(var):,}", len(kept) - 1)
+    logger.info("kept %s cells × %s genes, %d perturbations", f"{len(obs):,}", f"{len(var):,}", len(cells.perturbations) - 1)
     with atomic(harmonized) as partial, h5py.File(partial, "w") as file:
-        totals = write_counts(file.create_group("X"), screened, is_kept, is_seen, genes.is_mt, threads)
-        obs = obs.copy(deep=False)
-        for column in totals:
-            obs[column] = totals[column].to_numpy()
-        for column in obs.select_dtypes("category"):
-            obs[column] = obs[column].cat.remove_unused_categories()
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        for place in ("obsm", "varm", "obsp", "varp", "layers"):
-            ad.io.write_elem(file, place, {})
+        totals = write_counts(file.create_group("X"), screened, cells.is_kept, is_seen, genes.is_mt, threads)
+        _write_tables(file, obs.copy(deep=False), totals, var, uns)
         if apart:
-            is_written = np.zeros(len(is_within), bool)
-            is_written[np.flatnonzero(is_within)[is_kept]] = True
+            is_written = np.zeros(len(cells.is_within), bool)
+            is_written[cells.rows] = True
             write_features(file["obsm"], screened.source, apart, is_written, threads)
-        for place, content in (("obs", obs), ("var", var), ("uns", uns)):
-            ad.io.write_elem(file, place, content, dataset_kwargs={"compression": "gzip"})
     write_json(report, account)

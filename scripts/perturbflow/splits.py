@@ -14,7 +14,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from perturbflow.divisions import DIVISIONS, ROLES, Perturbations, members_seen, take
+from perturbflow.divisions import DIVISIONS, ROLES, Perturbations, Shares, members_seen, take
 from perturbflow.errors import InputError
 from perturbflow.files import read_json, write_json
 from perturbflow.split_files import Labels, from_file, held_out_names
@@ -186,10 +186,8 @@ def _roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict, naming: dict) 
     if spec["kind"] == "file":
         roles = listed(Path(spec["path"]), labels, **shares)
     else:
-        divide = DIVISIONS[spec["kind"]]
-        fold = (spec["fold"], spec["folds"]) if "folds" in spec else None
         held_out = held_out_names(spec["held_out"], spec["kind"], labels) if "held_out" in spec else None
-        roles = divide(names, spec.get("test_fraction"), **shares, fold=fold, held_out=held_out)
+        roles = DIVISIONS[spec["kind"]](names, Shares.of(spec, held_out))
     return by_perturbation(obs, roles, spec["seed"])
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.symbols import CONTROL, entities_of
 
 CONTEXT = ["dataset", "batch", "cell_type"]
 ELSEWHERE = "in other contexts"
@@ -30,7 +30,7 @@ class Places:
         for label, *context in rows.itertuples(index=False, name=None):
             place = tuple(context)
             self.of_label.setdefault(label, set()).add(place)
-            for gene in members_of(label):
+            for gene in entities_of(label):
                 self.of_gene.setdefault(gene, set()).add(place)
             self.all.add(place)
 
@@ -38,7 +38,7 @@ class Places:
         """Return the contexts of everything that an answer on a label rests on: its own cells, else those of its genes, else all."""
         if label in self.of_label:
             return [self.of_label[label]]
-        return [self.of_gene[gene] for gene in members_of(label) if gene in self.of_gene] or [self.all]
+        return [self.of_gene[gene] for gene in entities_of(label) if gene in self.of_gene] or [self.all]
 
     def is_elsewhere(self, label: str, asked: Iterable[Context]) -> bool:
         """Return whether something that the answer rests on was measured in none of the contexts that are asked."""

@@ -10,8 +10,8 @@ from markupsafe import Markup
 from perturbflow.report.drawing import interval, number, signed
 
 FOLDER = Path(__file__).parent
-PARTS = ("style.html", "tables.html", "screen_section.html")
-"""What pages share: their style, the script that sorts and filters tables, and the section on one screen."""
+PARTS = ("head.html", "style.html", "tables.html", "screen_section.html")
+"""What pages share: their head and style, the script that sorts and filters tables, and the section on one screen."""
 
 
 def _words(name: str) -> Markup:

@@ -77,7 +77,7 @@ def _opened(path: Path, dataset: dict) -> Source:
             return _of_scverse(file, path, rows_of, dataset)
         _refuse(dataset, path, "counts", "modality")
         return open_tenx(file, path, rows_of)
-    except (OSError, RuntimeError, LookupError) as error:  # HDF5's at a damaged file, wherever it is met
+    except (OSError, RuntimeError, LookupError, ValueError) as error:  # HDF5's at a damaged file, wherever it is met
         raise damaged(path, error) from error
 
 
