@@ -14,6 +14,7 @@ from scipy.special import ndtr
 from perturbflow import prediction, training
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Differential, Scored, evaluate, inputs, score_inputs
+from perturbflow.models.recount import recounted
 from perturbflow.pairs import Pairs, match_controls
 from perturbflow.symbols import members_of
 
@@ -227,12 +228,14 @@ def cells(prepared: dict[str, Prepared]) -> Pairs:
 
 
 def predictions_from(cells: Pairs, change: Callable[[str, np.ndarray], np.ndarray] = lambda label, X: X, role: str = "test") -> ad.AnnData:
-    """Return predictions: the matched controls of measured cells, changed."""
+    """Return predictions: the matched controls of measured cells, their mean set to that of all controls as `predict` does it, changed."""
     held_out = cells.roles(role)
     blocks, labels, starts = [], [], []
     for label in held_out.perturbations:
         start = held_out.control_index[held_out.cells_of(label), 0]
-        blocks.append(change(label, held_out.X[start].toarray()))
+        controls = held_out.X[start].toarray()
+        lacking = held_out.control_mean_for(start) - controls.mean(axis=0, dtype=float)
+        blocks.append(change(label, recounted(controls, lacking, None, np.random.default_rng(0))))
         labels += [label] * len(blocks[-1])
         starts += held_out.rows[start].tolist()
     obs = cells.obs.iloc[starts][["batch", "cell_type"]].astype(str).reset_index(drop=True)
@@ -402,7 +405,7 @@ def test_the_ceiling_is_scored_on_the_half_it_does_not_hold(prepared: dict[str, 
         assert np.allclose(np.sort(rows.sum(axis=1)), np.sort(duplicate.sum(axis=1)), rtol=1e-4)
 
 
-def test_no_change_is_the_control_mean_whatever_controls_were_drawn(cells: Pairs) -> None:
+def test_no_change_is_the_control_mean(cells: Pairs) -> None:
     scored = score_inputs(predictions_from(cells), cells)
     assert np.allclose(scored.predicted, scored.control, atol=1e-6)
     assert (score("pearson_delta_ctrl", scored) == 0).all()
@@ -416,4 +419,4 @@ def test_a_ceiling_is_scored_as_measured(cells: Pairs) -> None:
     plain = score_inputs(predictions, cells)
     of_first = (predictions.obs["perturbation"] == plain.labels[0]).to_numpy()
     assert np.allclose(plain.predicted[0], predictions.X[of_first].mean(axis=0), atol=1e-5)
-    assert np.allclose(moved.predicted, moved.control + 1.0, atol=1e-5)
+    assert np.allclose(moved.predicted, moved.control + 1.0, atol=2e-3)

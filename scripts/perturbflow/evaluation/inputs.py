@@ -13,9 +13,9 @@ from scipy import sparse
 from perturbflow.errors import InputError
 from perturbflow.evaluation.controls import stratify
 from perturbflow.evaluation.measured import ROWS_AT_ONCE, Measured, run_of_rows
-from perturbflow.evaluation.profiles import bulk, mean_and_variance, mean_change, mean_profile
+from perturbflow.evaluation.profiles import bulk, mean_and_variance, mean_profile
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
-from perturbflow.evaluation.scored import NEEDED, Differential, Scored
+from perturbflow.evaluation.scored import NEEDED, NO_EFFECT, Differential, Scored
 from perturbflow.symbols import entities_of
 
 if TYPE_CHECKING:  # seconds to import, and the report takes METRICS alone from this package
@@ -44,7 +44,7 @@ class Predictions:
     """
 
     def __init__(self, predictions: ad.AnnData, measured: Measured) -> None:
-        self._X, self._controls = predictions.X, np.flatnonzero(measured.is_control)
+        self._X = predictions.X
         if predictions.isbacked and getattr(self._X, "format", "csr") != "csr":
             self._X = self._X.to_memory().tocsr()
         self._block, self._block_start = self._X[:0], 0
@@ -94,16 +94,20 @@ class Predictions:
         """Return a number per predicted cell that cells of one starting control share."""
         return self._index[self.rows[label]] if self.starts_from_controls else self.rows[label]
 
-    def begun(self, label: str) -> np.ndarray:
-        """Return the rows of `Controls` that the cells started from."""
-        return np.searchsorted(self._controls, self._index[self.rows[label]])
-
 
 def _fit_components(training: sparse.csr_matrix) -> PCA:
     from sklearn.decomposition import PCA
 
     n_components = min(N_COMPONENTS, training.shape[1] - 1, training.shape[0] - 1)
     return PCA(n_components, svd_solver="randomized", iterated_power=3, random_state=0).fit(training.toarray())
+
+
+def _resolution(X: sparse.csr_matrix) -> float:
+    """Return how far the mean of cells may be off what they were made to show: half of what a count adds to it in the smallest cell."""
+    if not X.nnz:
+        return 0.0
+    filled = X.indptr[:-1][np.diff(X.indptr) > 0]
+    return float(np.minimum.reduceat(X.data, filled).max()) / (2 * X.shape[0])
 
 
 class _Comparison:
@@ -167,16 +171,17 @@ class _Comparison:
             found["measured_test"] = self._differential(Y, profile, pool, is_tested)
 
         mean, variance = mean_and_variance(X)
-        counts = X.expm1()
-        profile, spread = mean_profile(counts)
+        profile, spread = mean_profile(X.expm1())
+        pool = self.predicted.pool[self.predicted.rows[label]]
         if "de" in self._needs:
-            found["predicted_test"] = self._differential(X, profile, self.predicted.pool[self.predicted.rows[label]], is_tested)
+            found["predicted_test"] = self._differential(X, profile, pool, is_tested)
+        # Predicted cells of another composition of batches and cell types are moved to that of the measured ones.
+        moved = weights - controls.shares(pool)
+        mean, profile = mean + moved @ controls.means[0], np.maximum(profile + moved @ controls.profiles[0], 0.0)
         if self.predicted.starts_from_controls:
-            # What the chance of drawing starts adds, to the mean and to its noise, is taken off; the noise of c̄ comes in its place.
-            begun = self.predicted.begun(label)
-            mean = mean - mean_and_variance(controls.X[begun])[0] + control
-            change, spread = mean_change(counts, controls.counts, begun)
-            profile, spread = np.maximum(change + control_profile, 0.0), spread + control_spread
+            spread = control_spread  # their mean was set: what it does not know is the mean of the controls
+            if (np.abs(mean - control) <= _resolution(X) + NO_EFFECT).all():
+                mean, profile = control, control_profile
         if "cells" in self._needs:
             found |= self._of_cells(label, X, Y)
         return found | {

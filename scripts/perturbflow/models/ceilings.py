@@ -36,7 +36,7 @@ class TechnicalDuplicate(Ceiling):
         """Take over the cells."""
         self.artefact = artefact
 
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, level: np.ndarray | None = None) -> np.ndarray:
         """Return measured cells, each once: at most n of the duplicate half, drawn at random."""
         return np.stack([self.artefact["X"][self._drawn(perturbation, n, seed)] for perturbation in perturbations])
 
