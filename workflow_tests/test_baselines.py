@@ -365,6 +365,23 @@ def test_predicted_means_are_control_plus_effect(predictions: tuple[ad.AnnData, 
     assert np.allclose(found, np.maximum(expected, 0.0), atol=0.01)
 
 
+def test_validation_is_learned_from_unless_it_is_scored(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+    """A closed form that looks effects up knows those of validation where test is scored, and does not where validation is."""
+    here = prepared["unseen_perturbation"]
+    cells = Pairs.read(here.pairs)
+    validation = cells.roles("validation")
+    label = next(label for label in validation.perturbations if "+" not in label)
+    off = {}
+    for scored in ("test", "validation"):
+        files = tmp_path / f"{scored}.npz", tmp_path / f"{scored}.json"
+        train(here.pairs, here.embeddings, here.audit, *files, "baselines:Additive", {}, 0, scored=scored)
+        assert json.loads(files[1].read_text())["scored"] == scored
+        model = build("baselines:Additive", {})
+        model.restore(load_artefact(files[0]))
+        off[scored] = np.abs(model.effect(label) - validation.effect_of(label)).mean()
+    assert off["test"] < 0.5 * off["validation"]
+
+
 def test_the_number_of_predicted_cells_is_capped(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_combination"]
     train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", "baselines:NoChange", {}, 0)

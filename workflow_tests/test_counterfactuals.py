@@ -255,13 +255,14 @@ def test_a_model_that_moves_cells_by_itself_is_found_out(additive: tuple) -> Non
 
 def test_intervals_hold_the_test_perturbations_and_overconfidence_shows(additive: tuple) -> None:
     model, pairs, embeddings = additive
-    calibration, scale = calibrated(model, pairs, embeddings, 0)
+    calibration, scale = calibrated(model, pairs.fitted_on("test"), embeddings, 0)
     assert set(calibration.labels) <= set(pairs.roles("train", "validation").perturbations)  # never of the test
-    honest = held_to_test(model, pairs, calibration, scale, 0)
+    known, test = pairs.fitted_on("test"), pairs.roles("test")
+    honest = held_to_test(model, known, test, calibration, scale, 0)
     assert honest["coverage"][1]["measured"] == pytest.approx(0.9, abs=0.1)
     boastful = Boastful()
     boastful.restore(model.artefact)
-    assert held_to_test(boastful, pairs, calibration, scale, 0)["coverage"][1]["measured"] < honest["coverage"][1]["measured"] - 0.1
+    assert held_to_test(boastful, known, test, calibration, scale, 0)["coverage"][1]["measured"] < honest["coverage"][1]["measured"] - 0.1
     assert 0 < honest["agreement"]["mean"] <= 1.0
     assert honest["ceiling"]["mean"] > 0.5
     assert honest["on_target"]["n"] == sum(label.count("+") + 1 for label in pairs.roles("test").perturbations)
@@ -270,19 +271,14 @@ def test_intervals_hold_the_test_perturbations_and_overconfidence_shows(additive
 
 def test_perturbed_genes_are_in_no_number_of_coverage(additive: tuple) -> None:
     model, pairs, embeddings = additive
-    calibration, scale = calibrated(model, pairs, embeddings, 0)
+    calibration, scale = calibrated(model, pairs.fitted_on("test"), embeddings, 0)
     test = pairs.roles("test")
     X = test.X.toarray()
     for label in test.perturbations:
         columns = [pairs.genes.index(gene) for gene in label.split("+") if gene in pairs.genes]
         X[np.ix_(test.cells_of(label), columns)] += 5.0
     spoilt = Pairs(type(test.X)(X), test.obs, test.genes, test.control_index, test.rows)
-    pairs._of_roles[("test",)] = spoilt
-    try:
-        after = held_to_test(model, pairs, calibration, scale, 0)
-    finally:
-        pairs._of_roles[("test",)] = test
-    before = held_to_test(model, pairs, calibration, scale, 0)
+    after, before = (held_to_test(model, pairs.fitted_on("test"), cells, calibration, scale, 0) for cells in (spoilt, test))
     assert after["coverage"] == before["coverage"]
     assert after["on_target"] != before["on_target"]
 

@@ -286,7 +286,7 @@ def test_batches_do_not_tell_perturbations_apart() -> None:
 
 def test_the_reference_is_the_mean_of_training_perturbations_means(cells: Pairs) -> None:
     scored = score_inputs(predictions_from(cells), cells)
-    train = cells.roles("train")
+    train = cells.fitted_on("test")
     X = train.X.toarray()
     assert np.allclose(
         scored.reference, np.mean([X[train.labels == label].mean(axis=0) for label in train.perturbations], axis=0), atol=1e-5

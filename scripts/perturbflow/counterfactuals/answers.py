@@ -249,6 +249,7 @@ def counterfactual(
     params: dict,
     query: dict,
     seed: int,
+    scored: str = "test",
 ) -> None:
     """Answer one query: each perturbation in each selected cell, with a distribution of outcomes.
 
@@ -271,6 +272,8 @@ def counterfactual(
         distance, and for a search its score, chance and whether it is within the budget.
     query
         perturbations, cells, samples_per_cell, keep_samples, groups and search.
+    scored
+        Role that the model is scored on: it has learned from the others.
 
     Raises
     ------
@@ -281,7 +284,7 @@ def counterfactual(
     chosen = selected_cells(everything, query["cells"])
     family = build(implementation, params)
     family.restore(load_artefact(model))
-    training, vectors = everything.roles("train"), Embeddings.read(embeddings)
+    training, vectors = everything.fitted_on(scored).roles("train"), Embeddings.read(embeddings)
     labels = expanded(query["perturbations"], list(vectors.table.index), chosen.genes)
     knowledge = Knowledge(training, vectors, chosen)
     _check_answerable(family, labels, knowledge, chosen.X[:PROBED].toarray(), seed)

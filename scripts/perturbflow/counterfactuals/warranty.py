@@ -45,11 +45,17 @@ def asked_effect(model: Model, cells: Pairs, label: str, seed: int) -> np.ndarra
 
 
 def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) -> tuple[Calibration, Scale]:
-    """Return the scores of all perturbations that the model, or its like, was not trained on: inner folds of training, and validation."""
+    """Return the scores of all perturbations that the model, or its like, was not trained on.
+
+    Parameters
+    ----------
+    pairs
+        What the model was handed: inner folds of training count, and validation where that was not trained on.
+    """
     training, validation = pairs.roles("train"), pairs.roles("validation")
     effects = Effects.of_training(pairs)
     scale = Scale.of(training, effects)
-    found = model.held_out(pairs.roles("train", "validation"), embeddings, seed)
+    found = model.held_out(pairs, embeddings, seed)
     labels = [label for label in validation.perturbations if model.refusal(label) is None]
     if labels:
         known = set(effects.labels), set(effects.entities)
@@ -121,20 +127,25 @@ def _halves(cells: Pairs, label: str) -> list[np.ndarray]:
     return [cells.mean_of(rows[half == name]) - cells.control_mean_for(rows[half == name]) for name in ("a", "b") if (half == name).any()]
 
 
-def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Scale, seed: int) -> dict[str, Any]:
-    """Hold predicted effects and their intervals against the measured effects of the test perturbations."""
-    test = pairs.roles("test")
-    effects = Effects.of_training(pairs)
-    known, reference = (set(effects.labels), set(effects.entities)), effects.values.mean(axis=0)
-    column = {gene: i for i, gene in enumerate(pairs.genes)}
-    places = Places(pairs.roles("train"))
+def held_to_test(model: Model, known: Pairs, test: Pairs, calibration: Calibration, scale: Scale, seed: int) -> dict[str, Any]:
+    """Hold predicted effects and their intervals against the measured effects of the test perturbations.
+
+    Parameters
+    ----------
+    known, test
+        Cells that the model was handed, and those of the role that it is held to.
+    """
+    effects = Effects.of_training(known)
+    seen, reference = (set(effects.labels), set(effects.entities)), effects.values.mean(axis=0)
+    column = {gene: i for i, gene in enumerate(test.genes)}
+    places = Places(known.roles("train"))
     rows, targets = [], []
     for label in test.perturbations:
         if model.refusal(label) is not None:
             continue
         predicted, measured, halves = asked_effect(model, test, label, seed), test.effect_of(label), _halves(test, label)
-        case = case_of(label, *known)
-        kept = ~np.isin(pairs.genes, entities_of(label))
+        case = case_of(label, *seen)
+        kept = ~np.isin(test.genes, entities_of(label))
         reach = scale.at(measured_by(test, label))
         off = np.abs(measured - predicted)
         row = {"perturbation": label, "case": case, "agreement": _correlation((predicted - reference)[kept], (measured - reference)[kept])}
@@ -195,7 +206,15 @@ def _on_target(targets: list[tuple]) -> dict[str, Any]:
 
 
 def warranty(
-    pairs: Path, embeddings: Path, model: Path, warranty: Path, calibration: Path, implementation: str, params: dict, seed: int
+    pairs: Path,
+    embeddings: Path,
+    model: Path,
+    warranty: Path,
+    calibration: Path,
+    implementation: str,
+    params: dict,
+    seed: int,
+    scored: str = "test",
 ) -> None:
     """Check a trained model before it answers.
 
@@ -207,17 +226,19 @@ def warranty(
         JSON to be written: identity, placebo, coverage, agreement, on_target, and all of it per test perturbation.
     calibration
         npz to be written: the scores that intervals are made of.
+    scored
+        Role that the model is held to: it has not learned from it.
     """
     family = build(implementation, params)
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
     family.restore(load_artefact(model))
-    found, scale = calibrated(family, cells, Embeddings.read(embeddings), seed)
-    test = cells.roles("test")
+    known, test = cells.fitted_on(scored), cells.roles(scored)
+    found, scale = calibrated(family, known, Embeddings.read(embeddings), seed)
     controls = test.X[np.flatnonzero(test.is_control)[:200]].toarray()
     content = {
         "identity": identity(family, controls, seed),
         "placebo": placebo(family, test, seed),
-        **held_to_test(family, cells, found, scale, seed),
+        **held_to_test(family, known, test, found, scale, seed),
         "calibrated_on": {
             label: sorted({c for other, c in zip(found.labels, found.cases, strict=True) if other == label}) for label in found.labels
         },
