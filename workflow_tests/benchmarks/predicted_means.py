@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -30,7 +31,7 @@ MODELS = ("no_change", "perturbed_mean", "additive", "stacked", "technical_dupli
 SPREAD = ("variance_ratio", "quantile_coverage", "energy_distance", "auprc")
 
 
-def measured_in(pairs: "pf.ad.AnnData") -> Pairs:
+def measured_in(pairs: ad.AnnData) -> Pairs:
     """Return the cells of pairs.h5ad as models read them."""
     return Pairs(pairs.X.tocsr(), pairs.obs, list(pairs.var_names), np.asarray(pairs.obsm["control_index"]), np.arange(pairs.n_obs))
 
@@ -67,7 +68,7 @@ def main() -> None:
         kind = kind or "unseen_perturbation"
         rows: list[dict] = []
         for seed in arguments.seeds:
-            harmonized = pf.ad.read_h5ad(Path(folder) / "harmonized.h5ad")
+            harmonized = ad.read_h5ad(Path(folder) / "harmonized.h5ad")
             pairs = pf.pair(harmonized, pf.split(harmonized, kind, seed=seed))
             cells = measured_in(pairs)
             training, test = cells.roles("train"), cells.roles("test")
