@@ -57,6 +57,7 @@ SUPPORT = (
     "places",
     "symbols",
     "nearest",
+    "progress",
     "hgnc",
     "artefacts",
     "compiled",

@@ -171,7 +171,8 @@ def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path:
         return names_in(label, declared)
 
     controls = Controls.of(declared)
-    if words := unassigned_labels(n_cells, controls, members, names):
+    assigned = {label: n for label, n in n_cells.items() if not set(declared["drop"]) & set(members(label))}
+    if words := unassigned_labels(assigned, controls, members, names):
         raise InputError(f"{path}: {message(words, declared['drop'])}")
     combined = unsplit(n_cells, declared, members, names, is_human=dataset["organism"] == "human" and not is_drug)
     if combined:

@@ -30,6 +30,7 @@ from perturbflow.evidence import (
 )
 from perturbflow.files import file_digest, read_json, write_json
 from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.progress import progressed
 from perturbflow.splits import names_digest
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def passed(evidence: Evidence, place: str) -> dict[str, str]:
     InputError
         If anything leaked: one line for every finding.
     """
-    results = {check.__name__: check(evidence) for check in CHECKS}
+    results = {check.__name__: check(evidence) for check in progressed(CHECKS, "checks")}
     leaks = [f"{name}: {finding}" for name, findings in results.items() for finding in findings]
     if leaks:
         raise InputError(f"Leak in {place}: training would see what it is tested on.\n" + "\n".join(leaks))

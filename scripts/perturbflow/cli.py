@@ -17,6 +17,10 @@ from perturbflow.records import inputs_as_made, write_records
 
 logger = logging.getLogger("perturbflow")
 
+# What is called by hand has one thread, as most jobs have: small products of matrices lose more by waiting for one another than they
+# gain. Scripts import this module first, and libraries read the variable when they are loaded. Jobs come with the threads of their rule.
+os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+
 # Of a rule: what says when its job runs again, and nothing to its function.
 FOR_SNAKEMAKE = ("again", "code_version", "content", "descriptions", "moment")
 
@@ -92,6 +96,7 @@ def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = No
         arguments = vars(_argument_parser(function).parse_args())
         hints = typing.get_type_hints(function)
         arguments = {name: _as_declared(value, hints.get(name)) for name, value in arguments.items()}
+        logger.info("%s: OMP_NUM_THREADS is %s", function.__name__, os.environ["OMP_NUM_THREADS"])
     else:
         _configure_logging(snakemake.log[0] if snakemake.log else None)
         arguments = {**dict(snakemake.input), **dict(snakemake.output), **dict(snakemake.params)}

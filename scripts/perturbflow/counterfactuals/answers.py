@@ -22,6 +22,7 @@ from perturbflow.files import atomic, read_json
 from perturbflow.models.base import Model, build
 from perturbflow.models.conformal import Calibration, Scale, case_of
 from perturbflow.pairs import Pairs
+from perturbflow.progress import Progress
 from perturbflow.symbols import CONTROL, entities_of, entity_of, members_of
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,9 @@ class Writer:
             ad.io.write_elem(self.file, place, content, dataset_kwargs={"compression": "gzip"})
 
 
-def answered(model: Model, start: np.ndarray, label: str, known: Known, samples: int, seed: int, writer: Writer, first_row: int) -> Answer:
+def answered(
+    model: Model, start: np.ndarray, label: str, known: Known, samples: int, seed: int, writer: Writer, first_row: int, progress: Progress
+) -> Answer:
     """Ask one perturbation of all cells, writing as the answers come."""
     effects = model.individual_effects(start, label, seed).astype(np.float32)
     up = np.zeros(start.shape, dtype=np.float32)
@@ -198,6 +201,7 @@ def answered(model: Model, start: np.ndarray, label: str, known: Known, samples:
             writer.tables[name][rows] = values
         before = start[block][:, None]
         up[block] = (outcomes > before).mean(axis=1) + 0.5 * (outcomes == before).mean(axis=1)
+        progress.step()
     return Answer(label, known, effects, up)
 
 
@@ -305,10 +309,12 @@ def counterfactual(
     found, scale = Calibration.from_arrays(stored), Scale(stored["variance"], stored["spread"])
     start = chosen.X[:].toarray()
     tables, rows, observed, means = [], [], [], {}
+    logger.info("%d perturbations are asked in %d cells, %d outcomes each", len(labels), len(start), query["samples_per_cell"])
+    progress = Progress(f"blocks of {CELLS_PER_BLOCK} cells", len(labels) * -(-len(start) // CELLS_PER_BLOCK))
     with atomic(cells) as partial, h5py.File(partial, "w") as file:
         writer = Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)
         for i, label in enumerate(labels):
-            answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start))
+            answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start), progress)
             response = answer.response(np.isin(chosen.genes, entities_of(label)))
             in_context = {context: knowledge.of(label, {context}).words for context in knowledge.asked}
             known = [in_context[context] for context in contexts_of(chosen.obs)]

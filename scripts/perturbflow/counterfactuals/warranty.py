@@ -32,6 +32,7 @@ from perturbflow.models.baselines import NoChange, PerturbedMean
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
+from perturbflow.progress import progressed
 from perturbflow.symbols import CONTROL, entities_of
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) ->
     if labels:
         known = set(effects.labels), set(effects.entities)
         found += Calibration.of(
-            labels, [case_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in labels]),
+            labels, [case_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in progressed(labels, "validation perturbations")]),
             np.stack([validation.effect_of(label) for label in labels]), [measured_by(validation, label) for label in labels], scale, pairs.genes,
         )  # fmt: skip
     return found, scale
@@ -88,7 +89,7 @@ def placebo(model: Model, controls: Pairs, seed: int) -> dict[str, Any]:
     X = X[:, tested]
     after = model.counterfactual(controls.X[np.flatnonzero(controls.is_control)].toarray(), [CONTROL], 1, seed)[0][:, 0][:, tested]
     called, found = [], 0
-    for _ in range(PLACEBOS):
+    for _ in progressed(range(PLACEBOS), "placebo, halves of the controls"):
         turn = np.empty(len(stratum), dtype=int)
         for value in np.unique(stratum):
             rows = np.flatnonzero(stratum == value)
@@ -143,7 +144,7 @@ def held_to_test(model: Model, pairs: Pairs, calibrations: dict[str, Calibration
     column = {gene: i for i, gene in enumerate(pairs.genes)}
     places = Places(pairs.roles("train"))
     rows, targets, relative = [], [], {}
-    for label in test.perturbations:
+    for label in progressed(test.perturbations, "test perturbations"):
         if model.refusal(label) is not None:
             continue
         predicted, measured, halves = asked_effect(model, test, label, seed), test.effect_of(label), _halves(test, label)
@@ -236,6 +237,7 @@ def warranty(
     family = build(implementation, params)
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
     family.restore(load_artefact(model))
+    logger.info("%s: intervals, agreement and placebo are checked", model)
     calibrations, scale = calibrations_of(family, cells, Embeddings.read(embeddings), seed)
     found = calibrations["model"]
     test = cells.roles("test")

@@ -5,7 +5,7 @@ import numpy as np
 from perturbflow.report.drawing import number
 
 LEAST_POINTS = 8  # of a validation curve: fewer tell nothing
-BEYOND_NOISE = 6.0  # standard errors of a mean of neighbouring points
+BEYOND_NOISE = 8.0  # standard errors of a mean of neighbouring points
 LEAST_RISE = 0.05  # of all that the curve rises and falls by
 
 Points = list[tuple[float, float]]
