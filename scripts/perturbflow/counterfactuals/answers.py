@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 
 from perturbflow.artefacts import load_artefact
 from perturbflow.counterfactuals.contexts import Context, Places, contexts_of
-from perturbflow.counterfactuals.questions import expanded, holding
+from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes
 from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import fitting, was_checked
 from perturbflow.embeddings import Embeddings
@@ -286,7 +286,7 @@ def counterfactual(
     family = build(implementation, params)
     family.restore(load_artefact(model))
     training, vectors = everything.roles("train"), Embeddings.read(embeddings)
-    labels = expanded(query["perturbations"], list(vectors.table.index), chosen.genes)
+    labels = expanded(query["perturbations"], perturbed_genes(vectors, everything.perturbations), chosen.genes)
     knowledge = Knowledge(training, vectors, chosen)
     _check_answerable(family, labels, knowledge, chosen.X[:PROBED].toarray(), seed)
     most = max(LEAST_CELLS, min(MAX_CELLS, MAX_ROWS // len(labels)))
