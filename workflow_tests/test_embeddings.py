@@ -184,7 +184,9 @@ def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(name: 
     assert json.loads(here.audit.read_text())["without_vector"] == []
     implementation = FAMILIES[name].implementation
     train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", implementation, {}, 0)
-    answer = ask(here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations=[other] if name == "stacked" else [other, without])
+    answer = ask(
+        here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations=[other] if name == "stacked" else [other, without]
+    )
     known = pd.read_csv(f"{answer}.tsv", sep="\t").groupby("perturbation")["known"].first()
     assert "times as far" in known[other]
     assert name == "stacked" or "without a vector" in known[without]

@@ -371,5 +371,6 @@ def test_a_frequent_label_that_is_no_gene_and_no_control_is_told(
     assert told.account["perturbations"]["no_gene"] == {"rubbish": 480}
     assert "1 frequent label is no known gene and no control (cells): 'rubbish' (480)" in caplog.text
     assert "perturbation.drop" in caplog.text
+    assert any("'rubbish' (480)" in warning for warning in told.account["warnings"])
     screen.obs["perturbation"] = screen.obs["perturbation"].astype(str).replace("rubbish", "Staurosporine")
     assert harmonized_from(screen, perturbation_type="drug").account["perturbations"]["no_gene"] == {}

@@ -335,10 +335,13 @@ def test_the_report_says_what_learned_by_heart_and_what_losses_mean(tree: Tree, 
         changed.append(path)
     again = tree.page(runs=changed, report=tmp_path / "report.html")
     assert again.count(
-        "It learned by heart: its validation loss is lowest about step 40 (0.0642) and ends at 0.0968, while its training loss"
+        "It learned by heart: its validation loss is lowest about step 40 (0.06417) and ends at 0.0968, while its training loss"
     ) == len(SPLITS)
     assert "Fewer steps may predict better. Loss: error of the mean effects" in again
-    assert "stage a: Whether it learned by heart is not told: no points of validation loss were logged. Loss of stage A:" in again
+    assert (
+        "stage a: Whether it learned by heart is not told: no points of validation loss were logged. Loss: squared error of the target"
+        in again
+    )
 
 
 def curve(values: np.ndarray) -> list[tuple[float, float]]:

@@ -15,7 +15,6 @@ from perturbflow.organism import names_now, without_genome
 from perturbflow.separators import Unsplit, unsplit
 from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
 from perturbflow.unassigned import message, no_genes, unassigned_labels
-from perturbflow.unassigned import warning as warning_of_no_genes
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +154,7 @@ def cells_of_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> dict[str, i
 def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> dict[str, dict[str, int]]:
     """Return what a block may have missed: labels that look like controls, frequent ones that are no gene, and combinations that are not split.
 
-    Each with its cells; all are told in the log and stay as they are.
+    Each with its cells; all are told and stay as they are.
 
     Raises
     ------
@@ -182,8 +181,6 @@ def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path:
     if alike:
         logger.warning("%s: %s", path, warning(alike, declared.get("control", [])))
     others = {} if is_drug else {name: n for name, n in no_genes(left, controls, members, names).items() if name not in alike}
-    if others:
-        logger.warning("%s: %s", path, warning_of_no_genes(others))
     return {"looks_like_control": alike, "no_gene": others, "not_split": combined.labels if combined else {}}
 
 

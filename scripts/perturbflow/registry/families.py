@@ -59,26 +59,26 @@ FAMILIES = {
     "diffusion": Family(
         "diffusion:Diffusion", "learned", "train_diffusion", answers_counterfactuals=True,
         losses={
-            "": "Loss: squared error of what is denoised, at random levels of noise. A guess of zero would have about 1, and most of it is noise that "
-            "nothing can tell: small differences count."
+            "": "Loss: squared error of what is denoised, at random levels of noise. A guess of zero has about 1. Most of it is noise that nothing "
+            "can tell, so small differences count."
         },
     ),
     "jepa": Family(
         "jepa:Jepa", "learned", "train_jepa", answers_counterfactuals=True,
         losses={
-            "stage_a": "Loss of stage A: squared error of the target's embedding (invariance), plus terms against collapse. It rises by design, since "
-            "its target moves: the embedding grows from near 0 to a deviation of 1, and the part of a cell to be predicted shrinks from a half of its "
-            "molecules to a tenth, which is mostly noise. It measures no progress; the effective rank tells a collapse.",
-            "stage_c": "Loss of stage C: negative log likelihood of the counts, per gene, given the embedding. It falls to what counting noise leaves.",
-            "": "Loss: error of the mean effects of groups of cells (effect), negative log likelihood of their cells (world), and how much shifts of one "
-            "perturbation differ (steadiness), weighted.",
+            "stage_a": "Loss: squared error of the target's embedding (invariance), plus terms against collapse. It rises by design. The target's "
+            "embedding grows from near 0 to a deviation of 1, as these terms ask. And the part that is predicted shrinks from a half of a cell's "
+            "molecules to a tenth, which is mostly noise. So the loss measures no progress; the effective rank tells a collapse.",
+            "stage_c": "Loss: negative log likelihood of the counts, per gene, given the embedding. It falls to what counting noise leaves.",
+            "": "Loss: error of the mean effects of groups of cells (effect), negative log likelihood of their cells (world), and how much shifts of "
+            "one perturbation differ (steadiness), weighted.",
         },
     ),
     "counterfactual": Family(
         "counterfactual:Counterfactual", "learned", "train_counterfactual", answers_counterfactuals=True,
         losses={
-            "": "Loss: squared error of the velocity from control to perturbed cell, plus that of a shift that is the same for all cells. Pairs of cells "
-            "differ mostly by noise, which stays: small differences count."
+            "": "Loss: squared error of the velocity from control to perturbed cell, plus that of one shift for all cells. Cells of a pair differ "
+            "mostly by noise, which stays, so small differences count."
         },
     ),
 }  # fmt: skip

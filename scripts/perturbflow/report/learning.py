@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from perturbflow.report.drawing import number
-
 LEAST_POINTS = 8  # of a validation curve: fewer tell nothing
 BEYOND_NOISE = 8.0  # standard errors of a mean of neighbouring points
 LEAST_RISE = 0.05  # of all that the curve rises and falls by
@@ -35,11 +33,11 @@ def by_heart(training: Points, validation: Points) -> str:
     lowest = int(smooth.argmin())
     rise = smooth[-1] - smooth[lowest]
     middle = steps[lowest + width // 2]
-    told = f"its validation loss is lowest about step {middle:.0f} ({number(smooth[lowest])}) and ends at {number(smooth[-1])}"
+    told = f"its validation loss is lowest about step {middle:.0f} ({smooth[lowest]:.4g}) and ends at {smooth[-1]:.4g}"
     if rise <= max(BEYOND_NOISE * _noise(values) / np.sqrt(width), LEAST_RISE * np.ptp(values)):
         return f"No sign of learning by heart: {told}."
     later = [value for step, value in training if step >= middle]
     if len(later) > 1 and later[-1] < later[0]:
-        fell = f"while its training loss falls from {number(later[0])} to {number(later[-1])}"
+        fell = f"while its training loss falls from {later[0]:.4g} to {later[-1]:.4g}"
         return f"It learned by heart: {told}, {fell}. Fewer steps may predict better."
     return f"Beyond its noise, {told}. It did not learn by heart, as its training loss does not fall either."
