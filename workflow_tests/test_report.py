@@ -335,7 +335,7 @@ def test_the_report_says_what_learned_by_heart_and_what_losses_mean(tree: Tree, 
         changed.append(path)
     again = tree.page(runs=changed, report=tmp_path / "report.html")
     assert again.count(
-        "It learned by heart: its validation loss is lowest about step 40 (0.06417) and ends at 0.0968, while its training loss"
+        "It learned by heart: its validation loss is lowest about step 40 (0.06417) and ends at 0.09681, while its training loss"
     ) == len(SPLITS)
     assert "Fewer steps may predict better. Loss: error of the mean effects" in again
     assert (

@@ -17,9 +17,16 @@ from perturbflow.records import inputs_as_made, write_records
 
 logger = logging.getLogger("perturbflow")
 
-# What is called by hand has one thread, as most jobs have: small products of matrices lose more by waiting for one another than they
-# gain. Scripts import this module first, and libraries read the variable when they are loaded. Jobs come with the threads of their rule.
-os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+
+def limit_threads() -> None:
+    """Give what is called by hand one thread, unless the environment says otherwise; jobs come with the threads of their rule.
+
+    Small products of matrices lose more by waiting for one another than they gain. Libraries read the variable when they are loaded.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+
+
+limit_threads()  # scripts import this module first
 
 # Of a rule: what says when its job runs again, and nothing to its function.
 FOR_SNAKEMAKE = ("again", "code_version", "content", "descriptions", "moment")

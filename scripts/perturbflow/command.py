@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from perturbflow import __version__  # cli first: it limits threads
+from perturbflow.cli import limit_threads
 from perturbflow.errors import InputError
 from perturbflow.files import write_json
 from perturbflow.listing import KINDS, listed
@@ -48,6 +49,7 @@ def perturbflow() -> None:
 
     Results of the workflow are looked for where it writes them: results/DATASET/SPLIT. The workflow itself is run with snakemake.
     """
+    limit_threads()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
 
 
