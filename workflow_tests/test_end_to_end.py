@@ -117,7 +117,8 @@ def test_every_learned_model_has_a_warranty(default_job: tuple) -> None:
             assert content["coverage"][1]["n_calibration"] >= (1 if model == "scppdm" else 15)
     page = (folder / "results/report.html").read_text()
     assert page.count("× unseen_context</td>") >= len(LEARNED)
-    assert "Warranty: intervals, calibrated on" in page
+    assert page.count("Verdict on this model: ") >= 1
+    assert ". Intervals, calibrated on" in page
 
 
 def test_second_run_plans_nothing(default_job: tuple, snakemake: Callable) -> None:

@@ -176,6 +176,32 @@ def test_a_mistake_in_the_configuration_is_one_message(config: dict, message: st
 # --- the rules ------------------------------------------------------------------------------------------------------
 
 
+def test_values_on_the_command_line_are_what_the_schema_says(light: dict[str, str], tmp_path: Path) -> None:
+    """Snakemake hands over whatever is nested in --config as texts."""
+    given = ["select={seeds: [0, 1, 2], models: [no_change, scppdm]}", "qc={min_counts: 5, max_pct_mt: null}",
+             "models={scppdm: {params: {n_steps: 7, learning_rate: 1e-4, compiled: true}}}"]  # fmt: skip
+    write_screen(tmp_path)
+    outcome = run_snakemake(tmp_path, "--dry-run", "--config", *given, config=closed_forms_config(), environment=light)
+    assert outcome.jobs.get("train_closed_form") == 3, outcome.text
+    assert outcome.jobs["train_diffusion"] == 3
+
+
+def test_a_mistake_on_the_command_line_is_told_to_be_there(light: dict[str, str], tmp_path: Path) -> None:
+    given = ["select={seeds: [0, x]}", "qc={min_counts: many}", "device=cpuu"]
+    text = run_snakemake(tmp_path, "--dry-run", "--config", *given, config=closed_forms_config(), environment=light).text
+    for part in ("device: 'cpuu' is not possible", "qc.min_counts: 'many' must be", "select.seeds.1: 'x' must be of type integer"):
+        assert f"--config: {part}" in text
+    text = run_snakemake(
+        tmp_path, "--dry-run", "--config", "select={models: [nochange]}", config=closed_forms_config(), environment=light
+    ).text
+    assert "--config: model 'nochange' is selected" in text
+    wrong = closed_forms_config(device="cpuu")
+    assert (
+        "mine.yaml: device: 'cpuu'"
+        in run_snakemake(tmp_path, "--dry-run", "--config", "qc={min_counts: 5}", config=wrong, environment=light).text
+    )
+
+
 def test_lint_finds_nothing(tmp_path: Path) -> None:
     outcome = run_snakemake(tmp_path, "--lint")
     assert outcome.returncode == 0, outcome.text

@@ -28,6 +28,7 @@ from perturbflow.registry.families import FAMILIES, Family
 from perturbflow.report import leaderboard, report
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.drawing import number, signed
+from perturbflow.report.learning import by_heart
 from perturbflow.report.page import FIGURE_BYTES
 from perturbflow.report.sections import perturbation_table
 from perturbflow.training import train
@@ -56,16 +57,21 @@ SEPARABILITY = {
         "pca_knn": 0.5,
     }
 }
+NUMBERS = {name: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1} for name, mean in
+           (("model", 0.41), ("no_change", 0.0), ("perturbed_mean", 0.22), ("ceiling", 0.77))}  # fmt: skip
 WARRANTY = {
-    "identity": 0.0, "placebo": {"share_called": 0.043, "nominal": 0.05, "repeats": 20, "repeats_with_discoveries": 1},
+    "verdict": "no better than the mean effect of training", "identity": 0.0, "placebo": {"share_called": 0.043, "nominal": 0.05, "repeats": 20, "repeats_with_discoveries": 1},
     "coverage": [
         {"nominal": nominal, "measured": nominal + 0.01, "low": 0.7, "high": 0.95, "n_test": 9, "n_calibration": 17,
-         "n_calibration_perturbations": 11}
+         "n_calibration_perturbations": 11, "floors": {"no_change": {"mean": 0.88, "low": 0.8, "high": 0.9}},
+         "width": {name: {"mean": width} for name, width in (("model", 0.3), ("no_change", 0.4), ("perturbed_mean", 0.5), ("ceiling", 0.1))},
+         "relative_width": {"no_change": {"mean": 0.75, "low": 0.7, "high": 0.8}}}
         for nominal in (0.8, 0.9)
     ],
-    "agreement": {"mean": 0.41}, "ceiling": {"mean": 0.77}, "on_target": {"n": 0}, "perturbations": [],
+    "agreement": {"whole": NUMBERS, "specific": {**NUMBERS, "model": {"mean": 0.3, "low": 0.1, "high": 0.5}}}, "on_target": {"n": 0}, "perturbations": [],
 }  # fmt: skip
 HISTORY = [{"step": step, "loss": 1 / step, "validation_loss": 1.5 / step, "rate": float("nan")} for step in (10, 20, 30, 40)]
+OVERFITTED = [{"step": step, "loss": 10 / step, "validation_loss": 1 / step + step / 1e3} for step in range(10, 100, 10)]
 
 
 @dataclass(frozen=True)
@@ -315,6 +321,53 @@ def test_no_curve_is_drawn_of_closed_forms(tree: Tree, tmp_path: Path, few_figur
     page = tree.page(**baselines, **tables, report=tmp_path / "report.html")
     assert "No model of this run was trained in steps" in page
     assert "one of the best" in page  # the best baseline is drawn all the same
+
+
+def test_the_report_says_what_learned_by_heart_and_what_losses_mean(tree: Tree, page: str, tmp_path: Path, few_figures: None) -> None:
+    assert "Whether it learned by heart is not told: 4 points of validation loss were logged." in page
+    changed = []
+    for path in tree.arguments()["runs"]:
+        if path.parts[-3] == "learned":
+            run = read_json(path)
+            stage = {**run["facts"]["stage_a"], "history": [{"step": step, "loss": step} for step in (1, 2, 3)]}
+            path = tmp_path.joinpath(*path.parts[-5:])
+            write_json(path, {**run, "implementation": "jepa:Jepa", "history": OVERFITTED, "facts": {**run["facts"], "stage_a": stage}})
+        changed.append(path)
+    again = tree.page(runs=changed, report=tmp_path / "report.html")
+    assert again.count(
+        "It learned by heart: its validation loss is lowest about step 40 (0.06417) and ends at 0.09681, while its training loss"
+    ) == len(SPLITS)
+    assert "Fewer steps may predict better. Loss: error of the mean effects" in again
+    assert (
+        "stage a: Whether it learned by heart is not told: no points of validation loss were logged. Loss: squared error of the target"
+        in again
+    )
+
+
+def curve(values: np.ndarray) -> list[tuple[float, float]]:
+    """Return a value every hundred steps."""
+    return [(100.0 * i, float(value)) for i, value in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize("n", [8, 10, 20, 60])
+def test_a_flat_noisy_curve_is_not_learning_by_heart(n: int) -> None:
+    rng = np.random.default_rng(0)
+    falling = curve(1 / np.arange(1, n + 1))
+    told = [by_heart(falling, curve(1 + 0.1 * rng.normal(size=n))) for _ in range(300)]
+    assert sum(sentence.startswith("It learned by heart") for sentence in told) <= 3
+    course = 1 / np.arange(1, n + 1)
+    told = [by_heart(falling, curve(course + 0.05 * rng.normal(size=n))) for _ in range(300)]
+    assert sum(sentence.startswith("It learned by heart") for sentence in told) <= 3
+
+
+@pytest.mark.parametrize("n", [10, 20, 60])
+def test_a_validation_loss_that_rises_while_training_falls_is(n: int) -> None:
+    rng, course = np.random.default_rng(0), np.linspace(0, 1, n)
+    falling, rising = curve(1 - 0.5 * course), (course - 0.3) ** 2
+    told = [by_heart(falling, curve(rising + 0.02 * rng.normal(size=n))) for _ in range(100)]
+    assert all(sentence.startswith("It learned by heart") for sentence in told)
+    assert "did not learn by heart, as its training loss does not fall" in by_heart(curve(1 + course), curve(rising))
+    assert by_heart(falling, curve(1 - course)).startswith("No sign of learning by heart")
 
 
 def test_stages_of_a_training_are_drawn_and_its_embedding_and_complaints_are_told(page: str) -> None:
@@ -576,7 +629,11 @@ def test_no_section_without_counterfactuals(page: str) -> None:
 def test_doubtful_labels_and_controls_of_other_batches_are_shown(tree: Tree, tmp_path: Path, few_figures: None) -> None:
     (account,), audits = tree.arguments()["harmonizations"], tree.arguments()["audits"]
     content = read_json(account)
-    content["perturbations"] |= {"looks_like_control": {"NT-12": 40, HOSTILE: 3}, "not_split": {"TF1|TF2": 40}}
+    content["perturbations"] |= {
+        "looks_like_control": {"NT-12": 40, HOSTILE: 3},
+        "not_split": {"TF1|TF2": 40},
+        "no_gene": {"rubbish": 1886},
+    }
     harmonization = tmp_path / "mine" / "harmonization.json"
     write_json(harmonization, content)
     changed = []
@@ -594,6 +651,7 @@ def test_doubtful_labels_and_controls_of_other_batches_are_shown(tree: Tree, tmp
     assert re.search(r'perturbation\.control: \["control", .*"NT-12"\]', text)
     assert "NT-12 (40)" in text
     assert "TF1|TF2 (40)" in text
+    assert "rubbish (1,886). If such cells have no known perturbation, name the labels in perturbation.drop" in re.sub("</?code>", "", text)
     assert HOSTILE not in page
     assert "700 (50 % of the perturbed cells); by batch: b2 (700)" in text
     assert page.count("<strong>Caveat</strong>: Lanes differ.") == len(SPLITS)
@@ -629,8 +687,9 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     section = page[page.index('id="counterfactuals"') : page.index("</main>")]
     genes = re.findall(r'<th scope="row">(G\d+)</th>', section)
     assert genes == [f"G{i}" for i in range(20, 5, -1)] * 2
-    assert "Warranty: intervals, calibrated on 17" in section
-    assert "Warranty: none: training measured this in other contexts alone" in section
+    assert "Verdict on this model: no better than the mean effect of training." in section
+    assert "Verdict on this model: cannot tell: the model was not checked on such perturbations." in section
+    assert "Warranty: None: training measured this in other contexts alone" in section
     assert "in other contexts</th>" not in section, "the column is said in words"
     assert section.count("<svg") == 3
     alt = re.search(r'aria-label="(Coverage of predictive intervals on mine × unseen_combination[^"]*)"', section)[1]
@@ -641,13 +700,21 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     assert section.count("<td>yes</td>") == 2
     assert f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"' in section
     assert (
-        "Warranty: intervals, calibrated on 17 held-out measurements of 11 perturbations, hold 81 % (nominal 80) and 91 % (nominal 90)"
-        in section
+        "Warranty: No better than the mean effect of training. Agreement of whole effects 0.41: no change 0, the mean effect of training 0.22, "
+        "ceiling 0.77. Beyond that mean 0.30: both floors 0, ceiling 0.77. Intervals, calibrated on 17 held-out measurements of 11 perturbations, "
+        "hold 81 % (nominal 80, no change 88) and 91 % (nominal 90, no change 88) of 9 test perturbations' effects. At 90 % they are 0.75 times "
+        "as wide as those of no change; the truth's would be 0.25 times as wide." in html.unescape(section)
     )
-    assert "no perturbation changes nothing" in section
+    assert "No perturbation changes nothing" in section
     table = section[section.index('aria-label="Warranties"') :]
     assert re.search(
-        r"<td>17</td><td>0\.810* \(0\.70* to 0\.950*\)</td><td>0\.910* \(0\.70* to 0\.950*\)</td><td>0\.410*</td><td>0\.770*</td>", table
+        r"<td>17</td><td>0\.810* \(0\.70* to 0\.950*\)</td><td>0\.910* \(0\.70* to 0\.950*\)</td>"
+        r"<td>0\.880* \(0\.80* to 0\.90*\)</td><td>0\.750* \(0\.70* to 0\.80*\)</td><td>0\.250*</td>",
+        table,
+    )
+    assert re.search(
+        r'<td class="long">no better than the mean effect of training</td><td>0\.410* \(0\.310* to 0\.510*\)</td><td>0\.220* \(0\.120* to 0\.320*\)</td>',
+        table,
     )
 
 

@@ -1,14 +1,12 @@
 """The plan of the runs: what will be made for a configuration."""
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import pandas as pd
 
 from perturbflow.errors import InputError
 from perturbflow.origins import CONTENT_KEYS, content_of, files_of
 from perturbflow.registry.config import COEXPRESSION, complete, held_out_of
 from perturbflow.registry.families import FAMILIES, Family
+from perturbflow.registry.schemas import Places
 
 # Keys of a dataset's `perturbation` that say how a label is read.
 NAMING = ("control", "control_pattern", "separator", "pattern", "rename")
@@ -22,7 +20,7 @@ class Plan:
     config
         The merged configuration, as Snakemake hands it over.
     files
-        The configuration files, for messages.
+        The configuration files, and --config, for messages.
     files_are_there
         Whether the user's own files have to be there already.
 
@@ -44,7 +42,7 @@ class Plan:
         One sentence per selection that cannot be.
     """
 
-    def __init__(self, config: dict, files: Sequence[Path] = (), files_are_there: bool = True) -> None:
+    def __init__(self, config: dict, files: Places = (), files_are_there: bool = True) -> None:
         self.config = complete(config, files, files_are_there)
         select = self.config["select"]
         rows, left_out, possible = [], [], []
