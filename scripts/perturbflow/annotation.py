@@ -11,15 +11,14 @@ import pandas as pd
 from perturbflow.controls import Controls, counted, declaration, look_alikes, warning
 from perturbflow.doses import Member, Scale, members_in, names_in, tell, with_doses
 from perturbflow.errors import InputError
-from perturbflow.organism import names_now, without_genome
+from perturbflow.naming import gene_names
+from perturbflow.organism import names_now
 from perturbflow.separators import Unsplit, unsplit
 from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
 
 logger = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
-ENSEMBL_COLUMNS = ("gene_id", "ensembl_id", "ensemble_id", "ensembl_gene_id", "gene_ids")
-SYMBOL_COLUMNS = ("gene_name", "gene_symbol", "symbol", "feature_name", "gene_short_name")
 SCHEMA_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
     "total_counts", "n_genes_by_counts", "pct_counts_mt",
@@ -247,23 +246,13 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
 def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
     """Return gene_name (approved symbol), gene_id (Ensembl id or empty), original_name and source_name (the index) per source gene.
 
-    Prefixes of genomes (GRCh38_) are left out of all but source_name.
+    Where a file has them is found by `perturbflow.naming.gene_names`; attrs["told"] is what it tells.
+    Names of genomes (GRCh38_) are left out of all but source_name.
     A name that is approved stays. Otherwise the Ensembl id decides where HGNC knows it, else a previous symbol of one gene is renamed.
     Two genes of the file are never given one name: where another has it, or two would come to share it, they stay as they are.
     """
-    source_names = pd.Series(var.index.astype(str))
-    names = without_genome(source_names)
-    columns = {
-        column: without_genome(var[column].astype(object).where(var[column].notna(), "").astype(str).reset_index(drop=True))
-        for column in (*ENSEMBL_COLUMNS, *SYMBOL_COLUMNS)
-        if column in var
-    }
-    ids = next((columns[column] for column in ENSEMBL_COLUMNS if column in columns), None)
-    if names.str.fullmatch(ENSEMBL_ID).mean() > 0.5:
-        ids = names
-        symbols = next((columns[column] for column in SYMBOL_COLUMNS if column in columns), names)
-        names = pd.Series(np.where(symbols.str.len() > 0, symbols, names))
-    ids = pd.Series("" if ids is None else ids.to_numpy(), index=names.index, dtype=object)
+    found = gene_names(var)
+    names, ids = found.names, found.ids
     ids = ids.where(ids.str.fullmatch(ENSEMBL_ID), "").str.replace(r"\.\d+$", "", regex=True)
     approved = names
     if dataset["organism"] == "human":
@@ -274,8 +263,10 @@ def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
         is_renamed = approved != names
         claims = names[is_renamed].groupby(approved[is_renamed]).nunique()
         approved = approved.where(~is_renamed | ~(approved.isin(set(names)) | approved.isin(claims.index[claims > 1])), names)
-    named = {"gene_name": approved, "gene_id": ids, "original_name": names, "source_name": source_names}
-    return pd.DataFrame({column: values.to_numpy() for column, values in named.items()})
+    named = {"gene_name": approved, "gene_id": ids, "original_name": names, "source_name": pd.Series(var.index.astype(str))}
+    table = pd.DataFrame({column: values.to_numpy() for column, values in named.items()})
+    table.attrs["told"] = found.told
+    return table
 
 
 def is_wanted(genes: pd.DataFrame, pattern: str, path: Path) -> np.ndarray:

@@ -15,8 +15,6 @@ import pandas as pd
 
 from perturbflow import __version__
 from perturbflow.annotation import (
-    ENSEMBL_COLUMNS,
-    SYMBOL_COLUMNS,
     ambiguous,
     as_text,
     canonical_labels,
@@ -32,9 +30,10 @@ from perturbflow.annotation import (
 from perturbflow.counts import Genes, Screened, limits_on, screen_counts, within_limits, write_counts
 from perturbflow.efficacy import DIRECTIONS, OwnGenes
 from perturbflow.errors import InputError
-from perturbflow.features import SHOWN, features_apart, keys_of, write_features
+from perturbflow.features import SHOWN, doubtful_features, features_apart, keys_of, write_features
 from perturbflow.files import atomic, bytes_of, content_sha256, manifest_files, read_json, remove_leftovers, write_json
-from perturbflow.organism import genomes, mitochondrial, other_organism, why_no_mitochondrial
+from perturbflow.naming import ENSEMBL_WORDS, NO_NAMES, SYMBOL_WORDS, columns_of
+from perturbflow.organism import genomes, mitochondrial, other_organism, some_with_genome, why_no_mitochondrial
 from perturbflow.origins import labels_file
 from perturbflow.recipes import open_by_recipe
 from perturbflow.sources import SomeGenes, Source, open_source
@@ -128,23 +127,34 @@ def _chosen_genes(source: Source, dataset: dict, dropped: Counter, warnings: lis
     path, organism = source.files[0], dataset["organism"]
     wanted, apart = _split_by_type(source, dataset)
     dropped.update({kind: len(numbers) for kind, numbers in apart.items()})
-    of_genome, prefixes = genomes(source.var.iloc[wanted], (*ENSEMBL_COLUMNS, *SYMBOL_COLUMNS))
+    var = source.var.iloc[wanted]
+    of_genome, prefixes = genomes(var, columns_of(var, (*ENSEMBL_WORDS, *SYMBOL_WORDS)))
+    if problem := some_with_genome(var.index):
+        warnings.append(problem)
     if prefixes:
         is_own = np.isin(of_genome, (organism, ""))
         if not (of_genome == organism).any():
             raise InputError(
-                f"{path}: gene names begin with {' and '.join(prefixes)}, and organism is {organism}. Set the organism in the dataset's block."
+                f"{path}: gene names hold {' and '.join(prefixes)}, and organism is {organism}. Set the organism in the dataset's block."
             )
-        warnings.append(f"gene names begin with {' and '.join(prefixes)}: the prefixes are left out.")
+        warnings.append(f"gene names hold {' and '.join(prefixes)}, which is left out of them.")
         if not is_own.all():
             dropped["other_genome"] = int((~is_own).sum())
             warnings[-1] += f" {dropped['other_genome']:,} genes of the other genome are dropped; organism is {organism}."
             wanted = wanted[is_own]
     genes = gene_table(source.var.iloc[wanted], dataset)
+    warnings += genes.attrs.pop("told")
     if "gene_pattern" in dataset:
         is_of_pattern = is_wanted(genes, dataset["gene_pattern"], path)
         dropped["gene_pattern"] = int((~is_of_pattern).sum())
         wanted, genes = wanted[is_of_pattern], genes[is_of_pattern].reset_index(drop=True)
+    warnings += doubtful_features(source.var.iloc[wanted], genes)
+    nameless = np.flatnonzero(genes["original_name"].isin(NO_NAMES))
+    if len(nameless):
+        raise InputError(
+            f"{path}: {len(nameless):,} of {len(genes):,} genes have no name (the first is number {wanted[nameless[0]] + 1:,} of its genes). "
+            "Give each a name of its own in var_names, or in features.tsv; or keep the others by gene_pattern: '.'."
+        )
     if reason := other_organism(genes, organism):
         raise InputError(f"{path}: organism is {organism}, but {reason}")
     return wanted, genes, apart

@@ -21,10 +21,6 @@ BLOCK_VALUES = 2**23
 HIGHEST_COUNT = 2**24 - 1
 """float32 holds integers up to here, and so do three bytes."""
 
-EXPRESSION = "Gene Expression"
-TYPE_COLUMNS = ("feature_types", "feature_type", "modality", "type")
-"""Columns of var that may say of which type a feature is, and the word of 10x Genomics for genes."""
-
 
 class NotCounts(Exception):
     """A matrix holds values that are no raw counts; the message says which."""
