@@ -307,6 +307,45 @@ def test_the_default_stays_x_and_then_the_layer_counts(harmonized_from: Callable
     assert json.loads(found.report.read_text())["features_apart"] == {}
 
 
+# --- values that pass for counts ----------------------------------------------------------------------------------------
+
+
+def test_where_x_is_binary_the_layer_of_counts_is_taken(harmonized_from: Callable) -> None:
+    screen = make_screen()
+    screen.layers["counts"] = screen.X.copy()
+    screen.X = (screen.X > 0).astype(np.float32)
+    found = harmonized_from(screen)
+    np.testing.assert_array_equal(found.adata.X.toarray(), screen.layers["counts"].toarray())
+    assert found.account["warnings"] == []
+    screen.layers["umis"] = screen.layers.pop("counts")
+    (warning,) = harmonized_from(screen).account["warnings"]
+    assert warning == "no value of X is above 1, while umis holds higher counts: if these are the raw ones, set counts: umis."
+    del screen.layers["umis"]
+    (warning,) = harmonized_from(screen).account["warnings"]
+    assert warning.startswith("X holds 0 and 1 alone")
+
+
+def test_rounded_logarithms_beside_counts_are_told(harmonized_from: Callable) -> None:
+    screen = make_screen()
+    screen.raw = screen.copy()
+    screen.X = np.rint(np.log1p(screen.X.toarray()))
+    (warning,) = harmonized_from(screen).account["warnings"]
+    assert "while raw holds higher counts" in warning
+    assert harmonized_from(screen, counts="raw").account["warnings"] == []
+
+
+def test_rounded_shares_are_told_by_their_sums(harmonized_from: Callable) -> None:
+    screen = make_screen()
+    X = screen.X.toarray()
+    screen.X = np.rint(1e4 * X / X.sum(axis=1, keepdims=True)).astype(np.float32)
+    (warning,) = harmonized_from(screen).account["warnings"]
+    assert warning.startswith("all cells have nearly the same sum in X (9,9")
+    assert "key counts" in warning
+    rng = np.random.default_rng(0)
+    screen.X = rng.poisson(5.0, screen.shape).astype(np.float32)
+    assert harmonized_from(screen).account["warnings"] == [], "cells of one depth still differ as counts do"
+
+
 def test_a_file_of_guides_alone_is_no_screen() -> None:
     var = pd.DataFrame({"feature_types": "CRISPR Guide Capture"}, index=["KLF1_1", "KLF1_2"])
     with pytest.raises(InputError, match=r"holds no gene expression: its features are CRISPR Guide Capture"):

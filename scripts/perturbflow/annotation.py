@@ -80,6 +80,36 @@ def is_excluded(obs: pd.DataFrame, exclude: dict[str, str], path: Path) -> np.nd
     return excluded
 
 
+def is_control_label(obs: pd.DataFrame, dataset: dict, path: Path) -> np.ndarray:
+    """Return which cells hold a label whose members are all controls.
+
+    Raises
+    ------
+    InputError
+        If perturbation.drop has all such labels.
+    """
+    declared = dataset["perturbation"]
+    control = Controls.of(declared)
+    text = as_text(column_of(obs, declared["column"], "perturbation.column", path))
+    dropped = set(declared["drop"])
+    named = {label: [label] if label in control else [name for name in names_in(label, declared) if name] for label in text.categories}
+    labels = [label for label, names in named.items() if names and all(name in control for name in names)]
+    if labels and all(label in dropped or dropped & {*named[label]} for label in labels):
+        raise InputError(
+            f"{path}: perturbation.drop drops all {int(text.isin(labels).sum()):,} control cells ({', '.join(labels[:8])}). "
+            "Take their labels out of drop."
+        )
+    return text.isin(labels)
+
+
+def check_controls(before: np.ndarray, after: np.ndarray, key: str, path: Path) -> None:
+    """Raise InputError if a key of the block takes all control cells away."""
+    if before.any() and not after.any():
+        raise InputError(
+            f"{path}: {key} takes away all {int(before.sum()):,} control cells. Let {key} keep the controls that belong to its cells."
+        )
+
+
 def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> pd.Series:
     """Return canonical labels as a categorical; missing where the cell has no assigned perturbation. attrs["dose_unit"] is their doses' unit.
 
@@ -222,7 +252,7 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
     labels
         Their canonical labels.
     """
-    obs = pd.DataFrame(index=source.index.astype(str))
+    obs = pd.DataFrame(index=source.index.astype(str).rename(None))  # it may be called as a column is
     obs["perturbation"] = labels.cat.remove_unused_categories().array
     obs["is_control"] = (labels == CONTROL).to_numpy()
     n_members = np.array([len(members_of(label)) for label in labels.cat.categories], np.int64)

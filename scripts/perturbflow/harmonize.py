@@ -18,16 +18,18 @@ from perturbflow.annotation import (
     ambiguous,
     as_text,
     canonical_labels,
+    check_controls,
     check_shape,
     contradicting,
     doubtful_labels,
     gene_table,
     in_subset,
+    is_control_label,
     is_excluded,
     is_wanted,
     schema_obs,
 )
-from perturbflow.counts import Genes, Screened, limits_on, screen_counts, within_limits, write_counts
+from perturbflow.counts import Genes, Screened, doubtful_counts, limits_on, screen_counts, within_limits, write_counts
 from perturbflow.efficacy import DIRECTIONS, OwnGenes
 from perturbflow.errors import InputError
 from perturbflow.features import SHOWN, doubtful_features, features_apart, keys_of, write_features
@@ -52,13 +54,13 @@ def _merged_genes(genes: pd.DataFrame, organism: str) -> tuple[Genes, pd.DataFra
     return Genes(codes, is_mt), genes
 
 
-def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: str) -> tuple[dict[str, int], dict[str, int]]:
+def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: dict[bool, str]) -> tuple[dict[str, int], dict[str, int]]:
     """Return the cells per perturbation of those that have enough, control included, and of those that have too few.
 
     Parameters
     ----------
     lost
-        Which limits drop controls, for messages.
+        Which limits drop controls (True) and which perturbed cells (False), for messages.
 
     Raises
     ------
@@ -70,15 +72,17 @@ def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: s
     n_controls = n_cells.get(CONTROL, 0)
     if n_controls < max(limit, 3):
         left = f"only {n_controls} control cells are left" if n_controls else "quality control leaves no control cells"
-        remedy = f" Of the controls, {lost}, under qc in the dataset's block." if lost else ""
+        remedy = f" Of the controls, {lost[True]}, under qc in the dataset's block." if lost[True] else ""
+        if n_controls >= 3 or limit > 3:
+            remedy += f" The least number is qc.min_cells_per_perturbation = {limit}{'; lower it' if n_controls >= 3 else ''}."
         raise InputError(f"{path}: {left}; at least {max(limit, 3)} are needed to measure an effect.{remedy}")
     too_few = {label: n for label, n in n_cells.items() if n < limit and label != CONTROL}
     kept = {label: n for label, n in n_cells.items() if label not in too_few}
     if len(kept) < 2:
-        raise InputError(
-            f"{path}: no perturbation has {limit} cells or more (most: {max(too_few.values(), default=0)}). "
-            "Lower qc.min_cells_per_perturbation in the dataset's block."
-        )
+        remedy = f" Of the perturbed cells, {lost[False]}, under qc in the dataset's block." if lost[False] else ""
+        if too_few:
+            remedy += f" {'Or lower' if remedy else 'Lower'} qc.min_cells_per_perturbation in the dataset's block."
+        raise InputError(f"{path}: no perturbation has {max(limit, 1)} cells or more (most: {max(too_few.values(), default=0)}).{remedy}")
     if too_few:
         shown = ", ".join(f"{label} ({n})" for label, n in list(too_few.items())[:8])
         logger.warning("%d perturbations have fewer than %d cells and are left out: %s ...", len(too_few), limit, shown)
@@ -175,6 +179,8 @@ def _own_genes(screened: Screened, dataset: dict, qc: dict, path: Path, warnings
             raise InputError(f"{path}: qc.{name} = {limit}: a knock-down takes at most all of it, 1. Lower it in the dataset's block.")
         if limit is not None and not direction:
             warnings.append(f"qc.{name} drops nothing: where {dataset['perturbation_type']} takes a gene is not known.")
+        elif limit is not None and not screened.own.own.pairs:
+            warnings.append(f"qc.{name} drops nothing: no perturbed gene is among the measured ones.")
     found = screened.own.efficacy(direction)
     passes, dropped = screened.own.passes(found, direction, *(limits.values() if direction else (None, None)))
     told: dict[str, dict] = {}
@@ -189,13 +195,16 @@ def _chosen_cells(
 ) -> tuple[np.ndarray, pd.DataFrame, dict[str, dict]]:
     """Return the rows of cells with an assigned perturbation, their obs, and what is to be told of labels; count the others by reason."""
     path = source.files[0]
+    is_control = is_control_label(source.obs, dataset, path)
     rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
+    check_controls(is_control, is_control[rows], "subset", path)
     if dataset["subset"]:
         dropped["subset"] = len(source.obs) - len(rows)
     source_obs = _rows_of(source.obs, rows)
     if "exclude" in dataset:
         excluded = is_excluded(source_obs, dataset["exclude"], path)
         dropped["exclude"] = int(excluded.sum())
+        check_controls(is_control, is_control[rows[~excluded]], "exclude", path)
         rows, source_obs = rows[~excluded], _rows_of(source_obs, np.flatnonzero(~excluded))
     doubtful = doubtful_labels(source_obs, dataset, genes, path)
     labels = canonical_labels(source_obs, dataset, genes, path)
@@ -262,7 +271,10 @@ def _kept_cells(screened: Screened, obs: pd.DataFrame, dataset: dict, qc: dict, 
     is_effective, dropped_by_efficacy, efficacy = _own_genes(screened, dataset, qc, path, warnings)
     dropped.update(dropped_by_efficacy)
     perturbation = obs["perturbation"][is_within]
-    lost = limits_on(obs["is_control"].to_numpy(), screened, qc)
+    is_control = obs["is_control"].to_numpy()
+    lost = {which: limits_on(is_control == which, screened, qc) for which in (True, False)}
+    weak = [f"{limit} = {qc[limit.removeprefix('qc.')]} drops {n:,}; lower it" for limit, n in dropped_by_efficacy.items() if n]
+    lost[False] = ". ".join(filter(None, [lost[False], *weak]))
     kept, too_few = _rare_perturbations(perturbation[is_effective], qc["min_cells_per_perturbation"] or 0, path, lost)
     is_rare = perturbation.isin(list(too_few)).to_numpy()
     if too_few:
@@ -346,6 +358,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         described = beside.submit(_provenance, raw, files)
         screened = screen_counts(source, rows, genes, qc, OwnGenes.of(obs, var.index[:0] if is_drug else var.index))
         provenance = described.result()
+    warnings += doubtful_counts(screened)
     cells = _kept_cells(screened, obs, dataset, qc, path, dropped, warnings)
     obs = _rows_of(obs, cells.rows)
     is_seen = np.ones(len(var), bool)

@@ -68,9 +68,9 @@ class Source(ABC):
             At the first block with a value that is no raw count.
         """
 
-    def places_with_counts(self) -> list[str]:
-        """Return the places of the file that hold raw counts as far as a sample of them tells, in the words of the key `counts`."""
-        return []
+    def places_with_counts(self) -> dict[str, float]:
+        """Return the places of the file that hold raw counts, in the words of the key `counts` → the highest count in a sample of them."""
+        return {}
 
 
 def _reason(values: np.ndarray) -> str:
@@ -142,7 +142,7 @@ class SomeGenes(Source):
         self.obs, self.var, self.files, self.place = source.obs, source.var.iloc[genes], source.files, source.place
         self.alternative = SomeGenes(source.alternative, genes, apart) if source.alternative else None
 
-    def places_with_counts(self) -> list[str]:
+    def places_with_counts(self) -> dict[str, float]:
         """See `Source.places_with_counts`."""
         return self._source.places_with_counts()
 

@@ -42,7 +42,7 @@ class Beside(Source):
         self.var = pd.concat([_typed(source.var, EXPRESSION), *[_typed(var, names[name])[[TYPES]] for name, (var, _) in others.items()]])
         self.alternative = Beside(source.alternative, others) if source.alternative else None
 
-    def places_with_counts(self) -> list[str]:
+    def places_with_counts(self) -> dict[str, float]:
         """See `Source.places_with_counts`."""
         return self._source.places_with_counts()
 
