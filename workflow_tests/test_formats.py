@@ -361,6 +361,22 @@ def test_a_table_of_labels_that_cannot_be_joined_is_told(content: str, message: 
         with_labels(pd.DataFrame(index=["AA-1", "CC-2"]), tmp_path / "calls.csv", Path("screen"))
 
 
+def test_barcodes_of_another_lane_are_not_joined(tmp_path: Path) -> None:
+    cells = [f"{'ACGT'[i % 4]}{i:08d}" for i in range(9)]
+    path = tmp_path / "calls.csv"
+
+    def joined(of_table: str, of_screen: str) -> pd.DataFrame:
+        pd.DataFrame({"barcode": [f"{cell}{of_table}" for cell in cells], "guide": "KLF1"}).to_csv(path, index=False)
+        return with_labels(pd.DataFrame(index=[f"{cell}{of_screen}" for cell in cells]), path, Path("screen"))
+
+    for suffixes in (("", "-1"), ("-2", ""), ("-2", "-2")):
+        assert set(joined(*suffixes)["guide"]) == {"KLF1"}
+    with pytest.raises(
+        InputError, match=r"Without their ends \(-2, of the screen -1\) those of column barcode are the same: of another lane\?"
+    ):
+        joined("-2", "-1")
+
+
 # --- what is none of these ----------------------------------------------------------------------------------------------
 
 
