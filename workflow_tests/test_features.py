@@ -103,6 +103,8 @@ COLUMNS = {
     "10x's words in any column": ("chromosome", "Gene Expression", "CRISPR Guide Capture", True),
     "in a column of biotypes": ("gene_biotype", "protein_coding", "CRISPR Guide Capture", True),
     "a column in another spelling": ("Feature Types", "Transcripts", "AbSeq", True),
+    "a guide RNA": ("feature_types", "Transcript", "Guide RNA", True),
+    "a guide RNA among kinds of genes": ("type", "protein_coding", "guide_RNA", False),
     "words of other kits": ("featureType", "cDNA", "SampleTag", True),
     "a biotype beside guides": ("Type", "protein_coding", "protospacer", True),
     "a library": ("library_type", "scRNA-seq", "CITE-seq", True),

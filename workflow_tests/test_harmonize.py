@@ -411,6 +411,7 @@ BAD = {
         {"min_cells_per_perturbation": 100},
         r"only 80 control cells are left; at least 100 .*The least number is qc\.min_cells_per_perturbation = 100; lower it",
     ),
+    "controls alone": ({"subset": {"perturbation": ["control"]}}, {}, r"no perturbation has a cell .*All cells with a label are controls"),
     "subset without controls": (
         {"subset": {"perturbation": ["TF1", "TF2"]}},
         {},

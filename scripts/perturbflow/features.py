@@ -26,7 +26,7 @@ LIKE_GUIDES = re.compile(
     r"|(?:sg)?ntc?[-_.]\d+|neg[-_. ]?(?:ctrl|control).*)|.+[-_.](?:sg|g|guide)[-_.]?\d+"
 )
 LIKE_OTHERS = re.compile(r"(?:adt|hto|cmo|lmo|prot|anti|hashtag)[-_.:].+|(?:hto|cmo|hashtag)\d+.*|.+[-_.](?:adt|hto|prot)", re.IGNORECASE)
-NEARLY_ALL = 0.99
+NEARLY_ALL = 0.95
 """Share of genes with an Ensembl id beyond which one without is told."""
 SHOWN = 5
 """Features of a type that are named."""
@@ -99,7 +99,8 @@ def doubtful_features(var: pd.DataFrame, genes: pd.DataFrame) -> list[str]:
     """
     names, has_id = genes["original_name"], genes["gene_id"] != ""
     is_told = names.str.fullmatch(LIKE_GUIDES) | names.str.fullmatch(LIKE_OTHERS) | (has_id.mean() > NEARLY_ALL)
-    found = names[is_told & ~has_id & ~names.str.upper().isin(human_symbols().approved)].tolist()
+    table = human_symbols()
+    found = names[is_told & ~has_id & ~names.str.upper().isin({*table.approved, *table.previous, *table.alias})].tolist()
     said = doubtful_types(var)
     if found:
         shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -75,6 +76,7 @@ def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: d
         remedy = f" Of the controls, {lost[True]}, under qc in the dataset's block." if lost[True] else ""
         if n_controls >= 3 or limit > 3:
             remedy += f" The least number is qc.min_cells_per_perturbation = {limit}{'; lower it' if n_controls >= 3 else ''}."
+        remedy = remedy or " Declare all labels of controls in perturbation.control, or bring a file with more of them."
         raise InputError(f"{path}: {left}; at least {max(limit, 3)} are needed to measure an effect.{remedy}")
     too_few = {label: n for label, n in n_cells.items() if n < limit and label != CONTROL}
     kept = {label: n for label, n in n_cells.items() if label not in too_few}
@@ -82,7 +84,10 @@ def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: d
         remedy = f" Of the perturbed cells, {lost[False]}, under qc in the dataset's block." if lost[False] else ""
         if too_few:
             remedy += f" {'Or lower' if remedy else 'Lower'} qc.min_cells_per_perturbation in the dataset's block."
-        raise InputError(f"{path}: no perturbation has {max(limit, 1)} cells or more (most: {max(too_few.values(), default=0)}).{remedy}")
+        remedy = remedy or " All cells with a label are controls: is perturbation.column the right one, and drop not too wide?"
+        raise InputError(
+            f"{path}: no perturbation has {f'{limit} cells or more' if limit > 1 else 'a cell'} (most: {max(too_few.values(), default=0)}).{remedy}"
+        )
     if too_few:
         shown = ", ".join(f"{label} ({n})" for label, n in list(too_few.items())[:8])
         logger.warning("%d perturbations have fewer than %d cells and are left out: %s ...", len(too_few), limit, shown)
@@ -103,6 +108,12 @@ def _provenance(raw: Path, files: dict[str, Path]) -> dict:
         if described[role]["sha256"] != entry["sha256"]:
             raise InputError(f"{files[role]} was changed after its download: its sha256 is another. Delete {raw} and run again.")
     return described["file"] if list(described) == ["file"] else described
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first names, for a message."""
+    shown = list(names)
+    return ", ".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
 
 
 def _rows_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
@@ -370,6 +381,11 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     var = var[is_seen]
     is_human = dataset["organism"] == "human"
     perturbed = set() if is_drug else {gene for label in cells.perturbations for gene in entities_of(label)}
+    if len(perturbed) > 1 and perturbed.isdisjoint(var.index):
+        warnings.append(
+            f"none of the {len(perturbed):,} perturbed genes ({_some(sorted(perturbed))}) is among the measured ones ({_some(var.index)}): are these names "
+            "of another kind? Bring them together in the file, or by perturbation.pattern or rename."
+        )
     contradictions = contradicting(var) if is_human else {}
     if len(contradictions) > 0.05 * len(var):
         warnings.append(f"names and Ensembl ids of {len(contradictions):,} genes contradict one another; are they shifted?")

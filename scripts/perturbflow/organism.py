@@ -10,9 +10,9 @@ from perturbflow.symbols import ENSEMBL_ID, human_symbols
 
 # Cell Ranger writes GRCh38_MT-CO1 and mm10___mt-Co1 where a reference holds several genomes; Seurat makes dashes of underscores, R dots.
 _GENOME = (
-    r"(?:(?P<human>GRCh3[78]|hg(?:18|19|38)|human|homo[-_. ]?sapiens|hsapiens|hs|(?:T2T-)?CHM13(?:v\d(?:\.\d)?)?)"
+    r"(?:(?P<human>GRCh3[78]|hg(?:18|19|38)|human|homo(?:[-_. ]?sapiens)?|hsapiens|hs|(?:T2T-)?CHM13(?:v\d(?:\.\d)?)?|T2T)"
     r"|(?P<mouse>GRCm3[89]|mm(?:9|10|39)?|mouse|mus[-_. ]?musculus|mmusculus))"
-    r"(?:[-._]p\d+)?(?:[-._]\d{4}[-._][A-Z])?"
+    r"(?:\.p\d+)?(?:[-._]\d{4}[-._][A-Z])?"
 )
 MARKS = (
     re.compile(rf"^(?:refdata-(?:gex-)?)?{_GENOME}[-_.:|]+(?=\w)", re.IGNORECASE),

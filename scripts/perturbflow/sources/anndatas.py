@@ -19,7 +19,7 @@ class Stored(Source):
     """AnnData on disk: dense, CSR or CSC, chunked or not, of today's anndata or of its first versions."""
 
     def __init__(self, store: "Store", key: str, obs: pd.DataFrame, var: pd.DataFrame):
-        self._store, self.obs, self.var, self.files, self.place = store, obs, var, [store.path], store.name_of(key)
+        self._store, self._key, self.obs, self.var, self.files, self.place = store, key, obs, var, [store.path], store.name_of(key)
         matrix = store.matrix(key)
         assert matrix is not None  # `open_anndata` looks first
         self._matrix = matrix
@@ -30,7 +30,7 @@ class Stored(Source):
 
     def places_with_counts(self) -> dict[str, float]:
         """See `Source.places_with_counts`."""
-        highest = {key: self._store.highest_count(key) for key in self._store.places}
+        highest = {key: self._store.highest_count(key) for key in self._store.places if key != self._key}
         return {key: count for key, count in highest.items() if count > 1}
 
     def blocks(self, rows: np.ndarray | None = None) -> Iterator[Block]:

@@ -69,7 +69,7 @@ class Source(ABC):
         """
 
     def places_with_counts(self) -> dict[str, float]:
-        """Return the places of the file that hold raw counts, in the words of the key `counts` → the highest count in a sample of them."""
+        """Return the other places of the file that hold raw counts, in the words of the key `counts` → the highest count in a sample of them."""
         return {}
 
 

@@ -48,7 +48,9 @@ def _types_in(values: pd.Series, is_listed: bool) -> pd.Series | None:
     if word(EXPRESSION) in known:
         others = {text for text, one in words.items() if text and one not in EXPRESSION_WORDS}
     elif is_listed and known & EXPRESSION_WORDS:
-        others = {text for text, one in words.items() if one in OTHER_WORDS or one.endswith("capture")}
+        # Beside protein_coding, guide_RNA is a kind of gene.
+        known_others = OTHER_WORDS if "proteincoding" in known else OTHER_WORDS | {"guiderna", "guidernas"}
+        others = {text for text, one in words.items() if one in known_others or one.endswith("capture")}
     else:  # genes without a type, or with another word, beside features that have 10x's
         others = {text for text, one in words.items() if one.endswith("capture")}
     return texts.where(texts.isin(others)) if others else None
