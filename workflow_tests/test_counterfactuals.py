@@ -417,6 +417,12 @@ def test_what_the_screen_does_not_know_is_asked_back_in_one_message() -> None:
         expanded(["klf1", "KLF1+MAPK", "ZZZ9"], ["KLF1", "MAP2K6"], ["GATA1", "MAPK1"])
     for part in ("neither perturbed", "'klf1' (did you mean KLF1", "'MAPK' (did you mean MAPK1", "'ZZZ9'"):
         assert part in str(raised.value)
+    with pytest.raises(InputError, match=r"'SOX22' \(did you mean SOX2"):
+        expanded(["KLF1+SOX22"], ["KLF1"], ["SOX2"])
+    with pytest.raises(InputError, match=r"perturbations: 'all_singles' is no list\. Write all_single, or a list: \[all_singles\]"):
+        expanded("all_singles", ["KLF1"], [])
+    with pytest.raises(InputError, match=r"'all_singles' \(did you mean all_single\?\)"):
+        expanded(["all_singles"], ["KLF1"], [])
     assert expanded(["OLD@5", "DRUG@0.3"], ["DRUG@1", "OLD@10"], []) == ["OLD@5", "DRUG@0.3"], "a dose of a known drug"
 
 

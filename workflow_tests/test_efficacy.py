@@ -144,6 +144,18 @@ def test_what_no_direction_is_known_of_drops_nothing_and_says_so(harmonized_from
     assert harmonized_from(tiny_screen(), perturbation_type="drug").account["efficacy"]["perturbations"] == {}, "a drug is no gene"
 
 
+@pytest.mark.parametrize("limit", ["min_efficacy", "min_cell_efficacy"])
+def test_a_limit_where_no_perturbed_gene_is_measured_drops_nothing_and_says_so(
+    limit: str, harmonized_from: Callable, tiny_screen: Callable
+) -> None:
+    screen = tiny_screen()[:, 8:].copy()
+    account = harmonized_from(screen, {limit: 0.5}).account
+    first, second = account["warnings"]
+    assert first == f"qc.{limit} drops nothing: no perturbed gene is among the measured ones."
+    assert second.startswith("none of the 8 perturbed genes (TF1, TF2, TF3, TF4, TF5, ...) is among the measured ones (MT-ND1, GENE0")
+    assert account["cells"]["dropped"].get(f"qc.{limit}", 0) == 0
+
+
 def test_a_limit_that_cannot_be_met_is_refused(harmonized_from: Callable, tiny_screen: Callable) -> None:
     with pytest.raises(InputError, match=r"qc.min_efficacy = 7: a knock-down takes at most all of it"):
         harmonized_from(tiny_screen(), {"min_efficacy": 7})

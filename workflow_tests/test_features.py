@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from perturbflow import audit
+from perturbflow.annotation import gene_table
 from perturbflow.errors import InputError
-from perturbflow.features import features_apart, keys_of
+from perturbflow.features import doubtful_features, features_apart, keys_of
 from perturbflow.sources import open_source
 
 TYPES = {
@@ -99,7 +100,15 @@ COLUMNS = {
     "one type": ("feature_types", "Gene Expression", "Gene Expression", False),
     "unknown words": ("feature_types", "a", "b", False),
     "nothing known": ("feature_types", None, "custom", False),
-    "a column that is none": ("chromosome", "Gene Expression", "CRISPR Guide Capture", False),
+    "10x's words in any column": ("chromosome", "Gene Expression", "CRISPR Guide Capture", True),
+    "in a column of biotypes": ("gene_biotype", "protein_coding", "CRISPR Guide Capture", True),
+    "a column in another spelling": ("Feature Types", "Transcripts", "AbSeq", True),
+    "a guide RNA": ("feature_types", "Transcript", "Guide RNA", True),
+    "a guide RNA among kinds of genes": ("type", "protein_coding", "guide_RNA", False),
+    "words of other kits": ("featureType", "cDNA", "SampleTag", True),
+    "a biotype beside guides": ("Type", "protein_coding", "protospacer", True),
+    "a library": ("library_type", "scRNA-seq", "CITE-seq", True),
+    "short words in another column": ("chromosome", "rna", "grna", False),
 }
 
 
@@ -109,6 +118,62 @@ def test_words_of_types_are_understood_and_others_left(case: str) -> None:
     var = pd.DataFrame({column: pd.Categorical([gene, gene, other, gene])}, index=["KLF1", "CEBPA", "x", "SPI1"])
     apart = features_apart(var, [], "mine.h5ad")
     assert {kind: list(numbers) for kind, numbers in apart.items()} == ({other: [2]} if is_apart else {})
+
+
+def test_columns_that_tell_types_are_read_together() -> None:
+    var = pd.DataFrame(
+        {"feature_types": ["Gene Expression"] * 3, "kind": [np.nan, "Antibody Capture", np.nan], "type": ["RNA", "RNA", "sgRNA"]}
+    )
+    assert {kind: list(numbers) for kind, numbers in features_apart(var, [], "x").items()} == {"sgRNA": [2], "Antibody Capture": [1]}
+
+
+DOUBTFUL = {
+    "an unknown word": ({"feature_types": ["RNA", "RNA", "spam"]}, ["KLF1", "GATA1", "x"], ["'spam' of 1 (x)"]),
+    "no type beside 10x's": ({"kind": ["Gene Expression", "Gene Expression", None]}, ["KLF1", "GATA1", "x"], ["nothing of 1 (x)"]),
+    "biotypes": ({"type": ["protein_coding", "lncRNA", "TEC"]}, ["KLF1", "GATA1", "x"], []),
+    "one word": ({"feature_types": ["a", "a", "a"]}, ["KLF1", "GATA1", "x"], []),
+    "names of guides": ({}, ["KLF1", "sgKLF1-1", "GATA1_sg2", "sgRNA_KLF1", "non-targeting_00001", "SGK1", "GFP"],
+                        ["sgKLF1-1, GATA1_sg2, sgRNA_KLF1, non-targeting_00001."]),
+    "names of antibodies": ({}, ["KLF1", "ADT_CD3", "HTO_1", "Hashtag_1", "anti-CD4", "LMO2", "PROTX"], ["ADT_CD3, HTO_1, Hashtag_1, anti-CD4."]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DOUBTFUL)
+def test_features_that_may_be_no_genes_are_told(case: str) -> None:
+    columns, names, said = DOUBTFUL[case]
+    var = pd.DataFrame(columns, index=names)
+    found = doubtful_features(var, gene_table(var, {"organism": "human"}))
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found, strict=True)), found
+    assert all("gene_pattern" in sentence for sentence in found)
+
+
+def test_the_one_gene_without_an_ensembl_id_is_told(harmonized_from: Callable) -> None:
+    screen = make_screen(n_genes=200)
+    screen.var["gene_ids"] = [f"ENSG{i:011d}" for i in range(99900000000, 99900000199)] + [""]
+    (warning,) = harmonized_from(screen).account["warnings"]
+    assert screen.var_names[-1] in warning
+    assert "for want of an Ensembl id" in warning
+    screen.var["gene_ids"] = [*screen.var["gene_ids"][:150], *[""] * 50]
+    assert harmonized_from(screen).account["warnings"] == []
+
+
+@pytest.mark.parametrize("name", ["norman_k562_mini/perturbench_devel_counts.h5ad", "gasperini_mini/gasperini_merged.h5ad",
+                                  "cropseq_mcf10a/scmageck_cropseq_mcf10a.h5ad",
+                                  "gears_schema/norman_subset.h5ad"])  # fmt: skip
+def test_no_gene_of_a_real_screen_is_doubtful(name: str, shared_data: Callable[[str], Path]) -> None:
+    with h5py.File(shared_data(name)) as file:
+        var = ad.io.read_elem(file["var"])
+    table = gene_table(var, {"organism": "human"})
+    assert (features_apart(var, [], name), table.attrs["told"], doubtful_features(var, table)) == ({}, [], [])
+
+
+def test_pairs_of_guides_among_the_genes_of_a_real_file_are_told(shared_data: Callable[[str], Path]) -> None:
+    with h5py.File(shared_data("carpool_cells/carpool_semisynthetic.h5ad")) as file:
+        var = ad.io.read_elem(file["var"])
+    (said,) = doubtful_features(var, gene_table(var, {"organism": "human"}))
+    assert said.startswith("240 of the genes may be guides, antibodies or hashtags by their names")
+    assert "ATXN7L3_g1:NT_g2" in said
 
 
 def test_a_file_without_genes_is_told() -> None:
@@ -242,6 +307,45 @@ def test_the_default_stays_x_and_then_the_layer_counts(harmonized_from: Callable
     found = harmonized_from(shared)
     np.testing.assert_array_equal(found.adata.X.toarray(), screen[:, 5:60].X.toarray())
     assert json.loads(found.report.read_text())["features_apart"] == {}
+
+
+# --- values that pass for counts ----------------------------------------------------------------------------------------
+
+
+def test_where_x_is_binary_the_layer_of_counts_is_taken(harmonized_from: Callable) -> None:
+    screen = make_screen()
+    screen.layers["counts"] = screen.X.copy()
+    screen.X = (screen.X > 0).astype(np.float32)
+    found = harmonized_from(screen)
+    np.testing.assert_array_equal(found.adata.X.toarray(), screen.layers["counts"].toarray())
+    assert found.account["warnings"] == []
+    screen.layers["umis"] = screen.layers.pop("counts")
+    (warning,) = harmonized_from(screen).account["warnings"]
+    assert warning == "no value of X is above 1, while umis holds higher counts: if these are the raw ones, set counts: umis."
+    del screen.layers["umis"]
+    (warning,) = harmonized_from(screen).account["warnings"]
+    assert warning.startswith("X holds 0 and 1 alone")
+
+
+def test_rounded_logarithms_beside_counts_are_told(harmonized_from: Callable) -> None:
+    screen = make_screen()
+    screen.raw = screen.copy()
+    screen.X = np.rint(np.log1p(screen.X.toarray()))
+    (warning,) = harmonized_from(screen).account["warnings"]
+    assert "while raw holds higher counts" in warning
+    assert harmonized_from(screen, counts="raw").account["warnings"] == []
+
+
+def test_rounded_shares_are_told_by_their_sums(harmonized_from: Callable) -> None:
+    screen = make_screen()
+    X = screen.X.toarray()
+    screen.X = np.rint(1e4 * X / X.sum(axis=1, keepdims=True)).astype(np.float32)
+    (warning,) = harmonized_from(screen).account["warnings"]
+    assert warning.startswith("all cells have nearly the same sum in X (9,9")
+    assert "key counts" in warning
+    rng = np.random.default_rng(0)
+    screen.X = rng.poisson(5.0, screen.shape).astype(np.float32)
+    assert harmonized_from(screen).account["warnings"] == [], "cells of one depth still differ as counts do"
 
 
 def test_a_file_of_guides_alone_is_no_screen() -> None:

@@ -361,6 +361,22 @@ def test_a_table_of_labels_that_cannot_be_joined_is_told(content: str, message: 
         with_labels(pd.DataFrame(index=["AA-1", "CC-2"]), tmp_path / "calls.csv", Path("screen"))
 
 
+def test_barcodes_of_another_lane_are_not_joined(tmp_path: Path) -> None:
+    cells = [f"{'ACGT'[i % 4]}{i:08d}" for i in range(9)]
+    path = tmp_path / "calls.csv"
+
+    def joined(of_table: str, of_screen: str) -> pd.DataFrame:
+        pd.DataFrame({"barcode": [f"{cell}{of_table}" for cell in cells], "guide": "KLF1"}).to_csv(path, index=False)
+        return with_labels(pd.DataFrame(index=[f"{cell}{of_screen}" for cell in cells]), path, Path("screen"))
+
+    for suffixes in (("", "-1"), ("-2", ""), ("-2", "-2")):
+        assert set(joined(*suffixes)["guide"]) == {"KLF1"}
+    with pytest.raises(
+        InputError, match=r"Without their ends \(-2, of the screen -1\) those of column barcode are the same: of another lane\?"
+    ):
+        joined("-2", "-1")
+
+
 # --- what is none of these ----------------------------------------------------------------------------------------------
 
 
@@ -437,6 +453,165 @@ def test_two_genomes_in_one_file_are_told(screen: ad.AnnData, tmp_path: Path) ->
         file.copy("GRCh38", "mm10")
     with pytest.raises(InputError, match=r"a matrix for each of several genomes \(GRCh38, mm10\)"):
         harmonized(path, tmp_path / "out")
+
+
+# --- folders and lists of other tools -----------------------------------------------------------------------------------
+
+
+def write_listed(folder: Path, screen: ad.AnnData, genes: str, names: tuple[str, ...], **options: object) -> Path:
+    """Write a triplet with a list of genes of one's own; names are those of matrix, barcodes and genes."""
+    write_folder(folder, screen, gzipped=False, **options)
+    lists = ["matrix.mtx", "barcodes.tsv", "features.tsv"]
+    (folder / "features.tsv").write_text(genes)
+    for old, new in zip(lists, names, strict=True):
+        (folder / old).rename(folder / new)
+    return folder
+
+
+def genes_of(screen: ad.AnnData) -> ad.AnnData:
+    """Return the genes of the screen alone."""
+    return screen[:, (screen.var["feature_types"] == "Gene Expression").to_numpy()].copy()
+
+
+TRIPLET = ("matrix.mtx", "barcodes.tsv", "features.tsv")
+LISTS = {
+    "names alone": (lambda var: "\n".join(var.index), TRIPLET),
+    "names and empty columns": (lambda var: "\n".join(f"{name}\t\t" for name in var.index), TRIPLET),
+    "names before ids": (lambda var: "\n".join(f"{name}\t{number}" for name, number in var["gene_ids"].items()), TRIPLET),
+    "commas": (lambda var: "\n".join(f"{number},{name}" for name, number in var["gene_ids"].items()), ("matrix.mtx", "barcodes.tsv", "features.csv")),
+    "a header": (lambda var: "gene_id\tgene_name\n" + "\n".join(f"{number}\t{name}" for name, number in var["gene_ids"].items()), TRIPLET),
+    "a header in another order": (
+        lambda var: "symbol\tlength\tensembl_id\n" + "\n".join(f"{name}\t7\t{number}" for name, number in var["gene_ids"].items()), TRIPLET),
+    "numbered rows": (lambda var: ",gene\n" + "\n".join(f"{i},{name}" for i, name in enumerate(var.index)), ("matrix.mtx", "barcodes.tsv", "genes.csv")),
+    "a byte order mark": (lambda var: "\ufeff" + "\n".join(var.index), TRIPLET),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_lists_of_genes_of_any_form_give_the_same_genes(case: str, screen: ad.AnnData, tmp_path: Path) -> None:
+    alone = genes_of(screen)
+    write, names = LISTS[case]
+    folder = write_listed(tmp_path / "10x", alone, write(alone.var), names)
+    source = open_source({"file": folder}, dataset_block(source={"path": str(folder)}))
+    assert list(source.var.index) == list(alone.var_names)
+    np.testing.assert_array_equal(sparse.vstack([block for _, block in source.blocks()]).toarray(), alone.X.toarray())
+
+
+def test_an_empty_name_among_names_takes_the_id(screen: ad.AnnData, tmp_path: Path) -> None:
+    alone = genes_of(screen)
+    lines = [f"{number}\t{'' if i == 3 else name}" for i, (name, number) in enumerate(alone.var["gene_ids"].items())]
+    folder = write_listed(tmp_path / "10x", alone, "\n".join(lines), TRIPLET)
+    assert open_source({"file": folder}, dataset_block()).var.index[3] == alone.var["gene_ids"].iloc[3]
+
+
+def test_a_line_too_many_is_told_as_a_header(screen: ad.AnnData, tmp_path: Path) -> None:
+    alone = genes_of(screen)
+    folder = write_listed(tmp_path / "10x", alone, "x\n" + "\n".join(alone.var_names), TRIPLET)
+    with pytest.raises(InputError, match=r"They are not of one set, or the list of genes starts with a header: delete its first line\."):
+        list(open_source({"file": folder}, dataset_block()).blocks())
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("tool", ["kb-python", "kb-python with names", "Parse", "an older Parse"])
+def test_folders_of_other_tools_are_read_as_they_are(tool: str, gzipped: bool, screen: ad.AnnData, tmp_path: Path) -> None:
+    # As many cells as genes, so that the size does not tell which are which.
+    alone = genes_of(screen)[:81].copy() if tool == "kb-python" else genes_of(screen)[:60].copy()
+    alone = alone[:, : min(alone.shape)].copy()
+    ids, names = alone.var["gene_ids"], alone.var_names
+    if tool.startswith("kb"):
+        layout = ("cells_x_genes.mtx", "cells_x_genes.barcodes.txt", "cells_x_genes.genes.txt")
+        folder = write_listed(tmp_path / "counts", alone, "\n".join(ids), layout, transposed=True)
+        if "names" in tool:
+            (folder / "cells_x_genes.genes.names.txt").write_text("\n".join(names))
+    else:
+        layout = ("count_matrix.mtx" if tool == "Parse" else "DGE.mtx", "cell_metadata.csv", "all_genes.csv")
+        listed = "gene_id,gene_name,genome\n" + "\n".join(f"{number},{name},hg38" for name, number in ids.items())
+        folder = write_listed(tmp_path / "DGE_filtered", alone, listed, layout, transposed=True)
+        alone.obs.rename_axis("bc_wells").assign(sample="s1").to_csv(folder / "cell_metadata.csv")
+    for file in list(folder.iterdir()) if gzipped else []:
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    planned(tmp_path, {"path": str(folder)})
+    source = open_source({"file": folder}, dataset_block())
+    assert list(source.obs.index) == list(alone.obs_names)
+    assert list(source.var.index) == list(ids if tool == "kb-python" else names)
+    np.testing.assert_array_equal(sparse.vstack([block for _, block in source.blocks()]).toarray(), alone.X.toarray())
+    if "Parse" in tool:
+        assert list(source.obs["perturbation"]) == list(alone.obs["perturbation"])
+        assert set(source.obs["sample"]) == {"s1"}
+
+
+OTHERS = {
+    "alevin": (["quants_mat.mtx", "quants_mat_rows.txt", "quants_mat_cols.txt"],
+               r"Rename its files: quants_mat\.mtx → matrix\.mtx, quants_mat_cols\.txt → barcodes\.tsv, quants_mat_rows\.txt → features\.tsv"),
+    "one list by its name": (["counts.mtx", "barcodes.tsv", "gene_names.txt"], r"Rename its files: counts\.mtx → matrix\.mtx, gene_names\.txt → features\.tsv"),
+    "lists that could be either": (["x.mtx", "a.txt", "b.txt"], r"x\.mtx → matrix\.mtx, the list of barcodes → barcodes\.tsv, the list of features → features\.tsv"),
+    "several matrices": (["cells_x_genes.mature.mtx", "cells_x_genes.total.mtx", "cells_x_genes.genes.txt"],
+                         r"Put one matrix of raw counts \(cells_x_genes\.mature\.mtx, cells_x_genes\.total\.mtx\) into a folder of its own, as matrix\.mtx"),
+    "shares of reads": (["UniqueAndMult-EM.mtx", "barcodes.tsv", "features.tsv"], r"UniqueAndMult-EM\.mtx of STARsolo shares reads .* add STARsolo's matrix\.mtx"),
+    "a matrix whose lists are called otherwise": (["matrix.mtx", "cells.txt", "genes_list.txt"],
+                                                  r"barcodes and features of the triplet is missing\. Rename its files: cells\.txt → barcodes\.tsv, genes_list\.txt → features\.tsv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_folder_of_other_names_is_told_what_to_rename(case: str, tmp_path: Path) -> None:
+    names, message = OTHERS[case]
+    for name in names:
+        (tmp_path / name).write_text("x\n")
+    with pytest.raises(InputError, match=message):
+        open_source({"file": tmp_path}, dataset_block(source={"path": str(tmp_path)}))
+
+
+# --- gzipped files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_gzipped_h5ad_is_read(screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path) -> None:
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    packed = gzip.compress((tmp_path / "screen.h5ad").read_bytes())
+    (tmp_path / "screen.h5ad.gz").write_bytes(packed)
+    before = sorted(tmp_path.iterdir())
+    assert_same(harmonized(tmp_path / "screen.h5ad.gz", tmp_path / "out"), expected)
+    assert sorted(set(tmp_path.iterdir()) - {tmp_path / "out"}) == before
+    (tmp_path / "screen.h5ad.gz").write_bytes(packed[:-2000])
+    with pytest.raises(InputError, match=r"screen\.h5ad\.gz cannot be decompressed to its end .*Is it complete\?"):
+        harmonized(tmp_path / "screen.h5ad.gz", tmp_path / "out")
+    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"a,b\n"))
+    with pytest.raises(InputError, match=r"table\.csv\.gz is gzipped, and what is in it is no h5ad file\. Save"):
+        harmonized(tmp_path / "table.csv.gz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_the_matrix_of_a_folder_that_is_named_itself_is_told(gzipped: bool, screen: ad.AnnData, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "10x", screen, gzipped=gzipped)
+    with pytest.raises(InputError, match=r"is a matrix without its cells and genes\. Name its folder in source\.path, .*10x\."):
+        harmonized(folder / f"matrix.mtx{'.gz' if gzipped else ''}", tmp_path / "out")
+
+
+# --- types in modalities ------------------------------------------------------------------------------------------------
+
+MODALITIES = {
+    "biotypes of genes": ({"type": "protein_coding"}, "gdo", {}),
+    "a word of genes": ({"feature_type": "gene"}, "gdo", {"feature_type": "gdo"}),
+    "an upper-case modality": ({"modality": "RNA"}, "gdo", {}),
+    "odd names": ({"type": "RNA"}, "guides_screen", {}),
+    "guides typed as genes": ({"feature_types": "Gene Expression"}, "gdo", {"feature_types": "Gene Expression"}),
+    "a modality called as genes are": ({}, "gene", {}),
+}
+
+
+@pytest.mark.parametrize("case", MODALITIES)
+def test_features_of_another_modality_are_no_genes_whatever_they_are_called(case: str, screen: ad.AnnData, tmp_path: Path) -> None:
+    of_genes, name, of_guides = MODALITIES[case]
+    parts = modalities_of(screen)
+    rna, guides = parts["rna"], next(part for key, part in parts.items() if key != "rna")
+    for part, columns in ((rna, of_genes), (guides, of_guides)):
+        part.var = part.var.drop(columns=["feature_types"], errors="ignore").assign(**columns)
+    path = write_modalities(tmp_path / "screen.h5mu", {"rna": rna, name: guides})
+    found = harmonized(path, tmp_path / "out", perturbation={"column": f"{name}:perturbation"})
+    assert not set(found.adata.var_names) & set(guides.var_names)
+    ((_, told),) = found.account["features_apart"].items()
+    assert told["features"] == guides.n_vars
 
 
 # --- what makes a result stale ------------------------------------------------------------------------------------------

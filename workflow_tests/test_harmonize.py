@@ -406,10 +406,65 @@ BAD = {
     "empty subset": ({"subset": {"lane": ["b3"]}}, {}, r"subset lane = \['b3'\] keeps no cell.*b1, b2"),
     "no control": ({"perturbation": {"control": ["NT"]}}, {}, None),
     "all perturbations too rare": ({}, {"min_cells_per_perturbation": 50}, r"no perturbation has 50 cells.*min_cells_per_perturbation"),
-    "controls too rare": ({}, {"min_cells_per_perturbation": 100}, r"only 80 control cells are left; at least 100"),
+    "controls too rare": (
+        {},
+        {"min_cells_per_perturbation": 100},
+        r"only 80 control cells are left; at least 100 .*The least number is qc\.min_cells_per_perturbation = 100; lower it",
+    ),
+    "controls alone": ({"subset": {"perturbation": ["control"]}}, {}, r"no perturbation has a cell .*All cells with a label are controls"),
+    "subset without controls": (
+        {"subset": {"perturbation": ["TF1", "TF2"]}},
+        {},
+        r"subset takes away all 80 control cells\. Let subset keep",
+    ),
+    "exclude of controls": ({"exclude": {"perturbation": "^control$"}}, {}, r"exclude takes away all 80 control cells\. Let exclude keep"),
+    "controls that are dropped": (
+        {"perturbation": {"drop": ["control", "nan"]}},
+        {},
+        r"perturbation\.drop drops all 80 control cells \(control\)\. Take their labels out of drop",
+    ),
+    "controls that a pattern finds, dropped": (
+        {"perturbation": {"drop": ["control"], "pattern": "^(.+)$"}},
+        {},
+        r"perturbation\.drop drops all 80 control cells",
+    ),
     "qc drops all": ({}, {"min_counts": 10**7}, r"qc.min_counts = 10000000 leaves no cell \(median of the file: .*null"),
     "no gene is left": ({}, {"min_cells_per_gene": 10**6}, r"qc.min_cells_per_gene = 1000000 leaves no gene"),
 }
+
+
+@pytest.mark.parametrize(
+    ("qc", "said"),
+    [
+        ({"max_pct_mt": 20}, r"Of the perturbed cells, qc\.max_pct_mt = 20 drops 560 of 560 \(their median: [\d.]+\); raise it, under qc"),
+        (
+            {"min_counts": 300},
+            r"Of the perturbed cells, qc\.min_counts = 300 drops 560 of 560 \(their median: [\d.]+\); lower it, under qc",
+        ),
+        ({"min_efficacy": 0.999}, r"Of the perturbed cells, qc\.min_efficacy = 0\.999 drops 560; lower it, under qc"),
+    ],
+)
+def test_the_limit_that_leaves_no_perturbation_is_named(qc: dict, said: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = tiny_screen()
+    X = screen.X.toarray()
+    perturbed = (screen.obs["perturbation"] != "control").to_numpy()
+    if "max_pct_mt" in qc:
+        X[np.ix_(perturbed, screen.var_names == "MT-ND1")] = 900
+    elif "min_counts" in qc:
+        X[perturbed] = np.minimum(X[perturbed], 1)
+    screen.X = X
+    with pytest.raises(InputError, match=said) as raised:
+        harmonized_from(screen, {"min_cells_per_perturbation": 10, **qc})
+    assert "min_cells_per_perturbation" not in str(raised.value), "to lower it does not help"
+
+
+@pytest.mark.parametrize("name", ["batch", "perturbation", "lane", "total_counts"])
+def test_the_index_of_cells_may_be_called_as_a_column_is(name: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = tiny_screen()
+    del screen.obs["lane"]
+    expected = harmonized_from(screen, covariates={}).adata.obs
+    screen.obs.index.name = name if name != "perturbation" else "is_control"
+    pd.testing.assert_frame_equal(harmonized_from(screen, covariates={}).adata.obs, expected)
 
 
 @pytest.mark.parametrize("case", BAD)

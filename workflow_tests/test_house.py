@@ -31,6 +31,7 @@ ORDER = (
         "separators",
         "doses",
         "organism",
+        "naming",
         "annotation",
         "features",
         "efficacy",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from perturbflow.annotation import gene_table
 from perturbflow.errors import InputError
-from perturbflow.organism import MOUSE_MITOCHONDRIAL, genomes, mitochondrial, other_organism, without_genome
+from perturbflow.organism import MARKS, MOUSE_MITOCHONDRIAL, genomes, mitochondrial, other_organism, without_genome
 from perturbflow.symbols import human_symbols
 
 HUMAN = sorted(human_symbols().approved)[5000:5070]
@@ -28,6 +28,16 @@ PREFIXES = [
     "mm10---",
     "GRCm39_",
     "human_",
+    "GRCh38:",
+    "hg19:",
+    "HUMAN:",
+    "Homo_sapiens_",
+    "hs_",
+    "GRCh38.p13_",
+    "GRCh38_2020_A_",
+    "refdata-gex-GRCh38-2020-A_",
+    "T2T-CHM13v2_",
+    "Mus_musculus_",
 ]
 
 
@@ -41,7 +51,10 @@ def with_genes(screen: ad.AnnData, names: dict[str, str], others: str = "{}") ->
 # --- prefixes -------------------------------------------------------------------------------------------------------
 
 
-@given(names=st.lists(st.from_regex(r"[A-Z][A-Z0-9-]{1,7}", fullmatch=True), min_size=1, max_size=30), prefix=st.sampled_from(PREFIXES))
+GENE_NAMES = st.from_regex(r"[A-Z][A-Z0-9-]{1,7}", fullmatch=True).filter(lambda name: not any(mark.search(name) for mark in MARKS))
+
+
+@given(names=st.lists(GENE_NAMES, min_size=1, max_size=30), prefix=st.sampled_from(PREFIXES))
 def test_a_prefix_of_all_genes_is_removed_and_names_without_one_stay(names: list[str], prefix: str) -> None:
     assert list(without_genome(pd.Series([prefix + name for name in names]))) == names
     assert list(without_genome(pd.Series(names))) == names
@@ -49,13 +62,77 @@ def test_a_prefix_of_all_genes_is_removed_and_names_without_one_stay(names: list
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_labels_find_genes_behind_a_prefix(prefix: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
-    organism = "mouse" if prefix.startswith(("mm", "GRCm")) else "human"
+    organism = "mouse" if prefix.startswith(("mm", "GRCm", "Mus")) else "human"
     screen = with_genes(tiny_screen(), {"MT-ND1": f"{prefix}{'mt-Nd1' if organism == 'mouse' else 'MT-ND1'}"}, f"{prefix}{{}}")
     result = harmonized_from(screen, {"max_pct_mt": 20}, organism=organism)
     assert {"TF1", "GENE1"} <= set(result.adata.var_names)
     assert result.account["perturbations"]["not_measured"] == []
     assert result.adata.obs["pct_counts_mt"].max() > 0
     assert [prefix in warning for warning in result.account["warnings"]] == [True]
+
+
+@pytest.mark.parametrize("suffix", ["_hg38", "-GRCh38", "_hg19", ".mm10"])
+def test_a_genome_after_the_names_is_removed(suffix: str) -> None:
+    names = pd.Series([*HUMAN, "GFP"])
+    assert list(without_genome(pd.Series([*(f"{name}{suffix}" for name in HUMAN), "GFP"]))) == list(names)
+    assert list(without_genome(names)) == list(names)
+
+
+def test_too_few_names_with_a_genome_keep_it_and_are_told(harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = with_genes(tiny_screen(), {f"GENE{i}": f"hg38_GENE{i}" for i in range(30)})
+    result = harmonized_from(screen)
+    assert "hg38_GENE0" in result.adata.var_names
+    (warning,) = result.account["warnings"]
+    assert "30 of 80 names of genes hold hg38_ (hg38_GENE0) and keep it" in warning
+
+
+# --- where the names are --------------------------------------------------------------------------------------------
+
+IDS = {symbol: number for number, symbol in human_symbols().of_ensembl_id.items()}
+NAMED = [symbol for symbol in HUMAN if symbol in IDS][:40]
+PLACES = {
+    "numbers, names in a column": (range(40), {"feature_id": [IDS[name] for name in NAMED], "feature_name": NAMED}),
+    "numbers, a column of another name": (range(40), {"Gene": NAMED}),
+    "numbers, names of all kinds": (range(40), {"highly_variable": True, "std": 0.5, "X1": NAMED}),
+    "ids, a column of another spelling": ([IDS[name] for name in NAMED], {"Gene Symbol": NAMED}),
+    "id|symbol": ([f"{IDS[name]}|{name}" for name in NAMED], {}),
+    "id_symbol": ([f"{IDS[name]}.7_{name}" for name in NAMED], {}),
+    "symbol|id": ([f"{name}|{IDS[name]}" for name in NAMED], {}),
+    "symbol (id)": ([f"{name} ({IDS[name]})" for name in NAMED], {}),
+    "symbol_genome": ([f"{name}_hg38" for name in NAMED], {}),
+    "symbols": (NAMED, {"feature_id": [IDS[name] for name in NAMED], "feature_name": "protein_coding"}),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("organism", ["human", "mouse"])
+def test_names_of_genes_are_found_wherever_they_are(case: str, organism: str) -> None:
+    index, columns = PLACES[case]
+    var = pd.DataFrame(columns, index=pd.Index(list(map(str, index))))
+    table = gene_table(var, {"organism": organism})
+    assert list(table["gene_name"]) == NAMED
+    has_ids = "feature_id" in columns or any("ENSG" in name for name in var.index)
+    assert list(table["gene_id"]) == ([IDS[name] for name in NAMED] if has_ids else [""] * 40)
+    assert len(table.attrs["told"]) == (("numbers" in case) or ("symbol" in case and "id" in case))
+
+
+def test_numbers_that_name_no_gene_are_told(harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = tiny_screen()
+    screen.var_names = list(map(str, range(screen.n_vars)))
+    screen.var["chromosome"] = "1"
+    warning, unmeasured = harmonized_from(screen).account["warnings"]
+    assert unmeasured.startswith("none of the 8 perturbed genes")
+    assert "genes are called 0, 1, 2, ..., and no column of var has names of genes (its columns: chromosome)" in warning
+
+
+@pytest.mark.parametrize("name", ["", "nan"])
+def test_a_gene_without_a_name_is_refused_with_two_ways_out(name: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = with_genes(tiny_screen(), {"GENE3": name})
+    with pytest.raises(
+        InputError, match=r"1 of 80 genes have no name \(the first is number 13 of its genes\)\. Give each .*gene_pattern: '\.'"
+    ):
+        harmonized_from(screen)
+    assert name not in harmonized_from(screen, gene_pattern=".").adata.var_names
 
 
 def test_of_two_genomes_the_declared_one_is_kept_and_the_other_counted(harmonized_from: Callable, tiny_screen: Callable) -> None:
@@ -67,7 +144,7 @@ def test_of_two_genomes_the_declared_one_is_kept_and_the_other_counted(harmonize
     assert list(result.adata.var_names) == list(screen.var_names[:60])
     assert np.array_equal(result.adata.obs["total_counts"], screen[result.adata.obs_names].X[:, :60].sum(axis=1).A1)
     assert "20 genes of the other genome are dropped" in result.account["warnings"][0]
-    with pytest.raises(InputError, match="begin with hg19_, and organism is mouse"):
+    with pytest.raises(InputError, match="hold hg19_, and organism is mouse"):
         harmonized_from(with_genes(screen, {}, "hg19_{}"), organism="mouse")
 
 
@@ -114,8 +191,9 @@ def test_a_limit_that_no_gene_serves_is_told_once_with_its_cause(
     assert "qc.max_pct_mt = 20 drops nothing: none of the 80 genes" in warning
     assert caplog.text.count(warning) == 1
     ids = with_genes(panel, {name: f"ENSMUSG{i:011d}" for i, name in enumerate(panel.var_names)})
-    (warning,) = harmonized_from(ids, {"max_pct_mt": 20}, organism="mouse").account["warnings"]
+    warning, unmeasured = harmonized_from(ids, {"max_pct_mt": 20}, organism="mouse").account["warnings"]
     assert "Ensembl ids alone" in warning
+    assert unmeasured.startswith("none of the 8 perturbed genes (TF1, TF2, TF3, TF4, TF5, ...) is among the measured ones (ENSMUSG")
     assert harmonized_from(panel).account["warnings"] == []
     assert harmonized_from(tiny_screen(), {"max_pct_mt": 20}).account["warnings"] == []
 

@@ -17,7 +17,7 @@ from perturbflow.benchmark.panel import panels
 from perturbflow.benchmark.tables import stratify
 from perturbflow.evaluation import METRICS
 from perturbflow.quality import quality
-from perturbflow.quality.facts import batch_table, own_genes
+from perturbflow.quality.facts import batch_table, findings, own_genes
 from perturbflow.quality.response import Compared, energy_distance, escaping, holm, responses, test_response
 from perturbflow.quality.sample import Sample
 
@@ -144,6 +144,15 @@ def test_what_cannot_be_compared_or_scored_is_told(screen: Path, table: pd.DataF
     assert "1 of 33 (3 %) perturbations cannot be scored: LONE" in said["scorable"]["text"]
     assert account["cells_by_n_perturbations"]["0"] == account["cells"]["control"] == 300
     assert sum(row["controls"] + row["perturbed"] for row in account["batches"]) == account["cells"]["all"]
+
+
+def test_a_screen_of_which_nothing_was_tested_is_described_in_whole_sentences(screen: Path, table: pd.DataFrame) -> None:
+    account = json.loads((screen / "quality.json").read_text())
+    said = {
+        one["about"]: one["text"] for one in findings(table.assign(responds=np.nan), pd.DataFrame(account["batches"]), {"direction": ""})
+    }
+    assert said["response"].startswith("Of no perturbation it can be told whether it differs from its controls.")
+    assert "none perturbations" not in " ".join(said.values())
 
 
 def test_the_same_screen_is_described_the_same(screen: Path, tmp_path: Path) -> None:

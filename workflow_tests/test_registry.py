@@ -317,6 +317,7 @@ def test_nothing_left_to_run_is_an_error(tmp_path: Path) -> None:
     [
         ({"splits": [], "models": []}, "select.splits is empty.*my_screen will be harmonized", []),
         ({"splits": []}, "select.splits is empty.*my_screen will be harmonized", []),
+        ({"seeds": []}, "select.seeds is empty.*my_screen will be harmonized, split and paired", [("my_screen", "unseen_combination")]),
         ({"models": []}, "select.models is empty.*my_screen will be harmonized, split and paired", [("my_screen", "unseen_combination")]),
     ],
 )
@@ -606,8 +607,10 @@ BAD = {
     "n_hvg is a word": ("genes.n_hvg", "many", ["mine.yaml: genes.n_hvg: 'many' must be of type integer"]),
     "percent over 100": ("qc.max_pct_mt", 120, ["mine.yaml: qc.max_pct_mt: 120"]),
     "control is a word": (
-        "datasets.my_screen.perturbation.control", "NT", ["datasets.my_screen.perturbation.control: 'NT' must be of type array"],
+        "datasets.my_screen.perturbation.control", "NT", ["datasets.my_screen.perturbation.control: 'NT' must be of type array. Write it as a list: [NT]."],
     ),
+    "control is a number": ("datasets.my_screen.perturbation.control", 6, ["control: 6 must be of type array. Write it as a list: [6]."]),
+    "control is a phrase": ("datasets.my_screen.perturbation.control", "a: b", ["Write it as a list: ['a: b']."]),
     "control is missing": ("datasets.my_screen.perturbation", {"column": "a"}, ["datasets.my_screen.perturbation: 'control' or 'control_pattern' is missing"]),
     "fraction over 1": ("splits.unseen_combination.test_fraction", 1.5, ["mine.yaml: splits.unseen_combination.test_fraction: 1.5"]),
     "file split without file": ("splits.mine", {"kind": "file"}, ["splits.mine: 'path' is missing"]),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from perturbflow import embeddings, pairs
 from perturbflow.divisions import DIVISIONS, ROLES, Shares, members_seen, unseen_combination, unseen_dose, unseen_perturbation
 from perturbflow.errors import InputError
-from perturbflow.split_files import Labels
+from perturbflow.split_files import Labels, held_out_names
 from perturbflow.splits import (
     CONTROL_FRACTIONS,
     GENERALIZATION,
@@ -534,6 +534,42 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(name: str, tmp_path: Pat
     command = "\n".join(line.strip() for line in str(raised.value).splitlines() if line.startswith("  "))
     exec(command)
     assert listed(tmp_path / "roles.converted.json", Labels(LABELS, {}, "human"), 0.1, 0)["validation"] == ["B"]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("content", [{"train": ["A"]}, ["A", "B"]], ids=["dict", "list"])
+def test_pickles_of_all_protocols_are_told(protocol: int, content: object, tmp_path: Path) -> None:
+    (tmp_path / "roles.json").write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(InputError, match="is a pickle"):
+        listed(tmp_path / "roles.json", Labels(LABELS, {}, "human"), 0.1, 0)
+
+
+def test_keys_in_capitals_and_a_byte_order_mark_are_read(read: Callable) -> None:
+    content = json.dumps({"Train": ["A", "B"], "VAL": ["C"], "Test": ["D"]})
+    assert read("\ufeff" + content) == {"train": ["A", "B"], "validation": ["C"], "test": ["D"]}
+    with pytest.raises(InputError, match=r"unknown key \['Held_Out'\]"):
+        read({"Held_Out": ["A"]})
+
+
+def test_names_are_told_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "roles.json"
+    path.write_text(json.dumps({"train": ["SOX22", "foo+bar", "A"], "test": ["KIAA1804"]}))
+    with pytest.raises(InputError) as raised:
+        listed(path, Labels(["A", "SOX2", "MAP3K20"], {"MAP3K21": 12}, "human"), 0.1, 0)
+    said = str(raised.value)
+    for part in ("'SOX22' (read as 'SOX12') in train (did you mean SOX2", "'foo+bar' in train", "'KIAA1804' in test (12 cells)"):
+        assert part in said
+    with pytest.raises(InputError, match=r"held_out: .*'SOX22' \(read as 'SOX12'\) \(did you mean SOX2"):
+        held_out_names(["SOX22"], "unseen_perturbation", Labels(["A", "SOX2"], {}, "human"))
+
+
+def test_a_compound_without_its_dose_is_told_with_its_doses(tmp_path: Path) -> None:
+    labels = Labels(["A@1", "A@10", "B@1", "A@1+B@1"], {}, "")
+    (tmp_path / "roles.json").write_text(json.dumps({"train": ["A"], "test": ["B@1", "A+B"]}))
+    with pytest.raises(InputError, match=r"'A' in train \(name it with its doses: A@1, A@10\), 'A\+B' in test \(name it .*: A@1\+B@1\)"):
+        listed(tmp_path / "roles.json", labels, 0.1, 0)
+    with pytest.raises(InputError, match=r"'A' \(name it with its doses: A@1, A@10\)"):
+        held_out_names(["A"], "unseen_dose", labels)
 
 
 # --- held out by name -----------------------------------------------------------------------------------------------

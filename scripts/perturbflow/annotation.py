@@ -11,7 +11,8 @@ import pandas as pd
 from perturbflow.controls import Controls, counted, declaration, look_alikes, warning
 from perturbflow.doses import Member, Scale, members_in, names_in, tell, with_doses
 from perturbflow.errors import InputError
-from perturbflow.organism import names_now, without_genome
+from perturbflow.naming import gene_names
+from perturbflow.organism import names_now
 from perturbflow.separators import Unsplit, unsplit
 from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
 from perturbflow.unassigned import message, no_genes, unassigned_labels
@@ -19,8 +20,6 @@ from perturbflow.unassigned import message, no_genes, unassigned_labels
 logger = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
-ENSEMBL_COLUMNS = ("gene_id", "ensembl_id", "ensemble_id", "ensembl_gene_id", "gene_ids")
-SYMBOL_COLUMNS = ("gene_name", "gene_symbol", "symbol", "feature_name", "gene_short_name")
 SCHEMA_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
     "total_counts", "n_genes_by_counts", "pct_counts_mt",
@@ -80,6 +79,36 @@ def is_excluded(obs: pd.DataFrame, exclude: dict[str, str], path: Path) -> np.nd
         text = as_text(column_of(obs, column, "exclude", path))
         excluded |= text.isin([value for value in text.categories if re.search(pattern, value)])
     return excluded
+
+
+def is_control_label(obs: pd.DataFrame, dataset: dict, path: Path) -> np.ndarray:
+    """Return which cells hold a label whose members are all controls.
+
+    Raises
+    ------
+    InputError
+        If perturbation.drop has all such labels.
+    """
+    declared = dataset["perturbation"]
+    control = Controls.of(declared)
+    text = as_text(column_of(obs, declared["column"], "perturbation.column", path))
+    dropped = set(declared["drop"])
+    named = {label: [label] if label in control else [name for name in names_in(label, declared) if name] for label in text.categories}
+    labels = [label for label, names in named.items() if names and all(name in control for name in names)]
+    if labels and all(label in dropped or dropped & {*named[label]} for label in labels):
+        raise InputError(
+            f"{path}: perturbation.drop drops all {int(text.isin(labels).sum()):,} control cells ({', '.join(labels[:8])}). "
+            "Take their labels out of drop."
+        )
+    return text.isin(labels)
+
+
+def check_controls(before: np.ndarray, after: np.ndarray, key: str, path: Path) -> None:
+    """Raise InputError if a key of the block takes all control cells away."""
+    if before.any() and not after.any():
+        raise InputError(
+            f"{path}: {key} takes away all {int(before.sum()):,} control cells. Let {key} keep the controls that belong to its cells."
+        )
 
 
 def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> pd.Series:
@@ -229,7 +258,7 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
     labels
         Their canonical labels.
     """
-    obs = pd.DataFrame(index=source.index.astype(str))
+    obs = pd.DataFrame(index=source.index.astype(str).rename(None))  # it may be called as a column is
     obs["perturbation"] = labels.cat.remove_unused_categories().array
     obs["is_control"] = (labels == CONTROL).to_numpy()
     n_members = np.array([len(members_of(label)) for label in labels.cat.categories], np.int64)
@@ -253,23 +282,13 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
 def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
     """Return gene_name (approved symbol), gene_id (Ensembl id or empty), original_name and source_name (the index) per source gene.
 
-    Prefixes of genomes (GRCh38_) are left out of all but source_name.
+    Where a file has them is found by `perturbflow.naming.gene_names`; attrs["told"] is what it tells.
+    Names of genomes (GRCh38_) are left out of all but source_name.
     A name that is approved stays. Otherwise the Ensembl id decides where HGNC knows it, else a previous symbol of one gene is renamed.
     Two genes of the file are never given one name: where another has it, or two would come to share it, they stay as they are.
     """
-    source_names = pd.Series(var.index.astype(str))
-    names = without_genome(source_names)
-    columns = {
-        column: without_genome(var[column].astype(object).where(var[column].notna(), "").astype(str).reset_index(drop=True))
-        for column in (*ENSEMBL_COLUMNS, *SYMBOL_COLUMNS)
-        if column in var
-    }
-    ids = next((columns[column] for column in ENSEMBL_COLUMNS if column in columns), None)
-    if names.str.fullmatch(ENSEMBL_ID).mean() > 0.5:
-        ids = names
-        symbols = next((columns[column] for column in SYMBOL_COLUMNS if column in columns), names)
-        names = pd.Series(np.where(symbols.str.len() > 0, symbols, names))
-    ids = pd.Series("" if ids is None else ids.to_numpy(), index=names.index, dtype=object)
+    found = gene_names(var)
+    names, ids = found.names, found.ids
     ids = ids.where(ids.str.fullmatch(ENSEMBL_ID), "").str.replace(r"\.\d+$", "", regex=True)
     approved = names
     if dataset["organism"] == "human":
@@ -280,8 +299,10 @@ def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
         is_renamed = approved != names
         claims = names[is_renamed].groupby(approved[is_renamed]).nunique()
         approved = approved.where(~is_renamed | ~(approved.isin(set(names)) | approved.isin(claims.index[claims > 1])), names)
-    named = {"gene_name": approved, "gene_id": ids, "original_name": names, "source_name": source_names}
-    return pd.DataFrame({column: values.to_numpy() for column, values in named.items()})
+    named = {"gene_name": approved, "gene_id": ids, "original_name": names, "source_name": pd.Series(var.index.astype(str))}
+    table = pd.DataFrame({column: values.to_numpy() for column, values in named.items()})
+    table.attrs["told"] = found.told
+    return table
 
 
 def is_wanted(genes: pd.DataFrame, pattern: str, path: Path) -> np.ndarray:

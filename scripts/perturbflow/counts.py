@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 LIMITS = (("min_counts", "total_counts", 1), ("min_genes", "n_genes_by_counts", 1), ("max_pct_mt", "pct_counts_mt", -1))
 """Limit of quality control, the total that it looks at, and 1 for a lower limit, -1 for an upper one."""
 
+LOW = 10
+"""Counts up to here alone are looked at twice where another place of the file has higher ones: so low are rounded logarithms."""
+LEAST_CELLS, ALIKE = 50, 0.2
+"""From so many cells on, sums whose variance is below this share of their mean are no sums of counts, whose share is 1 at least."""
+
 REMEDIES = {1: "lower it", -1: "raise it"}
 
 
@@ -86,6 +91,7 @@ class Screened:
     source: Source
     own: OwnCounts
     n_entries: int = 0
+    highest: float = 0.0
     pieces: list[tuple[Piece, Piece]] = field(default_factory=list)
 
     def lay_aside(self, counts: sparse.csr_matrix, is_within: np.ndarray) -> None:
@@ -106,6 +112,7 @@ def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict, own: Own
     screened = Screened(pd.DataFrame(), np.zeros(len(genes.is_mt), np.int64), Spool(source.scratch), source, OwnCounts(own))
     for _, block in source.blocks(rows):
         counts = genes.merged(block)
+        screened.highest = max(screened.highest, float(counts.data.max(initial=0)))
         total, mitochondrial = cell_totals(counts.data, counts.indices, counts.indptr, genes.is_mt)
         totals = _totals(total, mitochondrial, np.diff(counts.indptr))
         found.append(totals)
@@ -139,18 +146,45 @@ def screen_counts(source: Source, rows: np.ndarray, genes: Genes, qc: dict, own:
             problems.append(f"{candidate.place}: {problem}")
             candidate = candidate.alternative
         else:
+            if screened.highest <= 1 and candidate.alternative is not None and candidate.places_with_counts().get("counts"):
+                problems.append(f"{candidate.place}: it holds 0 and 1 alone")
+                candidate = candidate.alternative
+                continue
             if problems:
                 logger.info("%s: counts are taken from %s (%s)", source.files[0], candidate.place, problems[0])
             return screened
     elsewhere = source.places_with_counts()
     fix = (
-        f"Counts are in {', '.join(elsewhere)}: write counts: {elsewhere[0]} into its block"
+        f"Counts are in {', '.join(elsewhere)}: write counts: {next(iter(elsewhere))} into its block"
         if elsewhere
         else "Put the integer counts into X or layers['counts']"
     )
     raise InputError(
         f"{source.files[0]}: raw UMI counts are needed, {'; '.join(problems)}. {fix}; normalization is done later, on training cells."
     )
+
+
+def doubtful_counts(screened: Screened) -> list[str]:
+    """Return sentences on values that pass for counts and are hardly any: binary, with others in the file, or of one sum in every cell."""
+    found, highest = screened.source.place, screened.highest
+    elsewhere = screened.source.places_with_counts() if highest <= LOW else {}
+    higher = [place for place, count in elsewhere.items() if count > max(highest, 1)]
+    said = []
+    if higher:
+        said.append(
+            f"no value of {found} is above {highest:g}, while {' and '.join(higher)} holds higher counts: if these are the raw ones, set counts: {higher[0]}."
+        )
+    elif highest <= 1:
+        said.append(
+            f"{found} holds 0 and 1 alone: if it was made binary, name the place of the raw counts with the key counts, or give another file."
+        )
+    totals = screened.totals["total_counts"].astype(float)
+    if not said and len(totals) >= LEAST_CELLS and totals.var() < ALIKE * totals.mean():
+        said.append(
+            f"all cells have nearly the same sum in {found} ({totals.min():,.0f} to {totals.max():,.0f}), as normalized values have that were rounded, or counts "
+            "that were sampled down. If the file holds the raw counts, name their place with the key counts."
+        )
+    return said
 
 
 def within_limits(screened: Screened, qc: dict, path: object) -> tuple[np.ndarray, dict[str, int]]:

@@ -183,7 +183,7 @@ class OwnCounts:
             expected, molecules = (rate * n[i] / molecule for rate in (level, found))
             is_told = max(expected, molecules) >= LEAST_MOLECULES
             rows.append((label, member, int(n[i]), expected, ratio, raised / base / reach, raised / base * reach, share, is_told))
-        return pd.DataFrame(rows, columns=COLUMNS)
+        return pd.DataFrame(rows, columns=COLUMNS).astype({"is_told": bool})
 
     def passes(
         self, efficacy: pd.DataFrame, direction: str, least: float | None, least_of_cell: float | None

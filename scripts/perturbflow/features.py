@@ -9,43 +9,27 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from perturbflow.annotation import ENSEMBL_COLUMNS
 from perturbflow.errors import InputError
 from perturbflow.hdf5 import AppendedRows
-from perturbflow.sources.base import EXPRESSION, TYPE_COLUMNS, SomeGenes, Source
+from perturbflow.naming import ensembl_column, texts
+from perturbflow.sources.base import SomeGenes, Source
+from perturbflow.sources.types import doubtful_types, types_of, word
 from perturbflow.symbols import GUIDE, human_symbols
 
 logger = logging.getLogger(__name__)
 
-# In lower case and letters alone. A column in which 10x's own word stands holds nothing but types of features; of other columns only
-# these words are taken for types.
-EXPRESSION_WORDS = {"gex", "rna", "mrna", "gene", "genes", "expression", "scrna", "transcriptome"}
-OTHER_WORDS = {
-    "crispr", "guide", "guides", "grna", "sgrna", "crisprguide", "guidecapture", "adt", "antibody", "protein", "prot", "surfaceprotein",
-    "hto", "hashtag", "hashing", "cellhashing", "multiplexing", "cmo", "custom", "atac", "peak", "peaks", "antigen",
-}  # fmt: skip
 ENSEMBL_GENE = r"ENS[A-Z]*G\d{6}"  # with a version or the name of a genome, too
 TOTALSEQ = re.compile(r".+[ _.-]TotalSeq[ _.-]?[A-D]\d*", re.IGNORECASE)
+# Names of guides, of controls among them, antibodies and hashtags, as far as no gene is called so. Small sg is a guide, SGK1 is a gene.
+LIKE_GUIDES = re.compile(
+    r"(?:p-?)?sg[A-Z0-9].*|(?i:(?:sgrna|grna|guide|crispr)[-_.:].+|.+[-_.](?:sgrna|grna|crispr)[-_.]?\d*|non[-_. ]?target.*|safe[-_. ]?target.*"
+    r"|(?:sg)?ntc?[-_.]\d+|neg[-_. ]?(?:ctrl|control).*)|.+[-_.](?:sg|g|guide)[-_.]?\d+"
+)
+LIKE_OTHERS = re.compile(r"(?:adt|hto|cmo|lmo|prot|anti|hashtag)[-_.:].+|(?:hto|cmo|hashtag)\d+.*|.+[-_.](?:adt|hto|prot)", re.IGNORECASE)
+NEARLY_ALL = 0.95
+"""Share of genes with an Ensembl id beyond which one without is told."""
 SHOWN = 5
 """Features of a type that are named."""
-
-
-def _word(value: str) -> str:
-    return re.sub(r"[^a-z]", "", value.lower())
-
-
-def _types_by_column(values: pd.Series) -> pd.Series | None:
-    """Return the type of every feature that a column says is no gene expression, missing for the others; None if it speaks of something else."""
-    texts = values.astype(object).where(values.notna(), "").astype(str).str.strip()
-    words = {text: _word(text) for text in texts.unique()}
-    known = set(words.values())
-    if _word(EXPRESSION) in known:
-        others = {text for text, word in words.items() if text and word != _word(EXPRESSION)}
-    elif known & EXPRESSION_WORDS:
-        others = {text for text, word in words.items() if word in OTHER_WORDS or word.endswith("capture")}
-    else:  # genes without a type beside features that have 10x's
-        others = {text for text, word in words.items() if word.endswith("capture")}
-    return texts.where(texts.isin(others)) if others else None
 
 
 def _types_by_name(var: pd.DataFrame, labels: Iterable[str]) -> pd.Series:
@@ -57,7 +41,8 @@ def _types_by_name(var: pd.DataFrame, labels: Iterable[str]) -> pd.Series:
     names = pd.Series(var.index.astype(str), index=var.index)
     types = pd.Series(np.nan, index=var.index, dtype=object)
     types[names.str.fullmatch(TOTALSEQ)] = "Antibody Capture"
-    ids = next((var[column].astype(object).fillna("").astype(str) for column in ENSEMBL_COLUMNS if column in var), None)
+    column = ensembl_column(var)
+    ids = None if column is None else texts(var[column]).set_axis(var.index)
     has_id = (names if ids is None else ids).str.contains(ENSEMBL_GENE)
     is_told = names.isin(set(labels))
     if ids is not None and has_id.mean() > 0.5:
@@ -87,13 +72,12 @@ def features_apart(var: pd.DataFrame, labels: Iterable[str], path: object) -> di
     InputError
         If no feature is gene expression.
     """
-    by_column = (_types_by_column(var[column]) for column in TYPE_COLUMNS if column in var)
-    types = next((found for found in by_column if found is not None), None)
+    types = types_of(var)
     if types is None:
         types = _types_by_name(var, labels)
     apart = {str(kind): np.flatnonzero((types == kind).to_numpy()) for kind in types.dropna().unique()}
     is_all_of_one = len(apart) == 1 and sum(map(len, apart.values())) == len(var)
-    if is_all_of_one and not _word(next(iter(apart))).endswith("capture"):
+    if is_all_of_one and not word(next(iter(apart))).endswith("capture"):
         return {}  # a word of the file's own for its genes
     if apart and sum(map(len, apart.values())) == len(var):
         raise InputError(f"{path} holds no gene expression: its features are {', '.join(apart)}. Name the file that holds it.")
@@ -101,6 +85,30 @@ def features_apart(var: pd.DataFrame, labels: Iterable[str], path: object) -> di
         shown = ", ".join(map(str, var.index[numbers[:SHOWN]]))
         logger.info("%s: %s features are %s, no gene expression, and kept apart: %s ...", path, f"{len(numbers):,}", kind, shown)
     return apart
+
+
+def doubtful_features(var: pd.DataFrame, genes: pd.DataFrame) -> list[str]:
+    """Return sentences on genes that may be none: by an unknown type, a name as of a guide, an antibody or a hashtag, or for want of an Ensembl id.
+
+    Parameters
+    ----------
+    var
+        All features that count as genes, as they came.
+    genes
+        Their table (`perturbflow.annotation.gene_table`).
+    """
+    names, has_id = genes["original_name"], genes["gene_id"] != ""
+    is_told = names.str.fullmatch(LIKE_GUIDES) | names.str.fullmatch(LIKE_OTHERS) | (has_id.mean() > NEARLY_ALL)
+    table = human_symbols()
+    found = names[is_told & ~has_id & ~names.str.upper().isin({*table.approved, *table.previous, *table.alias})].tolist()
+    said = doubtful_types(var)
+    if found:
+        shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+        said.append(
+            f"{len(found):,} of the genes may be guides, antibodies or hashtags by their names, or for want of an Ensembl id: {shown}. They stay "
+            "genes. If they are none, write CRISPR Guide Capture or Antibody Capture into var['feature_types'], or leave them out by gene_pattern."
+        )
+    return said
 
 
 def keys_of(apart: Iterable[str]) -> dict[str, str]:

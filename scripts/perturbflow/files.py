@@ -118,7 +118,7 @@ def write_json(path: str | Path, content: object) -> None:
 def read_json(path: str | Path) -> dict:
     """Read a JSON object; InputError names the file where it is none."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):

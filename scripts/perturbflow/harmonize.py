@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,26 +16,27 @@ import pandas as pd
 
 from perturbflow import __version__
 from perturbflow.annotation import (
-    ENSEMBL_COLUMNS,
-    SYMBOL_COLUMNS,
     ambiguous,
     as_text,
     canonical_labels,
+    check_controls,
     check_shape,
     contradicting,
     doubtful_labels,
     gene_table,
     in_subset,
+    is_control_label,
     is_excluded,
     is_wanted,
     schema_obs,
 )
-from perturbflow.counts import Genes, Screened, limits_on, screen_counts, within_limits, write_counts
+from perturbflow.counts import Genes, Screened, doubtful_counts, limits_on, screen_counts, within_limits, write_counts
 from perturbflow.efficacy import DIRECTIONS, OwnGenes
 from perturbflow.errors import InputError
-from perturbflow.features import SHOWN, features_apart, keys_of, write_features
+from perturbflow.features import SHOWN, doubtful_features, features_apart, keys_of, write_features
 from perturbflow.files import atomic, bytes_of, content_sha256, manifest_files, read_json, remove_leftovers, write_json
-from perturbflow.organism import genomes, mitochondrial, other_organism, why_no_mitochondrial
+from perturbflow.naming import ENSEMBL_WORDS, NO_NAMES, SYMBOL_WORDS, columns_of
+from perturbflow.organism import genomes, mitochondrial, other_organism, some_with_genome, why_no_mitochondrial
 from perturbflow.origins import labels_file
 from perturbflow.recipes import open_by_recipe
 from perturbflow.sources import SomeGenes, Source, open_source
@@ -54,13 +56,13 @@ def _merged_genes(genes: pd.DataFrame, organism: str) -> tuple[Genes, pd.DataFra
     return Genes(codes, is_mt), genes
 
 
-def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: str) -> tuple[dict[str, int], dict[str, int]]:
+def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: dict[bool, str]) -> tuple[dict[str, int], dict[str, int]]:
     """Return the cells per perturbation of those that have enough, control included, and of those that have too few.
 
     Parameters
     ----------
     lost
-        Which limits drop controls, for messages.
+        Which limits drop controls (True) and which perturbed cells (False), for messages.
 
     Raises
     ------
@@ -72,14 +74,20 @@ def _rare_perturbations(perturbation: pd.Series, limit: int, path: Path, lost: s
     n_controls = n_cells.get(CONTROL, 0)
     if n_controls < max(limit, 3):
         left = f"only {n_controls} control cells are left" if n_controls else "quality control leaves no control cells"
-        remedy = f" Of the controls, {lost}, under qc in the dataset's block." if lost else ""
+        remedy = f" Of the controls, {lost[True]}, under qc in the dataset's block." if lost[True] else ""
+        if n_controls >= 3 or limit > 3:
+            remedy += f" The least number is qc.min_cells_per_perturbation = {limit}{'; lower it' if n_controls >= 3 else ''}."
+        remedy = remedy or " Declare all labels of controls in perturbation.control, or bring a file with more of them."
         raise InputError(f"{path}: {left}; at least {max(limit, 3)} are needed to measure an effect.{remedy}")
     too_few = {label: n for label, n in n_cells.items() if n < limit and label != CONTROL}
     kept = {label: n for label, n in n_cells.items() if label not in too_few}
     if len(kept) < 2:
+        remedy = f" Of the perturbed cells, {lost[False]}, under qc in the dataset's block." if lost[False] else ""
+        if too_few:
+            remedy += f" {'Or lower' if remedy else 'Lower'} qc.min_cells_per_perturbation in the dataset's block."
+        remedy = remedy or " All cells with a label are controls: is perturbation.column the right one, and drop not too wide?"
         raise InputError(
-            f"{path}: no perturbation has {limit} cells or more (most: {max(too_few.values(), default=0)}). "
-            "Lower qc.min_cells_per_perturbation in the dataset's block."
+            f"{path}: no perturbation has {f'{limit} cells or more' if limit > 1 else 'a cell'} (most: {max(too_few.values(), default=0)}).{remedy}"
         )
     if too_few:
         shown = ", ".join(f"{label} ({n})" for label, n in list(too_few.items())[:8])
@@ -101,6 +109,12 @@ def _provenance(raw: Path, files: dict[str, Path]) -> dict:
         if described[role]["sha256"] != entry["sha256"]:
             raise InputError(f"{files[role]} was changed after its download: its sha256 is another. Delete {raw} and run again.")
     return described["file"] if list(described) == ["file"] else described
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first names, for a message."""
+    shown = list(names)
+    return ", ".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
 
 
 def _rows_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
@@ -129,23 +143,34 @@ def _chosen_genes(source: Source, dataset: dict, dropped: Counter, warnings: lis
     path, organism = source.files[0], dataset["organism"]
     wanted, apart = _split_by_type(source, dataset)
     dropped.update({kind: len(numbers) for kind, numbers in apart.items()})
-    of_genome, prefixes = genomes(source.var.iloc[wanted], (*ENSEMBL_COLUMNS, *SYMBOL_COLUMNS))
+    var = source.var.iloc[wanted]
+    of_genome, prefixes = genomes(var, columns_of(var, (*ENSEMBL_WORDS, *SYMBOL_WORDS)))
+    if problem := some_with_genome(var.index):
+        warnings.append(problem)
     if prefixes:
         is_own = np.isin(of_genome, (organism, ""))
         if not (of_genome == organism).any():
             raise InputError(
-                f"{path}: gene names begin with {' and '.join(prefixes)}, and organism is {organism}. Set the organism in the dataset's block."
+                f"{path}: gene names hold {' and '.join(prefixes)}, and organism is {organism}. Set the organism in the dataset's block."
             )
-        warnings.append(f"gene names begin with {' and '.join(prefixes)}: the prefixes are left out.")
+        warnings.append(f"gene names hold {' and '.join(prefixes)}, which is left out of them.")
         if not is_own.all():
             dropped["other_genome"] = int((~is_own).sum())
             warnings[-1] += f" {dropped['other_genome']:,} genes of the other genome are dropped; organism is {organism}."
             wanted = wanted[is_own]
     genes = gene_table(source.var.iloc[wanted], dataset)
+    warnings += genes.attrs.pop("told")
     if "gene_pattern" in dataset:
         is_of_pattern = is_wanted(genes, dataset["gene_pattern"], path)
         dropped["gene_pattern"] = int((~is_of_pattern).sum())
         wanted, genes = wanted[is_of_pattern], genes[is_of_pattern].reset_index(drop=True)
+    warnings += doubtful_features(source.var.iloc[wanted], genes)
+    nameless = np.flatnonzero(genes["original_name"].isin(NO_NAMES))
+    if len(nameless):
+        raise InputError(
+            f"{path}: {len(nameless):,} of {len(genes):,} genes have no name (the first is number {wanted[nameless[0]] + 1:,} of its genes). "
+            "Give each a name of its own in var_names, or in features.tsv; or keep the others by gene_pattern: '.'."
+        )
     if reason := other_organism(genes, organism):
         raise InputError(f"{path}: organism is {organism}, but {reason}")
     return wanted, genes, apart
@@ -166,6 +191,8 @@ def _own_genes(screened: Screened, dataset: dict, qc: dict, path: Path, warnings
             raise InputError(f"{path}: qc.{name} = {limit}: a knock-down takes at most all of it, 1. Lower it in the dataset's block.")
         if limit is not None and not direction:
             warnings.append(f"qc.{name} drops nothing: where {dataset['perturbation_type']} takes a gene is not known.")
+        elif limit is not None and not screened.own.own.pairs:
+            warnings.append(f"qc.{name} drops nothing: no perturbed gene is among the measured ones.")
     found = screened.own.efficacy(direction)
     passes, dropped = screened.own.passes(found, direction, *(limits.values() if direction else (None, None)))
     told: dict[str, dict] = {}
@@ -180,13 +207,16 @@ def _chosen_cells(
 ) -> tuple[np.ndarray, pd.DataFrame, dict[str, dict]]:
     """Return the rows of cells with an assigned perturbation, their obs, and what is to be told of labels; count the others by reason."""
     path = source.files[0]
+    is_control = is_control_label(source.obs, dataset, path)
     rows = np.flatnonzero(in_subset(source.obs, dataset["subset"], path))
+    check_controls(is_control, is_control[rows], "subset", path)
     if dataset["subset"]:
         dropped["subset"] = len(source.obs) - len(rows)
     source_obs = _rows_of(source.obs, rows)
     if "exclude" in dataset:
         excluded = is_excluded(source_obs, dataset["exclude"], path)
         dropped["exclude"] = int(excluded.sum())
+        check_controls(is_control, is_control[rows[~excluded]], "exclude", path)
         rows, source_obs = rows[~excluded], _rows_of(source_obs, np.flatnonzero(~excluded))
     doubtful = doubtful_labels(source_obs, dataset, genes, path)
     labels = canonical_labels(source_obs, dataset, genes, path)
@@ -253,7 +283,10 @@ def _kept_cells(screened: Screened, obs: pd.DataFrame, dataset: dict, qc: dict, 
     is_effective, dropped_by_efficacy, efficacy = _own_genes(screened, dataset, qc, path, warnings)
     dropped.update(dropped_by_efficacy)
     perturbation = obs["perturbation"][is_within]
-    lost = limits_on(obs["is_control"].to_numpy(), screened, qc)
+    is_control = obs["is_control"].to_numpy()
+    lost = {which: limits_on(is_control == which, screened, qc) for which in (True, False)}
+    weak = [f"{limit} = {qc[limit.removeprefix('qc.')]} drops {n:,}; lower it" for limit, n in dropped_by_efficacy.items() if n]
+    lost[False] = ". ".join(filter(None, [lost[False], *weak]))
     kept, too_few = _rare_perturbations(perturbation[is_effective], qc["min_cells_per_perturbation"] or 0, path, lost)
     is_rare = perturbation.isin(list(too_few)).to_numpy()
     if too_few:
@@ -339,6 +372,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         described = beside.submit(_provenance, raw, files)
         screened = screen_counts(source, rows, genes, qc, OwnGenes.of(obs, var.index[:0] if is_drug else var.index))
         provenance = described.result()
+    warnings += doubtful_counts(screened)
     cells = _kept_cells(screened, obs, dataset, qc, path, dropped, warnings)
     obs = _rows_of(obs, cells.rows)
     is_seen = np.ones(len(var), bool)
@@ -350,6 +384,11 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     var = var[is_seen]
     is_human = dataset["organism"] == "human"
     perturbed = set() if is_drug else {gene for label in cells.perturbations for gene in entities_of(label)}
+    if len(perturbed) > 1 and perturbed.isdisjoint(var.index):
+        warnings.append(
+            f"none of the {len(perturbed):,} perturbed genes ({_some(sorted(perturbed))}) is among the measured ones ({_some(var.index)}): are these names "
+            "of another kind? Bring them together in the file, or by perturbation.pattern or rename."
+        )
     contradictions = contradicting(var) if is_human else {}
     if len(contradictions) > 0.05 * len(var):
         warnings.append(f"names and Ensembl ids of {len(contradictions):,} genes contradict one another; are they shifted?")

@@ -9,12 +9,18 @@ import pandas as pd
 from perturbflow.symbols import ENSEMBL_ID, human_symbols
 
 # Cell Ranger writes GRCh38_MT-CO1 and mm10___mt-Co1 where a reference holds several genomes; Seurat makes dashes of underscores, R dots.
-PREFIX = re.compile(
-    r"(?:(?P<human>GRCh3[78]|hg(?:18|19|38)|human)|(?P<mouse>GRCm3[89]|mm(?:9|10|39)|mouse))(?:[-.]\d{4}-[A-Z])?[-_.]+(?=\w)",
-    re.IGNORECASE,
+_GENOME = (
+    r"(?:(?P<human>GRCh3[78]|hg(?:18|19|38)|human|homo(?:[-_. ]?sapiens)?|hsapiens|hs|(?:T2T-)?CHM13(?:v\d(?:\.\d)?)?|T2T)"
+    r"|(?P<mouse>GRCm3[89]|mm(?:9|10|39)?|mouse|mus[-_. ]?musculus|mmusculus))"
+    r"(?:\.p\d+)?(?:[-._]\d{4}[-._][A-Z])?"
 )
+MARKS = (
+    re.compile(rf"^(?:refdata-(?:gex-)?)?{_GENOME}[-_.:|]+(?=\w)", re.IGNORECASE),
+    re.compile(rf"(?<=\w)[-_.:|]+{_GENOME}$", re.IGNORECASE),
+)
+"""The name of a genome before that of a gene, and after it."""
 NEARLY_ALL = 0.9
-"""Share of genes that have to begin with the name of a genome before it is taken for a prefix: spike-ins and reporters have none."""
+"""Share of genes that have to hold the name of a genome before it is left out: spike-ins and reporters have none."""
 
 LEAST_NAMES = 20
 """Fewer names or ids do not tell an organism."""
@@ -26,20 +32,23 @@ MOUSE_MITOCHONDRIAL = {f"ENSMUSG000000{number}" for number in (*range(64336, 643
 """Ensembl ids of the 37 genes from mt-Tf to mt-Tp."""
 
 
-def _prefixes(names: pd.Index | pd.Series) -> list[re.Match | None]:
-    """Return the prefix of every name; none at all where fewer than nearly all have one."""
-    found = [PREFIX.match(name) for name in names]
-    has_some = len(found) > 0 and sum(match is not None for match in found) >= NEARLY_ALL * len(found)
-    return found if has_some else [None] * len(found)
+def _marks(names: pd.Index | pd.Series) -> list[re.Match | None]:
+    """Return the name of a genome in every name; none at all where fewer than nearly all have one."""
+    for pattern in MARKS:
+        found = [pattern.search(name) for name in names]
+        if len(found) > 0 and sum(match is not None for match in found) >= NEARLY_ALL * len(found):
+            return found
+    return [None] * len(names)
 
 
 def without_genome(names: pd.Series) -> pd.Series:
-    """Return names of genes without the prefix of their genome, where nearly all have one."""
-    return pd.Series([name[match.end() :] if match else name for name, match in zip(names, _prefixes(names), strict=True)], names.index)
+    """Return names of genes without the name of their genome before or after them, where nearly all have one."""
+    cut = [name[: match.start()] + name[match.end() :] if match else name for name, match in zip(names, _marks(names), strict=True)]
+    return pd.Series(cut, names.index)
 
 
 def genomes(var: pd.DataFrame, columns: Iterable[str]) -> tuple[np.ndarray, list[str]]:
-    """Return the organism that the prefix of every gene tells, empty where it has none, and the prefixes.
+    """Return the organism that the genome in every gene's name tells, empty where it has none, and what the names hold.
 
     Parameters
     ----------
@@ -48,12 +57,28 @@ def genomes(var: pd.DataFrame, columns: Iterable[str]) -> tuple[np.ndarray, list
     columns
         Those that may hold names or ids of genes; the index is looked at first.
     """
-    for names in (var.index, *(var[column] for column in columns if column in var)):
-        found = _prefixes(names.astype(str))
+    for names in (var.index, *(var[column] for column in columns)):
+        found = _marks(names.astype(str))
         if any(found):
             organism = np.array([match.lastgroup if match else "" for match in found], dtype=object)
             return organism, sorted({match[0] for match in found if match})
     return np.full(len(var), "", dtype=object), []
+
+
+def some_with_genome(names: pd.Index) -> str | None:
+    """Return a sentence on names that begin or end with the version of a genome, where these are too few to be left out."""
+    texts = names.astype(str)
+    if any(_marks(texts)):
+        return None
+    matches = (pattern.search(name) for name in texts for pattern in MARKS)
+    found = [match for match in matches if match and re.search(r"\d", match[0])]
+    if not found:
+        return None
+    held = " and ".join(sorted({match[0] for match in found})[:4])
+    return (
+        f"{len(found):,} of {len(names):,} names of genes hold {held} ({found[0].string}) and keep it: nearly all would have to. "
+        "Rename these genes in the file if they are others of it."
+    )
 
 
 def names_now(genes: pd.DataFrame, organism: str) -> dict[str, str]:

@@ -71,13 +71,63 @@ def labels_file(block: dict) -> str | None:
 # A zarr store has one of these in its root, and a folder of Cell Ranger a matrix.
 ZARR_ROOT = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
 TENX_MATRIX = re.compile(r"(?:.*[_.-])?matrix\.mtx(?:\.[a-z.]+)?")
+# Folders of kb-python and of Parse, whose matrices are cells × genes: role → names of the file. The first three have to be there.
+LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
+    {
+        "matrix": ("cells_x_genes.mtx",),
+        "barcodes": ("cells_x_genes.barcodes.txt",),
+        "genes": ("cells_x_genes.genes.txt",),
+        "names": ("cells_x_genes.genes.names.txt",),
+    },
+    {
+        "matrix": ("count_matrix.mtx", "DGE.mtx"),
+        "barcodes": ("cell_metadata.csv",),
+        "genes": ("all_genes.csv", "genes.csv"),
+        "cell_identities": ("cell_metadata.csv",),
+    },
+)
+# What files of other names seem to be: their new name, and what theirs has.
+RENAMED = {"matrix.mtx": r"\.mtx", "barcodes.tsv": r"barcode|cell|cols", "features.tsv": r"gene|feature|rows"}
+
+
+def layout_of(folder: Path) -> dict[str, Path] | None:
+    """Return role → file of a folder of kb-python or Parse, plain or gzipped; None for another folder."""
+    for layout in LAYOUTS:
+        files = {role: [folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz")] for role, names in layout.items()}
+        there = {role: [path for path in paths if path.is_file()] for role, paths in files.items()}
+        found = {role: paths[0] for role, paths in there.items() if paths}
+        if {"matrix", "barcodes", "genes"} <= set(found):
+            return found
+    return None
+
+
+def renaming(names: list[str]) -> str:
+    """Return a sentence on how to name the matrix and the lists of a folder or archive, empty where it holds no matrix."""
+    shared = [name for name in names if name.startswith("UniqueAndMult")]
+    lists = {new: [name for name in names if name not in shared and re.search(sign, name, re.IGNORECASE)] for new, sign in RENAMED.items()}
+    matrices = lists["matrix.mtx"]
+    if shared and not matrices:
+        return f" {shared[0]} of STARsolo shares reads among genes and holds no counts: add STARsolo's matrix.mtx."
+    if len(matrices) > 1:
+        return (
+            f" Put one matrix of raw counts ({', '.join(matrices[:4])}) into a folder of its own, as matrix.mtx, with its lists of "
+            "barcodes.tsv and features.tsv."
+        )
+    if not matrices:
+        return ""
+    said = []
+    for new, found in lists.items():
+        others = [name for name in found if new == "matrix.mtx" or name not in matrices]
+        if not any(name.removesuffix(".gz") == new for name in others):
+            said.append(f"{others[0] if len(others) == 1 else 'the list of ' + new.split('.')[0]} → {new}")
+    return f" Rename its files: {', '.join(said)} (and .gz where they are gzipped)."
 
 
 def folder_kind(folder: Path) -> str | None:
-    """Return what a folder holds: `zarr`, `10x`, or None for neither."""
+    """Return what a folder holds: `zarr`, `10x` (also of kb-python and Parse), or None for neither."""
     if any((folder / name).is_file() for name in ZARR_ROOT):
         return "zarr"
-    return "10x" if any(TENX_MATRIX.fullmatch(file.name) for file in folder.iterdir()) else None
+    return "10x" if layout_of(folder) or any(TENX_MATRIX.fullmatch(file.name) for file in folder.iterdir()) else None
 
 
 def problem_of_folder(folder: Path) -> str | None:
@@ -90,7 +140,7 @@ def problem_of_folder(folder: Path) -> str | None:
     fix = f" Name one of these: {', '.join(map(str, usable[:4]))}." if usable else ""
     return (
         f"the folder '{folder}' holds {shown or 'nothing'}; expected is a folder with matrix.mtx[.gz], barcodes.tsv[.gz] and "
-        f"features.tsv[.gz] (10x), or a zarr store.{fix}"
+        f"features.tsv[.gz] (10x), or a zarr store.{fix or renaming([file.name for file in inside])}"
     )
 
 

@@ -10,7 +10,7 @@ from perturbflow.divisions import ROLES
 from perturbflow.doses import Scale, members_in
 from perturbflow.errors import InputError
 from perturbflow.files import read_json
-from perturbflow.nearest import did_you_mean
+from perturbflow.nearest import did_you_mean, nearest
 from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, entities_of, entity_of, label_of, members_of, without_dose
 
 # What others call the roles: GEARS, cell-load, scikit-learn.
@@ -76,16 +76,44 @@ def _listed(texts: Sequence[str], shown: Callable[[str], str] = str) -> str:
     return ", ".join(map(shown, texts[:SHOWN])) + more
 
 
-def _unusable(places: Mapping[str, str], known: set[str], dropped: Mapping[str, int], what: str) -> list[str]:
-    """Return sentences on names that cannot be used: unknown ones with the nearest, dropped ones with their cells; `places` says where each stands."""
+def _unusable(
+    places: Mapping[str, str], known: set[str], dropped: Mapping[str, int], what: str, written: Mapping[str, str], labels: Iterable[str]
+) -> list[str]:
+    """Return sentences on names that cannot be used: unknown ones with the nearest, dropped ones with their cells.
+
+    Parameters
+    ----------
+    places
+        Name → where it stands.
+    written
+        Name → as the user wrote it.
+    labels
+        Those of the screen, with their doses.
+    """
+    at_doses: dict[str, list[str]] = {}
+    for label in labels:
+        at_doses.setdefault(SEPARATOR.join(entities_of(label)), []).append(label)
+
+    def shown(name: str) -> str:
+        text = written.get(name, name)
+        is_same = sorted(text.split(SEPARATOR)) == sorted(name.split(SEPARATOR))
+        place = places[name] if is_same else f" (read as '{name}'){places[name]}"
+        if name in at_doses:
+            return f"'{text}'{place} (name it with its doses: {_listed(at_doses[name])})"
+        return (
+            did_you_mean(text, known, place)
+            if nearest(text, known)
+            else did_you_mean(name, known, place).replace(f"'{name}'", f"'{text}'", 1)
+        )
+
     unknown = [name for name in places if name not in known and name not in dropped]
     gone = [name for name in places if name not in known and name in dropped]
     sentences = []
     if unknown:
-        sentences.append(f"the screen has no such {what}: {_listed(unknown, lambda name: did_you_mean(name, known, places[name]))}")
+        sentences.append(f"the screen has no such {what}: {_listed(unknown, shown)}")
     if gone:
-        shown = _listed(gone, lambda name: f"'{name}'{places[name]} ({dropped[name]} cells)")
-        sentences.append(f"dropped by qc.min_cells_per_perturbation: {shown}")
+        said = _listed(gone, lambda name: f"'{written.get(name, name)}'{places[name]} ({dropped[name]} cells)")
+        sentences.append(f"dropped by qc.min_cells_per_perturbation: {said}")
     return sentences
 
 
@@ -98,7 +126,8 @@ def read_roles(path: Path) -> dict[str, list[str]]:
         If the file is a pickle, no JSON of lists, or has an unknown key.
     """
     with path.open("rb") as file:
-        is_pickle = path.suffix in (".pkl", ".pickle") or file.read(1) == b"\x80"
+        # No JSON of lists starts as a pickle does, of the first protocols too.
+        is_pickle = path.suffix in (".pkl", ".pickle") or file.read(1) in (b"\x80", b"(", b"]", b"}", b"c")
     if is_pickle:
         target = f"{path.stem}.converted.json"
         raise InputError(
@@ -110,8 +139,8 @@ def read_roles(path: Path) -> dict[str, list[str]]:
         )
     listed: dict[str, list[str]] = {}
     content = read_json(path)
-    named = {key: ROLE_NAMES.get(key, key) for key in content}
-    if unknown := sorted(set(named.values()) - set(ROLES)):
+    named = {key: ROLE_NAMES.get(key.lower(), key.lower()) for key in content}
+    if unknown := sorted(key for key, role in named.items() if role not in ROLES):
         raise InputError(f"{path}: unknown key {unknown}; a split file has the lists train, validation (or val) and test.")
     for key, role in named.items():
         texts = content[key]
@@ -129,13 +158,20 @@ def from_file(path: Path, labels: Labels) -> dict[str, list[str]]:
     InputError
         If the file cannot be read, or a label cannot be used: all of them in one message.
     """
-    roles = {role: sorted({labels.label(text) for text in texts} - {CONTROL}) for role, texts in read_roles(path).items()}
+    written: dict[str, str] = {}
+    roles: dict[str, list[str]] = {}
+    for role, texts in read_roles(path).items():
+        read = {text: labels.label(text) for text in texts}
+        for text, label in read.items():
+            written.setdefault(label, text)
+        roles[role] = sorted({*read.values()} - {CONTROL})
     places: dict[str, list[str]] = {}
     for role, names in roles.items():
         for label in names:
             places.setdefault(label, []).append(role)
-    found = _unusable({label: f" in {' and '.join(of)}" for label, of in places.items()}, set(labels.known), labels.dropped, "perturbation")
-    twice = [f"'{label}' in {' and '.join(of)}" for label, of in places.items() if len(of) > 1]
+    stands = {label: f" in {' and '.join(of)}" for label, of in places.items()}
+    found = _unusable(stands, set(labels.known), labels.dropped, "perturbation", written, labels.known)
+    twice = [f"'{written[label]}' in {' and '.join(of)}" for label, of in places.items() if len(of) > 1]
     if twice:
         found.append(f"in two lists, while a perturbation has one role: {_listed(twice)}")
     if found:
@@ -154,16 +190,23 @@ def held_out_names(texts: Iterable[Any], kind: str, labels: Labels) -> set[str]:
     InputError
         If some are none of the screen's, in one message; or if nothing would be left to learn from.
     """
+
+    def combination(text: str) -> str:
+        return SEPARATOR.join(entities_of(labels.label(text)))
+
     if kind == "unseen_combination":
         what, known = "combination", {SEPARATOR.join(entities_of(label)) for label in labels.known if len(members_of(label)) > 1}
-        names = {SEPARATOR.join(entities_of(labels.label(str(text)))) for text in texts}
+        read = combination
     elif kind == "unseen_dose":
         what, known = "dose measured alone", {label for label in labels.known if len(members_of(label)) == 1 and without_dose(label)[1]}
-        names = {labels.label(str(text)) for text in texts}
+        read = labels.label
     else:
-        what, known = "perturbed gene or compound", labels.entities
-        names = {labels.entity(str(text)) for text in texts}
-    found = _unusable(dict.fromkeys(sorted(names), ""), known, labels.dropped, what)
+        what, known, read = "perturbed gene or compound", labels.entities, labels.entity
+    written: dict[str, str] = {}
+    for text in map(str, texts):
+        written.setdefault(read(text), text)
+    names = set(written)
+    found = _unusable(dict.fromkeys(sorted(names), ""), known, labels.dropped, what, written, known)
     if found:
         raise InputError(f"held_out: {'; '.join(found)}.")
     if known <= names:

@@ -34,15 +34,23 @@ def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: 
         texts = list(genes)
     elif isinstance(perturbations, dict):
         texts = [SEPARATOR.join(pair) for pair in itertools.combinations(perturbations["all_pairs_of"], 2)]
+    elif isinstance(perturbations, str):
+        raise InputError(f"perturbations: {perturbations!r} is no list. Write all_single, or a list: [{perturbations}].")
     else:
         texts = list(perturbations)
     names = {name: name for name in [*measured, *map(entity_of, genes)]}
-    labels = list(dict.fromkeys(canonical_label(text, {CONTROL}, SEPARATOR, measured=names) for text in texts))
+
+    def label(text: str) -> str:
+        return canonical_label(text, {CONTROL}, SEPARATOR, measured=names)
+
+    labels = list(dict.fromkeys(map(label, texts)))
+    # A name that is unknown is told as it was written, not as what it is called today.
+    written = {entity_of(label(member)): member.strip() for text in texts for member in text.split(SEPARATOR)}
     asked = dict.fromkeys(name for label in labels for name in entities_of(label))
     if unknown := [name for name in asked if name not in names]:
         raise InputError(
             f"perturbations: neither perturbed in this screen nor among its {len(measured):,} measured genes (pairs.h5ad): "
-            f"{', '.join(did_you_mean(name, names) for name in unknown)}. Correct the name; for a gene with few counts raise genes.n_hvg."
+            f"{', '.join(did_you_mean(written.get(name, name), [*names, 'all_single']) for name in unknown)}. Correct the name; for a gene with few counts raise genes.n_hvg."
         )
     return labels
 

@@ -79,7 +79,7 @@ def perturbation_facts(obs: pd.DataFrame, batches: pd.DataFrame, efficacy: dict,
 
 
 def _share(n: int, of: int) -> str:
-    return f"{n:,} of {of:,} ({100 * n / of:.0f} %)" if of else "none"
+    return f"{n:,} of {of:,} ({100 * n / of:.0f} %)" if of else "0"
 
 
 def findings(table: pd.DataFrame, batches: pd.DataFrame, efficacy: dict) -> list[dict]:
@@ -110,7 +110,8 @@ def findings(table: pd.DataFrame, batches: pd.DataFrame, efficacy: dict) -> list
     tested = table[table["responds"].notna()]
     n_responds = int(tested["responds"].eq(True).sum())
     say("response", len(tested) > 0 and n_responds >= 0.5 * len(tested),
-        f"{_share(n_responds, len(tested))} perturbations differ from their controls by energy distance (Holm-adjusted p below {ALPHA})."
+        (f"{_share(n_responds, len(tested))} perturbations differ from their controls by energy distance (Holm-adjusted p below {ALPHA})."
+         if len(tested) else "Of no perturbation it can be told whether it differs from its controls.")
         + (f" {n - len(tested):,} were not tested: fewer than {LEAST_CELLS} cells with controls." if len(tested) < n else ""))  # fmt: skip
     escaped = table["escaping"].dropna()
     if len(escaped):

@@ -58,7 +58,7 @@ class Plan:
                     else:
                         rows += [(dataset, split, model, seed, self.config["models"][model]["family"]) for seed in select["seeds"]]
         self.left_out = list(dict.fromkeys(left_out))
-        if not rows and (select["models"] or not possible) and select["splits"]:
+        if not rows and ((select["models"] and select["seeds"]) or not possible) and select["splits"]:
             raise InputError("Nothing is left to run. " + " ".join(self.left_out))
         self.runs = pd.DataFrame(rows, columns=["dataset", "split", "model", "seed", "family"])
         made = self.runs[["dataset", "split"]] if rows or not select["splits"] else pd.DataFrame(possible, columns=["dataset", "split"])
@@ -80,7 +80,7 @@ class Plan:
 
     def _instead(self) -> str:
         """Return what is made where nothing is trained."""
-        what = "splits" if not self.config["select"]["splits"] else "models"
+        what = next(key for key in ("splits", "models", "seeds") if not self.config["select"][key])
         made = "harmonized" if what == "splits" else "harmonized, split and paired"
         return f"select.{what} is empty, so no model is trained: {', '.join(self.datasets)} will be {made}."
 

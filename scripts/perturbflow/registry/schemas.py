@@ -156,12 +156,19 @@ def _explain(error: ValidationError, path: list[str]) -> str:
         return f"{place}: {error.instance!r} is not possible.{suggestion(str(error.instance), list(map(str, error.validator_value)))}"
     if error.validator == "type" and isinstance(error.instance, bool) and "string" in error.validator_value:
         return f"{place}: {error.instance} is no text; write it in quotes as the file has it, such as '{error.instance}' or 'no' (YAML reads no as false)."
+    if error.validator == "type" and error.validator_value == "array" and isinstance(error.instance, str | int | float):
+        return f"{place}: {error.instance!r} must be of type array. Write it as a list: [{_in_yaml(error.instance)}]."
     if error.validator == "type":
         return f"{place}: {error.instance!r} must be of type {error.validator_value}."
     if error.validator == "oneOf":
         described = [branch.get("enum") or branch.get("const") or branch.get("properties") for branch in error.validator_value]
         return f"{place}: {error.instance!r} is not possible. Possible: {described}."
     return f"{place}: {error.message}."
+
+
+def _in_yaml(value: Any) -> str:
+    """Return a value as YAML has it within a list."""
+    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1]
 
 
 def holding_file(files: Places, path: list[str]) -> str:

@@ -9,7 +9,7 @@ import h5py
 
 from perturbflow.errors import InputError
 from perturbflow.hdf5 import Rows
-from perturbflow.origins import folder_kind, problem_of_folder
+from perturbflow.origins import folder_kind, layout_of, problem_of_folder, renaming
 from perturbflow.sources.anndatas import open_anndata
 from perturbflow.sources.base import InMemory, NotCounts, SomeGenes, Source, as_counts
 from perturbflow.sources.containers import damaged, open_hdf5
@@ -90,6 +90,9 @@ def _opened_folder(path: Path, dataset: dict) -> Source:
     if folder_kind(path) == "zarr":
         # Of a sparse matrix no chunk is empty; of a dense one any may be.
         return _of_scverse(open_zarr(path), path, lambda array: ZarrRows(array, path, is_whole=array.ndim == 1), dataset)
+    if layout := layout_of(path):
+        _refuse(dataset, path, "counts", "modality")
+        return Triplet({role: Place(file) for role, file in layout.items()}, is_by_cell=True)
     return _one_triplet(path, triplets_in(path), dataset)
 
 
@@ -103,6 +106,10 @@ def _one_triplet(path: Path, experiments: dict[str, dict[str, Place]], dataset: 
             "Put the matrix, barcodes and features of each into a folder of their own."
         )
     (places,) = sets.values()
+    missing = [role for role in ("barcodes", "features") if role not in places and (role != "features" or "genes" not in places)]
+    if missing:
+        names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [place.member or "" for place in places.values()]
+        raise InputError(f"{path} holds {', '.join(names[:8])}: {' and '.join(missing)} of the triplet is missing.{renaming(names)}")
     # Of other tables that are named as GEO names them, none was asked for.
     return Triplet({role: place for role, place in places.items() if role in PARTS})
 

@@ -19,7 +19,7 @@ class Stored(Source):
     """AnnData on disk: dense, CSR or CSC, chunked or not, of today's anndata or of its first versions."""
 
     def __init__(self, store: "Store", key: str, obs: pd.DataFrame, var: pd.DataFrame):
-        self._store, self.obs, self.var, self.files, self.place = store, obs, var, [store.path], store.name_of(key)
+        self._store, self._key, self.obs, self.var, self.files, self.place = store, key, obs, var, [store.path], store.name_of(key)
         matrix = store.matrix(key)
         assert matrix is not None  # `open_anndata` looks first
         self._matrix = matrix
@@ -28,9 +28,10 @@ class Stored(Source):
                 f"{store.path}: {self.place} has the shape {matrix.shape}, obs and var have {len(self.obs):,} and {len(self.var):,} rows."
             )
 
-    def places_with_counts(self) -> list[str]:
+    def places_with_counts(self) -> dict[str, float]:
         """See `Source.places_with_counts`."""
-        return [key for key in self._store.places if self._store.holds_counts(key)]
+        highest = {key: self._store.highest_count(key) for key in self._store.places if key != self._key}
+        return {key: count for key, count in highest.items() if count > 1}
 
     def blocks(self, rows: np.ndarray | None = None) -> Iterator[Block]:
         """See `Source.blocks`."""
@@ -100,14 +101,14 @@ class Store:
         n_rows, n_columns = (int(n) for n in stored.attrs.get("shape", stored.attrs.get("h5sparse_shape")))
         return (Csc if kind.startswith("csc") else Csr)(stored, (n_rows, n_columns), rows_of)
 
-    def holds_counts(self, key: str) -> bool:
-        """Return whether some of the values of a place are raw counts; a matrix of 0 and 1 alone passes for none."""
+    def highest_count(self, key: str) -> float:
+        """Return the highest of some of the values of a place, 0 where they are no raw counts; a matrix of 0 and 1 alone passes for none."""
         try:
             matrix = self.matrix(key)
             sample = np.zeros(1) if matrix is None else matrix.sample()
-            return bool(rounded(sample).max(initial=0) > 1)
+            return float(rounded(sample).max(initial=0))
         except (NotCounts, InputError, KeyError, TypeError):
-            return False
+            return 0.0
 
 
 def _table(group: Any, name: str, path: Path) -> pd.DataFrame:
@@ -164,7 +165,7 @@ def open_anndata(group: Any, path: Path, rows_of: Callable[[Any], Values], count
 
 
 def _no_such_place(store: Store, counts: str | None) -> str:
-    found = [key for key in store.places if store.holds_counts(key)]
+    found = [key for key in store.places if store.highest_count(key) > 1]
     fix = f"Say so in its block: counts: {found[0]}." if found else "Put the integer counts into X."
     if counts:
         return f"{store.path} has no counts in {counts!r} (counts). It holds {', '.join(store.places) or 'no matrix'}. {fix}"

@@ -21,10 +21,6 @@ BLOCK_VALUES = 2**23
 HIGHEST_COUNT = 2**24 - 1
 """float32 holds integers up to here, and so do three bytes."""
 
-EXPRESSION = "Gene Expression"
-TYPE_COLUMNS = ("feature_types", "feature_type", "modality", "type")
-"""Columns of var that may say of which type a feature is, and the word of 10x Genomics for genes."""
-
 
 class NotCounts(Exception):
     """A matrix holds values that are no raw counts; the message says which."""
@@ -72,9 +68,9 @@ class Source(ABC):
             At the first block with a value that is no raw count.
         """
 
-    def places_with_counts(self) -> list[str]:
-        """Return the places of the file that hold raw counts as far as a sample of them tells, in the words of the key `counts`."""
-        return []
+    def places_with_counts(self) -> dict[str, float]:
+        """Return the other places of the file that hold raw counts, in the words of the key `counts` → the highest count in a sample of them."""
+        return {}
 
 
 def _reason(values: np.ndarray) -> str:
@@ -146,7 +142,7 @@ class SomeGenes(Source):
         self.obs, self.var, self.files, self.place = source.obs, source.var.iloc[genes], source.files, source.place
         self.alternative = SomeGenes(source.alternative, genes, apart) if source.alternative else None
 
-    def places_with_counts(self) -> list[str]:
+    def places_with_counts(self) -> dict[str, float]:
         """See `Source.places_with_counts`."""
         return self._source.places_with_counts()
 

@@ -1,5 +1,6 @@
 """Which file of which form a source is, looked at rather than told by its name; archives are unpacked beside themselves."""
 
+import gzip
 import lzma
 import shutil
 import tarfile
@@ -17,21 +18,52 @@ from perturbflow.files import full_disk, is_of_full_disk
 DAMAGED_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 """What the readers of archives raise at those that are truncated, altered or encrypted."""
 
+HDF5 = b"\x89HDF\r\n\x1a\n"
+SAVE = "Save the screen with anndata's write_h5ad."
+
 
 def content_of(path: Path, member: str | None) -> BinaryIO:
-    """Open a file, or the member of an archive: unpacked beside it into a file without a name."""
+    """Open a file, a gzipped one, or the member of an archive: unpacked beside it into a file without a name."""
     if h5py.is_hdf5(path):
         return path.open("rb")
     if not zipfile.is_zipfile(path) and not tarfile.is_tarfile(path):
         start = path.open("rb").read(64)
+        if start.startswith(b"\x1f\x8b"):
+            return _decompressed(path)
+        if start.startswith(b"%%MatrixMarket"):
+            raise InputError(matrix_alone(path))
         shown = "an HTML page" if start.lstrip().lower().startswith((b"<!doctype", b"<html")) else f"it starts with {start[:8]!r}"
-        raise InputError(f"{path} is not an h5ad file ({shown}). Save the screen with anndata's write_h5ad.")
+        raise InputError(f"{path} is not an h5ad file ({shown}). {SAVE}")
     try:
         return _unpacked(path, member)
     except DAMAGED_ARCHIVE as error:
         if is_of_full_disk(error):
             raise full_disk(path.parent, f"{member} of {path.name}, which is unpacked beside it") from error
         raise InputError(f"{path}: {member} cannot be unpacked ({error}). Is the archive complete?") from error
+
+
+def matrix_alone(path: Path) -> str:
+    """Return what is said of the matrix of a triplet that is named itself."""
+    return f"{path} is a matrix without its cells and genes. Name its folder in source.path, with barcodes.tsv and features.tsv: {path.parent}."
+
+
+def _decompressed(path: Path) -> BinaryIO:
+    """Decompress a gzipped HDF5 file beside it, into a file without a name."""
+    try:
+        with gzip.open(path) as content:
+            start = content.read(len(HDF5))
+            if start != HDF5:
+                is_matrix = start.startswith(b"%%Matrix")
+                raise InputError(matrix_alone(path) if is_matrix else f"{path} is gzipped, and what is in it is no h5ad file. {SAVE}")
+            unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  closed with its last user
+            unpacked.write(start)
+            shutil.copyfileobj(content, unpacked, 2**20)
+            unpacked.flush()
+            return unpacked
+    except DAMAGED_ARCHIVE as error:
+        if is_of_full_disk(error):
+            raise full_disk(path.parent, f"{path.name}, which is decompressed beside it") from error
+        raise InputError(f"{path} cannot be decompressed to its end ({error}). Is it complete?") from error
 
 
 def _unpacked(path: Path, member: str | None) -> BinaryIO:

@@ -23,10 +23,10 @@ def _table(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} (source.labels) cannot be read as a table: {error}. A header and commas or tabs are expected.") from error
 
 
-def _root(barcodes: pd.Index) -> pd.Index | None:
-    """Return barcodes without their suffix where all have the same or none, so that no lane is lost; else None."""
+def _suffix(barcodes: pd.Index) -> str | None:
+    """Return the one suffix that all barcodes have, empty where none has any; None where there are several, as of lanes."""
     suffixes = barcodes.str.extract(r"(-\w+)?$")[0].fillna("").unique()
-    return barcodes.str.removesuffix(suffixes[0]) if len(suffixes) == 1 else None
+    return suffixes[0] if len(suffixes) == 1 else None
 
 
 def with_labels(obs: pd.DataFrame, labels: Path, path: Path) -> pd.DataFrame:
@@ -53,15 +53,22 @@ def with_labels(obs: pd.DataFrame, labels: Path, path: Path) -> pd.DataFrame:
     cells = pd.Index(obs.index.astype(str))
     texts = {column: pd.Index(table[column].astype(str)) for column in table if not pd.api.types.is_float_dtype(table[column])}
     found = {column: int(names.isin(cells).sum()) for column, names in texts.items()}
-    if not any(found.values()) and (roots := _root(cells)) is not None:
-        shortened = {column: root for column, names in texts.items() if (root := _root(names)) is not None}
-        cells, texts = roots, {**texts, **shortened}
-        found = {column: int(names.isin(cells).sum()) for column, names in texts.items()}
+    of_screen, others = _suffix(cells), ""
+    if not any(found.values()) and of_screen is not None:
+        of_table = {column: suffix for column, names in texts.items() if (suffix := _suffix(names)) is not None}
+        roots = cells.str.removesuffix(of_screen)
+        shortened = {column: texts[column].str.removesuffix(suffix) for column, suffix in of_table.items()}
+        # Of two suffixes either may be another lane, whose cells share barcodes.
+        differ = [column for column, suffix in of_table.items() if suffix and of_screen and shortened[column].isin(roots).any()]
+        if differ:
+            others = f" Without their ends ({of_table[differ[0]]}, of the screen {of_screen}) those of column {differ[0]} are the same: of another lane?"
+        cells, texts = roots, {**texts, **{column: names for column, names in shortened.items() if column not in differ}}
+        found = {column: int(names.isin(cells).sum()) for column, names in texts.items() if column not in differ}
     if not any(found.values()):
         shown = "; ".join(f"{column}: {table[column].iloc[0]}" for column in list(table)[:4] if len(table))
         raise InputError(
-            f"{labels} (source.labels) has no column with barcodes of {path}, whose cells are called {', '.join(cells[:2])}, ... "
-            f"Its first row: {shown or 'none'}. Give it one, with a suffix like theirs."
+            f"{labels} (source.labels) has no column with barcodes of {path}, whose cells are called {', '.join(obs.index[:2].astype(str))}, ... "
+            f"Its first row: {shown or 'none'}.{others} Give it one, with a suffix like theirs."
         )
     barcode = max(found, key=lambda column: found[column])
     names = texts[barcode]

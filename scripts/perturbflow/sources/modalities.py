@@ -12,11 +12,13 @@ from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.sources.anndatas import open_anndata
-from perturbflow.sources.base import EXPRESSION, TYPE_COLUMNS, Block, NotCounts, Source
+from perturbflow.sources.base import Block, NotCounts, Source
 from perturbflow.sources.matrices import Values
+from perturbflow.sources.types import EXPRESSION, EXPRESSION_WORDS, types_of, word
 
 logger = logging.getLogger(__name__)
 
+TYPES = "feature_types"
 MOST_VALUES = 2**27
 """Counts of another modality are held in memory, up to about this many: 1 GB."""
 
@@ -35,11 +37,12 @@ class Beside(Source):
     def __init__(self, source: Source, others: dict[str, tuple[pd.DataFrame, sparse.csr_matrix]]):
         self._source, self._others = source, others
         self.obs, self.files, self.place = source.obs, source.files, source.place
-        parts = [_typed(source.var, EXPRESSION), *[_typed(var, name) for name, (var, _) in others.items()]]
-        self.var = pd.concat(parts)
+        # Whatever a file calls the features of another modality, gene expression they are not.
+        names = {name: f"{name} modality" if word(name) in EXPRESSION_WORDS else name for name in others}
+        self.var = pd.concat([_typed(source.var, EXPRESSION), *[_typed(var, names[name])[[TYPES]] for name, (var, _) in others.items()]])
         self.alternative = Beside(source.alternative, others) if source.alternative else None
 
-    def places_with_counts(self) -> list[str]:
+    def places_with_counts(self) -> dict[str, float]:
         """See `Source.places_with_counts`."""
         return self._source.places_with_counts()
 
@@ -52,10 +55,10 @@ class Beside(Source):
 
 
 def _typed(var: pd.DataFrame, undeclared: str) -> pd.DataFrame:
-    """Return var with a column of feature types: its own, and one type for all where it has none."""
-    own = next((var[column] for column in TYPE_COLUMNS if column in var), pd.Series(undeclared, index=var.index))
-    types = own.astype(object).where(own.notna(), undeclared).astype(str)
-    return var.drop(columns=[column for column in TYPE_COLUMNS if column in var]).assign(**{TYPE_COLUMNS[0]: types.to_numpy()})
+    """Return var with a column of feature types alone for what is no gene expression: what another column of the file says of types is in it."""
+    told = types_of(var)
+    types = pd.Series(undeclared, index=var.index, dtype=object) if told is None else told.where(told.notna(), undeclared)
+    return var.drop(columns=[column for column in var if word(column) == word(TYPES)]).assign(**{TYPES: types.to_numpy()})
 
 
 def _counts_in_order(source: Source, cells: pd.Index) -> sparse.csr_matrix:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,8 +28,17 @@ logger = logging.getLogger(__name__)
 MEMBER = re.compile(r"(?:.*/)?(?P<experiment>.*?)_?(?P<role>matrix|barcodes|features|genes|cell_identities)\.(?:mtx|tsv|csv|txt)[a-z.]*")
 ENTRIES = 2**22
 """Entries of a matrix that are read at a time: some 100 MB."""
+IDS = re.compile(r"ENS[A-Z]*G\d{11}")
 BARCODES = 2**19
 """Barcodes that are read at a time."""
+COLUMNS = {
+    "id": {"geneid", "geneids", "ensemblid", "ensemblgeneid", "featureid", "featureids", "id"},
+    "name": {"genename", "genenames", "genesymbol", "symbol", "featurename", "geneshortname", "gene", "name"},
+    "type": {"featuretype", "featuretypes"},
+}
+"""What a header calls the columns of a list of genes, in lower case and letters alone."""
+HEADER = set().union(*COLUMNS.values(), {"barcode", "barcodes", "genes", "features", "cell", "cells", "cellid", "cellbarcode", "bcwells"})
+"""Words that are neither a gene nor a barcode: a first line that has one is a header."""
 
 Entries = tuple[np.ndarray, np.ndarray]
 """Entries of a matrix: gene and barcode, (entries, 2), and values."""
@@ -76,9 +85,16 @@ class Triplet(Source):
     """One experiment. Its cells are the barcodes that have a row in cell_identities, joined whole, lane suffix included; without such a table, all.
 
     obs gets a column `lane`, the suffix of the barcode (AAACATACACCGAT-3 is of lane 3); var one of feature types, where the file has one.
+
+    Parameters
+    ----------
+    places
+        Role → file: matrix, barcodes, features or genes, and where there are any, names of the genes and cell_identities.
+    is_by_cell
+        Whether the matrix is known to be cells × genes. Otherwise its size tells.
     """
 
-    def __init__(self, places: dict[str, Place]):
+    def __init__(self, places: dict[str, Place], is_by_cell: bool = False):
         if "features" in places:
             places = {**places, "genes": places["features"]}
         if missing := [role for role in ("matrix", "barcodes", "genes") if role not in places]:
@@ -86,9 +102,10 @@ class Triplet(Source):
         self._matrix = places["matrix"]
         self.files = list(dict.fromkeys([self._matrix.path, *[place.path for place in places.values()]]))
         self.place = "the matrix"
-        self.var = _features(places["genes"])
+        self._is_by_cell = is_by_cell
+        self.var = _features(places["genes"], places.get("names"))
         if "cell_identities" not in places:
-            self.obs = pd.DataFrame(index=_barcodes(places["barcodes"]))
+            self.obs = pd.DataFrame(index=pd.Index(_first_column(places["barcodes"])))
             self._column, self._n_barcodes = np.arange(len(self.obs)), len(self.obs)
         else:
             self._read_identities(places)
@@ -179,13 +196,20 @@ class Triplet(Source):
             raise InputError(f"{self._matrix}: its size should be three numbers, and is {line[:40].rstrip()!r}.") from error
         expected = len(self.var), self._n_barcodes
         # Tools other than 10x's write cells × genes.
-        is_transposed = (n_genes, n_barcodes) == expected[::-1] != expected
+        is_transposed = (n_genes, n_barcodes) == expected[::-1] and (self._is_by_cell or n_genes != n_barcodes)
         if (n_genes, n_barcodes) != expected and not is_transposed:
             raise InputError(
                 f"{self._matrix} has {n_genes:,} genes × {n_barcodes:,} barcodes, but the files beside it list {len(self.var):,} genes "
-                f"and {self._n_barcodes:,} barcodes. They are not of one set."
+                f"and {self._n_barcodes:,} barcodes. They are not of one set{self._with_a_header(expected, (n_genes, n_barcodes))}."
             )
         return Head(n_entries, is_integer, is_transposed)
+
+    def _with_a_header(self, listed: tuple[int, int], sizes: tuple[int, int]) -> str:
+        """Return the end of a message: which lists have one line more than the matrix has genes or barcodes."""
+        fits = [[n - m for n, m in zip(listed, order, strict=True)] for order in (sizes, sizes[::-1])]
+        surplus = next((one for one in fits if set(one) <= {0, 1}), None)
+        lists = " and ".join(name for name, n in zip(("genes", "barcodes"), surplus or (), strict=False) if n)
+        return f", or the list of {lists} starts with a header: delete its first line" if lists else ""
 
     def _entries(self, content: io.BufferedIOBase, head: Head) -> Iterator[Entries]:
         """Yield entries in the order of the file: gene and barcode (both from 0), and count."""
@@ -213,30 +237,87 @@ def _joined(held: list[Entries]) -> Entries:
     return np.concatenate([places for places, _ in held]), np.concatenate([values for _, values in held])
 
 
-def _features(place: Place) -> pd.DataFrame:
-    """Return var: ids, names and, since Cell Ranger 3, types; a file of one column holds names."""
+def _form(place: Place) -> tuple[str, list[str]]:
+    """Return what separates the columns of a list of genes or barcodes, and the names in its first line where that is a header."""
     with place.open() as content:
-        # Rows need not be of one length: those of peaks have a place on the genome.
-        table = pd.read_csv(content, sep="\t", header=None, names=range(8), index_col=False, dtype=str, keep_default_na=False, na_values=[])
-    table = table.dropna(axis=1, how="all")
-    var = pd.DataFrame({"gene_id": table[0].to_numpy()}, index=pd.Index(table[min(1, table.shape[1] - 1)].to_numpy()))
-    return var.assign(feature_types=table[2].to_numpy()) if 2 in table else var
+        first = content.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
+    separator = "," if "," in first and "\t" not in first else "\t"
+    fields = [field.strip('" ') for field in first.split(separator)]
+    is_header = any(_word(field) in HEADER for field in fields[:2]) and not any(map(IDS.search, fields))
+    return separator, fields if is_header else []
 
 
-def _barcodes(place: Place) -> pd.Index:
-    """Return all barcodes."""
+def _word(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text.lower())
+
+
+def _features(place: Place, names: Place | None = None) -> pd.DataFrame:
+    """Return var: ids, names and, since Cell Ranger 3, types; a file of one column holds names, and a header tells the columns.
+
+    Parameters
+    ----------
+    names
+        A list of names beside that of ids.
+    """
+    separator, header = _form(place)
+    # Rows need not be of one length: those of peaks have a place on the genome.
+    (table,) = _read(place, sep=separator, names=range(max(8, len(header))), skiprows=int(bool(header)), index_col=False)
+    table = table.fillna("")
+    table = table.loc[:, (table != "").any()]
+    words = dict(enumerate(map(_word, header)))
+    of_role = {role: next((column for column in table if words.get(column) in known), None) for role, known in COLUMNS.items()}
+    if not header:
+        of_role = {role: place if place in table else None for place, role in enumerate(COLUMNS)}
+        if of_role["name"] is not None and not _are_ids(table[0]) and _are_ids(table[1]):
+            of_role |= {"id": 1, "name": 0}
+    elif of_role["id"] is None and 0 in table and _are_ids(table[0]):
+        of_role["id"] = 0  # names of rows, as R and pandas write them
+    found = {role: table[column].to_numpy(object) for role, column in of_role.items() if column is not None}
+    if names is not None:
+        found["name"] = _first_column(names)
+    ids = found.get("id", found.get("name"))
+    named = found.get("name", ids)
+    if named is None or len(named) != len(table):
+        raise InputError(
+            f"{names or place} names {0 if named is None else len(named):,} genes, and {len(table):,} are listed. Make it again."
+        )
+    var = pd.DataFrame({"gene_id": ids}, index=pd.Index(np.where(named == "", ids, named)))
+    return var.assign(feature_types=found["type"]) if "type" in found else var
+
+
+def _are_ids(values: pd.Series) -> bool:
+    return bool(values.str.contains(IDS).mean() > 0.5)
+
+
+def _first_column(place: Place) -> np.ndarray:
+    """Return a list that is a file's first column."""
+    return np.concatenate(list(_pieces(place)) or [np.empty(0, object)])
+
+
+def _pieces(place: Place) -> Iterator[np.ndarray]:
+    """Yield the first column of a file, some barcodes at a time."""
+    separator, header = _form(place)
+    for piece in _read(place, sep=separator, usecols=[0], skiprows=int(bool(header)), chunksize=BARCODES):
+        yield piece[0].fillna("").to_numpy(object)
+
+
+def _read(place: Place, chunksize: int | None = None, **form: Any) -> Iterator[pd.DataFrame]:
+    """Yield a list of genes or barcodes as texts, whole or in pieces."""
     with place.open() as content:
-        return pd.Index(pd.read_csv(content, sep="\t", header=None, usecols=[0], dtype=str)[0].to_numpy())
+        try:
+            found = pd.read_csv(content, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=chunksize, **form)
+            yield from found if chunksize else (found,)
+        except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+            raise InputError(f"{place} cannot be read as a list: {error}. Columns are separated by tabs, in a .csv by commas.") from error
 
 
 def _found(place: Place, cells: pd.Index) -> tuple[np.ndarray, int]:
     """Return the number of each cell among the barcodes, -1 where it is none of them, and how many barcodes there are."""
     numbers, n_barcodes = np.full(len(cells), -1), 0
-    with place.open() as content:
-        for barcodes in pd.read_csv(content, sep="\t", header=None, usecols=[0], dtype=str, chunksize=BARCODES):
-            among = cells.get_indexer(barcodes[0])
-            numbers[among[among >= 0]] = n_barcodes + np.flatnonzero(among >= 0)
-            n_barcodes += len(barcodes)
+    for barcodes in _pieces(place):
+        among = cells.get_indexer(barcodes)
+        numbers[among[among >= 0]] = n_barcodes + np.flatnonzero(among >= 0)
+        n_barcodes += len(barcodes)
     return numbers, n_barcodes
 
 
