@@ -260,7 +260,7 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
     evidence = Evidence(roles, cells, ad.read_h5ad(harmonized)[cells.obs_names].copy(), vectors.table)
     checks = passed(evidence, str(pairs.parent))
     matched = matched_across_batches(cells.obs, np.asarray(cells.obsm["control_index"]))
-    caveats = caveats_of(matched)
+    caveats = caveats_of(cells.obs, matched)
     for caveat in caveats:
         logger.warning("%s", caveat)
     write_json(
