@@ -14,6 +14,7 @@ import pytest
 from conftest import REPOSITORY, merged
 
 from perturbflow.evaluation import METRICS
+from perturbflow.registry.families import REFERENCES
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,7 @@ def test_default_job_ends_well_and_leaves_every_file(default_job: tuple) -> None
     folder, outcome = default_job
     assert outcome.returncode == 0, outcome.text
     table = pd.read_csv(folder / "results/benchmark.tsv", sep="\t")
-    models = set(merged({})["select"]["models"])
+    models = {*merged({})["select"]["models"], *REFERENCES}
     assert set(table["model"]) == models
     assert set(table["metric"]) == set(METRICS)
     of_split = table.groupby("split")["model"].agg(set)
