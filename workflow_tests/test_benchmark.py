@@ -551,6 +551,21 @@ def test_all_tables_are_written_with_their_keys(tmp_path: Path) -> None:
     assert first == {name: arguments[name].read_bytes() for name in TABLES}
 
 
+def test_caveats_of_the_audit_and_warnings_of_harmonization_stand_with_verdicts(tmp_path: Path) -> None:
+    models = {**FLOOR, **CEILING, "learned": around(0.5)}
+    arguments = write(tmp_path, **{name: scores({name: losses}) for name, losses in models.items()})
+    audit, harmonization = tmp_path / "d" / "s" / "audit.json", tmp_path / "d" / "harmonization.json"
+    audit.parent.mkdir(parents=True)
+    audit.write_text('{"caveats": ["Lanes differ."]}')
+    harmonization.write_text('{"warnings": ["gene names begin with x."]}')
+    benchmark(**{**arguments, "audits": [audit], "harmonizations": [harmonization]})
+    caveats = pd.read_csv(arguments["verdicts"], sep="\t").set_index("model")["caveats"]
+    assert caveats["no_change"] == "Lanes differ. Gene names begin with x."
+    assert caveats["learned"].endswith(
+        "one seed: how much another training would differ is not in its intervals. Lanes differ. Gene names begin with x."
+    )
+
+
 def test_genes_and_models_that_look_like_missing_values_are_kept(tmp_path: Path) -> None:
     labels = ["NA", "nan", "null", "TF1"]
     tables = {name: scores({name: [1.0, 2.0, 3.0, np.nan]}, labels=labels) for name in ("learned", "NA")}

@@ -130,7 +130,8 @@ class _Comparison:
         chosen = np.arange(n) if n <= MAX_CELLS_OF_DISTANCE else np.sort(self._rng.choice(n, MAX_CELLS_OF_DISTANCE, replace=False))
         cells = X[chosen].toarray()
         components = self._pca.transform(cells)
-        return components, components - cells[:, own] @ self._pca.components_[:, own].T, chosen
+        off_target = components - cells[:, own] @ self._pca.components_[:, own].T if own.any() else components
+        return components, off_target, chosen
 
     def _differential(self, X: sparse.csr_matrix, profile: np.ndarray, pool: np.ndarray, is_tested: np.ndarray) -> np.ndarray:
         """Return what `Differential` holds of cells with this mean profile, tested against the controls of their pools, (3, genes)."""
