@@ -334,6 +334,11 @@ def per_split(pattern, **more):
     return collect(pattern, run=plan.divisions.itertuples(), **more)
 
 
+def per_dataset(pattern):
+    """Return the files of a pattern for all selected screens."""
+    return collect(pattern, dataset=plan.datasets)
+
+
 def trained_models():
     """Return the trained models of all selected runs, and what they say of their training."""
     return [

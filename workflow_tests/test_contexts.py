@@ -148,19 +148,55 @@ def test_the_cells_that_are_counted_are_those_that_the_matching_relaxed(batches:
     index, n_relaxed = match_controls(obs, CONTROLS_PER_CELL, 0)
     matched = matched_across_batches(obs, index)
     assert matched["cells"] == n_relaxed == sum(n for n_controls, n in batches if not n_controls)
-    assert bool(caveats_of(matched)) == (matched["share"] >= TOLD)
+    assert bool(caveats_of(obs, matched)) == (matched["share"] >= TOLD)
 
 
 def test_a_verdict_carries_its_caveats() -> None:
-    summary = pd.DataFrame([{"dataset": "d", "split": "s", "model": "m", "family": "f", "kind": "learned", "metric": "mse", "value": 1.0}])
+    summary = pd.DataFrame(
+        [
+            {
+                "dataset": "d",
+                "split": "s",
+                "model": "m",
+                "family": "f",
+                "kind": "learned",
+                "metric": "mse",
+                "value": 1.0,
+                "seed": 0,
+                "n_perturbations": 9,
+            }
+        ]
+    )
     comparisons = pd.DataFrame(
-        columns=["headline", "model", "metric", "verdict", "is_best_baseline", "baseline_family", "baseline_kind", "baseline"]
+        columns=[
+            "headline",
+            "model",
+            "metric",
+            "verdict",
+            "is_best_baseline",
+            "baseline_family",
+            "baseline_kind",
+            "baseline",
+            "n_perturbations",
+        ]
     )
     comparisons = comparisons.astype({"headline": bool, "is_best_baseline": bool})
     calibration = pd.DataFrame(columns=["verdict", "metric", "positive"])
-    (row,) = judge(summary, calibration, comparisons, ["Lanes differ."]).itertuples()
-    assert row.caveats == "Lanes differ."
-    assert judge(summary, calibration, comparisons)["caveats"].tolist() == [""]
+    (row,) = judge(summary, calibration, comparisons, 0.02, ["Lanes differ."]).itertuples()
+    assert row.caveats.endswith(" Lanes differ.")
+    baseline = summary.assign(kind="baseline")
+    assert judge(baseline, calibration, comparisons, 0.02)["caveats"].tolist() == [""]
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"), [(["b1", "b1"], "one batch (b1)"), (["unknown", "unknown"], "as no batch is declared"), (["b1", "b2"], "")]
+)
+def test_scored_cells_of_one_batch_are_a_caveat(batches: list[str], said: str) -> None:
+    rows = [*[("A", "test", batch) for batch in batches], ("control", "test", "b3"), ("B", "train", "b4")]
+    obs = pd.DataFrame(rows, columns=["perturbation", "role", "batch"]).assign(cell_type="t")
+    obs["is_control"] = obs["perturbation"] == "control"
+    nothing = {"share": 0.0, "cells": 0, "batches": {}}
+    assert [said in caveat for caveat in caveats_of(obs, nothing)] == [True] * bool(said)
 
 
 # --- questions that nobody can answer -------------------------------------------------------------------------------

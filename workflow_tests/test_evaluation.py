@@ -36,12 +36,15 @@ def random_scored(seed: int = 0, **changes: object) -> Scored:
         "predicted_test": tests[0],
         "measured_test": tests[1],
         "n_cells": np.arange(P) + 2,
+        "n_predicted": np.arange(P) + 3,
         "reliability": np.ones(P),
         "effect_size": np.ones(P),
         "highly_expressed": np.arange(N_GENES) % 2 == 0,
         "own_target": np.eye(P, N_GENES, dtype=bool) | (np.arange(N_GENES) == 4),  # L0 and gene 0, ..., and gene 4 for all
         "predicted_components": [rng.normal(size=(6 + i, 4)) for i in range(P)],
         "measured_components": [rng.normal(1.0, size=(9 - i, 4)) for i in range(P)],
+        "predicted_off_target_components": [rng.normal(size=(6 + i, 4)) for i in range(P)],
+        "measured_off_target_components": [rng.normal(1.0, size=(9 - i, 4)) for i in range(P)],
         **changes,
     }
     values.setdefault("predicted_start", [np.arange(len(cells)) for cells in values["predicted_components"]])
@@ -66,15 +69,55 @@ def test_off_target_scores_leave_out_the_perturbed_genes_alone() -> None:
     scored = random_scored()
     moved = scored.predicted + 100.0 * scored.own_target
     spoilt = random_scored(predicted=moved)
-    for name in ("l2_heg1000_off_target", "pearson_delta_ctrl_off_target"):
-        assert np.allclose(score(name, spoilt), score(name, scored))
-        assert not np.allclose(score(name.removesuffix("_off_target"), spoilt), score(name.removesuffix("_off_target"), scored))
+    names = [name for name, metric in METRICS.items() if name.endswith("_off_target") and metric.needs == "pseudobulk"]
+    assert len(names) == 5
+    for name in names:
+        assert np.allclose(score(name, spoilt), score(name, scored)), name
+        assert not np.allclose(score(name.removesuffix("_off_target"), spoilt), score(name.removesuffix("_off_target"), scored)), name
     for i in range(P):
         genes = [g for g in range(0, N_GENES, 2) if not scored.own_target[i, g]]
         predicted, measured, control = (getattr(scored, side)[i, genes] for side in ("predicted", "measured", "control"))
         assert score("l2_heg1000_off_target", scored)[i] == pytest.approx(np.sqrt(((predicted - measured) ** 2).sum()))
         r = np.corrcoef(predicted - control, measured - control)[0, 1]
         assert score("pearson_delta_ctrl_off_target", scored)[i] == pytest.approx(r)
+        others = ~scored.own_target[i]
+        predicted, measured, reference, weight = (
+            getattr(scored, side)[i, others] for side in ("predicted", "measured", "reference", "weight")
+        )
+        r = np.corrcoef(predicted - reference, measured - reference)[0, 1]
+        assert score("pearson_delta_pert_off_target", scored)[i] == pytest.approx(r)
+        w, delta = weight / weight.sum(), measured - reference
+        r2 = 1 - (w @ (predicted - measured) ** 2) / (w @ (delta - w @ delta) ** 2)
+        assert score("r2_w_delta_off_target", scored)[i] == pytest.approx(r2)
+        own = scored.own_target[i]
+        assert score("mae_on_target", scored)[i] == pytest.approx(np.abs(scored.predicted - scored.measured)[i, own].mean())
+    panel = ~scored.own_target.any(axis=0)
+    sides = {side: getattr(scored, side)[:, panel] for side in ("predicted", "measured", "control", "own_target")}
+    assert np.allclose(score("rank_cosine_off_target", scored), score("rank_cosine", random_scored(**sides)))
+
+
+def test_a_perturbation_whose_genes_are_not_measured_has_no_error_on_target() -> None:
+    own = random_scored().own_target.copy()
+    own[1] = False
+    assert np.isnan(score("mae_on_target", random_scored(own_target=own))).tolist() == [False, True, False, False, False]
+
+
+def test_no_headline_metric_sees_a_perturbed_gene(prepared: dict[str, Prepared]) -> None:
+    """A prediction that differs in perturbed genes alone has the same headline scores; on target it has others."""
+    cells = Pairs.read(prepared["unseen_combination"].pairs)
+    index = {gene: i for i, gene in enumerate(cells.genes)}
+
+    def stilled(label: str, X: np.ndarray) -> np.ndarray:
+        X = X * 1.1
+        X[:, [index[gene] for gene in members_of(label) if gene in index]] = 0.0
+        return X
+
+    plain, own = score_inputs(predictions_from(cells, lambda _, X: X * 1.1), cells), score_inputs(predictions_from(cells, stilled), cells)
+    for name, metric in METRICS.items():
+        same = np.allclose(metric.function(own), metric.function(plain), rtol=1e-4, atol=2e-3, equal_nan=True)
+        assert same or not metric.headline, name
+    for name in ("mae_on_target", "l2_heg1000", "pearson_delta_ctrl", "energy_distance"):
+        assert not np.allclose(score(name, own), score(name, plain), rtol=1e-3), name
 
 
 def test_l2_over_highly_expressed_genes_is_no_mean() -> None:

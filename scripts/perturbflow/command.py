@@ -21,7 +21,7 @@ from perturbflow.listing import KINDS, listed
 if TYPE_CHECKING:
     import pandas as pd
 
-REFERENCES = ("no_change", "technical_duplicate")  # what a score is read between
+REFERENCES = ("no_change", "technical_duplicate", "perfect_mean")  # what a score is read between
 EXTRAS = {"torch": "models", "pytorch_lightning": "models"}
 Folder = click.Path(path_type=Path)
 
@@ -91,7 +91,7 @@ def score(file: Path, against: Path, output: Path | None) -> None:
 
     FILE is an h5ad with X (log1p-normalized, the genes of pairs.h5ad in their order), obs.perturbation and obs.control_index, or in place of the
     latter obs.batch and obs.cell_type. Prints the mean of every metric over perturbations; beside it, where the workflow has scored them,
-    the floor (no_change) and the ceiling (technical_duplicate) on the same perturbations.
+    the floor (no_change), the ceiling (technical_duplicate) and the ceiling without its own noise (perfect_mean) on the same perturbations.
     """
     (pairs,) = _require(against, ("pairs.h5ad",))
     logger.info("%s is read and scored", file)

@@ -55,7 +55,7 @@ def predict(
         A trained model.
     predictions
         AnnData to be written: X log1p-normalized like pairs.h5ad; obs perturbation, cell_type, batch, control_index (row of
-        pairs.h5ad of the control that the cell started from); uns["perturbflow"] starts_from_controls and role. The mean of a perturbation's
+        pairs.h5ad of the control that the cell started from); uns["perturbflow"] starts_from_controls, role and noise_removed. The mean of a perturbation's
         cells is that of all controls of their batches and cell types plus the predicted effect.
     role
         test, or validation for choosing hyper-parameters.
@@ -100,7 +100,8 @@ def predict(
         obs.index = [f"predicted_{i}" for i in range(len(obs))]
         for column in ("perturbation", "cell_type", "batch"):
             obs[column] = pd.Categorical(obs[column])
-        uns = {"perturbflow": {"starts_from_controls": not isinstance(family, Ceiling), "role": role}}
+        noise_removed = isinstance(family, Ceiling) and family.noise_removed
+        uns = {"perturbflow": {"starts_from_controls": not isinstance(family, Ceiling), "role": role, "noise_removed": noise_removed}}
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         for place in ("obsm", "varm", "obsp", "varp", "layers"):
             ad.io.write_elem(file, place, {})

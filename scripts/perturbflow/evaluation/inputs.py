@@ -128,11 +128,14 @@ class _Comparison:
             self._pca = _fit_components(measured.training_sample)
         self._rng = np.random.default_rng(0)
 
-    def _components(self, X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-        """Return the components of at most MAX_CELLS_OF_DISTANCE cells, and which cells these are."""
+    def _components(self, X: sparse.csr_matrix, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the components of at most MAX_CELLS_OF_DISTANCE cells, these without the own genes, and which cells these are."""
         n = X.shape[0]
         chosen = np.arange(n) if n <= MAX_CELLS_OF_DISTANCE else np.sort(self._rng.choice(n, MAX_CELLS_OF_DISTANCE, replace=False))
-        return self._pca.transform(X[chosen].toarray()), chosen
+        cells = X[chosen].toarray()
+        components = self._pca.transform(cells)
+        off_target = components - cells[:, own] @ self._pca.components_[:, own].T if own.any() else components
+        return components, off_target, chosen
 
     def _differential(self, X: sparse.csr_matrix, profile: np.ndarray, pool: np.ndarray, is_tested: np.ndarray) -> np.ndarray:
         """Return what `Differential` holds of cells with this mean profile, tested against the controls of their pools, (3, genes)."""
@@ -183,21 +186,24 @@ class _Comparison:
             if (np.abs(mean - control) <= _resolution(X) + NO_EFFECT).all():
                 mean, profile = control, control_profile
         if "cells" in self._needs:
-            found |= self._of_cells(label, X, Y)
+            found |= self._of_cells(label, X, Y, own_target)
         return found | {
             "predicted": mean,
             "predicted_variance": variance,
             "predicted_bulk": bulk(profile),
             "predicted_bulk_variance": spread.of_bulk(profile),
+            "n_predicted": X.shape[0],
         }
 
-    def _of_cells(self, label: str, X: sparse.csr_matrix, Y: sparse.csr_matrix) -> dict:
-        """Return what `Scored` holds of the distribution of predicted cells X and of measured cells Y."""
-        measured, _ = self._components(Y)
-        predicted, chosen = self._components(X)
+    def _of_cells(self, label: str, X: sparse.csr_matrix, Y: sparse.csr_matrix, own: np.ndarray) -> dict:
+        """Return what `Scored` holds of the distribution of predicted cells X and of measured cells Y, given the mask of the own genes."""
+        measured, measured_off_target, _ = self._components(Y, own)
+        predicted, predicted_off_target, chosen = self._components(X, own)
         return {
             "measured_components": measured,
+            "measured_off_target_components": measured_off_target,
             "predicted_components": predicted,
+            "predicted_off_target_components": predicted_off_target,
             "predicted_start": self.predicted.start(label)[chosen],
             "coverage": SortedCells(X, [np.arange(X.shape[0])]).coverage(Y),
         }

@@ -118,6 +118,8 @@ class Model(ABC):
 class Ceiling(Model):
     """What may see measured test cells, and predicts with some of them; a model never does."""
 
+    noise_removed: ClassVar[bool] = False  # its scores are to be told without the noise of its cells
+
     @abstractmethod
     def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
         """Return the row of pairs.h5ad of every cell that `predict` returns."""

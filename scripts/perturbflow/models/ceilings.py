@@ -48,6 +48,16 @@ class TechnicalDuplicate(Ceiling):
         return np.random.default_rng(seed).permutation(np.flatnonzero(self.artefact["labels"] == perturbation))[:n]
 
 
+class PerfectMean(TechnicalDuplicate):
+    """What a perfect predictor of the mean would reach against half 'b': the score of half 'a' without the noise of half 'a'.
+
+    The cells are those of the technical duplicate. Its noise is taken off when they are scored, for each metric that has a formula for it; by the
+    others it scores as the technical duplicate does.
+    """
+
+    noise_removed = True
+
+
 class InterpolatedDuplicate(TechnicalDuplicate):
     """The duplicate where it differs from controls beyond doubt, the mean training effect where it does not.
 

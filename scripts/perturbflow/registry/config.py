@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perturbflow.errors import InputError
 from perturbflow.origins import labels_file, own_files, problem_of, problem_of_folder, resolved
-from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.families import FAMILIES, REFERENCES
 from perturbflow.registry.schemas import Places, check_schema, holding_file, schema_of, suggestion, with_defaults, with_texts, with_values
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
@@ -178,6 +178,19 @@ def _expand_folds(splits: dict, files: Places) -> tuple[dict, dict[str, list[str
     return expanded, folds
 
 
+def _with_references(models: dict, files: Places) -> dict:
+    """Return the models with a block for each family that runs always and has none."""
+    families = {block["family"] for block in models.values()}
+    missing = [family for family in REFERENCES if family not in families]
+    for name in missing:
+        if name in models:
+            raise InputError(
+                f"{holding_file(files, ['models', name])}models.{name}: floors and ceilings always run, and this is the name of one; "
+                f"leave it the family {name}, and give a model of family {models[name]['family']} another name."
+            )
+    return models | {family: {"family": family, "params": {}} for family in missing}
+
+
 def complete(config: dict, files: Places = (), files_are_there: bool = True) -> dict:
     """Return the configuration checked and completed with defaults.
 
@@ -218,6 +231,7 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
     }
     config["splits"], folds = _expand_folds(config["splits"], files)
     config["select"]["splits"] = list(dict.fromkeys(fold for name in config["select"]["splits"] for fold in folds.get(name, [name])))
+    config["models"] = _with_references(config["models"], files)
     params = schema_of("models")["$defs"]
     for name, block in config["models"].items():
         schema = params[block["family"]]

@@ -55,6 +55,7 @@ FAMILIES = {
     "shuffled_labels": Family("ablations:ShuffledLabels", "ablation"),
     "batch_only": Family("ablations:BatchOnly", "ablation"),
     "technical_duplicate": Family("ceilings:TechnicalDuplicate", "ceiling"),
+    "perfect_mean": Family("ceilings:PerfectMean", "ceiling"),
     "interpolated_duplicate": Family("ceilings:InterpolatedDuplicate", "ceiling"),
     "diffusion": Family(
         "diffusion:Diffusion", "learned", "train_diffusion", answers_counterfactuals=True,
@@ -82,3 +83,6 @@ FAMILIES = {
         },
     ),
 }  # fmt: skip
+
+# Floors and ceilings: they are properties of data and metric, so they run with every selection, listed or not.
+REFERENCES = ("no_change", "perturbed_mean", "technical_duplicate", "interpolated_duplicate", "perfect_mean")

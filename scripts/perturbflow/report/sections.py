@@ -20,7 +20,7 @@ from perturbflow.report.cards import ModelCard, place_of, read_table
 from perturbflow.report.drawing import INK, STYLE, Drawings, interval, name_rows, new_axes, number, room_for
 from perturbflow.report.learning import Points, by_heart
 
-CORRELATION = METRICS["pearson_delta_ctrl"].name
+CORRELATION = METRICS["pearson_delta_ctrl_off_target"].name
 
 # What the page holds of these sections, besides their bytes of figures.
 COUNTERFACTUAL_TABLES = 60
@@ -77,7 +77,11 @@ def perturbation_table(scores: pd.DataFrame, models: list[str], n_rows: int) -> 
     table = pd.concat(kept)
     return PerturbationTable(
         table.to_dict("records"),
-        [metric for metric in METRICS if metric in table and (METRICS[metric].headline or metric == CORRELATION)],
+        [
+            name
+            for name, metric in METRICS.items()
+            if name in table and (metric.headline or metric.family == "on_target" or name == CORRELATION)
+        ],
         n_all - len(table),
     )
 
