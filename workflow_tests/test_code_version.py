@@ -398,7 +398,10 @@ def test_the_whole_package_without_comments_and_layout_is_the_same(scripts: Path
 
 # --- what runs ------------------------------------------------------------------------------------------------------
 
-SAID = {"perturbflow.embeddings:_list_of", "perturbflow.counterfactuals.warranty:sentence"}  # in log lines alone
+SAID = {  # in log lines alone
+    "perturbflow.embeddings:_list_of", "perturbflow.counterfactuals.warranty:sentence", "perturbflow.counterfactuals.warranty:_capital",
+    "perturbflow.counterfactuals.agreement:sentence", "perturbflow.progress:left",
+}  # fmt: skip
 
 
 @contextmanager

@@ -208,8 +208,8 @@ def test_unassigned_cells_are_dropped_and_counted_never_controls(harmonized_from
 
 
 def test_the_users_own_words_for_unassigned(harmonized_from: Callable, tiny_screen: Callable) -> None:
-    result = harmonized_from(with_labels(tiny_screen(), ["doublet", "nan"]), perturbation={"drop": ["doublet"]})
-    assert cells(result, 2) == [None, "nan"]
+    result = harmonized_from(with_labels(tiny_screen(), ["rubbish", "LATER"]), perturbation={"drop": ["rubbish"]})
+    assert cells(result, 2) == [None, "LATER"]
     assert result.account["cells"]["dropped"]["unassigned"] == 1
 
 

@@ -355,6 +355,9 @@ def test_cells_without_a_perturbation_make_no_perturbation(tiny_screen: Callable
     assert result.account["cells"]["dropped"]["unassigned"] == 120
     assert not {"Unassigned", "doublet", "TF3+ambiguous"} & set(result.adata.obs["perturbation"])
     assert result.account["perturbations"]["kept"]["control"] == 80
+    renamed = {"Unassigned": "POOL1", "doublet": "POOL2", "ambiguous": "POOL3"}
+    kept = harmonized_from(screen, perturbation={"rename": renamed})
+    assert {"POOL1", "POOL2", "POOL3+TF3"} <= set(kept.adata.obs["perturbation"])
     kept = harmonized_from(screen, perturbation={"control": ["control", "Unassigned"], "drop": ["doublet", "ambiguous"]})
     assert kept.account["perturbations"]["kept"]["control"] == 120
 

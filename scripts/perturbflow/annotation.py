@@ -188,8 +188,9 @@ def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path:
     Raises
     ------
     InputError
-        If labels say that cells have no single known perturbation (unassigned, doublet), which would pass for perturbations. If the separator is wrong: as A|B that is not split, a held-out gene would train within a combination. Where it is null, or a pattern finds
-        the members, that was chosen, and it is told only.
+        If labels say that cells have no single known perturbation (unassigned, doublet): they would pass for perturbations. And if the separator is
+        wrong: as A|B that is not split, a held-out gene would train within a combination. Where it is null, or a pattern finds the members, that was
+        chosen, and it is told only.
     """
     declared = dataset["perturbation"]
     is_drug, n_cells = dataset["perturbation_type"] == "drug", cells_of_labels(obs, dataset, path)
@@ -199,7 +200,8 @@ def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path:
         return names_in(label, declared)
 
     controls = Controls.of(declared)
-    assigned = {label: n for label, n in n_cells.items() if not set(declared["drop"]) & set(members(label))}
+    meant = {*declared["drop"], *declared.get("rename", {})}
+    assigned = {label: n for label, n in n_cells.items() if label not in meant and not set(declared["drop"]) & set(members(label))}
     if words := unassigned_labels(assigned, controls, members, names):
         raise InputError(f"{path}: {message(words, declared['drop'])}")
     combined = unsplit(n_cells, declared, members, names, is_human=dataset["organism"] == "human" and not is_drug)

@@ -5,7 +5,6 @@ Each verb calls one function of the package, imported when it is needed, so that
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from perturbflow import __version__  # cli first: it limits threads
-from perturbflow.cli import limit_threads
+from perturbflow.cli import THREADS
 from perturbflow.errors import InputError
 from perturbflow.files import write_json
 from perturbflow.listing import KINDS, listed
@@ -49,7 +48,6 @@ def perturbflow() -> None:
 
     Results of the workflow are looked for where it writes them: results/DATASET/SPLIT. The workflow itself is run with snakemake.
     """
-    limit_threads()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
 
 
@@ -189,7 +187,7 @@ def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any)
     What would become of cells if these genes were perturbed in them? The first question about a model also checks the model and
     writes its warranty beside it. What each option means: config/README.md, counterfactuals.yaml.
     """
-    logger.info("%s is asked, with OMP_NUM_THREADS %s", run, os.environ["OMP_NUM_THREADS"])
+    logger.info("%s is asked, with OMP_NUM_THREADS %s", run, THREADS)
     from perturbflow.counterfactuals import asking
 
     asking.ask(run, list(perturbations), output, **options)

@@ -266,8 +266,8 @@ def counterfactual(
         of its outcomes; obsm samples (cells, samples, genes), if asked for; obs perturbation, cell (name of the start cell), cell_type, batch, known,
         response (how far the cell goes the way of the mean effect); uns["perturbflow"] with the warranty.
     effects
-        Table to be written, one row per perturbation × group of cells × gene: verdict (of the warranty, on such perturbations, in words), effect (mean over cells, log1p-normalized), low and high (90 %
-        conformal interval of what a screen would measure; empty without held-out perturbations), cells_low and cells_high (5 and 95 % quantile of
+        Table to be written, one row per perturbation × group of cells × gene: verdict (of the warranty, in words), effect (mean over cells,
+        log1p-normalized), low and high (90 % conformal interval of what a screen would measure; empty without held-out perturbations), cells_low and cells_high (5 and 95 % quantile of
         the cells' effects), probability_of_sign (share of outcomes on the effect's side of the start cell), rank (by size), is_perturbed_gene, known, in_other_contexts
         (training measured it in none of the contexts of these cells: low and high are empty unless the warranty was checked on such perturbations).
         Of more than 20 perturbations, the 50 strongest genes of each.
