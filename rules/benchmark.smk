@@ -5,10 +5,8 @@ rule benchmark:
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv"
         ),
         audits=per_split("results/{run.dataset}/{run.split}/audit.json"),
-        qualities=collect(
-            "results/{dataset}/quality.tsv",
-            dataset=plan.datasets,
-        ),
+        qualities=per_dataset("results/{dataset}/quality.tsv"),
+        harmonizations=per_dataset("results/{dataset}/harmonization.json"),
         again=again("benchmark"),
     output:
         benchmark=report(
@@ -53,6 +51,7 @@ rule benchmark:
         runtime="1h",
     params:
         families=plan.families,
+        least_difference=plan.config["verdicts"]["least_difference"],
         code_version=code("perturbflow.benchmark:benchmark"),
         made_of=made_of("benchmark"),
     script:

@@ -24,6 +24,7 @@ from perturbflow.files import require_writable
 from perturbflow.origins import labels_file, own_files
 from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
+from perturbflow.registry.schemas import CommandLine
 from perturbflow.registry.shipped import above_shipped, shipped_files
 
 # A plan of 15,000 jobs is searched for garbage that it does not hold.
@@ -42,6 +43,8 @@ def looked_up(function):
 _files = [*shipped_files(), *map(Path, workflow.overwrite_configfiles)]
 # As a module of another workflow: its rules may make the files that its configuration names.
 _is_module = Path(workflow.basedir).resolve() != _root.resolve()
+if not _is_module:
+    _files.append(CommandLine(workflow.config_settings.config or {}))
 
 try:
     plan = Plan(above_shipped(config), _files, files_are_there=not _is_module)
@@ -329,6 +332,11 @@ def per_run(pattern, **more):
 def per_split(pattern, **more):
     """Return the files of a pattern for all selected divisions of screens."""
     return collect(pattern, run=plan.divisions.itertuples(), **more)
+
+
+def per_dataset(pattern):
+    """Return the files of a pattern for all selected screens."""
+    return collect(pattern, dataset=plan.datasets)
 
 
 def trained_models():

@@ -34,6 +34,7 @@ rule warranty:
         implementation=implementation,
         params=model_params,
         seed=seed,
+        scored=plan.config["predict"]["role"],
         code_version=code("perturbflow.counterfactuals.warranty:warranty", family),
         made_of=made_of("warranty"),
     script:
@@ -82,6 +83,7 @@ rule counterfactual:
         params=model_params,
         query=query_block,
         seed=seed,
+        scored=plan.config["predict"]["role"],
         code_version=code("perturbflow.counterfactuals.answers:counterfactual", family),
         made_of=made_of("counterfactual"),
     script:

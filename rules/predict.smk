@@ -22,6 +22,7 @@ rule predict:
         implementation=implementation,
         params=model_params,
         seed=seed,
+        role=plan.config["predict"]["role"],
         max_cells=plan.config["predict"]["max_cells"],
         code_version=code("perturbflow.prediction:predict", family),
         made_of=made_of("predict"),

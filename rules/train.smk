@@ -38,6 +38,7 @@ rule train_closed_form:
         implementation=implementation,
         params=model_params,
         seed=seed,
+        scored=plan.config["predict"]["role"],
         code_version=code("perturbflow.training:train", family),
         made_of=made_of("train_closed_form"),
     script:
@@ -85,6 +86,7 @@ rule train_diffusion:
         implementation=implementation,
         params=model_params,
         seed=seed,
+        scored=plan.config["predict"]["role"],
         device=plan.config["device"],
         code_version=code("perturbflow.training:train", family),
         made_of=made_of("train_diffusion"),

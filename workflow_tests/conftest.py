@@ -26,6 +26,7 @@ from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.embeddings import Embeddings
 from perturbflow.pairs import Pairs
+from perturbflow.registry.families import REFERENCES
 from perturbflow.registry.shipped import above_shipped as merged  # noqa: F401  the tests' word for it
 from perturbflow.symbols import members_of, without_dose
 
@@ -43,7 +44,7 @@ DOSED = [*[f"TF{i}@{dose}" for i in range(1, 5) for dose in (1, 3, 10, 30)], "TF
 HALF_DOSE = 5.0  # at which a compound has half of its effect
 BATCHES = ("b1", "b2")
 OFF = {"min_counts": None, "min_genes": None, "max_pct_mt": None, "min_cells_per_gene": None, "min_cells_per_perturbation": None}
-CLOSED_FORMS = ["no_change", "perturbed_mean", "additive", "linear", "technical_duplicate"]
+CLOSED_FORMS = ["additive", "linear", *REFERENCES]
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

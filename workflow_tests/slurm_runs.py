@@ -12,11 +12,15 @@ import yaml
 from conftest import REPOSITORY, Outcome, closed_forms_config, write_screen
 from slurm import Cluster, Job, wait_for
 
+from perturbflow.registry.families import REFERENCES
+
 PROFILE = REPOSITORY / "config" / "profiles" / "slurm"
 # What this cluster needs besides: it has no accounting database, and here it is waited for.
 ON_THIS_CLUSTER = {"slurm-status-command": "squeue", "slurm-init-seconds-before-status-checks": 2}
 
-FINISHED_BEFORE = 11  # harmonize, split, pair, embeddings, audit; training, prediction and scores of two closed forms
+CLOSED = ["additive", "linear"]
+N_CLOSED = len(CLOSED) + len(REFERENCES)
+FINISHED_BEFORE = 5 + 3 * N_CLOSED  # harmonize, split, pair, embeddings, audit; training, prediction and scores of closed forms
 LEARNED = "results/mine/unseen_combination/scppdm/seed_0"
 TARGET = "evaluated"
 
@@ -64,17 +68,17 @@ class Interruption:
 
 
 def interrupt(folder: Path, cluster: Cluster) -> Interruption:
-    """Press Ctrl-C when all is done but a training, and run again: eleven jobs, with the profile as it is."""
+    """Press Ctrl-C when all is done but a training, and run again: sixteen jobs, with the profile as it is."""
     write_screen(folder)
     config = closed_forms_config(models={"scppdm": {"params": {"n_steps": 600, "width": 16, "n_sampling_steps": 4}}})
-    config["select"]["models"] = ["additive", "linear", "scppdm"]
+    config["select"]["models"] = [*CLOSED, "scppdm"]
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
 
     first = Running(folder, cluster, TARGET)
     wait_for(lambda: first.process.poll() is not None or [*folder.rglob("last.ckpt")], "a checkpoint", 600)
     if training := cluster.running_job("train_diffusion"):
         cluster.freeze(training)  # until the others are done; it does not depend on this machine then who is first
-        wait_for(lambda: first.text.count("Finished jobid") == FINISHED_BEFORE, "the end of the closed forms", 200)
+        wait_for(lambda: first.text.count("Finished jobid") == FINISHED_BEFORE, "the end of the closed forms", 400)
     first.process.send_signal(signal.SIGINT)
     interrupted = first.outcome()
     wait_for(lambda: not cluster.queue(), "the end of every job")

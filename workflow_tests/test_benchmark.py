@@ -10,7 +10,7 @@ import pytest
 from perturbflow.benchmark import benchmark
 from perturbflow.benchmark.panel import Panel, panels
 from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
-from perturbflow.benchmark.verdicts import judge, outcome
+from perturbflow.benchmark.verdicts import RANK, judge, outcome
 from perturbflow.bootstrap import MIN_PERTURBATIONS, estimate, resampled_means, share_interval
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Metric
@@ -19,7 +19,7 @@ from perturbflow.registry.families import FAMILIES, Family
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
 KINDS = {
     "no_change": "baseline", "perturbed_mean": "baseline", "additive": "baseline", "stacked": "baseline", "shuffled_labels": "ablation",
-    "technical_duplicate": "ceiling", "interpolated_duplicate": "ceiling", "learned": "learned", "rival": "learned",
+    "technical_duplicate": "ceiling", "interpolated_duplicate": "ceiling", "perfect_mean": "ceiling", "learned": "learned", "rival": "learned",
 }  # fmt: skip
 N = 20
 RNG = np.random.default_rng(0)
@@ -33,7 +33,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(FAMILIES, name, Family(f"none:{name}", kind))
     real = dict(METRICS)
     METRICS.clear()
-    made = [("loss", "error", "lower", 0.0, True), ("score", "effect", "higher", 1.0, True), ("rank_cosine", "ranking", "lower", 0.0, True),
+    made = [("loss", "error", "lower", 0.0, True), ("score", "effect", "higher", 1.0, True), (RANK, "ranking", "lower", 0.0, True),
             ("width", "distribution", "target", 1.0, False)]  # fmt: skip
     for name, family, direction, perfect, headline in made:
         metric = Metric(name=name, function=lambda _: None, family=family, formula="", source="", direction=direction, unit="",
@@ -66,13 +66,24 @@ def panel(*tables: pd.DataFrame) -> Panel:
 
 
 FAMILY_OF = {name: name for name in KINDS}
+LEAST = 0.02
 
 
-def verdicts(*tables: pd.DataFrame) -> pd.DataFrame:
+def compared(*tables: pd.DataFrame, least_difference: float = LEAST) -> pd.DataFrame:
+    """Return every model against every baseline and ablation of one dataset × split."""
+    return compare(panel(*tables), FAMILY_OF, least_difference)
+
+
+def verdicts(*tables: pd.DataFrame, least_difference: float = LEAST, caveats: tuple[str, ...] = ()) -> pd.DataFrame:
     """Return the verdicts of one dataset × split, by model."""
     here = panel(*tables)
-    table = judge(summarize(here, FAMILY_OF), calibrate(here, FAMILY_OF), compare(here, FAMILY_OF))
-    return table.set_index("model")
+    compared = compare(here, FAMILY_OF, least_difference)
+    return judge(summarize(here, FAMILY_OF), calibrate(here, FAMILY_OF), compared, least_difference, caveats).set_index("model")
+
+
+def twice(losses: dict[str, object]) -> list[pd.DataFrame]:
+    """Return the same losses by two metrics: on one alone no model is ranked."""
+    return [scores(losses, metric) for metric in ("loss", "score")]
 
 
 def around(mean: float, spread: float = 0.05, seed: int = 1) -> np.ndarray:
@@ -80,7 +91,7 @@ def around(mean: float, spread: float = 0.05, seed: int = 1) -> np.ndarray:
     return mean * HARD + np.random.default_rng(seed).normal(0, spread, N)
 
 
-FLOOR, CEILING = {"no_change": around(1.0, seed=2)}, {"technical_duplicate": around(0.2, seed=3)}
+FLOOR, CEILING = {"no_change": around(1.0, seed=2)}, {"technical_duplicate": around(0.2, seed=3), "perfect_mean": around(0.2, seed=3)}
 
 
 # --- the bootstrap --------------------------------------------------------------------------------------------------
@@ -152,10 +163,19 @@ def test_shares_of_few_perturbations_have_wide_intervals_even_if_all_agree() -> 
 @pytest.mark.parametrize("metric", ["loss", "score", "width"])
 def test_the_scale_is_zero_at_the_baseline_one_at_the_ceiling_and_linear_between(metric: str) -> None:
     floor, ceiling = FLOOR["no_change"], np.abs(CEILING["technical_duplicate"])
-    models = {**FLOOR, "technical_duplicate": ceiling, "learned": 0.75 * floor + 0.25 * ceiling, "rival": 2 * floor - ceiling}
+    models = {
+        **FLOOR,
+        "perfect_mean": ceiling,
+        "technical_duplicate": 0.5 * (floor + ceiling),
+        "learned": 0.75 * floor + 0.25 * ceiling,
+        "rival": 2 * floor - ceiling,
+    }
     table = summarize(panel(scores(models, metric)), FAMILY_OF).set_index("model")
-    scaled = table["scaled_no_change_technical_duplicate"]
-    assert scaled.to_dict() == pytest.approx({"no_change": 0.0, "technical_duplicate": 1.0, "learned": 0.25, "rival": -1.0})
+    scaled = table["scaled_no_change_perfect_mean"]
+    assert scaled.to_dict() == pytest.approx(
+        {"no_change": 0.0, "perfect_mean": 1.0, "technical_duplicate": 0.5, "learned": 0.25, "rival": -1.0}
+    )
+    assert table.loc["learned", "scaled_no_change_technical_duplicate"] == pytest.approx(0.5), "a model may pass the duplicate's scale"
     assert table.loc["learned", ["scaled_ci_low", "scaled_ci_high"]].tolist() == pytest.approx([0.25, 0.25])
     assert table["scaled_perturbed_mean_technical_duplicate"].isna().all(), "no perturbed_mean among the runs"
     assert table["scaled_no_change_interpolated_duplicate"].isna().all()
@@ -163,7 +183,7 @@ def test_the_scale_is_zero_at_the_baseline_one_at_the_ceiling_and_linear_between
 
 def test_there_is_no_scale_where_the_ceiling_is_not_told_from_the_baseline() -> None:
     for ceiling in (around(1.0, 0.5, seed=5), around(1.3, seed=5), FLOOR["no_change"]):
-        table = summarize(panel(scores({**FLOOR, "technical_duplicate": ceiling, "learned": around(0.5)})), FAMILY_OF)
+        table = summarize(panel(scores({**FLOOR, "perfect_mean": ceiling, "learned": around(0.5)})), FAMILY_OF)
         assert table.filter(like="scaled").isna().all(axis=None)
 
 
@@ -173,7 +193,7 @@ def test_the_scale_rests_on_what_all_three_are_defined_for() -> None:
     learned[:3], floor[3:5] = np.nan, np.nan
     table = summarize(panel(scores({"no_change": floor, **CEILING, "learned": learned})), FAMILY_OF).set_index("model")
     assert table.loc["learned", "scaled_no_change_technical_duplicate"] == pytest.approx(0.5)
-    assert table["n_perturbations"].to_dict() == {"no_change": 18, "technical_duplicate": 20, "learned": 17}
+    assert table["n_perturbations"].to_dict() == {"no_change": 18, "technical_duplicate": 20, "perfect_mean": 20, "learned": 17}
 
 
 def test_one_row_per_run_and_metric_in_the_order_of_the_scores() -> None:
@@ -236,7 +256,7 @@ def test_every_pair_of_controls_among_the_runs_is_calibrated() -> None:
 def test_differences_are_paired_and_above_zero_where_the_model_is_better() -> None:
     models = {"no_change": around(1.0, 0.02, seed=2), "learned": around(0.9, 0.02)}
     for metric in ("loss", "score", "width"):
-        (row,) = compare(panel(scores(models, metric)), FAMILY_OF).itertuples()
+        (row,) = compared(scores(models, metric)).itertuples()
         assert row.difference == pytest.approx((models["no_change"] - models["learned"]).mean())
         assert row.ci_low < row.difference < row.ci_high
         assert row.verdict == "better"
@@ -247,7 +267,7 @@ def test_differences_are_paired_and_above_zero_where_the_model_is_better() -> No
 
 def test_the_win_rate_counts_ties_half_and_missing_ones_not_at_all() -> None:
     learned = FLOOR["no_change"] + np.array([-1.0] * 9 + [0.0] * 4 + [1.0] * 5 + [np.nan] * 2)
-    (row,) = compare(panel(scores({**FLOOR, "learned": learned})), FAMILY_OF).itertuples()
+    (row,) = compared(scores({**FLOOR, "learned": learned})).itertuples()
     assert row.win_rate == pytest.approx((9 + 2) / 18)
     assert row.n_perturbations == 18
 
@@ -255,8 +275,8 @@ def test_the_win_rate_counts_ties_half_and_missing_ones_not_at_all() -> None:
 def test_differences_under_missing_scores_are_those_of_the_common_perturbations() -> None:
     learned, floor = around(0.8), FLOOR["no_change"].copy()
     learned[:4], floor[3:6] = np.nan, np.nan
-    rows = compare(panel(scores({"no_change": floor, "learned": learned})), FAMILY_OF)
-    common = compare(panel(scores({"no_change": floor[6:], "learned": learned[6:]})), FAMILY_OF)
+    rows = compared(scores({"no_change": floor, "learned": learned}))
+    common = compared(scores({"no_change": floor[6:], "learned": learned[6:]}))
     columns = ["difference", "ci_low", "ci_high", "win_rate", "n_perturbations"]
     assert rows[columns].to_numpy() == pytest.approx(common[columns].to_numpy())
 
@@ -264,11 +284,10 @@ def test_differences_under_missing_scores_are_those_of_the_common_perturbations(
 def test_seeds_are_paired_and_widen_the_interval() -> None:
     shift = np.array([[-0.3], [0.0], [0.3]])
     floor = np.tile(FLOOR["no_change"], (3, 1))
-    rows = compare(panel(scores({"no_change": floor + shift, "learned": floor + shift - 0.1, "rival": floor - 0.1})), FAMILY_OF)
-    rows = rows.set_index("model")
+    rows = compared(scores({"no_change": floor + shift, "learned": floor + shift - 0.1, "rival": floor - 0.1})).set_index("model")
     assert rows.loc["learned", ["ci_low", "ci_high"]].tolist() == pytest.approx([0.1, 0.1]), "what a seed does to both cancels"
     assert rows.loc["rival", "difference"] == pytest.approx(0.1)
-    assert rows.loc["rival", "verdict"] == "level"
+    assert rows.loc["rival", "verdict"] == "undecided"
 
 
 def test_the_best_baseline_is_the_best_other_one_that_predicts_as_many_perturbations() -> None:
@@ -276,13 +295,51 @@ def test_the_best_baseline_is_the_best_other_one_that_predicts_as_many_perturbat
     partial[:5] = np.nan
     models = {**FLOOR, "additive": around(0.5), "perturbed_mean": partial, "shuffled_labels": around(0.3), "learned": around(0.4)}
     here = panel(scores(models))
-    rows = compare(here, FAMILY_OF)
+    rows = compare(here, FAMILY_OF, LEAST)
     best = rows[rows["is_best_baseline"]].set_index("model")["baseline"].to_dict()
     assert best == {"no_change": "additive", "additive": "no_change", "perturbed_mean": "additive", "shuffled_labels": "additive",
                     "learned": "additive"}  # fmt: skip
     summary = summarize(here, FAMILY_OF)
     assert summary.loc[summary["is_best_baseline"], "model"].tolist() == ["additive"]
     assert set(rows["baseline"]) == {"no_change", "additive", "perturbed_mean", "shuffled_labels"}, "baselines and ablations"
+
+
+WAY = {"no_change": HARD * 1.0, "perfect_mean": HARD * 0.0, "technical_duplicate": HARD * 0.1}  # from 1 to 0, on average
+
+
+def shifted(share: float, spread: float) -> np.ndarray:
+    """Return losses that lie a share of the way below those of no change, by ± spread of the way in turns."""
+    return WAY["no_change"] - HARD.mean() * (share + spread * np.where(np.arange(N) % 2, 1, -1))
+
+
+@pytest.mark.parametrize(
+    ("share", "spread", "word"),
+    [
+        (0.10, 0.01, "better"), (-0.10, 0.01, "worse"), (0.10, 0.5, "undecided"), (0.0, 0.5, "undecided"), (0.0, 0.01, "level"),
+        (0.01, 0.001, "level"), (0.02, 0.01, "undecided"), (-0.02, 0.01, "undecided"), (0.003, 0.0001, "level"),
+    ],
+)  # fmt: skip
+def test_a_difference_counts_from_a_share_of_the_way_on(share: float, spread: float, word: str) -> None:
+    (row,) = compared(scores({**WAY, "learned": shifted(share, spread)})).query("model == 'learned'").itertuples()
+    assert row.verdict == word
+    assert row.margin == pytest.approx(LEAST * HARD.mean())
+    assert row.share == pytest.approx(share)
+    assert (row.share_low, row.share_high) == pytest.approx((row.ci_low / HARD.mean(), row.ci_high / HARD.mean()))
+
+
+def test_the_least_difference_moves_verdicts_alone() -> None:
+    table = scores({**WAY, "learned": shifted(0.10, 0.01)})
+    words = {least: compared(table, least_difference=least).query("model == 'learned'") for least in (0.0, 0.02, 0.2)}
+    assert [rows["verdict"].item() for rows in words.values()] == ["better", "better", "level"]
+    assert len({rows["difference"].item() for rows in words.values()}) == 1
+
+
+def test_without_a_way_every_difference_counts_and_none_is_level() -> None:
+    for ceiling in ({}, {"perfect_mean": around(1.0, 0.5, seed=5)}):
+        table = compared(scores({**FLOOR, **ceiling, "learned": FLOOR["no_change"] - 1e-3, "rival": around(1.0)})).set_index("model")
+        assert table["verdict"].to_dict().items() >= {"learned": "better", "rival": "undecided"}.items()
+        assert (table["margin"] == 0).all()
+        assert table["share"].isna().all()
 
 
 # --- strata ---------------------------------------------------------------------------------------------------------
@@ -321,11 +378,11 @@ def on_two(loss: float, score: float) -> Callable[[str], float]:
 @pytest.mark.parametrize(
     ("loss", "score", "word", "starts"),
     [
-        (0.5, 0.5, "better", "Better than no_change: wins error (+0."),
-        (0.5, 1.0, "better", "Better than no_change: wins error (+0."),
-        (1.0, 1.0, "level", "Level with no_change on error and effect"),
-        (0.5, 1.5, "trades", "Trades against no_change: wins error (+0."),
-        (1.5, 1.0, "worse", "Worse than no_change: loses error (-0."),
+        (0.5, 0.5, "better", "Better than no_change: wins error (+6"),
+        (0.5, 1.0, "better", "Better than no_change: wins error (+6"),
+        (1.0, 1.0, "cannot tell", "Cannot be told from no_change: undecided on error ("),
+        (0.5, 1.5, "trades", "Trades against no_change: wins error (+6"),
+        (1.5, 1.0, "worse", "Worse than no_change: loses error (-6"),
     ],
 )
 def test_verdict_words_of_planted_models(loss: float, score: float, word: str, starts: str) -> None:
@@ -339,22 +396,69 @@ def test_verdict_words_of_planted_models(loss: float, score: float, word: str, s
 
 def test_a_metric_that_cannot_tell_does_not_count_and_is_named() -> None:
     blind = scores({**FLOOR, "technical_duplicate": around(1.0, seed=6), "learned": around(2.0)}, "score")
-    row = verdicts(scores({**FLOOR, **CEILING, "learned": around(0.5)}), blind).loc["learned"]
-    assert (row["verdict"], row["wins"], row["cannot_tell"]) == ("better", "loss", "score")
+    models = {**FLOOR, **CEILING, "learned": around(0.3)}
+    row = verdicts(scores(models), blind, scores(models, RANK)).loc["learned"]
+    assert (row["verdict"], row["wins"], row["cannot_tell"], row["undecided"]) == ("better", f"loss,{RANK}", "score", "")
     assert row["sentence"].endswith("cannot tell here: effect.")
+
+
+def test_a_screen_with_fewer_than_two_metrics_that_tell_cannot_rank_models() -> None:
+    blind = scores({**FLOOR, "technical_duplicate": around(1.0, seed=6), "learned": around(2.0)}, "score")
+    row = verdicts(scores({**FLOOR, **CEILING, "learned": around(0.5)}), blind).loc["learned"]
+    assert (row["verdict"], row["n_telling"], row["wins"]) == ("cannot tell", 1, "loss")
+    assert row["sentence"].startswith(
+        "This screen cannot rank models: 1 of 2 headline metrics can tell good from bad here. Better than no_change: wins error (+"
+    )
+
+
+def test_level_is_shown_by_all_metrics_and_undecided_ones_leave_it_open() -> None:
+    level, open_ = {**WAY, "learned": shifted(0.0, 0.01)}, {**WAY, "learned": shifted(0.0, 0.5)}
+    row = verdicts(scores(level), scores(level, "score")).loc["learned"]
+    assert (row["verdict"], row["level"]) == ("level", "loss,score")
+    assert row["sentence"].startswith("Level with no_change: level within 2 % on error (0 % of the way from no change to the ceiling, -0.")
+    row = verdicts(scores(level), scores(open_, "score")).loc["learned"]
+    assert (row["verdict"], row["level"], row["undecided"]) == ("cannot tell", "loss", "score")
+    assert row["sentence"].startswith("Cannot be told from no_change: level within 2 % on error (")
+
+
+def test_the_size_stands_beside_every_verdict() -> None:
+    row = verdicts(*twice({**WAY, "learned": shifted(0.12, 0.1)})).loc["learned"]
+    assert row["sentence"] == (
+        "Better than no_change: wins error (+12 % of the way from no change to the ceiling, +7.0 to +17), effect (+12 %, +7.0 to +17)."
+    )
+
+
+def test_floors_and_ceilings_decide_whatever_else_is_listed() -> None:
+    """A further baseline that is worse changes nothing of what is said of the others."""
+    models = {**FLOOR, **CEILING, "perturbed_mean": around(0.9, seed=9), "learned": around(0.5)}
+    few, many = (verdicts(*twice(some)) for some in (models, {**models, "additive": around(3.0, seed=10)}))
+    pd.testing.assert_frame_equal(few, many.loc[few.index])
+
+
+# --- caveats --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_verdict_rests_on_stands_beside_it() -> None:
+    n = MIN_PERTURBATIONS - 1
+    few = {name: losses[:n] for name, losses in {**FLOOR, **CEILING, "learned": around(0.5)}.items()}
+    table = verdicts(*twice(few), caveats=("One batch.",))
+    assert table.loc["no_change", "caveats"] == "It rests on 5 held-out perturbations: fewer than 6 tell nothing. One batch."
+    assert "It rests on one seed" in table.loc["learned", "caveats"]
+    enough = verdicts(*twice({name: np.tile(losses, (2, 1)) for name, losses in {**FLOOR, **CEILING, "learned": around(0.5)}.items()}))
+    assert (enough["caveats"] == "").all()
 
 
 def test_one_positive_control_that_beats_all_negative_ones_is_enough() -> None:
     noisy = {**FLOOR, "perturbed_mean": around(0.7), "technical_duplicate": around(0.7, seed=7), "learned": around(0.3)}
-    assert verdicts(scores(noisy)).loc["learned", "verdict"] == "cannot tell"
-    assert verdicts(scores({**noisy, "interpolated_duplicate": around(0.2, seed=8)})).loc["learned", "verdict"] == "better"
+    assert verdicts(*twice(noisy)).loc["learned", "verdict"] == "cannot tell"
+    assert verdicts(*twice({**noisy, "interpolated_duplicate": around(0.2, seed=8)})).loc["learned", "verdict"] == "better"
 
 
 def test_few_perturbations_and_no_baseline_cannot_be_judged() -> None:
     n = MIN_PERTURBATIONS - 1
     few = {"no_change": FLOOR["no_change"][:n], "learned": around(0.1)[:n]}
     row = verdicts(scores(few)).loc["learned"]
-    assert (row["verdict"], row["sentence"]) == ("cannot tell", "Cannot be judged: 5 perturbations are too few.")
+    assert (row["verdict"], row["sentence"]) == ("cannot tell", "This screen cannot rank models: 5 perturbations are too few.")
     row = verdicts(scores({"learned": around(0.5)})).loc["learned"]
     assert row["sentence"] == "Cannot be judged: no other baseline is among the runs."
 
@@ -363,22 +467,22 @@ def test_several_best_baselines_are_named_metric_by_metric() -> None:
     tables = [scores({"no_change": around(a, seed=2), "additive": around(b, seed=3), "learned": around(0.2)}, metric)
               for metric, a, b in (("loss", 0.6, 1.0), ("score", 1.0, 0.6))]  # fmt: skip
     sentence = verdicts(*tables).loc["learned", "sentence"]
-    assert sentence.startswith("Better than the best baselines: wins error (")
+    assert sentence.startswith("Better than the best baselines: wins error (+")
     assert "over no_change)" in sentence
     assert "over additive)" in sentence
 
 
 def test_the_difference_to_the_stack_is_named_too() -> None:
-    models = {**CEILING, "additive": around(0.5, seed=2), "stacked": around(0.6, seed=3), "learned": around(0.55, seed=4)}
-    row = verdicts(scores(models)).loc["learned"]
+    models = {**FLOOR, **CEILING, "additive": around(0.5, seed=2), "stacked": around(0.7, seed=3), "learned": around(0.6, seed=4)}
+    row = verdicts(*twice(models)).loc["learned"]
     assert row["verdict"] == "worse"
-    assert "Better than stacked: wins error (+0.0" in row["sentence"]
+    assert "Better than stacked: wins error (+1" in row["sentence"]
     assert row["against_stacked"] == "better"
 
 
 def test_a_model_no_better_than_an_ablation_is_told_so() -> None:
     models = {**FLOOR, **CEILING, "shuffled_labels": around(0.5, seed=5), "learned": around(0.5), "rival": around(0.3, seed=6)}
-    table = verdicts(scores(models))
+    table = verdicts(*twice(models))
     assert table.loc["learned", "verdict"] == "better"
     assert table["no_better_than"].to_dict() == {"no_change": "", "shuffled_labels": "", "learned": "shuffled_labels", "rival": ""}
     assert "No better than shuffled_labels" in table.loc["learned", "sentence"]
@@ -386,17 +490,16 @@ def test_a_model_no_better_than_an_ablation_is_told_so() -> None:
 
 def test_mode_collapse_is_flagged_unless_measured_cells_collapse_too() -> None:
     ranks = {"no_change": np.full(N, 0.5), "technical_duplicate": np.full(N, 0.1), "learned": np.full(N, 0.45), "rival": np.full(N, 0.3)}
-    table = verdicts(scores(ranks, "rank_cosine"))
+    table = verdicts(scores(ranks, RANK))
     assert table["mode_collapse"].to_dict() == {"no_change": True, "learned": True, "rival": False}
-    assert "Mode collapse: rank_cosine 0.45" in table.loc["learned", "sentence"]
-    table = verdicts(scores({**ranks, "technical_duplicate": np.full(N, 0.45)}, "rank_cosine"))
+    assert "Mode collapse: rank_cosine_off_target 0.45" in table.loc["learned", "sentence"]
+    table = verdicts(scores({**ranks, "technical_duplicate": np.full(N, 0.45)}, RANK))
     assert not table["mode_collapse"].any()
 
 
 def test_outcomes() -> None:
-    assert [outcome(words) for words in (["better", "level"], ["better", "worse"], ["level"], ["worse", "level"], [])] == [
-        "better", "trades", "level", "worse", "cannot tell"
-    ]  # fmt: skip
+    words = (["better", "undecided"], ["better", "worse"], ["level"], ["worse", "level"], ["level", "undecided"], [])
+    assert [outcome(some) for some in words] == ["better", "trades", "level", "worse", "cannot tell", "cannot tell"]
 
 
 # --- folds and files ------------------------------------------------------------------------------------------------
@@ -420,7 +523,15 @@ def write(folder: Path, **tables: pd.DataFrame) -> dict:
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.metrics.tsv", sep="\t", index=False)
     paths = [folder / f"{name}.metrics.tsv" for name in tables]
-    return {"metrics": paths, "families": FAMILY_OF, "qualities": [], "audits": [], **{name: folder / f"{name}.tsv" for name in TABLES}}
+    return {
+        "metrics": paths,
+        "families": FAMILY_OF,
+        "qualities": [],
+        "audits": [],
+        "harmonizations": [],
+        "least_difference": LEAST,
+        **{name: folder / f"{name}.tsv" for name in TABLES},
+    }
 
 
 def test_all_tables_are_written_with_their_keys(tmp_path: Path) -> None:
@@ -429,7 +540,7 @@ def test_all_tables_are_written_with_their_keys(tmp_path: Path) -> None:
     benchmark(**arguments)
     tables = {name: pd.read_csv(arguments[name], sep="\t") for name in TABLES}
     assert {name: len(table) for name, table in tables.items()} == {
-        "benchmark": 3, "calibration": 1, "comparisons": 2, "strata": 3 * 3 + 3, "verdicts": 2
+        "benchmark": 4, "calibration": 1, "comparisons": 3, "strata": 4 * 3 + 4, "verdicts": 2
     }  # fmt: skip
     for table in tables.values():
         assert table.columns[:2].tolist() == ["dataset", "split"]
@@ -438,6 +549,21 @@ def test_all_tables_are_written_with_their_keys(tmp_path: Path) -> None:
     first = {name: arguments[name].read_bytes() for name in TABLES}
     benchmark(**arguments)
     assert first == {name: arguments[name].read_bytes() for name in TABLES}
+
+
+def test_caveats_of_the_audit_and_warnings_of_harmonization_stand_with_verdicts(tmp_path: Path) -> None:
+    models = {**FLOOR, **CEILING, "learned": around(0.5)}
+    arguments = write(tmp_path, **{name: scores({name: losses}) for name, losses in models.items()})
+    audit, harmonization = tmp_path / "d" / "s" / "audit.json", tmp_path / "d" / "harmonization.json"
+    audit.parent.mkdir(parents=True)
+    audit.write_text('{"caveats": ["Lanes differ."]}')
+    harmonization.write_text('{"warnings": ["gene names begin with x."]}')
+    benchmark(**{**arguments, "audits": [audit], "harmonizations": [harmonization]})
+    caveats = pd.read_csv(arguments["verdicts"], sep="\t").set_index("model")["caveats"]
+    assert caveats["no_change"] == "Lanes differ. Gene names begin with x."
+    assert caveats["learned"].endswith(
+        "one seed: how much another training would differ is not in its intervals. Lanes differ. Gene names begin with x."
+    )
 
 
 def test_genes_and_models_that_look_like_missing_values_are_kept(tmp_path: Path) -> None:

@@ -480,7 +480,7 @@ def test_all_that_a_model_runs_is_counted(name: str, prepared: dict[str, Prepare
 
 def test_all_that_scores_is_counted(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_combination"]
-    models, metrics = ["no_change", "additive", "technical_duplicate"], []
+    models, metrics = ["no_change", "additive", "perfect_mean"], []
     for name in models:
         folder, told = tmp_path / name, (FAMILIES[name].implementation, {}, 0)
         train(here.pairs, here.embeddings, here.audit, folder / "model.npz", folder / "run.json", *told)
@@ -498,7 +498,7 @@ def test_all_that_scores_is_counted(prepared: dict[str, Prepared], tmp_path: Pat
     assert not outside(codes, entry_point("quality"))
     tables = [tmp_path / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")]
     with functions_run() as codes:
-        benchmark(metrics, {name: name for name in models}, *tables, described[:1], [here.audit])
+        benchmark(metrics, {name: name for name in models}, *tables, described[:1], [here.audit], [here.harmonization], 0.02)
     assert {"benchmark", "judge"} <= {code.co_name for code in codes}
     assert not outside(codes, entry_point("benchmark"))
 

@@ -48,10 +48,20 @@ def one_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
 
 
 @pytest.mark.parametrize(
-    ("batch", "known", "warranty"),
-    [("b1", "measured", "intervals, "), ("b2", "measured in other contexts", "none: training measured this")],
+    ("batch", "known", "verdict", "warranty"),
+    [
+        ("b1", "measured", "cannot tell: 4 test perturbations, and fewer than 6 tell nothing", "Cannot tell: 4 test"),
+        (
+            "b2",
+            "measured in other contexts",
+            "cannot tell: the model was not checked on such perturbations",
+            "None: training measured this",
+        ),
+    ],
 )
-def test_controls_alone_measure_nothing(batch: str, known: str, warranty: str, one_line: tuple[Prepared, Path], tmp_path: Path) -> None:
+def test_controls_alone_measure_nothing(
+    batch: str, known: str, verdict: str, warranty: str, one_line: tuple[Prepared, Path], tmp_path: Path
+) -> None:
     here, model = one_line
     answer = ask(here, model, tmp_path, ADDITIVE, {}, perturbations=["TF1"], cells={"batch": [batch]})
     table, cells = pd.read_csv(f"{answer}.tsv", sep="\t"), ad.read_h5ad(f"{answer}.h5ad")
@@ -59,6 +69,8 @@ def test_controls_alone_measure_nothing(batch: str, known: str, warranty: str, o
     assert table["low"].isna().all() == (batch == "b2")
     assert set(table["in_other_contexts"]) == {batch == "b2"}
     assert cells.uns["perturbflow"]["warranty"].startswith(warranty)
+    assert set(table["verdict"]) == {cells.uns["perturbflow"]["verdict"]} == {verdict}
+    assert Path(f"{answer}.tsv").read_text().splitlines()[1].startswith(f"TF1\t{verdict}\t")
     assert pd.read_csv(f"{answer}.ranking.tsv", sep="\t")["known"].tolist() == [known]
 
 
@@ -77,11 +89,11 @@ def test_every_group_of_cells_is_told_of_its_own_context(one_line: tuple[Prepare
 def test_a_model_that_was_checked_in_other_contexts_has_its_warranty(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_context"]
     answer = ask(here, trained(here, tmp_path), tmp_path, ADDITIVE, {}, perturbations=["TF1"])
-    assert ad.read_h5ad(f"{answer}.h5ad").uns["perturbflow"]["warranty"].startswith("intervals, ")
+    assert ". Intervals, calibrated on" in ad.read_h5ad(f"{answer}.h5ad").uns["perturbflow"]["warranty"]
     assert pd.read_csv(f"{answer}.tsv", sep="\t")["low"].notna().all()
     content = json.loads((tmp_path / "warranty.json").read_text())
     assert all(row["in_other_contexts"] for row in content["perturbations"])
-    assert fitting(content, False).startswith("none: ")
+    assert fitting(content, False)[1].startswith("None: ")
 
 
 def test_a_kind_of_cells_that_lacks_a_perturbation_is_counted(one_line: tuple[Prepared, Path]) -> None:
@@ -136,19 +148,55 @@ def test_the_cells_that_are_counted_are_those_that_the_matching_relaxed(batches:
     index, n_relaxed = match_controls(obs, CONTROLS_PER_CELL, 0)
     matched = matched_across_batches(obs, index)
     assert matched["cells"] == n_relaxed == sum(n for n_controls, n in batches if not n_controls)
-    assert bool(caveats_of(matched)) == (matched["share"] >= TOLD)
+    assert bool(caveats_of(obs, matched)) == (matched["share"] >= TOLD)
 
 
 def test_a_verdict_carries_its_caveats() -> None:
-    summary = pd.DataFrame([{"dataset": "d", "split": "s", "model": "m", "family": "f", "kind": "learned", "metric": "mse", "value": 1.0}])
+    summary = pd.DataFrame(
+        [
+            {
+                "dataset": "d",
+                "split": "s",
+                "model": "m",
+                "family": "f",
+                "kind": "learned",
+                "metric": "mse",
+                "value": 1.0,
+                "seed": 0,
+                "n_perturbations": 9,
+            }
+        ]
+    )
     comparisons = pd.DataFrame(
-        columns=["headline", "model", "metric", "verdict", "is_best_baseline", "baseline_family", "baseline_kind", "baseline"]
+        columns=[
+            "headline",
+            "model",
+            "metric",
+            "verdict",
+            "is_best_baseline",
+            "baseline_family",
+            "baseline_kind",
+            "baseline",
+            "n_perturbations",
+        ]
     )
     comparisons = comparisons.astype({"headline": bool, "is_best_baseline": bool})
     calibration = pd.DataFrame(columns=["verdict", "metric", "positive"])
-    (row,) = judge(summary, calibration, comparisons, ["Lanes differ."]).itertuples()
-    assert row.caveats == "Lanes differ."
-    assert judge(summary, calibration, comparisons)["caveats"].tolist() == [""]
+    (row,) = judge(summary, calibration, comparisons, 0.02, ["Lanes differ."]).itertuples()
+    assert row.caveats.endswith(" Lanes differ.")
+    baseline = summary.assign(kind="baseline")
+    assert judge(baseline, calibration, comparisons, 0.02)["caveats"].tolist() == [""]
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"), [(["b1", "b1"], "one batch (b1)"), (["unknown", "unknown"], "as no batch is declared"), (["b1", "b2"], "")]
+)
+def test_scored_cells_of_one_batch_are_a_caveat(batches: list[str], said: str) -> None:
+    rows = [*[("A", "test", batch) for batch in batches], ("control", "test", "b3"), ("B", "train", "b4")]
+    obs = pd.DataFrame(rows, columns=["perturbation", "role", "batch"]).assign(cell_type="t")
+    obs["is_control"] = obs["perturbation"] == "control"
+    nothing = {"share": 0.0, "cells": 0, "batches": {}}
+    assert [said in caveat for caveat in caveats_of(obs, nothing)] == [True] * bool(said)
 
 
 # --- questions that nobody can answer -------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """What-if questions: a world whose counterfactuals are known, states, intervals, the warranty's planted faults, answers, search, the command line."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -12,10 +14,11 @@ import pytest
 from conftest import PERTURBED, QUERY, REPOSITORY, Prepared, ask, make_screen, prepare
 from structural import World, chosen, expected_effects, own_effects
 
+from perturbflow.counterfactuals.agreement import KINDS, agreement, summary, verdict
 from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.questions import expanded
 from perturbflow.counterfactuals.search import Direction, ranked
-from perturbflow.counterfactuals.warranty import calibrated, held_to_test, identity, placebo, sentence
+from perturbflow.counterfactuals.warranty import calibrations_of, held_to_test, identity, placebo, sentence
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models.abduction import States, effect_directions
@@ -255,35 +258,112 @@ def test_a_model_that_moves_cells_by_itself_is_found_out(additive: tuple) -> Non
 
 def test_intervals_hold_the_test_perturbations_and_overconfidence_shows(additive: tuple) -> None:
     model, pairs, embeddings = additive
-    calibration, scale = calibrated(model, pairs, embeddings, 0)
-    assert set(calibration.labels) <= set(pairs.roles("train", "validation").perturbations)  # never of the test
-    honest = held_to_test(model, pairs, calibration, scale, 0)
+    calibration, scale = calibrations_of(model, pairs.fitted_on("test"), embeddings, 0)
+    for found in calibration.values():
+        assert set(found.labels) <= set(pairs.roles("train", "validation").perturbations)  # never of the test
+    known, test = pairs.fitted_on("test"), pairs.roles("test")
+    honest = held_to_test(model, known, test, calibration, scale, 0)
     assert honest["coverage"][1]["measured"] == pytest.approx(0.9, abs=0.1)
+    assert honest["coverage"][1]["relative_width"]["no_change"]["mean"] < 0.8  # it knows something
     boastful = Boastful()
     boastful.restore(model.artefact)
-    assert held_to_test(boastful, pairs, calibration, scale, 0)["coverage"][1]["measured"] < honest["coverage"][1]["measured"] - 0.1
-    assert 0 < honest["agreement"]["mean"] <= 1.0
-    assert honest["ceiling"]["mean"] > 0.5
+    assert held_to_test(boastful, known, test, calibration, scale, 0)["coverage"][1]["measured"] < honest["coverage"][1]["measured"] - 0.1
+    assert 0 < honest["agreement"]["whole"]["model"]["mean"] <= 1.0
+    assert honest["agreement"]["whole"]["ceiling"]["mean"] > 0.5
     assert honest["on_target"]["n"] == sum(label.count("+") + 1 for label in pairs.roles("test").perturbations)
     assert honest["on_target"]["same_sign"] == 1.0
 
 
+# --- floors and ceiling ---------------------------------------------------------------------------------------------
+
+
+def judged(predict: Callable[[np.ndarray, np.ndarray], np.ndarray], noise: float = 0.1, n: int = 40) -> tuple[dict, str]:
+    """Return agreement and verdict of a way to predict from the truth and the mean, over n perturbations whose effects share a mean."""
+    rng = np.random.default_rng(0)
+    mean = 0.1 * rng.normal(size=300)
+    rows = []
+    for _ in range(n):
+        truth = mean + 0.1 * rng.normal(size=300)
+        halves = [truth + noise * np.sqrt(2) * rng.normal(size=300) for _ in range(2)]
+        rows.append(agreement(predict(truth, mean), np.mean(halves, axis=0), halves, mean))
+    summed = summary(rows)
+    return summed, verdict(summed, n)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5, 1.0, 3.0])
+def test_whatever_size_the_mean_is_given_it_says_nothing_of_a_perturbation(size: float) -> None:
+    """Both minus the mean, 0, 0.5 and 3 times the mean had three different agreements."""
+    summed, words = judged(lambda _, mean: size * mean)
+    assert summed["specific"]["model"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    floor = "perturbed_mean" if size else "no_change"
+    assert summed["whole"]["model"] == pytest.approx(summed["whole"][floor])
+    assert summed["whole"]["no_change"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert summed["whole"]["above"][floor]["high"] == pytest.approx(0.0, abs=1e-9)
+    assert words == f"no better than {'the mean effect of training' if size else 'predicting no change'}"
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
+def test_the_truth_reaches_the_ceiling_whatever_the_noise(noise: float) -> None:
+    summed, words = judged(lambda truth, _: truth, noise)
+    for kind in KINDS:
+        assert summed[kind]["model"]["mean"] == pytest.approx(summed[kind]["ceiling"]["mean"], abs=0.03)
+        assert summed[kind]["above"]["perturbed_mean"]["low"] > 0
+    assert re.fullmatch(
+        r"better than the mean effect of training by 0\.\d+ \(0\.\d+ to 0\.\d+\) in agreement, (9|10)\d % of the way to the ceiling", words
+    )
+
+
+def test_the_opposite_is_no_better_than_no_change_and_few_perturbations_tell_nothing() -> None:
+    assert judged(lambda truth, _: -truth)[1] == "no better than predicting no change"
+    assert judged(lambda truth, _: truth, n=5)[1] == "cannot tell: 5 test perturbations, and fewer than 6 tell nothing"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pairs, Embeddings]:
+    """Return a screen with enough held-out combinations for a verdict."""
+    spec = {"kind": COMBINATION, "test_fraction": 0.7, "validation_fraction": 0.1, "seed": 0}
+    pairs = [f"TF{i}+TF{j}" for i in range(1, 6) for j in range(i + 1, 6)]
+    files = prepare(tmp_path_factory.mktemp("many"), make_screen(labels=[*PERTURBED, *pairs]), spec)
+    return Pairs.read(files.pairs), Embeddings.read(files.embeddings)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("no_change", "no better than predicting no change"),
+        ("perturbed_mean", "no better than .*"),
+        ("additive", r"better than .* in agreement, .*"),
+    ],
+)
+def test_a_warranty_says_what_a_model_is_worth(family: str, words: str, many: tuple[Pairs, Embeddings]) -> None:
+    pairs, embeddings = many
+    model = build(FAMILIES[family].implementation, {})
+    known = pairs.fitted_on("test")
+    model.fit(known, embeddings, Run(seed=0))
+    content = held_to_test(model, known, pairs.roles("test"), *calibrations_of(model, known, embeddings, 0), 0)
+    assert re.fullmatch(words, content["verdict"])
+    whole, (_, at_90) = content["agreement"]["whole"], content["coverage"]
+    relative = at_90["relative_width"]
+    if family == "additive":
+        assert whole["perturbed_mean"]["high"] < whole["model"]["mean"] < whole["ceiling"]["high"] + 0.1
+        assert at_90["width"]["ceiling"]["mean"] < min(at_90["width"][name]["mean"] for name in ("model", "no_change", "perturbed_mean"))
+    else:  # a floor: the same number, the same coverage, intervals of the same width
+        assert whole["model"] == pytest.approx(whole[family], abs=1e-3)
+        assert at_90["measured"] == at_90["floors"][family]["mean"] == pytest.approx(0.9, abs=0.15)
+        assert relative[family] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
 def test_perturbed_genes_are_in_no_number_of_coverage(additive: tuple) -> None:
     model, pairs, embeddings = additive
-    calibration, scale = calibrated(model, pairs, embeddings, 0)
+    calibration, scale = calibrations_of(model, pairs.fitted_on("test"), embeddings, 0)
     test = pairs.roles("test")
     X = test.X.toarray()
     for label in test.perturbations:
         columns = [pairs.genes.index(gene) for gene in label.split("+") if gene in pairs.genes]
         X[np.ix_(test.cells_of(label), columns)] += 5.0
     spoilt = Pairs(type(test.X)(X), test.obs, test.genes, test.control_index, test.rows)
-    pairs._of_roles[("test",)] = spoilt
-    try:
-        after = held_to_test(model, pairs, calibration, scale, 0)
-    finally:
-        pairs._of_roles[("test",)] = test
-    before = held_to_test(model, pairs, calibration, scale, 0)
-    assert after["coverage"] == before["coverage"]
+    after, before = (held_to_test(model, pairs.fitted_on("test"), cells, calibration, scale, 0) for cells in (spoilt, test))
+    np.testing.assert_equal([after[key] for key in ("coverage", "agreement")], [before[key] for key in ("coverage", "agreement")])
     assert after["on_target"] != before["on_target"]
 
 
@@ -309,7 +389,7 @@ def test_an_answer_has_all_that_is_promised(asked: tuple) -> None:
     assert cells.obsm["samples"].shape == (2 * n, 4, len(pairs.genes))
     np.testing.assert_allclose(cells.obsm["samples"].mean(axis=1), cells.X, atol=1e-5)
     np.testing.assert_allclose(cells.layers["before"] + cells.layers["effect"], cells.X, atol=1e-4)  # of a mean shift
-    assert "intervals, calibrated on" in cells.uns["perturbflow"]["warranty"]
+    assert "Intervals, calibrated on" in cells.uns["perturbflow"]["warranty"]
     assert set(table["group"]) == {"all", "b1", "b2"}
     one = table[(table["perturbation"] == "TF1") & (table["group"] == "all")]
     assert one["rank"].tolist() == list(range(1, len(pairs.genes) + 1))
@@ -399,13 +479,14 @@ def test_questions_that_cannot_be_answered_are_refused(query: dict, words: str, 
     assert not (tmp_path / "answer.h5ad").exists()
 
 
-def test_the_warranty_says_where_there_is_nothing_to_calibrate_on() -> None:
-    content = {
-        "coverage": [{"nominal": 0.8, "measured": float("nan"), "n_test": 3, "n_calibration": 0, "n_calibration_perturbations": 0}],
-        "agreement": {"mean": 0.1}, "ceiling": {"mean": 0.9}, "identity": 0.0,
-        "placebo": {"share_called": 0.05, "nominal": 0.05, "repeats_with_discoveries": 0, "repeats": 20},
-    }  # fmt: skip
-    assert "there are no intervals" in sentence(content)
+def test_the_warranty_says_where_there_is_nothing_to_calibrate_on(additive: tuple) -> None:
+    model, pairs, embeddings = additive
+    known = pairs.fitted_on("test")
+    calibrations, scale = calibrations_of(model, known, embeddings, 0)
+    content = held_to_test(model, known, pairs.roles("test"), {**calibrations, "model": Calibration.none()}, scale, 0)
+    assert np.isnan(content["coverage"][0]["relative_width"]["no_change"]["mean"])
+    placebo = {"share_called": 0.05, "nominal": 0.05, "repeats_with_discoveries": 0, "repeats": 20}
+    assert "there are no intervals" in sentence({**content, "identity": 0.0, "placebo": placebo})
 
 
 # --- from the command line ------------------------------------------------------------------------------------------
@@ -436,7 +517,8 @@ def test_one_question_from_the_command_line(asked: tuple, tmp_path: Path) -> Non
         "--run", str(folder), "--perturbations", "TF1", "TF3+TF4", "--output", str(tmp_path / "mine/answer"), "--cells", '{"batch": ["b1"]}'
     )
     assert done.returncode == 0, done.stderr
-    assert "warranty: intervals, calibrated on" in done.stderr
+    assert done.stderr.index("verdict on this model: cannot tell: ") < done.stderr.index("largest effects")
+    assert re.search(r"warranty: Cannot tell: .*Intervals, calibrated on", done.stderr)
     cells = ad.read_h5ad(tmp_path / "mine/answer.h5ad")
     assert set(cells.obs["batch"]) == {"b1"}
     for figure in ("effects", "responders", "map", "heatmap"):

@@ -136,13 +136,14 @@ def metrics_table() -> str:
     def shown(value: float | None) -> str:
         return "–" if value is None else f"{value:g}".replace("inf", "∞").replace("-", "−")
 
-    lines = ["| metric | family | better | range | perfect | useless | unit | needs | definition | source |", "| --- " * 10 + "|"]
+    lines = ["| metric | family | better | range | perfect | useless | unit | needs | ceiling | definition | source |", "| --- " * 11 + "|"]
     for metric in METRICS.values():
         name = f"**`{metric.name}`**" if metric.headline else f"`{metric.name}`"
+        ceiling = metric.correction.__name__.removeprefix("of_").replace("_", " ") if metric.correction else "duplicate"
         values = (*metric.range, metric.perfect, metric.useless)
         low, high, perfect, useless = map(shown, values)
         lines.append(
-            f"| {name} | {metric.family} | {metric.direction} | {low} to {high} | {perfect} | {useless} | {metric.unit} | {metric.needs} "
+            f"| {name} | {metric.family} | {metric.direction} | {low} to {high} | {perfect} | {useless} | {metric.unit} | {metric.needs} | {ceiling} "
             f"| {metric.formula} | {metric.source} |"
         )
     return "\n".join(lines)

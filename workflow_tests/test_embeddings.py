@@ -50,6 +50,25 @@ def test_a_users_table_goes_by_current_symbols(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("row", "gene"),
+    [
+        ("Sox2", "SOX2"), ("SOX2", "Sox2"), ("KIAA1804", "MAP3K21"), ("kiaa1804", "MAP3K21"), ("KIAA1804", "Map3k21"), (" POU5F1 ", "POU5F1"), ("ENSG00000181449", "SOX2"),
+        ("Aspirin", "aspirin@10"), ("MLL", "KMT2A"),
+    ],
+)  # fmt: skip
+def test_a_users_row_is_found_by_other_letters_and_names(row: str, gene: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.tsv"
+    path.write_text(f"symbol\ta\nGATA1\t1\n{row}\t2\n")
+    assert from_table(path, ["GATA1", gene]).loc[gene].tolist() == [2.0]
+
+
+def test_a_row_that_may_be_of_two_genes_is_of_none(tmp_path: Path) -> None:
+    path = tmp_path / "table.tsv"
+    path.write_text("symbol\ta\nGATA1\t1\nSox2\t2\nsox2\t3\n")
+    assert from_table(path, ["GATA1", "SOX2"]).loc["SOX2"].isna().all()
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("symbol\ta\nGATA1\tx\n", "all others numbers; these hold none: a"),
@@ -150,6 +169,40 @@ def test_an_answer_about_a_gene_without_a_vector_says_so(prepared_copy, tmp_path
     assert known[held_out[0]] == known[other] == f"{unseen}, 1 of them without a vector"
     assert known[held_out[1]].startswith(unseen)
     assert "times as far" in known[held_out[1]]
+
+
+@pytest.mark.parametrize("name", ["ridge", "stacked"])
+def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(name: str, prepared_copy, tmp_path: Path) -> None:
+    here = prepared_copy("unseen_perturbation")
+    other, without = [gene for gene in Pairs.read(here.pairs).genes if gene not in PERTURBED][:2]  # measured, and never perturbed
+    table = vectors_of([*PERTURBED, other, "NOWHERE1"])
+    table.loc[other] = table.loc["TF1"] + 0.1
+    table.to_csv(tmp_path / "mine.tsv", sep="\t")
+    embeddings(here.pairs, here.embeddings, ["coexpression", {"file": str(tmp_path / "mine.tsv")}])
+    assert set(Embeddings.read(here.embeddings).table.index) == {*PERTURBED, other}
+    here.run_audit()
+    assert json.loads(here.audit.read_text())["without_vector"] == []
+    implementation = FAMILIES[name].implementation
+    train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", implementation, {}, 0)
+    answer = ask(
+        here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations=[other] if name == "stacked" else [other, without]
+    )
+    known = pd.read_csv(f"{answer}.tsv", sep="\t").groupby("perturbation")["known"].first()
+    assert "times as far" in known[other]
+    assert name == "stacked" or "without a vector" in known[without]
+    everyone = ask(here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations="all_single")
+    assert set(pd.read_csv(f"{everyone}.ranking.tsv", sep="\t")["perturbation"]) == set(PERTURBED), "all perturbed genes, no more"
+
+
+def test_a_table_of_a_genome_keeps_the_perturbed_genes_and_says_so(
+    prepared_copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("perturbflow.embeddings.MOST_FURTHER", 3)
+    here = prepared_copy("unseen_perturbation")
+    vectors_of(Pairs.read(here.pairs).genes).to_csv(tmp_path / "mine.tsv", sep="\t")
+    embeddings(here.pairs, here.embeddings, [{"file": str(tmp_path / "mine.tsv")}])
+    assert set(Embeddings.read(here.embeddings).table.index) == set(PERTURBED)
+    assert "measured genes that the screen does not perturb: above 3 none of them is kept" in caplog.text
 
 
 # --- in the workflow ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from scipy.special import ndtr
 from perturbflow import prediction, training
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Differential, Scored, evaluate, inputs, score_inputs
+from perturbflow.models.recount import recounted
 from perturbflow.pairs import Pairs, match_controls
 from perturbflow.symbols import members_of
 
@@ -35,12 +36,15 @@ def random_scored(seed: int = 0, **changes: object) -> Scored:
         "predicted_test": tests[0],
         "measured_test": tests[1],
         "n_cells": np.arange(P) + 2,
+        "n_predicted": np.arange(P) + 3,
         "reliability": np.ones(P),
         "effect_size": np.ones(P),
         "highly_expressed": np.arange(N_GENES) % 2 == 0,
         "own_target": np.eye(P, N_GENES, dtype=bool) | (np.arange(N_GENES) == 4),  # L0 and gene 0, ..., and gene 4 for all
         "predicted_components": [rng.normal(size=(6 + i, 4)) for i in range(P)],
         "measured_components": [rng.normal(1.0, size=(9 - i, 4)) for i in range(P)],
+        "predicted_off_target_components": [rng.normal(size=(6 + i, 4)) for i in range(P)],
+        "measured_off_target_components": [rng.normal(1.0, size=(9 - i, 4)) for i in range(P)],
         **changes,
     }
     values.setdefault("predicted_start", [np.arange(len(cells)) for cells in values["predicted_components"]])
@@ -65,15 +69,55 @@ def test_off_target_scores_leave_out_the_perturbed_genes_alone() -> None:
     scored = random_scored()
     moved = scored.predicted + 100.0 * scored.own_target
     spoilt = random_scored(predicted=moved)
-    for name in ("l2_heg1000_off_target", "pearson_delta_ctrl_off_target"):
-        assert np.allclose(score(name, spoilt), score(name, scored))
-        assert not np.allclose(score(name.removesuffix("_off_target"), spoilt), score(name.removesuffix("_off_target"), scored))
+    names = [name for name, metric in METRICS.items() if name.endswith("_off_target") and metric.needs == "pseudobulk"]
+    assert len(names) == 5
+    for name in names:
+        assert np.allclose(score(name, spoilt), score(name, scored)), name
+        assert not np.allclose(score(name.removesuffix("_off_target"), spoilt), score(name.removesuffix("_off_target"), scored)), name
     for i in range(P):
         genes = [g for g in range(0, N_GENES, 2) if not scored.own_target[i, g]]
         predicted, measured, control = (getattr(scored, side)[i, genes] for side in ("predicted", "measured", "control"))
         assert score("l2_heg1000_off_target", scored)[i] == pytest.approx(np.sqrt(((predicted - measured) ** 2).sum()))
         r = np.corrcoef(predicted - control, measured - control)[0, 1]
         assert score("pearson_delta_ctrl_off_target", scored)[i] == pytest.approx(r)
+        others = ~scored.own_target[i]
+        predicted, measured, reference, weight = (
+            getattr(scored, side)[i, others] for side in ("predicted", "measured", "reference", "weight")
+        )
+        r = np.corrcoef(predicted - reference, measured - reference)[0, 1]
+        assert score("pearson_delta_pert_off_target", scored)[i] == pytest.approx(r)
+        w, delta = weight / weight.sum(), measured - reference
+        r2 = 1 - (w @ (predicted - measured) ** 2) / (w @ (delta - w @ delta) ** 2)
+        assert score("r2_w_delta_off_target", scored)[i] == pytest.approx(r2)
+        own = scored.own_target[i]
+        assert score("mae_on_target", scored)[i] == pytest.approx(np.abs(scored.predicted - scored.measured)[i, own].mean())
+    panel = ~scored.own_target.any(axis=0)
+    sides = {side: getattr(scored, side)[:, panel] for side in ("predicted", "measured", "control", "own_target")}
+    assert np.allclose(score("rank_cosine_off_target", scored), score("rank_cosine", random_scored(**sides)))
+
+
+def test_a_perturbation_whose_genes_are_not_measured_has_no_error_on_target() -> None:
+    own = random_scored().own_target.copy()
+    own[1] = False
+    assert np.isnan(score("mae_on_target", random_scored(own_target=own))).tolist() == [False, True, False, False, False]
+
+
+def test_no_headline_metric_sees_a_perturbed_gene(prepared: dict[str, Prepared]) -> None:
+    """A prediction that differs in perturbed genes alone has the same headline scores; on target it has others."""
+    cells = Pairs.read(prepared["unseen_combination"].pairs)
+    index = {gene: i for i, gene in enumerate(cells.genes)}
+
+    def stilled(label: str, X: np.ndarray) -> np.ndarray:
+        X = X * 1.1
+        X[:, [index[gene] for gene in members_of(label) if gene in index]] = 0.0
+        return X
+
+    plain, own = score_inputs(predictions_from(cells, lambda _, X: X * 1.1), cells), score_inputs(predictions_from(cells, stilled), cells)
+    for name, metric in METRICS.items():
+        same = np.allclose(metric.function(own), metric.function(plain), rtol=1e-4, atol=2e-3, equal_nan=True)
+        assert same or not metric.headline, name
+    for name in ("mae_on_target", "l2_heg1000", "pearson_delta_ctrl", "energy_distance"):
+        assert not np.allclose(score(name, own), score(name, plain), rtol=1e-3), name
 
 
 def test_l2_over_highly_expressed_genes_is_no_mean() -> None:
@@ -227,12 +271,14 @@ def cells(prepared: dict[str, Prepared]) -> Pairs:
 
 
 def predictions_from(cells: Pairs, change: Callable[[str, np.ndarray], np.ndarray] = lambda label, X: X, role: str = "test") -> ad.AnnData:
-    """Return predictions: the matched controls of measured cells, changed."""
+    """Return predictions: the matched controls of measured cells, their mean set to that of all controls as `predict` does it, changed."""
     held_out = cells.roles(role)
     blocks, labels, starts = [], [], []
     for label in held_out.perturbations:
         start = held_out.control_index[held_out.cells_of(label), 0]
-        blocks.append(change(label, held_out.X[start].toarray()))
+        controls = held_out.X[start].toarray()
+        lacking = held_out.control_mean_for(start) - controls.mean(axis=0, dtype=float)
+        blocks.append(change(label, recounted(controls, lacking, None, np.random.default_rng(0))))
         labels += [label] * len(blocks[-1])
         starts += held_out.rows[start].tolist()
     obs = cells.obs.iloc[starts][["batch", "cell_type"]].astype(str).reset_index(drop=True)
@@ -283,7 +329,7 @@ def test_batches_do_not_tell_perturbations_apart() -> None:
 
 def test_the_reference_is_the_mean_of_training_perturbations_means(cells: Pairs) -> None:
     scored = score_inputs(predictions_from(cells), cells)
-    train = cells.roles("train")
+    train = cells.fitted_on("test")
     X = train.X.toarray()
     assert np.allclose(
         scored.reference, np.mean([X[train.labels == label].mean(axis=0) for label in train.perturbations], axis=0), atol=1e-5
@@ -402,7 +448,7 @@ def test_the_ceiling_is_scored_on_the_half_it_does_not_hold(prepared: dict[str, 
         assert np.allclose(np.sort(rows.sum(axis=1)), np.sort(duplicate.sum(axis=1)), rtol=1e-4)
 
 
-def test_no_change_is_the_control_mean_whatever_controls_were_drawn(cells: Pairs) -> None:
+def test_no_change_is_the_control_mean(cells: Pairs) -> None:
     scored = score_inputs(predictions_from(cells), cells)
     assert np.allclose(scored.predicted, scored.control, atol=1e-6)
     assert (score("pearson_delta_ctrl", scored) == 0).all()
@@ -416,4 +462,4 @@ def test_a_ceiling_is_scored_as_measured(cells: Pairs) -> None:
     plain = score_inputs(predictions, cells)
     of_first = (predictions.obs["perturbation"] == plain.labels[0]).to_numpy()
     assert np.allclose(plain.predicted[0], predictions.X[of_first].mean(axis=0), atol=1e-5)
-    assert np.allclose(moved.predicted, moved.control + 1.0, atol=1e-5)
+    assert np.allclose(moved.predicted, moved.control + 1.0, atol=2e-3)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import anndata as ad
 import pandas as pd
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from perturbflow.errors import InputError
 from perturbflow.nearest import nearest
 from perturbflow.separators import SEPARATORS, unsplit
 from perturbflow.symbols import CONTROL, human_symbols
+from perturbflow.unassigned import WORD, is_word
 
 SCREEN = Path("screen.h5ad")
 NO_GENES = gene_table(pd.DataFrame(index=pd.Index([], dtype=str)), {"organism": "human"})
@@ -292,7 +294,7 @@ def test_members_of_guides_count_as_known() -> None:
 @pytest.mark.parametrize("labels", [["A+ctrl", "ctrl+A", "A+B", "ctrl"], ["A", "B", "A+B", "control"]])
 def test_forms_of_gears_and_cpa_read_as_they_are(labels: list[str], caplog: pytest.LogCaptureFixture) -> None:
     told, becomes = told_of(labels, control=["ctrl"])
-    assert told == {"looks_like_control": {}, "not_split": {}}
+    assert told == {"looks_like_control": {}, "no_gene": {}, "not_split": {}}
     assert becomes <= {"A", "B", "A+B", CONTROL}
     assert not caplog.records
 
@@ -307,3 +309,68 @@ def test_forms_of_gears_and_cpa_read_as_they_are(labels: list[str], caplog: pyte
 def test_the_nearest_name_is_found(name: str, first: str | None) -> None:
     close = nearest(name, ["KLF1", "POU5F1", "CEBPA", "A+B", *PERTURBED])
     assert (close[0] if close else None) == first
+
+
+# --- cells without a perturbation -----------------------------------------------------------------------------------
+
+WORDS = [
+    "unassigned", "Unassigned", "not assigned", "not_assigned", "none", "None", "NA", "N/A", "n.a.", "NaN", "<NA>", "null", "ambiguous", "Ambiguous", "multiplet",
+    "doublet", "Doublet_1", "doublet (A|B)", "negative", "Negative", "no guide", "no_sgRNA", "multi", "multiple", "Multiple guides", "unmapped",
+    "unknown", "low quality", "LowQuality", "empty", "-", "--", "?", ".", "unclassified", "not detected", "undetermined", "no call", "missing",
+]  # fmt: skip
+NO_WORDS = [
+    *["control", "non-targeting", "NegCtrl", "negative_control", "negative control 3", "no_target", "no-site", "empty_vector", "untreated", "NT", "AAVS1"],
+    *["Nalidixic acid", "Nullin", "Multikinase inhibitor", "Unknownol", "Blankophor", "none-such", "Nanaomycin A", "Emptin", "Ambigol A", "NA-8"],
+    *["assigned", "known", "mapped"], *GENES,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_for_cells_without_a_perturbation_are_told(word: str) -> None:
+    assert is_word(word, set())
+    assert not is_word(word, {word}), "a gene of the screen is no such word"
+
+
+@pytest.mark.parametrize("name", NO_WORDS)
+def test_controls_compounds_and_genes_are_no_such_words(name: str) -> None:
+    assert not is_word(name, set())
+
+
+def test_no_approved_symbol_is_such_a_word() -> None:
+    assert not [name for name in human_symbols().approved if WORD.fullmatch(name)]
+
+
+def test_cells_without_a_perturbation_make_no_perturbation(tiny_screen: Callable, harmonized_from: Callable) -> None:
+    screen = tiny_screen()
+    screen.obs["perturbation"] = screen.obs["perturbation"].replace({"TF1": "Unassigned", "TF2": "doublet", "TF1+TF2": "TF3+ambiguous"})
+    with pytest.raises(InputError) as raised:
+        harmonized_from(screen)
+    text = str(raised.value)
+    del raised  # its traceback holds the file
+    assert "3 labels say that cells have no single known perturbation" in text
+    assert "(cells): 'Unassigned' (40), 'ambiguous' (40), 'doublet' (40)" in text
+    line = re.search(r"perturbation\.drop: (\[.*?\])\. ", text)[1]
+    assert line == '["nan", "*", "", "Unassigned", "ambiguous", "doublet"]'
+    result = harmonized_from(screen, perturbation={"drop": yaml.safe_load(line)})
+    assert result.account["cells"]["dropped"]["unassigned"] == 120
+    assert not {"Unassigned", "doublet", "TF3+ambiguous"} & set(result.adata.obs["perturbation"])
+    assert result.account["perturbations"]["kept"]["control"] == 80
+    kept = harmonized_from(screen, perturbation={"control": ["control", "Unassigned"], "drop": ["doublet", "ambiguous"]})
+    assert kept.account["perturbations"]["kept"]["control"] == 120
+
+
+def test_a_frequent_label_that_is_no_gene_and_no_control_is_told(
+    tiny_screen: Callable, harmonized_from: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    screen = tiny_screen()
+    labels = screen.obs["perturbation"].to_numpy(str).astype(object)
+    labels[labels == "control"] = ["control", "rubbish"] * 40
+    screen.obs["perturbation"] = labels
+    screen = ad.concat([screen, *[screen[labels == "rubbish"]] * 11], index_unique="-")
+    told = harmonized_from(screen)
+    assert told.account["perturbations"]["no_gene"] == {"rubbish": 480}
+    assert "1 frequent label is no known gene and no control (cells): 'rubbish' (480)" in caplog.text
+    assert "perturbation.drop" in caplog.text
+    assert any("'rubbish' (480)" in warning for warning in told.account["warnings"])
+    screen.obs["perturbation"] = screen.obs["perturbation"].astype(str).replace("rubbish", "Staurosporine")
+    assert harmonized_from(screen, perturbation_type="drug").account["perturbations"]["no_gene"] == {}

@@ -6,6 +6,8 @@ import pytest
 import yaml
 from conftest import Outcome, closed_forms_config, copy_repository, run_snakemake, write_screen
 
+from perturbflow.registry.families import REFERENCES
+
 HOST = """
 configfile: "host.yaml"
 
@@ -63,8 +65,8 @@ class Host:
 
 PLANNED = {
     "screen": 1, "best": 1,
-    **{f"perturbflow_{step}": 1 for step in
-       ("harmonize", "quality", "split", "pair", "embeddings", "audit", "train_closed_form", "predict", "evaluate", "benchmark")},
+    **{f"perturbflow_{step}": 1 for step in ("harmonize", "quality", "split", "pair", "embeddings", "audit", "benchmark")},
+    **{f"perturbflow_{step}": 1 + len(REFERENCES) for step in ("train_closed_form", "predict", "evaluate")},
 }  # fmt: skip
 
 

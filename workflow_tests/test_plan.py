@@ -15,6 +15,7 @@ import pytest
 from conftest import CLOSED_FORMS, REPOSITORY, Outcome, closed_forms_config, copy_repository, merged, run_snakemake, write_screen
 
 from perturbflow.code_version import entry_point
+from perturbflow.registry.families import REFERENCES
 
 RULE_FILES = sorted((REPOSITORY / "rules").glob("*.smk"))
 HEAVY = ("torch", "scanpy", "anndata", "pytorch_lightning", "h5py", "sklearn")
@@ -61,8 +62,8 @@ def test_the_blocked_environment_blocks(light: dict[str, str]) -> None:
 def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str, str], tmp_path: Path) -> None:
     assert plan_in(tmp_path, light).jobs == {
         "download": 1, "harmonize": 1, "quality": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2,
-        "train_closed_form": 19, "train_diffusion": 4, "train_jepa": 2, "train_counterfactual": 2,
-        "predict": 27, "evaluate": 27, "warranty": 8, "benchmark": 1, "report": 1, "all": 1,
+        "train_closed_form": 21, "train_diffusion": 4, "train_jepa": 2, "train_counterfactual": 2,
+        "predict": 29, "evaluate": 29, "warranty": 8, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
     assert not (tmp_path / "results").exists()
 
@@ -70,11 +71,11 @@ def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str,
 def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, str], tmp_path: Path) -> None:
     config = merged({})
     outcome = plan_in(tmp_path, light, {"select": {name: list(config[name]) for name in ("datasets", "splits", "models")}})
-    # 26 screens divide in 50 ways; `transfer` serves the 15 of them that hold out a context, the other 25 models all.
+    # 26 screens divide in 50 ways; `transfer` serves the 15 of them that hold out a context, the other 26 models all.
     assert outcome.jobs == {
         "download": 26, "harmonize": 26, "quality": 26, "split": 50, "pair": 50, "embeddings": 50, "audit": 50,
-        "train_closed_form": 865, "train_diffusion": 100, "train_jepa": 250, "train_counterfactual": 50,
-        "predict": 1265, "evaluate": 1265, "warranty": 400, "benchmark": 1, "report": 1, "all": 1,
+        "train_closed_form": 915, "train_diffusion": 100, "train_jepa": 250, "train_counterfactual": 50,
+        "predict": 1315, "evaluate": 1315, "warranty": 400, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
         "counterfactuals": ["why"],
     }
     assert plan_in(tmp_path, light, config).jobs == {
-        "harmonize": 1, "quality": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "train_closed_form": 8, "predict": 8, "evaluate": 8,
+        "harmonize": 1, "quality": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "train_closed_form": 28, "predict": 28, "evaluate": 28,
         "warranty": 2, "counterfactual": 2, "draw": 2, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
@@ -106,8 +107,8 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
     [
         ("data", {"harmonize": 1, "quality": 1}, "split"),
         ("pairs", {"pair": 1, "audit": 1}, "train_closed_form"),
-        ("trained", {"train_closed_form": 5}, "predict"),
-        ("evaluated", {"evaluate": 5}, "benchmark"),
+        ("trained", {"train_closed_form": len(CLOSED_FORMS)}, "predict"),
+        ("evaluated", {"evaluate": len(CLOSED_FORMS)}, "benchmark"),
         ("report", {"report": 1, "benchmark": 1}, "all"),
     ],
 )
@@ -133,7 +134,7 @@ def test_folds_are_planned_as_splits_of_their_own(light: dict[str, str], tmp_pat
     config = closed_forms_config(splits={"genes": {"kind": "unseen_perturbation", "folds": 3}})
     config["select"] |= {"splits": ["genes"], "models": ["additive"]}
     outcome = plan_in(tmp_path, light, config)
-    assert {"split": 3, "pair": 3, "audit": 3, "train_closed_form": 3, "evaluate": 3, "benchmark": 1}.items() <= outcome.jobs.items()
+    assert {"split": 3, "pair": 3, "audit": 3, "train_closed_form": 18, "evaluate": 18, "benchmark": 1}.items() <= outcome.jobs.items()
     assert plan_in(tmp_path, light, config, "results/mine/genes_fold_2/split.json").jobs["split"] == 1
 
 
@@ -174,6 +175,32 @@ def test_a_mistake_in_the_configuration_is_one_message(config: dict, message: st
 
 
 # --- the rules ------------------------------------------------------------------------------------------------------
+
+
+def test_values_on_the_command_line_are_what_the_schema_says(light: dict[str, str], tmp_path: Path) -> None:
+    """Snakemake hands over whatever is nested in --config as texts."""
+    given = ["select={seeds: [0, 1, 2], models: [no_change, scppdm]}", "qc={min_counts: 5, max_pct_mt: null}",
+             "models={scppdm: {params: {n_steps: 7, learning_rate: 1e-4, compiled: true}}}"]  # fmt: skip
+    write_screen(tmp_path)
+    outcome = run_snakemake(tmp_path, "--dry-run", "--config", *given, config=closed_forms_config(), environment=light)
+    assert outcome.jobs.get("train_closed_form") == 3, outcome.text
+    assert outcome.jobs["train_diffusion"] == 3
+
+
+def test_a_mistake_on_the_command_line_is_told_to_be_there(light: dict[str, str], tmp_path: Path) -> None:
+    given = ["select={seeds: [0, x]}", "qc={min_counts: many}", "device=cpuu"]
+    text = run_snakemake(tmp_path, "--dry-run", "--config", *given, config=closed_forms_config(), environment=light).text
+    for part in ("device: 'cpuu' is not possible", "qc.min_counts: 'many' must be", "select.seeds.1: 'x' must be of type integer"):
+        assert f"--config: {part}" in text
+    text = run_snakemake(
+        tmp_path, "--dry-run", "--config", "select={models: [nochange]}", config=closed_forms_config(), environment=light
+    ).text
+    assert "--config: model 'nochange' is selected" in text
+    wrong = closed_forms_config(device="cpuu")
+    assert (
+        "mine.yaml: device: 'cpuu'"
+        in run_snakemake(tmp_path, "--dry-run", "--config", "qc={min_counts: 5}", config=wrong, environment=light).text
+    )
 
 
 def test_lint_finds_nothing(tmp_path: Path) -> None:
@@ -290,6 +317,8 @@ def test_nothing_is_looked_up_by_search() -> None:
 # --- after a run ----------------------------------------------------------------------------------------------------
 
 MODELS = ["additive", "linear"]
+RUNS = [*MODELS, *REFERENCES]  # floors and ceilings run with every selection
+OF_RUNS = {"train_closed_form": len(RUNS), "predict": len(RUNS), "evaluate": len(RUNS)}
 AFTER_TRAINING = {"benchmark": 1, "report": 1, "all": 1}
 
 
@@ -353,9 +382,7 @@ def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
         *[results / "mine" / name for name in ("harmonization.json", "quality.tsv", "quality.json", "quality.html")],
     ]
     expected += [split / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")]
-    expected += [
-        split / model / "seed_0" / name for model in MODELS for name in ("model.npz", "run.json", "predictions.h5ad", "metrics.tsv")
-    ]
+    expected += [split / model / "seed_0" / name for model in RUNS for name in ("model.npz", "run.json", "predictions.h5ad", "metrics.tsv")]
     made = [path for path in results.rglob("*") if path.is_file()]
     assert sorted(path for path in made if path.parent.name != ".made") == sorted(expected)
     records = [path.parent / ".made" / f"{path.name}.json" for path in expected]
@@ -393,7 +420,7 @@ def test_jobs_of_a_closed_form_are_submitted_together_and_no_others(light: dict[
     text = plan_in(tmp_path, light, config, "evaluated").text
     groups = re.findall(r"Group job (\w+) .*\n((?:\n| +.*\n)*)", text)
     together = [(group, sorted(re.findall(r"^ +rule (\w+):", jobs, flags=re.MULTILINE))) for group, jobs in groups]
-    assert together == [("closed_form", ["evaluate", "predict", "train_closed_form"])] * 2
+    assert together == [("closed_form", ["evaluate", "predict", "train_closed_form"])] * len(RUNS)
 
 
 def test_the_summary_names_what_made_every_result(finished: Finished) -> None:
@@ -407,7 +434,7 @@ def test_the_summary_names_what_made_every_result(finished: Finished) -> None:
 
 def test_the_graph_of_jobs_names_their_wildcards(finished: Finished) -> None:
     graph = finished.run("--dag").stdout
-    assert len(re.findall(r"\blabel = ", graph)) == 6 + 3 * len(MODELS) + len(AFTER_TRAINING)
+    assert len(re.findall(r"\blabel = ", graph)) == 6 + 3 * len(RUNS) + len(AFTER_TRAINING)
     assert "train_closed_form" in graph
     assert "model: linear" in graph
 
@@ -429,9 +456,18 @@ def test_params_of_one_model_plan_that_model(finished: Finished) -> None:
 
 
 def test_another_model_plans_its_own_jobs(finished: Finished) -> None:
-    select = {**finished.config["select"], "models": [*MODELS, "no_change"]}
+    select = {**finished.config["select"], "models": [*MODELS, "matching_mean"]}
     jobs = finished.planned({**finished.config, "select": select})
     assert jobs == {"train_closed_form": 1, "predict": 1, "evaluate": 1, **AFTER_TRAINING}
+
+
+def test_the_least_difference_plans_verdicts_alone(finished: Finished) -> None:
+    assert finished.planned({**finished.config, "verdicts": {"least_difference": 0.1}}) == AFTER_TRAINING
+
+
+def test_a_floor_that_is_listed_runs_no_second_time(finished: Finished) -> None:
+    select = {**finished.config["select"], "models": [*MODELS, "perturbed_mean"]}
+    assert finished.planned({**finished.config, "select": select}).keys() <= AFTER_TRAINING.keys()
 
 
 def test_words_about_a_dataset_plan_nothing(finished: Finished) -> None:
@@ -443,18 +479,19 @@ def test_words_about_a_dataset_plan_nothing(finished: Finished) -> None:
     ("name", "before", "after", "expected"),
     [
         ("pairs.py", "logger = ", "# a remark\nlogger = ", {}),
-        ("evaluation/inputs.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9", {"evaluate": 2, **AFTER_TRAINING}),
+        ("evaluation/inputs.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9", {"evaluate": len(RUNS), **AFTER_TRAINING}),
         ("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 3",
-         {"pair": 1, "embeddings": 1, "audit": 1, "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING}),
+         {"pair": 1, "embeddings": 1, "audit": 1, **OF_RUNS, **AFTER_TRAINING}),
         ("models/baselines.py", "1e-10 * s[0]", "1e-9 * s[0]", {"train_closed_form": 1, "predict": 1, "evaluate": 1, **AFTER_TRAINING}),
-        ("models/ceilings.py", '== "a"', '== "b"', {}),
+        ("models/ceilings.py", '== "a"', '== "b"', {"train_closed_form": 3, "predict": 3, "evaluate": 3, **AFTER_TRAINING}),
+        ("models/regressions.py", "NEIGHBOURS = (1,", "NEIGHBOURS = (2,", {}),
         ("files.py", "is not valid JSON", "cannot be read as JSON", {}),
         ("pairs.py", "logger.info(", "logger.debug(", {}),
         ("models/baselines.py", "class Additive(", "class Another:\n    level = 3\n\n\nclass Additive(", {}),
         ("cli.py", 'datefmt="%H:%M:%S"', 'datefmt="%H:%M"', {}),
         ("models/baselines.py", "The bilinear closed form of", "The closed form of", {"report": 1, "all": 1}),
     ],
-    ids=["a comment", "metrics", "pairing", "a baseline", "another family", "a message", "a log line", "a new baseline", "plumbing",
+    ids=["a comment", "metrics", "pairing", "a baseline", "ceilings", "another family", "a message", "a log line", "a new baseline", "plumbing",
          "words that the report shows"],
 )  # fmt: skip
 def test_an_edit_of_the_package_plans_what_depends_on_it(name: str, before: str, after: str, expected: dict, finished: Finished) -> None:
@@ -475,7 +512,7 @@ def test_another_content_of_the_screen_plans_everything(finished: Finished) -> N
         finished.screen.write_bytes(content)
     assert jobs == {
         "harmonize": 1, "quality": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
-        "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING,
+        **OF_RUNS, **AFTER_TRAINING,
     }  # fmt: skip
     assert finished.planned() == {}
 
@@ -530,7 +567,7 @@ def test_a_damaged_result_is_made_again_and_what_lies_behind_it(keeps_time: bool
         os.utime(pairs, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     outcome = here.run("--dry-run")
     assert outcome.jobs == {
-        "pair": 1, "embeddings": 1, "audit": 1, "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING,
+        "pair": 1, "embeddings": 1, "audit": 1, **OF_RUNS, **AFTER_TRAINING,
     }  # fmt: skip
     assert outcome.text.count("Made again: ") == 1
     assert "pairs.h5ad: it is not what was written there." in outcome.text
@@ -553,7 +590,7 @@ def test_a_copied_folder_is_current_and_is_not_believed_where_something_changed(
     here.config["datasets"]["mine"]["qc"]["min_counts"] = 100
     everything = {
         "harmonize": 1, "quality": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
-        "train_closed_form": 2, "predict": 2, "evaluate": 2, **AFTER_TRAINING,
+        **OF_RUNS, **AFTER_TRAINING,
     }  # fmt: skip
     assert here.planned() == everything
     here.config["datasets"]["mine"]["qc"]["min_counts"] = None
@@ -575,7 +612,7 @@ def test_a_users_own_triggers_are_obeyed(copied: Callable[..., Finished]) -> Non
     os.utime(here.repository / "scripts/evaluate.py", (now, now))
     assert here.planned() == {}
     outcome = here.run("--dry-run", "--rerun-triggers", "code")
-    assert outcome.jobs == {"evaluate": 2, **AFTER_TRAINING}, outcome.text
+    assert outcome.jobs == {"evaluate": len(RUNS), **AFTER_TRAINING}, outcome.text
 
 
 def test_nothing_of_snakemakes_own_is_replaced() -> None:

@@ -145,3 +145,18 @@ def test_a_gene_that_no_cell_holds_arrives_in_single_cells_too() -> None:
     change = recount.change_of(cells, target, None, np.random.default_rng(0))
     out = recount.changed(cells, change, np.zeros_like(cells), np.random.default_rng(1))
     assert out[:, 7].mean() == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("n", [20, 80])
+def test_the_mean_of_a_gene_that_is_expressed_is_met_almost_exactly(screen: tuple[Pairs, Embeddings], n: int) -> None:
+    """A count in one cell is worth another than in the next: a pair of them makes up for what single counts leave."""
+    cells = screen[0].X[:n].toarray()
+    rng = np.random.default_rng(0)
+    target = np.maximum(cells.mean(axis=0, dtype=float) + rng.normal(scale=0.1, size=cells.shape[1]), 0.0)
+    out = recount.recounted(cells, target - cells.mean(axis=0, dtype=float), None, rng)
+    off = np.abs(out.mean(axis=0, dtype=float) - target)
+    count = np.log1p(recount.unit_of(np.expm1(cells.astype(float)))).max() / n  # what one count adds to a mean at most
+    is_expressed = (out > 0).mean(axis=0) > 0.3
+    assert is_expressed.sum() > 20
+    assert np.median(off[is_expressed]) < 0.01 * count
+    assert off.max() <= 0.51 * count

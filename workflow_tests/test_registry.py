@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from perturbflow.errors import InputError
 from perturbflow.origins import SAFE_NAME, file_name, scperturb_files
 from perturbflow.registry.config import complete
-from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.families import FAMILIES, REFERENCES
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.shipped import shipped_files
 
@@ -94,9 +94,34 @@ def test_a_good_configuration_gets_defaults(tmp_path: Path) -> None:
 def test_the_plan_is_the_product_of_the_selection(tmp_path: Path) -> None:
     runs = planned(mine(tmp_path), tmp_path).runs
     assert set(map(tuple, runs[["dataset", "split", "model", "seed"]].to_numpy())) == {
-        ("my_screen", "unseen_combination", model, seed) for model in CLOSED for seed in (0, 1)
+        ("my_screen", "unseen_combination", model, seed) for model in {*CLOSED, *REFERENCES} for seed in (0, 1)
     }
-    assert set(runs["family"]) == set(CLOSED)
+    assert set(runs["family"]) == {*CLOSED, *REFERENCES}
+
+
+def test_floors_and_ceilings_run_whether_listed_or_not(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    runs = {}
+    for listed in (["linear"], ["linear", "perturbed_mean"], ["linear", *REFERENCES]):
+        config["select"]["models"] = listed
+        runs[len(listed)] = set(map(tuple, planned(config, tmp_path).runs.to_numpy()))
+    assert runs[1] == runs[2] == runs[6]
+    config["models"] = {"my_floor": {"family": "no_change"}}
+    config["select"]["models"] = ["linear", "my_floor"]
+    families = planned(config, tmp_path).families
+    assert "no_change" not in families, "a listed model of the family is the floor"
+    assert families["my_floor"] == "no_change"
+
+
+def test_floors_and_ceilings_need_no_block_and_their_names_are_taken(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["models"] = {"linear": {"family": "linear"}}
+    config["select"] |= {"splits": ["genes"], "models": ["linear"]}
+    config["splits"] = {"genes": {"kind": "unseen_perturbation", "test_fraction": 0.25}}
+    assert set(Plan(config).runs["model"]) == {"linear", *REFERENCES}
+    config["models"]["perfect_mean"] = {"family": "linear"}
+    with pytest.raises(InputError, match=r"models.perfect_mean: floors and ceilings always run.*family linear another name"):
+        Plan(config)
 
 
 def test_the_configuration_that_is_handed_over_is_left_as_it_is(tmp_path: Path) -> None:
@@ -501,7 +526,7 @@ BAD = {
         ["mine.yaml: counterfactuals.mine: unknown key 'sample_per_cell'", "Did you mean 'samples_per_cell'?"],
     ),
     # names that are not there
-    "no such model": ("select.models", ["jepa2"], ["mine.yaml: ", "model 'jepa2' is selected", "models.yaml", "Did you mean 'jepa'?", "no_change"]),
+    "no such model": ("select.models", ["jepa2"], ["mine.yaml: ", "model 'jepa2' is selected", "models.yaml", "Did you mean 'jepa'?", "jepa_off"]),
     "no such split": ("select.splits", ["unseen_perturbations"], ["split 'unseen_perturbations'", "Did you mean 'unseen_perturbation'?"]),
     "no such dataset": ("select.datasets", ["my_scren"], ["dataset 'my_scren'", "datasets.yaml", "Did you mean 'my_screen'?"]),
     "no such query": ("select.counterfactuals", ["what"], ["counterfactual 'what'", "counterfactuals.yaml", "Known: "]),

@@ -110,7 +110,12 @@ def test_too_few_for_a_split_is_explained() -> None:
 
 @pytest.mark.parametrize(("label", "n"), [("A", 1), ("C", 0), ("A+B", 2), ("A+C", 1), ("C+D", 0)])
 def test_members_seen_counts_what_was_measured_alone(label: str, n: int) -> None:
-    assert members_seen([label], ["A", "B", "D+E"]) == {label: n}
+    assert members_seen({"train": ["A", "D+E"], "validation": ["B"], "test": [label]})[label] == n
+
+
+def test_what_is_scored_on_validation_did_not_see_validation() -> None:
+    roles = {"train": ["A"], "validation": ["B", "A+B"], "test": ["A+B+C"]}
+    assert members_seen(roles) == {"B": 0, "A+B": 1, "A+B+C": 2}
 
 
 # --- doses ----------------------------------------------------------------------------------------------------------
@@ -174,7 +179,8 @@ def test_two_folds_of_three_doses_are_refused() -> None:
 
 
 def test_a_compound_is_seen_at_whatever_dose() -> None:
-    assert members_seen(["A@10", "A@5+B@1", "C@1", "D@2"], ["A@1", "B", "C@3+E@1"]) == {"A@10": 1, "A@5+B@1": 2, "C@1": 0, "D@2": 0}
+    roles = {"train": ["A@1", "B", "C@3+E@1"], "validation": [], "test": ["A@10", "A@5+B@1", "C@1", "D@2"]}
+    assert members_seen(roles) == {"A@10": 1, "A@5+B@1": 2, "C@1": 0, "D@2": 0}
 
 
 # --- folds ----------------------------------------------------------------------------------------------------------
@@ -406,7 +412,8 @@ def test_split_json_places_every_cell_once(kind: str, prepared: dict[str, Prepar
         assert content["sha256"][role]["cells"] == names_digest(of_role.index.tolist())
         assert content["sha256"][role]["perturbations"] == names_digest(content["perturbations"][role])
     held_out = [*content["perturbations"]["validation"], *content["perturbations"]["test"]]
-    assert content["members_seen"] == members_seen(held_out, content["perturbations"]["train"])
+    assert set(content["members_seen"]) == set(held_out)
+    assert content["members_seen"] == members_seen(content["perturbations"])
     assert content["name"] == "mine"
     assert content["left_out"] == []
 
@@ -606,9 +613,13 @@ def test_names_that_cannot_be_held_out_are_explained(
 # --- more of a user's own file --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("validation", [{"validation": []}, {}])
-def test_without_validation_a_share_of_training_serves_by_seed(validation: dict, read: Callable) -> None:
-    content = {"train": ["A", "B", "C", "D"], "test": ["E"], **validation}
+def test_an_empty_list_for_validation_sets_nothing_aside(read: Callable) -> None:
+    roles = {"train": ["A", "B", "C", "D"], "validation": [], "test": ["E"]}
+    assert read(roles) == roles
+
+
+def test_without_a_list_for_validation_a_share_of_training_serves_by_seed(read: Callable) -> None:
+    content = {"train": ["A", "B", "C", "D"], "test": ["E"]}
     roles = read(content)
     assert len(roles["validation"]) == 1
     assert sorted(roles["train"] + roles["validation"]) == ["A", "B", "C", "D"]

@@ -15,6 +15,7 @@ from perturbflow.naming import gene_names
 from perturbflow.organism import names_now
 from perturbflow.separators import Unsplit, unsplit
 from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
+from perturbflow.unassigned import message, no_genes, unassigned_labels
 
 logger = logging.getLogger(__name__)
 
@@ -180,31 +181,36 @@ def cells_of_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> dict[str, i
 
 
 def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> dict[str, dict[str, int]]:
-    """Return what a block may have missed: labels that look like controls, and combinations that are not split, with their cells.
+    """Return what a block may have missed: labels that look like controls, frequent ones that are no gene, and combinations that are not split.
 
-    Both are told in the log and stay as they are.
+    Each with its cells; all are told and stay as they are.
 
     Raises
     ------
     InputError
-        If the separator is wrong: as A|B that is not split, a held-out gene would train within a combination. Where it is null, or a pattern finds
+        If labels say that cells have no single known perturbation (unassigned, doublet), which would pass for perturbations. If the separator is wrong: as A|B that is not split, a held-out gene would train within a combination. Where it is null, or a pattern finds
         the members, that was chosen, and it is told only.
     """
     declared = dataset["perturbation"]
     is_drug, n_cells = dataset["perturbation_type"] == "drug", cells_of_labels(obs, dataset, path)
-    names = [] if is_drug else {*genes["original_name"], *genes["gene_name"], *genes["gene_id"]} - {""}
+    names: set[str] = set() if is_drug else {*genes["original_name"], *genes["gene_name"], *genes["gene_id"]} - {""}
 
     def members(label: str) -> list[str]:
         return names_in(label, declared)
 
+    controls = Controls.of(declared)
+    assigned = {label: n for label, n in n_cells.items() if not set(declared["drop"]) & set(members(label))}
+    if words := unassigned_labels(assigned, controls, members, names):
+        raise InputError(f"{path}: {message(words, declared['drop'])}")
     combined = unsplit(n_cells, declared, members, names, is_human=dataset["organism"] == "human" and not is_drug)
     if combined:
         _tell_combinations(combined, declared, path)
     left = {label: n for label, n in n_cells.items() if not combined or label not in combined.labels}
-    alike = look_alikes(left, Controls.of(declared), members, is_drug=is_drug)
+    alike = look_alikes(left, controls, members, is_drug=is_drug)
     if alike:
         logger.warning("%s: %s", path, warning(alike, declared.get("control", [])))
-    return {"looks_like_control": alike, "not_split": combined.labels if combined else {}}
+    others = {} if is_drug else {name: n for name, n in no_genes(left, controls, members, names).items() if name not in alike}
+    return {"looks_like_control": alike, "no_gene": others, "not_split": combined.labels if combined else {}}
 
 
 def _tell_combinations(combined: Unsplit, declared: dict, path: Path) -> None:

@@ -284,7 +284,7 @@ def baseline(
     max_cells
         Most cells per perturbation; without it, predict.max_cells of config/config.yaml. As many are predicted as were measured.
     role
-        test, or validation to choose between models.
+        test, or validation to choose between models: for test, models learn from validation perturbations, too.
 
     Returns
     -------
@@ -306,7 +306,7 @@ def baseline(
         measured, model, predictions = folder.file(pairs, "pairs.h5ad"), folder.path / "model.npz", folder.path / "predictions.h5ad"
         vectors_of_genes = Embeddings.read(folder.embeddings(embeddings, measured))
         family, cells = build(implementation, block["params"]), _opened(measured)
-        cells = cells if isinstance(family, Ceiling) else cells.roles("train", "validation")
+        cells = cells if isinstance(family, Ceiling) else cells.fitted_on(role)
         save_artefact(model, family.fit(cells, vectors_of_genes, Run(seed=seed, checkpoints=folder.path / "checkpoints")))
         most = config["predict"]["max_cells"] if max_cells is None else max_cells
         prediction.predict(measured, model, predictions, implementation, block["params"], seed, most, role)
@@ -338,7 +338,5 @@ def score(predictions: Cells, pairs: Cells) -> pd.DataFrame:
     cells = _read(predictions, "predictions")
     with _Folder() as folder:
         measured = _opened(folder.file(pairs, "pairs.h5ad"))
-        train = measured.obs.loc[measured.obs["role"] == "train", "perturbation"].astype(str)
-        seen = sorted(set(train) - {CONTROL})
-        members_seen = divisions.members_seen(measured.perturbations, seen)
-        return scores(cells, measured, members_seen).reset_index(drop=True)
+        roles = {role: measured.roles(role).perturbations for role in divisions.ROLES}
+        return scores(cells, measured, divisions.members_seen(roles)).reset_index(drop=True)

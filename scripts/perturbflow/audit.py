@@ -30,7 +30,9 @@ from perturbflow.evidence import (
 )
 from perturbflow.files import file_digest, read_json, write_json
 from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.progress import progressed
 from perturbflow.splits import names_digest
+from perturbflow.symbols import members_of
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +231,7 @@ def passed(evidence: Evidence, place: str) -> dict[str, str]:
     InputError
         If anything leaked: one line for every finding.
     """
-    results = {check.__name__: check(evidence) for check in CHECKS}
+    results = {check.__name__: check(evidence) for check in progressed(CHECKS, "checks")}
     leaks = [f"{name}: {finding}" for name, findings in results.items() for finding in findings]
     if leaks:
         raise InputError(f"Leak in {place}: training would see what it is tested on.\n" + "\n".join(leaks))
@@ -259,8 +261,10 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
     vectors = Embeddings.read(embeddings)
     evidence = Evidence(roles, cells, ad.read_h5ad(harmonized)[cells.obs_names].copy(), vectors.table)
     checks = passed(evidence, str(pairs.parent))
+    perturbed = {member for label in cells.obs["perturbation"].unique() for member in members_of(label)}
+    of_perturbed = Embeddings(vectors.table[vectors.table.index.isin(perturbed)])
     matched = matched_across_batches(cells.obs, np.asarray(cells.obsm["control_index"]))
-    caveats = caveats_of(matched)
+    caveats = caveats_of(cells.obs, matched)
     for caveat in caveats:
         logger.warning("%s", caveat)
     write_json(
@@ -270,8 +274,8 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
             "sha256": {path.name: file_digest(path) for path in (split, pairs, embeddings)},
             "split_sha256": roles["sha256"],
             "fitted_sha256": fitted_digests(evidence),
-            "without_row": vectors.without_row(),
-            "without_vector": vectors.without_vector,
+            "without_row": of_perturbed.without_row(),
+            "without_vector": of_perturbed.without_vector,
             "matched_across_batches": matched,
             "caveats": caveats,
         },

@@ -1,4 +1,4 @@
-"""What is no leak and is part of every effect all the same: cells that are compared with controls of other batches."""
+"""What is no leak and has to be said with every verdict: controls of other batches, and scored cells of a single batch."""
 
 from typing import Any
 
@@ -36,8 +36,29 @@ def matched_across_batches(obs: pd.DataFrame, control_index: np.ndarray) -> dict
     }
 
 
-def caveats_of(matched: dict[str, Any]) -> list[str]:
-    """Return what has to be said with every verdict, one sentence each; `matched` is what `matched_across_batches` gives."""
+def caveats_of(obs: pd.DataFrame, matched: dict[str, Any]) -> list[str]:
+    """Return what has to be said with every verdict, one sentence each.
+
+    Parameters
+    ----------
+    obs
+        Cells of pairs.h5ad: is_control, batch and role.
+    matched
+        What `matched_across_batches` gives.
+    """
+    return _of_one_batch(obs) + _of_matches(matched)
+
+
+def _of_one_batch(obs: pd.DataFrame) -> list[str]:
+    is_scored = ~obs["is_control"].to_numpy(bool) & (obs["role"] == "test").to_numpy()
+    batches = obs.loc[is_scored, "batch"].astype(str).unique()
+    if len(batches) != 1:
+        return []
+    which = "as no batch is declared" if batches[0] == "unknown" else batches[0]
+    return [f"All scored cells are of one batch ({which}): whether the same holds in another is not known."]
+
+
+def _of_matches(matched: dict[str, Any]) -> list[str]:
     if matched["share"] < TOLD:
         return []
     batches = list(matched["batches"])

@@ -17,6 +17,17 @@ from perturbflow.records import inputs_as_made, write_records
 
 logger = logging.getLogger("perturbflow")
 
+
+def limit_threads() -> None:
+    """Give what is called by hand one thread, unless the environment says otherwise; jobs come with the threads of their rule.
+
+    Small products of matrices lose more by waiting for one another than they gain. Libraries read the variable when they are loaded.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+
+
+limit_threads()  # scripts import this module first
+
 # Of a rule: what says when its job runs again, and nothing to its function.
 FOR_SNAKEMAKE = ("again", "code_version", "content", "descriptions", "moment")
 
@@ -92,6 +103,7 @@ def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = No
         arguments = vars(_argument_parser(function).parse_args())
         hints = typing.get_type_hints(function)
         arguments = {name: _as_declared(value, hints.get(name)) for name, value in arguments.items()}
+        logger.info("%s: OMP_NUM_THREADS is %s", function.__name__, os.environ["OMP_NUM_THREADS"])
     else:
         _configure_logging(snakemake.log[0] if snakemake.log else None)
         arguments = {**dict(snakemake.input), **dict(snakemake.output), **dict(snakemake.params)}

@@ -5,13 +5,15 @@ Each verb calls one function of the package, imported when it is needed, so that
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from perturbflow import __version__
+from perturbflow import __version__  # cli first: it limits threads
+from perturbflow.cli import limit_threads
 from perturbflow.errors import InputError
 from perturbflow.files import write_json
 from perturbflow.listing import KINDS, listed
@@ -19,9 +21,11 @@ from perturbflow.listing import KINDS, listed
 if TYPE_CHECKING:
     import pandas as pd
 
-REFERENCES = ("no_change", "technical_duplicate")  # what a score is read between
+REFERENCES = ("no_change", "technical_duplicate", "perfect_mean")  # what a score is read between
 EXTRAS = {"torch": "models", "pytorch_lightning": "models"}
 Folder = click.Path(path_type=Path)
+
+logger = logging.getLogger(__name__)
 
 
 class _Verbs(click.Group):
@@ -45,6 +49,7 @@ def perturbflow() -> None:
 
     Results of the workflow are looked for where it writes them: results/DATASET/SPLIT. The workflow itself is run with snakemake.
     """
+    limit_threads()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
 
 
@@ -86,9 +91,10 @@ def score(file: Path, against: Path, output: Path | None) -> None:
 
     FILE is an h5ad with X (log1p-normalized, the genes of pairs.h5ad in their order), obs.perturbation and obs.control_index, or in place of the
     latter obs.batch and obs.cell_type. Prints the mean of every metric over perturbations; beside it, where the workflow has scored them,
-    the floor (no_change) and the ceiling (technical_duplicate) on the same perturbations.
+    the floor (no_change), the ceiling (technical_duplicate) and the ceiling without its own noise (perfect_mean) on the same perturbations.
     """
     (pairs,) = _require(against, ("pairs.h5ad",))
+    logger.info("%s is read and scored", file)
     from perturbflow import api
     from perturbflow.evaluation.table import write_scores
 
@@ -127,6 +133,7 @@ def audit(folder: Path) -> None:
     """
     split, pairs, embeddings = _require(folder, ("split.json", "pairs.h5ad", "embeddings.parquet"))
     (harmonized,) = _require(folder.resolve().parent, ("harmonized.h5ad",))
+    logger.info("%s is read", folder)
     from perturbflow import api
     from perturbflow.embeddings import Embeddings
 
@@ -182,6 +189,7 @@ def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any)
     What would become of cells if these genes were perturbed in them? The first question about a model also checks the model and
     writes its warranty beside it. What each option means: config/README.md, counterfactuals.yaml.
     """
+    logger.info("%s is asked, with OMP_NUM_THREADS %s", run, os.environ["OMP_NUM_THREADS"])
     from perturbflow.counterfactuals import asking
 
     asking.ask(run, list(perturbations), output, **options)

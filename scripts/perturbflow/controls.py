@@ -125,10 +125,10 @@ def declaration(alike: Iterable[str], declared: Iterable[str] = ()) -> str:
     if len(names) > SHOWN and len(patterns) <= len(names) // 2:
         pattern = "|".join(patterns).replace("'", "''")
         return f"perturbation.control_pattern: '{pattern}'"
-    return f"perturbation.control: [{', '.join(map(_quoted, [*declared, *names]))}]"
+    return f"perturbation.control: [{', '.join(map(quoted, [*declared, *names]))}]"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Return a text as YAML has it between quotation marks."""
     return json.dumps(text, ensure_ascii=not text.isprintable())
 

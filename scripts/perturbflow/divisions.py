@@ -1,7 +1,7 @@
 """Divide perturbations among training, validation and test by a rule: genes or compounds, combinations, or doses are held out."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from perturbflow.errors import InputError
 from perturbflow.symbols import SEPARATOR, entities_of, entity_of, members_of, without_dose
 
 ROLES = ("train", "validation", "test")
+KNOWN = {"validation": ("train",), "test": ("train", "validation")}  # scored role → roles that a model learns from
 LEAST_DOSES_LEFT = 2  # of a compound whose doses are held out, in training: a response over dose takes two points
 
 Perturbations = dict[str, list[str]]
@@ -170,7 +171,13 @@ def _fold_of_doses(doses: dict[str, list[str]], fold: tuple[int, int], rng: np.r
 DIVISIONS = {"unseen_perturbation": unseen_perturbation, "unseen_combination": unseen_combination, "unseen_dose": unseen_dose}
 
 
-def members_seen(labels: Iterable[str], train: Iterable[str]) -> dict[str, int]:
-    """Return per perturbation how many of its members are measured alone in training, at whatever dose."""
-    alone = {entity_of(label) for label in train if len(members_of(label)) == 1}
-    return {label: sum(entity_of(member) in alone for member in members_of(label)) for label in labels}
+def members_seen(perturbations: Perturbations) -> dict[str, int]:
+    """Return per held-out perturbation how many of its members a model that is scored on it saw alone, at whatever dose.
+
+    Such a model knows of no other role where validation is scored, and of validation, too, where test is.
+    """
+    seen: dict[str, int] = {}
+    for role, known in KNOWN.items():
+        alone = {entity_of(label) for other in known for label in perturbations[other] if len(members_of(label)) == 1}
+        seen |= {label: sum(entity_of(member) in alone for member in members_of(label)) for label in perturbations[role]}
+    return seen

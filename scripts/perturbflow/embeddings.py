@@ -1,6 +1,8 @@
 """Vectors of perturbed genes: what a model can know of a gene that it never saw perturbed."""
 
+import contextlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +13,12 @@ from perturbflow.errors import InputError
 from perturbflow.files import atomic
 from perturbflow.hdf5 import CsrRows
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import approved_symbol, candidates, members_of, without_dose
+from perturbflow.symbols import approved_symbol, candidates, entity_of, members_of, without_dose
 
 logger = logging.getLogger(__name__)
 
 N_COEXPRESSION = 32
+MOST_FURTHER = 200  # genes that the screen does not perturb
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,32 @@ def rows_of(table: pd.DataFrame, genes: list[str]) -> pd.DataFrame:
 
 
 def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
-    """Return the rows of a user's table: gene symbol in the first column, numbers after it."""
+    """Return the rows of a user's table: gene symbol in the first column, numbers after it; NaN for genes that it has no row for.
+
+    A row goes by the approved symbol, a previous one, an Ensembl id, an alias, or any of these in other letters, where that is one gene's alone.
+    """
+    table = _read(path)
+    table.index = [approved_symbol(str(gene).strip()) for gene in table.index]
+    table = table[~table.index.duplicated()]
+    found = rows_of(table, genes)
+    missing = found.index[found.isna().all(axis=1)].tolist()
+    by_name: dict[str, set[str]] = {}
+    for name in table.index if missing else ():
+        for meant in {name.casefold(), *(gene.casefold() for gene in candidates(name) or candidates(name.upper()))}:
+            by_name.setdefault(meant, set()).add(name)
+    for gene in missing:
+        names = by_name.get(without_dose(gene)[0].casefold(), set())
+        if len(names) == 1:
+            found.loc[gene] = table.loc[names.pop()]
+    if found.isna().all(axis=None):
+        raise InputError(
+            f"{path} has no row for any of the {len(genes)} genes that are asked for (for example {', '.join(genes[:5])}); is its first column the gene symbol?"
+        )
+    return found
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """Return a user's table as it is, genes in its index."""
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, sep="\t")
     except (ValueError, OSError, pd.errors.ParserError) as error:
@@ -111,17 +139,32 @@ def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
         raise InputError(
             f"{path}: the first column holds gene symbols, all others numbers; these hold none: {', '.join(map(str, words[:5])) or '(no columns)'}."
         )
-    table.index = [approved_symbol(str(gene)) for gene in table.index]
-    found = rows_of(table[~table.index.duplicated()], genes)
-    if found.isna().all(axis=None):
-        raise InputError(
-            f"{path} has no row for any of the {len(genes)} genes that are asked for (for example {', '.join(genes[:5])}); is its first column the gene symbol?"
-        )
-    return found
+    return table
+
+
+def further_genes(paths: Iterable[Path], perturbed: Iterable[str], measured: Iterable[str]) -> list[str]:
+    """Return the measured genes that users' tables have rows for, though the screen perturbs none of them: they can be asked about.
+
+    None where they are more than MOST_FURTHER, which the log says: every model keeps an effect of each.
+    """
+    others = sorted(set(measured) - set(perturbed))
+    found: set[str] = set()
+    for path in paths:
+        with contextlib.suppress(InputError):  # a table of perturbed genes alone
+            rows = from_table(path, others) if others else pd.DataFrame()
+            found |= {*rows.index[rows.notna().any(axis=1)]}
+    if len(found) <= MOST_FURTHER:
+        return sorted(found)
+    logger.warning(
+        "%s has rows for %d measured genes that the screen does not perturb: above %d none of them is kept, and what-if questions about them are answered "
+        "without a vector. A table of the perturbed genes and of those that you mean to ask about keeps them",
+        " and ".join(map(str, paths)), len(found), MOST_FURTHER,
+    )  # fmt: skip
+    return []
 
 
 def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] | None = None) -> None:
-    """Write one row per perturbed gene.
+    """Write one row per perturbed gene, and per measured gene that a user's table has a row for.
 
     Parameters
     ----------
@@ -135,7 +178,17 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
         Vectors of all genes, one table per prior among the sources, in their order.
     """
     cells = Pairs.read(pairs)
-    genes = sorted({gene for label in cells.perturbations for gene in members_of(label)})
+    perturbed = sorted({gene for label in cells.perturbations for gene in members_of(label)})
+    further = further_genes(
+        [Path(source["file"]) for source in sources if isinstance(source, dict)], map(entity_of, perturbed), cells.genes
+    )
+    genes = perturbed + further
+    if further:
+        logger.info(
+            "%d genes that the screen does not perturb have a row in your tables: they can be asked about%s",
+            len(further),
+            _list_of(further, "with"),
+        )
     of_priors = iter(priors or [])
     tables = []
     for source in sources:
@@ -149,17 +202,17 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
         tables.append(table)
     table = pd.concat(tables, axis=1).astype(np.float32)
     table.index.name = "gene"
-    found = Embeddings(table)
+    found = Embeddings(table.loc[perturbed])
     for source, missing in found.without_row().items():
-        logger.info("%s: %d of %d perturbed genes have a row%s", source, len(genes) - len(missing), len(genes), _list_of(missing))
+        logger.info("%s: %d of %d perturbed genes have a row%s", source, len(perturbed) - len(missing), len(perturbed), _list_of(missing))
     if unknown := found.without_vector:
         logger.warning(
             "%d of %d perturbed genes have no row in any source: nothing tells them apart, and models that never saw them perturbed "
-            "predict what they would of any gene%s", len(unknown), len(genes), _list_of(unknown),
+            "predict what they would of any gene%s", len(unknown), len(perturbed), _list_of(unknown),
         )  # fmt: skip
     with atomic(embeddings) as partial:
         table.to_parquet(partial)
 
 
-def _list_of(genes: list[str]) -> str:
-    return f" (without: {', '.join(genes)})" if genes else ""
+def _list_of(genes: list[str], which: str = "without") -> str:
+    return f" ({which}: {', '.join(genes)})" if genes else ""

@@ -1,5 +1,6 @@
 """What training reads of one split, and the checks of its roles: nothing that is held out has a cell in training."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.divisions import ROLES, members_seen
+from perturbflow.divisions import KNOWN, ROLES, members_seen
 from perturbflow.splits import LABEL_KINDS, names_digest
 from perturbflow.symbols import CONTROL, GUIDE, SEPARATOR, at_dose, entities_of, entity_of, members_of, without_dose
 
@@ -60,14 +61,11 @@ class Evidence:
         return (self.pairs.obs["role"] == "train").to_numpy()
 
     @property
-    def held_out(self) -> list[str]:
-        """Perturbations of validation and test."""
-        return [label for role in ("validation", "test") for label in self.split["perturbations"][role]]
-
-    @property
-    def trained(self) -> list[str]:
-        """Perturbations of training."""
-        return self.split["perturbations"]["train"]
+    def holdouts(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Perturbations that are scored, and those that a model learns from which is scored on them: of validation, and of test."""
+        of_role = self.split["perturbations"]
+        for role, known in KNOWN.items():
+            yield of_role[role], [label for other in known for label in of_role[other]]
 
     def gene_of(self, member: str) -> str:
         """Return the measured gene that a member is a guide of, at the member's dose; any other member as it is."""
@@ -112,43 +110,53 @@ def roles_of_cells_agree(evidence: Evidence) -> Findings:
 
 
 def held_out_genes_are_unseen(evidence: Evidence) -> Findings:
-    """In unseen_perturbation, no gene or compound of a held-out single occurs in any training perturbation, at whatever dose."""
+    """In unseen_perturbation, no gene or compound of a held-out single occurs in any perturbation that models learn from, at whatever dose."""
     if evidence.split["spec"]["kind"] != "unseen_perturbation":
         return []
-    seen = {name for label in evidence.trained for name in entities_of(label)}
-    leaked = sorted({label for label in evidence.held_out if len(members_of(label)) == 1 and entity_of(label) in seen})
-    return [f"held-out genes or compounds that training holds, alone or in a combination: {', '.join(leaked[:5])}"] if leaked else []
+    leaked = set()
+    for held_out, trained in evidence.holdouts:
+        seen = {name for label in trained for name in entities_of(label)}
+        leaked |= {label for label in held_out if len(members_of(label)) == 1 and entity_of(label) in seen}
+    return (
+        [f"held-out genes or compounds that training holds, alone or in a combination: {', '.join(sorted(leaked)[:5])}"] if leaked else []
+    )
 
 
 def held_out_combinations_are_unseen(evidence: Evidence) -> Findings:
-    """In unseen_combination, no held-out combination is in training at other doses."""
+    """In unseen_combination, models learn from no held-out combination at other doses."""
     if evidence.split["spec"]["kind"] != "unseen_combination":
         return []
-    seen = {tuple(entities_of(label)): label for label in evidence.trained if len(members_of(label)) > 1}
-    leaked = [f"{label} and {seen[pair]}" for label in evidence.held_out if (pair := tuple(entities_of(label))) in seen]
+    leaked = []
+    for held_out, trained in evidence.holdouts:
+        seen = {tuple(entities_of(label)): label for label in trained if len(members_of(label)) > 1}
+        leaked += [f"{label} and {seen[pair]}" for label in held_out if (pair := tuple(entities_of(label))) in seen]
     return [f"combinations, one held out and one in training, that differ by dose alone: {', '.join(leaked[:5])}"] if leaked else []
 
 
 def held_out_doses_lie_among_others(evidence: Evidence) -> Findings:
-    """In unseen_dose, training holds another dose of the compound of every held-out single, and the held-out dose in no combination."""
+    """In unseen_dose, models learn from another dose of the compound of every held-out single, and from the held-out dose in no combination."""
     if evidence.split["spec"]["kind"] != "unseen_dose":
         return []
-    seen = {member for label in evidence.trained for member in members_of(label)}
-    alone = {entity_of(label) for label in evidence.trained if len(members_of(label)) == 1}
-    singles = [label for label in evidence.held_out if len(members_of(label)) == 1]
+    leaked, unknown = set(), set()
+    for held_out, trained in evidence.holdouts:
+        seen = {member for label in trained for member in members_of(label)}
+        alone = {entity_of(label) for label in trained if len(members_of(label)) == 1}
+        singles = [label for label in held_out if len(members_of(label)) == 1]
+        leaked |= set(singles) & seen
+        unknown |= {label for label in singles if entity_of(label) not in alone}
     found = []
-    if leaked := sorted(set(singles) & seen):
-        found.append(f"held-out doses that training holds in a combination: {', '.join(leaked[:5])}")
-    if unknown := sorted({label for label in singles if entity_of(label) not in alone}):
-        found.append(f"held-out doses of compounds that training holds no dose of: {', '.join(unknown[:5])}")
+    if leaked:
+        found.append(f"held-out doses that training holds in a combination: {', '.join(sorted(leaked)[:5])}")
+    if unknown:
+        found.append(f"held-out doses of compounds that training holds no dose of: {', '.join(sorted(unknown)[:5])}")
     return found
 
 
 def members_seen_are_told(evidence: Evidence) -> Findings:
-    """The split says of every held-out perturbation how many of its genes or compounds training holds alone, at whatever dose."""
+    """The split says of every held-out perturbation how many of its genes or compounds models saw alone, at whatever dose."""
     if not evidence.holds_out_perturbations:
         return []
-    expected, told = members_seen(evidence.held_out, evidence.trained), evidence.split["members_seen"]
+    expected, told = members_seen(evidence.split["perturbations"]), evidence.split["members_seen"]
     wrong = sorted(label for label, n in expected.items() if told.get(label) != n)
     return (
         [f"members_seen is wrong for {', '.join(f'{label} ({told.get(label)} for {expected[label]})' for label in wrong[:5])}"]
@@ -158,20 +166,22 @@ def members_seen_are_told(evidence: Evidence) -> Findings:
 
 
 def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
-    """A gene's guides are no perturbations of their own: none is held out while training holds another."""
+    """A gene's guides are no perturbations of their own: none is held out while models learn from another."""
     if not evidence.holds_out_perturbations:
         return []
 
     def perturbed(label: str) -> str:
         return SEPARATOR.join(sorted({evidence.gene_of(member) for member in members_of(label)}))
 
-    trained = {perturbed(label): label for label in evidence.trained}
-    shared = [f"{label} and {trained[perturbed(label)]}" for label in evidence.held_out if trained.get(perturbed(label), label) != label]
-    if evidence.split["spec"]["kind"] == "unseen_perturbation":  # alone or in a combination, a gene is seen or it is not
-        names = {name for label in evidence.trained for name in entities_of(label)}
-        guide = {evidence.gene_of(name): name for name in names}
-        unseen = [(label, name) for label in evidence.held_out for name in entities_of(label) if name not in names]
-        shared += [f"{label} and {guide[gene]}" for label, name in unseen if (gene := evidence.gene_of(name)) in guide]
+    shared = []
+    for held_out, learned in evidence.holdouts:
+        trained = {perturbed(label): label for label in learned}
+        shared += [f"{label} and {trained[perturbed(label)]}" for label in held_out if trained.get(perturbed(label), label) != label]
+        if evidence.split["spec"]["kind"] == "unseen_perturbation":  # alone or in a combination, a gene is seen or it is not
+            names = {name for label in learned for name in entities_of(label)}
+            guide = {evidence.gene_of(name): name for name in names}
+            unseen = [(label, name) for label in held_out for name in entities_of(label) if name not in names]
+            shared += [f"{label} and {guide[gene]}" for label, name in unseen if (gene := evidence.gene_of(name)) in guide]
     return (
         [f"guides of one gene, one held out and one in training: {', '.join(dict.fromkeys(shared[:5]))}; label cells by gene"]
         if shared

@@ -41,6 +41,7 @@ from perturbflow.origins import labels_file
 from perturbflow.recipes import open_by_recipe
 from perturbflow.sources import SomeGenes, Source, open_source
 from perturbflow.symbols import CONTROL, SEPARATOR, entities_of
+from perturbflow.unassigned import warning as warning_of_no_genes
 
 logger = logging.getLogger(__name__)
 
@@ -365,6 +366,8 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     remove_leftovers(harmonized)
     source.threads, source.scratch = threads, harmonized.parent
     rows, obs, of_labels = _chosen_cells(source, source_genes, name, dataset, dropped)
+    if of_labels["no_gene"]:
+        warnings.append(warning_of_no_genes(of_labels["no_gene"]))
     source.obs = source.obs[[]]  # its columns are in obs now
     renamed_genes = dict(
         source_genes.loc[source_genes["gene_name"] != source_genes["original_name"], ["original_name", "gene_name"]].to_numpy()

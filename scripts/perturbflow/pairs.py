@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.divisions import ROLES
+from perturbflow.divisions import KNOWN, ROLES
 from perturbflow.errors import InputError
 from perturbflow.files import atomic, file_digest, read_json
 from perturbflow.hdf5 import CsrRows
@@ -173,6 +173,15 @@ class Pairs:
                 return self
             self._of_roles[roles] = self.select(mask)
         return self._of_roles[roles]
+
+    def fitted_on(self, scored: str) -> "Pairs":
+        """Return what a model is handed whose scores are those of a role: the cells that it learns from, all in the role train.
+
+        Where validation is scored, its cells are there too, in their own role: they draw the curve of a training.
+        """
+        cells = self.roles("train", "validation")
+        role = cells.obs["role"].astype(str)
+        return replace(cells, obs=cells.obs.assign(role=role.where(~role.isin(KNOWN[scored]), "train")))
 
     @cached_property
     def _of_roles(self) -> dict[tuple[str, ...], "Pairs"]:

@@ -55,7 +55,8 @@ def predict(
         A trained model.
     predictions
         AnnData to be written: X log1p-normalized like pairs.h5ad; obs perturbation, cell_type, batch, control_index (row of
-        pairs.h5ad of the control that the cell started from); uns["perturbflow"] starts_from_controls and role.
+        pairs.h5ad of the control that the cell started from); uns["perturbflow"] starts_from_controls, role and noise_removed. The mean of a perturbation's
+        cells is that of all controls of their batches and cell types plus the predicted effect.
     role
         test, or validation for choosing hyper-parameters.
     """
@@ -80,12 +81,14 @@ def predict(
     with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
         written = AppendedRows(file.create_group("X"), len(cells.genes), len(start), pool)
         for label, rows in chosen.items():
+            # The mean of a few controls is off that of all by chance; predicted cells are to have the mean of the population.
+            level = cells.control_mean_for(cells.control_index[rows, 0]) if not isinstance(family, Ceiling) else None
             size = len(rows) if isinstance(family, Ceiling) else CELLS_PER_BLOCK  # a ceiling draws without replacement, from few
             for block, first in enumerate(range(0, len(rows), size)):
                 starts = cells.control_index[rows[first : first + size], 0]
                 told = {} if strata is None else {"strata": strata[starts]}
                 control = X[np.searchsorted(controls, starts)].toarray()
-                predicted = family.predict(control, [label], len(starts), block_seed(seed, label, block), **told)[0]
+                predicted = family.predict(control, [label], len(starts), block_seed(seed, label, block), level, **told)[0]
                 written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
             logger.info("%s: %d cells", label, len(rows))
         written.finish()
@@ -97,7 +100,8 @@ def predict(
         obs.index = [f"predicted_{i}" for i in range(len(obs))]
         for column in ("perturbation", "cell_type", "batch"):
             obs[column] = pd.Categorical(obs[column])
-        uns = {"perturbflow": {"starts_from_controls": not isinstance(family, Ceiling), "role": role}}
+        noise_removed = isinstance(family, Ceiling) and family.noise_removed
+        uns = {"perturbflow": {"starts_from_controls": not isinstance(family, Ceiling), "role": role, "noise_removed": noise_removed}}
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         for place in ("obsm", "varm", "obsp", "varp", "layers"):
             ad.io.write_elem(file, place, {})

@@ -137,7 +137,7 @@ def read_roles(path: Path) -> dict[str, list[str]]:
             f"open({target!r}, 'w'))\n"
             f"and name {target} as path."
         )
-    listed: dict[str, list[str]] = {role: [] for role in ROLES}
+    listed: dict[str, list[str]] = {}
     content = read_json(path)
     named = {key: ROLE_NAMES.get(key.lower(), key.lower()) for key in content}
     if unknown := sorted(key for key, role in named.items() if role not in ROLES):
@@ -146,7 +146,7 @@ def read_roles(path: Path) -> dict[str, list[str]]:
         texts = content[key]
         if not isinstance(texts, list) or not all(isinstance(label, str) for label in texts):
             raise InputError(f"{path}: '{key}' must be a list of labels.")
-        listed[role] = [*listed[role], *texts]
+        listed[role] = [*listed.get(role, []), *texts]
     return listed
 
 
@@ -177,7 +177,7 @@ def from_file(path: Path, labels: Labels) -> dict[str, list[str]]:
     if found:
         raise InputError("\n  ".join([f"{path}: labels that cannot be used. Remove or correct them:", *found]))
     for role in ("train", "test"):
-        if not roles[role]:
+        if not roles.get(role):
             raise InputError(f"{path}: '{role}' is empty.")
     return roles
 

@@ -48,14 +48,13 @@ GENERALIZATION = {
 
 
 def listed(path: Path, labels: Labels, validation_fraction: float, seed: int) -> Perturbations:
-    """Return the roles that a file lists (`from_file`); without validation, a share of train serves, by seed."""
+    """Return the roles that a file lists (`from_file`); without a list for validation, even an empty one, a share of train serves, by seed."""
     roles = from_file(path, labels)
-    if not roles["validation"] and len(roles["train"]) > 2:
-        chosen = take(roles["train"], max(validation_fraction, 1e-9), np.random.default_rng(seed))
-        roles["validation"] = sorted(chosen)
-        roles["train"] = [label for label in roles["train"] if label not in chosen]
-        logger.info("%s names no validation perturbations: %s serve, by seed %d", path, ", ".join(sorted(chosen)), seed)
-    return roles
+    if "validation" not in roles and validation_fraction > 0 and len(roles["train"]) > 2:
+        chosen = take(roles["train"], validation_fraction, np.random.default_rng(seed))
+        roles |= {"validation": sorted(chosen), "train": [label for label in roles["train"] if label not in chosen]}
+        logger.info("%s has no list for validation: %s serve, by seed %d", path, ", ".join(sorted(chosen)), seed)
+    return {role: roles.get(role, []) for role in ROLES}
 
 
 # --- cells ----------------------------------------------------------------------------------------------------------
@@ -231,7 +230,6 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
         logger.info(
             "%s: %d perturbations, %d cells, %d of them controls", role, len(perturbations[role]), len(cells[role]), n_controls[role]
         )
-    held_out = {*perturbations["validation"], *perturbations["test"]}
     content: dict[str, Any] = {
         "name": name,
         "spec": spec,
@@ -239,7 +237,7 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
         "perturbations": perturbations,
         "left_out": left_out,
         "n_cells_left_out": n_left_out,
-        "members_seen": members_seen(held_out, perturbations["train"]),
+        "members_seen": members_seen(perturbations),
         "controls": n_controls,
         "cells": cells,
         "sha256": {role: {"perturbations": names_digest(perturbations[role]), "cells": names_digest(cells[role])} for role in ROLES},

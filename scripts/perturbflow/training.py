@@ -71,6 +71,7 @@ def train(
     device: str = "auto",
     devices: int = 1,
     threads: int = 1,
+    scored: str = "test",
     provenance: dict | None = None,
 ) -> None:
     """Train one model.
@@ -78,7 +79,7 @@ def train(
     Parameters
     ----------
     pairs, embeddings
-        The pairs and gene vectors of one split. A model gets training and validation cells; a ceiling gets all.
+        The pairs and gene vectors of one split. A ceiling gets all cells.
     audit
         The leak audit of this split, which must have passed.
     model, run
@@ -89,6 +90,8 @@ def train(
         Governs all that is random in training.
     device, devices
         auto, cpu, cuda or mps; and how many of them a network's training is to be shared among.
+    scored
+        Role that predictions are scored on: for test a model learns from training and validation cells, for validation from training alone.
     """
     family = build(implementation, params)
     digests = {path.name: content_digest(path) for path in (pairs, embeddings)} | {
@@ -101,7 +104,7 @@ def train(
         devices=devices,
         threads=threads,
         checkpoints=model.parent / "checkpoints",
-        identity=digest(implementation, params, seed, digests, code),
+        identity=digest(implementation, params, seed, scored, digests, code),
     )
     about = {
         "provenance": provenance or {},
@@ -116,13 +119,20 @@ def train(
         return
     started = time.perf_counter()
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
-    cells = cells if isinstance(family, Ceiling) else cells.roles("train", "validation")
+    cells = cells if isinstance(family, Ceiling) else cells.fitted_on(scored)
     artefact = family.fit(cells, Embeddings.read(embeddings), circumstances)
     seconds = time.perf_counter() - started
     if not circumstances.is_first_process:
         return
     save_artefact(model, artefact)
-    content = {"implementation": implementation, "params": params, "seed": seed, **about, **_account(circumstances, artefact, seconds)}
+    content = {
+        "implementation": implementation,
+        "params": params,
+        "seed": seed,
+        "scored": scored,
+        **about,
+        **_account(circumstances, artefact, seconds),
+    }
     write_json(run, content)
     if finished:
         finished.keep(content)

@@ -1,10 +1,10 @@
 """Print the tables of the benchmark as Markdown, as they stand in the READMEs.
 
 python workflow_tests/benchmarks/leaderboard.py results renge2023
-python workflow_tests/benchmarks/leaderboard.py results renge2023 --brief no_change perturbed_mean stacked jepa technical_duplicate
+python workflow_tests/benchmarks/leaderboard.py results renge2023 --brief no_change perturbed_mean stacked jepa perfect_mean
 
 One leaderboard per split, with the headline metrics unless --all is given: the mean, its 95 % interval in round brackets, the value
-scaled from no change (0) to the technical duplicate (1) in square ones, the best baseline in bold; below it what the metrics can tell
+scaled from no change (0) to the ceiling (1) in square ones, the best baseline in bold; below it what the metrics can tell
 here, and the verdict on every model. With --brief and names: these models alone, value and scaled value, the verdict in a word, and a ✗ at metrics that cannot tell. With
 --against MODEL: the paired differences to that baseline instead; above zero is better than it, whatever the metric's direction.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-SCALED = "scaled_no_change_technical_duplicate"
+SCALED = "scaled_no_change_perfect_mean"
 ARROWS = {"higher": "↑", "lower": "↓", "target": "◎"}
 
 

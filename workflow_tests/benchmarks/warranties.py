@@ -10,6 +10,8 @@ perturbations, and the share in the best tenth with its exact 95 % interval.
 
 import argparse
 import sys
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +43,20 @@ def interval(values: np.ndarray) -> str:
 def warranty_row(place: str, model: str, shown: list[dict]) -> dict[str, object]:
     """Return one row of the first table: means over seeds, intervals over perturbations."""
 
-    def of(name: str) -> np.ndarray:
-        return np.mean([[row[name] for row in content["perturbations"]] for content in shown], axis=0).astype(float)
+    def of(*keys: str) -> np.ndarray:
+        return np.mean([[reduce(getitem, keys, row) for row in content["perturbations"]] for content in shown], axis=0).astype(float)
+
+    def agreed(kind: str) -> str:
+        return f"{interval(of('agreement', kind, 'model'))} of {np.nanmean(of('agreement', kind, 'ceiling')):.3f}"
 
     target = shown[0]["on_target"]
     return {
         "screen, split": place, "model": model, "seeds": len(shown), "held-out measurements": shown[0]["coverage"][0]["n_calibration"],
         "tested on": shown[0]["coverage"][0]["n_test"], "in 80 %": interval(of("coverage_80")), "in 90 %": interval(of("coverage_90")),
-        "agreement": interval(of("agreement")), "ceiling": f"{np.nanmean(of('ceiling')):.3f}",
+        "no change's": interval(of("coverage_of_floors_90", "no_change")),
+        "width, no change = 1": f"{np.mean([c['coverage'][-1]['relative_width']['no_change']['mean'] for c in shown]):.2f}",
+        "agreement, whole": agreed("whole"), "the mean effect": interval(of("agreement", "whole", "perturbed_mean")),
+        "agreement, specific": agreed("specific"), "verdict": "; ".join(dict.fromkeys(c["verdict"] for c in shown)),
         "placebo, % called at 5": " to ".join(
             f"{100 * np.mean([c['placebo'][key] for c in shown]):.1f}" for key in ("share_called_low", "share_called_high")
         ),

@@ -31,16 +31,17 @@ def _read(path: Path) -> pd.DataFrame:
     return scores
 
 
-def _caveats(audits: list[Path]) -> dict[tuple[str, str], list[str]]:
+def _caveats(audits: list[Path], harmonizations: list[Path]) -> dict[tuple[str, str], list[str]]:
     """Return dataset and split → what has to be said with its verdicts; what pools folds has the caveats of all of them."""
     found: dict[tuple[str, str], list[str]] = {}
+    warnings = {path.parent.name: read_json(path)["warnings"] for path in harmonizations}
     for path in audits:
         dataset, split = path.parts[-3:-1]
         said = read_json(path)["caveats"]
         found.setdefault((dataset, split), []).extend(said)
         if fold := FOLD.match(split):
             found.setdefault((dataset, fold["name"]), []).extend(f"{split}: {caveat}" for caveat in said)
-    return found
+    return {place: said + [f"{text[0].upper()}{text[1:]}" for text in warnings.get(place[0], [])] for place, said in found.items()}
 
 
 def _with_quality(scores: pd.DataFrame, paths: list[Path]) -> pd.DataFrame:
@@ -69,6 +70,8 @@ def benchmark(
     verdicts: Path,
     qualities: list[Path],
     audits: list[Path],
+    harmonizations: list[Path],
+    least_difference: float,
 ) -> None:
     """Write all tables of the benchmark.
 
@@ -92,6 +95,10 @@ def benchmark(
         quality.tsv of every dataset: scores are also told by what it says of their perturbations.
     audits
         The audit.json of every dataset × split, whose caveats stand with the verdicts.
+    harmonizations
+        The harmonization.json of every dataset, whose warnings do, too.
+    least_difference
+        Share of the way from no change to the ceiling below which a difference does not count.
 
     Raises
     ------
@@ -103,11 +110,11 @@ def benchmark(
         if families.get(model) not in FAMILIES:
             raise InputError(f"families: '{families.get(model)}' of model '{model}' is no family; known: {', '.join(FAMILIES)}.")
     tables: dict[Path, list[pd.DataFrame]] = {path: [] for path in (benchmark, calibration, comparisons, strata, verdicts)}
-    caveats = _caveats(audits)
+    caveats = _caveats(audits, harmonizations)
     for panel in panels(scores):
-        compared, calibrated = compare(panel, families), calibrate(panel, families)
+        compared, calibrated = compare(panel, families, least_difference), calibrate(panel, families)
         summary = summarize(panel, families)
-        judged = judge(summary, calibrated, compared, caveats.get((panel.dataset, panel.split), ()))
+        judged = judge(summary, calibrated, compared, least_difference, caveats.get((panel.dataset, panel.split), ()))
         for path, table in zip(tables, (summary, calibrated, compared, stratify(panel, families), judged), strict=True):
             tables[path].append(table)
         logger.info("%s × %s: %d models, %d perturbations", panel.dataset, panel.split, len(panel.models), len(panel.perturbations))

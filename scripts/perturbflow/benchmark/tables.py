@@ -19,8 +19,9 @@ from perturbflow.registry.families import FAMILIES
 
 # Families that scales and calibrations refer to.
 FLOORS = ("no_change", "perturbed_mean", "additive", "matching_mean", "transfer", "dose_interpolation")
-CEILINGS = ("technical_duplicate", "interpolated_duplicate")
-PRIMARY = ("no_change", "technical_duplicate")
+CEILINGS = ("perfect_mean", "technical_duplicate", "interpolated_duplicate")
+PRIMARY = ("no_change", "perfect_mean")
+POSITIVES = ("technical_duplicate", "interpolated_duplicate")  # real predictions: whether a metric can tell is asked of these
 NEGATIVES = ("no_change", "perturbed_mean")
 
 # Columns, in the order of the files.
@@ -29,12 +30,12 @@ SUMMARY_KEYS = ["dataset", "split", "model", "seed", "metric", "value", "ci_low"
 CALIBRATION = ["dataset", "split", "metric", "metric_family", "headline", "positive", "negative", "drf", "drf_low", "drf_high",
                "bds", "bds_low", "bds_high", "n_perturbations", "verdict", "reason"]  # fmt: skip
 COMPARISONS = ["dataset", "split", "metric", "metric_family", "headline", "model", "family", "kind", "baseline", "baseline_family",
-               "baseline_kind", "is_best_baseline", "difference", "ci_low", "ci_high", "win_rate", "n_perturbations", "verdict"]  # fmt: skip
+               "baseline_kind", "is_best_baseline", "difference", "ci_low", "ci_high", "margin", "share", "share_low", "share_high",
+               "win_rate", "n_perturbations", "verdict"]  # fmt: skip
 STRATA = ["dataset", "split", "metric", "metric_family", "model", "family", "kind", "stratum", "bin", "from", "to",
           "value", "ci_low", "ci_high", "n_perturbations"]  # fmt: skip
 
-WORDS = {1: "better", 0: "level", -1: "worse"}
-TOO_FEW = "too few"
+BETTER, LEVEL, WORSE, UNDECIDED, TOO_FEW = "better", "level", "worse", "undecided", "too few"  # differences
 WORDED = ("members_seen", "responds")  # strata with words for bins, not ranges
 BINS = {2: ("low", "high"), 3: ("low", "middle", "high")}
 TELLS, CANNOT_TELL = "tells", "cannot tell"
@@ -121,7 +122,7 @@ def calibrate(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
     exact interval. A metric tells one from the other where both intervals lie above what chance gives, 0 and 0.5.
     """
     rows = []
-    for positive in CEILINGS:
+    for positive in POSITIVES:
         for negative in NEGATIVES:
             p, n = (panel.model_of(family, families) for family in (positive, negative))
             if p is None or n is None:
@@ -181,18 +182,42 @@ def _ranked_baselines(panel: Panel, families: dict[str, str]) -> dict[str, list[
     return ranked
 
 
-def compare(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
+def _ways(panel: Panel, families: dict[str, str]) -> np.ndarray:
+    """Return the loss of no change minus that of the ceiling, (metrics,); NaN where the ceiling cannot be told to be better, or one is missing."""
+    floor, ceiling = (panel.model_of(family, families) for family in PRIMARY)
+    if floor is None or ceiling is None:
+        return np.full(len(panel.metrics), np.nan)
+    found = estimate(panel.losses[:, floor] - panel.losses[:, ceiling])
+    return np.where(found.sign > 0, found.mean, np.nan)
+
+
+def _words(found: Estimates, margin: float) -> np.ndarray:
+    """Return what the intervals of differences show: all beyond a margin, all within it, or neither."""
+    words = np.select(
+        [found.n < MIN_PERTURBATIONS, found.low > margin, found.high < -margin, (found.low >= -margin) & (found.high <= margin)],
+        [TOO_FEW, BETTER, WORSE, LEVEL],
+        UNDECIDED,
+    )
+    return words.astype(object)
+
+
+def compare(panel: Panel, families: dict[str, str], least_difference: float) -> pd.DataFrame:
     """Return one row per metric × model × baseline or ablation: the paired difference, on perturbations that both predict.
 
-    difference is the mean over perturbations and seeds of the reference's loss less the model's: above zero the model is
+    difference is the mean over perturbations and seeds of the reference's loss minus the model's: above zero the model is
     better. Seeds are paired by number. is_best_baseline marks the baseline with the lowest mean loss, among the other ones where
     the model is a baseline itself.
+
+    A difference counts from margin on: least_difference times the way from no change to the ceiling (`PRIMARY`) by this metric on these data.
+    With its whole interval above the margin the model is better, below minus the margin worse, between the two level: two one-sided tests of
+    equivalence at 2.5 % each (Schuirmann 1987). share is the difference in units of the way. Without a way the margin is 0.
     """
     kinds = [FAMILIES[families[model]].kind for model in panel.models]
     references = [i for i, kind in enumerate(kinds) if kind in ("baseline", "ablation")]
     ranked = _ranked_baselines(panel, families)
     parts = []
-    for metric, losses in zip(panel.metrics, panel.losses, strict=True):
+    for metric, losses, way in zip(panel.metrics, panel.losses, _ways(panel, families), strict=True):
+        margin = np.nan_to_num(least_difference * way)
         resampled = resampled_means(losses)
         missing = np.isnan(losses)
         for reference in references:
@@ -214,9 +239,13 @@ def compare(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
                 "difference": found.mean,
                 "ci_low": found.low,
                 "ci_high": found.high,
+                "margin": margin,
+                "share": found.mean / way,
+                "share_low": found.low / way,
+                "share_high": found.high / way,
                 "win_rate": _share_won(gain),
                 "n_perturbations": n,
-                "verdict": np.where(n < MIN_PERTURBATIONS, TOO_FEW, [WORDS[sign] for sign in found.sign]),
+                "verdict": _words(found, margin),
             }
             parts.append(pd.DataFrame({"metric": metric, **part}).drop(index=reference))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COMPARISONS)

@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 
 from perturbflow.artefacts import load_artefact
 from perturbflow.counterfactuals.contexts import Context, Places, contexts_of
-from perturbflow.counterfactuals.questions import expanded, holding
+from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes
 from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import fitting, was_checked
 from perturbflow.embeddings import Embeddings
@@ -22,6 +22,7 @@ from perturbflow.files import atomic, read_json
 from perturbflow.models.base import Model, build
 from perturbflow.models.conformal import Calibration, Scale, case_of
 from perturbflow.pairs import Pairs
+from perturbflow.progress import Progress
 from perturbflow.symbols import CONTROL, entities_of, entity_of, members_of
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,9 @@ class Writer:
             ad.io.write_elem(self.file, place, content, dataset_kwargs={"compression": "gzip"})
 
 
-def answered(model: Model, start: np.ndarray, label: str, known: Known, samples: int, seed: int, writer: Writer, first_row: int) -> Answer:
+def answered(
+    model: Model, start: np.ndarray, label: str, known: Known, samples: int, seed: int, writer: Writer, first_row: int, progress: Progress
+) -> Answer:
     """Ask one perturbation of all cells, writing as the answers come."""
     effects = model.individual_effects(start, label, seed).astype(np.float32)
     up = np.zeros(start.shape, dtype=np.float32)
@@ -198,6 +201,7 @@ def answered(model: Model, start: np.ndarray, label: str, known: Known, samples:
             writer.tables[name][rows] = values
         before = start[block][:, None]
         up[block] = (outcomes > before).mean(axis=1) + 0.5 * (outcomes == before).mean(axis=1)
+        progress.step()
     return Answer(label, known, effects, up)
 
 
@@ -249,6 +253,7 @@ def counterfactual(
     params: dict,
     query: dict,
     seed: int,
+    scored: str = "test",
 ) -> None:
     """Answer one query: each perturbation in each selected cell, with a distribution of outcomes.
 
@@ -261,16 +266,18 @@ def counterfactual(
         of its outcomes; obsm samples (cells, samples, genes), if asked for; obs perturbation, cell (name of the start cell), cell_type, batch, known,
         response (how far the cell goes the way of the mean effect); uns["perturbflow"] with the warranty.
     effects
-        Table to be written, one row per perturbation × group of cells × gene: effect (mean over cells, log1p-normalized), low and high (90 %
+        Table to be written, one row per perturbation × group of cells × gene: verdict (of the warranty, on such perturbations, in words), effect (mean over cells, log1p-normalized), low and high (90 %
         conformal interval of what a screen would measure; empty without held-out perturbations), cells_low and cells_high (5 and 95 % quantile of
         the cells' effects), probability_of_sign (share of outcomes on the effect's side of the start cell), rank (by size), is_perturbed_gene, known, in_other_contexts
         (training measured it in none of the contexts of these cells: low and high are empty unless the warranty was checked on such perturbations).
         Of more than 20 perturbations, the 50 strongest genes of each.
     ranking
         Table to be written, one row per perturbation: size of the effect, genes whose interval leaves out zero, share of non-responding cells, known,
-        distance, and for a search its score, chance and whether it is within the budget.
+        distance, verdict, and for a search its score, chance and whether it is within the budget.
     query
         perturbations, cells, samples_per_cell, keep_samples, groups and search.
+    scored
+        Role that the model is scored on: it has learned from the others.
 
     Raises
     ------
@@ -281,8 +288,8 @@ def counterfactual(
     chosen = selected_cells(everything, query["cells"])
     family = build(implementation, params)
     family.restore(load_artefact(model))
-    training, vectors = everything.roles("train"), Embeddings.read(embeddings)
-    labels = expanded(query["perturbations"], list(vectors.table.index), chosen.genes)
+    training, vectors = everything.fitted_on(scored).roles("train"), Embeddings.read(embeddings)
+    labels = expanded(query["perturbations"], perturbed_genes(vectors, everything.perturbations), chosen.genes)
     knowledge = Knowledge(training, vectors, chosen)
     _check_answerable(family, labels, knowledge, chosen.X[:PROBED].toarray(), seed)
     most = max(LEAST_CELLS, min(MAX_CELLS, MAX_ROWS // len(labels)))
@@ -292,31 +299,36 @@ def counterfactual(
         logger.info("%d of %d selected cells are asked", most, len(keep))
         chosen = chosen.select(keep)
     groups = _groups(chosen, query["groups"])
+    shown = read_json(warranty)
+    checked = {elsewhere: fitting(shown, elsewhere) for elsewhere in (False, True)}
+    said = {
+        **_warranty_words(checked, {label: knowledge.of(label).is_elsewhere for label in labels}), "cells": str(query["cells"]), "samples_per_cell": query["samples_per_cell"], "seed": seed,
+        "level_of_intervals": LEVEL,
+    }  # fmt: skip
+    logger.info("verdict on this model: %s", said["verdict"])
     direction = Direction.of(query["search"], everything, chosen) if query["search"] else None
     with np.load(calibration) as arrays:
         stored = dict(arrays)
     found, scale = Calibration.from_arrays(stored), Scale(stored["variance"], stored["spread"])
-    shown = read_json(warranty)
     start = chosen.X[:].toarray()
     tables, rows, observed, means = [], [], [], {}
+    logger.info("%d perturbations are asked in %d cells, %d outcomes each", len(labels), len(start), query["samples_per_cell"])
+    progress = Progress(f"blocks of {CELLS_PER_BLOCK} cells", len(labels) * -(-len(start) // CELLS_PER_BLOCK))
     with atomic(cells) as partial, h5py.File(partial, "w") as file:
         writer = Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)
         for i, label in enumerate(labels):
-            answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start))
+            answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start), progress)
             response = answer.response(np.isin(chosen.genes, entities_of(label)))
             in_context = {context: knowledge.of(label, {context}).words for context in knowledge.asked}
             known = [in_context[context] for context in contexts_of(chosen.obs)]
             obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=known)
             observed.append(obs.assign(response=response).set_axis([f"{label}:{cell}" for cell in chosen.obs.index]))
             table = effect_table(answer, chosen.genes, groups, found, scale, knowledge.by_group(label, chosen, groups), shown)
+            table.insert(1, "verdict", table["in_other_contexts"].map({elsewhere: words[0] for elsewhere, words in checked.items()}))
             means[label] = answer.effects.mean(axis=0)
             rows.append(_row(answer, table, response))
             tables.append(table[table["rank"] <= GENES_OF_MANY] if len(labels) > MANY else table)
             logger.info("%s (%s): largest effects %s", label, answer.known.words, rows[-1]["strongest"])
-        said = {
-            "cells": str(query["cells"]), "samples_per_cell": query["samples_per_cell"], "seed": seed,
-            "warranty": _warranty_words(shown, {label: knowledge.of(label).is_elsewhere for label in labels}), "level_of_intervals": LEVEL,
-        }  # fmt: skip
         writer.finish(pd.concat(observed), {"perturbflow": said})
     with atomic(effects) as partial:
         pd.concat(tables, ignore_index=True).to_csv(partial, sep="\t", index=False, float_format="%.6g")
@@ -343,13 +355,20 @@ def _check_answerable(model: Model, labels: list[str], knowledge: Knowledge, cel
         raise InputError(" ".join(f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items()))
 
 
-def _warranty_words(warranty: dict, is_elsewhere: dict[str, bool]) -> str:
-    """Return the warranty of an answer in words; where some perturbations were measured in other contexts alone, theirs after it."""
+def _warranty_words(checked: dict[bool, tuple[str, str]], is_elsewhere: dict[str, bool]) -> dict[str, str]:
+    """Return verdict and warranty of an answer in words; where some perturbations were measured in other contexts alone, theirs after it.
+
+    Parameters
+    ----------
+    checked
+        Verdict and warranty on perturbations that are measured in other contexts alone (True), and on others.
+    """
     labels = [label for label, elsewhere in is_elsewhere.items() if elsewhere]
-    if len(labels) in (0, len(is_elsewhere)):
-        return fitting(warranty, bool(labels))
-    named = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
-    return f"{fitting(warranty, False)}. Of {named}, measured in other contexts: {fitting(warranty, True)}"
+    verdict, words = checked[len(labels) == len(is_elsewhere)]
+    if len(labels) not in (0, len(is_elsewhere)):
+        named = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
+        verdict, words = (f"{own}. Of {named}, measured in other contexts: {other}" for own, other in zip(*checked.values(), strict=True))
+    return {"verdict": verdict, "warranty": words}
 
 
 def _groups(chosen: Pairs, column: str) -> pd.Series:
@@ -364,7 +383,7 @@ def _row(answer: Answer, table: pd.DataFrame, response: np.ndarray) -> dict[str,
     others = table[~table["is_perturbed_gene"]]
     told = (others["low"] > 0) | (others["high"] < 0)
     return {
-        "perturbation": answer.label, "size": float(np.linalg.norm(others["effect"])), "n_genes_told": int(told.sum()),
+        "perturbation": answer.label, "verdict": table["verdict"].iloc[0], "size": float(np.linalg.norm(others["effect"])), "n_genes_told": int(told.sum()),
         "not_responding": float((response < 0.5).mean()), "spread_of_response": float(response.std()),
         "strongest": ", ".join(f"{row.gene} {row.effect:+.2f}" for row in table.head(5).itertuples()),
         "known": answer.known.words, "distance": answer.known.distance, "in_other_contexts": answer.known.is_elsewhere,

@@ -70,7 +70,7 @@ def ask(
     shown = run / "warranty.json", run / "calibration.npz"
     if not all(path.is_file() for path in shown):
         logger.info("checking the model first; once per model")
-        warranty(*files, *shown, *about, trained["seed"])
+        warranty(*files, *shown, *about, trained["seed"], trained["scored"])
     query = {
         "perturbations": asked,
         "cells": cells if cells == "control" else _parsed("cells", cells),
@@ -83,7 +83,7 @@ def ask(
         query["search"].setdefault("budget", 10)
     output.parent.mkdir(parents=True, exist_ok=True)
     answers = Path(f"{output}.h5ad"), Path(f"{output}.tsv"), Path(f"{output}.ranking.tsv")
-    counterfactual(*files, *shown, *answers, *about, query, trained["seed"])
+    counterfactual(*files, *shown, *answers, *about, query, trained["seed"], trained["scored"])
     draw(*answers, *[Path(f"{output}.{figure}.png") for figure in ("effects", "responders", "map", "heatmap")])
     logger.info("written: %s.h5ad, .tsv, .ranking.tsv and .effects, .responders, .map and .heatmap.png", output)
 

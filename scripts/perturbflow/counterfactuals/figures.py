@@ -50,7 +50,7 @@ def draw(cells: Path, effects: Path, ranking: Path, effects_figure: Path, respon
     shown = order["perturbation"].tolist()[:PANELS]
     with mpl.rc_context(STYLE):
         for path, figure in (
-            (effects_figure, _effects(table[table["group"] == "all"], shown)),
+            (effects_figure, _effects(table[table["group"] == "all"], shown, str(answer.uns["perturbflow"]["verdict"]))),
             (responders, _responders(answer, shown)),
             (map, _map(answer, shown)),
             (heatmap, _heatmap(answer, order)),
@@ -69,7 +69,7 @@ def _grid(n: int, width: float, height: float, columns: int = 3) -> tuple[Figure
     return figure, list(panels[:n])
 
 
-def _effects(table: pd.DataFrame, shown: list[str]) -> Figure:
+def _effects(table: pd.DataFrame, shown: list[str], verdict: str) -> Figure:
     figure, panels = _grid(len(shown), 3.2, 3.2)
     for panel, label in zip(panels, shown, strict=True):
         top = table[table["perturbation"] == label].sort_values("rank").head(GENES)
@@ -83,6 +83,7 @@ def _effects(table: pd.DataFrame, shown: list[str]) -> Figure:
         panel.set_ylim(len(top) - 0.5, -0.5)
         panel.set_title(f"{label}\n{_cut(top['known'].iloc[0])}", fontsize=7)
         panel.set_xlabel("effect on log1p expression")
+    figure.suptitle(f"Verdict on this model: {verdict}", fontsize=7, wrap=True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     return figure
 

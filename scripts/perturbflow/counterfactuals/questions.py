@@ -12,7 +12,7 @@ import pandas as pd
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.nearest import did_you_mean
-from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, entities_of, entity_of
+from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, entities_of, entity_of, members_of
 
 
 def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: list[str]) -> list[str]:
@@ -58,8 +58,14 @@ def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: 
 def check_question(pairs: Path, embeddings: Path, perturbations: list[str] | str | dict) -> None:
     """Raise InputError for perturbations that the screen does not know, before anything is computed."""
     with h5py.File(pairs) as file:
-        measured = list(map(str, ad.io.read_elem(file["var"]).index))
-    expanded(perturbations, list(Embeddings.read(embeddings).table.index), measured)
+        measured, labels = list(map(str, ad.io.read_elem(file["var"]).index)), ad.io.read_elem(file["obs/perturbation"])
+    expanded(perturbations, perturbed_genes(Embeddings.read(embeddings), set(map(str, labels.unique()))), measured)
+
+
+def perturbed_genes(vectors: Embeddings, labels: Iterable[str]) -> list[str]:
+    """Return the genes with a row that are perturbed in the screen, in the order of the rows; the others are of a user's table."""
+    members = {member for label in labels for member in members_of(label)}
+    return [gene for gene in vectors.table.index if gene in members]
 
 
 def holding(obs: pd.DataFrame, selection: dict[str, Sequence], place: str) -> np.ndarray:

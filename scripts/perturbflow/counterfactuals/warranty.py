@@ -2,9 +2,12 @@
 
 * identity: no perturbation leaves the cells as they are.
 * placebo: test controls that the model was told are unperturbed, against other test controls of their batches: genes are called at the nominal rate.
-* coverage: conformal intervals, calibrated on perturbations held out in training, hold the measured effects of test perturbations.
-* agreement: correlation of predicted with measured effects less the mean of training's, beside the ceiling that two halves of the measured cells set.
+* coverage: conformal intervals, calibrated on perturbations held out in training, hold the measured effects of test perturbations; and their width.
+* agreement: correlation of predicted with measured effects.
 * on target: the perturbed gene's own level, apart, as it is easy to predict and in no other number.
+* verdict: agreement in words.
+
+Coverage, width and agreement stand beside those of two floors, no change and the mean effect of training, and of the ceiling: the truth itself.
 """
 
 import logging
@@ -13,17 +16,23 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
+from scipy.stats import norm
 
 from perturbflow.artefacts import load_artefact
 from perturbflow.bootstrap import estimate
+from perturbflow.counterfactuals.agreement import FLOORS, agreement, numbers, summary, verdict
+from perturbflow.counterfactuals.agreement import sentence as sentence_on_agreement
 from perturbflow.counterfactuals.contexts import Places, contexts_of
+from perturbflow.counterfactuals.intervals import relative_widths
 from perturbflow.embeddings import Embeddings
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.files import atomic, write_json
-from perturbflow.models.base import Model, build
+from perturbflow.models.base import Model, Run, build
+from perturbflow.models.baselines import NoChange, PerturbedMean
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
+from perturbflow.progress import progressed
 from perturbflow.symbols import CONTROL, entities_of
 
 logger = logging.getLogger(__name__)
@@ -45,16 +54,22 @@ def asked_effect(model: Model, cells: Pairs, label: str, seed: int) -> np.ndarra
 
 
 def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) -> tuple[Calibration, Scale]:
-    """Return the scores of all perturbations that the model, or its like, was not trained on: inner folds of training, and validation."""
+    """Return the scores of all perturbations that the model, or its like, was not trained on.
+
+    Parameters
+    ----------
+    pairs
+        What the model was handed: inner folds of training count, and validation where that was not trained on.
+    """
     training, validation = pairs.roles("train"), pairs.roles("validation")
     effects = Effects.of_training(pairs)
     scale = Scale.of(training, effects)
-    found = model.held_out(pairs.roles("train", "validation"), embeddings, seed)
+    found = model.held_out(pairs, embeddings, seed)
     labels = [label for label in validation.perturbations if model.refusal(label) is None]
     if labels:
         known = set(effects.labels), set(effects.entities)
         found += Calibration.of(
-            labels, [case_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in labels]),
+            labels, [case_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in progressed(labels, "validation perturbations")]),
             np.stack([validation.effect_of(label) for label in labels]), [measured_by(validation, label) for label in labels], scale, pairs.genes,
         )  # fmt: skip
     return found, scale
@@ -80,7 +95,7 @@ def placebo(model: Model, controls: Pairs, seed: int) -> dict[str, Any]:
     X = X[:, tested]
     after = model.counterfactual(controls.X[np.flatnonzero(controls.is_control)].toarray(), [CONTROL], 1, seed)[0][:, 0][:, tested]
     called, found = [], 0
-    for _ in range(PLACEBOS):
+    for _ in progressed(range(PLACEBOS), "placebo, halves of the controls"):
         turn = np.empty(len(stratum), dtype=int)
         for value in np.unique(stratum):
             rows = np.flatnonzero(stratum == value)
@@ -105,15 +120,6 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else np.nan
 
 
-def _ceiling(a: np.ndarray, b: np.ndarray) -> float:
-    """Return what the truth itself would correlate with the whole measurement, from that of its halves: √(2r / (1 + r)) (Spearman 1910; Brown 1910).
-
-    Halves share their controls, whose noise is in both: if anything it is too high.
-    """
-    r = max(_correlation(a, b), 0.0)
-    return float(np.sqrt(2 * r / (1 + r)))
-
-
 def _halves(cells: Pairs, label: str) -> list[np.ndarray]:
     """Return the measured effect by each half of the perturbation's cells, against all controls."""
     rows = cells.cells_of(label)
@@ -121,64 +127,91 @@ def _halves(cells: Pairs, label: str) -> list[np.ndarray]:
     return [cells.mean_of(rows[half == name]) - cells.control_mean_for(rows[half == name]) for name in ("a", "b") if (half == name).any()]
 
 
-def held_to_test(model: Model, pairs: Pairs, calibration: Calibration, scale: Scale, seed: int) -> dict[str, Any]:
-    """Hold predicted effects and their intervals against the measured effects of the test perturbations."""
-    test = pairs.roles("test")
-    effects = Effects.of_training(pairs)
-    known, reference = (set(effects.labels), set(effects.entities)), effects.values.mean(axis=0)
-    column = {gene: i for i, gene in enumerate(pairs.genes)}
-    places = Places(pairs.roles("train"))
-    rows, targets = [], []
-    for label in test.perturbations:
+def calibrations_of(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) -> tuple[dict[str, Calibration], Scale]:
+    """Return the scores of perturbations held out, of the model ("model") and of the floors, all found in the same way; as `calibrated`."""
+    found, scale = calibrated(model, pairs, embeddings, seed)
+    floors: dict[str, Model] = {"no_change": NoChange(), "perturbed_mean": PerturbedMean()}
+    for floor in floors.values():
+        floor.fit(pairs, embeddings, Run(seed=seed))
+    return {"model": found, **{name: calibrated(floor, pairs, embeddings, seed)[0] for name, floor in floors.items()}}, scale
+
+
+def held_to_test(model: Model, known: Pairs, test: Pairs, calibrations: dict[str, Calibration], scale: Scale, seed: int) -> dict[str, Any]:
+    """Hold predicted effects and their intervals, and those of the floors, against the measured effects of the test perturbations.
+
+    Parameters
+    ----------
+    known, test
+        Cells that the model was handed, and those of the role that it is held to.
+    calibrations, scale
+        As `calibrations_of` gives them.
+    """
+    effects = Effects.of_training(known)
+    seen, reference = (set(effects.labels), set(effects.entities)), effects.values.mean(axis=0)
+    column = {gene: i for i, gene in enumerate(test.genes)}
+    places = Places(known.roles("train"))
+    rows, targets, relative = [], [], {}
+    for label in progressed(test.perturbations, "test perturbations"):
         if model.refusal(label) is not None:
             continue
         predicted, measured, halves = asked_effect(model, test, label, seed), test.effect_of(label), _halves(test, label)
-        case = case_of(label, *known)
-        kept = ~np.isin(pairs.genes, entities_of(label))
-        reach = scale.at(measured_by(test, label))
-        off = np.abs(measured - predicted)
-        row = {"perturbation": label, "case": case, "agreement": _correlation((predicted - reference)[kept], (measured - reference)[kept])}
+        case = case_of(label, *seen)
+        kept = ~np.isin(test.genes, entities_of(label))
+        own = {name: calibration.for_case(case) for name, calibration in calibrations.items()}
+        if case not in relative:
+            relative[case] = {level: relative_widths(own, level) for level in NOMINAL}
+        row: dict[str, Any] = {"perturbation": label, "case": case}
+        row["agreement"] = agreement(predicted[kept], measured[kept], [half[kept] for half in halves], reference[kept])
         row["in_other_contexts"] = places.is_elsewhere(label, contexts_of(test.obs.iloc[test.cells_of(label)]))
-        row["ceiling"] = _ceiling(*((half - reference)[kept] for half in halves)) if len(halves) == 2 else np.nan
+        sampling = measured_by(test, label)
+        guesses = {"model": predicted, "no_change": np.zeros_like(reference), "perturbed_mean": reference}
         for level in NOMINAL:
-            own = calibration.for_case(case)
-            row[f"coverage_{round(100 * level)}"] = float((off <= own.reach(level) * reach)[kept].mean()) if own.labels else np.nan
+            suffix = str(round(100 * level))
+            reach = {name: own[name].reach(level) * scale.at(sampling)[kept] for name in guesses}
+            held = {name: float((np.abs(measured - guess)[kept] <= reach[name]).mean()) for name, guess in guesses.items()}
+            # The truth is off by sampling alone.
+            reach["ceiling"] = norm.ppf((1 + level) / 2) * np.sqrt(scale.variance * sampling)[kept]
+            is_calibrated = bool(own["model"].labels)
+            row[f"coverage_{suffix}"] = held.pop("model") if is_calibrated else np.nan
+            row[f"coverage_of_floors_{suffix}"] = held
+            row[f"width_{suffix}"] = {name: 2 * float(half.mean()) if np.isfinite(half).all() else np.nan for name, half in reach.items()}
+            row[f"relative_width_{suffix}"] = relative[case][level]
         rows.append(row)
         for gene in entities_of(label):
             if gene in column:
                 pair = [half[column[gene]] for half in halves] if len(halves) == 2 else [np.nan] * 2
                 targets.append((label, gene, float(predicted[column[gene]]), float(measured[column[gene]]), *map(float, pair)))
+    calibration = calibrations["model"]
     counts = {"n_calibration": len(calibration.labels), "n_calibration_perturbations": len(set(calibration.labels))}
-    return {"perturbations": rows, "on_target": _on_target(targets), **_summary(rows, counts)}
+    return {**_summary(rows, counts), "on_target": _on_target(targets), "perturbations": rows}
 
 
-def _mean(values: np.ndarray) -> tuple[float, float, float]:
+def _mean(values: list[float]) -> dict[str, float]:
     """Return the mean over perturbations and its 95 % interval."""
-    found = estimate(values[None, None])
-    return float(found.mean[0]), float(found.low[0]), float(found.high[0])
+    return numbers(estimate(np.array(values, dtype=float)[None, None]))
 
 
 def _summary(rows: list[dict], counts: dict[str, int]) -> dict[str, Any]:
     """Return what test perturbations' rows say together; `counts` tells how many measurements the intervals were calibrated on."""
     coverage = []
     for level in NOMINAL:
-        values = np.array([row[f"coverage_{round(100 * level)}"] for row in rows], dtype=float)
-        mean, low, high = _mean(values)
+        suffix = str(round(100 * level))
+        held = _mean([row[f"coverage_{suffix}"] for row in rows])
+        widths = [row[f"width_{suffix}"] for row in rows]
+        relative = [row[f"relative_width_{suffix}"] for row in rows]
         coverage.append(
             {
-                "nominal": level,
-                "measured": mean,
-                "low": low,
-                "high": high,
-                "n_test": len(rows),
-                **counts,
+                "nominal": level, "measured": held["mean"], "low": held["low"], "high": held["high"], "n_test": len(rows), **counts,
+                "floors": {floor: _mean([row[f"coverage_of_floors_{suffix}"][floor] for row in rows]) for floor in FLOORS},
+                "width": {name: _mean([width[name] for width in widths]) for name in ("model", *FLOORS, "ceiling")},
+                "relative_width": {
+                    floor: {key: float(np.mean([row[floor][key] for row in relative])) if rows else np.nan for key in ("mean", "low", "high")}
+                    for floor in FLOORS
+                },
             }
-        )
-    agreement = {}
-    for name in ("agreement", "ceiling"):
-        mean, low, high = _mean(np.array([row[name] for row in rows], dtype=float))
-        agreement[name] = {"mean": mean, "low": low, "high": high}
-    return {"coverage": coverage, **agreement}
+        )  # fmt: skip
+    agreed = summary([row["agreement"] for row in rows])
+    return {"verdict": verdict(agreed, len(rows)), "agreement": agreed, "coverage": coverage}
 
 
 def _on_target(targets: list[tuple]) -> dict[str, Any]:
@@ -195,7 +228,15 @@ def _on_target(targets: list[tuple]) -> dict[str, Any]:
 
 
 def warranty(
-    pairs: Path, embeddings: Path, model: Path, warranty: Path, calibration: Path, implementation: str, params: dict, seed: int
+    pairs: Path,
+    embeddings: Path,
+    model: Path,
+    warranty: Path,
+    calibration: Path,
+    implementation: str,
+    params: dict,
+    seed: int,
+    scored: str = "test",
 ) -> None:
     """Check a trained model before it answers.
 
@@ -204,20 +245,24 @@ def warranty(
     pairs, embeddings, model
         The pairs of the split, its gene vectors, and a model trained on both.
     warranty
-        JSON to be written: identity, placebo, coverage, agreement, on_target, and all of it per test perturbation.
+        JSON to be written: verdict, agreement, coverage, on_target, identity, placebo, and all of it per test perturbation.
     calibration
         npz to be written: the scores that intervals are made of.
+    scored
+        Role that the model is held to: it has not learned from it.
     """
     family = build(implementation, params)
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
     family.restore(load_artefact(model))
-    found, scale = calibrated(family, cells, Embeddings.read(embeddings), seed)
-    test = cells.roles("test")
+    logger.info("%s: intervals, agreement and placebo are checked", model)
+    known, test = cells.fitted_on(scored), cells.roles(scored)
+    calibrations, scale = calibrations_of(family, known, Embeddings.read(embeddings), seed)
+    found = calibrations["model"]
     controls = test.X[np.flatnonzero(test.is_control)[:200]].toarray()
     content = {
+        **held_to_test(family, known, test, calibrations, scale, seed),
         "identity": identity(family, controls, seed),
         "placebo": placebo(family, test, seed),
-        **held_to_test(family, cells, found, scale, seed),
         "calibrated_on": {
             label: sorted({c for other, c in zip(found.labels, found.cases, strict=True) if other == label}) for label in found.labels
         },
@@ -230,20 +275,30 @@ def warranty(
 
 
 def sentence(content: dict) -> str:
-    """Return a warranty in one sentence, as it stands beside every answer."""
+    """Return a warranty in sentences, the verdict first, as they stand beside every answer; the last without its full stop."""
     covered = " and ".join(
-        f"{100 * row['measured']:.0f} % (nominal {100 * row['nominal']:.0f})" for row in content["coverage"] if np.isfinite(row["measured"])
-    )
-    placebo = content["placebo"]
-    n, n_perturbations = (content["coverage"][0][key] for key in ("n_calibration", "n_calibration_perturbations"))
-    return (
-        (f"intervals, calibrated on {n} held-out measurements of {n_perturbations} perturbations, hold {covered} of {content['coverage'][0]['n_test']} test perturbations' effects; "
-         if covered else "no perturbation was held out in training, so there are no intervals; ")
-        + f"agreement {content['agreement']['mean']:.2f}, ceiling {content['ceiling']['mean']:.2f}; "
-        f"no perturbation changes {'nothing' if content['identity'] < 1e-4 else format(content['identity'], '.2g')}; "
-        f"placebo: {100 * placebo['share_called']:.1f} % of genes called at {100 * placebo['nominal']:.0f} %, discoveries in "
-        f"{placebo['repeats_with_discoveries']} of {placebo['repeats']} repeats"
+        f"{100 * row['measured']:.0f} % (nominal {100 * row['nominal']:.0f}, no change {100 * row['floors']['no_change']['mean']:.0f})"
+        for row in content["coverage"] if np.isfinite(row["measured"])
     )  # fmt: skip
+    row, placebo = content["coverage"][-1], content["placebo"]
+    relative = row["relative_width"]["no_change"]["mean"]
+    narrower = row["width"]["ceiling"]["mean"] / row["width"]["no_change"]["mean"]
+    intervals = (
+        f"Intervals, calibrated on {row['n_calibration']} held-out measurements of {row['n_calibration_perturbations']} perturbations, hold {covered} of "
+        f"{row['n_test']} test perturbations' effects. At {100 * row['nominal']:.0f} % they are {relative:.2f} times as wide as those of no change; "
+        f"the truth's would be {narrower:.2f} times as wide"
+        if covered else "No perturbation was held out in training, so there are no intervals"
+    )  # fmt: skip
+    return (
+        f"{_capital(content['verdict'])}. {sentence_on_agreement(content['agreement'])}. {intervals}. "
+        f"No perturbation changes {'nothing' if content['identity'] < 1e-4 else format(content['identity'], '.2g')}. "
+        f"Placebo: {100 * placebo['share_called']:.1f} % of genes called at {100 * placebo['nominal']:.0f} %, discoveries in "
+        f"{placebo['repeats_with_discoveries']} of {placebo['repeats']} repeats"
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _checked(content: dict, in_other_contexts: bool) -> list[dict]:
@@ -256,8 +311,8 @@ def was_checked(content: dict, in_other_contexts: bool) -> bool:
     return bool(_checked(content, in_other_contexts)) or not (in_other_contexts or content["perturbations"])
 
 
-def fitting(content: dict, in_other_contexts: bool) -> str:
-    """Return the warranty in one sentence, by the test perturbations that are as the one that is asked.
+def fitting(content: dict, in_other_contexts: bool) -> tuple[str, str]:
+    """Return verdict and warranty in words, by the test perturbations that are as the one that is asked.
 
     Parameters
     ----------
@@ -267,14 +322,18 @@ def fitting(content: dict, in_other_contexts: bool) -> str:
         Whether training measured what is asked in none of the contexts that are asked.
     """
     if not was_checked(content, in_other_contexts):
+        unchecked = "cannot tell: the model was not checked on such perturbations"
         if in_other_contexts:
-            return (
-                "none: training measured this in other contexts alone, and the model was checked on no such perturbation, so there are no intervals. "
+            return unchecked, (
+                "None: training measured this in other contexts alone, and the model was checked on no such perturbation, so there are no intervals. "
                 "A split of kind unseen_context checks it"
             )
-        return "none: the model was checked on perturbations that training measured in other contexts alone, and this is another case"
+        return (
+            unchecked,
+            "None: the model was checked on perturbations that training measured in other contexts alone, and this is another case",
+        )
     rows = _checked(content, in_other_contexts)
-    if len(rows) == len(content["perturbations"]):
-        return sentence(content)
-    counts = {key: content["coverage"][0][key] for key in ("n_calibration", "n_calibration_perturbations")}
-    return sentence({**content, **_summary(rows, counts)})
+    if len(rows) < len(content["perturbations"]):
+        counts = {key: content["coverage"][0][key] for key in ("n_calibration", "n_calibration_perturbations")}
+        content = {**content, **_summary(rows, counts)}
+    return content["verdict"], sentence(content)

@@ -21,13 +21,24 @@ def _independent(start: np.ndarray) -> np.ndarray:
     return start[first] != start[second]
 
 
-def _two_samples(scored: Scored, function: Callable[[np.ndarray, np.ndarray, np.ndarray], float]) -> np.ndarray:
-    sides = zip(scored.predicted_components, scored.measured_components, scored.predicted_start, strict=True)
-    return np.array([function(predicted, measured, _independent(start)) for predicted, measured, start in sides])
+def _two_samples(
+    function: Callable[[np.ndarray, np.ndarray, np.ndarray], float],
+    predicted: list[np.ndarray],
+    measured: list[np.ndarray],
+    start: list[np.ndarray],
+) -> np.ndarray:
+    """Return a distance per perturbation of predicted and measured cells, by their components."""
+    return np.array([function(x, y, _independent(from_)) for x, y, from_ in zip(predicted, measured, start, strict=True)])
 
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else np.nan
+
+
+def _energy_distance(predicted: np.ndarray, measured: np.ndarray, independent: np.ndarray) -> float:
+    from scipy.spatial.distance import cdist, pdist
+
+    return 2 * cdist(predicted, measured).mean() - _mean(pdist(predicted)[independent]) - _mean(pdist(measured))
 
 
 def energy_distance(scored: Scored) -> np.ndarray:
@@ -35,12 +46,13 @@ def energy_distance(scored: Scored) -> np.ndarray:
 
     It can fall below 0. NaN for a single cell.
     """
-    from scipy.spatial.distance import cdist, pdist
+    return _two_samples(_energy_distance, scored.predicted_components, scored.measured_components, scored.predicted_start)
 
-    def one(predicted: np.ndarray, measured: np.ndarray, independent: np.ndarray) -> float:
-        return 2 * cdist(predicted, measured).mean() - _mean(pdist(predicted)[independent]) - _mean(pdist(measured))
 
-    return _two_samples(scored, one)
+def energy_distance_off_target(scored: Scored) -> np.ndarray:
+    """energy_distance of cells whose perturbed genes are set to 0 on both sides before the components are taken."""
+    sides = (scored.predicted_off_target_components, scored.measured_off_target_components)
+    return _two_samples(_energy_distance, *sides, scored.predicted_start)
 
 
 def mmd(scored: Scored) -> np.ndarray:
@@ -58,7 +70,7 @@ def mmd(scored: Scored) -> np.ndarray:
         of_predicted, of_measured, between = (np.exp(-np.square(distance) / scale) for distance in distances)
         return _mean(of_predicted[independent]) + _mean(of_measured) - 2 * between.mean()
 
-    return _two_samples(scored, one)
+    return _two_samples(one, scored.predicted_components, scored.measured_components, scored.predicted_start)
 
 
 def _softmin(epsilon: float, cost: np.ndarray, potential: np.ndarray) -> np.ndarray:

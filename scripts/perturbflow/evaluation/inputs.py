@@ -13,9 +13,9 @@ from scipy import sparse
 from perturbflow.errors import InputError
 from perturbflow.evaluation.controls import stratify
 from perturbflow.evaluation.measured import ROWS_AT_ONCE, Measured, run_of_rows
-from perturbflow.evaluation.profiles import bulk, mean_and_variance, mean_change, mean_profile
+from perturbflow.evaluation.profiles import bulk, mean_and_variance, mean_profile
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
-from perturbflow.evaluation.scored import NEEDED, Differential, Scored
+from perturbflow.evaluation.scored import NEEDED, NO_EFFECT, Differential, Scored
 from perturbflow.symbols import entities_of
 
 if TYPE_CHECKING:  # seconds to import, and the report takes METRICS alone from this package
@@ -44,7 +44,7 @@ class Predictions:
     """
 
     def __init__(self, predictions: ad.AnnData, measured: Measured) -> None:
-        self._X, self._controls = predictions.X, np.flatnonzero(measured.is_control)
+        self._X = predictions.X
         if predictions.isbacked and getattr(self._X, "format", "csr") != "csr":
             self._X = self._X.to_memory().tocsr()
         self._block, self._block_start = self._X[:0], 0
@@ -94,16 +94,20 @@ class Predictions:
         """Return a number per predicted cell that cells of one starting control share."""
         return self._index[self.rows[label]] if self.starts_from_controls else self.rows[label]
 
-    def begun(self, label: str) -> np.ndarray:
-        """Return the rows of `Controls` that the cells started from."""
-        return np.searchsorted(self._controls, self._index[self.rows[label]])
-
 
 def _fit_components(training: sparse.csr_matrix) -> PCA:
     from sklearn.decomposition import PCA
 
     n_components = min(N_COMPONENTS, training.shape[1] - 1, training.shape[0] - 1)
     return PCA(n_components, svd_solver="randomized", iterated_power=3, random_state=0).fit(training.toarray())
+
+
+def _resolution(X: sparse.csr_matrix) -> float:
+    """Return how far the mean of cells may be off what they were made to show: half of what a count adds to it in the smallest cell."""
+    if not X.nnz:
+        return 0.0
+    filled = X.indptr[:-1][np.diff(X.indptr) > 0]
+    return float(np.minimum.reduceat(X.data, filled).max()) / (2 * X.shape[0])
 
 
 class _Comparison:
@@ -124,11 +128,14 @@ class _Comparison:
             self._pca = _fit_components(measured.training_sample)
         self._rng = np.random.default_rng(0)
 
-    def _components(self, X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-        """Return the components of at most MAX_CELLS_OF_DISTANCE cells, and which cells these are."""
+    def _components(self, X: sparse.csr_matrix, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the components of at most MAX_CELLS_OF_DISTANCE cells, these without the own genes, and which cells these are."""
         n = X.shape[0]
         chosen = np.arange(n) if n <= MAX_CELLS_OF_DISTANCE else np.sort(self._rng.choice(n, MAX_CELLS_OF_DISTANCE, replace=False))
-        return self._pca.transform(X[chosen].toarray()), chosen
+        cells = X[chosen].toarray()
+        components = self._pca.transform(cells)
+        off_target = components - cells[:, own] @ self._pca.components_[:, own].T if own.any() else components
+        return components, off_target, chosen
 
     def _differential(self, X: sparse.csr_matrix, profile: np.ndarray, pool: np.ndarray, is_tested: np.ndarray) -> np.ndarray:
         """Return what `Differential` holds of cells with this mean profile, tested against the controls of their pools, (3, genes)."""
@@ -167,32 +174,36 @@ class _Comparison:
             found["measured_test"] = self._differential(Y, profile, pool, is_tested)
 
         mean, variance = mean_and_variance(X)
-        counts = X.expm1()
-        profile, spread = mean_profile(counts)
+        profile, spread = mean_profile(X.expm1())
+        pool = self.predicted.pool[self.predicted.rows[label]]
         if "de" in self._needs:
-            found["predicted_test"] = self._differential(X, profile, self.predicted.pool[self.predicted.rows[label]], is_tested)
+            found["predicted_test"] = self._differential(X, profile, pool, is_tested)
+        # Predicted cells of another composition of batches and cell types are moved to that of the measured ones.
+        moved = weights - controls.shares(pool)
+        mean, profile = mean + moved @ controls.means[0], np.maximum(profile + moved @ controls.profiles[0], 0.0)
         if self.predicted.starts_from_controls:
-            # What the chance of drawing starts adds, to the mean and to its noise, is taken off; the noise of c̄ comes in its place.
-            begun = self.predicted.begun(label)
-            mean = mean - mean_and_variance(controls.X[begun])[0] + control
-            change, spread = mean_change(counts, controls.counts, begun)
-            profile, spread = np.maximum(change + control_profile, 0.0), spread + control_spread
+            spread = control_spread  # their mean was set: what it does not know is the mean of the controls
+            if (np.abs(mean - control) <= _resolution(X) + NO_EFFECT).all():
+                mean, profile = control, control_profile
         if "cells" in self._needs:
-            found |= self._of_cells(label, X, Y)
+            found |= self._of_cells(label, X, Y, own_target)
         return found | {
             "predicted": mean,
             "predicted_variance": variance,
             "predicted_bulk": bulk(profile),
             "predicted_bulk_variance": spread.of_bulk(profile),
+            "n_predicted": X.shape[0],
         }
 
-    def _of_cells(self, label: str, X: sparse.csr_matrix, Y: sparse.csr_matrix) -> dict:
-        """Return what `Scored` holds of the distribution of predicted cells X and of measured cells Y."""
-        measured, _ = self._components(Y)
-        predicted, chosen = self._components(X)
+    def _of_cells(self, label: str, X: sparse.csr_matrix, Y: sparse.csr_matrix, own: np.ndarray) -> dict:
+        """Return what `Scored` holds of the distribution of predicted cells X and of measured cells Y, given the mask of the own genes."""
+        measured, measured_off_target, _ = self._components(Y, own)
+        predicted, predicted_off_target, chosen = self._components(X, own)
         return {
             "measured_components": measured,
+            "measured_off_target_components": measured_off_target,
             "predicted_components": predicted,
+            "predicted_off_target_components": predicted_off_target,
             "predicted_start": self.predicted.start(label)[chosen],
             "coverage": SortedCells(X, [np.arange(X.shape[0])]).coverage(Y),
         }

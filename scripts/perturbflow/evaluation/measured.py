@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbflow.divisions import KNOWN
 from perturbflow.evaluation.controls import Controls, stratify
 from perturbflow.evaluation.profiles import add_sums
 from perturbflow.symbols import CONTROL
@@ -62,7 +63,7 @@ class Measured:
         self.labels, self.genes = labels, cells.genes
         self.stratum, self.strata = stratify(cells.obs)
         of_role = (cells.obs["role"] == role).to_numpy()
-        is_train = (cells.obs["role"] == "train").to_numpy()
+        is_train = cells.obs["role"].isin(KNOWN[role]).to_numpy()
         is_scored = of_role & np.isin(cells.labels, labels)
         half = cells.obs["half"].astype(str).to_numpy()
         self.is_control = of_role & cells.is_control

@@ -39,32 +39,6 @@ def _products(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, total
     return products
 
 
-@compiled
-def _change(
-    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_genes: int,
-    row: np.ndarray, from_indptr: np.ndarray, from_indices: np.ndarray, from_values: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Return `_sums`, totals and `_products` of cells less the row of another matrix that each started from."""
-    sums, products, total, change = np.zeros((n_genes, 2)), np.zeros(n_genes), np.zeros(len(row)), np.zeros(n_genes)
-    for cell in range(len(row)):
-        here, there = range(indptr[cell], indptr[cell + 1]), range(from_indptr[row[cell]], from_indptr[row[cell] + 1])
-        for i in here:
-            change[indices[i]] += values[i]
-            total[cell] += values[i]
-        for i in there:
-            change[from_indices[i]] -= from_values[i]
-            total[cell] -= from_values[i]
-        for side, entries in ((indices, here), (from_indices, there)):
-            for i in entries:
-                gene = side[i]
-                value = change[gene]
-                sums[gene, 0] += value
-                sums[gene, 1] += value * value
-                products[gene] += value * total[cell]
-                change[gene] = 0.0  # a gene of both sides counts once
-    return sums, total, products
-
-
 def add_sums(total: np.ndarray, X: sparse.csr_matrix, group: np.ndarray) -> None:
     """Add the sum of the rows of X in each group to that group's row of `total`, (groups, genes)."""
     _add(total, X.indptr, X.indices, X.data, group)
@@ -115,12 +89,6 @@ def mean_profile(counts: sparse.csr_matrix) -> tuple[np.ndarray, Spread]:
     total = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     arrays = (counts.indptr, counts.indices, counts.data)
     return _profile(_sums(*arrays, counts.shape[1]), total, _products(*arrays, total, counts.shape[1]))
-
-
-def mean_change(counts: sparse.csr_matrix, started_from: sparse.csr_matrix, row: np.ndarray) -> tuple[np.ndarray, Spread]:
-    """Return `mean_profile` of cells less the rows of another matrix that they started from."""
-    arrays = (counts.indptr, counts.indices, counts.data, counts.shape[1])
-    return _profile(*_change(*arrays, row, started_from.indptr, started_from.indices, started_from.data))
 
 
 def mean_and_variance(X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:

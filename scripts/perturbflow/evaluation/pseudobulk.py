@@ -1,4 +1,4 @@
-"""Metrics of mean expression: error, effect, ranking, discrimination, and error weighted by significance.
+"""Metrics of mean expression: error, effect, ranking, discrimination, error weighted by significance, and error on target.
 
 What compares perturbations with one another does so on effects, Δ̂ = x̂ − c̄ and Δ = x̄ − c̄, each against its own c̄:
 otherwise the batches that perturbations were measured in would tell them apart. Where c̄ is common, that is the published form.
@@ -16,6 +16,11 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return Pearson's r per row; 0 where a row is constant or smaller than NO_EFFECT."""
     is_flat = (np.abs(a).max(axis=1) < NO_EFFECT) | (np.abs(b).max(axis=1) < NO_EFFECT)
     return np.where(is_flat, 0.0, _cosine(a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)))
+
+
+def _correlation_over(genes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return `_correlation` of each row over its own genes, a mask (P, genes)."""
+    return np.array([_correlation(x[None, of_row], y[None, of_row])[0] for x, y, of_row in zip(a, b, genes, strict=True)])
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -77,8 +82,8 @@ def expr_mse_unbiased_norm(scored: Scored) -> np.ndarray:
     """N_p / mean_q D_q, N = mean over genes of (b̂ − b)² − min(Ĉ, C) − C, D of (b − b_c)² − C − C_c.
 
     b = log(1 + 5·10⁴·P/ΣP) of summed normalized counts P of cells and controls (c), C their sampling variances by the
-    infinitesimal jackknife; without the perturbed genes. The mean over perturbations is ΣN/ΣD. Ĉ holds the noise of what the
-    model changed in its starting controls, and of c̄: no change has 1. Below 0 for cells nearer to the measured ones than a second
+    infinitesimal jackknife; without the perturbed genes. The mean over perturbations is ΣN/ΣD. Ĉ is the noise of c̄, which cells that
+    start from controls are set to: no change has 1. Below 0 for cells nearer to the measured ones than a second
     sample. Ĉ has no cap ρ as in the source. NaN where measured effects do not exceed their noise, or of a single cell.
     """
     genes = ~scored.own_target
@@ -106,11 +111,8 @@ def pearson_delta_ctrl(scored: Scored) -> np.ndarray:
 
 def pearson_delta_ctrl_off_target(scored: Scored) -> np.ndarray:
     """pearson_delta_ctrl without the perturbed genes themselves."""
-    values = []
-    for predicted, measured, control, own in zip(scored.predicted, scored.measured, scored.control, scored.own_target, strict=True):
-        genes = scored.highly_expressed & ~own
-        values.append(_correlation((predicted - control)[None, genes], (measured - control)[None, genes])[0])
-    return np.array(values)
+    genes = scored.highly_expressed & ~scored.own_target
+    return _correlation_over(genes, scored.predicted - scored.control, scored.measured - scored.control)
 
 
 def pearson_delta_pert(scored: Scored) -> np.ndarray:
@@ -122,6 +124,11 @@ def pearson_delta_pert(scored: Scored) -> np.ndarray:
     return _correlation(scored.predicted - scored.reference, scored.measured - scored.reference)
 
 
+def pearson_delta_pert_off_target(scored: Scored) -> np.ndarray:
+    """pearson_delta_pert without the perturbed genes themselves."""
+    return _correlation_over(~scored.own_target, scored.predicted - scored.reference, scored.measured - scored.reference)
+
+
 def cosine_logfc(scored: Scored) -> np.ndarray:
     """Cosine of Δ̂ and Δ over all genes; 0 where nothing is predicted."""
     return _cosine(*_effects(scored))
@@ -130,8 +137,10 @@ def cosine_logfc(scored: Scored) -> np.ndarray:
 # --- ranking --------------------------------------------------------------------------------------------------------
 
 
-def _rank(scored: Scored, kind: str) -> np.ndarray:
+def _rank(scored: Scored, kind: str, is_left_out: np.ndarray | None = None) -> np.ndarray:
     predicted, measured = _effects(scored)
+    if is_left_out is not None:
+        predicted, measured = predicted[:, ~is_left_out], measured[:, ~is_left_out]
     norms = np.linalg.norm(predicted, axis=1)
     is_alike = _distances(predicted, predicted, "euclidean") <= ALIKE * np.maximum.outer(norms, norms)
     nearer, ties = _nearer(_distances(measured, predicted, kind), is_alike)
@@ -145,6 +154,11 @@ def rank_cosine(scored: Scored) -> np.ndarray:
     cells it started from. One prediction for all has 0.5; a mean above 0.4 is a sign of mode collapse.
     """
     return _rank(scored, "cosine")
+
+
+def rank_cosine_off_target(scored: Scored) -> np.ndarray:
+    """rank_cosine without the perturbed genes of all scored perturbations: otherwise these alone tell perturbations apart."""
+    return _rank(scored, "cosine", np.any(scored.own_target, axis=0))
 
 
 def rank_rmse(scored: Scored) -> np.ndarray:
@@ -191,12 +205,24 @@ def centroid_accuracy(scored: Scored) -> np.ndarray:
 # --- weighted -------------------------------------------------------------------------------------------------------
 
 
+def _weighted_error(scored: Scored, weight: np.ndarray) -> np.ndarray:
+    """Return Σ w (x̂ − x̄)²."""
+    return (weight * np.square(scored.predicted - scored.measured)).sum(axis=1)
+
+
+def _weighted_r2(scored: Scored, weight: np.ndarray) -> np.ndarray:
+    """Return 1 − Σ w (x̂ − x̄)² / Σ w (δ − Σ w δ)², δ = x̄ − r."""
+    delta = scored.measured - scored.reference
+    spread = (weight * np.square(delta - (weight * delta).sum(axis=1, keepdims=True))).sum(axis=1)
+    return 1.0 - np.divide(_weighted_error(scored, weight), spread, out=np.full(len(spread), np.nan), where=spread > 0)
+
+
 def wmse(scored: Scored) -> np.ndarray:
     """Σ w (x̂ − x̄)² over all genes, w ∝ (abs(t) − min abs(t))², Σ w = 1.
 
     t is Welch's, of the measured cells against those of all other perturbations that are scored.
     """
-    return (scored.weight * np.square(scored.predicted - scored.measured)).sum(axis=1)
+    return _weighted_error(scored, scored.weight)
 
 
 def r2_w_delta(scored: Scored) -> np.ndarray:
@@ -204,6 +230,19 @@ def r2_w_delta(scored: Scored) -> np.ndarray:
 
     The average response has at most 0.
     """
-    delta = scored.measured - scored.reference
-    spread = (scored.weight * np.square(delta - (scored.weight * delta).sum(axis=1, keepdims=True))).sum(axis=1)
-    return 1.0 - np.divide(wmse(scored), spread, out=np.full(len(spread), np.nan), where=spread > 0)
+    return _weighted_r2(scored, scored.weight)
+
+
+def r2_w_delta_off_target(scored: Scored) -> np.ndarray:
+    """r2_w_delta without the perturbed genes themselves, w of the others divided by its sum."""
+    return _weighted_r2(scored, scored.weight_off_target)
+
+
+# --- on target ------------------------------------------------------------------------------------------------------
+
+
+def mae_on_target(scored: Scored) -> np.ndarray:
+    """Mean of abs(x̂ − x̄) over the perturbed genes themselves; NaN where none of them is measured."""
+    n = scored.own_target.sum(axis=1)
+    error = np.where(scored.own_target, np.abs(scored.predicted - scored.measured), 0.0).sum(axis=1)
+    return np.divide(error, n, out=np.full(len(n), np.nan), where=n > 0)

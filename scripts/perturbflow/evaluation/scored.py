@@ -9,7 +9,8 @@ NO_EFFECT = 1e-5  # an effect smaller than this in every gene is none: its direc
 BULK_TOTAL = 5e4
 FDR = 0.05
 # Fields of `Scored` that are None where no metric needs tests or cells.
-NEEDED = ("predicted_test", "measured_test", "coverage", "predicted_components", "measured_components", "predicted_start")
+NEEDED = ("predicted_test", "measured_test", "coverage", "predicted_components", "measured_components",
+          "predicted_off_target_components", "measured_off_target_components", "predicted_start")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,12 @@ class Scored:
         Share of measured cells between the 5 and 95 % quantiles of the predicted ones.
     predicted_components, measured_components
         Per perturbation, cells × 50 principal components fitted on training cells.
+    predicted_off_target_components, measured_off_target_components
+        The same of cells whose perturbed genes are set to 0.
     predicted_start
         Per perturbation, which control each of these predicted cells started from, (cells,).
-    n_cells
-        Measured cells that are scored, (P,).
+    n_cells, n_predicted
+        Measured cells that are scored, and predicted ones, (P,).
     reliability
         Pearson's r of the effects of the two halves of the measured cells, each against its own half of the controls, (P,).
     effect_size
@@ -96,8 +99,11 @@ class Scored:
     coverage: np.ndarray
     predicted_components: list[np.ndarray]
     measured_components: list[np.ndarray]
+    predicted_off_target_components: list[np.ndarray]
+    measured_off_target_components: list[np.ndarray]
     predicted_start: list[np.ndarray]
     n_cells: np.ndarray
+    n_predicted: np.ndarray
     reliability: np.ndarray
     effect_size: np.ndarray
 
@@ -119,3 +125,10 @@ class Scored:
         total = t.sum(axis=1, keepdims=True)
         weight = np.divide(t, total, out=np.full(t.shape, 1 / t.shape[1]), where=total > 0)
         return np.where((n < 2) | (n_others < 2), np.nan, weight)
+
+    @cached_property
+    def weight_off_target(self) -> np.ndarray:
+        """The weight of the genes that are not perturbed, divided by its sum, (P, genes)."""
+        weight = np.where(self.own_target, 0.0, self.weight)
+        total = weight.sum(axis=1, keepdims=True)
+        return np.divide(weight, total, out=np.full(weight.shape, np.nan), where=total > 0)

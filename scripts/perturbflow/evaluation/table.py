@@ -28,7 +28,8 @@ def scores(predictions: ad.AnnData, cells: Pairs, members_seen: Mapping[str, int
     Parameters
     ----------
     predictions
-        Predicted cells, in memory or backed by their file.
+        Predicted cells, in memory or backed by their file. Where uns["perturbflow"]["noise_removed"] is true, they are half of
+        the measured cells, and stand for what a perfect predictor of the mean would reach (`Metric.reachable`).
     cells
         All cells of pairs.h5ad.
     members_seen
@@ -42,6 +43,7 @@ def scores(predictions: ad.AnnData, cells: Pairs, members_seen: Mapping[str, int
         As `score_inputs`.
     """
     scored = score_inputs(predictions, cells)
+    is_noise_removed = bool(predictions.uns.get("perturbflow", {}).get("noise_removed", False))
     table = pd.DataFrame(
         {
             **{key: (provenance or {}).get(key, "") for key in ("dataset", "split", "model", "seed")},
@@ -53,7 +55,12 @@ def scores(predictions: ad.AnnData, cells: Pairs, members_seen: Mapping[str, int
             "effect_size": scored.effect_size,
         }
     )
-    return pd.concat([table.assign(metric=name, value=metric.function(scored)) for name, metric in METRICS.items()])
+    return pd.concat(
+        [
+            table.assign(metric=name, value=metric.reachable(scored) if is_noise_removed else metric.function(scored))
+            for name, metric in METRICS.items()
+        ]
+    )
 
 
 def evaluate(predictions: Path, pairs: Path, split: Path, metrics: Path, provenance: dict | None = None) -> None:

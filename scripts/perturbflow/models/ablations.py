@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.embeddings import Embeddings
-from perturbflow.models.base import Artefact, Model, Run, start_cells
+from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.effects import Effects
+from perturbflow.models.recount import recounted
 from perturbflow.models.stacked import Stacked
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import CONTROL, members_of
@@ -53,10 +54,21 @@ class BatchOnly(Model):
         """Take over the arrays."""
         self.artefact = artefact
 
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, strata: np.ndarray | None = None) -> np.ndarray:
-        """Shift each control cell by the mean effect of its stratum; by that of all where the stratum is new or not told."""
+    def predict(
+        self,
+        cells: np.ndarray,
+        perturbations: Sequence[str],
+        n: int,
+        seed: int,
+        level: np.ndarray | None = None,
+        strata: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Change control cells by the mean effect of their strata; by that of all where a stratum is new or not told."""
         known = self.artefact["strata"].tolist()
         told = [""] * len(cells) if strata is None else list(strata)
-        effects = [self.artefact["effects"][known.index(stratum)] if stratum in known else self.artefact["overall"] for stratum in told]
-        start = start_cells(cells + np.stack(effects), n)
-        return np.repeat(start[None].astype(np.float32), len(perturbations), axis=0)
+        effects = np.stack(
+            [self.artefact["effects"][known.index(stratum)] if stratum in known else self.artefact["overall"] for stratum in told]
+        )
+        start, effect = start_cells(cells, n), start_cells(effects, n).mean(axis=0)
+        changed = recounted(start, effect + off_level(start, level), None, np.random.default_rng(seed))
+        return np.repeat(changed[None], len(perturbations), axis=0)

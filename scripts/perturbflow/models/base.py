@@ -74,7 +74,7 @@ class Model(ABC):
         """Become the model that an earlier `fit` returned."""
 
     @abstractmethod
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, level: np.ndarray | None = None) -> np.ndarray:
         """Predict perturbed cells.
 
         Parameters
@@ -87,6 +87,9 @@ class Model(ABC):
             Cells per perturbation.
         seed
             Same seed, same cells.
+        level
+            Mean of the population that the control cells stand for, (genes,): the predicted cells have it plus the effect for their mean,
+            so that they do not carry the chance by which a few controls were drawn. None: the mean of the cells themselves.
 
         Returns
         -------
@@ -115,6 +118,8 @@ class Model(ABC):
 class Ceiling(Model):
     """What may see measured test cells, and predicts with some of them; a model never does."""
 
+    noise_removed: ClassVar[bool] = False  # its scores are to be told without the noise of its cells
+
     @abstractmethod
     def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
         """Return the row of pairs.h5ad of every cell that `predict` returns."""
@@ -124,6 +129,11 @@ def build(implementation: str, params: dict) -> Model:
     """Return the model of an implementation "module:Class" below perturbflow.models."""
     module, name = implementation.split(":")
     return getattr(importlib.import_module(f"perturbflow.models.{module}"), name)(**params)
+
+
+def off_level(cells: np.ndarray, level: np.ndarray | None) -> np.ndarray:
+    """Return what the mean of cells lacks of the level that they stand for, (genes,); zeros without one."""
+    return np.zeros(cells.shape[1]) if level is None else level - cells.mean(axis=0, dtype=np.float64)
 
 
 def start_cells(cells: np.ndarray, n: int) -> np.ndarray:

@@ -36,7 +36,7 @@ class TechnicalDuplicate(Ceiling):
         """Take over the cells."""
         self.artefact = artefact
 
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, level: np.ndarray | None = None) -> np.ndarray:
         """Return measured cells, each once: at most n of the duplicate half, drawn at random."""
         return np.stack([self.artefact["X"][self._drawn(perturbation, n, seed)] for perturbation in perturbations])
 
@@ -46,6 +46,16 @@ class TechnicalDuplicate(Ceiling):
 
     def _drawn(self, perturbation: str, n: int, seed: int) -> np.ndarray:
         return np.random.default_rng(seed).permutation(np.flatnonzero(self.artefact["labels"] == perturbation))[:n]
+
+
+class PerfectMean(TechnicalDuplicate):
+    """What a perfect predictor of the mean would reach against half 'b': the score of half 'a' without the noise of half 'a'.
+
+    The cells are those of the technical duplicate. Its noise is taken off when they are scored, for each metric that has a formula for it; by the
+    others it scores as the technical duplicate does.
+    """
+
+    noise_removed = True
 
 
 class InterpolatedDuplicate(TechnicalDuplicate):

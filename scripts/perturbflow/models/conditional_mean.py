@@ -31,6 +31,7 @@ from perturbflow.models.conformal import CASES, Calibration, Scale, case_of, mea
 from perturbflow.models.effects import Effects
 from perturbflow.models.shift import MeanShift, Training
 from perturbflow.models.stacked import Stacked
+from perturbflow.progress import progressed
 from perturbflow.symbols import entities_of, members_of
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class ConditionalMean(MeanShift):
         scored: dict[str, list[np.ndarray]] = {case: [] for case in CASES}
         kept: list[_HeldOut] = []
         is_target = np.isin(training.genes, training.effects.entities)
-        for inner, held_out, start, can_choose in self._rounds(training):
+        for inner, held_out, start, can_choose in progressed(self._rounds(training), "inner folds", _n_rounds(training)):
             fitted = parts() if can_choose else {"stacked": Stacked()}
             effect_of: dict[str, Callable[[str], np.ndarray]] = {name: part.learned(inner).effect for name, part in fitted.items()}
             if can_choose:
@@ -227,6 +228,15 @@ class ConditionalMean(MeanShift):
             for inner, held_out in rounds:
                 yield inner, held_out, training.pairs.rows[inner.controls], can_choose
         yield from _other_contexts(training)
+
+
+def _n_rounds(training: Training) -> int:
+    """Return how many rounds there are, for what is said of progress."""
+    has_combinations, n_contexts = bool((training.effects.order > 1).any()), len(effects_by_context(training))
+    return (
+        len(training.folds(of_genes=True, one_by_one=False)) + (len(training.folds(of_genes=False)) if has_combinations else 0)
+        + (min(n_contexts, MAX_CONTEXTS) if n_contexts > 1 else 0)
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models.base import Artefact, Model, Run, start_cells
+from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.batches import Batches, PairedCells, encoded
 from perturbflow.models.conditional_mean import ConditionalMean, FitPart
 from perturbflow.models.conditions import Conditions
@@ -194,7 +194,7 @@ class LearnedModel(Model):
         return f"{', '.join(unknown)} has no embedding: no cell of this screen was perturbed in it. Ask a baseline, such as stacked"
 
     @torch.no_grad()
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, level: np.ndarray | None = None) -> np.ndarray:
         """Move start cells in latent space and bring them back to expression, a block at a time."""
         start = start_cells(cells, n)
         z = self.latent.encode(start)
@@ -207,10 +207,18 @@ class LearnedModel(Model):
             for first in range(0, n, CELLS_PER_BLOCK):
                 block = slice(first, first + CELLS_PER_BLOCK)
                 moved = self._displacement(torch.from_numpy(z[block]), perturbation, rng, generator).numpy()
-                predicted[p, block] = self.outcome(start[block], z[block], moved, perturbation, rng)
+                predicted[p, block] = self.outcome(start[block], z[block], moved, perturbation, rng, level)
         return predicted
 
-    def outcome(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
+    def outcome(
+        self,
+        start: np.ndarray,
+        z: np.ndarray,
+        moved: np.ndarray,
+        perturbation: str,
+        rng: np.random.Generator,
+        level: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return perturbed cells, (cells, genes): the mean change that is predicted, and around it what the cells differ in.
 
         A mean in closed form is met as it is: what the displacements of many cells have in common is taken off where they are residuals.
@@ -221,12 +229,14 @@ class LearnedModel(Model):
             Start cells, log1p-normalized (cells, genes) and in latent space (cells, dimensions).
         moved
             Their displacement in latent space, (cells, dimensions).
+        level
+            As of `predict`.
         """
         if perturbation == CONTROL:
             return start.copy()
         if self.learns_residuals and len(moved) >= CENTRED_FROM:
             moved = moved - moved.mean(axis=0)
-        mean = self.mean_effect(start, z, moved, perturbation, rng)
+        mean = self.mean_effect(start, z, moved, perturbation, rng) + off_level(start, level)
         if self.cells == "shifted":
             return start + mean
         return recounted(start, mean, self.latent.fold(z, moved), rng)

@@ -9,7 +9,7 @@ falls below zero has to be cut off. Here the shift acts on counts. If a gene's c
 with λ̂ the posterior mean of a Gamma prior of mean μ (the gene's level times the cell's size) and shape θ (Robbins 1956; in this field
 Grün, Kester & van Oudenaarden 2014 for the Gamma mixture). So a cell keeps its own counts as far as they agree with the perturbation, its
 size, and the zeros and the noise of a measured cell. The fold change of a gene has one part for all cells, found on the very numbers that are
-drawn so that their mean is the predicted one, and a part of each cell.
+drawn so that their mean is the predicted one, and a part of each cell. Last counts in a few cells settle the mean.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,8 @@ MAX_TRIALS = 20
 MAX_ENUMERATED = 40.0  # larger means are drawn from the Gaussian limit
 AVERAGED_AT_LEAST = 512  # cells that tell what fold changes do to a mean
 DRAWN_AT_LEAST = 16  # cells that calibrate a gene; of fewer, each counts several times
+SETTLED_AMONG = 256  # cells whose counts settle a mean: their pairs are enough
+MAX_SETTLED = 8  # pairs
 
 
 @compiled
@@ -183,6 +185,53 @@ def _calibrated(
         _draw(k[gene], unit, fold[gene], common[gene], rate[gene], u[gene], out[gene])
 
 
+@compiled
+def _nearest_move(up: np.ndarray, down: np.ndarray, missing: float) -> tuple[int, int]:
+    """Return which value of `up` is to be added and which of `down` taken off so that their sum is nearest to what is missing; -1 for none."""
+    by_up, by_down = np.argsort(up), np.argsort(down)
+    best, first, second = abs(missing), -1, -1
+    for i in by_up:
+        if abs(missing - up[i]) < best:
+            best, first, second = abs(missing - up[i]), i, -1
+    j = 0
+    for i in by_up:  # the best partner rises with it
+        while j < len(down) and down[by_down[j]] < up[i] - missing:
+            j += 1
+        for k in (j - 1, j):
+            if 0 <= k < len(down) and by_down[k] != i and np.isfinite(down[by_down[k]]):
+                off = abs(missing - up[i] + down[by_down[k]])
+                if off < best:
+                    best, first, second = off, i, by_down[k]
+    for j in by_down:
+        if np.isfinite(down[j]) and abs(missing + down[j]) < best:
+            best, first, second = abs(missing + down[j]), -1, j
+    return first, second
+
+
+@compiled(nogil=True)
+def _settle(unit: np.ndarray, target: np.ndarray, out: np.ndarray) -> None:
+    """Add a count to one cell and take one off another, gene by gene and a few times, so that the mean comes as near to its target as it can.
+
+    Cells differ in size, so what a count adds to one and what it takes off another differ by little, and many such pairs are to choose from.
+    """
+    size = unit[:SETTLED_AMONG]
+    for gene in range(len(out)):
+        some = out[gene, :SETTLED_AMONG]
+        for _ in range(MAX_SETTLED if target[gene] > 0.0 else 0):
+            missing = target[gene] * len(unit) - out[gene].sum()
+            if abs(missing) < 1e-6 * len(unit):
+                break
+            n = np.rint(np.expm1(some) / size)
+            more, fewer = np.log1p((n + 1.0) * size), np.log1p(np.maximum(n - 1.0, 0.0) * size)
+            first, second = _nearest_move(more - some, np.where(n > 0, some - fewer, np.inf), missing)
+            if first >= 0:
+                some[first] = more[first]
+            if second >= 0:
+                some[second] = fewer[second]
+            if first < 0 and second < 0:
+                break
+
+
 @dataclass(frozen=True)
 class Counted:
     """Cells as counts.
@@ -266,7 +315,7 @@ def _in_parts(n_genes: int, work: Callable[[slice], None]) -> None:
 
 
 def _met(cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator) -> tuple[np.ndarray, Change]:
-    """Return cells whose mean has changed as it is to, (genes, cells) at least, and how that was done."""
+    """Return cells whose mean has changed as it is to but for less than a count, (genes, cells) at least, and how that was done."""
     repeats = -(-DRAWN_AT_LEAST // len(cells))
     counted = Counted.of(cells)
     levels = Levels.of(counted)
@@ -286,7 +335,7 @@ def _met(cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rn
 
 
 def recounted(cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-    """Return perturbed cells, (cells, genes), log1p-normalized: counts of the cells' own sizes.
+    """Return perturbed cells, (cells, genes), log1p-normalized: counts of the cells' own sizes, whose mean is met as nearly as counts can.
 
     Parameters
     ----------
@@ -298,7 +347,10 @@ def recounted(cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | Non
         Logarithm of each cell's fold change, (cells, genes), up to a constant per gene; None: alike in all cells.
     """
     out, _ = _met(cells, mean_change, fold, rng)
-    return np.ascontiguousarray(out[:, : len(cells)].T, dtype=np.float32)
+    out = np.ascontiguousarray(out[:, : len(cells)])
+    unit, target = unit_of(np.expm1(cells.astype(np.float64))), cells.mean(axis=0, dtype=np.float64) + mean_change
+    _in_parts(len(out), lambda genes: _settle(unit, target[genes], out[genes]))
+    return np.ascontiguousarray(out.T, dtype=np.float32)
 
 
 def change_of(cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator) -> Change:

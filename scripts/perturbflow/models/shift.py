@@ -11,9 +11,10 @@ from typing import Self, TypeVar
 import numpy as np
 
 from perturbflow.embeddings import Embeddings
-from perturbflow.models.base import Artefact, Model, Run, start_cells
+from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
+from perturbflow.models.recount import recounted
 from perturbflow.pairs import Pairs
 from perturbflow.symbols import CONTROL, SEPARATOR, entities_of, members_of
 
@@ -96,7 +97,7 @@ class Training:
 
 
 class MeanShift(Model):
-    """A model whose every prediction is a control cell plus one effect per perturbation."""
+    """A model that says one mean effect per perturbation, and nothing of how cells differ in it."""
 
     artefact: Artefact
 
@@ -136,11 +137,28 @@ class MeanShift(Model):
                 )  # fmt: skip
         return found
 
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int) -> np.ndarray:
-        """Shift control cells; deterministic, whatever the seed. No perturbation shifts nothing."""
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, level: np.ndarray | None = None) -> np.ndarray:
+        """Change the counts of control cells until their mean has moved by the effect. No perturbation leaves them as they are."""
         start = start_cells(cells, n)
-        shifts = [0.0 if perturbation == CONTROL else self.effect(perturbation) for perturbation in perturbations]
-        return np.stack([start + shift for shift in shifts]).astype(np.float32)
+        predicted = np.empty((len(perturbations), *start.shape), dtype=np.float32)
+        for p, perturbation in enumerate(perturbations):
+            if perturbation == CONTROL:
+                predicted[p] = start
+            else:
+                change = self.effect(perturbation) + off_level(start, level)
+                predicted[p] = recounted(start, change, None, np.random.default_rng((seed, p)))
+        return predicted
+
+    def counterfactual(self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int) -> np.ndarray:
+        """Shift every cell by the effect: what it becomes does not depend on who else is asked. No perturbation shifts nothing."""
+        effects = np.stack(
+            [np.zeros(cells.shape[1]) if perturbation == CONTROL else self.effect(perturbation) for perturbation in perturbations]
+        )
+        return np.repeat((cells + effects[:, None])[:, :, None], samples, axis=2).astype(np.float32)
+
+    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int) -> np.ndarray:
+        """Return the effect, the same for every cell, (cells, genes)."""
+        return np.tile(self.effect(perturbation), (len(cells), 1))
 
 
 Candidate = TypeVar("Candidate", bound=MeanShift)

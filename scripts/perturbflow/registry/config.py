@@ -6,8 +6,8 @@ from pathlib import Path
 
 from perturbflow.errors import InputError
 from perturbflow.origins import labels_file, own_files, problem_of, problem_of_folder, resolved
-from perturbflow.registry.families import FAMILIES
-from perturbflow.registry.schemas import check_schema, holding_file, schema_of, suggestion, with_defaults, with_texts
+from perturbflow.registry.families import FAMILIES, REFERENCES
+from perturbflow.registry.schemas import Places, check_schema, holding_file, schema_of, suggestion, with_defaults, with_texts, with_values
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
@@ -19,7 +19,7 @@ SPLIT_KEYS = {
 }
 
 
-def _check_names(selected: list[str], known: dict, kind: str, where: list[str], files: Sequence[Path]) -> None:
+def _check_names(selected: list[str], known: dict, kind: str, where: list[str], files: Places) -> None:
     for name in selected:
         if name not in known:
             raise InputError(
@@ -28,7 +28,7 @@ def _check_names(selected: list[str], known: dict, kind: str, where: list[str], 
             )
 
 
-def _check_source(where: list[str], block: dict, files: Sequence[Path]) -> None:
+def _check_source(where: list[str], block: dict, files: Places) -> None:
     """Check what a block says of where its files come from."""
     if problem := problem_of(block):
         keys, sentence = problem
@@ -36,7 +36,7 @@ def _check_source(where: list[str], block: dict, files: Sequence[Path]) -> None:
         raise InputError(f"{file}{'.'.join([*where, *keys])}: {sentence}")
 
 
-def _check_patterns(name: str, block: dict, files: Sequence[Path]) -> None:
+def _check_patterns(name: str, block: dict, files: Places) -> None:
     """Check that the regular expressions of a block can be read, and that the one of labels has a group."""
     patterns: dict[tuple[str, ...], str | None] = {("exclude", column): pattern for column, pattern in block.get("exclude", {}).items()}
     patterns |= {("perturbation", key): block["perturbation"].get(key) for key in ("pattern", "control_pattern")}
@@ -59,7 +59,7 @@ def _check_patterns(name: str, block: dict, files: Sequence[Path]) -> None:
             raise InputError(f"{holding_file(files, where)}{'.'.join(where)}: '{pattern}' cannot serve as a regular expression: {problem}.")
 
 
-def _check_path(where: list[str], block: dict, files: Sequence[Path]) -> None:
+def _check_path(where: list[str], block: dict, files: Places) -> None:
     """Check that the user's own files are there, a prior's as files and a screen's as a file or folder; only what is selected has to be."""
     is_screen = where[0] == "datasets"
     paths = [(("source", "path"), path) for path in own_files(block).values()]
@@ -78,7 +78,7 @@ def _check_path(where: list[str], block: dict, files: Sequence[Path]) -> None:
             )
 
 
-def _check_priors(config: dict, files: Sequence[Path]) -> None:
+def _check_priors(config: dict, files: Places) -> None:
     """Check the names of priors, which share folders with datasets and columns with other sources of embeddings."""
     for name, block in config["priors"].items():
         _check_source(["priors", name], block, files)
@@ -93,7 +93,7 @@ def _check_priors(config: dict, files: Sequence[Path]) -> None:
             )
 
 
-def _check_embeddings(config: dict, datasets: Sequence[str], files: Sequence[Path]) -> None:
+def _check_embeddings(config: dict, datasets: Sequence[str], files: Places) -> None:
     """Check where the vectors of genes are to come from, and that they are of the genes of these datasets."""
     where = ["embeddings", "sources"]
     file = holding_file(files, where)
@@ -120,7 +120,7 @@ def model_files(block: dict) -> list[str]:
     return [latent["file"]] if isinstance(latent, dict) else []
 
 
-def _check_model_files(config: dict, models: Iterable[str], files: Sequence[Path]) -> None:
+def _check_model_files(config: dict, models: Iterable[str], files: Places) -> None:
     """Check that the files are there that these models are made from."""
     for name in models:
         for path in model_files(config["models"][name]):
@@ -147,7 +147,7 @@ def datasets_named(held_out: list | dict) -> list[str]:
     return [] if isinstance(held_out, list) else list(held_out)
 
 
-def _check_split(name: str, block: dict, datasets: dict, files: Sequence[Path]) -> None:
+def _check_split(name: str, block: dict, datasets: dict, files: Places) -> None:
     """Check what the schema cannot say in the user's words; the block is as the user wrote it."""
     for key, kinds in SPLIT_KEYS.items():
         if key in block and block["kind"] not in kinds:
@@ -162,7 +162,7 @@ def _check_split(name: str, block: dict, datasets: dict, files: Sequence[Path]) 
             raise InputError(f"{file}splits.{name}.held_out: there is no dataset '{dataset}'.{suggestion(str(dataset), list(datasets))}")
 
 
-def _expand_folds(splits: dict, files: Sequence[Path]) -> tuple[dict, dict[str, list[str]]]:
+def _expand_folds(splits: dict, files: Places) -> tuple[dict, dict[str, list[str]]]:
     """Return the splits with k blocks {name}_fold_{i} in place of each block of k folds, and these names by the block's."""
     expanded: dict[str, dict] = {}
     folds: dict[str, list[str]] = {}
@@ -178,7 +178,20 @@ def _expand_folds(splits: dict, files: Sequence[Path]) -> tuple[dict, dict[str, 
     return expanded, folds
 
 
-def complete(config: dict, files: Sequence[Path] = (), files_are_there: bool = True) -> dict:
+def _with_references(models: dict, files: Places) -> dict:
+    """Return the models with a block for each family that runs always and has none."""
+    families = {block["family"] for block in models.values()}
+    missing = [family for family in REFERENCES if family not in families]
+    for name in missing:
+        if name in models:
+            raise InputError(
+                f"{holding_file(files, ['models', name])}models.{name}: floors and ceilings always run, and this is the name of one; "
+                f"leave it the family {name}, and give a model of family {models[name]['family']} another name."
+            )
+    return models | {family: {"family": family, "params": {}} for family in missing}
+
+
+def complete(config: dict, files: Places = (), files_are_there: bool = True) -> dict:
     """Return the configuration checked and completed with defaults.
 
     Parameters
@@ -186,7 +199,7 @@ def complete(config: dict, files: Sequence[Path] = (), files_are_there: bool = T
     config
         The merged configuration.
     files
-        The files it was merged from, in order: error messages name the one that holds the mistake.
+        The files it was merged from, and --config, in order: error messages name the one that holds the mistake.
     files_are_there
         Whether the user's own files have to be there already; rules of a host workflow may make them later.
 
@@ -196,12 +209,12 @@ def complete(config: dict, files: Sequence[Path] = (), files_are_there: bool = T
         With one line per mistake: file, key, value and what is possible.
     """
     schema = schema_of("config")
-    config = with_texts(schema, config)
+    config = with_values(schema, with_texts(schema, config))
     check_schema(config, schema, [], files)
     config = with_defaults(schema, config)
     for name in REGISTRIES:
         schema = schema_of(name)
-        registry = with_texts(schema, config.get(name, {}))
+        registry = with_values(schema, with_texts(schema, config.get(name, {})))
         check_schema(registry, schema, [name], files)
         config[name] = with_defaults(schema, registry)
         if name == "splits":
@@ -218,9 +231,11 @@ def complete(config: dict, files: Sequence[Path] = (), files_are_there: bool = T
     }
     config["splits"], folds = _expand_folds(config["splits"], files)
     config["select"]["splits"] = list(dict.fromkeys(fold for name in config["select"]["splits"] for fold in folds.get(name, [name])))
+    config["models"] = _with_references(config["models"], files)
     params = schema_of("models")["$defs"]
     for name, block in config["models"].items():
         schema = params[block["family"]]
+        block["params"] = with_values(schema, block["params"])
         check_schema(block["params"], schema, ["models", name, "params"], files)
         block["params"] = with_defaults(schema, block["params"])
     for kind in REGISTRIES:
@@ -249,7 +264,7 @@ def complete(config: dict, files: Sequence[Path] = (), files_are_there: bool = T
     return config
 
 
-def _check_own_files(config: dict, datasets: Iterable[str], splits: Iterable[str], models: Iterable[str], files: Sequence[Path]) -> None:
+def _check_own_files(config: dict, datasets: Iterable[str], splits: Iterable[str], models: Iterable[str], files: Places) -> None:
     """Check that the user's own files are there that are selected."""
     for name in datasets:
         _check_path(["datasets", name], config["datasets"][name], files)

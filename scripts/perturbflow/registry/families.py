@@ -1,7 +1,8 @@
 """The families of models: where each is implemented, what it is, and which rule trains it."""
 
 import ast
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -16,6 +17,7 @@ class Family:
     rule: str = "train_closed_form"  # which rule trains it
     answers_counterfactuals: bool = False
     split_kinds: tuple[str, ...] = ()  # the only ones that the family can serve; empty: all
+    losses: Mapping[str, str] = field(default_factory=dict)  # stage of training, empty for the last → what its loss means, for the report
 
     @property
     def artefact(self) -> str:
@@ -53,8 +55,34 @@ FAMILIES = {
     "shuffled_labels": Family("ablations:ShuffledLabels", "ablation"),
     "batch_only": Family("ablations:BatchOnly", "ablation"),
     "technical_duplicate": Family("ceilings:TechnicalDuplicate", "ceiling"),
+    "perfect_mean": Family("ceilings:PerfectMean", "ceiling"),
     "interpolated_duplicate": Family("ceilings:InterpolatedDuplicate", "ceiling"),
-    "diffusion": Family("diffusion:Diffusion", "learned", "train_diffusion", answers_counterfactuals=True),
-    "jepa": Family("jepa:Jepa", "learned", "train_jepa", answers_counterfactuals=True),
-    "counterfactual": Family("counterfactual:Counterfactual", "learned", "train_counterfactual", answers_counterfactuals=True),
-}
+    "diffusion": Family(
+        "diffusion:Diffusion", "learned", "train_diffusion", answers_counterfactuals=True,
+        losses={
+            "": "Loss: squared error of what is denoised, at random levels of noise. A guess of zero has about 1. Most of it is noise that nothing "
+            "can tell, so small differences count."
+        },
+    ),
+    "jepa": Family(
+        "jepa:Jepa", "learned", "train_jepa", answers_counterfactuals=True,
+        losses={
+            "stage_a": "Loss: squared error of the target's embedding (invariance), plus terms against collapse. It rises by design. The target's "
+            "embedding grows from near 0 to a deviation of 1, as these terms ask. And the part that is predicted shrinks from a half of a cell's "
+            "molecules to a tenth, which is mostly noise. So the loss measures no progress; the effective rank tells a collapse.",
+            "stage_c": "Loss: negative log likelihood of the counts, per gene, given the embedding. It falls to what counting noise leaves.",
+            "": "Loss: error of the mean effects of groups of cells (effect), negative log likelihood of their cells (world), and how much shifts of "
+            "one perturbation differ (steadiness), weighted.",
+        },
+    ),
+    "counterfactual": Family(
+        "counterfactual:Counterfactual", "learned", "train_counterfactual", answers_counterfactuals=True,
+        losses={
+            "": "Loss: squared error of the velocity from control to perturbed cell, plus that of one shift for all cells. Cells of a pair differ "
+            "mostly by noise, which stays, so small differences count."
+        },
+    ),
+}  # fmt: skip
+
+# Floors and ceilings: they are properties of data and metric, so they run with every selection, listed or not.
+REFERENCES = ("no_change", "perturbed_mean", "technical_duplicate", "interpolated_duplicate", "perfect_mean")

@@ -1,14 +1,12 @@
 """The plan of the runs: what will be made for a configuration."""
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import pandas as pd
 
 from perturbflow.errors import InputError
 from perturbflow.origins import CONTENT_KEYS, content_of, files_of
 from perturbflow.registry.config import COEXPRESSION, complete, held_out_of
-from perturbflow.registry.families import FAMILIES, Family
+from perturbflow.registry.families import FAMILIES, REFERENCES, Family
+from perturbflow.registry.schemas import Places
 
 # Keys of a dataset's `perturbation` that say how a label is read.
 NAMING = ("control", "control_pattern", "separator", "pattern", "rename")
@@ -22,7 +20,7 @@ class Plan:
     config
         The merged configuration, as Snakemake hands it over.
     files
-        The configuration files, for messages.
+        The configuration files, and --config, for messages.
     files_are_there
         Whether the user's own files have to be there already.
 
@@ -35,7 +33,8 @@ class Plan:
     divisions
         One row per dataset × split: those of the runs; all that can be made where no model is selected.
     runs
-        One row per dataset × split × model × seed, with the model's family. None where no split or no model is selected.
+        One row per dataset × split × model × seed, with the model's family: the selected models, and a floor or ceiling of every
+        family of REFERENCES. None where no split or no model is selected.
     queries
         One row per counterfactual query × seed.
     warranties
@@ -44,7 +43,7 @@ class Plan:
         One sentence per selection that cannot be.
     """
 
-    def __init__(self, config: dict, files: Sequence[Path] = (), files_are_there: bool = True) -> None:
+    def __init__(self, config: dict, files: Places = (), files_are_there: bool = True) -> None:
         self.config = complete(config, files, files_are_there)
         select = self.config["select"]
         rows, left_out, possible = [], [], []
@@ -54,11 +53,10 @@ class Plan:
                     left_out.append(f"{dataset} × {self._base(split)} is left out: {reason}.")
                     continue
                 possible.append((dataset, split))
-                for model in select["models"]:
-                    if reason := self._why_unfit(model, split):
-                        left_out.append(f"{model} × {self._base(split)} is left out: {reason}.")
-                    else:
-                        rows += [(dataset, split, model, seed, self.config["models"][model]["family"]) for seed in select["seeds"]]
+                reasons = {model: self._why_unfit(model, split) for model in select["models"]}
+                left_out += [f"{model} × {self._base(split)} is left out: {reason}." for model, reason in reasons.items() if reason]
+                for model in self._with_references([model for model, reason in reasons.items() if not reason]):
+                    rows += [(dataset, split, model, seed, self.config["models"][model]["family"]) for seed in select["seeds"]]
         self.left_out = list(dict.fromkeys(left_out))
         if not rows and ((select["models"] and select["seeds"]) or not possible) and select["splits"]:
             raise InputError("Nothing is left to run. " + " ".join(self.left_out))
@@ -79,6 +77,12 @@ class Plan:
         key = ["dataset", "split", "model", "seed"]
         is_learned = self.runs["model"].map(lambda name: self.family(name).kind == "learned").astype(bool)
         self.warranties = pd.concat([self.runs.loc[is_learned, key], self.queries[key]]).drop_duplicates(ignore_index=True)
+
+    def _with_references(self, models: list[str]) -> list[str]:
+        """Return models, if there are any, followed by a floor or ceiling of every family of REFERENCES that is not among them."""
+        known = {block["family"]: name for name, block in reversed(self.config["models"].items())}
+        families = {self.config["models"][model]["family"] for model in models}
+        return models + [known[family] for family in REFERENCES if models and family not in families]
 
     def _instead(self) -> str:
         """Return what is made where nothing is trained."""

@@ -1,7 +1,8 @@
 """A configuration and its schemas: defaults filled in, and what the schemas forbid said in the user's words."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ _Validator = extend(
         "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
     ),
 )
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What `snakemake --config` gave, for messages."""
+
+    values: Mapping
+
+    def __str__(self) -> str:
+        return "--config"
+
+
+Places = Sequence[Path | CommandLine]
+"""Where a configuration was merged from, in order."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -72,6 +87,41 @@ def with_texts(schema: dict, value: Any) -> Any:
         return [with_texts(items, item) for item in value]
     types = schema.get("type", ())
     return _text_of(value) if "string" in types and not {"number", "integer"} & {*types} else value
+
+
+def with_values(schema: dict, value: Any) -> Any:
+    """Return the value with texts turned into what the schema wants: `seeds: ["0"]` is `[0]`, and `null` and `true` are no words.
+
+    `snakemake --config 'select={seeds: [0]}'` hands over whatever is nested as texts.
+    """
+    if "$ref" in schema:
+        name, pointer = schema["$ref"].split("#")
+        schema = read_yaml(SCHEMAS / name)
+        for key in pointer.strip("/").split("/"):
+            schema = schema[key]
+    if branches := schema.get("oneOf"):
+        possible = (with_values(branch, value) for branch in branches)
+        return next((found for found, branch in zip(possible, branches, strict=True) if _fits(branch, found)), value)
+    if isinstance(value, dict):
+        of_key, others = schema.get("properties", {}), schema.get("additionalProperties")
+        others = others if isinstance(others, dict) else {}
+        return {key: with_values(of_key.get(key, others), item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_values(schema.get("items", {}), item) for item in value]
+    types = schema.get("type", ())
+    types = {types} if isinstance(types, str) else {*types}
+    if not isinstance(value, str) or not types or ("string" in types and not (value == "null" and "null" in types)):
+        return value
+    try:
+        meant = yaml.safe_load(value)
+        meant = float(meant) if isinstance(meant, str) else meant  # 1e-3 is no number in YAML
+    except (yaml.YAMLError, ValueError):
+        return value
+    return meant if _fits({"type": schema["type"]}, meant) else value
+
+
+def _fits(schema: dict, value: Any) -> bool:
+    return _Validator(schema, registry=SchemaRegistry(retrieve=_retrieve)).is_valid(value)  # type: ignore[call-arg]  # see check_schema
 
 
 def _text_of(value: Any) -> Any:
@@ -121,11 +171,11 @@ def _in_yaml(value: Any) -> str:
     return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1]
 
 
-def holding_file(files: Sequence[Path], path: list[str]) -> str:
-    """Return the name of the last configuration file that holds a key path, for the error message."""
+def holding_file(files: Places, path: list[str]) -> str:
+    """Return the name of the last configuration file, or --config, that holds a key path, for the error message."""
     for file in reversed(files):
         try:
-            node = read_yaml(Path(file)) or {}
+            node = file.values if isinstance(file, CommandLine) else read_yaml(Path(file)) or {}
         except yaml.YAMLError as error:  # Snakemake lets a few of Python's own types pass
             raise InputError(f"{file} holds more than plain YAML: {error}") from error
         for key in path:
@@ -140,7 +190,7 @@ def holding_file(files: Sequence[Path], path: list[str]) -> str:
     return ""
 
 
-def check_schema(value: object, schema: dict, where: list[str], files: Sequence[Path]) -> None:
+def check_schema(value: object, schema: dict, where: list[str], files: Places) -> None:
     """Check a value against a schema; `where` is its place in the configuration, for the message."""
     resources = SchemaRegistry(retrieve=_retrieve)  # type: ignore[call-arg]  # attrs hands it to the field _retrieve
     resources = resources.with_resource("", DRAFT202012.create_resource(schema))

@@ -1,7 +1,7 @@
 """What was run: the models as every section shows them, and where the files of a run stand."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +22,7 @@ class ModelCard:
     params: dict
     colour: str
     marker: str
+    losses: Mapping[str, str] = field(default_factory=dict)  # as in Family
 
 
 def place_of(path: Path, n: int) -> tuple[str, ...]:
@@ -47,12 +48,15 @@ def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
     first: dict[str, dict] = {}
     for (_, _, model, _), run in runs.items():
         first.setdefault(model, run)
-    kinds = {model: _family(run).kind for model, run in first.items()}
+    families = {model: _family(run) for model, run in first.items()}
+    kinds = {model: family.kind for model, family in families.items()}
     coloured = [model for kind in ("learned", "baseline", "ablation") for model in first if kinds[model] == kind]
     looks = {
         model: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]) for i, model in enumerate(coloured)
     }  # fmt: skip
     return {
-        model: ModelCard(model, kinds[model], _family(run).description, run["params"], *looks.get(model, (INK, "|")))
+        model: ModelCard(
+            model, kinds[model], families[model].description, run["params"], *looks.get(model, (INK, "|")), families[model].losses
+        )
         for model, run in first.items()
     }

@@ -45,7 +45,7 @@ def choose(correlations: pd.DataFrame, cards: dict[str, ModelCard]) -> Chosen | 
     Parameters
     ----------
     correlations
-        Rows of metrics.tsv of one dataset × split and of pearson_delta_ctrl.
+        Rows of metrics.tsv of one dataset × split and of `sections.CORRELATION`.
 
     Returns
     -------
@@ -138,7 +138,7 @@ def effect_figures(
     predictions
         Model → predictions.h5ad of the seed that is shown.
     correlations
-        (model, perturbation) → pearson_delta_ctrl of that seed, from metrics.tsv.
+        (model, perturbation) → `sections.CORRELATION` of that seed, from metrics.tsv.
     """
     cells = Pairs.read(pairs)
     genes = np.array(cells.genes)
@@ -161,7 +161,7 @@ def effect_figures(
         for model, (measured, predicted, names) in effects.items():
             r = correlations.get((model, label), float("nan"))
             alt = (
-                f"Scatter plot of predicted against measured effects of {label} by {model}, {len(names)} genes, r {number(r)}. "
+                f"Scatter plot of predicted against measured effects of {label} by {model}, {len(names)} genes, r {number(r)} without perturbed genes. "
                 f"Perturbed genes shown: {', '.join(gene for gene in targets if gene in names) or 'none'}."
             )
             svg = drawings.svg(alt, _effect_figure, measured, predicted, names, targets, limit or 1, cards[model])

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from perturbflow.benchmark.tables import PRIMARY
+from perturbflow.benchmark.tables import CEILINGS, PRIMARY
 from perturbflow.evaluation import METRICS
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.drawing import INK, STYLE, Drawings, interval, name_rows, new_axes, number, room_for
@@ -25,7 +25,7 @@ class Score:
     high: float
     n_perturbations: int
     is_best: bool = False
-    scaled: float = float("nan")  # no change is 0, the technical duplicate 1
+    scaled: float = float("nan")  # no change is 0, a perfect predictor of the mean 1
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Leaderboard:
     models: dict[str, dict[str, Score]]
     ceilings: dict[str, dict[str, Score]]
     headlines: list[str]
+    on_target: list[str]  # of the perturbed genes alone: no verdict rests on them
     others: list[str]
     best_baselines: dict[str, list[str]]  # → families of the headline metrics by which they are
     n_perturbations: int
@@ -88,9 +89,12 @@ def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawi
     """
     scores = _scores(rows, cards)
     models = {model: row for model, row in scores.items() if cards[model].kind != "ceiling"}
-    ceilings = {model: row for model, row in scores.items() if cards[model].kind == "ceiling"}
+    families = rows.drop_duplicates("model").set_index("model")["family"]
+    in_order = sorted((model for model in scores if cards[model].kind == "ceiling"), key=lambda model: CEILINGS.index(families[model]))
+    ceilings = {model: scores[model] for model in in_order}
     metrics = [metric for metric in METRICS if any(metric in row for row in scores.values())]
     headlines = [metric for metric in metrics if METRICS[metric].headline]
+    on_target = [metric for metric in metrics if METRICS[metric].family == "on_target"]
     best = rows[rows["is_best_baseline"] & rows["headline"] & ~rows["metric"].isin(mute)].drop_duplicates("metric")
     figures = []
     for metric in headlines:
@@ -103,7 +107,8 @@ def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawi
         alt = f"{metric}, {METRICS[metric].reading}, 95 % intervals in brackets: {alt}."
         if svg := drawings.svg(alt, _leaderboard_figure, metric, shown, limits, cards):
             figures.append({"svg": svg, "metric": metric})
-    families = best.groupby("model", sort=False)["metric_family"].agg(list).to_dict()
+    led = best.groupby("model", sort=False)["metric_family"].agg(list).to_dict()
     n = max((score.n_perturbations for row in scores.values() for score in row.values()), default=0)
-    others = [metric for metric in metrics if metric not in headlines]
-    return Leaderboard(models, ceilings, headlines, others, dict(sorted(families.items(), key=lambda item: -len(item[1]))), n, figures)
+    others = [metric for metric in metrics if metric not in (*headlines, *on_target)]
+    best_baselines = dict(sorted(led.items(), key=lambda item: -len(item[1])))
+    return Leaderboard(models, ceilings, headlines, on_target, others, best_baselines, n, figures)

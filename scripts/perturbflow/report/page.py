@@ -49,7 +49,7 @@ TEMPLATE = "report_template.html"
 
 # What a page of less than 10 MB holds, whatever was selected: bytes of figures per section, and rows
 # of the table of perturbations. `effects` and `sections` bound their lists beside what they list.
-FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_600_000, "training": 600_000, "counterfactuals": 2_000_000, "screens": 350_000}
+FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_500_000, "training": 600_000, "counterfactuals": 2_000_000, "screens": 350_000}
 PERTURBATION_ROWS = 4000
 SCREEN_ROWS = 300  # of tables of screens
 
@@ -324,6 +324,7 @@ def report(
         n_high_expression=N_HIGH_EXPRESSION,
         files=files,
         min_perturbations=MIN_PERTURBATIONS,
+        least_difference=tables["verdicts"]["least_difference"].iloc[0],
         versions=list(_versions([*facts.values(), *accounts.values()])),
         provenance=provenance or {},
         traces=[(NUMBERS.get(name, name), file, "benchmark") for name, file in files.items()] + list(TRACES),

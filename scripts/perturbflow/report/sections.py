@@ -18,8 +18,9 @@ from perturbflow.evaluation import METRICS
 from perturbflow.files import read_json
 from perturbflow.report.cards import ModelCard, place_of, read_table
 from perturbflow.report.drawing import INK, STYLE, Drawings, interval, name_rows, new_axes, number, room_for
+from perturbflow.report.learning import Points, by_heart
 
-CORRELATION = METRICS["pearson_delta_ctrl"].name
+CORRELATION = METRICS["pearson_delta_ctrl_off_target"].name
 
 # What the page holds of these sections, besides their bytes of figures.
 COUNTERFACTUAL_TABLES = 60
@@ -76,7 +77,11 @@ def perturbation_table(scores: pd.DataFrame, models: list[str], n_rows: int) -> 
     table = pd.concat(kept)
     return PerturbationTable(
         table.to_dict("records"),
-        [metric for metric in METRICS if metric in table and (METRICS[metric].headline or metric == CORRELATION)],
+        [
+            name
+            for name, metric in METRICS.items()
+            if name in table and (metric.headline or metric.family == "on_target" or name == CORRELATION)
+        ],
         n_all - len(table),
     )
 
@@ -111,9 +116,9 @@ def complaints(runs: dict[tuple, dict]) -> list[tuple[tuple, str]]:
     return found
 
 
-def _curves(history: list[dict]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def _curves(history: list[dict]) -> dict[str, dict[str, Points]]:
     """Return quantity → training or validation → points; the step is the row's `step`, else `epoch`, else its number."""
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    curves: dict[str, dict[str, Points]] = {}
     for i, row in enumerate(history):
         step = row.get("step", row.get("epoch", i))
         for key, value in row.items():
@@ -125,7 +130,7 @@ def _curves(history: list[dict]) -> dict[str, dict[str, list[tuple[float, float]
 
 
 @mpl.rc_context(STYLE)
-def _curve_figure(of_seeds: list[dict[str, list[tuple[float, float]]]], card: ModelCard) -> Figure:
+def _curve_figure(of_seeds: list[dict[str, Points]], card: ModelCard) -> Figure:
     figure, axes = new_axes(3.0, 2.2, left=0.6)
     values = [value for by_role in of_seeds for points in by_role.values() for _, value in points]
     for by_role in of_seeds:
@@ -143,8 +148,20 @@ def _curve_figure(of_seeds: list[dict[str, list[tuple[float, float]]]], card: Mo
     return figure
 
 
+def _notes(curves: list[dict[str, dict[str, Points]]], card: ModelCard) -> list[str]:
+    """Return, per stage of a model's training, whether its trainings learned by heart and what the loss means."""
+    notes = []
+    for name in dict.fromkeys(name for by_name in curves for name in by_name if name.split(": ")[-1] == "loss"):
+        stage = name.removesuffix("loss").removesuffix(": ")
+        told = [by_heart(by_name[name].get("training", []), by_name[name].get("validation", [])) for by_name in curves if name in by_name]
+        told = told if len(set(told)) > 1 else told[:1]
+        of_seed = [f"Training {i}: {sentence}" for i, sentence in enumerate(told, 1)] if len(told) > 1 else told
+        notes.append(" ".join([f"{stage.replace('_', ' ')}:" if stage else "", *of_seed, card.losses.get(stage, "")]).strip())
+    return notes
+
+
 def training_curves(histories: dict[str, list[list[dict]]], where: str, cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:
-    """Return the curves of the models of one dataset × split; seeds share a panel."""
+    """Return the curves of the models of one dataset × split, and what they tell; seeds share a panel."""
     shown = []
     for model, of_seeds in histories.items():
         curves = [_curves(history) for history in of_seeds]
@@ -156,8 +173,9 @@ def training_curves(histories: dict[str, list[list[dict]]], where: str, cards: d
             alt = f"{name} of {model} on {where} by training step: {ends}."
             if svg := drawings.svg(alt, _curve_figure, points, cards[model]):
                 panels.append({"svg": svg, "name": name, "roles": list(points[0])})
-        if panels:
-            shown.append({"model": model, "panels": panels, "left_out": names[CURVES_PER_MODEL:], "n_seeds": len(of_seeds)})
+        notes = _notes(curves, cards[model])
+        if panels or notes:
+            shown.append({"model": model, "panels": panels, "left_out": names[CURVES_PER_MODEL:], "notes": notes})
     return shown
 
 
@@ -198,6 +216,7 @@ def data_account(account: dict) -> dict:
         "not_measured": Names.of(perturbations["not_measured"]),
         "looks_like_control": Names.of(f"{label} ({n:,})" for label, n in perturbations["looks_like_control"].items()),
         "declare_controls": declaration(perturbations["looks_like_control"], perturbations["controls_declared"]),
+        "no_gene": Names.of(f"{label} ({n:,})" for label, n in perturbations["no_gene"].items()),
         "not_split": Names.of(f"{label} ({n:,})" for label, n in perturbations["not_split"].items()),
     }
 
@@ -224,7 +243,10 @@ def warranty_rows(paths: list[Path]) -> list[dict]:
         dataset, split, model, seed = place_of(path, 4)
         content = read_json(path)
         covered = {round(100 * row["nominal"]): row for row in content["coverage"]}
-        rows.append({"dataset": dataset, "split": split, "model": model, "seed": seed, "covered": covered, "path": path, **content})
+        widths = content["coverage"][-1]["width"]
+        least = widths["ceiling"]["mean"] / widths["no_change"]["mean"]
+        place = {"dataset": dataset, "split": split, "model": model, "seed": seed, "path": path}
+        rows.append({**place, "covered": covered, "least_width": least, **content})
     return rows
 
 
@@ -299,13 +321,13 @@ def counterfactual_answers(
             listed = "; ".join(f"{row.gene} {number(row.effect)} ({interval(row.low, row.high)})" for row in top.itertuples())
             card = cards.get(model) or ModelCard(model, "learned", "", {}, COLOURS[0], MARKERS[0])
             svg = drawings.svg(f"Effects of {label} with their intervals: {listed}.", _counterfactual_figure, top, card)
-            columns = [column for column in top if column not in ("perturbation", "known", "group", "in_other_contexts")]
+            columns = [column for column in top if column not in ("perturbation", "verdict", "known", "group", "in_other_contexts")]
             known = rows["known"].iloc[0]
             blocks.append(
                 {
                     "label": label,
                     "known": known,
-                    "warranty": fitting(checked, bool(rows["in_other_contexts"].iloc[0])) if checked else "",
+                    "checked": fitting(checked, bool(rows["in_other_contexts"].iloc[0])) if checked else None,
                     "rows": top[columns].to_dict("records"),
                     "columns": columns,
                     "svg": svg,
@@ -322,7 +344,7 @@ def counterfactual_answers(
                 "seed": seed,
                 "path": path,
                 "blocks": blocks,
-                "warranties": list(dict.fromkeys(block["warranty"] for block in blocks if block["warranty"])),
+                "checks": list(dict.fromkeys(block["checked"] for block in blocks if block["checked"])),
                 "figures": [
                     (CAPTIONS[kind], picture)
                     for figure in shown

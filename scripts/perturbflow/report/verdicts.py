@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from perturbflow.benchmark.tables import CEILINGS, NEGATIVES, WORDED
-from perturbflow.benchmark.verdicts import telling
+from perturbflow.benchmark.tables import NEGATIVES, POSITIVES, WORDED
+from perturbflow.benchmark.verdicts import MIN_TELLING, telling
 from perturbflow.evaluation import METRICS
 from perturbflow.report.cards import ModelCard
 
@@ -26,8 +26,12 @@ class VerdictTable:
 
     metrics: list[str]
     rows: list[dict]
-    sentences: dict[str, str]  # of learned models
-    caveats: str  # of the data, for every verdict
+    learned: list[dict]  # rows of learned models
+
+    @property
+    def cannot_rank(self) -> bool:
+        """Whether too few metrics tell for any verdict."""
+        return any(row["n_telling"] < MIN_TELLING for row in self.rows)
 
 
 def verdict_table(verdicts: pd.DataFrame, comparisons: pd.DataFrame, cards: dict[str, ModelCard]) -> VerdictTable:
@@ -47,8 +51,7 @@ def verdict_table(verdicts: pd.DataFrame, comparisons: pd.DataFrame, cards: dict
         mute = row["cannot_tell"].split(",")
         by_metric = {metric: cells.get((row["model"], metric)) for metric in metrics}
         rows.append({**row, "cells": {metric: cell and {**cell, "is_mute": metric in mute} for metric, cell in by_metric.items()}})
-    learned = {row["model"]: row["sentence"] for row in in_order if cards[row["model"]].kind == "learned"}
-    return VerdictTable(metrics, rows, learned, in_order[0]["caveats"] if in_order else "")
+    return VerdictTable(metrics, rows, [row for row in rows if cards[row["model"]].kind == "learned"])
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def calibration_table(calibration: pd.DataFrame) -> CalibrationTable:
     calibration
         Rows of calibration.tsv.
     """
-    pairs = [pair for pair in ((p, n) for p in CEILINGS for n in NEGATIVES)
+    pairs = [pair for pair in ((p, n) for p in POSITIVES for n in NEGATIVES)
              if pair in set(zip(calibration["positive"], calibration["negative"], strict=True))]  # fmt: skip
     tells = telling(calibration)
     rows = calibration.fillna({"reason": ""}).itertuples(index=False)
