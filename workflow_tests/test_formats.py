@@ -377,6 +377,14 @@ def test_barcodes_of_another_lane_are_not_joined(tmp_path: Path) -> None:
         joined("-2", "-1")
 
 
+def test_a_column_with_a_name_that_anndata_keeps_for_itself_gets_another(screen: ad.AnnData, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "10x", screen)
+    table = pd.read_csv(labels_of(screen, tmp_path)).assign(_index=1)
+    table.to_csv(tmp_path / "calls.csv", index=False)
+    found = harmonized(folder, tmp_path / "out", source={"labels": str(tmp_path / "calls.csv")})
+    assert set(found.adata.obs["source__index"]) == {1}
+
+
 # --- what is none of these ----------------------------------------------------------------------------------------------
 
 

@@ -135,6 +135,19 @@ def test_a_gene_without_a_name_is_refused_with_two_ways_out(name: str, harmonize
     assert name not in harmonized_from(screen, gene_pattern=".").adata.var_names
 
 
+def test_one_name_for_many_genes_is_refused(harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = tiny_screen()
+    screen.var["gene_name"] = [*screen.var_names[:60], *["Gene Expression"] * 20]
+    screen.var_names = [f"ENSG{i:011d}" for i in range(99900000000, 99900000080)]
+    with pytest.raises(
+        InputError, match=r"20 of 80 genes are called 'Gene Expression'\. Put the name of each gene into var_names, .*gene_pattern"
+    ):
+        harmonized_from(screen)
+    screen.var["gene_name"] = [*screen.var["gene_name"][:75], *["Y_RNA"] * 5]
+    screen.var.loc[screen.var["gene_name"] == "Gene Expression", "gene_name"] = None
+    assert harmonized_from(screen).account["genes"]["merged"] == 4
+
+
 def test_of_two_genomes_the_declared_one_is_kept_and_the_other_counted(harmonized_from: Callable, tiny_screen: Callable) -> None:
     screen = tiny_screen()
     names = {name: f"GRCh38_{name}" for name in screen.var_names[:60]}

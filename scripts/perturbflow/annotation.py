@@ -274,8 +274,8 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
         obs["batch"] = pd.Categorical(obs["dataset"].astype(str) + ":" + obs["batch"].astype(str))
     for column in source:
         values = source[column]
-        kept_as = str(column)
-        while kept_as in SCHEMA_OBS or (kept_as != column and kept_as in source):
+        kept_as = str(column)  # `_index` is a name that anndata keeps for itself
+        while kept_as in (*SCHEMA_OBS, "_index") or (kept_as != column and kept_as in source):
             kept_as = f"source_{kept_as}"
         obs[kept_as] = as_text(values) if values.dtype == object or isinstance(values.dtype, pd.StringDtype) else values.array
     return obs

@@ -45,6 +45,9 @@ from perturbflow.unassigned import warning as warning_of_no_genes
 
 logger = logging.getLogger(__name__)
 
+SHARED = 0.1
+"""Share of the genes from which on one name for them is none: of Ensembl's 60,000 genes 1 % are called Y_RNA."""
+
 
 def _merged_genes(genes: pd.DataFrame, organism: str) -> tuple[Genes, pd.DataFrame]:
     """Return how genes of one symbol become one, and the table of unique genes."""
@@ -170,6 +173,12 @@ def _chosen_genes(source: Source, dataset: dict, dropped: Counter, warnings: lis
         raise InputError(
             f"{path}: {len(nameless):,} of {len(genes):,} genes have no name (the first is number {wanted[nameless[0]] + 1:,} of its genes). "
             "Give each a name of its own in var_names, or in features.tsv; or keep the others by gene_pattern: '.'."
+        )
+    shared = genes["original_name"].value_counts()
+    if len(genes) and shared.iloc[0] >= max(SHARED * len(genes), 10):
+        raise InputError(
+            f"{path}: {shared.iloc[0]:,} of {len(genes):,} genes are called '{shared.index[0]}'. Put the name of each gene into var_names, or into the "
+            "second column of features.tsv; or leave these out by gene_pattern."
         )
     if reason := other_organism(genes, organism):
         raise InputError(f"{path}: organism is {organism}, but {reason}")

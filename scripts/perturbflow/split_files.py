@@ -91,7 +91,7 @@ def _unusable(
         Those of the screen, with their doses.
     """
     at_doses: dict[str, list[str]] = {}
-    for label in labels:
+    for label in sorted(labels, key=lambda label: [without_dose(member)[1] or 0.0 for member in members_of(label)]):
         at_doses.setdefault(SEPARATOR.join(entities_of(label)), []).append(label)
 
     def shown(name: str) -> str:

@@ -45,9 +45,9 @@ def _types_in(values: pd.Series, is_listed: bool) -> pd.Series | None:
     """Return the type of every feature that a column says is no gene expression, missing for the others; None if it speaks of something else."""
     texts, words = _words(values)
     known = set(words.values())
-    if word(EXPRESSION) in known:
+    if is_listed and word(EXPRESSION) in known:
         others = {text for text, one in words.items() if text and one not in EXPRESSION_WORDS}
-    elif is_listed and known & EXPRESSION_WORDS:
+    elif word(EXPRESSION) in known or (is_listed and known & EXPRESSION_WORDS):
         # Beside protein_coding, guide_RNA is a kind of gene.
         known_others = OTHER_WORDS if "proteincoding" in known else OTHER_WORDS | {"guiderna", "guidernas"}
         others = {text for text, one in words.items() if one in known_others or one.endswith("capture")}
