@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
@@ -73,22 +74,24 @@ def predict(
             measured = np.searchsorted(cells.rows, family.rows(label, len(measured), seed))
         chosen[label] = measured
     # Controls are few and start again and again: they are kept, and no other cell is read.
-    controls = np.flatnonzero(cells.is_control)
-    X, strata = cells.X[controls], cells.strata if family.reads_strata else None
+    is_control = np.flatnonzero(cells.is_control)
+    controls = replace(cells.select(cells.is_control), X=cells.X[is_control])
     measured = np.concatenate(list(chosen.values()))
     start = cells.control_index[measured, 0]
 
     with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
         written = AppendedRows(file.create_group("X"), len(cells.genes), len(start), pool)
         for label, rows in chosen.items():
+            place = np.searchsorted(is_control, cells.control_index[rows, 0])
             # The mean of a few controls is off that of all by chance; predicted cells are to have the mean of the population.
-            level = cells.control_mean_for(cells.control_index[rows, 0]) if not isinstance(family, Ceiling) else None
+            level = None if isinstance(family, Ceiling) else controls.control_mean_for(place)
             size = len(rows) if isinstance(family, Ceiling) else CELLS_PER_BLOCK  # a ceiling draws without replacement, from few
             for block, first in enumerate(range(0, len(rows), size)):
-                starts = cells.control_index[rows[first : first + size], 0]
-                told = {} if strata is None else {"strata": strata[starts]}
-                control = X[np.searchsorted(controls, starts)].toarray()
-                predicted = family.predict(control, [label], len(starts), block_seed(seed, label, block), level, **told)[0]
+                starts = place[first : first + size]
+                told = {"strata": controls.strata[starts]} if family.reads_strata else {}
+                predicted = family.predict(
+                    controls.X[starts].toarray(), [label], len(starts), block_seed(seed, label, block), level, **told
+                )[0]
                 written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
             logger.info("%s: %d cells", label, len(rows))
         written.finish()

@@ -12,12 +12,12 @@ size, and the zeros and the noise of a measured cell. The fold change of a gene 
 drawn so that their mean is the predicted one, and a part of each cell. Last counts in a few cells settle the mean.
 """
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from perturbflow.compiled import compiled
 
@@ -309,7 +309,8 @@ def _arriving(levels: Levels, target: np.ndarray) -> np.ndarray:
 
 def _in_parts(n_genes: int, work: Callable[[slice], None]) -> None:
     """Do work on ranges of genes, side by side."""
-    parts = [part for part in np.array_split(np.arange(n_genes), max(1, torch.get_num_threads())) if len(part)]
+    torch = sys.modules.get("torch")  # what a network has is ours; a closed form, which needs none, has one
+    parts = [part for part in np.array_split(np.arange(n_genes), torch.get_num_threads() if torch else 1) if len(part)]
     with ThreadPoolExecutor(len(parts)) as threads:
         list(threads.map(lambda part: work(slice(part[0], part[-1] + 1)), parts))
 
