@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import COMBINATIONS, PERTURBED, dataset_block
+from conftest import COMBINATIONS, PERTURBED, dataset_block, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from perturbflow.controls import NAMED, SHORT, Controls, declaration, look_alike
 from perturbflow.doses import names_in
 from perturbflow.errors import InputError
 from perturbflow.nearest import nearest
+from perturbflow.registry.config import complete
 from perturbflow.separators import SEPARATORS, unsplit
 from perturbflow.symbols import CONTROL, human_symbols
 
@@ -176,6 +177,15 @@ def test_the_proposed_declaration_takes_all_of_them_in(alike: list[str]) -> None
         assert all(re.fullmatch(yaml.safe_load(value), label) for label in alike)
     else:
         assert yaml.safe_load(value) == ["control", *alike]
+
+
+@pytest.mark.parametrize("labels", [[f"NTC_{i}" for i in range(20)], [f"safe ({i}.{i})" for i in range(20)], ["NT-1", "AAVS1"]])
+def test_a_configuration_takes_the_proposed_declaration(labels: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.h5ad").touch()
+    key, value = declaration(labels).removeprefix("perturbation.").split(": ", 1)
+    block = {"source": {"path": str(tmp_path / "mine.h5ad")}, "perturbation": {"column": "perturbation", key: yaml.safe_load(value)}}
+    controls = Controls.of(complete(merged({"datasets": {"mine": block}}))["datasets"]["mine"]["perturbation"])
+    assert all(label in controls for label in labels)
 
 
 def test_whole_numbers_in_a_column_with_gaps_are_found() -> None:
