@@ -2,18 +2,31 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from perturbflow.controls import Controls, counted, declaration, look_alikes, warning
-from perturbflow.doses import Member, Scale, members_in, names_in, tell, with_doses
+from perturbflow import variants
+from perturbflow.controls import Controls, counted, declaration, look_alikes, quoted, warning
+from perturbflow.doses import UNKNOWN_DOSE, Member, Scale, is_unit, members_in, names_in, parsed, tell, with_doses
 from perturbflow.errors import InputError
 from perturbflow.organism import names_now, without_genome
-from perturbflow.separators import Unsplit, unsplit
-from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
+from perturbflow.separators import Unsplit, torn, unsplit
+from perturbflow.symbols import (
+    CONTROL,
+    ENSEMBL_ID,
+    SEPARATOR,
+    approved_symbol,
+    candidates,
+    gene_within,
+    human_symbols,
+    in_other_letters,
+    label_of,
+    members_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +116,8 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     if dataset["perturbation_type"] == "drug":
         organism, measured = "", {}
 
-    dose = as_text(column_of(obs, declared["dose"], "perturbation.dose", path)) if "dose" in declared else None
-    where = f"{path}: obs['{declared['column' if dose is None else 'dose']}']"
+    dose = _dose(obs, declared, text, path)
+    where = f"{path}: obs['{declared['column'] if dose is None else _columns(declared['dose'])[0]}']"
 
     def members_of_label(label: str, amount: str) -> list[Member] | None:
         if label in unassigned:
@@ -115,16 +128,15 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
         # A combination with an unassigned member ("A+nan") is no single perturbation either.
         if unassigned & {name for name, _ in members if name}:
             return None
-        if any(SEPARATOR in name for name, _ in members):
-            raise InputError(
-                f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here, but "
-                f"perturbation.separator is {declared['separator']!r}. Set it to '{SEPARATOR}', or give the label another name with "
-                "perturbation.rename."
-            )
+        if plus := next((name for name, _ in members if SEPARATOR in name), None):
+            raise InputError(_holds_plus(label, plus, declared, path))
         return with_doses(members, amount, {CONTROL}, label, declared["separator"], where)
 
     codes, texts = _label_and_dose(text, dose)
     named = [members_of_label(*both) for both in texts]
+    if organism == "human":
+        others = {name for members in named for name, _ in members or []} - set(measured) - human_symbols().approved
+        measured |= {name: measured.get(gene, gene) for name in others if (gene := in_other_letters(name)) and not control.resembles(name)}
     scale = Scale.of((amount for members in named for _, amount in members or []), where)
     canonical = [label_of(map(scale.member, members or []), (), organism, measured) or None for members in named]
     tell(canonical, np.bincount(codes[codes >= 0], minlength=len(canonical)), path, is_declared=dose is not None)
@@ -143,6 +155,66 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     return labels
 
 
+def _columns(declared: str | list[str]) -> list[str]:
+    return [declared] if isinstance(declared, str) else declared
+
+
+def _dose(obs: pd.DataFrame, declared: dict, labels: pd.Categorical, path: Path) -> pd.Categorical | None:
+    """Return the doses of cells as they are written: of one column, or of a number and its unit; None where none is declared.
+
+    Raises
+    ------
+    InputError
+        If a label has one number in several units of a column that is not declared.
+    """
+    if "dose" not in declared:
+        return None
+    columns = _columns(declared["dose"])
+    texts = [as_text(column_of(obs, column, "perturbation.dose", path)) for column in columns]
+    if len(texts) == 1:
+        dose = texts[0]
+        _check_units(obs, columns[0], dose, labels, path)
+        return dose
+    known = [texts[1].isin([unit for unit in texts[1].categories if unit.lower() not in UNKNOWN_DOSE])]
+    joined = [f"{number} {unit if has_unit else ''}".strip() for number, unit, has_unit in zip(*texts, *known, strict=True)]
+    return pd.Categorical(np.where(texts[0].codes < 0, None, np.array(joined, dtype=object)))
+
+
+def _check_units(obs: pd.DataFrame, column: str, dose: pd.Categorical, labels: pd.Categorical, path: Path) -> None:
+    """Raise InputError if a label has one number in several units, which a column beside the dose tells."""
+    numbers = [text for text in dose.categories if (found := parsed(text)) and not found[1]]
+    for name in obs:
+        if name == column or "unit" not in str(name).lower():
+            continue
+        unit = as_text(obs[name])
+        if not len(unit.categories) or not all(is_unit(text) for text in unit.categories if text.lower() not in UNKNOWN_DOSE):
+            continue
+        cells = pd.DataFrame({"label": labels, "dose": dose, "unit": unit}).drop_duplicates().dropna()
+        cells = cells[cells["dose"].isin(numbers) & (pd.to_numeric(cells["dose"], errors="coerce") != 0)]
+        twice = cells[cells.duplicated(["label", "dose"], keep=False)].sort_values(["label", "dose"])
+        if len(twice):
+            first = twice.iloc[0]
+            units = ", ".join(twice["unit"][(twice["label"] == first["label"]) & (twice["dose"] == first["dose"])].astype(str))
+            raise InputError(
+                f"{path}: obs['{column}'] gives '{first['label']}' the dose {first['dose']}, and obs['{name}'] says {units}: two doses would "
+                f"be one. Write perturbation.dose: [{column}, {name}]."
+            )
+
+
+def _new_name(name: str, sign: str | None) -> str:
+    """Return the line that gives a name without the sign to one that holds it."""
+    plain = " ".join(name.replace(f"({sign})", " ").replace(sign or "", " ").strip("-_ ").split()) or "..."
+    return f"give it another name: perturbation.rename: {{{quoted(name)}: {quoted(plain)}}}"
+
+
+def _holds_plus(label: str, name: str, declared: dict, path: Path) -> str:
+    """Return the message on a name that holds the sign of combinations, with the fix."""
+    fix = _new_name(name, SEPARATOR)
+    if declared["separator"] != SEPARATOR and not torn(name, SEPARATOR):
+        fix += f". If it is a combination, set perturbation.separator: '{SEPARATOR}'"
+    return f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here. If it is one name, {fix}."
+
+
 def cells_of_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> dict[str, int]:
     """Return label as in the file → cells, most cells first, without the labels of cells that have no assigned perturbation."""
     declared = dataset["perturbation"]
@@ -150,32 +222,99 @@ def cells_of_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> dict[str, i
     return {label: int(n) for label, n in n_cells.items() if n and label not in declared["drop"]}
 
 
-def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> dict[str, dict[str, int]]:
+def doubtful_labels(
+    obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path, warnings: list[str] | None = None
+) -> dict[str, dict[str, int]]:
     """Return what a block may have missed: labels that look like controls, and combinations that are not split, with their cells.
 
-    Both are told in the log and stay as they are.
+    Both are told in the log and stay as they are. What else is likely wrong goes to `warnings`.
 
     Raises
     ------
     InputError
-        If the separator is wrong: as A|B that is not split, a held-out gene would train within a combination. Where it is null, or a pattern finds
-        the members, that was chosen, and it is told only.
+        If the separator is wrong: as A|B that is not split, a held-out gene would train within a combination. Or if several labels are of one
+        gene or compound. Where the separator is null, or a pattern finds the members, that was chosen, and it is told only.
     """
-    declared = dataset["perturbation"]
+    declared, told = dataset["perturbation"], [] if warnings is None else warnings
     is_drug, n_cells = dataset["perturbation_type"] == "drug", cells_of_labels(obs, dataset, path)
-    names = [] if is_drug else {*genes["original_name"], *genes["gene_name"], *genes["gene_id"]} - {""}
+    names = set() if is_drug else {*names_now(genes, dataset["organism"]), *genes["gene_name"]} - {""}
+    is_human = dataset["organism"] == "human" and not is_drug
+    controls = Controls.of(declared)
 
     def members(label: str) -> list[str]:
         return names_in(label, declared)
 
-    combined = unsplit(n_cells, declared, members, names, is_human=dataset["organism"] == "human" and not is_drug)
+    def is_gene(name: str) -> bool:
+        is_symbol = name in human_symbols().approved or approved_symbol(name) != name or in_other_letters(name)
+        return name in names or (is_human and bool(is_symbol) and not controls.resembles(name))
+
+    combined = unsplit(n_cells, declared, members, names, is_human=is_human)
     if combined:
         _tell_combinations(combined, declared, path)
     left = {label: n for label, n in n_cells.items() if not combined or label not in combined.labels}
-    alike = look_alikes(left, Controls.of(declared), members, is_drug=is_drug)
+    _tell_variants(left, dataset, is_gene, path, told)
+    alike = look_alikes(left, controls, members, is_drug=is_drug)
+    cells = Counter(
+        {name: n for label, n in left.items() if label not in controls for name in members(label) if name and name not in controls}
+    )
+    joined = {name: n for name, n in cells.items() if controls.joined(name, lambda part: is_gene(part) or part in cells, is_drug=is_drug)}
+    alike = {name: n for name, n in alike.items() if name not in joined}
+    if joined:
+        told.append(
+            f"{len(joined):,} labels join a control and another name (cells): {counted(joined)}. They stay perturbations. If they are "
+            "combinations with a control, set perturbation.separator to the sign between the two; if they are controls, list them in "
+            "perturbation.control."
+        )
     if alike:
         logger.warning("%s: %s", path, warning(alike, declared.get("control", [])))
+    vehicle = next((name for name in controls.names if re.match(r"dmso|veh|pbs|solvent", name, re.IGNORECASE)), None)
+    if dataset["perturbation_type"] == "unknown" and ("dose" in declared or vehicle):
+        sign = "perturbation.dose is declared" if "dose" in declared else f"the control is {vehicle}"
+        told.append(f"{sign}, and labels are read as genes. If they are compounds, set perturbation_type: drug; THC is no gene WAS then.")
     return {"looks_like_control": alike, "not_split": combined.labels if combined else {}}
+
+
+def _tell_variants(n_cells: dict[str, int], dataset: dict, is_gene: Callable[[str], bool], path: Path, warnings: list[str]) -> None:
+    """Raise InputError for several labels of one gene or compound, or for names that are torn; warn of those that are one for each.
+
+    A pattern was chosen, and is told of only.
+    """
+    declared, controls = dataset["perturbation"], Controls.of(dataset["perturbation"])
+    separator, is_chosen = declared["separator"], "pattern" in declared
+    members: dict[str, None] = {}
+    for label in n_cells:
+        if label not in controls:
+            # KLF1_+_123.45-P1 is a guide, whatever its signs are elsewhere.
+            is_whole = not is_chosen and gene_within(label, is_gene)
+            members |= dict.fromkeys([label] if is_whole else names_in(label, declared))
+    names = [name for name in members if name and name not in controls and name not in declared["drop"] and not controls.resembles(name)]
+    of_genes, forms, line = variants.of_genes(names, is_gene)
+    are_genes = dataset["perturbation_type"] not in ("drug", "unknown")
+    of_compounds = variants.of_compounds([name for name in names if not gene_within(name, is_gene)], are_genes=are_genes)
+    for found in filter(None, (of_genes, of_compounds)):
+        if found.is_sure and not is_chosen:
+            raise InputError(
+                f"{path}: {found.sentence()}. Write {found.line}. If they are perturbations of their own, write {variants.KEEP}."
+            )
+        warnings.append(f"{found.sentence()}. If they are one, write {found.line}.")
+    if forms and not of_genes:
+        shown = ", ".join(f"'{name}' ({gene})" for name, gene in list(forms.items())[:8])
+        warnings.append(f"{len(forms):,} labels hold a gene's symbol and more, so none finds its gene: {shown}. Write {line}.")
+    for label in n_cells if not is_chosen else ():
+        if (
+            label not in controls
+            and label not in declared.get("rename", {})
+            and set(parts := torn(label, separator)) & set(names_in(label, declared))
+        ):
+            raise InputError(
+                f"{path}: perturbation.separator {separator!r} makes {' and '.join(map(repr, parts))} of the label '{label}', which are no names. "
+                f"If it is one name, {_new_name(label, separator)}. If no label is a combination, set perturbation.separator: null."
+            )
+    for first, others in variants.twins(name for name in names if not is_gene(name)).items():
+        raise InputError(
+            f"{path}: labels {', '.join(map(repr, [first, *others]))} differ in small and capital letters or spaces alone. If they are one, write "
+            f"perturbation.rename: {{{quoted(others[0])}: {quoted(first)}}}; else give one of them another name there."
+        )
 
 
 def _tell_combinations(combined: Unsplit, declared: dict, path: Path) -> None:
@@ -241,6 +380,8 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
         while kept_as in SCHEMA_OBS or (kept_as != column and kept_as in source):
             kept_as = f"source_{kept_as}"
         obs[kept_as] = as_text(values) if values.dtype == object or isinstance(values.dtype, pd.StringDtype) else values.array
+    if obs.index.name in obs:
+        obs.index.name = None  # a name of a column is none of the index too
     return obs
 
 

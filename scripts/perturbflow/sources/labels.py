@@ -23,10 +23,10 @@ def _table(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} (source.labels) cannot be read as a table: {error}. A header and commas or tabs are expected.") from error
 
 
-def _root(barcodes: pd.Index) -> pd.Index | None:
-    """Return barcodes without their suffix where all have the same or none, so that no lane is lost; else None."""
+def _suffix(barcodes: pd.Index) -> str | None:
+    """Return what all barcodes end in (-1), empty where none has a suffix; None where they have several: lanes are not to be lost."""
     suffixes = barcodes.str.extract(r"(-\w+)?$")[0].fillna("").unique()
-    return barcodes.str.removesuffix(suffixes[0]) if len(suffixes) == 1 else None
+    return suffixes[0] if len(suffixes) == 1 else None
 
 
 def with_labels(obs: pd.DataFrame, labels: Path, path: Path) -> pd.DataFrame:
@@ -53,9 +53,19 @@ def with_labels(obs: pd.DataFrame, labels: Path, path: Path) -> pd.DataFrame:
     cells = pd.Index(obs.index.astype(str))
     texts = {column: pd.Index(table[column].astype(str)) for column in table if not pd.api.types.is_float_dtype(table[column])}
     found = {column: int(names.isin(cells).sum()) for column, names in texts.items()}
-    if not any(found.values()) and (roots := _root(cells)) is not None:
-        shortened = {column: root for column, names in texts.items() if (root := _root(names)) is not None}
-        cells, texts = roots, {**texts, **shortened}
+    if not any(found.values()) and (ours := _suffix(cells)) is not None:
+        suffixes = {column: _suffix(names) for column, names in texts.items()}
+        roots = cells.str.removesuffix(ours)
+        for column, theirs in suffixes.items():
+            names = texts[column].str.removesuffix(theirs or "")
+            if theirs and ours and theirs != ours and names.isin(roots).any():
+                raise InputError(
+                    f"{labels} (source.labels): all barcodes of '{column}' end in {theirs}, those of {path} in {ours}. Lanes differ so: is "
+                    f"it the table of another lane? If not, give its barcodes the suffix {ours}."
+                )
+            if theirs is not None:
+                texts[column] = names
+        cells = roots
         found = {column: int(names.isin(cells).sum()) for column, names in texts.items()}
     if not any(found.values()):
         shown = "; ".join(f"{column}: {table[column].iloc[0]}" for column in list(table)[:4] if len(table))

@@ -1,0 +1,200 @@
+"""Several labels of one gene or compound: names that share a stem and differ in a guide, a promoter, a dose, a time or in letters."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from perturbflow.doses import NUMBER
+from perturbflow.symbols import gene_within
+
+KEEP = "perturbation.pattern: '^(.*)$'"
+SHOWN = 3
+MOST_SHAPES = 6  # in one regular expression
+
+_UNIT = r"(?:(?:[fpnumµμ]?M|[pnumµμ]?g/[numµμ]?[lL]|[numµμ]?mol(?:/[lL])?|[fpnumµμ]?molar|[mu]?U/m[lL]|%))"
+_TIME = r"(?:h|hr|hrs|hours?|min|d|days?|wk|weeks?)"
+_LEVELS = ("low", "lo", "mid", "med", "medium", "high", "hi")
+_TAIL = re.compile(
+    rf"(?P<stem>.*[^\s_@:|(-])(?P<sign>[\s_@:|-]|\s?\(|_\()"
+    rf"(?:(?P<number>{NUMBER})(?P<gap>[\s_-]?)(?:(?P<unit>{_UNIT})|(?P<time>{_TIME}))?|(?P<day>day|hour|week)[\s_-]?\d+|(?P<level>{'|'.join(_LEVELS)}))\)?",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Names of a screen that are several of one gene or compound.
+
+    Attributes
+    ----------
+    what
+        What they differ in, in words.
+    stems
+        Gene or compound → its names, of those that have several.
+    line
+        The line of a block that makes one of them.
+    is_sure
+        Whether they are no perturbations of their own for certain.
+    """
+
+    what: str
+    stems: Mapping[str, list[str]]
+    line: str
+    is_sure: bool
+
+    def sentence(self) -> str:
+        """Return what was found, without the fix."""
+        shown = "; ".join(", ".join(f"'{name}'" for name in names[:SHOWN]) for names in list(self.stems.values())[:SHOWN])
+        n = sum(map(len, self.stems.values()))
+        return (
+            f"{n:,} labels are {self.what}, such as {shown}. Each would be a perturbation of its own, one held out while another of the "
+            "same trains"
+        )
+
+
+def _quoted(pattern: str) -> str:
+    return "perturbation.pattern: '{}'".format(pattern.replace("'", "''"))
+
+
+def _shape(text: str) -> str:
+    """Return a regular expression of texts that differ from this one in numbers, single letters or bases."""
+    if len(text) > 17 and re.fullmatch(r"[ACGT]+", text[1:]):
+        return re.escape(text[0]).replace(r"\-", "-") + "[ACGT]+"
+    shape = re.sub(r"\d+", r"\\d+", re.escape(text).replace(r"\-", "-").replace(r"\ ", " "))
+    shape = re.sub(r"^([-_])(?:\\\+|-)([-_])", r"\1[+-]\2", shape)
+    return re.sub(r"^([-_ .\\]*)[A-Z]$", r"\1[A-Z]", shape)
+
+
+def _found(name: str, pattern: str) -> str:
+    match = re.search(pattern, name)
+    return name if match is None else next(group for group in match.groups() if group is not None)
+
+
+def _gene_line(forms: Mapping[str, str], names: Iterable[str]) -> str:
+    """Return the line that makes genes of these names and leaves the others as they are: a pattern, or else what to rename."""
+    shapes: dict[str, int] = {}
+    for name, gene in forms.items():
+        before, _, after = name.partition(gene)
+        shape = f"^{re.escape(before)}(.+){_shape(after)}$".replace(r"\-", "-")
+        shapes[shape] = max(len(after), shapes.get(shape, 0))
+    pattern = "|".join(sorted(shapes, key=lambda shape: (-shapes[shape], shape)))
+    if len(shapes) <= MOST_SHAPES and all(_found(name, pattern) == forms.get(name, name) for name in names):
+        return _quoted(pattern)
+    shown = ", ".join(f'"{name}": {gene}' for name, gene in list(forms.items())[:SHOWN])
+    return f"perturbation.rename: {{{shown}{', ...' if len(forms) > SHOWN else ''}}}"
+
+
+def of_genes(names: Iterable[str], is_gene: Callable[[str], bool]) -> tuple[Variants | None, dict[str, str], str]:
+    """Return genes that go by several names, all names that are of a gene and are not its symbol, and the line that makes genes of these.
+
+    Parameters
+    ----------
+    names
+        Members of labels, without controls.
+    is_gene
+        Tells the symbols and ids of genes.
+    """
+    names = list(names)
+    genes = {name: gene for name in names if (gene := gene_within(name, is_gene))}
+    forms = {name: gene for name, gene in genes.items() if gene != name}
+    line = _gene_line(forms, names) if forms else ""
+    of_gene: dict[str, list[str]] = defaultdict(list)
+    for name, gene in genes.items():
+        of_gene[gene.casefold()].append(name)
+    several = {gene: of for gene, of in of_gene.items() if len(of) > 1 and not forms.keys().isdisjoint(of)}
+    found = Variants("guides, promoters or other forms of one gene", several, line, is_sure=True) if several else None
+    return found, forms, line
+
+
+def _tails(names: Iterable[str]) -> dict[str, dict[str, re.Match]]:
+    """Return stem → its names, each with what follows: a dose, a time, a level or a number."""
+    found: dict[str, dict[str, re.Match]] = defaultdict(dict)
+    for name in names:
+        if match := _TAIL.fullmatch(name):
+            found[match["stem"]][name] = match
+    return found
+
+
+def _kind(tail: re.Match) -> str:
+    """Return what a tail is: dose, time, level, or number where it may be part of a name."""
+    if tail["unit"]:
+        return "dose"
+    if tail["time"] or tail["day"]:
+        return "time"
+    return "level" if tail["level"] else "number"
+
+
+def of_compounds(names: Iterable[str], *, are_genes: bool) -> Variants | None:
+    """Return compounds that go by several names, which differ in a dose, a time or a level at their end.
+
+    A bare number is a dose where it has a decimal point, or where the same numbers follow several stems (not AG-490 and AG-14361).
+    Where perturbations are genes, it is a guide.
+    """
+    names = list(names)
+    stems = _tails(names)
+    best = None
+    for kind in ("dose", "time", "level", "number"):
+        of_kind = {stem: {name: tail for name, tail in of.items() if _kind(tail) == kind} for stem, of in stems.items()}
+        several = {stem: of for stem, of in of_kind.items() if len(of) > 1}
+        is_sure = True
+        if kind == "number":
+            several, is_sure = _numbered(several, len(names))
+        if several and (best is None or len(several) > len(best.stems)):
+            tails = {name: tail for of in of_kind.values() for name, tail in of.items() if kind != "number" or tail["stem"] in several}
+            line = _line("guide" if kind == "number" and are_genes else kind, tails, names)
+            words = {
+                "number": "guides of one gene" if are_genes else "one compound at several doses",
+                "dose": "one compound at several doses",
+            }
+            what = words.get(kind, f"one perturbation at several {kind}s")
+            best = Variants(what, {stem: list(of) for stem, of in several.items()}, line, is_sure)
+    return best
+
+
+def _numbered(several: dict[str, dict[str, re.Match]], n_names: int) -> tuple[dict[str, dict[str, re.Match]], bool]:
+    """Return the stems whose bare numbers are doses, and whether that is sure."""
+    decimal = {stem: of for stem, of in several.items() if any("." in tail["number"] for tail in of.values())}
+    if decimal:
+        return decimal, True
+    stems_of: dict[str, set[str]] = defaultdict(set)
+    for stem, of in several.items():
+        for tail in of.values():
+            stems_of[tail["number"]].add(stem)
+    again = {stem: of for stem, of in several.items() if sum(len(stems_of[tail["number"]]) > 1 for tail in of.values()) > 1}
+    n = sum(map(len, again.values()))
+    return (again, 2 * n > n_names) if len(again) > 1 else ({}, False)
+
+
+def _line(kind: str, tails: Mapping[str, re.Match], names: Iterable[str]) -> str:
+    """Return the line that takes tails off the names, and reads them where they are doses."""
+    signs = "|".join(re.escape(sign) for sign in sorted({tail["sign"] for tail in tails.values()}, key=len, reverse=True))
+    signs = f"(?:{signs})" if "|" in signs else signs
+    close = r"\)?" if any("(" in tail["sign"] for tail in tails.values()) else ""
+    gap = r"[\s_-]?" if any(tail["gap"] for tail in tails.values()) else ""
+    if kind in ("dose", "number"):
+        units = sorted({tail["unit"] for tail in tails.values() if tail["unit"]})
+        unit = f"{gap}(?P<unit>{'|'.join(map(re.escape, units))})" if units else ""
+        tail = rf"(?P<dose>[\d.]+(?:[eE][+-]?\d+)?){unit}"
+        pattern = rf"^(?P<member>.+?){signs}{tail}{close}$"
+    elif kind == "guide":
+        pattern = rf"^(.+){signs}{NUMBER}$"
+    elif kind == "level":
+        pattern = rf"^(.+){signs}(?:{'|'.join(sorted({tail['level'] for tail in tails.values()}))}){close}$"
+    else:
+        words = sorted({tail["time"] or "" for tail in tails.values()} - {""})
+        before = sorted({tail["day"] or "" for tail in tails.values()} - {""})
+        forms = [rf"[\d.]+{gap}(?:{'|'.join(words)})"] * bool(words) + [rf"(?:{'|'.join(before)})[\s_-]?\d+"] * bool(before)
+        pattern = rf"^(.+){signs}(?:{'|'.join(forms)}){close}$"
+    pattern = pattern.replace(r"\-", "-").replace(r"\ ", " ")
+    if any(_found(name, pattern) != (tails[name]["stem"] if name in tails else name) for name in names):
+        return "perturbation.rename, or give doses and times columns of their own (perturbation.dose, covariates.cell_type)"
+    return _quoted(pattern)
+
+
+def twins(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return names that differ in small and capital letters or in spaces alone: the first of them → the others."""
+    by_letters: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_letters[" ".join(name.casefold().split())].append(name)
+    return {of[0]: of[1:] for of in by_letters.values() if len(of) > 1}
