@@ -361,6 +361,15 @@ def test_a_table_of_labels_that_cannot_be_joined_is_told(content: str, message: 
         with_labels(pd.DataFrame(index=["AA-1", "CC-2"]), tmp_path / "calls.csv", Path("screen"))
 
 
+def test_the_table_of_another_lane_is_refused_and_one_without_lanes_joined(tmp_path: Path) -> None:
+    obs = pd.DataFrame(index=["AA-1", "CC-1"])
+    (tmp_path / "calls.csv").write_text("barcode,guide\nAA-2,KLF1\nCC-2,KLF2\n")
+    with pytest.raises(InputError, match=r"'barcode' end in -2, those of screen in -1.*another lane\?.*give its barcodes the suffix -1"):
+        with_labels(obs, tmp_path / "calls.csv", Path("screen"))
+    (tmp_path / "calls.csv").write_text("barcode,guide\nAA,KLF1\nCC,KLF2\n")
+    assert with_labels(obs, tmp_path / "calls.csv", Path("screen"))["guide"].tolist() == ["KLF1", "KLF2"]
+
+
 # --- what is none of these ----------------------------------------------------------------------------------------------
 
 

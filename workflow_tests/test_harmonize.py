@@ -487,3 +487,33 @@ def test_a_real_screen_with_ensembl_ids_and_unassigned_cells(harmonized_from: Ca
     assert result.account["cells"]["dropped"]["unassigned"] == 58620
     assert result.adata.var["gene_id"].str.startswith("ENSG").mean() > 0.9
     assert_the_account_adds_up(result)
+
+
+# --- integers that are no counts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda X: X > 0, "no value above 1"),
+        (lambda X: np.rint(1e5 * X / X.sum(1, keepdims=True)), "no gene with the count 1"),
+        (lambda X: np.rint(np.log1p(X)), "logarithms were rounded"),
+    ],
+)
+def test_integers_that_may_be_no_counts_are_told(harmonized_from: Callable, tiny_screen: Callable, spoil: Callable, reason: str) -> None:
+    screen = tiny_screen()
+    screen.layers["umis"] = screen.X.copy()
+    screen.X = sparse.csr_matrix(spoil(screen.X.toarray()).astype(np.float32))
+    told = [text for text in harmonized_from(screen).account["warnings"] if reason in text]
+    assert len(told) == 1
+    assert told[0].startswith("X holds integers that may be no counts")
+    assert told[0].endswith("Write counts: umis if they are there.")
+    assert not [text for text in harmonized_from(screen, counts="umis").account["warnings"] if "no counts" in text]
+
+
+def test_an_index_that_is_called_as_a_column_loses_its_name(harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = tiny_screen()
+    screen.obs.index.name = "batch"
+    obs = harmonized_from(screen).adata.obs
+    assert obs.index.name != "batch"
+    assert obs.groupby("batch", observed=True).size().sum() == len(obs)

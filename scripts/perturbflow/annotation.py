@@ -177,7 +177,7 @@ def _dose(obs: pd.DataFrame, declared: dict, labels: pd.Categorical, path: Path)
         return dose
     known = [texts[1].isin([unit for unit in texts[1].categories if unit.lower() not in UNKNOWN_DOSE])]
     joined = [f"{number} {unit if has_unit else ''}".strip() for number, unit, has_unit in zip(*texts, *known, strict=True)]
-    return pd.Categorical(np.where(texts[0].codes < 0, None, np.array(joined, dtype=object)))
+    return pd.Categorical(pd.Series(joined, dtype=object).where(texts[0].codes >= 0))
 
 
 def _check_units(obs: pd.DataFrame, column: str, dose: pd.Categorical, labels: pd.Categorical, path: Path) -> None:

@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 LIMITS = (("min_counts", "total_counts", 1), ("min_genes", "n_genes_by_counts", 1), ("max_pct_mt", "pct_counts_mt", -1))
 """Limit of quality control, the total that it looks at, and 1 for a lower limit, -1 for an upper one."""
 
+SAMPLE = 20_000
+"""Cells whose values are looked at more closely."""
+MANY_GENES = 30
+"""A cell with fewer genes tells nothing of its counts."""
+HIGHEST_LOG, LARGE_TOTAL = 9, 1_000
+"""log1p of 8,000 is 9; cells of a thousand counts have genes with more than that."""
+
 REMEDIES = {1: "lower it", -1: "raise it"}
 
 
@@ -78,6 +85,8 @@ class Screened:
         What was read: the source, or an alternative of it.
     own
         What was counted of the perturbed genes.
+    sample
+        Of the first cells: how many genes of each have the count 1, and the highest count.
     """
 
     totals: pd.DataFrame
@@ -86,6 +95,7 @@ class Screened:
     source: Source
     own: OwnCounts
     n_entries: int = 0
+    sample: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     pieces: list[tuple[Piece, Piece]] = field(default_factory=list)
 
     def lay_aside(self, counts: sparse.csr_matrix, is_within: np.ndarray) -> None:
@@ -94,6 +104,36 @@ class Screened:
         pack_counts(counts.data, counts.indices, counts.indptr, is_within, packed, ends, self.n_cells)
         self.n_entries += counts.nnz
         self.pieces.append((self.spool.append(packed[: ends[-1] if len(ends) else 0]), self.spool.append(ends)))
+
+    def look_at(self, counts: sparse.csr_matrix) -> None:
+        """Note of the first cells what tells whether their values were counted at all."""
+        if sum(len(ones) for ones, _ in self.sample) < SAMPLE and counts.nnz:
+            is_one = np.append(0, np.cumsum(counts.data == 1))
+            self.sample.append((np.diff(is_one[counts.indptr]), np.array([counts.data.max()])))
+
+    def doubts(self) -> list[str]:
+        """Return why integers may be no counts: ones alone, no ones, the same total in all cells, or none as high as counts become."""
+        if not self.sample:
+            return []
+        ones, highest = (np.concatenate(parts) for parts in zip(*self.sample, strict=True))
+        of = self.totals.iloc[: len(ones)]
+        total, is_rich = of["total_counts"].to_numpy(float), of["n_genes_by_counts"].to_numpy() >= MANY_GENES
+        if is_rich.mean() < 0.5:
+            return []
+        reason = ""
+        if highest.max() <= 1:
+            reason = "no value above 1, as where counts were made into yes and no"
+        elif (ones[is_rich] == 0).mean() > 0.9:
+            reason = "no gene with the count 1 in most cells, as where counts were scaled and rounded"
+        elif total[is_rich].std() < 0.02 * total[is_rich].mean():
+            reason = "nearly the same total in all cells, as where counts were scaled and rounded"
+        elif highest.max() <= HIGHEST_LOG and (np.median(total) >= LARGE_TOTAL or len(self.source.places_with_counts()) > 1):
+            reason = f"no value above {highest.max():.0f}, as where logarithms were rounded"
+        if not reason:
+            return []
+        others = [place for place in self.source.places_with_counts() if place != self.source.place]
+        fix = f"Write counts: {others[0]} if they are there" if others else "Name the file or place that holds raw counts"
+        return [f"{self.source.place} holds integers that may be no counts: {reason}. {fix}."]
 
     def cells(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the packed counts of cells within the limits, and where each cell starts, block by block."""
@@ -111,6 +151,7 @@ def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict, own: Own
         found.append(totals)
         is_within = np.logical_and.reduce([np.ones(len(totals), bool), *(passes for _, passes in _passes(totals, qc))])
         screened.lay_aside(counts, is_within)
+        screened.look_at(counts)
         screened.own.add(counts, total, is_within)
     screened.totals = pd.concat(found, ignore_index=True)
     return screened

@@ -336,6 +336,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         described = beside.submit(_provenance, raw, files)
         screened = screen_counts(source, rows, genes, qc, OwnGenes.of(obs, var.index[:0] if is_drug else var.index))
         provenance = described.result()
+    warnings += screened.doubts()
     cells = _kept_cells(screened, obs, dataset, qc, path, dropped, warnings)
     obs = _rows_of(obs, cells.rows)
     is_seen = np.ones(len(var), bool)

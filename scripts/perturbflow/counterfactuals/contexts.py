@@ -55,5 +55,5 @@ class Places:
         if not kinds <= met:
             return f" in {len(kinds & met)} of the {len(kinds)} kinds of cells that are asked"
         # A batch that lacks it may be chance; half of them are none: such batches may be lines.
-        measured = asked & set.intersection(*self.needed(label))
+        measured = asked.intersection(*self.needed(label))
         return f" in {len(measured)} of the {len(asked)} batches that are asked" if 2 * len(measured) <= len(asked) else ""
