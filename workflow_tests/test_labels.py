@@ -441,6 +441,27 @@ def test_several_labels_of_one_gene_or_compound_end_with_the_line_that_makes_the
     assert told, "kept by choice, and told"
 
 
+@pytest.mark.parametrize("form", ["{line}_{drug}", "{drug}_{line}", "{line}_{drug}_{dose}"])
+def test_a_cell_line_within_the_labels_is_told(form: str) -> None:
+    rows = [
+        (form.format(line=line, drug=drug, dose=dose), line, drug, dose)
+        for line in ("A549", "K562")
+        for drug in ("JQ1", "TSA")
+        for dose in (1.0, 10.0)
+    ]
+    obs = pd.DataFrame([("control", "A549", "", 0), *rows], columns=["perturbation", "cell_line", "drug", "dose"])
+    perturbation: dict = {}
+    for _ in range(3):
+        try:
+            doubtful_labels(obs, dataset_block(perturbation=perturbation, perturbation_type="drug"), NO_GENES, SCREEN)
+        except InputError as error:
+            line = re.search(r"Write perturbation\.(pattern: '.*?')(?: and covariates.cell_type: cell_line)?\. If", str(error))[1]
+            perturbation = yaml.safe_load(line)
+    drugs = {"JQ1", "TSA"} if "dose" not in form else {"JQ1@1", "JQ1@10", "TSA@1", "TSA@10"}
+    found = canonical_labels(obs, dataset_block(perturbation=perturbation, perturbation_type="drug"), NO_GENES, SCREEN)
+    assert set(found) == {CONTROL, *drugs}
+
+
 DRUGS = (
     "AG-490", "AG-14361", "PD-0325901", "PD-98059", "PD98059", "5-FU", "SB203580", "SB 202190", "Vitamin D3", "Vitamin D2", "17-AAG", "JQ1", "BMS-754807",
     "BMS-536924", "BMS-911543", "Valproic acid", "Retinoic acid", "Sodium butyrate", "IL-2", "IL-4", "TNF-alpha", "1,25-dihydroxyvitamin D3",

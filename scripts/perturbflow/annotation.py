@@ -10,18 +10,17 @@ import numpy as np
 import pandas as pd
 
 from perturbflow import variants
-from perturbflow.controls import Controls, counted, declaration, look_alikes, quoted, warning
+from perturbflow.controls import Controls, counted, declaration, look_alikes, warning
 from perturbflow.doses import UNKNOWN_DOSE, Member, Scale, is_unit, members_in, names_in, parsed, tell, with_doses
 from perturbflow.errors import InputError
 from perturbflow.organism import names_now, without_genome
-from perturbflow.separators import Unsplit, torn, unsplit
+from perturbflow.separators import Unsplit, another_name, torn, unsplit
 from perturbflow.symbols import (
     CONTROL,
     ENSEMBL_ID,
     SEPARATOR,
     approved_symbol,
     candidates,
-    gene_within,
     human_symbols,
     in_other_letters,
     label_of,
@@ -33,6 +32,8 @@ logger = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 ENSEMBL_COLUMNS = ("gene_id", "ensembl_id", "ensemble_id", "ensembl_gene_id", "gene_ids")
 SYMBOL_COLUMNS = ("gene_name", "gene_symbol", "symbol", "feature_name", "gene_short_name")
+CONTEXT_COLUMN = re.compile(r"cell|line|donor|patient|tissue|context|sample", re.IGNORECASE)
+MOST_CONTEXTS = 100  # a column of more values is of barcodes
 SCHEMA_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
     "total_counts", "n_genes_by_counts", "pct_counts_mt",
@@ -201,15 +202,9 @@ def _check_units(obs: pd.DataFrame, column: str, dose: pd.Categorical, labels: p
             )
 
 
-def _new_name(name: str, sign: str | None) -> str:
-    """Return the line that gives a name without the sign to one that holds it."""
-    plain = " ".join(name.replace(f"({sign})", " ").replace(sign or "", " ").strip("-_ ").split()) or "..."
-    return f"give it another name: perturbation.rename: {{{quoted(name)}: {quoted(plain)}}}"
-
-
 def _holds_plus(label: str, name: str, declared: dict, path: Path) -> str:
     """Return the message on a name that holds the sign of combinations, with the fix."""
-    fix = _new_name(name, SEPARATOR)
+    fix = f"give it another name: {another_name([name], SEPARATOR)}"
     if declared["separator"] != SEPARATOR and not torn(name, SEPARATOR):
         fix += f". If it is a combination, set perturbation.separator: '{SEPARATOR}'"
     return f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here. If it is one name, {fix}."
@@ -252,7 +247,8 @@ def doubtful_labels(
     if combined:
         _tell_combinations(combined, declared, path)
     left = {label: n for label, n in n_cells.items() if not combined or label not in combined.labels}
-    _tell_variants(left, dataset, is_gene, path, told)
+    variants.tell(left, dataset, is_gene, path, told)
+    _tell_contexts(obs, dataset, is_gene, path)
     alike = look_alikes(left, controls, members, is_drug=is_drug)
     cells = Counter(
         {name: n for label, n in left.items() if label not in controls for name in members(label) if name and name not in controls}
@@ -274,47 +270,29 @@ def doubtful_labels(
     return {"looks_like_control": alike, "not_split": combined.labels if combined else {}}
 
 
-def _tell_variants(n_cells: dict[str, int], dataset: dict, is_gene: Callable[[str], bool], path: Path, warnings: list[str]) -> None:
-    """Raise InputError for several labels of one gene or compound, or for names that are torn; warn of those that are one for each.
-
-    A pattern was chosen, and is told of only.
-    """
+def _tell_contexts(obs: pd.DataFrame, dataset: dict, is_gene: Callable[[str], bool], path: Path) -> None:
+    """Raise InputError where the cell line, or another context that a column holds, stands in the labels: A549_JQ1 beside K562_JQ1."""
     declared, controls = dataset["perturbation"], Controls.of(dataset["perturbation"])
-    separator, is_chosen = declared["separator"], "pattern" in declared
-    members: dict[str, None] = {}
-    for label in n_cells:
-        if label not in controls:
-            # KLF1_+_123.45-P1 is a guide, whatever its signs are elsewhere.
-            is_whole = not is_chosen and gene_within(label, is_gene)
-            members |= dict.fromkeys([label] if is_whole else names_in(label, declared))
-    names = [name for name in members if name and name not in controls and name not in declared["drop"] and not controls.resembles(name)]
-    of_genes, forms, line = variants.of_genes(names, is_gene)
-    are_genes = dataset["perturbation_type"] not in ("drug", "unknown")
-    of_compounds = variants.of_compounds([name for name in names if not gene_within(name, is_gene)], are_genes=are_genes)
-    for found in filter(None, (of_genes, of_compounds)):
-        if found.is_sure and not is_chosen:
+    if variants.KEEP.endswith(f"'{declared.get('pattern')}'"):
+        return
+    for column in obs:
+        if column == declared["column"] or not CONTEXT_COLUMN.search(str(column)) or not 2 <= obs[column].nunique() <= MOST_CONTEXTS:
+            continue
+        cells = pd.DataFrame({"label": as_text(obs[declared["column"]]), "context": as_text(obs[column])}).drop_duplicates().dropna()
+        contexts = set(cells["context"])
+        if any(len(context) < 2 or is_gene(context) for context in contexts):
+            continue
+        pairs = {
+            (name, context) for label, context in cells.itertuples(index=False) if label not in controls and label not in declared["drop"]
+            for name in names_in(label, declared) if name and name not in controls and not controls.resembles(name)
+        }  # fmt: skip
+        several, line = variants.of_contexts(pairs, declared.get("pattern"))
+        if several:
+            shown = "; ".join(", ".join(map(repr, names[:3])) for names in list(several.values())[:3])
             raise InputError(
-                f"{path}: {found.sentence()}. Write {found.line}. If they are perturbations of their own, write {variants.KEEP}."
+                f"{path}: labels hold obs['{column}'] too: {shown}. Each would be a perturbation of its own, one held out while another of the "
+                f"same trains. Write {line} and covariates.cell_type: {column}. If they are perturbations of their own, write {variants.KEEP}."
             )
-        warnings.append(f"{found.sentence()}. If they are one, write {found.line}.")
-    if forms and not of_genes:
-        shown = ", ".join(f"'{name}' ({gene})" for name, gene in list(forms.items())[:8])
-        warnings.append(f"{len(forms):,} labels hold a gene's symbol and more, so none finds its gene: {shown}. Write {line}.")
-    for label in n_cells if not is_chosen else ():
-        if (
-            label not in controls
-            and label not in declared.get("rename", {})
-            and set(parts := torn(label, separator)) & set(names_in(label, declared))
-        ):
-            raise InputError(
-                f"{path}: perturbation.separator {separator!r} makes {' and '.join(map(repr, parts))} of the label '{label}', which are no names. "
-                f"If it is one name, {_new_name(label, separator)}. If no label is a combination, set perturbation.separator: null."
-            )
-    for first, others in variants.twins(name for name in names if not is_gene(name)).items():
-        raise InputError(
-            f"{path}: labels {', '.join(map(repr, [first, *others]))} differ in small and capital letters or spaces alone. If they are one, write "
-            f"perturbation.rename: {{{quoted(others[0])}: {quoted(first)}}}; else give one of them another name there."
-        )
 
 
 def _tell_combinations(combined: Unsplit, declared: dict, path: Path) -> None:

@@ -181,3 +181,9 @@ def torn(label: str, separator: str | None) -> list[str]:
         for part in parts
     )
     return parts if len(parts) > 1 and is_torn else []
+
+
+def another_name(names: Iterable[str], sign: str | None) -> str:
+    """Return the line that gives names without the sign to some that hold it."""
+    plain = {name: " ".join(name.replace(f"({sign})", " ").replace(sign or "", " ").strip("-_ ").split()) or "..." for name in names}
+    return f"perturbation.rename: {{{', '.join(f'{quoted(name)}: {quoted(new)}' for name, new in plain.items())}}}"

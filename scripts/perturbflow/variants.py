@@ -4,9 +4,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from perturbflow.doses import NUMBER
-from perturbflow.symbols import gene_within
+from perturbflow.controls import Controls, quoted
+from perturbflow.doses import NUMBER, names_in
+from perturbflow.errors import InputError
+from perturbflow.separators import another_name, torn
+from perturbflow.symbols import SEPARATOR, gene_within
 
 KEEP = "perturbation.pattern: '^(.*)$'"
 SHOWN = 3
@@ -53,7 +57,7 @@ class Variants:
         )
 
 
-def _quoted(pattern: str) -> str:
+def _line_of(pattern: str) -> str:
     return "perturbation.pattern: '{}'".format(pattern.replace("'", "''"))
 
 
@@ -80,7 +84,7 @@ def _gene_line(forms: Mapping[str, str], names: Iterable[str]) -> str:
         shapes[shape] = max(len(after), shapes.get(shape, 0))
     pattern = "|".join(sorted(shapes, key=lambda shape: (-shapes[shape], shape)))
     if len(shapes) <= MOST_SHAPES and all(_found(name, pattern) == forms.get(name, name) for name in names):
-        return _quoted(pattern)
+        return _line_of(pattern)
     shown = ", ".join(f'"{name}": {gene}' for name, gene in list(forms.items())[:SHOWN])
     return f"perturbation.rename: {{{shown}{', ...' if len(forms) > SHOWN else ''}}}"
 
@@ -128,7 +132,7 @@ def _kind(tail: re.Match) -> str:
 def of_compounds(names: Iterable[str], *, are_genes: bool) -> Variants | None:
     """Return compounds that go by several names, which differ in a dose, a time or a level at their end.
 
-    A bare number is a dose where it has a decimal point, or where the same numbers follow several stems (not AG-490 and AG-14361).
+    A bare number is a dose where it has a decimal point, or where several stems have the same numbers, or any behind other signs than - (not AG-490, AG-14361).
     Where perturbations are genes, it is a guide.
     """
     names = list(names)
@@ -161,7 +165,10 @@ def _numbered(several: dict[str, dict[str, re.Match]], n_names: int) -> tuple[di
     for stem, of in several.items():
         for tail in of.values():
             stems_of[tail["number"]].add(stem)
-    again = {stem: of for stem, of in several.items() if sum(len(stems_of[tail["number"]]) > 1 for tail in of.values()) > 1}
+    again = {
+        stem: of for stem, of in several.items()
+        if sum(len(stems_of[tail["number"]]) > 1 for tail in of.values()) > 1 or all(tail["sign"] not in "- " for tail in of.values())
+    }  # fmt: skip
     n = sum(map(len, again.values()))
     return (again, 2 * n > n_names) if len(again) > 1 else ({}, False)
 
@@ -189,7 +196,35 @@ def _line(kind: str, tails: Mapping[str, re.Match], names: Iterable[str]) -> str
     pattern = pattern.replace(r"\-", "-").replace(r"\ ", " ")
     if any(_found(name, pattern) != (tails[name]["stem"] if name in tails else name) for name in names):
         return "perturbation.rename, or give doses and times columns of their own (perturbation.dose, covariates.cell_type)"
-    return _quoted(pattern)
+    return _line_of(pattern)
+
+
+def of_contexts(pairs: Iterable[tuple[str, str]], pattern: str | None) -> tuple[dict[str, list[str]], str]:
+    """Return perturbations that have labels in several contexts, which stand in these labels, and the line that leaves contexts out.
+
+    Parameters
+    ----------
+    pairs
+        Names of perturbations, and the context of cells that have them.
+    pattern
+        The pattern of the block.
+    """
+    pairs = list(pairs)
+    for is_first in (True, False):
+        stems: dict[str, dict[str, str]] = defaultdict(dict)
+        signs = set()
+        for name, context in pairs:
+            rest = name.removeprefix(context) if is_first else name.removesuffix(context)
+            if rest != name and re.match(r"[\s_@:|-].", rest if is_first else rest[::-1]):
+                signs.add(rest[0] if is_first else rest[-1])
+                stems[rest[1:] if is_first else rest[:-1]][context] = name
+        several = {stem: list(of.values()) for stem, of in stems.items() if len(of) > 1}
+        if several and len(signs) == 1 and sum(map(len, stems.values())) > 0.9 * len(pairs):
+            contexts = "|".join(re.escape(context) for context in sorted({context for of in stems.values() for context in of}))
+            sign, inner = re.escape(signs.pop()), (pattern or "^(.+)$").removeprefix("^").removesuffix("$")
+            found = f"^(?:{contexts}){sign}{inner}$" if is_first else f"^{inner}{sign}(?:{contexts})$"
+            return several, _line_of(found.replace(r"\-", "-").replace(r"\ ", " "))
+    return {}, ""
 
 
 def twins(names: Iterable[str]) -> dict[str, list[str]]:
@@ -198,3 +233,56 @@ def twins(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         by_letters[" ".join(name.casefold().split())].append(name)
     return {of[0]: of[1:] for of in by_letters.values() if len(of) > 1}
+
+
+def tell(n_cells: dict[str, int], dataset: dict, is_gene: Callable[[str], bool], path: Path, warnings: list[str]) -> None:
+    """Tell of labels that are of a gene or compound and are not its name: by `warnings`, or by an error where one has several.
+
+    Parameters
+    ----------
+    n_cells
+        Label as in the file → cells.
+    is_gene
+        Tells the symbols and ids of genes.
+
+    Raises
+    ------
+    InputError
+        For several labels of one gene or compound, and for names that the separator tears apart. Where a pattern finds the members, that was
+        chosen, and it is told only.
+    """
+    declared, controls = dataset["perturbation"], Controls.of(dataset["perturbation"])
+    separator, is_chosen = declared["separator"], "pattern" in declared
+    members: dict[str, None] = {}
+    for label in n_cells:
+        if label not in controls:
+            # KLF1_+_123.45-P1 is a guide, whatever its signs are elsewhere.
+            is_whole = not is_chosen and gene_within(label, is_gene)
+            members |= dict.fromkeys([label] if is_whole else names_in(label, declared))
+    names = [name for name in members if name and name not in controls and name not in declared["drop"] and not controls.resembles(name)]
+    several, forms, line = of_genes(names, is_gene)
+    are_genes = dataset["perturbation_type"] not in ("drug", "unknown")
+    compounds = of_compounds([name for name in names if not gene_within(name, is_gene)], are_genes=are_genes)
+    for found in filter(None, (several, compounds)):
+        if found.is_sure and not is_chosen:
+            raise InputError(f"{path}: {found.sentence()}. Write {found.line}. If they are perturbations of their own, write {KEEP}.")
+        warnings.append(f"{found.sentence()}. If they are one, write {found.line}.")
+    if forms and not several:
+        shown = ", ".join(f"'{name}' ({gene})" for name, gene in list(forms.items())[:8])
+        warnings.append(f"{len(forms):,} labels hold a gene's symbol and more, so none finds its gene: {shown}. Write {line}.")
+    renamed = {*declared.get("rename", {}), *controls.names}
+    pieces = {label: torn(label, separator) for label in n_cells if not is_chosen and label not in renamed}
+    if apart := [label for label, parts in pieces.items() if set(parts) & set(names_in(label, declared))]:
+        is_joined = separator == SEPARATOR  # names cannot hold it either way
+        raise InputError(
+            f"{path}: perturbation.separator {separator!r} makes {' and '.join(map(repr, pieces[apart[0]]))} of the label '{apart[0]}', which are no "
+            f"names. If it is one name, give it another: {another_name(apart, separator)}."
+            + ("" if is_joined else " If no label is a combination, set perturbation.separator: null.")
+        )
+    if alike := twins(name for name in names if not is_gene(name)):
+        shown = "; ".join(", ".join(map(repr, [first, *others])) for first, others in list(alike.items())[:SHOWN])
+        new_names = ", ".join(f"{quoted(other)}: {quoted(first)}" for first, others in alike.items() for other in others)
+        raise InputError(
+            f"{path}: labels differ in small and capital letters or spaces alone: {shown}. If they are one, write perturbation.rename: "
+            f"{{{new_names}}}; else give one of them another name there."
+        )
