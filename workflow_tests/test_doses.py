@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_closed_forms import N_GENES, error, make_training
 
-from perturbflow.annotation import canonical_labels, gene_table
+from perturbflow.annotation import canonical_labels, doubtful_labels, gene_table
 from perturbflow.doses import doses_in, parsed
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
@@ -114,21 +114,28 @@ def test_a_dose_that_cannot_be_read_is_refused(labels: list[str], doses: list, m
         read(labels, doses)
 
 
+def told_of(labels: list[str], doses: list, units: list, dose: str | list[str] = "dose_value") -> tuple[list, list[str]]:
+    """Return what labels become beside a column of units, and the warnings."""
+    obs, warnings = pd.DataFrame({"label": ["control", *labels], "dose_value": [0.0, *doses], "dose_unit": [None, *units]}), []
+    block = dataset_block(perturbation={"column": "label", "control": ["control"], "dose": dose}, perturbation_type="drug")
+    doubtful_labels(obs, block, NO_GENES, Path("screen.h5ad"), warnings)
+    return canonical_labels(obs, block, NO_GENES, Path("screen.h5ad")).tolist()[1:], warnings
+
+
 def test_a_number_and_its_unit_are_read_from_two_columns() -> None:
-    obs = pd.DataFrame({"label": ["control", "A", "A", "B"], "dose_value": [0.0, 10.0, 10.0, 1.0], "dose_unit": [None, "nM", "uM", "uM"]})
-    block = {"column": "label", "control": ["control"], "separator": "+", "drop": [], "dose": "dose_value"}
+    labels, doses, units = ["A", "A", "B"], [10, 10, 1], ["nM", "uM", "uM"]
     with pytest.raises(InputError, match=r"gives 'A' the dose 10\.0, and obs\['dose_unit'\] says nM, uM.*dose: \[dose_value, dose_unit\]"):
-        canonical_labels(obs, dataset_block(perturbation=block, perturbation_type="drug"), NO_GENES, Path("screen.h5ad"))
-    block["dose"] = ["dose_value", "dose_unit"]
-    found = canonical_labels(obs, dataset_block(perturbation=block, perturbation_type="drug"), NO_GENES, Path("screen.h5ad"))
-    assert (found.tolist(), found.attrs["dose_unit"]) == (["control", "A@0.01", "A@10", "B@1"], "uM")
+        told_of(labels, doses, units)
+    assert told_of(labels, doses, units, ["dose_value", "dose_unit"]) == (["A@0.01", "A@10", "B@1"], [])
+    found, warnings = told_of(["A", "A", "B"], [10, 1, 1], ["nM", "nM", "uM"])
+    assert found == ["A@10", "A@1", "B@1"]
+    assert len(warnings) == 1
+    assert "write perturbation.dose: [dose_value, dose_unit]" in warnings[0]
 
 
-@pytest.mark.parametrize("unit", [["nM"] * 4, [None, "nM", "nM", "uM"], ["cells", "wells", "cells", "wells"]])
-def test_a_column_of_units_that_tells_no_dose_apart_is_no_obstacle(unit: list) -> None:
-    obs = pd.DataFrame({"label": ["control", "A", "A", "B"], "dose": [0, 10, 10, 1], "some_unit": unit})
-    block = {"column": "label", "control": ["control"], "dose": "dose"}
-    assert canonical_labels(obs, dataset_block(perturbation=block), NO_GENES, Path("screen.h5ad")).tolist()[1:] == ["A@10", "A@10", "B@1"]
+@pytest.mark.parametrize("units", [["nM"] * 3, [None, "nM", "nM"], ["cells", "wells", "cells"]])
+def test_a_column_of_units_that_tells_no_dose_apart_is_no_obstacle(units: list) -> None:
+    assert told_of(["A", "A", "B"], [10, 10, 1], units) == (["A@10", "A@10", "B@1"], [])
 
 
 def test_dose_zero_and_no_dose_are_counted_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -117,7 +117,7 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     if dataset["perturbation_type"] == "drug":
         organism, measured = "", {}
 
-    dose = _dose(obs, declared, text, path)
+    dose = _dose(obs, declared, path)
     where = f"{path}: obs['{declared['column'] if dose is None else _columns(declared['dose'])[0]}']"
 
     def members_of_label(label: str, amount: str) -> list[Member] | None:
@@ -160,45 +160,44 @@ def _columns(declared: str | list[str]) -> list[str]:
     return [declared] if isinstance(declared, str) else declared
 
 
-def _dose(obs: pd.DataFrame, declared: dict, labels: pd.Categorical, path: Path) -> pd.Categorical | None:
-    """Return the doses of cells as they are written: of one column, or of a number and its unit; None where none is declared.
-
-    Raises
-    ------
-    InputError
-        If a label has one number in several units of a column that is not declared.
-    """
+def _dose(obs: pd.DataFrame, declared: dict, path: Path) -> pd.Categorical | None:
+    """Return the doses of cells as they are written: of one column, or of a number and its unit; None where none is declared."""
     if "dose" not in declared:
         return None
     columns = _columns(declared["dose"])
     texts = [as_text(column_of(obs, column, "perturbation.dose", path)) for column in columns]
     if len(texts) == 1:
-        dose = texts[0]
-        _check_units(obs, columns[0], dose, labels, path)
-        return dose
+        return texts[0]
     known = [texts[1].isin([unit for unit in texts[1].categories if unit.lower() not in UNKNOWN_DOSE])]
     joined = [f"{number} {unit if has_unit else ''}".strip() for number, unit, has_unit in zip(*texts, *known, strict=True)]
     return pd.Categorical(pd.Series(joined, dtype=object).where(texts[0].codes >= 0))
 
 
-def _check_units(obs: pd.DataFrame, column: str, dose: pd.Categorical, labels: pd.Categorical, path: Path) -> None:
-    """Raise InputError if a label has one number in several units, which a column beside the dose tells."""
-    numbers = [text for text in dose.categories if (found := parsed(text)) and not found[1]]
+def _tell_units(obs: pd.DataFrame, declared: dict, path: Path, warnings: list[str]) -> None:
+    """Warn where a column beside the dose holds several units, and raise InputError where a label has one number in several of them."""
+    if not isinstance(column := declared.get("dose"), str):
+        return
+    dose, labels = as_text(column_of(obs, column, "perturbation.dose", path)), as_text(obs[declared["column"]])
+    numbers = [text for text in dose.categories if (found := parsed(text)) and found[0] > 0 and not found[1]]
     for name in obs:
         if name == column or "unit" not in str(name).lower():
             continue
         unit = as_text(obs[name])
-        if not len(unit.categories) or not all(is_unit(text) for text in unit.categories if text.lower() not in UNKNOWN_DOSE):
+        units = [text for text in unit.categories if text.lower() not in UNKNOWN_DOSE]
+        if len(units) < 2 or not all(map(is_unit, units)):
             continue
-        cells = pd.DataFrame({"label": labels, "dose": dose, "unit": unit}).drop_duplicates().dropna()
-        cells = cells[cells["dose"].isin(numbers) & (pd.to_numeric(cells["dose"], errors="coerce") != 0)]
-        twice = cells[cells.duplicated(["label", "dose"], keep=False)].sort_values(["label", "dose"])
-        if len(twice):
-            first = twice.iloc[0]
-            units = ", ".join(twice["unit"][(twice["label"] == first["label"]) & (twice["dose"] == first["dose"])].astype(str))
-            raise InputError(
-                f"{path}: obs['{column}'] gives '{first['label']}' the dose {first['dose']}, and obs['{name}'] says {units}: two doses would "
-                f"be one. Write perturbation.dose: [{column}, {name}]."
+        cells = pd.DataFrame({"label": labels, "dose": dose, "unit": unit}).astype(object).drop_duplicates().dropna()
+        cells = cells[cells["dose"].isin(numbers) & cells["unit"].isin(units)]
+        fix = f"write perturbation.dose: [{column}, {name}]"
+        for (label, amount), of in cells.groupby(["label", "dose"])["unit"]:
+            if len(of) > 1:
+                raise InputError(
+                    f"{path}: obs['{column}'] gives '{label}' the dose {amount}, and obs['{name}'] says {', '.join(of)}: two doses would be "
+                    f"one. To read both, {fix}."
+                )
+        if len(set(cells["unit"])) > 1:
+            warnings.append(
+                f"obs['{name}'] holds {', '.join(units)}, and the doses of obs['{column}'] are taken as they are. To read both, {fix}."
             )
 
 
@@ -249,6 +248,7 @@ def doubtful_labels(
     left = {label: n for label, n in n_cells.items() if not combined or label not in combined.labels}
     variants.tell(left, dataset, is_gene, path, told)
     _tell_contexts(obs, dataset, is_gene, path)
+    _tell_units(obs, declared, path, told)
     alike = look_alikes(left, controls, members, is_drug=is_drug)
     cells = Counter(
         {name: n for label, n in left.items() if label not in controls for name in members(label) if name and name not in controls}

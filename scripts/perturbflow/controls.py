@@ -8,30 +8,33 @@ from dataclasses import dataclass
 from perturbflow.symbols import CONTROL, GUIDE, human_symbols
 
 # What may stand before a control's name: a guide's or a library's mark.
-_PREFIX = r"(?:(?:p|px|m|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
+_PREFIX = r"(?:(?:p|px|m|h|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
 _CONTROL = r"(?:ctrl|ctl|control|cntl|contrl|contr)s?"
 # Names that mean a control whatever follows them.
 _NAMES = "|".join(
     (
-        r"non[\W_]*(?:target|human[\W_]*target|silenc|cutting|edit|infect|transduc|transfect|treat|perturb|stimulat|gene(?!sis))[a-z]*",
-        r"no[\W_]*(?:target|guide|gRNA|sgRNA|site|perturb|treat|transduc|drug|stim|crispr|cas9|virus)[a-z]*",
+        r"non[\W_]*(?:target|human[\W_]*target|silenc|cut|edit|infect|transduc|transfect|treat|perturb|stimulat|gene(?!sis))[a-z]*",
+        r"no[\W_]*(?:target|guide|gRNA|sgRNA|site|perturb|treat|transduc|drug|stim|cut|crispr|cas9|virus)[a-z]*",
         rf"neg(?:ative)?[\W_]*(?:{_CONTROL}|con|guide)s?", rf"ntc?[\W_]*(?:{_CONTROL}|sgrnas?|grnas?|guides?)",
-        r"safe[\W_]*(?:target|harbou?r|cut|guide|site|region)[a-z]*", r"scrambled?", r"(?:inter|non)genic(?:[\W_]*(?:site|region))?",
+        r"safe[\W_]*(?:target|harbou?r|cut|guide|site|region)[a-z]*", r"scram(?:bled?)?", r"(?:inter|non)genic(?:[\W_]*(?:site|region))?",
         r"(?:untreat|unperturb|untransduc|untransfect|uninfect|unstimulat|unedit|unmodifi|untarget)(?:ed)?", _CONTROL, r"aavs(?:[\W_]*1)?",
         r"(?:gt[\W_]*)?rosa(?:[\W_]*26)?", r"[fr]?luciferase", r"h?renilla", r"lac[\W_]*z", r"gal[\W_]*4", r"[et]?[gry]fp", r"[et]?bfp2?",
-        r"m?tag[\W_]*[bgry]fp2?", r"(?:td|m)[\W_]*tomato2?", r"mcherry", r"olfactory[\W_]*receptor", rf"ef1a[\W_]*{_CONTROL}",
-        r"(?:empty(?:[\W_]*(?:vector|plasmid|guide|control))?|vector|backbone)", r"dmso", r"veh(?:icle)?s?", r"placebo", r"mock", r"parental",
+        r"m?tag[\W_]*[bgry]fp2?", r"(?:td|m)[\W_]*tomato2?", r"mcherry",
+        r"ds[\W_]*red2?", r"zs[\W_]*green1?", r"m[\W_]*neon[\W_]*green", r"irfp\d*", r"gene[\W_]*deserts?", r"n[\W_]*ctrl",
+        r"olfactory[\W_]*receptor", rf"ef1a[\W_]*{_CONTROL}", r"mock(?:infected|transduced|transfected|treated)?", r"parental",
+        r"(?:empty(?:[\W_]*(?:vector|plasmid|guide|control))?|vector|backbone)", r"dmso", r"veh(?:icle)?s?", r"placebo",
         r"wild[\W_]*types?", r"pbs", r"solvent", r"h2o", r"saline", r"d?cas(?:9|12a?|13d?)[\W_]*(?:only|alone)",
     )
 )  # fmt: skip
 # Words that other names begin with: only numbers and letters of guides may follow.
 _WORDS = (
-    r"safe|dummy|random|neutral|inert|irrelevant|decoy|unstim|uninf|resting|baseline|water|medium|media|sham|blank|negative[\W_]*\d+|d?cas9"
+    r"safe|dummy|random|neutral|inert|irrelevant|decoy|unstim|uninf|resting|baseline|water|medium|media|sham|blank|isotype|reference|bystander"
+    r"|filler|desert|negative[\W_]*\d+|d?cas9"
 )
 # Words that are symbols of genes in capitals alone.
 MIXED = ("rest", "Rest", "cntrl", "Cntrl")
 # Short words are parts of symbols too.
-_SHORT = r"ntc?|nc|wt|neg|scr|ctr|ev|[fnr]?luc2?|h[fnr]luc2?"
+_SHORT = r"ntc?|nc|wt|unt?|ut|rand|con|neg|scr|ctr|ev|[fnr]?luc2?|h[fnr]luc2?"
 _NUMBERS = r"(?:[\W_]*(?:(?:sg|g|guide)[\W_]*)?\d+(?!\d)|[\W_]+[a-z](?![a-z]))*[\W_]*"
 NAMED = re.compile(
     rf"{_PREFIX}(?:(?:{_NAMES})(?:[\W_\d].*|(?:guide|grna|sgrna|control|ctrl|cell|g\d).*)?|(?:{_WORDS}){_NUMBERS})", re.IGNORECASE
