@@ -253,7 +253,11 @@ def doubtful_labels(
     cells = Counter(
         {name: n for label, n in left.items() if label not in controls for name in members(label) if name and name not in controls}
     )
-    joined = {name: n for name, n in cells.items() if controls.joined(name, lambda part: is_gene(part) or part in cells, is_drug=is_drug)}
+
+    def is_name(part: str) -> bool:
+        return is_gene(part) or part in cells
+
+    joined = {name: n for name, n in cells.items() if not is_gene(name) and controls.joined(name, is_name, is_drug=is_drug)}
     alike = {name: n for name, n in alike.items() if name not in joined}
     if joined:
         told.append(

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from perturbflow.symbols import CONTROL, GUIDE, human_symbols
 
 # What may stand before a control's name: a guide's or a library's mark.
-_PREFIX = r"(?:(?:p|px|m|h|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
+_PREFIX = (
+    r"(?:[mh][\W_]+|(?:p|px|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
+)
 _CONTROL = r"(?:ctrl|ctl|control|cntl|contrl|contr)s?"
 # Names that mean a control whatever follows them.
 _NAMES = "|".join(
@@ -18,7 +20,7 @@ _NAMES = "|".join(
         rf"neg(?:ative)?[\W_]*(?:{_CONTROL}|con|guide)s?", rf"ntc?[\W_]*(?:{_CONTROL}|sgrnas?|grnas?|guides?)",
         r"safe[\W_]*(?:target|harbou?r|cut|guide|site|region)[a-z]*", r"scram(?:bled?)?", r"(?:inter|non)genic(?:[\W_]*(?:site|region))?",
         r"(?:untreat|unperturb|untransduc|untransfect|uninfect|unstimulat|unedit|unmodifi|untarget)(?:ed)?", _CONTROL, r"aavs(?:[\W_]*1)?",
-        r"(?:gt[\W_]*)?rosa(?:[\W_]*26)?", r"[fr]?luciferase", r"h?renilla", r"lac[\W_]*z", r"gal[\W_]*4", r"[et]?[gry]fp", r"[et]?bfp2?",
+        r"(?:gt[\W_]*|h)?rosa(?:[\W_]*26)?", r"[fr]?luciferase", r"h?renilla", r"lac[\W_]*z", r"gal[\W_]*4", r"[et]?[gry]fp", r"[et]?bfp2?",
         r"m?tag[\W_]*[bgry]fp2?", r"(?:td|m)[\W_]*tomato2?", r"mcherry",
         r"ds[\W_]*red2?", r"zs[\W_]*green1?", r"m[\W_]*neon[\W_]*green", r"irfp\d*", r"gene[\W_]*deserts?", r"n[\W_]*ctrl",
         r"olfactory[\W_]*receptor", rf"ef1a[\W_]*{_CONTROL}", r"mock(?:infected|transduced|transfected|treated)?", r"parental",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from perturbflow.controls import NAMED, Controls, quoted
-from perturbflow.symbols import gene_within, human_symbols
+from perturbflow.symbols import approved_symbol, gene_within, human_symbols
 
 _SIGNS = (
     "->",
@@ -100,6 +100,8 @@ class _Names:
     def __init__(self, members: set[str], controls: Controls, genes: Iterable[str], *, is_human: bool) -> None:
         self.labels, self.controls = members, controls
         self.genes = {*genes, *(human_symbols().approved if is_human else ())}
+        # HLA-A and INS-IGF2 are genes of their own, and so they were by earlier names.
+        self.whole = {name for name in members if name in self.genes or (is_human and approved_symbol(name) != name)}
 
     def is_label(self, part: str) -> bool:
         """Return whether a part is a perturbation or a control of the screen."""
@@ -146,8 +148,7 @@ def unsplit(
         if separator.strip() == (declared["separator"] or "").strip() != "" or separator == declared["separator"]:
             continue
         names = _Names(named, Controls.of({**declared, "separator": separator}), genes, is_human=is_human)
-        # HLA-A and INS-IGF2 are genes of their own.
-        whole = named & names.genes
+        whole = names.whole
         holding = {member: parts for member in named - whole if separator in member and len(parts := _parts(member, separator)) > 1}
         again = _recurring(holding.values())
         combined = {

@@ -263,9 +263,12 @@ def tell(n_cells: dict[str, int], dataset: dict, is_gene: Callable[[str], bool],
     several, forms, line = of_genes(names, is_gene)
     are_genes = dataset["perturbation_type"] not in ("drug", "unknown")
     compounds = of_compounds([name for name in names if not gene_within(name, is_gene)], are_genes=are_genes)
+    other = " If they are compounds, set perturbation_type: drug." if dataset["perturbation_type"] == "unknown" else ""
     for found in filter(None, (several, compounds)):
         if found.is_sure and not is_chosen:
-            raise InputError(f"{path}: {found.sentence()}. Write {found.line}. If they are perturbations of their own, write {KEEP}.")
+            raise InputError(
+                f"{path}: {found.sentence()}. Write {found.line}. If they are perturbations of their own, write {KEEP}.{other}"
+            )
         warnings.append(f"{found.sentence()}. If they are one, write {found.line}.")
     if forms and not several:
         shown = ", ".join(f"'{name}' ({gene})" for name, gene in list(forms.items())[:8])
