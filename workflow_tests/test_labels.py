@@ -425,6 +425,15 @@ VARIANTS = [
     ("drug", ["JQ1_10uM", "JQ1_100nM", "TSA_1uM", "5-FU_1uM"], {"JQ1@10", "JQ1@0.1", "TSA@1", "5-FU@1"}),
     ("drug", ["JQ1 10 uM", "JQ1 1 uM", "Vitamin D3 1 uM"], {"JQ1@10", "JQ1@1", "Vitamin D3@1"}),
     ("drug", ["JQ1 (10 uM)", "JQ1 (1 uM)"], {"JQ1@10", "JQ1@1"}),
+    ("CRISPRi", ["KLF1-a", "KLF1-b", "MYC-a"], {"KLF1", "MYC"}),
+    ("CRISPRi", ["10005_KLF1_P1_ENSG00000105610", "10006_KLF1_P2_ENSG00000105610"], {"KLF1"}),
+    ("CRISPRi", ["KLF1_exon2", "KLF1_exon3", "KLF1#1"], {"KLF1"}),
+    ("CRISPRko", ["KLF1 knockout", "CRISPRko_KLF1", "KLF1-/-"], {"KLF1"}),
+    ("drug", ["JQ1_1e-06", "JQ1_1e-07", "TSA_1e-06"], {"JQ1@1e-06", "JQ1@1e-07", "TSA@1e-06"}),
+    ("drug", ["10uM_JQ1", "1uM_JQ1", "1uM_TSA"], {"JQ1@10", "JQ1@1", "TSA@1"}),
+    ("drug", ["JQ1, 10 uM", "JQ1, 1 uM"], {"JQ1@10", "JQ1@1"}),
+    ("drug", ["Erlotinib10uM", "Erlotinib1uM"], {"Erlotinib@10", "Erlotinib@1"}),
+    ("drug", ["JQ1__10uM", "JQ1__1uM", "TSA__1uM"], {"JQ1@10", "JQ1@1", "TSA@1"}),
     ("drug", ["JQ1@low", "JQ1@high", "TSA@low", "TSA@high"], {"JQ1", "TSA"}),
     ("drug", ["PD-0325901-24h", "PD-0325901-48h"], {"PD-0325901"}),
     ("drug", ["JQ1_day3", "JQ1_day5"], {"JQ1"}),
@@ -472,6 +481,11 @@ def test_a_cell_line_within_the_labels_is_told(form: str) -> None:
     assert set(found) == {CONTROL, *drugs}
 
 
+def test_doses_that_cannot_be_read_are_no_line_to_copy() -> None:
+    with pytest.raises(InputError, match=r"give doses and times columns of their own \(perturbation\.dose"):
+        drugs_told_of(["JQ1_-2", "JQ1_-1", "TSA_-2", "TSA_-1"])
+
+
 DRUGS = (
     "AG-490", "AG-14361", "PD-0325901", "PD-98059", "PD98059", "5-FU", "SB203580", "SB 202190", "Vitamin D3", "Vitamin D2", "17-AAG", "JQ1", "BMS-754807",
     "BMS-536924", "BMS-911543", "Valproic acid", "Retinoic acid", "Sodium butyrate", "IL-2", "IL-4", "TNF-alpha", "1,25-dihydroxyvitamin D3",
@@ -491,12 +505,12 @@ def test_names_of_drugs_raise_no_alarm_of_any_kind() -> None:
     assert not warnings
 
 
-def test_names_of_genes_and_loci_raise_no_alarm_but_for_an_id_beside_a_symbol() -> None:
+def test_names_of_genes_and_loci_raise_no_alarm_but_for_what_stands_beside_a_symbol() -> None:
     warnings: list[str] = []
     obs = pd.DataFrame({"perturbation": ["control", *GENE_LABELS]})
     told = doubtful_labels(obs, dataset_block(), NO_GENES, SCREEN, warnings)
     assert told == {"looks_like_control": {}, "not_split": {}}
-    assert [text.split(":")[0] for text in warnings] == ["1 labels hold a gene's symbol and more, so none finds its gene"]
+    assert [text.split(":")[0] for text in warnings] == ["4 labels hold a gene's symbol and more, so none finds its gene"]
 
 
 def test_a_symbol_in_other_letters_is_its_gene_and_no_perturbation_of_its_own() -> None:

@@ -19,10 +19,12 @@ ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?")
 GUIDE = re.compile(r"(?:p-)?(?:sg)?(?P<gene>.+?)(?:[._-]?(?:sg|g|guide)[._-]?|[._-])\d+")
 
 # What stands around a gene's symbol where a label is of a guide (sgKLF1-1, KLF1_+_123.45-P1P2, KLF1_ACGT...), a promoter, an id or a method.
-_BEFORE = re.compile(r"^(?:p[-_])?(?:sgRNA|gRNA|sg|si|sh|cr|g)[-_.]?(?=\w)")
+_BEFORE = re.compile(r"^(?:p[-_])?(?:(?:sgRNA|gRNA|sg|si|sh|cr|g)[-_.]?|(?i:CRISPR(?:i|a|ko)?|KO|KD|OE)[-_ ]|\d+[-_])(?=\w)")
+_METHOD = r"KO|KD|OE|CRISPR(?:i|a|ko)|knock[-_ ]?(?:out|down)|activation|repression|overexpression|deletion|mutant"
+_PART = r"guide|sgRNA|gRNA|crRNA|spacer|exon|ex|site|pos|cut|tile|clone|rep|replicate|target"
 _AFTER = re.compile(
-    r"(?:[-_. ]?(?:sgRNA|gRNA|sg|g|guide)[-_. ]?\d+|[-_. ](?:\d+|(?:P\d+)+|[A-Z]|[ACGT]{17,}|TSS\d*)|[-_][-+][-_]\d+\.\d+"
-    r"|[-_. ]?(?i:KO|KD|OE|CRISPR(?:i|a|ko))|[-_. |:(]+ENS[A-Z]*G\d{11}(?:\.\d+)?\)?)$"
+    r"(?:[-_. ]?(?:sgRNA|gRNA|sg|g|guide)[-_. ]?\d+|[-_. :#](?:\d+|(?:P\d+)+|[A-Za-z]|[ACGT]{17,}|TSS\d*)|[-_][-+][-_]\d+\.\d+"
+    rf"|[-_. ]?(?i:{_METHOD})\d*|[-_. ](?i:{_PART})[-_ ]?(?:\d+|[A-Za-z])|-/-|[-_. |:(]+ENS[A-Z]*G\d{{11}}(?:\.\d+)?\)?)$"
 )
 
 # Two letters are words of many vocabularies (NA, KO, WT): they are no evidence of a gene that has another name today.

@@ -19,9 +19,14 @@ MOST_SHAPES = 6  # in one regular expression
 _UNIT = r"(?:(?:[fpnumµμ]?M|[pnumµμ]?g/[numµμ]?[lL]|[numµμ]?mol(?:/[lL])?|[fpnumµμ]?molar|[mu]?U/m[lL]|%))"
 _TIME = r"(?:h|hr|hrs|hours?|min|d|days?|wk|weeks?)"
 _LEVELS = ("low", "lo", "mid", "med", "medium", "high", "hi")
+_SIGN = r"[\s_@:|/,;-]*[\s_@:|/,;(-]"
 _TAIL = re.compile(
-    rf"(?P<stem>.*[^\s_@:|(-])(?P<sign>[\s_@:|-]|\s?\(|_\()"
-    rf"(?:(?P<number>{NUMBER})(?P<gap>[\s_-]?)(?:(?P<unit>{_UNIT})|(?P<time>{_TIME}))?|(?P<day>day|hour|week)[\s_-]?\d+|(?P<level>{'|'.join(_LEVELS)}))\)?",
+    rf"(?P<stem>.*?[^\s_@:|/,;(-])(?P<sign>{_SIGN}|(?<=[^\W\d_]{{5}})(?=[\d.]+\s?{_UNIT}$))(?:(?P<number>{NUMBER})(?P<gap>[\s_-]?)"
+    rf"(?:(?P<unit>{_UNIT})|(?P<time>{_TIME}))?|(?P<day>day|hour|week)[\s_-]?\d+|(?P<level>{'|'.join(_LEVELS)}))\)?",
+    re.IGNORECASE,
+)
+_HEAD = re.compile(
+    rf"(?P<number>{NUMBER})(?P<gap>[\s_-]?)(?:(?P<unit>{_UNIT})|(?P<time>{_TIME}))(?P<day>(?!))?(?P<level>(?!))?(?P<sign>{_SIGN})(?P<stem>.*\w.*)",
     re.IGNORECASE,
 )
 
@@ -67,12 +72,12 @@ def _shape(text: str) -> str:
         return re.escape(text[0]).replace(r"\-", "-") + "[ACGT]+"
     shape = re.sub(r"\d+", r"\\d+", re.escape(text).replace(r"\-", "-").replace(r"\ ", " "))
     shape = re.sub(r"^([-_])(?:\\\+|-)([-_])", r"\1[+-]\2", shape)
-    return re.sub(r"^([-_ .\\]*)[A-Z]$", r"\1[A-Z]", shape)
+    return re.sub(r"(?<=[-_ .:#])[A-Za-z]$", "[A-Za-z]", shape)
 
 
 def _found(name: str, pattern: str) -> str:
     match = re.search(pattern, name)
-    return name if match is None else next(group for group in match.groups() if group is not None)
+    return name if match is None else match.groupdict().get("member") or next(group for group in match.groups() if group is not None)
 
 
 def _gene_line(forms: Mapping[str, str], names: Iterable[str]) -> str:
@@ -80,7 +85,7 @@ def _gene_line(forms: Mapping[str, str], names: Iterable[str]) -> str:
     shapes: dict[str, int] = {}
     for name, gene in forms.items():
         before, _, after = name.partition(gene)
-        shape = f"^{re.escape(before)}(.+){_shape(after)}$".replace(r"\-", "-")
+        shape = f"^{_shape(before)}(.+){_shape(after)}$"
         shapes[shape] = max(len(after), shapes.get(shape, 0))
     pattern = "|".join(sorted(shapes, key=lambda shape: (-shapes[shape], shape)))
     if len(shapes) <= MOST_SHAPES and all(_found(name, pattern) == forms.get(name, name) for name in names):
@@ -112,10 +117,10 @@ def of_genes(names: Iterable[str], is_gene: Callable[[str], bool]) -> tuple[Vari
 
 
 def _tails(names: Iterable[str]) -> dict[str, dict[str, re.Match]]:
-    """Return stem → its names, each with what follows: a dose, a time, a level or a number."""
+    """Return stem → its names, each with what follows or stands before: a dose, a time, a level or a number."""
     found: dict[str, dict[str, re.Match]] = defaultdict(dict)
     for name in names:
-        if match := _TAIL.fullmatch(name):
+        if match := _TAIL.fullmatch(name) or _HEAD.fullmatch(name):
             found[match["stem"]][name] = match
     return found
 
@@ -145,7 +150,8 @@ def of_compounds(names: Iterable[str], *, are_genes: bool) -> Variants | None:
         if kind == "number":
             several, is_sure = _numbered(several, len(names))
         if several and (best is None or len(several) > len(best.stems)):
-            tails = {name: tail for of in of_kind.values() for name, tail in of.items() if kind != "number" or tail["stem"] in several}
+            numbers = {tail["number"] for of in several.values() for tail in of.values()}
+            tails = {name: tail for of in of_kind.values() for name, tail in of.items() if kind != "number" or tail["number"] in numbers}
             line = _line("guide" if kind == "number" and are_genes else kind, tails, names)
             words = {
                 "number": "guides of one gene" if are_genes else "one compound at several doses",
@@ -158,7 +164,7 @@ def of_compounds(names: Iterable[str], *, are_genes: bool) -> Variants | None:
 
 def _numbered(several: dict[str, dict[str, re.Match]], n_names: int) -> tuple[dict[str, dict[str, re.Match]], bool]:
     """Return the stems whose bare numbers are doses, and whether that is sure."""
-    decimal = {stem: of for stem, of in several.items() if any("." in tail["number"] for tail in of.values())}
+    decimal = {stem: of for stem, of in several.items() if any(re.search(r"[.e]", tail["number"]) for tail in of.values())}
     if decimal:
         return decimal, True
     stems_of: dict[str, set[str]] = defaultdict(set)
@@ -178,12 +184,16 @@ def _line(kind: str, tails: Mapping[str, re.Match], names: Iterable[str]) -> str
     signs = "|".join(re.escape(sign) for sign in sorted({tail["sign"] for tail in tails.values()}, key=len, reverse=True))
     signs = f"(?:{signs})" if "|" in signs else signs
     close = r"\)?" if any("(" in tail["sign"] for tail in tails.values()) else ""
+    is_head, is_logarithm = (
+        any(tail.re is _HEAD for tail in tails.values()),
+        any(re.fullmatch(r"[_@:|]-", tail["sign"]) for tail in tails.values()),
+    )
     gap = r"[\s_-]?" if any(tail["gap"] for tail in tails.values()) else ""
     if kind in ("dose", "number"):
         units = sorted({tail["unit"] for tail in tails.values() if tail["unit"]})
         unit = f"{gap}(?P<unit>{'|'.join(map(re.escape, units))})" if units else ""
         tail = rf"(?P<dose>[\d.]+(?:[eE][+-]?\d+)?){unit}"
-        pattern = rf"^(?P<member>.+?){signs}{tail}{close}$"
+        pattern = rf"^{tail}{signs}(?P<member>.+)$" if is_head else rf"^(?P<member>.+?){signs}{tail}{close}$"
     elif kind == "guide":
         pattern = rf"^(.+){signs}{NUMBER}$"
     elif kind == "level":
@@ -192,9 +202,9 @@ def _line(kind: str, tails: Mapping[str, re.Match], names: Iterable[str]) -> str
         words = sorted({tail["time"] or "" for tail in tails.values()} - {""})
         before = sorted({tail["day"] or "" for tail in tails.values()} - {""})
         forms = [rf"[\d.]+{gap}(?:{'|'.join(words)})"] * bool(words) + [rf"(?:{'|'.join(before)})[\s_-]?\d+"] * bool(before)
-        pattern = rf"^(.+){signs}(?:{'|'.join(forms)}){close}$"
+        pattern = rf"^(?:{'|'.join(forms)}){signs}(.+)$" if is_head else rf"^(.+){signs}(?:{'|'.join(forms)}){close}$"
     pattern = pattern.replace(r"\-", "-").replace(r"\ ", " ")
-    if any(_found(name, pattern) != (tails[name]["stem"] if name in tails else name) for name in names):
+    if is_logarithm or any(_found(name, pattern) != (tails[name]["stem"] if name in tails else name) for name in names):
         return "perturbation.rename, or give doses and times columns of their own (perturbation.dose, covariates.cell_type)"
     return _line_of(pattern)
 
@@ -270,9 +280,19 @@ def tell(n_cells: dict[str, int], dataset: dict, is_gene: Callable[[str], bool],
                 f"{path}: {found.sentence()}. Write {found.line}. If they are perturbations of their own, write {KEEP}.{other}"
             )
         warnings.append(f"{found.sentence()}. If they are one, write {found.line}.")
+    if are_genes:  # KRAS_G12D, KLF1_up: of that gene, but maybe on purpose
+        words = {
+            name: {word for word in re.split(r"[\s_:#|./()]+", name) if len(word) > 2 and is_gene(word)}
+            for name in names
+            if name not in forms
+        }
+        forms |= {name: min(of) for name, of in words.items() if len(of) == 1 and name not in of}
+        line = _gene_line(forms, names) if forms else ""
     if forms and not several:
         shown = ", ".join(f"'{name}' ({gene})" for name, gene in list(forms.items())[:8])
-        warnings.append(f"{len(forms):,} labels hold a gene's symbol and more, so none finds its gene: {shown}. Write {line}.")
+        warnings.append(
+            f"{len(forms):,} labels hold a gene's symbol and more, so none finds its gene: {shown}. If each is of that gene, write {line}."
+        )
     renamed = {*declared.get("rename", {}), *controls.names}
     pieces = {label: torn(label, separator) for label in n_cells if not is_chosen and label not in renamed}
     if apart := [label for label, parts in pieces.items() if set(parts) & set(names_in(label, declared))]:
