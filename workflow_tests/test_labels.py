@@ -434,6 +434,8 @@ VARIANTS = [
     ("drug", ["JQ1, 10 uM", "JQ1, 1 uM"], {"JQ1@10", "JQ1@1"}),
     ("drug", ["Erlotinib10uM", "Erlotinib1uM"], {"Erlotinib@10", "Erlotinib@1"}),
     ("drug", ["JQ1__10uM", "JQ1__1uM", "TSA__1uM"], {"JQ1@10", "JQ1@1", "TSA@1"}),
+    ("drug", ["JQ1_10uM_24h", "JQ1_10uM_48h", "JQ1_1uM_24h"], {"JQ1@10", "JQ1@1"}),
+    ("drug", ["JQ1_24h_10uM", "JQ1_48h_10uM", "JQ1_24h_1uM"], {"JQ1@10", "JQ1@1"}),
     ("drug", ["JQ1@low", "JQ1@high", "TSA@low", "TSA@high"], {"JQ1", "TSA"}),
     ("drug", ["PD-0325901-24h", "PD-0325901-48h"], {"PD-0325901"}),
     ("drug", ["JQ1_day3", "JQ1_day5"], {"JQ1"}),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from perturbflow.controls import NAMED, Controls, quoted
+from perturbflow.doses import parsed
 from perturbflow.symbols import approved_symbol, gene_within, human_symbols
 
 _SIGNS = (
@@ -168,7 +169,7 @@ def _recurring(parts: Iterable[list[str]]) -> set[str]:
     parts = list(parts)
     counted = Counter(part for of in parts for part in set(of))
     first, later = {of[0] for of in parts}, {part for of in parts for part in of[1:]}
-    again = {part for part, n in counted.items() if n > 1 and any(letter.isalpha() for letter in part)}
+    again = {part for part, n in counted.items() if n > 1 and any(letter.isalpha() for letter in part) and not parsed(part)}
     return again if again & first & later else set()
 
 

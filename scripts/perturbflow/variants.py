@@ -62,6 +62,9 @@ class Variants:
         )
 
 
+_START = "perturbation.pattern: '"
+
+
 def _line_of(pattern: str) -> str:
     return "perturbation.pattern: '{}'".format(pattern.replace("'", "''"))
 
@@ -158,8 +161,21 @@ def of_compounds(names: Iterable[str], *, are_genes: bool) -> Variants | None:
                 "dose": "one compound at several doses",
             }
             what = words.get(kind, f"one perturbation at several {kind}s")
+            stems_left = [tails[name]["stem"] if name in tails else name for name in names]
+            inner = of_compounds(dict.fromkeys(stems_left), are_genes=are_genes)
+            line = _nested(line, inner.line) if inner and inner.is_sure else line
             best = Variants(what, {stem: list(of) for stem, of in several.items()}, line, is_sure)
     return best
+
+
+def _nested(line: str, inner: str) -> str:
+    """Return the line that does what another one does to what this one finds: `JQ1_10uM_24h` has a time behind its dose."""
+    patterns = [text.removeprefix(_START).removesuffix("'") for text in (line, inner)]
+    if not (line.startswith(_START) and inner.startswith(_START)) or all("(?P<dose>" in pattern for pattern in patterns):
+        return line
+    outer, body = patterns[0], patterns[1].removeprefix("^").removesuffix("$")
+    member = "(?P<member>.+?)"
+    return _line_of(outer.replace(member, body.replace("(.+)", member)) if member in outer else outer.replace("(.+)", body))
 
 
 def _numbered(several: dict[str, dict[str, re.Match]], n_names: int) -> tuple[dict[str, dict[str, re.Match]], bool]:
