@@ -102,6 +102,8 @@ def test_a_kind_of_cells_that_lacks_a_perturbation_is_counted(one_line: tuple[Pr
     asked = {("mine", "b1", "unknown"), ("mine", "b1", "T cell")}
     assert places.words("TF1", asked) == " in 1 of the 2 kinds of cells that are asked"
     assert places.words("TF1", {("mine", "b3", "unknown")}) == " in other contexts"
+    assert places.words("TF1", {("mine", "b1", "unknown"), ("mine", "b2", "unknown")}) == " in 1 of the 2 batches that are asked"
+    assert places.words("TF2", {("mine", "b1", "unknown"), ("mine", "b2", "unknown")}) == ""
     assert not places.is_elsewhere("GENE1", {("mine", "b2", "unknown")}), "genes never perturbed rest on all of training"
     assert places.is_elsewhere("GENE1", {("other", "b2", "unknown")})
 

@@ -426,6 +426,14 @@ def test_what_the_screen_does_not_know_is_asked_back_in_one_message() -> None:
     assert expanded(["OLD@5", "DRUG@0.3"], ["DRUG@1", "OLD@10"], []) == ["OLD@5", "DRUG@0.3"], "a dose of a known drug"
 
 
+def test_doses_and_controls_of_a_question_are_read_as_elsewhere() -> None:
+    assert expanded(["KLF1+ctrl", "control+KLF1", "ctrl"], ["KLF1"], []) == ["KLF1", "control"]
+    with pytest.raises(InputError, match=r"'A@10uM' \(did you mean A@10\? a dose is a number in the unit of the screen"):
+        expanded(["A@10uM"], ["A@1", "A@10"], [])
+    with pytest.raises(InputError, match=r"'KLF1@10': this screen has no doses"):
+        expanded(["KLF1@10"], ["KLF1"], [])
+
+
 def test_many_perturbations_keep_their_strongest_genes(asked: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("perturbflow.counterfactuals.answers.MANY", 3)
     monkeypatch.setattr("perturbflow.counterfactuals.answers.GENES_OF_MANY", 5)

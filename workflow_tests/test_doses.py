@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_closed_forms import N_GENES, error, make_training
 
-from perturbflow.annotation import canonical_labels, gene_table
+from perturbflow.annotation import canonical_labels, doubtful_labels, gene_table
 from perturbflow.doses import doses_in, parsed
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
@@ -51,7 +51,9 @@ def read(labels: list[str], doses: list | None = None, **declared: object) -> tu
         (["KLF1+MAP2K6", "KLF1"], [10, 3.5], ["KLF1@10+MAP2K6@10", "KLF1@3.5"], ""),
         (["B+A", "A+ctrl", "ctrl+A", "ctrl"], ["1+10", "1+1", "5", "1"], ["A@10+B@1", "A@1", "A@5", "control"], ""),
         (["B+A", "B+A", "B+A", "B+A"], ["1|10", "1_10", "1 10", "1/10"], ["A@10+B@1"] * 4, ""),
-        (["B+A", "A+A"], ["0.1 uM+10 nM", "1 nM;20 nM"], ["A@0.01+B@0.1", "A@0.001+A@0.02"], "uM"),
+        (["B+A", "B+A"], ["0.1 uM+10 nM", "1 nM;20 nM"], ["A@0.01+B@0.1", "A@0.02+B@0.001"], "uM"),
+        (["B+A"] * 5, ["(10.0, 1.0)", "10:1", "10 & 1", "10 and 1", "[10, 1]"], ["A@1+B@10"] * 5, ""),
+        (["A", "A", "A", "A+A"], ["10_uM", "10-uM", "10 (uM)", "10 uM"], ["A@10"] * 4, "uM"),
         (["A", "B"], ["10uM", "10 µM"], ["A@10", "B@10"], "uM"),
         (["A", "B", "C"], ["10 μM", "0.1 nM", "1e-3 mM"], ["A@10", "B@0.0001", "C@1"], "uM"),
         (["A", "B"], ["10 nM", "2 nmol/L"], ["A@10", "B@2"], "nM"),
@@ -76,6 +78,8 @@ def test_doses_go_with_their_members_through_pattern_and_rename() -> None:
         ("[('Drug (A)', 0.05, 'uM')]", "Drug (A)@0.05"), ("[('DMSO_TF', 0.0, 'uM')]", "control"), ("('A', 5)", "A@5"),
         ("[('B', 5.0, 'uM'), ('A', 500.0, 'nM')]", "A@0.5+B@5"), ("[('A', 1.0, 'uM'), ('DMSO_TF', 0.0, 'uM')]", "A@1"),
         ("A@10uM", "A@10"), ("A@10.0 uM+B@2uM", "A@10+B@2"), ("(1,2)-DICHLORO", "(1,2)-DICHLORO"), ("[('A', [1], 'uM')", "[('A', [1], 'uM')"),
+        ("[('A', np.float64(0.05), 'uM')]", "A@0.05"), ("[['A', 0.05, 'uM'], ['B', 1, 'uM']]", "A@0.05+B@1"), ("[('A', nan, 'uM')]", "A"),
+        ("{'drug': 'A', 'dose': 0.5, 'unit': 'uM'}", "A@0.5"), ("['B', 'A', 'C']", "A+B+C"), ("{'B', 'A'}", "A+B"), ("('B', 'A')", "A+B"),
     ],
 )  # fmt: skip
 def test_labels_that_hold_the_dose_are_read_as_they_are(label: str, becomes: str) -> None:
@@ -100,11 +104,38 @@ def test_a_pattern_finds_members_doses_and_units() -> None:
         (["A", "B"], ["5", "6 uM"], r"several units.*\(none\), uM"),
         (["A@5"], [5], r"gives the dose '5\.0' to the label 'A@5', which holds a dose itself"),
         (["A"], ["inf"], r"holds 'inf', which is no dose"),
+        (["A+B"], ["1,5"], r"gives the dose '1,5' to the label 'A\+B': two doses, or one with a decimal comma\? Write 1\+5 or 1\.5"),
+        (["A+ctrl"], ["1,000"], r"decimal comma"),
+        (["A+A"], ["1+10"], r"several doses, '1\+10', to 'A' in the label 'A\+A'.*add \"A\+A\" to perturbation\.drop"),
     ],
 )  # fmt: skip
 def test_a_dose_that_cannot_be_read_is_refused(labels: list[str], doses: list, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(labels, doses)
+
+
+def told_of(labels: list[str], doses: list, units: list, dose: str | list[str] = "dose_value") -> tuple[list, list[str]]:
+    """Return what labels become beside a column of units, and the warnings."""
+    obs, warnings = pd.DataFrame({"label": ["control", *labels], "dose_value": [0.0, *doses], "dose_unit": [None, *units]}), []
+    block = dataset_block(perturbation={"column": "label", "control": ["control"], "dose": dose}, perturbation_type="drug")
+    doubtful_labels(obs, block, NO_GENES, Path("screen.h5ad"), warnings)
+    return canonical_labels(obs, block, NO_GENES, Path("screen.h5ad")).tolist()[1:], warnings
+
+
+def test_a_number_and_its_unit_are_read_from_two_columns() -> None:
+    labels, doses, units = ["A", "A", "B"], [10, 10, 1], ["nM", "uM", "uM"]
+    with pytest.raises(InputError, match=r"gives 'A' the dose 10\.0, and obs\['dose_unit'\] says nM, uM.*dose: \[dose_value, dose_unit\]"):
+        told_of(labels, doses, units)
+    assert told_of(labels, doses, units, ["dose_value", "dose_unit"]) == (["A@0.01", "A@10", "B@1"], [])
+    found, warnings = told_of(["A", "A", "B"], [10, 1, 1], ["nM", "nM", "uM"])
+    assert found == ["A@10", "A@1", "B@1"]
+    assert len(warnings) == 1
+    assert "write perturbation.dose: [dose_value, dose_unit]" in warnings[0]
+
+
+@pytest.mark.parametrize("units", [["nM"] * 3, [None, "nM", "nM"], ["cells", "wells", "cells"]])
+def test_a_column_of_units_that_tells_no_dose_apart_is_no_obstacle(units: list) -> None:
+    assert told_of(["A", "A", "B"], [10, 10, 1], units) == (["A@10", "A@10", "B@1"], [])
 
 
 def test_dose_zero_and_no_dose_are_counted_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +174,7 @@ def test_a_member_at_a_dose_is_read_back(name: str, amount: float, unit: str) ->
 
 
 @given(
-    members=st.lists(st.tuples(names, amounts), min_size=2, max_size=4, unique_by=lambda pair: pair[0]), between=st.sampled_from("+,;|_/ ")
+    members=st.lists(st.tuples(names, amounts), min_size=2, max_size=4, unique_by=lambda pair: pair[0]), between=st.sampled_from("+;|_/ :&")
 )
 @settings(deadline=None)
 def test_each_member_keeps_its_dose_whatever_the_order(members: list[tuple[str, float]], between: str) -> None:

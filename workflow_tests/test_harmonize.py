@@ -542,3 +542,11 @@ def test_a_real_screen_with_ensembl_ids_and_unassigned_cells(harmonized_from: Ca
     assert result.account["cells"]["dropped"]["unassigned"] == 58620
     assert result.adata.var["gene_id"].str.startswith("ENSG").mean() > 0.9
     assert_the_account_adds_up(result)
+
+
+def test_an_index_that_is_called_as_a_column_loses_its_name(harmonized_from: Callable, tiny_screen: Callable) -> None:
+    screen = tiny_screen()
+    screen.obs.index.name = "batch"
+    obs = harmonized_from(screen).adata.obs
+    assert obs.index.name != "batch"
+    assert obs.groupby("batch", observed=True).size().sum() == len(obs)

@@ -30,6 +30,7 @@ ORDER = (
         "unassigned",
         "separators",
         "doses",
+        "variants",
         "organism",
         "naming",
         "annotation",

@@ -101,6 +101,7 @@ def test_labels_of_a_registered_screen_raise_no_false_alarm(name: str, harmonize
     told = harmonized_screen(name).account["perturbations"]
     assert told["not_split"] == {}
     assert told["looks_like_control"] == {}
+    assert not [text for text in harmonized_screen(name).account["warnings"] if "label" in text or "perturbation" in text]
 
 
 @pytest.mark.parametrize("name", FIXTURES)

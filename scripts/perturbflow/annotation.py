@@ -2,24 +2,38 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from perturbflow import variants
 from perturbflow.controls import Controls, counted, declaration, look_alikes, warning
-from perturbflow.doses import Member, Scale, members_in, names_in, tell, with_doses
+from perturbflow.doses import UNKNOWN_DOSE, Member, Scale, is_unit, members_in, names_in, parsed, tell, with_doses
 from perturbflow.errors import InputError
 from perturbflow.naming import gene_names
 from perturbflow.organism import names_now
-from perturbflow.separators import Unsplit, unsplit
-from perturbflow.symbols import CONTROL, ENSEMBL_ID, SEPARATOR, approved_symbol, candidates, human_symbols, label_of, members_of
+from perturbflow.separators import Unsplit, another_name, torn, unsplit
+from perturbflow.symbols import (
+    CONTROL,
+    ENSEMBL_ID,
+    SEPARATOR,
+    approved_symbol,
+    candidates,
+    human_symbols,
+    in_other_letters,
+    label_of,
+    members_of,
+)
 from perturbflow.unassigned import message, no_genes, unassigned_labels
 
 logger = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
+CONTEXT_COLUMN = re.compile(r"cell|line|donor|patient|tissue|context|sample", re.IGNORECASE)
+MOST_CONTEXTS = 100  # a column of more values is of barcodes
 SCHEMA_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
     "total_counts", "n_genes_by_counts", "pct_counts_mt",
@@ -133,8 +147,8 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     if dataset["perturbation_type"] == "drug":
         organism, measured = "", {}
 
-    dose = as_text(column_of(obs, declared["dose"], "perturbation.dose", path)) if "dose" in declared else None
-    where = f"{path}: obs['{declared['column' if dose is None else 'dose']}']"
+    dose = _dose(obs, declared, path)
+    where = f"{path}: obs['{declared['column'] if dose is None else _columns(declared['dose'])[0]}']"
 
     def members_of_label(label: str, amount: str) -> list[Member] | None:
         if label in unassigned:
@@ -145,16 +159,15 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
         # A combination with an unassigned member ("A+nan") is no single perturbation either.
         if unassigned & {name for name, _ in members if name}:
             return None
-        if any(SEPARATOR in name for name, _ in members):
-            raise InputError(
-                f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here, but "
-                f"perturbation.separator is {declared['separator']!r}. Set it to '{SEPARATOR}', or give the label another name with "
-                "perturbation.rename."
-            )
+        if plus := next((name for name, _ in members if SEPARATOR in name), None):
+            raise InputError(_holds_plus(label, plus, declared, path))
         return with_doses(members, amount, {CONTROL}, label, declared["separator"], where)
 
     codes, texts = _label_and_dose(text, dose)
     named = [members_of_label(*both) for both in texts]
+    if organism == "human":
+        others = {name for members in named for name, _ in members or []} - set(measured) - human_symbols().approved
+        measured |= {name: measured.get(gene, gene) for name in others if (gene := in_other_letters(name)) and not control.resembles(name)}
     scale = Scale.of((amount for members in named for _, amount in members or []), where)
     canonical = [label_of(map(scale.member, members or []), (), organism, measured) or None for members in named]
     tell(canonical, np.bincount(codes[codes >= 0], minlength=len(canonical)), path, is_declared=dose is not None)
@@ -173,6 +186,59 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     return labels
 
 
+def _columns(declared: str | list[str]) -> list[str]:
+    return [declared] if isinstance(declared, str) else declared
+
+
+def _dose(obs: pd.DataFrame, declared: dict, path: Path) -> pd.Categorical | None:
+    """Return the doses of cells as they are written: of one column, or of a number and its unit; None where none is declared."""
+    if "dose" not in declared:
+        return None
+    columns = _columns(declared["dose"])
+    texts = [as_text(column_of(obs, column, "perturbation.dose", path)) for column in columns]
+    if len(texts) == 1:
+        return texts[0]
+    known = [texts[1].isin([unit for unit in texts[1].categories if unit.lower() not in UNKNOWN_DOSE])]
+    joined = [f"{number} {unit if has_unit else ''}".strip() for number, unit, has_unit in zip(*texts, *known, strict=True)]
+    return pd.Categorical(pd.Series(joined, dtype=object).where(texts[0].codes >= 0))
+
+
+def _tell_units(obs: pd.DataFrame, declared: dict, path: Path, warnings: list[str]) -> None:
+    """Warn where a column beside the dose holds several units, and raise InputError where a label has one number in several of them."""
+    if not isinstance(column := declared.get("dose"), str):
+        return
+    dose, labels = as_text(column_of(obs, column, "perturbation.dose", path)), as_text(obs[declared["column"]])
+    numbers = [text for text in dose.categories if (found := parsed(text)) and found[0] > 0 and not found[1]]
+    for name in obs:
+        if name == column or "unit" not in str(name).lower():
+            continue
+        unit = as_text(obs[name])
+        units = [text for text in unit.categories if text.lower() not in UNKNOWN_DOSE]
+        if len(units) < 2 or not all(map(is_unit, units)):
+            continue
+        cells = pd.DataFrame({"label": labels, "dose": dose, "unit": unit}).astype(object).drop_duplicates().dropna()
+        cells = cells[cells["dose"].isin(numbers) & cells["unit"].isin(units)]
+        fix = f"write perturbation.dose: [{column}, {name}]"
+        for (label, amount), of in cells.groupby(["label", "dose"])["unit"]:
+            if len(of) > 1:
+                raise InputError(
+                    f"{path}: obs['{column}'] gives '{label}' the dose {amount}, and obs['{name}'] says {', '.join(of)}: two doses would be "
+                    f"one. To read both, {fix}."
+                )
+        if len(set(cells["unit"])) > 1:
+            warnings.append(
+                f"obs['{name}'] holds {', '.join(units)}, and the doses of obs['{column}'] are taken as they are. To read both, {fix}."
+            )
+
+
+def _holds_plus(label: str, name: str, declared: dict, path: Path) -> str:
+    """Return the message on a name that holds the sign of combinations, with the fix."""
+    fix = f"give it another name: {another_name([name], SEPARATOR)}"
+    if declared["separator"] != SEPARATOR and not torn(name, SEPARATOR):
+        fix += f". If it is a combination, set perturbation.separator: '{SEPARATOR}'"
+    return f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here. If it is one name, {fix}."
+
+
 def cells_of_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> dict[str, int]:
     """Return label as in the file → cells, most cells first, without the labels of cells that have no assigned perturbation."""
     declared = dataset["perturbation"]
@@ -180,39 +246,96 @@ def cells_of_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> dict[str, i
     return {label: int(n) for label, n in n_cells.items() if n and label not in declared["drop"]}
 
 
-def doubtful_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> dict[str, dict[str, int]]:
+def doubtful_labels(
+    obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path, warnings: list[str] | None = None
+) -> dict[str, dict[str, int]]:
     """Return what a block may have missed: labels that look like controls, frequent ones that are no gene, and combinations that are not split.
 
-    Each with its cells; all are told and stay as they are.
+    Each with its cells; all are told and stay as they are. What else is likely wrong goes to `warnings`.
 
     Raises
     ------
     InputError
-        If labels say that cells have no single known perturbation (unassigned, doublet): they would pass for perturbations. And if the separator is
-        wrong: as A|B that is not split, a held-out gene would train within a combination. Where it is null, or a pattern finds the members, that was
-        chosen, and it is told only.
+        If labels say that cells have no single known perturbation (unassigned, doublet): they would pass for perturbations. If the separator is
+        wrong: as A|B that is not split, a held-out gene would train within a combination. Or if several labels are of one gene or compound.
+        Where the separator is null, or a pattern finds the members, that was chosen, and it is told only.
     """
-    declared = dataset["perturbation"]
+    declared, told = dataset["perturbation"], [] if warnings is None else warnings
     is_drug, n_cells = dataset["perturbation_type"] == "drug", cells_of_labels(obs, dataset, path)
-    names: set[str] = set() if is_drug else {*genes["original_name"], *genes["gene_name"], *genes["gene_id"]} - {""}
+    names = set() if is_drug else {*names_now(genes, dataset["organism"]), *genes["gene_name"]} - {""}
+    is_human = dataset["organism"] == "human" and not is_drug
+    controls = Controls.of(declared)
 
     def members(label: str) -> list[str]:
         return names_in(label, declared)
 
-    controls = Controls.of(declared)
+    named = names | set(genes["original_name"]) | set(genes["gene_id"])
     meant = {*declared["drop"], *declared.get("rename", {})}
-    assigned = {label: n for label, n in n_cells.items() if label not in meant and not set(declared["drop"]) & set(members(label))}
-    if words := unassigned_labels(assigned, controls, members, names):
+    whole = [label for label in n_cells if label not in meant and not torn(label, declared["separator"])]
+    assigned = {label: n_cells[label] for label in whole if not set(declared["drop"]) & set(members(label))}
+    if words := unassigned_labels(assigned, controls, members, named):
         raise InputError(f"{path}: {message(words, declared['drop'])}")
-    combined = unsplit(n_cells, declared, members, names, is_human=dataset["organism"] == "human" and not is_drug)
+
+    def is_gene(name: str) -> bool:
+        is_symbol = name in human_symbols().approved or approved_symbol(name) != name or in_other_letters(name)
+        return name in names or (is_human and bool(is_symbol) and not controls.resembles(name))
+
+    combined = unsplit(n_cells, declared, members, names, is_human=is_human)
     if combined:
         _tell_combinations(combined, declared, path)
     left = {label: n for label, n in n_cells.items() if not combined or label not in combined.labels}
+    variants.tell(left, dataset, is_gene, path, told)
+    _tell_contexts(obs, dataset, is_gene, path)
+    _tell_units(obs, declared, path, told)
     alike = look_alikes(left, controls, members, is_drug=is_drug)
+    cells = Counter(
+        {name: n for label, n in left.items() if label not in controls for name in members(label) if name and name not in controls}
+    )
+
+    def is_name(part: str) -> bool:
+        return is_gene(part) or part in cells
+
+    joined = {name: n for name, n in cells.items() if not is_gene(name) and controls.joined(name, is_name, is_drug=is_drug)}
+    alike = {name: n for name, n in alike.items() if name not in joined}
+    if joined:
+        told.append(
+            f"{len(joined):,} labels join a control and another name (cells): {counted(joined)}. They stay perturbations. If they are "
+            "combinations with a control, set perturbation.separator to the sign between the two; if they are controls, list them in "
+            "perturbation.control."
+        )
     if alike:
         logger.warning("%s: %s", path, warning(alike, declared.get("control", [])))
-    others = {} if is_drug else {name: n for name, n in no_genes(left, controls, members, names).items() if name not in alike}
+    vehicle = next((name for name in controls.names if re.match(r"dmso|veh|pbs|solvent", name, re.IGNORECASE)), None)
+    if dataset["perturbation_type"] == "unknown" and ("dose" in declared or vehicle):
+        sign = "perturbation.dose is declared" if "dose" in declared else f"the control is {vehicle}"
+        told.append(f"{sign}, and labels are read as genes. If they are compounds, set perturbation_type: drug; THC is no gene WAS then.")
+    others = {} if is_drug else {name: n for name, n in no_genes(left, controls, members, named).items() if name not in alike}
     return {"looks_like_control": alike, "no_gene": others, "not_split": combined.labels if combined else {}}
+
+
+def _tell_contexts(obs: pd.DataFrame, dataset: dict, is_gene: Callable[[str], bool], path: Path) -> None:
+    """Raise InputError where the cell line, or another context that a column holds, stands in the labels: A549_JQ1 beside K562_JQ1."""
+    declared, controls = dataset["perturbation"], Controls.of(dataset["perturbation"])
+    if variants.KEEP.endswith(f"'{declared.get('pattern')}'"):
+        return
+    for column in obs:
+        if column == declared["column"] or not CONTEXT_COLUMN.search(str(column)) or not 2 <= obs[column].nunique() <= MOST_CONTEXTS:
+            continue
+        cells = pd.DataFrame({"label": as_text(obs[declared["column"]]), "context": as_text(obs[column])}).drop_duplicates().dropna()
+        contexts = set(cells["context"])
+        if any(len(context) < 2 or is_gene(context) for context in contexts):
+            continue
+        pairs = {
+            (name, context) for label, context in cells.itertuples(index=False) if label not in controls and label not in declared["drop"]
+            for name in names_in(label, declared) if name and name not in controls and not controls.resembles(name)
+        }  # fmt: skip
+        several, line = variants.of_contexts(pairs, declared.get("pattern"))
+        if several:
+            shown = "; ".join(", ".join(map(repr, names[:3])) for names in list(several.values())[:3])
+            raise InputError(
+                f"{path}: labels hold obs['{column}'] too: {shown}. Each would be a perturbation of its own, one held out while another of the "
+                f"same trains. Write {line} and covariates.cell_type: {column}. If they are perturbations of their own, write {variants.KEEP}."
+            )
 
 
 def _tell_combinations(combined: Unsplit, declared: dict, path: Path) -> None:
@@ -278,6 +401,8 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
         while kept_as in (*SCHEMA_OBS, "_index") or (kept_as != column and kept_as in source):
             kept_as = f"source_{kept_as}"
         obs[kept_as] = as_text(values) if values.dtype == object or isinstance(values.dtype, pd.StringDtype) else values.array
+    if obs.index.name in obs:
+        obs.index.name = None  # a name of a column is none of the index too
     return obs
 
 

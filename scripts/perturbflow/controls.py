@@ -8,24 +8,46 @@ from dataclasses import dataclass
 from perturbflow.symbols import CONTROL, GUIDE, human_symbols
 
 # What may stand before a control's name: a guide's or a library's mark.
-_PREFIX = r"(?:(?:p|px|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
+_PREFIX = (
+    r"(?:[mh][\W_]+|(?:p|px|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
+)
+_CONTROL = r"(?:ctrl|ctl|control|cntl|contrl|contr)s?"
 # Names that mean a control whatever follows them.
 _NAMES = "|".join(
     (
-        r"non[\W_]*(?:target|human[\W_]*target|silenc|cutting|edit|infect|transduc|transfect|treat|perturb|stimulat)[a-z]*",
-        r"no[\W_]*(?:target|guide|gRNA|sgRNA|site|perturb|treat|transduc|drug|stim)[a-z]*", r"neg(?:ative)?[\W_]*(?:ctrl|ctl|control|con|guide)s?",
-        r"safe[\W_]*(?:target|harbou?r|cut)[a-z]*", r"scrambled?", r"(?:inter|non)genic(?:[\W_]*(?:site|region))?", r"olfactory[\W_]*receptor",
-        r"(?:untreat|unperturb|untransduc|untransfect|uninfect|unstimulat|unedit|unmodifi)(?:ed)?", r"(?:ctrl|ctl|control)s?", r"aavs[\W_]*1",
-        r"(?:gt[\W_]*)?rosa[\W_]*26", r"[fr]?luciferase", r"lac[\W_]*z", r"gal[\W_]*4", r"[et]?[gry]fp", r"[et]?bfp2?", r"mcherry",
-        r"empty(?:[\W_]*(?:vector|plasmid|guide|control))?", r"backbone", r"dmso", r"vehicles?", r"placebo", r"mock", r"parental",
-        r"wild[\W_]*types?", r"pbs", r"solvent",
+        r"non[\W_]*(?:target|human[\W_]*target|silenc|cut|edit|infect|transduc|transfect|treat|perturb|stimulat|gene(?!sis))[a-z]*",
+        r"no[\W_]*(?:target|guide|gRNA|sgRNA|site|perturb|treat|transduc|drug|stim|cut|crispr|cas9|virus)[a-z]*",
+        rf"neg(?:ative)?[\W_]*(?:{_CONTROL}|con|guide)s?", rf"ntc?[\W_]*(?:{_CONTROL}|sgrnas?|grnas?|guides?)",
+        r"safe[\W_]*(?:target|harbou?r|cut|guide|site|region)[a-z]*", r"scram(?:bled?)?", r"(?:inter|non)genic(?:[\W_]*(?:site|region))?",
+        r"(?:untreat|unperturb|untransduc|untransfect|uninfect|unstimulat|unedit|unmodifi|untarget)(?:ed)?", _CONTROL, r"aavs(?:[\W_]*1)?",
+        r"(?:gt[\W_]*|h)?rosa(?:[\W_]*26)?", r"[fr]?luciferase", r"h?renilla", r"lac[\W_]*z", r"gal[\W_]*4", r"[et]?[gry]fp", r"[et]?bfp2?",
+        r"m?tag[\W_]*[bgry]fp2?", r"(?:td|m)[\W_]*tomato2?", r"mcherry",
+        r"ds[\W_]*red2?", r"zs[\W_]*green1?", r"m[\W_]*neon[\W_]*green", r"irfp\d*", r"gene[\W_]*deserts?", r"n[\W_]*ctrl",
+        r"olfactory[\W_]*receptor", rf"ef1a[\W_]*{_CONTROL}", r"mock(?:infected|transduced|transfected|treated)?", r"parental",
+        r"(?:empty(?:[\W_]*(?:vector|plasmid|guide|control))?|vector|backbone)", r"dmso", r"veh(?:icle)?s?", r"placebo",
+        r"wild[\W_]*types?", r"pbs", r"solvent", r"h2o", r"saline", r"d?cas(?:9|12a?|13d?)[\W_]*(?:only|alone)",
     )
 )  # fmt: skip
-# Short words are parts of many names: only numbers and letters of guides may follow.
-_SHORT = r"ntc?|nc|wt|neg|scr|ctr|ev|[fr]?luc2?"
+# Words that other names begin with: only numbers and letters of guides may follow.
+_WORDS = (
+    r"safe|dummy|random|neutral|inert|irrelevant|decoy|unstim|uninf|resting|baseline|water|medium|media|sham|blank|isotype|reference|bystander"
+    r"|filler|desert|negative[\W_]*\d+|d?cas9"
+)
+# Words that are symbols of genes in capitals alone.
+MIXED = ("rest", "Rest", "cntrl", "Cntrl")
+# Short words are parts of symbols too.
+_SHORT = r"ntc?|nc|wt|unt?|ut|rand|con|neg|scr|ctr|ev|[fnr]?luc2?|h[fnr]luc2?"
 _NUMBERS = r"(?:[\W_]*(?:(?:sg|g|guide)[\W_]*)?\d+(?!\d)|[\W_]+[a-z](?![a-z]))*[\W_]*"
-NAMED = re.compile(rf"{_PREFIX}(?:{_NAMES})(?:[\W_\d].*|(?:guide|grna|sgrna|control|ctrl|cell|g\d).*)?", re.IGNORECASE)
+NAMED = re.compile(
+    rf"{_PREFIX}(?:(?:{_NAMES})(?:[\W_\d].*|(?:guide|grna|sgrna|control|ctrl|cell|g\d).*)?|(?:{_WORDS}){_NUMBERS})", re.IGNORECASE
+)
 SHORT = re.compile(rf"{_PREFIX}(?:{_SHORT}){_NUMBERS}", re.IGNORECASE)
+# What may follow the name of a control without making a treatment of it.
+_QUALIFIERS = re.compile(
+    rf"(?:{_CONTROL}|guides?|grnas?|sgrnas?|cells?|sites?|regions?|human|mouse|rep(?:licate)?|lane|batch|plate|pool|well|day|hours?|time|only|mod"
+    r"|vector|plasmid|vehicle|untreated|treated|[a-z]{1,3}|[a-z]{0,4}\d+[a-z\d]*|\d+[a-z]*)",
+    re.IGNORECASE,
+)
 SHOWN = 8
 
 
@@ -46,8 +68,11 @@ class Controls:
 
     @classmethod
     def of(cls, declared: Mapping) -> "Controls":
-        """Read `control` and `control_pattern` of a block's `perturbation`."""
+        """Read `control` and `control_pattern` of a block's `perturbation`; of `0|0` under the separator `|`, the member 0 is a control."""
         names = {CONTROL, *declared.get("control", [])}
+        if separator := declared.get("separator"):
+            parts = [{part.strip() for part in name.split(separator)} - {""} for name in names if separator in name]
+            names |= {part for of in parts if len(of) == 1 for part in of}
         # A column of whole numbers in which some are missing holds 6.0 where 6 is meant.
         names |= {f"{name}.0" for name in names if name.isdigit()}
         pattern = declared.get("control_pattern")
@@ -63,12 +88,30 @@ class Controls:
         It does by the field's names for controls, and where it is a declared one in other letters, or starts with one and goes on
         with a separator or a digit. A gene's approved symbol (NT5E, WT1) does not, but for the few that name a control.
         """
-        if NAMED.fullmatch(text):
+        if NAMED.fullmatch(text) or text in MIXED:
             return True
         guide = GUIDE.fullmatch(text)
         if {text.upper(), guide["gene"].upper() if guide else ""} & human_symbols().approved:
             return False
         return (not is_drug and SHORT.fullmatch(text) is not None) or any(_is_form(text, name) for name in self.names)
+
+    def joined(self, text: str, is_name: Callable[[str], bool], *, is_drug: bool = False) -> str | None:
+        """Return the perturbation that a label joins to the name of a control (ctrl_KLF1, Erlotinib-DMSO); None where it joins none.
+
+        It is what `is_name` knows. Of drugs it is any word beside a declared control that says nothing of controls (rep, lane, 24h).
+        """
+        for sign in re.finditer(r"[\W_]+", text):
+            halves = text[: sign.start()], text[sign.end() :]
+            for control, other in (halves, halves[::-1]):
+                if (
+                    (control in self or self.resembles(control, is_drug=is_drug))
+                    and other not in self
+                    and not self.resembles(other, is_drug=is_drug)
+                ):
+                    words = [word for word in re.split(r"[\W_]+", other) if word]
+                    if is_name(other) or (is_drug and control in self and words and not all(map(_QUALIFIERS.fullmatch, words))):
+                        return other
+        return None
 
 
 def _plain(text: str) -> str:

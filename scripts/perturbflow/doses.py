@@ -16,12 +16,16 @@ from perturbflow.symbols import CONTROL, DOSE_SIGN, at_dose, members_of, without
 logger = logging.getLogger(__name__)
 
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-DOSE = re.compile(rf"\s*({NUMBER})\s*([^\W\d_][^\W\d_%/·. ]*(?:[/·. ]?[^\W\d_]+)*|%)?\s*")
+_UNIT = r"[^\W\d_][^\W\d_%/·. ]*(?:[/·. ]?[^\W\d_]+)*|%"
+DOSE = re.compile(rf"\s*({NUMBER})(?:[\s_-]*(?:({_UNIT})|\(\s*({_UNIT})\s*\)))?\s*")
 UNKNOWN_DOSE = {"", "nan", "na", "n/a", "none", "null", "<na>", "-"}
 # Between the doses of one text: the separator of members first, then the first of these that leaves doses alone.
-BETWEEN = ("+", ",", ";", "|", "_", "/")
-# [('DRUG', 0.05, 'uM')], as Tahoe-100M writes a label.
-TUPLES = re.compile(r"\s*\[?\s*\(\s*['\"].*", re.DOTALL)
+BETWEEN = ("+", ",", ";", "|", "_", "/", ":", "&", " and ")
+DECIMAL_COMMA = re.compile(r"\d+,\d+")
+# [('DRUG', 0.05, 'uM')], as Tahoe-100M writes a label; lists of lists, dicts, and names alone likewise.
+PYTHON = re.compile(r"\s*(?:[\[({]\s*){1,2}['\"].*", re.DOTALL)
+NAME_KEYS = ("drug", "compound", "treatment", "gene", "target", "perturbation", "name")
+DOSE_KEYS = (("dose", "concentration", "conc", "dose_value"), ("unit", "units", "dose_unit"))
 
 MOLAR = {"fM": 1e-9, "pM": 1e-6, "nM": 1e-3, "uM": 1.0, "mM": 1e3, "M": 1e6}  # in µM
 WORDS = {"molar": "m", "femto": "f", "pico": "p", "nano": "n", "micro": "u", "milli": "m", "mol/l": "m", "moles/l": "m"}
@@ -34,7 +38,7 @@ def parsed(text: str) -> tuple[float, str] | None:
     """Return the number and the unit of a dose, empty where it has none; None for a text that is no dose. A unit has one spelling."""
     if not (match := DOSE.fullmatch(text)) or not np.isfinite(amount := float(match[1])):
         return None
-    return amount, _unit(match[2] or "")
+    return amount, _unit(match[2] or match[3] or "")
 
 
 def _unit(text: str) -> str:
@@ -45,29 +49,59 @@ def _unit(text: str) -> str:
     return next((name for name in MOLAR if name.lower() == short), unit.lower())
 
 
+def is_unit(text: str) -> bool:
+    """Return whether a text is a unit of doses: molar, or mass or activity per volume."""
+    unit = _unit(text)
+    return unit in MOLAR or re.fullmatch(r"[fpnum]?(?:g|u|iu)/[unmd]?l|%", unit) is not None
+
+
 def doses_in(text: str, separator: str | None) -> list[str]:
     """Return the doses that a text lists, as they are written; the text itself where it lists none."""
-    if parsed(text) is None:
+    text = text.strip()
+    listed = text[1:-1] if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")) else text
+    if parsed(listed) is None:
         for between in (*([separator] if separator else []), *BETWEEN):
-            if len(parts := text.split(between)) > 1 and all(map(parsed, parts)):
+            if len(parts := listed.split(between)) > 1 and all(map(parsed, parts)):
                 return parts
-        if len(parts := re.split(r"\s+(?=[\d.])", text.strip())) > 1 and all(map(parsed, parts)):
+        if len(parts := re.split(r"\s+(?=[\d.])", listed.strip())) > 1 and all(map(parsed, parts)):
             return parts
-    return [text]
+    return [listed if parsed(listed) else text]
+
+
+def _entry(value: object) -> Member | None:
+    """Return a name and its dose, of a dict, or of a tuple or list of two or three; None for anything else."""
+    if isinstance(value, dict):
+        words = {str(key).lower(): of for key, of in value.items()}
+        name = next((words[key] for key in NAME_KEYS if key in words), None)
+        parts = [next((words[key] for key in keys if key in words), None) for keys in DOSE_KEYS]
+    elif isinstance(value, (tuple, list)) and 2 <= len(value) <= 3:
+        name, *parts = value
+    else:
+        return None
+    if not isinstance(name, str) or any(isinstance(part, (tuple, list, dict, set)) for part in parts):
+        return None
+    dose = "" if parts[0] is None else " ".join(str(part) for part in parts if part is not None)
+    return (name, dose) if not dose or parsed(dose) or isinstance(parts[0], (int, float)) else None
 
 
 def _tuples(label: str) -> list[Member] | None:
-    """Return names and doses of a label that is tuples as text, [(name, dose, unit)]; None for any other label."""
-    if not TUPLES.fullmatch(label):
+    """Return names and doses of a label that is Python's text: [(name, dose, unit)], [name, name], {"drug": name}; None for any other."""
+    if not PYTHON.fullmatch(label):
         return None
+    text = re.sub(r"\b(?:np|numpy)\.\w+\(([^()]*)\)", r"\1", label.strip())
+    text = re.sub(r"\bnan\b(?=\s*[,)\]}])", "None", text)
     try:
-        value = ast.literal_eval(label.strip())
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    entries = value if isinstance(value, list) or (value and isinstance(value[0], tuple)) else [value]
-    if not entries or not all(isinstance(entry, tuple) and 2 <= len(entry) <= 3 and isinstance(entry[0], str) for entry in entries):
+    if entry := _entry(value):
+        return [entry]
+    if not isinstance(value, (list, tuple, set)) or not value:
         return None
-    return [(entry[0], "" if entry[1] is None else " ".join(map(str, entry[1:]))) for entry in entries]
+    if all(isinstance(name, str) for name in value):
+        return [(name, "") for name in value]
+    entries = [entry for one in value if (entry := _entry(one))]
+    return entries if len(entries) == len(value) else None
 
 
 def _matches(label: str, pattern: str) -> list[Member]:
@@ -100,16 +134,19 @@ def _by_pattern(label: str, declared: Mapping) -> list[Member]:
 def members_in(label: str, declared: Mapping) -> list[Member]:
     """Return the members that a label names, in its order, and the doses that it holds: by pattern or tuples, then separator and rename.
 
+    A label that `rename` has as a whole goes by its new name throughout.
+
     Parameters
     ----------
     declared
         `perturbation` of a dataset's block.
     """
+    renamed, members = declared.get("rename", {}), []
+    label = renamed.get(label, label)
     tuples = None if "pattern" in declared else _tuples(label)
     found = _by_pattern(label, declared) if "pattern" in declared else tuples or [(label, "")]
     if declared["separator"] and tuples is None:
         found = [(name, dose) for part, dose in found for name in part.split(declared["separator"])]
-    renamed, members = declared.get("rename", {}), []
     for name, dose in ((name.strip(), dose) for name, dose in found):
         drug, sign, amount = name.rpartition(DOSE_SIGN)
         if not dose and sign and drug and parsed(amount):
@@ -151,6 +188,11 @@ def with_doses(members: list[Member], text: str, control: set[str], label: str, 
     named = [i for i, (name, _) in enumerate(members) if name]
     perturbed = [i for i in named if members[i][0] not in control]
     doses = doses_in(text, separator)
+    if DECIMAL_COMMA.fullmatch(text.strip()) and len(named) > 1 and perturbed:
+        raise InputError(
+            f"{where} gives the dose '{text}' to the label '{label}': two doses, or one with a decimal comma? Write "
+            f"{text.strip().replace(',', '+')} or {text.strip().replace(',', '.')} in the file."
+        )
     of_member = {len(named): named, len(perturbed): perturbed}.get(len(doses)) if len(doses) > 1 else None
     if len(doses) > 1 and of_member is None:
         names = ", ".join(members[i][0] for i in named)
@@ -158,7 +200,12 @@ def with_doses(members: list[Member], text: str, control: set[str], label: str, 
             f"{where} gives {len(doses)} doses, '{text}', to the label '{label}', whose members are {names}. "
             "Write one dose for all of them, or one for each in their order, such as 1+10; a decimal has a point."
         )
-    given = dict(zip(of_member, doses, strict=True)) if of_member else dict.fromkeys(perturbed, text)
+    given = dict(zip(of_member, doses, strict=True)) if of_member else dict.fromkeys(perturbed, doses[0])
+    if twice := [name for name in {members[i][0] for i in perturbed} if len({given[i] for i in perturbed if members[i][0] == name}) > 1]:
+        raise InputError(
+            f"{where} gives several doses, '{text}', to '{twice[0]}' in the label '{label}'. Write one dose, or leave these cells out: add "
+            f'"{label}" to perturbation.drop.'
+        )
     return [(name, given.get(i, "") if name not in control else "") for i, (name, _) in enumerate(members)]
 
 

@@ -11,7 +11,7 @@ from scipy import sparse
 
 from perturbflow.divisions import KNOWN, ROLES, members_seen
 from perturbflow.splits import LABEL_KINDS, names_digest
-from perturbflow.symbols import CONTROL, GUIDE, SEPARATOR, at_dose, entities_of, entity_of, members_of, without_dose
+from perturbflow.symbols import CONTROL, SEPARATOR, at_dose, entities_of, entity_of, gene_within, members_of, without_dose
 
 Findings = list[str]
 
@@ -68,11 +68,10 @@ class Evidence:
             yield of_role[role], [label for other in known for label in of_role[other]]
 
     def gene_of(self, member: str) -> str:
-        """Return the measured gene that a member is a guide of, at the member's dose; any other member as it is."""
+        """Return the measured gene that a member is a guide of, or another form of, at the member's dose; any other member as it is."""
         name, dose = without_dose(member)
-        match = GUIDE.fullmatch(name)
-        is_guide = match and name not in self.screen.var_names and match["gene"] in self.screen.var_names
-        return at_dose(match["gene"], dose) if match and is_guide else member
+        gene = gene_within(name, self.screen.var_names.__contains__)
+        return at_dose(gene, dose) if gene else member
 
 
 def roles_are_disjoint(evidence: Evidence) -> Findings:

@@ -212,7 +212,7 @@ def _own_genes(screened: Screened, dataset: dict, qc: dict, path: Path, warnings
 
 
 def _chosen_cells(
-    source: Source, genes: pd.DataFrame, name: str, dataset: dict, dropped: Counter
+    source: Source, genes: pd.DataFrame, name: str, dataset: dict, dropped: Counter, warnings: list[str]
 ) -> tuple[np.ndarray, pd.DataFrame, dict[str, dict]]:
     """Return the rows of cells with an assigned perturbation, their obs, and what is to be told of labels; count the others by reason."""
     path = source.files[0]
@@ -227,7 +227,7 @@ def _chosen_cells(
         dropped["exclude"] = int(excluded.sum())
         check_controls(is_control, is_control[rows[~excluded]], "exclude", path)
         rows, source_obs = rows[~excluded], _rows_of(source_obs, np.flatnonzero(~excluded))
-    doubtful = doubtful_labels(source_obs, dataset, genes, path)
+    doubtful = doubtful_labels(source_obs, dataset, genes, path, warnings)
     labels = canonical_labels(source_obs, dataset, genes, path)
     dose_unit = labels.attrs["dose_unit"]
     assigned = np.flatnonzero(labels.notna())
@@ -365,7 +365,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     harmonized.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(harmonized)
     source.threads, source.scratch = threads, harmonized.parent
-    rows, obs, of_labels = _chosen_cells(source, source_genes, name, dataset, dropped)
+    rows, obs, of_labels = _chosen_cells(source, source_genes, name, dataset, dropped, warnings)
     if of_labels["no_gene"]:
         warnings.append(warning_of_no_genes(of_labels["no_gene"]))
     source.obs = source.obs[[]]  # its columns are in obs now

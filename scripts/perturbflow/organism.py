@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from perturbflow.symbols import ENSEMBL_ID, human_symbols
+from perturbflow.symbols import CONTROL_WORDS, ENSEMBL_ID, human_symbols
 
 # Cell Ranger writes GRCh38_MT-CO1 and mm10___mt-Co1 where a reference holds several genomes; Seurat makes dashes of underscores, R dots.
 _GENOME = (
@@ -84,15 +84,14 @@ def some_with_genome(names: pd.Index) -> str | None:
 def names_now(genes: pd.DataFrame, organism: str) -> dict[str, str]:
     """Return every name that the file has for a gene (symbol, Ensembl id, index) → its name now.
 
-    Mouse symbols are there in capitals and in lower case too, where that means one gene: a label SOX2 finds Sox2.
+    Symbols are there in capitals and in small letters too, where that means one gene: a label SOX2 finds Sox2, and klf1 KLF1.
     """
     columns = [genes[column] for column in ("source_name", "gene_id", "original_name") if column in genes]
     names = {name: now for column in columns for name, now in zip(column, genes["gene_name"], strict=True) if name}
-    if organism == "mouse":
-        meant = pd.Series(genes["gene_name"].unique())
-        meant = meant[~meant.str.casefold().duplicated(keep=False)]
-        names = {**dict(zip(meant.str.lower(), meant, strict=True)), **dict(zip(meant.str.upper(), meant, strict=True)), **names}
-    return names
+    meant = pd.Series(genes["gene_name"].unique(), dtype=object)
+    meant = meant[~meant.str.casefold().duplicated(keep=False) & ~meant.str.upper().isin(CONTROL_WORDS if organism == "human" else [])]
+    forms = (meant.str.lower(), meant.str.upper(), meant.str.capitalize())
+    return {**{form: gene for of in forms for form, gene in zip(of, meant, strict=True)}, **names}
 
 
 def mitochondrial(genes: pd.DataFrame, organism: str) -> np.ndarray:

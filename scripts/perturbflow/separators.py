@@ -1,12 +1,43 @@
 """Combinations that are not split: labels whose parts under another separator are perturbations, controls or genes themselves."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from perturbflow.controls import NAMED, Controls
-from perturbflow.symbols import GUIDE, human_symbols
+from perturbflow.controls import NAMED, Controls, quoted
+from perturbflow.doses import parsed
+from perturbflow.symbols import approved_symbol, gene_within, human_symbols
 
-_SIGNS = ("--", "__", "||", "//", "|", ",", ";", "&", "_", ":", "/", "+", "-", ".", "~", "^", "*", "%", "@", "#", "\\", " ")
+_SIGNS = (
+    "->",
+    "=>",
+    "→",
+    "·",
+    "\t",
+    "--",
+    "__",
+    "||",
+    "//",
+    "|",
+    ",",
+    ";",
+    "&",
+    "_",
+    ":",
+    "/",
+    "+",
+    "-",
+    ".",
+    "~",
+    "^",
+    "*",
+    "%",
+    "@",
+    "#",
+    "\\",
+    " ",
+)
 _WORDS = ("and", "AND", "And", "plus", "with", "x")
 # The longer one first: A--B holds - as well.
 SEPARATORS = (*[f" {word} " for word in _WORDS], *_SIGNS)
@@ -60,7 +91,8 @@ class Unsplit:
                 f"'{self.separator}' stands in names of genes too ({', '.join(self.genes[:3])}), so put another sign, such as '+', between members "
                 f"in obs['{column}']"
             )
-        return f"Set perturbation.separator: {self.separator!r}"
+        separator = repr(self.separator) if self.separator.isprintable() else quoted(self.separator)
+        return f"Set perturbation.separator: {separator}"
 
 
 class _Names:
@@ -69,19 +101,22 @@ class _Names:
     def __init__(self, members: set[str], controls: Controls, genes: Iterable[str], *, is_human: bool) -> None:
         self.labels, self.controls = members, controls
         self.genes = {*genes, *(human_symbols().approved if is_human else ())}
+        # HLA-A and INS-IGF2 are genes of their own, and so they were by earlier names.
+        self.whole = {name for name in members if name in self.genes or (is_human and approved_symbol(name) != name)}
 
     def is_label(self, part: str) -> bool:
         """Return whether a part is a perturbation or a control of the screen."""
         return part in self.labels or part in self.controls or NAMED.fullmatch(part) is not None
 
+    def is_control(self, part: str) -> bool:
+        """Return whether a part is a control by declaration or by name."""
+        return part in self.controls or NAMED.fullmatch(part) is not None
+
     def has(self, part: str) -> bool:
-        """Return whether a part is a name at all: a number is none."""
+        """Return whether a part is a name at all: a number is none, unless it is a declared control."""
         if not any(letter.isalpha() for letter in part):
-            return False
-        if self.is_label(part) or part in self.genes:
-            return True
-        guide = GUIDE.fullmatch(part)
-        return guide is not None and (guide["gene"] in self.genes or guide["gene"] in self.labels)
+            return part in self.controls
+        return self.is_label(part) or gene_within(part, lambda name: name in self.genes or name in self.labels) is not None
 
 
 def _parts(member: str, separator: str) -> list[str]:
@@ -106,21 +141,51 @@ def unsplit(
     is_human
         Whether perturbations are human genes: approved symbols are names too, also of genes that are not measured.
     """
-    controls = Controls.of(declared)
-    of_label = {label: [member for member in members(label) if member not in controls] for label in n_cells if label not in controls}
+    of_label = {label: [member for member in members(label) if member not in Controls.of(declared)] for label in n_cells}
+    of_label = {label: found for label, found in of_label.items() if label not in Controls.of(declared)}
     named = {member for found in of_label.values() for member in found}
-    names = _Names(named, controls, genes, is_human=is_human)
-    # HLA-A and INS-IGF2 are genes of their own.
-    whole = {member for member in named if member in names.genes or NAMED.fullmatch(member)}
     best = None
     for separator in SEPARATORS:
         if separator.strip() == (declared["separator"] or "").strip() != "" or separator == declared["separator"]:
             continue
+        names = _Names(named, Controls.of({**declared, "separator": separator}), genes, is_human=is_human)
+        whole = names.whole
         holding = {member: parts for member in named - whole if separator in member and len(parts := _parts(member, separator)) > 1}
-        combined = {member for member, parts in holding.items() if all(names.has(part) for part in parts)}
+        again = _recurring(holding.values())
+        combined = {
+            member for member, parts in holding.items()
+            if all(names.has(part) or part in again for part in parts) and not all(map(names.is_control, parts))
+        }  # fmt: skip
         if combined and (best is None or len(combined) > best[1]):
             labels = {label: n_cells[label] for label, found in of_label.items() if not combined.isdisjoint(found)}
             n_of_labels = sum(all(names.is_label(part) for part in holding[member]) for member in combined)
             genes_holding = sorted(member for member in whole if len(_parts(member, separator)) > 1)
             best = Unsplit(separator, labels, len(holding), n_of_labels, genes_holding), len(combined)
     return best[0] if best else None
+
+
+def _recurring(parts: Iterable[list[str]]) -> set[str]:
+    """Return parts of several labels, where some stand first in one and later in another: members of combinations never seen alone."""
+    parts = list(parts)
+    counted = Counter(part for of in parts for part in set(of))
+    first, later = {of[0] for of in parts}, {part for of in parts for part in of[1:]}
+    again = {part for part, n in counted.items() if n > 1 and any(letter.isalpha() for letter in part) and not parsed(part)}
+    return again if again & first & later else set()
+
+
+def torn(label: str, separator: str | None) -> list[str]:
+    """Return the parts of a label, where the separator stands within a name: some end in the middle of brackets or at another sign."""
+    parts = _parts(label, separator) if separator else []
+    is_torn = any(
+        re.match(r"[_/\])}.,;:]", part)
+        or re.search(r"[_/(\[{]$", part)
+        or any(part.count(a) != part.count(b) for a, b in ("()", "[]", "{}"))
+        for part in parts
+    )
+    return parts if len(parts) > 1 and is_torn else []
+
+
+def another_name(names: Iterable[str], sign: str | None) -> str:
+    """Return the line that gives names without the sign to some that hold it."""
+    plain = {name: " ".join(name.replace(f"({sign})", " ").replace(sign or "", " ").strip("-_ ").split()) or "..." for name in names}
+    return f"perturbation.rename: {{{', '.join(f'{quoted(name)}: {quoted(new)}' for name, new in plain.items())}}}"

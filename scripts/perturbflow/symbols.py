@@ -4,7 +4,7 @@ import gzip
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,10 +18,21 @@ ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?")
 # ATF2g1, p-sgELK1-6, KLF1_sg2, KLF1-2: guides as public screens name them.
 GUIDE = re.compile(r"(?:p-)?(?:sg)?(?P<gene>.+?)(?:[._-]?(?:sg|g|guide)[._-]?|[._-])\d+")
 
+# What stands around a gene's symbol where a label is of a guide (sgKLF1-1, KLF1_+_123.45-P1P2, KLF1_ACGT...), a promoter, an id or a method.
+_BEFORE = re.compile(r"^(?:p[-_])?(?:(?:sgRNA|gRNA|sg|si|sh|cr|g)[-_.]?|(?i:CRISPR(?:i|a|ko)?|KO|KD|OE)[-_ ]|\d+[-_])(?=\w)")
+_METHOD = r"KO|KD|OE|CRISPR(?:i|a|ko)|knock[-_ ]?(?:out|down)|activation|repression|overexpression|deletion|mutant"
+_PART = r"guide|sgRNA|gRNA|crRNA|spacer|exon|ex|site|pos|cut|tile|clone|rep|replicate|target"
+_AFTER = re.compile(
+    r"(?:[-_. ]?(?:sgRNA|gRNA|sg|g|guide)[-_. ]?\d+|[-_. :#](?:\d+|(?:P\d+)+|[A-Za-z]|[ACGT]{17,}|TSS\d*)|[-_][-+][-_]\d+\.\d+"
+    rf"|[-_. ]?(?i:{_METHOD})\d*|[-_. ](?i:{_PART})[-_ ]?(?:\d+|[A-Za-z])|-/-|[-_. |:(]+ENS[A-Z]*G\d{{11}}(?:\.\d+)?\)?)$"
+)
+
 # Two letters are words of many vocabularies (NA, KO, WT): they are no evidence of a gene that has another name today.
 SHORTEST_OLD_NAME = 3
 # Reporters, controls and treatments of screens that happen to be old names of genes too (RFP of TRIM27, LPS of IRF6).
 NO_GENES = {"BFP", "RFP", "GAL4", "CTR", "NTG", "IFN", "LPS"}
+# Words for controls that are symbols of genes in capitals alone.
+CONTROL_WORDS = {"CTRL", "CNTRL", "AAVS1", "REST"}
 # Spreadsheets turn MARCH1 and MARC1 into 1-Mar.
 DATE = re.compile(r"(\d{1,2})-(Mar|Sep|Dec)")
 STEMS = {"Mar": ("MARCH", "MARC"), "Sep": ("SEPT", "SEP"), "Dec": ("DEC",)}
@@ -83,6 +94,36 @@ def approved_symbol(name: str, organism: str = "human") -> str:
     genes = candidates(name) if organism == "human" else []
     is_alias = len(genes) == 1 and name in human_symbols().alias and name not in human_symbols().previous and name != genes[0]
     return genes[0] if len(genes) == 1 and not is_alias else name
+
+
+def in_other_letters(name: str) -> str | None:
+    """Return the human gene that a name is the official symbol of but for small and capital letters; None where it is none."""
+    is_word = len(name) < SHORTEST_OLD_NAME or name.upper() in NO_GENES | CONTROL_WORDS
+    return None if is_word else _official_symbols().get(name.casefold())
+
+
+@cache
+def _official_symbols() -> dict[str, str]:
+    table = human_symbols()
+    before = {name.casefold(): genes[0] for name, genes in table.previous.items() if len(genes) == 1 and len(name) >= SHORTEST_OLD_NAME}
+    return {**before, **{symbol.casefold(): symbol for symbol in table.approved}}
+
+
+def gene_within(name: str, is_gene: Callable[[str], bool]) -> str | None:
+    """Return the gene that a name is of: itself, or what is left of the name of a guide, a promoter or a knock-out; None for any other.
+
+    Parameters
+    ----------
+    is_gene
+        Tells the symbols and ids of genes.
+    """
+    rest = name
+    while rest:
+        if gene := next((form for form in (rest, _BEFORE.sub("", rest)) if is_gene(form)), None):
+            return gene
+        shorter = _AFTER.sub("", rest)
+        rest = shorter if shorter != rest else ""
+    return None
 
 
 def _target(member: str, organism: str, measured: Mapping[str, str]) -> str:

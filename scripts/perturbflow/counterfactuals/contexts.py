@@ -46,10 +46,14 @@ class Places:
         return label != CONTROL and any(places.isdisjoint(contexts) for places in self.needed(label))
 
     def words(self, label: str, asked: Iterable[Context]) -> str:
-        """Return in which of the contexts that are asked a label was measured; nothing where that is all kinds of cells."""
+        """Return in which of the contexts that are asked a label was measured; nothing where that is all kinds of cells, and most batches."""
         asked = set(asked)
         if self.is_elsewhere(label, asked):
             return f" {ELSEWHERE}"
         kinds = {(dataset, cell_type) for dataset, _, cell_type in asked}
         met = set.intersection(*({(dataset, cell_type) for dataset, _, cell_type in places} for places in self.needed(label)))
-        return "" if kinds <= met else f" in {len(kinds & met)} of the {len(kinds)} kinds of cells that are asked"
+        if not kinds <= met:
+            return f" in {len(kinds & met)} of the {len(kinds)} kinds of cells that are asked"
+        # A batch that lacks it may be chance; half of them are none: such batches may be lines.
+        measured = asked.intersection(*self.needed(label))
+        return f" in {len(measured)} of the {len(asked)} batches that are asked" if 2 * len(measured) <= len(asked) else ""

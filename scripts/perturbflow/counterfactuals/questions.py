@@ -9,10 +9,12 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from perturbflow.doses import parsed
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.nearest import did_you_mean
-from perturbflow.symbols import CONTROL, SEPARATOR, canonical_label, entities_of, entity_of, members_of
+from perturbflow.split_files import FIELD_CONTROLS
+from perturbflow.symbols import DOSE_SIGN, SEPARATOR, at_dose, canonical_label, entities_of, entity_of, members_of, without_dose
 
 
 def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: list[str]) -> list[str]:
@@ -39,20 +41,30 @@ def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: 
     else:
         texts = list(perturbations)
     names = {name: name for name in [*measured, *map(entity_of, genes)]}
+    controls = [name for name in FIELD_CONTROLS if name not in names]
 
     def label(text: str) -> str:
-        return canonical_label(text, {CONTROL}, SEPARATOR, measured=names)
+        return canonical_label(text, controls, SEPARATOR, measured=names)
 
     labels = list(dict.fromkeys(map(label, texts)))
     # A name that is unknown is told as it was written, not as what it is called today.
     written = {entity_of(label(member)): member.strip() for text in texts for member in text.split(SEPARATOR)}
+    if not any(without_dose(gene)[1] for gene in genes) and (dosed := [label for label in labels if without_dose(label)[1] is not None]):
+        raise InputError(f"perturbations: {', '.join(map(repr, dosed))}: this screen has no doses. Leave out {DOSE_SIGN} and what follows.")
     asked = dict.fromkeys(name for label in labels for name in entities_of(label))
     if unknown := [name for name in asked if name not in names]:
         raise InputError(
             f"perturbations: neither perturbed in this screen nor among its {len(measured):,} measured genes (pairs.h5ad): "
-            f"{', '.join(did_you_mean(written.get(name, name), [*names, 'all_single']) for name in unknown)}. Correct the name; for a gene with few counts raise genes.n_hvg."
+            f"{', '.join(_asked_back(written.get(name, name), [*names, 'all_single']) for name in unknown)}. Correct the name; for a gene with few counts raise genes.n_hvg."
         )
     return labels
+
+
+def _asked_back(name: str, names: Iterable[str]) -> str:
+    drug, _, amount = name.rpartition(DOSE_SIGN)
+    if drug in names and (dose := parsed(amount)):
+        return f"'{name}' (did you mean {at_dose(drug, dose[0])}? a dose is a number in the unit of the screen, without that unit)"
+    return did_you_mean(name, names)
 
 
 def check_question(pairs: Path, embeddings: Path, perturbations: list[str] | str | dict) -> None:

@@ -37,21 +37,19 @@ def _check_source(where: list[str], block: dict, files: Places) -> None:
 
 
 def _check_patterns(name: str, block: dict, files: Places) -> None:
-    """Check that the regular expressions of a block can be read, and that the one of labels has a group."""
+    """Check that the regular expressions of a block can be read, and that the one that finds members has a group."""
     patterns: dict[tuple[str, ...], str | None] = {("exclude", column): pattern for column, pattern in block.get("exclude", {}).items()}
     patterns |= {("perturbation", key): block["perturbation"].get(key) for key in ("pattern", "control_pattern")}
     patterns[("gene_pattern",)] = block.get("gene_pattern")
     for keys, pattern in patterns.items():
         problem = None
         try:
-            if pattern is not None and keys[0] == "perturbation":
-                compiled = re.compile(pattern)
+            compiled = re.compile(pattern or "")
+            if pattern is not None and keys == ("perturbation", "pattern"):
                 if compiled.groups == 0:
                     problem = "it needs a group, (...), that holds the perturbed gene"
                 elif {"dose", "unit"} & set(compiled.groupindex) and "member" not in compiled.groupindex:
                     problem = "beside the group dose, (?P<dose>...), it needs the group member, (?P<member>...)"
-            elif pattern is not None:
-                re.compile(pattern)
         except re.error as error:
             problem = f"{error} at position {error.pos}"
         if problem:
