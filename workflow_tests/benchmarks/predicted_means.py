@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import perturbflow.api as pf  # noqa: E402
+from perturbflow import splits  # noqa: E402
 from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
 
@@ -62,7 +63,11 @@ def main() -> None:
     parser.add_argument("screens", nargs="+", help="folder of a harmonized screen, and after a colon the kind of split")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--test-controls", type=float, help="share of the controls that test gets, in place of 0.3")
     arguments = parser.parse_args()
+    if arguments.test_controls:
+        rest = 1 - arguments.test_controls
+        splits.CONTROL_FRACTIONS |= {"train": rest * 5 / 7, "validation": rest * 2 / 7, "test": arguments.test_controls}
     for screen in arguments.screens:
         folder, _, kind = screen.partition(":")
         kind = kind or "unseen_perturbation"
