@@ -44,7 +44,7 @@ def command_of_training(files: Prepared, folder: Path, model: str, n_devices: in
         sys.executable, str(REPOSITORY / "scripts/train.py"), "--pairs", str(files.pairs), "--embeddings", str(files.embeddings),
         "--audit", str(folder / "audit.json"), "--model", str(folder / "model.ckpt"), "--run", str(folder / "run.json"),
         "--implementation", implementation, "--params", json.dumps(all_params), "--seed", "0", "--device", "cpu",
-        "--devices", str(n_devices),
+        "--devices", str(n_devices), "--scored", "validation",
     ]  # fmt: skip
 
 

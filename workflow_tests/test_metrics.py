@@ -225,12 +225,14 @@ def test_equal_predictions_tie_in_spite_of_rounding(name: str) -> None:
     assert values.mean() == pytest.approx(0.5)
 
 
-def test_one_prediction_for_all_ranks_at_chance_though_clipping_tells_its_cells_apart(cells: Pairs) -> None:
+def test_one_prediction_for_all_ranks_at_chance_though_counts_tell_its_cells_apart(cells: Pairs) -> None:
     rng = np.random.default_rng(0)
     effect = np.where(rng.random(len(cells.genes)) < 0.3, -2.0, 0.5 * rng.normal(size=len(cells.genes)))
-    scored = score_inputs(predictions_from(cells, lambda _, start: nonnegative(start + effect)), cells)
+    scored = score_inputs(
+        predictions_from(cells, lambda _, start: nonnegative(start + effect + 2e-3 * rng.normal(size=len(effect)))), cells
+    )
     differences = scored.predicted - scored.control
-    assert np.abs(differences - differences[0]).max() > 1e-4, "the plant: clipping leaves traces of the starting controls"
+    assert np.abs(differences - differences[0]).max() > 1e-3, "the plant: means are met to within a count"
     for name in ("rank_cosine", "rank_rmse"):
         np.testing.assert_allclose(score(name, scored), 0.5)
 

@@ -183,8 +183,8 @@ def test_values_on_the_command_line_are_what_the_schema_says(light: dict[str, st
              "models={scppdm: {params: {n_steps: 7, learning_rate: 1e-4, compiled: true}}}"]  # fmt: skip
     write_screen(tmp_path)
     outcome = run_snakemake(tmp_path, "--dry-run", "--config", *given, config=closed_forms_config(), environment=light)
-    assert outcome.jobs.get("train_closed_form") == 3, outcome.text
-    assert outcome.jobs["train_diffusion"] == 3
+    assert outcome.jobs["train_diffusion"] == 3, outcome.text
+    assert outcome.jobs["train_closed_form"] == 3 * len(REFERENCES)
 
 
 def test_a_mistake_on_the_command_line_is_told_to_be_there(light: dict[str, str], tmp_path: Path) -> None:

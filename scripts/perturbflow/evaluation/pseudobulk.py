@@ -150,7 +150,7 @@ def _rank(scored: Scored, kind: str, is_left_out: np.ndarray | None = None) -> n
 def rank_cosine(scored: Scored) -> np.ndarray:
     """Share of the other perturbations q with d(Δ̂_q, Δ_p) < d(Δ̂_p, Δ_p), d the cosine distance; ties count half (whole in the source).
 
-    Predictions that differ by less than a tenth of their norm are ties: clipping at zero tells one prediction for all apart by the
+    Predictions that differ by less than a tenth of their norm are ties: counts tell one prediction for all apart by the
     cells it started from. One prediction for all has 0.5; a mean above 0.4 is a sign of mode collapse.
     """
     return _rank(scored, "cosine")
