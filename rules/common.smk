@@ -5,7 +5,7 @@ import inspect
 import sys
 from datetime import UTC, datetime
 from functools import cache
-from os.path import getsize, isfile
+from os.path import exists, getsize, isfile
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -111,13 +111,18 @@ def again(rule):
     @cache
     def is_stale(*place):
         wildcards = Wildcards(fromdict=dict(place))
-        results, inputs, _ = _parts(rule)
-        results = [path for path in _fill(results, wildcards) if isfile(path)]
+        outputs, inputs, _ = _parts(rule)
+        outputs = _fill(outputs, wildcards)
+        results = [path for path in outputs if isfile(path)]
         if not results:
             return False
         _settle(results[0])
         inputs = _fill(inputs, wildcards)
-        reason = records.why_stale(results, _values(rule, wildcards), inputs)
+        # Snakemake misses an output only where some job asks for it.
+        missing = [f"{path} is missing" for path in outputs if not exists(path)]
+        reason = next(iter(missing), None) or records.why_stale(
+            results, _values(rule, wildcards), inputs
+        )
         if reason:
             _tell(reason)
             records.outdate(results)

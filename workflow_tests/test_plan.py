@@ -547,6 +547,14 @@ def test_a_deleted_result_is_made_again(name: str, copied: Callable[..., Finishe
     assert here.planned() == expected[name]
 
 
+def test_a_deleted_result_that_no_job_asks_for_is_made_again(copied: Callable[..., Finished]) -> None:
+    here = copied()
+    page = next(here.folder.glob("results/*/quality.html"))
+    page.unlink()
+    assert here.planned()["quality"] == 1
+    assert not page.exists()
+
+
 def test_what_lies_behind_a_file_that_was_made_alone_follows_where_its_bytes_differ(copied: Callable[..., Finished]) -> None:
     here = copied()
     assert here.run("--force", f"{LINEAR}/model.npz").returncode == 0
