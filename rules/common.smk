@@ -5,7 +5,7 @@ import inspect
 import sys
 from datetime import UTC, datetime
 from functools import cache
-from os.path import exists, getsize, isfile
+from os.path import getsize, isfile
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -118,11 +118,7 @@ def again(rule):
             return False
         _settle(results[0])
         inputs = _fill(inputs, wildcards)
-        # Snakemake misses an output only where some job asks for it.
-        missing = [f"{path} is missing" for path in outputs if not exists(path)]
-        reason = next(iter(missing), None) or records.why_stale(
-            results, _values(rule, wildcards), inputs
-        )
+        reason = records.why_stale(outputs, _values(rule, wildcards), inputs)
         if reason:
             _tell(reason)
             records.outdate(results)

@@ -288,7 +288,7 @@ def predictions_from(cells: Pairs, change: Callable[[str, np.ndarray], np.ndarra
     obs = obs.assign(perturbation=pd.Categorical(labels), control_index=starts)
     obs.index = [f"p{i}" for i in range(len(labels))]
     X = sparse.csr_matrix(np.vstack(blocks).astype(np.float32))
-    return ad.AnnData(X=X, obs=obs, var=pd.DataFrame(index=cells.genes), uns={"perturbflow": {"role": role}})
+    return ad.AnnData(X=X, obs=obs, var=pd.DataFrame(index=cells.genes), uns={"perturbflow": {"role": role, "starts_from_controls": True}})
 
 
 def test_means_are_of_the_scored_half_and_of_matched_controls(cells: Pairs) -> None:

@@ -180,6 +180,10 @@ def test_a_download_may_be_deleted_to_make_room() -> None:
     assert first({**MADE_OF, "n_hvg": 3}, inputs=(str(manifest),)) is not None
 
 
+def test_one_of_several_results_that_is_missing_is_enough() -> None:
+    assert why_stale(["results/first.h5ad", "results/third"], MADE_OF, ["screen.h5ad"]) == "results/third is missing"
+
+
 def test_one_of_several_results_is_enough() -> None:
     Path("results/third").write_text("x")
     assert why_stale(["results/first.h5ad", "results/third"], MADE_OF, ["screen.h5ad"]) is not None

@@ -122,20 +122,23 @@ def write_records(results: Iterable[str | Path], made_of: dict, inputs: dict[str
 
 
 def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> str | None:
-    """Return in one sentence why the results of a job that are there cannot stay, or None.
+    """Return in one sentence why the results of a job cannot stay, or None.
 
     Parameters
     ----------
     results
-        Files that the job writes.
+        Files that the job writes. Where some are there and one is missing, that counts: Snakemake misses it only where a job asks for it.
     made_of
         Values of its params now.
     inputs
         Files that it reads now.
     """
     made_of = json.loads(json.dumps(made_of, default=str))
-    inputs = set(inputs)
-    for result in (result for result in results if Path(result).exists()):
+    inputs, results = set(inputs), list(results)
+    gone = [result for result in results if not Path(result).exists()]
+    if gone and len(gone) < len(results):
+        return f"{gone[0]} is missing"
+    for result in [] if gone else results:
         record = read_record(result)
         if record is None:
             return f"{result}: nothing says what it was made of"

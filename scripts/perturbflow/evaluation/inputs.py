@@ -50,8 +50,9 @@ class Predictions:
         self._block, self._block_start = self._X[:0], 0
         self.rows = predictions.obs.groupby("perturbation", observed=True).indices
         # A ceiling's cells are measured ones: they started from nothing.
-        declared = predictions.uns.get("perturbflow", {}).get("starts_from_controls", True)
-        self.starts_from_controls = bool(declared) and "control_index" in predictions.obs
+        declared = predictions.uns.get("perturbflow", {}).get("starts_from_controls")
+        self.has_set_mean = bool(declared)  # as `predict` writes it, whose cells have the mean of all controls plus the effect
+        self.starts_from_controls = declared in (None, True) and "control_index" in predictions.obs
         if self.starts_from_controls:
             self._index = predictions.obs["control_index"].to_numpy()
             is_row = (self._index >= 0) & (self._index < len(measured.is_control))
@@ -181,8 +182,8 @@ class _Comparison:
         # Predicted cells of another composition of batches and cell types are moved to that of the measured ones.
         moved = weights - controls.shares(pool)
         mean, profile = mean + moved @ controls.means[0], np.maximum(profile + moved @ controls.profiles[0], 0.0)
-        if self.predicted.starts_from_controls:
-            spread = control_spread  # their mean was set: what it does not know is the mean of the controls
+        if self.predicted.has_set_mean:
+            spread = control_spread  # all that their mean does not know is the mean of the controls
             if (np.abs(mean - control) <= _resolution(X) + NO_EFFECT).all():
                 mean, profile = control, control_profile
         if "cells" in self._needs:

@@ -82,8 +82,8 @@ def expr_mse_unbiased_norm(scored: Scored) -> np.ndarray:
     """N_p / mean_q D_q, N = mean over genes of (b̂ − b)² − min(Ĉ, C) − C, D of (b − b_c)² − C − C_c.
 
     b = log(1 + 5·10⁴·P/ΣP) of summed normalized counts P of cells and controls (c), C their sampling variances by the
-    infinitesimal jackknife; without the perturbed genes. The mean over perturbations is ΣN/ΣD. Ĉ is the noise of c̄, which cells that
-    start from controls are set to: no change has 1. Below 0 for cells nearer to the measured ones than a second
+    infinitesimal jackknife; without the perturbed genes. The mean over perturbations is ΣN/ΣD. Ĉ is the noise of c̄ where the mean of the
+    cells was set to c̄ plus an effect, as by every model here: no change has 1. Below 0 for cells nearer to the measured ones than a second
     sample. Ĉ has no cap ρ as in the source. NaN where measured effects do not exceed their noise, or of a single cell.
     """
     genes = ~scored.own_target
