@@ -340,7 +340,7 @@ def full_config() -> dict:
     )
     mine["select"] = {
         "datasets": ["mine", "renge2023"], "splits": ["unseen_combination", "unseen_context", "genes"],
-        "models": ["additive", "jepa", "scppdm", "stacked"], "seeds": [0], "counterfactuals": ["q"],
+        "models": ["additive", "jepa", "scppdm", "set_gp"], "seeds": [0], "counterfactuals": ["q"],
     }  # fmt: skip
     config = merged(mine)
     config["datasets"] = {name: config["datasets"][name] for name in ("mine", "renge2023", "norman2019")}

@@ -190,7 +190,7 @@ class NotInstalled:
 sys.meta_path.insert(0, NotInstalled())
 from perturbflow import api
 pairs = {str(prepared["unseen_combination"].pairs)!r}
-print(len(api.score(api.baseline("stacked", pairs), pairs)))
+print(len(api.score(api.baseline("set_gp", pairs), pairs)))
 """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts")}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)

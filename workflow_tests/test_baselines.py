@@ -16,7 +16,7 @@ from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models.base import Ceiling, Model, Run, build
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Context, Pairs
 from perturbflow.prediction import nonnegative, predict
 from perturbflow.registry.families import FAMILIES
 from perturbflow.symbols import members_of
@@ -179,7 +179,7 @@ def test_predicted_cells_have_the_mean_that_is_predicted(implementation: str, pr
     start, label = test.X[test.is_control].toarray(), test.perturbations[0]
     chance = np.random.default_rng(0).normal(scale=0.05, size=start.shape[1])
     level = np.maximum(start.mean(axis=0) + chance, 0.0)
-    predicted = model.predict(start, [label, "control"], len(start), 0, level)
+    predicted = model.predict(start, [label, "control"], len(start), 0, Context(np.array(["new"]), {"new": level}))
     effect = model.individual_effects(start, label, 0)[0]
     off = predicted[0].mean(axis=0) - np.maximum(level + effect, 0.0)
     assert np.sqrt(np.square(off).mean()) < 0.1 * np.sqrt(np.square(chance).mean())

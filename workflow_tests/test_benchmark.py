@@ -18,7 +18,7 @@ from perturbflow.registry.families import FAMILIES, Family
 
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
 KINDS = {
-    "no_change": "baseline", "perturbed_mean": "baseline", "additive": "baseline", "stacked": "baseline", "shuffled_labels": "ablation",
+    "no_change": "baseline", "perturbed_mean": "baseline", "additive": "baseline", "gaussian_process": "baseline", "shuffled_labels": "ablation",
     "technical_duplicate": "ceiling", "interpolated_duplicate": "ceiling", "perfect_mean": "ceiling", "learned": "learned", "rival": "learned",
 }  # fmt: skip
 N = 20
@@ -473,11 +473,11 @@ def test_several_best_baselines_are_named_metric_by_metric() -> None:
 
 
 def test_the_difference_to_the_stack_is_named_too() -> None:
-    models = {**FLOOR, **CEILING, "additive": around(0.5, seed=2), "stacked": around(0.7, seed=3), "learned": around(0.6, seed=4)}
+    models = {**FLOOR, **CEILING, "additive": around(0.5, seed=2), "gaussian_process": around(0.7, seed=3), "learned": around(0.6, seed=4)}
     row = verdicts(*twice(models)).loc["learned"]
     assert row["verdict"] == "worse"
-    assert "Better than stacked: wins error (+1" in row["sentence"]
-    assert row["against_stacked"] == "better"
+    assert "Better than gaussian_process: wins error (+1" in row["sentence"]
+    assert row["against_set_gp"] == "better"
 
 
 def test_a_model_no_better_than_an_ablation_is_told_so() -> None:

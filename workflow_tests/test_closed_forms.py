@@ -6,21 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Prepared
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import sparse
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.ablations import BatchOnly, ShuffledLabels
 from perturbflow.models.base import Run, build
-from perturbflow.models.baselines import Additive, LatentSum, Transfer, effects_by_context
+from perturbflow.models.baselines import Additive, LatentSum, Transfer
 from perturbflow.models.ceilings import InterpolatedDuplicate
-from perturbflow.models.conditional_mean import ConditionalMean
 from perturbflow.models.regressions import KernelRidge
+from perturbflow.models.set_gp import SetGP
 from perturbflow.models.shift import MeanShift, Training, least_error
-from perturbflow.models.stacked import ShrunkenEntries, Stacked, stacking_weights
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Context, Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.symbols import members_of
 
@@ -137,12 +133,6 @@ def test_the_latent_sum_of_enough_directions_is_ridge_regression_on_members(sing
     np.testing.assert_allclose(predicted, theirs.predict(indicators), atol=1e-4)
 
 
-def test_shrinking_entry_by_entry_takes_noise_off(singles: dict[str, np.ndarray]) -> None:
-    sparse_effects = {gene: np.where(np.arange(N_GENES) < 10, effect, 0.0) for gene, effect in singles.items()}
-    training = make_training(sparse_effects, n=10, noise=1.0)
-    truth = sparse_effects["G0"] + sparse_effects["G1"]
-    assert error(ShrunkenEntries().learned(training), "G0+G1", truth) < 0.9 * error(Additive().learned(training), "G0+G1", truth)
-
 
 # --- gene vectors ---------------------------------------------------------------------------------------------------
 
@@ -238,7 +228,7 @@ def test_contexts_with_few_cells_or_no_controls_do_not_count(singles: dict[str, 
     few = (obs["perturbation"] == "G0").to_numpy() & (obs["batch"] == "b1").to_numpy()
     no_controls = (obs["perturbation"] == "control").to_numpy() & (obs["batch"] == "b2").to_numpy()
     pairs = training.pairs.select(~(few & (np.cumsum(few) > 9)) & ~no_controls)
-    assert set(effects_by_context(Training.of(pairs, NO_VECTORS, 0))) == {("b0", "t")}
+    assert set(Training.of(pairs, NO_VECTORS, 0).effects_by_context) == {("b0", "t")}
 
 
 def test_a_context_that_is_held_out_takes_nothing_else_with_it(singles: dict[str, np.ndarray]) -> None:
@@ -266,91 +256,14 @@ def test_cells_are_read_once_for_effects_and_once_for_contexts_however_many_fold
     monkeypatch.setattr(Pairs, "blocks", counted)
     training = make_training(singles, batches=3)
     n = len(training.pairs.rows)
-    Stacked().learned(training)
+    SetGP().learned(training)
     assert read == [n, n]
     read.clear()
-    ConditionalMean().learned(training)  # and once for the effects without each context
-    assert read == [n - n // 3] * 3
+    SetGP().held_out(training.pairs, NO_VECTORS, 0)  # effects in contexts once more, then all without each context
+    assert read == [n, *[n - n // 3] * 6]
 
 
-# --- stacking -------------------------------------------------------------------------------------------------------
-
-
-@given(seed=st.integers(0, 1000), n_parts=st.integers(1, 6), n_examples=st.integers(0, 12))
-@settings(max_examples=40, deadline=None)
-def test_weights_are_never_negative_and_few_examples_stay_near_the_prior(seed: int, n_parts: int, n_examples: int) -> None:
-    rng = np.random.default_rng(seed)
-    prior = np.eye(n_parts)[0]
-    examples = [([rng.normal(size=30) for _ in range(n_parts)], rng.normal(size=30)) for _ in range(n_examples)]
-    weights = stacking_weights(iter(examples), prior)
-    assert weights.shape == (n_parts,)
-    assert (weights >= 0).all()
-    if n_examples == 0:
-        np.testing.assert_array_equal(weights, prior)
-
-
-def test_many_examples_outweigh_the_prior() -> None:
-    rng = np.random.default_rng(0)
-    examples = []
-    for _ in range(400):
-        a, b = rng.normal(size=(2, 50))
-        examples.append(([a, b], 0.2 * a + 0.7 * b))
-    np.testing.assert_allclose(stacking_weights(iter(examples), np.array([1.0, 0.0])), [0.2, 0.7], atol=0.02)
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.0])
-def test_stacked_beats_the_sum_where_it_fails_and_keeps_up_where_it_holds(factor: float, singles: dict[str, np.ndarray]) -> None:
-    training = make_training({**singles, **doubles(singles, factor)}, vectors(), n=12, noise=1.0)
-    stacked, plain = Stacked().learned(training), Additive().learned(training)
-    labels = ["G0+G7", "G2+G9", "G11+G4"]
-    ours, theirs = (np.mean([error(model, label, factor * sum(singles[g] for g in members_of(label))) for label in labels]) for model in (stacked, plain))  # fmt: skip
-    assert ours < (0.6 if factor < 1 else 1.0) * theirs
-
-
-def test_stacked_uses_vectors_that_tell_and_not_those_that_do_not(singles: dict[str, np.ndarray]) -> None:
-    table = vectors().table
-    noise = pd.DataFrame(
-        np.random.default_rng(5).normal(size=(len(table), 3)), index=table.index, columns=["noise:0", "noise:1", "noise:2"]
-    )
-    model = Stacked().learned(make_training(singles, Embeddings(table.join(noise))))
-    weights = dict(zip(model.artefact["gene_parts"].tolist(), model.artefact["gene_weights"], strict=True))
-    assert weights["kernel_ridge known"] > 5 * weights["kernel_ridge noise"]
-    programmes = np.random.default_rng(0).normal(size=(3, N_GENES))
-    truth = table.loc["G30"].to_numpy() @ programmes
-    others = np.arange(N_GENES) != 30
-    assert np.corrcoef(model.effect("G30")[others], truth[others])[0, 1] > 0.5
-
-
-def test_a_few_combinations_bear_sums_alone(singles: dict[str, np.ndarray]) -> None:
-    few = dict(list(doubles(singles, 3.0).items())[:3])  # their mean and their intercept would say much of three
-    model = Stacked().learned(make_training({**singles, **few}, vectors()))
-    assert len(model.artefact["seen_weights"]) == 4
-    assert len(Stacked().learned(make_training({**singles, **doubles(singles)}, vectors())).artefact["seen_weights"]) > 4
-    assert np.isfinite(model.effect("G0+G30")).all()
-
-
-def test_stacked_sets_the_level_of_an_unseen_target() -> None:
-    effects = {gene: np.where(np.arange(N_GENES) == int(gene[1:]), -2.0, 0.0) for gene in TARGETS}
-    model = Stacked().learned(make_training(effects, vectors()))
-    assert model.effect("G30")[30] == pytest.approx(-2.0, abs=0.3)
-    assert np.abs(np.delete(model.effect("G30"), 30)).max() < 0.2
-
-
-def test_in_another_context_stacked_gives_a_perturbation_its_own_effect(singles: dict[str, np.ndarray]) -> None:
-    model = Stacked().learned(make_training(singles, batches=3))
-    assert error(model, "G3", singles["G3"]) < 0.15
-    assert model.artefact["context_weights"][0] > 0.8
-
-
-@pytest.mark.parametrize("kind", ["unseen_perturbation", "unseen_combination"])
-def test_stacked_serves_every_held_out_perturbation_of_a_screen(kind: str, prepared: dict[str, Prepared]) -> None:
-    cells = Pairs.read(prepared[kind].pairs)
-    model = Stacked()
-    model.fit(cells.roles("train", "validation"), Embeddings.read(prepared[kind].embeddings), Run(seed=0))
-    for label in [*cells.roles("test").perturbations, "NEVER_HEARD", "NEVER_HEARD+TF1"]:
-        effect = model.effect(label)
-        assert effect.shape == (len(cells.genes),)
-        assert np.isfinite(effect).all()
+# --- inner folds ----------------------------------------------------------------------------------------------------
 
 
 def test_held_out_perturbations_do_not_reach_the_inner_training(singles: dict[str, np.ndarray]) -> None:
@@ -390,12 +303,12 @@ def test_the_candidate_with_the_least_error_is_chosen(singles: dict[str, np.ndar
 
 def test_shuffled_labels_know_the_mean_but_not_who_is_who(singles: dict[str, np.ndarray]) -> None:
     training = make_training({**singles, **doubles(singles)}, vectors())
-    shuffled, honest = ShuffledLabels(), Stacked()
+    shuffled, honest = ShuffledLabels(), SetGP()
     for model in (shuffled, honest):
         model.fit(training.pairs, training.embeddings, Run(seed=3))
     errors = [np.mean([error(model, f"{a}+{b}", singles[a] + singles[b]) for a, b in (("G0", "G7"), ("G2", "G9"))]) for model in (shuffled, honest)]  # fmt: skip
     assert errors[0] > 3 * errors[1]
-    assert set(shuffled.artefact["measured"]) == set(honest.artefact["measured"])
+    assert set(shuffled.artefact["labels"]) == set(honest.artefact["labels"])
 
 
 def test_batch_only_tells_batches_apart_and_nothing_else(singles: dict[str, np.ndarray]) -> None:
@@ -409,7 +322,7 @@ def test_batch_only_tells_batches_apart_and_nothing_else(singles: dict[str, np.n
     start = pairs.X[pairs.is_control][:60].toarray()
 
     def change(batch: str) -> np.ndarray:
-        predicted = model.predict(start, ["G0", "G1"], 60, 0, strata=np.repeat(f"{batch}|t", 60))
+        predicted = model.predict(start, ["G0", "G1"], 60, 0, Context(np.repeat(f"{batch}|t", 60), {f"{batch}|t": start.mean(axis=0)}))
         np.testing.assert_array_equal(predicted[0], predicted[1])
         return predicted[0].mean(axis=0) - start.mean(axis=0)
 

@@ -20,11 +20,11 @@ from perturbflow.models import denoiser, diffusion, networks, samplers
 from perturbflow.models.autoencoder import CountLatent, DrawnCells, negative_binomial
 from perturbflow.models.base import Run, build
 from perturbflow.models.batches import Batch
-from perturbflow.models.conditional_mean import ConditionalMean
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.latent import LatentSpace
 from perturbflow.models.optimization import Optimization
+from perturbflow.models.set_gp import SetGP
 from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import model_files
@@ -466,7 +466,7 @@ def test_a_screen_is_counted_the_same_for_the_same_seed(hybrid: tuple, screen: t
 def test_the_mean_of_the_hybrid_is_the_closed_form(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
     model, artefact, run = hybrid
     pairs, embeddings = screen
-    mean = ConditionalMean().learned(Training.of(pairs.roles("train", "validation"), embeddings, 0))
+    mean = SetGP().learned(Training.of(pairs.roles("train", "validation"), embeddings, 0))
     assert run.facts["mean"] == mean.account()
     test = pairs.roles("test")
     for label in test.perturbations[:2]:

@@ -22,7 +22,7 @@ from perturbflow.models.conformal import case_of
 from perturbflow.models.doses import Doses
 from perturbflow.models.effects import Effects
 from perturbflow.models.neighbours import Neighbours
-from perturbflow.models.stacked import Stacked
+from perturbflow.models.set_gp import SetGP
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
@@ -244,11 +244,8 @@ def test_a_new_dose_is_no_new_compound(compounds: dict[str, np.ndarray]) -> None
     known = {label: effect for label, effect in compounds.items() if label != "C0@10"}
     training = make_training(known)
     exact = DoseInterpolation().learned(training).effect("C0@10")
-    stacked = Stacked().learned(training)
-    np.testing.assert_allclose(stacked.effect("C0@10"), exact)
-    np.testing.assert_allclose(stacked.effect("C0@30"), DoseInterpolation().learned(training).effect("C0@30"))
     plain = {label: effect for label, effect in compounds.items() if label.endswith("@100")}
-    without = Stacked().learned(make_training({entity_of(label): effect for label, effect in plain.items()}))
+    without = SetGP().learned(make_training({entity_of(label): effect for label, effect in plain.items()}))
     np.testing.assert_allclose(without.effect("C0@7"), without.effect("C0"), err_msg="without doses in training, a dose tells nothing")
     latent = LatentSum(20, 0.01).learned(training)
     np.testing.assert_allclose(latent.effect("C0@9"), latent.effect("C0@1"), err_msg="the nearest dose by its logarithm")
@@ -286,7 +283,8 @@ def test_neighbours_do_not_learn_from_other_doses_of_the_same_compound(compounds
 def test_every_baseline_serves_a_split_over_doses(family: str, prepared: dict[str, Prepared]) -> None:
     here = prepared["unseen_dose"]
     cells = Pairs.read(here.pairs)
-    model = build(FAMILIES[family].implementation, complete(merged({}))["models"][family]["params"])
+    params = next(block["params"] for block in complete(merged({}))["models"].values() if block["family"] == family)
+    model = build(FAMILIES[family].implementation, params)
     model.fit(cells.roles("train", "validation"), Embeddings.read(here.embeddings), Run(seed=0))
     for label in [*cells.roles("test").perturbations, "TF1@2", "TF1@100+TF2@2", "NOBODY@3"]:
         effect = model.effect(label)

@@ -171,7 +171,7 @@ def test_an_answer_about_a_gene_without_a_vector_says_so(prepared_copy, tmp_path
     assert "times as far" in known[held_out[1]]
 
 
-@pytest.mark.parametrize("name", ["ridge", "stacked"])
+@pytest.mark.parametrize("name", ["ridge", "gaussian_process"])
 def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(name: str, prepared_copy, tmp_path: Path) -> None:
     here = prepared_copy("unseen_perturbation")
     other, without = [gene for gene in Pairs.read(here.pairs).genes if gene not in PERTURBED][:2]  # measured, and never perturbed
@@ -185,11 +185,11 @@ def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(name: 
     implementation = FAMILIES[name].implementation
     train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", implementation, {}, 0)
     answer = ask(
-        here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations=[other] if name == "stacked" else [other, without]
+        here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations=[other] if name == "gaussian_process" else [other, without]
     )
     known = pd.read_csv(f"{answer}.tsv", sep="\t").groupby("perturbation")["known"].first()
     assert "times as far" in known[other]
-    assert name == "stacked" or "without a vector" in known[without]
+    assert name == "gaussian_process" or "without a vector" in known[without]
     everyone = ask(here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations="all_single")
     assert set(pd.read_csv(f"{everyone}.ranking.tsv", sep="\t")["perturbation"]) == set(PERTURBED), "all perturbed genes, no more"
 

@@ -141,8 +141,8 @@ SHOWN = (
     "command",
     [
         "leaderboard.py results renge2023",
-        "leaderboard.py results renge2023 --brief no_change stacked scppdm technical_duplicate",
-        "leaderboard.py results renge2023 --against stacked",
+        "leaderboard.py results renge2023 --brief no_change set_gp scppdm technical_duplicate",
+        "leaderboard.py results renge2023 --against set_gp",
         "best_baseline.py results renge2023 unseen_context --models scppdm jepa",
         "best_baseline.py results renge2023 unseen_context --models jepa --baseline perturbed_mean",
         "distributions.py results renge2023 unseen_perturbation --models scppdm",

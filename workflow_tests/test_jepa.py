@@ -1,5 +1,6 @@
 """The JEPA: its terms against hand-computed values, its stages on planted cells, what stops it, and what its inner folds may know."""
 
+import itertools
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from test_models import QUICK_JEPA, registered, trained
 import perturbflow.models.jepa as jepa_module
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import conditional_mean, probes, representation
+from perturbflow.models import probes, representation, set_gp
 from perturbflow.models.autoencoder import Cells, DrawnCells
 from perturbflow.models.base import Run, build
 from perturbflow.models.batches import Batch, PairedCells
@@ -433,9 +434,11 @@ def inner_world(
     model, _, _ = jepa
     training = Training.of(pairs.roles("train", "validation"), embeddings, 0)
     kinds = {"combinations": [], "genes": []}
-    for fold in conditional_mean.ConditionalMean._rounds(training):
-        kinds["genes" if set(training.effects.genes) - set(fold[0].effects.genes) else "combinations"].append(fold)
-    inner, held_out, start, _ = max(kinds[kind], key=lambda fold: len(fold[1].labels))
+    for of_genes in (False, True):
+        for fold in itertools.islice(training.rounds(of_genes=of_genes, one_by_one=False), 0, None, 2):
+            kinds["genes" if set(training.effects.genes) - set(fold[0].effects.genes) else "combinations"].append(fold)
+    inner, held_out = max(kinds[kind], key=lambda fold: len(fold[1].labels))
+    start = training.pairs.rows[inner.controls]
     cells = training.pairs
     known = np.isin(cells.labels, inner.effects.labels) | cells.groups.is_of_half(inner.half)
     if spoil:
@@ -455,8 +458,7 @@ def inner_world(
 def test_inner_folds_know_nothing_of_what_they_hold_out(
     jepa: tuple, screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, own: bool
 ) -> None:
-    monkeypatch.setattr(conditional_mean, "LEAST_HELD_OUT", 1)
-    monkeypatch.setattr(conditional_mean, "_other_contexts", lambda training: iter(()))
+    monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 1)
     monkeypatch.setattr(jepa[0], "n_steps", 20)
     monkeypatch.setattr(jepa[0], "n_steps_before", (20, 20))
     monkeypatch.setattr(jepa[0], "embeds_folds_anew", own)

@@ -20,7 +20,7 @@ from test_models import COMBINATION, QUICK, REPOSITORY, make_pairs_of_cells, reg
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import autoencoder, batches, conditional_mean, counterfactual, denoiser, devices, external, optimization
+from perturbflow.models import autoencoder, batches, counterfactual, denoiser, devices, external, optimization, set_gp
 from perturbflow.models.base import Run, build
 from perturbflow.models.optimization import PRECISIONS
 from perturbflow.pairs import Pairs
@@ -50,7 +50,7 @@ def test_resumed_training_equals_uninterrupted(
         name, short["latent"] = "scppdm", {"file": str(exported(tmp_path / "encoder.pt2", screen[0].genes))}
     if name == "jepa":
         short |= {"n_steps_representation": 30, "n_steps_decoder": 30, "when_broken": "report"}
-        monkeypatch.setattr(conditional_mean, "LEAST_HELD_OUT", 2)
+        monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 2)
     _, whole, run = trained(name, *screen, tmp_path / "whole", **short)
 
     class Cut(Exception):

@@ -11,7 +11,8 @@ from conftest import REPOSITORY, SPECS, make_screen, prepare
 
 from perturbflow import progress
 from perturbflow.embeddings import Embeddings
-from perturbflow.models.conditional_mean import ConditionalMean, _n_rounds
+from perturbflow.models import set_gp
+from perturbflow.models.set_gp import SetGP
 from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
 from perturbflow.progress import Progress, left, progressed
@@ -47,11 +48,12 @@ def test_inner_folds_say_how_many_there_are(kind: str, tmp_path_factory: pytest.
                                             caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     here = prepare(tmp_path_factory.mktemp("folds"), make_screen(), SPECS[kind])
     training = Training.of(Pairs.read(here.pairs), Embeddings.read(here.embeddings), 0)
-    n = len(list(ConditionalMean._rounds(training)))
-    assert _n_rounds(training) == n > 3
+    n = sum(len(training.folds(of_genes=of_genes, one_by_one=False)) for of_genes in (False, True))
+    assert n > 3
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    ConditionalMean().learn(training)
+    monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 1)
+    SetGP({"other": lambda inner, start: inner.effects.values.mean(axis=0).__mul__}).learn(training)
     assert any(record.getMessage().startswith(f"inner folds: 3 of {n}, about") for record in caplog.records)
 
 

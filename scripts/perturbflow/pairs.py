@@ -1,7 +1,7 @@
 """Control/perturbed pairs: genes selected and counts normalized by training cells, controls matched within the role."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,8 @@ class Groups:
         Group of every cell: the number of its label or, for controls, from the number of labels on.
     stratum
         Number of every cell's batch × cell type × role.
+    strata
+        Batch × cell type of every stratum, as `Pairs.strata` writes it.
     n_cells
         Cells per group.
     """
@@ -62,7 +64,9 @@ class Groups:
         strata = obs.groupby(["batch", "cell_type", "role"], observed=True)
         self.stratum = strata.ngroup().to_numpy()
         # Where a batch has no control of the role, all of the cell type and role serve, as in `match_controls`.
-        self._relaxed = strata.size().index.to_frame(index=False).groupby(["cell_type", "role"], observed=True).ngroup().to_numpy()
+        places = strata.size().index.to_frame(index=False)
+        self.strata = (places["batch"].astype(str) + "|" + places["cell_type"].astype(str)).tolist()
+        self._relaxed = places.groupby(["cell_type", "role"], observed=True).ngroup().to_numpy()
         turn = pd.Series(self.stratum[is_control]).groupby(self.stratum[is_control]).cumcount().to_numpy() % 2
         self.of_cell = pd.Index(labels).get_indexer(label)
         self.of_cell[is_control] = len(labels) + 2 * self.stratum[is_control] + turn
@@ -102,16 +106,59 @@ class Groups:
         half
             Which half of the controls is compared with, 0 or 1; None is all. A control that is alone in its stratum is in both.
         """
+        return self.means(sums) - self.control_weights(half) @ self.control_means(sums, half)
+
+    def n_controls(self, half: int | None = None) -> np.ndarray:
+        """Return the controls of each stratum, of one half or of both, (strata,)."""
+        return (self.n_cells[len(self.labels) :].reshape(-1, 2) * self._is_of_half(half)).sum(axis=1)
+
+    def control_means(self, sums: np.ndarray, half: int | None = None) -> np.ndarray:
+        """Return the mean of the controls of each stratum from the sums over all groups, (strata, columns); 0 without controls."""
+        kept = np.where(self._is_of_half(half), 1.0, 0.0)
+        controls = np.einsum("st,stg->sg", kept, sums[len(self.labels) :].reshape(len(kept), 2, -1))
+        return controls / np.maximum(self.n_controls(half), 1)[:, None]
+
+    def _is_of_half(self, half: int | None) -> np.ndarray:
         n = self.n_cells[len(self.labels) :].reshape(-1, 2)
-        if half is not None:
-            is_alone = n.sum(axis=1) < 2
-            n = np.where((np.arange(2) == half) | is_alone[:, None], n, 0)
-        own = n.sum(axis=1)
-        pool = (self._relaxed[:, None] == self._relaxed) & (own == 0)[:, None] | np.eye(len(own), dtype=bool)
-        weights = self._shares @ (pool / (pool @ own)[:, None])  # (perturbations, strata)
-        kept = np.where(n > 0, 1.0, 0.0)
-        controls = np.einsum("st,stg->sg", kept, sums[len(self.labels) :].reshape(len(own), 2, -1))
-        return self.means(sums) - weights @ controls
+        return n > 0 if half is None else (n > 0) & ((np.arange(2) == half) | (n.sum(axis=1) < 2)[:, None])
+
+    def control_weights(self, half: int | None = None) -> np.ndarray:
+        """Return how much each perturbation is compared with the controls of each stratum, (perturbations, strata); rows sum to 1."""
+        n = self.n_controls(half)
+        pool = (self._relaxed[:, None] == self._relaxed) & (n == 0)[:, None] | np.eye(len(n), dtype=bool)
+        return self._shares @ (pool * n / (pool @ n)[:, None])
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where cells are that are asked.
+
+    Attributes
+    ----------
+    strata
+        Batch × cell type of every cell, as `Pairs.strata` writes it.
+    levels
+        Mean control by stratum, (genes,) each, log1p.
+    """
+
+    strata: np.ndarray
+    levels: Mapping[str, np.ndarray]
+
+    @property
+    def level(self) -> np.ndarray:
+        """Mean control of the cells' strata, weighted as they are, (genes,)."""
+        return np.sum([share * self.levels[stratum] for stratum, share in self.shares.items()], axis=0)
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Share of the cells in each stratum."""
+        names, times = np.unique(self.strata, return_counts=True)
+        return {str(name): n / len(self.strata) for name, n in zip(names, times, strict=True)}
+
+    def places(self) -> Iterator[tuple[np.ndarray, "Context"]]:
+        """Yield the cells of each stratum, as positions, and where they are."""
+        for stratum in self.shares:
+            yield np.flatnonzero(self.strata == stratum), Context(np.array([stratum]), self.levels)
 
 
 @dataclass(frozen=True)
@@ -200,9 +247,23 @@ class Pairs:
     @cached_property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Sums of expression and of its squares over every group, from one pass over the cells, (groups, genes) each."""
-        sums, squares = np.zeros((2, len(self.groups.n_cells), len(self.genes)))
+        return self.sums_over(self.groups.of_cell, np.ones(len(self.rows), dtype=bool), len(self.groups.n_cells))
+
+    def sums_over(self, group: np.ndarray, mask: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return sums of expression and of its squares over groups of the cells under a mask, (groups, genes) each.
+
+        Parameters
+        ----------
+        group
+            Of every cell under the mask.
+        """
+        of_cell = np.full(len(mask), -1)
+        of_cell[mask] = group
+        sums, squares = np.zeros((2, n_groups, len(self.genes)))
         for rows, X in self.blocks():
-            add_moments(X.data, X.indices, X.indptr, self.groups.of_cell[rows], sums, squares)
+            here = of_cell[rows] >= 0
+            kept = X if here.all() else X[here]
+            add_moments(kept.data, kept.indices, kept.indptr, of_cell[rows][here], sums, squares)
         return sums, squares
 
     @cached_property
@@ -219,11 +280,7 @@ class Pairs:
             if label != CONTROL and len(rows) >= LEAST_CELLS and (batch, cell_type) in has_controls:
                 group[rows] = len(found)
                 found.append((batch, cell_type, label, rows))
-        sums, squares = np.zeros((2, len(found), len(self.genes)))
-        for rows, X in self.blocks():
-            of_group = group[rows]
-            here = X[of_group >= 0]
-            add_moments(here.data, here.indices, here.indptr, of_group[of_group >= 0], sums, squares)
+        sums, _ = self.sums_over(group[group >= 0], group >= 0, len(found))
         effects: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         for total, (batch, cell_type, label, rows) in zip(sums, found, strict=True):
             mean = (total / len(rows)).astype(np.float32)
@@ -233,6 +290,11 @@ class Pairs:
     def is_of_context(self, context: tuple[str, str]) -> np.ndarray:
         """Return True for the cells of a batch × cell type, (cells,)."""
         return self.strata == "|".join(context)
+
+    def cells_in(self, label: str, stratum: str) -> np.ndarray:
+        """Return the rows of one perturbation in a batch × cell type."""
+        rows = self.cells_of(label)
+        return rows[self.strata[rows] == stratum]
 
     def without_context(self, context: tuple[str, str]) -> "Pairs":
         """Return the cells of all other batches × cell types; what is known of effects in them is handed on."""
@@ -254,7 +316,7 @@ class Pairs:
     def _rows_of(self) -> dict[str, np.ndarray]:
         return pd.Series(self.labels).groupby(self.labels, sort=False).indices
 
-    @property
+    @cached_property
     def strata(self) -> np.ndarray:
         """Batch and cell type of every cell, as one word."""
         return (self.obs["batch"].astype(str) + "|" + self.obs["cell_type"].astype(str)).to_numpy()
@@ -307,6 +369,12 @@ class Pairs:
         strata = self.obs.iloc[rows].groupby(["batch", "cell_type", "role"], observed=True).size()
         means = [n * self._control_means[key if key in self._control_means else key[1:]] for key, n in strata.items()]
         return sum(means) / len(rows)
+
+    def context_of(self, rows: np.ndarray) -> Context:
+        """Return where cells of one role are, with the mean control of each place."""
+        strata = self.strata[rows]
+        names, first = np.unique(strata, return_index=True)
+        return Context(strata, {str(name): self.control_mean_for(rows[[i]]) for name, i in zip(names, first, strict=True)})
 
     def effect_of(self, label: str) -> np.ndarray:
         """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""

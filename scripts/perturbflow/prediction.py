@@ -16,7 +16,7 @@ from perturbflow.artefacts import load_artefact
 from perturbflow.files import atomic
 from perturbflow.hdf5 import AppendedRows
 from perturbflow.models.base import Ceiling, build
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Context, Pairs
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def predict(
     # Controls are few and start again and again: they are kept, and no other cell is read.
     is_control = np.flatnonzero(cells.is_control)
     controls = replace(cells.select(cells.is_control), X=cells.X[is_control])
-    measured = np.concatenate(list(chosen.values()))
+    strata, measured = controls.strata, np.concatenate(list(chosen.values()))
     start = cells.control_index[measured, 0]
 
     with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
@@ -84,13 +84,13 @@ def predict(
         for label, rows in chosen.items():
             place = np.searchsorted(is_control, cells.control_index[rows, 0])
             # The mean of a few controls is off that of all by chance; predicted cells are to have the mean of the population.
-            level = None if isinstance(family, Ceiling) else controls.control_mean_for(place)
+            levels = controls.context_of(place).levels
             size = len(rows) if isinstance(family, Ceiling) else CELLS_PER_BLOCK  # a ceiling draws without replacement, from few
             for block, first in enumerate(range(0, len(rows), size)):
                 starts = place[first : first + size]
-                told = {"strata": controls.strata[starts]} if family.reads_strata else {}
+                context = Context(strata[starts], levels)
                 predicted = family.predict(
-                    controls.X[starts].toarray(), [label], len(starts), block_seed(seed, label, block), level, **told
+                    controls.X[starts].toarray(), [label], len(starts), block_seed(seed, label, block), context
                 )[0]
                 written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
             logger.info("%s: %d cells", label, len(rows))

@@ -9,7 +9,7 @@ import pandas as pd
 from perturbflow.benchmark.tables import BETTER, CANNOT_TELL, LEVEL, TELLS, TOO_FEW, UNDECIDED, WORSE
 from perturbflow.bootstrap import MIN_PERTURBATIONS
 
-STACKED = "stacked"
+STRONGEST = ("gaussian_process", "stacked")  # families of the closed form to beat
 RANK = "rank_cosine_off_target"
 COLLAPSED = 0.4  # mean of RANK above it: chance is 0.5
 CANNOT_RANK = "this screen cannot rank models"
@@ -17,7 +17,7 @@ MIN_TELLING = 2  # headline metrics that can tell; on fewer no model is ranked
 
 TRADES = "trades"
 VERDICTS = ["dataset", "split", "model", "family", "kind", "verdict", "wins", "losses", "level", "undecided", "cannot_tell", "best_baselines",
-            "against_stacked", "no_better_than", "mode_collapse", "n_telling", "least_difference", "caveats", "sentence"]  # fmt: skip
+            "against_set_gp", "no_better_than", "mode_collapse", "n_telling", "least_difference", "caveats", "sentence"]  # fmt: skip
 
 
 def telling(calibration: pd.DataFrame) -> dict[str, bool]:
@@ -157,14 +157,14 @@ def judge(
         mine, all_mine = (table[table["model"] == model.model] for table in (counted, headlines))
         best = mine[mine["is_best_baseline"]]
         mute = _mute(best, all_mine)
-        against_stacked = mine[mine["baseline_family"] == STACKED]
+        against_set_gp = mine[mine["baseline_family"].isin(STRONGEST)]
         of_ablations = mine[mine["baseline_kind"] == "ablation"].groupby("baseline", sort=False)["verdict"]
         no_better = [name for name, words in of_ablations if model.kind == "learned" and BETTER not in set(words)]
         is_collapsed = may_collapse and ranks.get(model.model, 0.0) > COLLAPSED
         is_ranked = n_telling >= MIN_TELLING and len(best) > 0
         said = _clauses(best, all_mine, n_telling, least_difference)
-        if len(against_stacked) and set(best["baseline"]) != set(against_stacked["baseline"]):
-            said.append(_comparison(against_stacked, least_difference))
+        if len(against_set_gp) and set(best["baseline"]) != set(against_set_gp["baseline"]):
+            said.append(_comparison(against_set_gp, least_difference))
         said += [f"no better than {name}: its scores need no perturbation label" for name in no_better]
         if is_collapsed:
             said.append(f"mode collapse: {RANK} {ranks[model.model]:.2f} (chance 0.5), its predictions hardly tell perturbations apart")
@@ -183,7 +183,7 @@ def judge(
                 "undecided": by_word[UNDECIDED],
                 "cannot_tell": ",".join(mute["metric"]),
                 "best_baselines": ",".join(best["baseline"].unique()),
-                "against_stacked": outcome(against_stacked["verdict"]) if len(against_stacked) else "",
+                "against_set_gp": outcome(against_set_gp["verdict"]) if len(against_set_gp) else "",
                 "no_better_than": ",".join(no_better),
                 "mode_collapse": is_collapsed,
                 "n_telling": n_telling,

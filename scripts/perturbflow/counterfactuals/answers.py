@@ -350,7 +350,7 @@ def _check_answerable(model: Model, labels: list[str], knowledge: Knowledge, cel
             and knowledge.of(label).case.startswith("unseen")
             and not model.individual_effects(cells, label, seed).any()
         ):
-            refused[label] = "it never saw it perturbed, and what it says of it is no change at all. Ask another model, such as stacked"
+            refused[label] = "it never saw it perturbed, and what it says of it is no change at all. Ask another model, such as set_gp"
     if refused:
         raise InputError(" ".join(f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items()))
 

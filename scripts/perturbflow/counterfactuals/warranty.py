@@ -27,7 +27,7 @@ from perturbflow.counterfactuals.intervals import relative_widths
 from perturbflow.embeddings import Embeddings
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.files import atomic, write_json
-from perturbflow.models.base import Model, Run, build
+from perturbflow.models.base import Context, Model, Run, build
 from perturbflow.models.baselines import NoChange, PerturbedMean
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
@@ -50,7 +50,13 @@ def asked_effect(model: Model, cells: Pairs, label: str, seed: int) -> np.ndarra
     if len(rows) > MAX_CELLS:
         rows = np.random.default_rng(seed).choice(rows, MAX_CELLS, replace=False)
     starts, times = np.unique(cells.control_index[rows, 0], return_counts=True)
-    return np.average(model.individual_effects(cells.X[starts].toarray(), label, seed), axis=0, weights=times)
+    return np.average(model.individual_effects(cells.X[starts].toarray(), label, seed, context_of(cells, label)), axis=0, weights=times)
+
+
+def context_of(cells: Pairs, label: str) -> Context:
+    """Return where the cells of a perturbation are."""
+    rows = cells.cells_of(label)
+    return Context(cells.strata[rows], cells.control_mean_for(rows))
 
 
 def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) -> tuple[Calibration, Scale]:
@@ -71,6 +77,7 @@ def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) ->
         found += Calibration.of(
             labels, [case_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in progressed(labels, "validation perturbations")]),
             np.stack([validation.effect_of(label) for label in labels]), [measured_by(validation, label) for label in labels], scale, pairs.genes,
+            [model.uncertainty(label, context_of(validation, label)) for label in labels],
         )  # fmt: skip
     return found, scale
 
@@ -165,9 +172,11 @@ def held_to_test(model: Model, known: Pairs, test: Pairs, calibrations: dict[str
         row["in_other_contexts"] = places.is_elsewhere(label, contexts_of(test.obs.iloc[test.cells_of(label)]))
         sampling = measured_by(test, label)
         guesses = {"model": predicted, "no_change": np.zeros_like(reference), "perturbed_mean": reference}
+        uncertainty = model.uncertainty(label, context_of(test, label))
+        units = {name: scale.at(sampling, uncertainty if name == "model" else None) for name in guesses}
         for level in NOMINAL:
             suffix = str(round(100 * level))
-            reach = {name: own[name].reach(level) * scale.at(sampling)[kept] for name in guesses}
+            reach = {name: own[name].reach(level) * units[name][kept] for name in guesses}
             held = {name: float((np.abs(measured - guess)[kept] <= reach[name]).mean()) for name, guess in guesses.items()}
             # The truth is off by sampling alone.
             reach["ceiling"] = norm.ppf((1 + level) / 2) * np.sqrt(scale.variance * sampling)[kept]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -11,13 +10,13 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.effects import Effects
 from perturbflow.models.recount import recounted
-from perturbflow.models.stacked import Stacked
-from perturbflow.pairs import Pairs
+from perturbflow.models.set_gp import SetGP
+from perturbflow.pairs import Context, Pairs
 from perturbflow.symbols import CONTROL, members_of
 
 
-class ShuffledLabels(Stacked):
-    """`Stacked` on training cells whose perturbations were exchanged at random, singles with singles, combinations with combinations."""
+class ShuffledLabels(SetGP):
+    """`SetGP` on training cells whose perturbations were exchanged at random, singles with singles, combinations with combinations."""
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
         """Exchange labels, then learn."""
@@ -33,8 +32,6 @@ class ShuffledLabels(Stacked):
 
 class BatchOnly(Model):
     """The mean effect of all training perturbations in the cell's batch and cell type: the perturbation is not looked at."""
-
-    reads_strata: ClassVar[bool] = True
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
         """Average effects over perturbations, per batch × cell type."""
@@ -54,21 +51,11 @@ class BatchOnly(Model):
         """Take over the arrays."""
         self.artefact = artefact
 
-    def predict(
-        self,
-        cells: np.ndarray,
-        perturbations: Sequence[str],
-        n: int,
-        seed: int,
-        level: np.ndarray | None = None,
-        strata: np.ndarray | None = None,
-    ) -> np.ndarray:
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None) -> np.ndarray:
         """Change control cells by the mean effect of their strata; by that of all where a stratum is new or not told."""
         known = self.artefact["strata"].tolist()
-        told = [""] * len(cells) if strata is None else list(strata)
-        effects = np.stack(
-            [self.artefact["effects"][known.index(stratum)] if stratum in known else self.artefact["overall"] for stratum in told]
-        )
-        start, effect = start_cells(cells, n), start_cells(effects, n).mean(axis=0)
-        changed = recounted(start, effect + off_level(start, level), None, np.random.default_rng(seed))
+        told = [""] if context is None else list(context.strata)
+        effects = [self.artefact["effects"][known.index(stratum)] if stratum in known else self.artefact["overall"] for stratum in told]
+        start = start_cells(cells, n)
+        changed = recounted(start, np.mean(effects, axis=0) + off_level(start, context), None, np.random.default_rng(seed))
         return np.repeat(changed[None], len(perturbations), axis=0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.conformal import Calibration
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Context, Pairs
 
 # What training leaves behind: arrays of a closed form, tensors and plain values of a network.
 Artefact = dict[str, Any]
@@ -62,7 +62,6 @@ class Model(ABC):
     """
 
     reads_blocks: bool = False  # fit goes through the cells block by block: their expression may stay on disk
-    reads_strata: ClassVar[bool] = False  # predict also takes strata: batch and cell type of every control cell
     files: tuple[Path, ...] = ()  # that the params name: what is in them is part of a training's identity
 
     @abstractmethod
@@ -74,7 +73,7 @@ class Model(ABC):
         """Become the model that an earlier `fit` returned."""
 
     @abstractmethod
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, level: np.ndarray | None = None) -> np.ndarray:
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None) -> np.ndarray:
         """Predict perturbed cells.
 
         Parameters
@@ -87,24 +86,30 @@ class Model(ABC):
             Cells per perturbation.
         seed
             Same seed, same cells.
-        level
-            Mean of the population that the control cells stand for, (genes,): the predicted cells have it plus the effect for their mean,
-            so that they do not carry the chance by which a few controls were drawn. None: the mean of the cells themselves.
+        context
+            Where the cells are. The predicted cells have its level plus the effect for their mean, so that they do not carry the chance by which a
+            few controls were drawn. None: the mean of the cells themselves.
 
         Returns
         -------
         (perturbations, n, genes); a ceiling has no more cells than were measured.
         """
 
-    def counterfactual(self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int) -> np.ndarray:
+    def counterfactual(
+        self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
         """Return what each of these cells might become, (perturbations, cells, samples, genes)."""
         repeated = np.repeat(cells, samples, axis=0)
-        predicted = self.predict(repeated, perturbations, len(repeated), seed)
+        predicted = self.predict(repeated, perturbations, len(repeated), seed, context)
         return predicted.reshape(len(perturbations), len(cells), samples, cells.shape[1])
 
-    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int) -> np.ndarray:
+    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None) -> np.ndarray:
         """Return what the perturbation is expected to change in each of these cells, (cells, genes): the mean over what is not known of it."""
-        return self.predict(cells, [perturbation], len(cells), seed)[0] - cells
+        return self.predict(cells, [perturbation], len(cells), seed, context)[0] - cells
+
+    def uncertainty(self, perturbation: str, context: Context | None = None) -> np.ndarray | None:
+        """Return the variance that the model gives its own idea of the mean effect, (genes,); None where it has none."""
+        return None
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
         """Return how far this model is off on training perturbations that it was not trained on, as far as that can be known."""
@@ -131,9 +136,9 @@ def build(implementation: str, params: dict) -> Model:
     return getattr(importlib.import_module(f"perturbflow.models.{module}"), name)(**params)
 
 
-def off_level(cells: np.ndarray, level: np.ndarray | None) -> np.ndarray:
-    """Return what the mean of cells lacks of the level that they stand for, (genes,); zeros without one."""
-    return np.zeros(cells.shape[1]) if level is None else level - cells.mean(axis=0, dtype=np.float64)
+def off_level(cells: np.ndarray, context: Context | None) -> np.ndarray:
+    """Return what the mean of cells lacks of the level of their context, (genes,); zeros without one."""
+    return np.zeros(cells.shape[1]) if context is None else context.level - cells.mean(axis=0, dtype=np.float64)
 
 
 def start_cells(cells: np.ndarray, n: int) -> np.ndarray:

@@ -214,7 +214,7 @@ class Transfer(MeanShift):
 
     def learn(self, training: Training) -> Artefact:
         """Average over contexts."""
-        by_context = effects_by_context(training)
+        by_context = training.effects_by_context
         effects = {label: np.mean([of[label] for of in by_context.values() if label in of] or [training.effects.of(label)], axis=0)
                    for label in training.effects.labels}  # fmt: skip
         values = np.stack(list(effects.values()))
@@ -224,16 +224,6 @@ class Transfer(MeanShift):
         """Look the perturbation up."""
         labels = self.artefact["labels"].tolist()
         return self.artefact["effects"][labels.index(perturbation)] if perturbation in labels else self.artefact["mean"]
-
-
-def effects_by_context(training: Training) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """Return, per batch × cell type, the effects of the training perturbations that have enough cells in it."""
-    known = set(training.effects.labels)
-    of_known = {
-        context: {label: effect for label, effect in effects.items() if label in known}
-        for context, effects in training.pairs.effects_by_context.items()
-    }
-    return {context: effects for context, effects in of_known.items() if effects}
 
 
 class Linear(MeanShift):

@@ -8,7 +8,7 @@ from scipy.stats import false_discovery_control, ttest_ind_from_stats
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.base import Artefact, Ceiling, Run
 from perturbflow.models.effects import Effects
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Context, Pairs
 
 
 class TechnicalDuplicate(Ceiling):
@@ -36,7 +36,7 @@ class TechnicalDuplicate(Ceiling):
         """Take over the cells."""
         self.artefact = artefact
 
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, level: np.ndarray | None = None) -> np.ndarray:
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None) -> np.ndarray:
         """Return measured cells, each once: at most n of the duplicate half, drawn at random."""
         return np.stack([self.artefact["X"][self._drawn(perturbation, n, seed)] for perturbation in perturbations])
 

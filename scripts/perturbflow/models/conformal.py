@@ -62,9 +62,9 @@ class Scale:
         noise = variance * np.mean([measured_by(training, label) for label in effects.labels])
         return cls(variance, np.maximum((effects.values.astype(float) ** 2).mean(axis=0) - noise, 0.0))
 
-    def at(self, sampling: float) -> np.ndarray:
-        """Return s, (genes,), for a measurement with 1/n + 1/n₀ as given."""
-        return np.sqrt(self.variance * sampling + self.spread)
+    def at(self, sampling: float, uncertainty: np.ndarray | None = None) -> np.ndarray:
+        """Return s, (genes,), for a measurement with 1/n + 1/n₀ as given; where a model has a variance of its own, (genes,), in place of τ²."""
+        return np.sqrt(self.variance * sampling + (self.spread if uncertainty is None else uncertainty))
 
 
 def measured_by(pairs: Pairs, label: str, rows: np.ndarray | None = None, share: float = 1.0) -> float:
@@ -119,12 +119,13 @@ class Calibration:
         sampling: Sequence[float],
         scale: Scale,
         genes: list[str],
+        uncertainty: Sequence[np.ndarray | None] | None = None,
     ) -> "Calibration":
-        """Score predictions of held-out perturbations, (perturbations, genes)."""
+        """Score predictions of held-out perturbations, (perturbations, genes), in units of `Scale.at`."""
         scores = []
-        for label, p, m, s in zip(labels, predicted, measured, sampling, strict=True):
+        for label, p, m, s, u in zip(labels, predicted, measured, sampling, uncertainty or [None] * len(labels), strict=True):
             kept = ~np.isin(genes, entities_of(label))
-            scores.append(np.quantile((np.abs(m - p) / scale.at(s))[kept], LEVELS))
+            scores.append(np.quantile((np.abs(m - p) / scale.at(s, u))[kept], LEVELS))
         return cls(list(labels), list(cases), np.array(scores).reshape(len(scores), len(LEVELS)), np.array(sampling, dtype=float))
 
     def __add__(self, other: "Calibration") -> "Calibration":

@@ -4,7 +4,7 @@ Abduction, action, prediction (Pearl 2009, section 7.1), cell by cell. Abduction
 molecules agree on (`abduction`). Action: the perturbation. Prediction: the end of a flow that starts in the cell, trained by conditional flow
 matching (Lipman et al. 2023, arXiv 2210.02747) between perturbed cells and the controls that they are coupled with inside perturbation, batch and cell
 type: those of most likely the same state (`coupled`; minibatch optimal transport, Tong et al. 2024, arXiv 2302.00482, with the likelihood of a
-shared state for its cost). The mean effect is that of `conditional_mean`; the flow says how cells differ from it.
+shared state for its cost). The mean effect is that of `set_gp`; the flow says how cells differ from it.
 
 What it assumes. (1) Perturbations are assigned without regard to the cell's state within batch and cell type: true of pooled screens, but for what a
 perturbation does to survival. (2) A cell's state can be read from what the perturbation leaves alone: two cells of one state that got different

@@ -6,7 +6,7 @@ to cells, `recount` the way from the latent to cells that are counts.
 
 Two models share the family. With `mean: learned` (scppdm) the network owns the mean and the spread. With `mean: closed_form` (scppdm_hybrid)
 it is trained on what cells differ by from the mean of their perturbation, and the mean of a new perturbation is that of
-`conditional_mean`: a mix of closed forms chosen by inner cross-validation.
+`set_gp`, a Gaussian process over sets of genes.
 """
 
 import math

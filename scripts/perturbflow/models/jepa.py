@@ -4,8 +4,8 @@ A joint-embedding predictive architecture in three stages: `representation` hold
 way back to genes; `world` holds B, the world model. A, C and B are trained in this order, each on what the one before has left, so that
 nothing of a perturbation's label is in the embedding.
 
-With `mean: closed_form` the mean effect is that of `conditional_mean`, with the world model's as one more part of the mix: trained anew without
-the perturbations that a fold holds out, it is believed as far as it predicts those. With `mean: learned` it is the world model's alone.
+With `mean: closed_form` the mean effect is that of `set_gp`, with the world model's as one more term: trained anew without the perturbations that a
+fold holds out, it is believed as far as it predicts those. With `mean: learned` it is the world model's alone.
 """
 
 import logging
@@ -20,7 +20,6 @@ from torch import Tensor
 from perturbflow.artefacts import save_checkpoint
 from perturbflow.models.base import Run
 from perturbflow.models.batches import PairedCells, encoded
-from perturbflow.models.conditional_mean import FitPart
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
 from perturbflow.models.learned import LearnedModel, unseen_among
@@ -28,6 +27,7 @@ from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.optimization import Learner, optimize_briefly, resumable
 from perturbflow.models.probes import separability
 from perturbflow.models.representation import JepaLatent, Recipe
+from perturbflow.models.set_gp import FitPart
 from perturbflow.models.shift import Training
 from perturbflow.models.world import World
 from perturbflow.pairs import Pairs

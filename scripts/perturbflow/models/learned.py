@@ -1,7 +1,7 @@
 """What the learned families share: conditions, displacements in latent space, what unseen genes borrow, and the way back to cells."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,7 +14,6 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.batches import Batches, PairedCells, encoded
-from perturbflow.models.conditional_mean import ConditionalMean, FitPart
 from perturbflow.models.conditions import Conditions
 from perturbflow.models.conformal import Calibration
 from perturbflow.models.effects import Effects
@@ -24,8 +23,9 @@ from perturbflow.models.networks import GeneEncoder
 from perturbflow.models.optimization import Learner, Optimization, optimize
 from perturbflow.models.own_gene import OwnGene
 from perturbflow.models.recount import Change, change_of, changed, drawn_mean_change, recounted
+from perturbflow.models.set_gp import FitPart, SetGP
 from perturbflow.models.shift import Training
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Context, Pairs
 from perturbflow.symbols import CONTROL, entity_of, members_of
 
 CELLS_PER_BLOCK = 2048
@@ -50,7 +50,7 @@ class LearnedModel(Model):
     Parameters
     ----------
     mean
-        learned: the mean change of cells is that of their displacements; closed_form: that of `ConditionalMean`.
+        learned: the mean change of cells is that of their displacements; closed_form: that of `SetGP`.
     cells
         counts: cells of whole counts, see `recount`; shifted: control cells plus the change.
     n_latent, n_steps, batch_size, learning_rate, weight_decay, ema_decay, control_share, synthetic_share, shifted_share
@@ -109,7 +109,7 @@ class LearnedModel(Model):
         return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals)
 
     def other_parts(self, cells: PairedCells, run: Run) -> dict[str, FitPart]:
-        """Return, by name, what a mean in closed form may be mixed with; `other_effects` are the same of the trained model."""
+        """Return, by name, what a mean in closed form also hears; `other_effects` are the same of the trained model."""
         return {}
 
     def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, Callable[[], np.ndarray]]:
@@ -153,7 +153,7 @@ class LearnedModel(Model):
             "population": torch.from_numpy(self.population),
         }
         if self.has_closed_mean:
-            self.mean = ConditionalMean(self.other_parts(cells["train"], run)).learned(Training.of(pairs, embeddings, run.seed))
+            self.mean = SetGP(self.other_parts(cells["train"], run)).learned(Training.of(pairs, embeddings, run.seed))
             run.facts["mean"] = self.mean.account()
             words = {name: value.tolist() for name, value in self.mean.artefact.items() if value.dtype.kind == "U"}
             arrays = {name: torch.as_tensor(value) for name, value in self.mean.artefact.items() if name not in words}
@@ -178,7 +178,7 @@ class LearnedModel(Model):
         self.net.load_state_dict(artefact["state"])
         self.net.eval()
         if self.has_closed_mean:
-            self.mean = ConditionalMean()
+            self.mean = SetGP()
             values = artefact["mean"].items()
             self.mean.restore({name: np.array(value, dtype=str) if isinstance(value, list) else value.numpy() for name, value in values})
 
@@ -191,10 +191,10 @@ class LearnedModel(Model):
         unknown = self.conditions.unknown(perturbation)
         if not unknown:
             return None
-        return f"{', '.join(unknown)} has no embedding: no cell of this screen was perturbed in it. Ask a baseline, such as stacked"
+        return f"{', '.join(unknown)} has no embedding: no cell of this screen was perturbed in it. Ask a closed form, such as set_gp"
 
     @torch.no_grad()
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, level: np.ndarray | None = None) -> np.ndarray:
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None) -> np.ndarray:
         """Move start cells in latent space and bring them back to expression, a block at a time."""
         start = start_cells(cells, n)
         z = self.latent.encode(start)
@@ -207,7 +207,7 @@ class LearnedModel(Model):
             for first in range(0, n, CELLS_PER_BLOCK):
                 block = slice(first, first + CELLS_PER_BLOCK)
                 moved = self._displacement(torch.from_numpy(z[block]), perturbation, rng, generator).numpy()
-                predicted[p, block] = self.outcome(start[block], z[block], moved, perturbation, rng, level)
+                predicted[p, block] = self.outcome(start[block], z[block], moved, perturbation, rng, context)
         return predicted
 
     def outcome(
@@ -217,7 +217,7 @@ class LearnedModel(Model):
         moved: np.ndarray,
         perturbation: str,
         rng: np.random.Generator,
-        level: np.ndarray | None = None,
+        context: Context | None = None,
     ) -> np.ndarray:
         """Return perturbed cells, (cells, genes): the mean change that is predicted, and around it what the cells differ in.
 
@@ -229,29 +229,51 @@ class LearnedModel(Model):
             Start cells, log1p-normalized (cells, genes) and in latent space (cells, dimensions).
         moved
             Their displacement in latent space, (cells, dimensions).
-        level
+        context
             As of `predict`.
         """
         if perturbation == CONTROL:
             return start.copy()
         if self.learns_residuals and len(moved) >= CENTRED_FROM:
             moved = moved - moved.mean(axis=0)
-        mean = self.mean_effect(start, z, moved, perturbation, rng) + off_level(start, level)
+        mean = self.mean_effect(start, z, moved, perturbation, rng, context) + off_level(start, context)
         if self.cells == "shifted":
             return start + mean
         return recounted(start, mean, self.latent.fold(z, moved), rng)
 
-    def mean_effect(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
+    def mean_effect(
+        self,
+        start: np.ndarray,
+        z: np.ndarray,
+        moved: np.ndarray,
+        perturbation: str,
+        rng: np.random.Generator,
+        context: Context | None = None,
+    ) -> np.ndarray:
         """Return the mean effect on these cells, (genes,)."""
         if self.has_closed_mean:
-            return self.mean.effect(perturbation, self.other_effects(z, perturbation))
+            return self.mean.effect_in(perturbation, context, self._said(z, perturbation))
         return self.mean_change(start, z, moved, perturbation, rng) + self.own_shift(start, perturbation)
+
+    def _said(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray] | None:
+        """Return what the network itself says of the mean effect, where the closed form hears it."""
+        names = self.mean.artefact["others"].tolist()
+        return {name: effect() for name, effect in self.other_effects(z, perturbation).items() if name in names} if names else None
+
+    def uncertainty(self, perturbation: str, context: Context | None = None) -> np.ndarray | None:
+        """Return the posterior variance of a mean in closed form, (genes,)."""
+        if not self.has_closed_mean:
+            return None
+        z = self.latent.encode(self.population) if self.mean.artefact["others"].tolist() else self.population[:0]
+        return self.mean.uncertainty(perturbation, context, self._said(z, perturbation))
 
     # Single cells: a mean effect is one of a population, here training controls. What a cell differs by from the population's mean is its own,
     # so its answer is the same whoever else is asked; and the mean over cells that are asked is theirs, not the population's.
 
     @torch.no_grad()
-    def counterfactual(self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int) -> np.ndarray:
+    def counterfactual(
+        self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
         """Return what each of these cells might become, (perturbations, cells, samples, genes)."""
         outcomes = np.empty((len(perturbations), len(cells), samples, cells.shape[1]), dtype=np.float32)
         for p, perturbation in enumerate(perturbations):
@@ -267,20 +289,20 @@ class LearnedModel(Model):
                 block = slice(first, first + CELLS_PER_BLOCK)
                 z = self.latent.encode(start[block])
                 moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy()
-                if population.change is not None:
-                    flat[block] = changed(start[block], population.change, self.latent.fold(z, moved - population.centre), rng)
-                else:
-                    own = self.latent.change(z, moved, np.expm1(start[block]).sum(axis=1)) - population.expected_change
-                    flat[block] = start[block] + population.mean + own
+                for rows, place in _places(context, np.arange(len(start))[block] // samples):
+                    flat[first + rows] = population.outcome(start[first + rows], z[rows], moved[rows], place, rng)
         return outcomes
 
     @torch.no_grad()
-    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int) -> np.ndarray:
+    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None) -> np.ndarray:
         """Return the mean effect of the population and what each cell's own differs from it by, (cells, genes)."""
         if perturbation == CONTROL:
             return np.zeros_like(cells)
         population = self._of_population(perturbation)
-        return (population.mean + self._expected_change(cells, perturbation) - population.expected_change).astype(np.float32)
+        effects = self._expected_change(cells, perturbation) - population.expected_change
+        for rows, place in _places(context, np.arange(len(cells))):
+            effects[rows] += population.mean(place)
+        return effects.astype(np.float32)
 
     def _expected_change(self, cells: np.ndarray, perturbation: str) -> np.ndarray:
         """Return what expected displacements change in each cell's expected expression, (cells, genes)."""
@@ -298,7 +320,7 @@ class LearnedModel(Model):
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
         """Return what inner folds of a mean in closed form have shown; nothing where the network owns the mean."""
-        return self.mean.of_held_out if self.has_closed_mean else Calibration.none()
+        return self.mean.held_out(pairs, embeddings, seed) if self.has_closed_mean else Calibration.none()
 
     def mean_change(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
         """Return what displacements change in the mean of the cells, (genes,)."""
@@ -347,11 +369,21 @@ class LearnedModel(Model):
         return genes
 
 
+def _places(context: Context | None, cells: np.ndarray) -> Iterator[tuple[np.ndarray, Context | None]]:
+    """Yield some of a context's cells by where they are, as positions among them."""
+    if context is None:
+        yield np.arange(len(cells)), None
+    else:
+        yield from Context(context.strata[cells], context.levels).places()
+
+
 class _OfPopulation:
     """What a perturbation does to the population; each part is found when it is asked for."""
 
     def __init__(self, model: LearnedModel, perturbation: str) -> None:
         self.model, self.perturbation = model, perturbation
+        self._means: dict[str, np.ndarray] = {}
+        self._changes: dict[str, Change] = {}
 
     @cached_property
     def z(self) -> np.ndarray:
@@ -370,23 +402,32 @@ class _OfPopulation:
         return self.moved.mean(axis=0) if self.model.learns_residuals else np.zeros(self.z.shape[1], dtype=np.float32)
 
     @cached_property
-    def mean(self) -> np.ndarray:
-        """The mean effect, (genes,)."""
-        moved = self.z[:0] if self.model.has_closed_mean else self.moved - self.centre
-        return self.model.mean_effect(self.model.population, self.z, moved, self.perturbation, np.random.default_rng(0))
-
-    @cached_property
     def expected_change(self) -> np.ndarray:
         """The mean of what expected displacements change in its cells, (genes,)."""
         return self.model._expected_change(self.model.population, self.perturbation).mean(axis=0)
 
-    @cached_property
-    def change(self) -> Change | None:
-        """How its counts change; None for cells that are shifted."""
-        if self.model.cells != "counts":
-            return None
-        fold = self.model.latent.fold(self.z, self.moved - self.centre)
-        return change_of(self.model.population, self.mean, fold, np.random.default_rng(0))
+    def mean(self, place: Context | None) -> np.ndarray:
+        """Return the mean effect in one batch and cell type, (genes,)."""
+        if (name := self._name(place)) not in self._means:
+            moved = self.z[:0] if self.model.has_closed_mean else self.moved - self.centre
+            self._means[name] = self.model.mean_effect(
+                self.model.population, self.z, moved, self.perturbation, np.random.default_rng(0), place
+            )
+        return self._means[name]
+
+    def outcome(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, place: Context | None, rng: np.random.Generator) -> np.ndarray:
+        """Return what cells of one batch and cell type become, (cells, genes); z and moved are where they are in latent space, and go."""
+        if self.model.cells == "counts":
+            if (name := self._name(place)) not in self._changes:
+                fold = self.model.latent.fold(self.z, self.moved - self.centre)
+                self._changes[name] = change_of(self.model.population, self.mean(place), fold, np.random.default_rng(0))
+            return changed(start, self._changes[name], self.model.latent.fold(z, moved - self.centre), rng)
+        own = self.model.latent.change(z, moved, np.expm1(start).sum(axis=1)) - self.expected_change
+        return start + self.mean(place) + own
+
+    def _name(self, place: Context | None) -> str:
+        """Return the place, where the mean depends on it."""
+        return str(place.strata[0]) if place and self.model.has_closed_mean and self.model.mean.looks_at_contexts else ""
 
 
 def _population(training: Pairs) -> np.ndarray:

@@ -15,11 +15,12 @@ from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
 from perturbflow.models.recount import recounted
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Context, Pairs
 from perturbflow.symbols import CONTROL, SEPARATOR, entities_of, members_of
 
 N_FOLDS = 5
 MAX_GENES_ONE_BY_ONE = 20  # few genes are held out one by one
+MAX_CONTEXTS = 8  # held out
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,30 @@ class Training:
                 yield inner, self.halves[judged].without(known)
 
 
+    def rounds_of_contexts(self) -> Iterator[tuple["Training", Effects, Context]]:
+        """Yield trainings without the cells of one context, the effects in it of perturbations that the others hold too, and the context."""
+        by_context = self.effects_by_context
+        names = list(by_context) if len(by_context) > 1 else []
+        drawn = np.random.default_rng(self.seed).permutation(len(names))[:MAX_CONTEXTS]
+        for name in (names[i] for i in sorted(drawn)):
+            inner = Training.of(self.pairs.without_context(name), self.embeddings, self.seed)
+            labels = [label for label in by_context[name] if label in inner.effects.labels]
+            if labels:
+                values = np.stack([by_context[name][label] for label in labels])
+                here = np.flatnonzero(self.pairs.is_of_context(name) & self.pairs.is_control)
+                yield inner, Effects(labels, values, np.zeros_like(values)), self.pairs.context_of(here)
+
+    @property
+    def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+        """Per batch × cell type, the effects of the training perturbations that have enough cells in it."""
+        known = set(self.effects.labels)
+        of_known = {
+            context: {label: effect for label, effect in effects.items() if label in known}
+            for context, effects in self.pairs.effects_by_context.items()
+        }
+        return {context: effects for context, effects in of_known.items() if effects}
+
+
 class MeanShift(Model):
     """A model that says one mean effect per perturbation, and nothing of how cells differ in it."""
 
@@ -108,6 +133,10 @@ class MeanShift(Model):
     @abstractmethod
     def effect(self, perturbation: str) -> np.ndarray:
         """Return the predicted mean effect, (genes,)."""
+
+    def effect_in(self, perturbation: str, context: Context | None) -> np.ndarray:
+        """Return the predicted mean effect in a context, (genes,); most closed forms do not look at it."""
+        return self.effect(perturbation)
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
         """Measure training effects and learn from them."""
@@ -123,21 +152,28 @@ class MeanShift(Model):
         self.artefact = artefact
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Fit anew without combinations, and without genes, in turn, and score what is said of them."""
+        """Fit anew without combinations, genes and contexts, in turn, and score what is said of them."""
         training = Training.of(pairs, embeddings, seed)
         scale, found = Scale.of(training.pairs, training.effects), Calibration.none()
-        for of_genes in (False, True):
-            # Against one half of the controls.
-            for inner, held in itertools.islice(training.rounds(of_genes=of_genes, one_by_one=False), 0, None, 2):
-                fitted = copy.copy(self).learned(inner)
-                measured, known = set(inner.effects.labels), set(inner.effects.entities)
-                found += Calibration.of(
-                    held.labels, [case_of(label, measured, known) for label in held.labels], np.stack([fitted.effect(label) for label in held.labels]),
-                    held.values, [measured_by(training.pairs, label, share=0.5) for label in held.labels], scale, training.genes,
-                )  # fmt: skip
+        # Against one half of the controls.
+        of_labels = (training.rounds(of_genes=of_genes, one_by_one=False) for of_genes in (False, True))
+        rounds = [(*one, None) for of in of_labels for one in itertools.islice(of, 0, None, 2)]
+        for inner, held, context in itertools.chain(rounds, training.rounds_of_contexts()):
+            fitted = copy.copy(self).learned(inner)
+            measured, known = set(inner.effects.labels), set(inner.effects.entities)
+            sampling = [
+                measured_by(training.pairs, label, share=0.5) if context is None
+                else measured_by(training.pairs, label, training.pairs.cells_in(label, context.strata[0]))
+                for label in held.labels
+            ]  # fmt: skip
+            found += Calibration.of(
+                held.labels, [case_of(label, measured, known) for label in held.labels],
+                np.stack([fitted.effect_in(label, context) for label in held.labels]), held.values, sampling, scale, training.genes,
+                [fitted.uncertainty(label, context) for label in held.labels],
+            )  # fmt: skip
         return found
 
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, level: np.ndarray | None = None) -> np.ndarray:
+    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None) -> np.ndarray:
         """Change the counts of control cells until their mean has moved by the effect. No perturbation leaves them as they are."""
         start = start_cells(cells, n)
         predicted = np.empty((len(perturbations), *start.shape), dtype=np.float32)
@@ -145,20 +181,25 @@ class MeanShift(Model):
             if perturbation == CONTROL:
                 predicted[p] = start
             else:
-                change = self.effect(perturbation) + off_level(start, level)
+                change = self.effect_in(perturbation, context) + off_level(start, context)
                 predicted[p] = recounted(start, change, None, np.random.default_rng((seed, p)))
         return predicted
 
-    def counterfactual(self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int) -> np.ndarray:
+    def counterfactual(
+        self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
         """Shift every cell by the effect: what it becomes does not depend on who else is asked. No perturbation shifts nothing."""
         effects = np.stack(
-            [np.zeros(cells.shape[1]) if perturbation == CONTROL else self.effect(perturbation) for perturbation in perturbations]
+            [np.zeros_like(cells) if perturbation == CONTROL else self.individual_effects(cells, perturbation, seed, context) for perturbation in perturbations]
         )
-        return np.repeat((cells + effects[:, None])[:, :, None], samples, axis=2).astype(np.float32)
+        return np.repeat((cells + effects)[:, :, None], samples, axis=2).astype(np.float32)
 
-    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int) -> np.ndarray:
-        """Return the effect, the same for every cell, (cells, genes)."""
-        return np.tile(self.effect(perturbation), (len(cells), 1))
+    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None) -> np.ndarray:
+        """Return the effect, the same for every cell of a batch and cell type, (cells, genes)."""
+        effects = np.empty(cells.shape)
+        for rows, place in [(slice(None), None)] if context is None else context.places():
+            effects[rows] = self.effect_in(perturbation, place)
+        return effects
 
 
 Candidate = TypeVar("Candidate", bound=MeanShift)
