@@ -53,7 +53,7 @@ def interaction_vectors(files: dict[str, Path], organism: str = "human", n_dimen
     InputError
         If a file is missing, is not what its role says, or has interactions of n_dimensions genes at most.
     """
-    genes, network = _network(read_edges(files, organism), files, n_dimensions)
+    genes, network = network_of(read_edges(files, organism), files, n_dimensions)
     with_self = network + sparse.eye_array(len(genes))
     frequency = np.asarray(with_self.sum(axis=0)).ravel() ** CONTEXT_POWER
     information = _steps(with_self).tocoo()
@@ -67,12 +67,7 @@ def interaction_vectors(files: dict[str, Path], organism: str = "human", n_dimen
 
 
 def association_vectors(files: dict[str, Path], organism: str = "human", n_dimensions: int = N_COMPONENTS) -> pd.DataFrame:
-    """Return one vector per gene that has an association of any kind: its spectral coordinates.
-
-    With A the scores (genes × genes), d their row sums and τ the mean of d, these are the leading eigenvectors of (D + τ)^-½ A (D + τ)^-½ but
-    the first, which says how much is known of a gene; divided by √(d + τ) and times their eigenvalues. They are the coordinates of a diffusion
-    map after one step (Coifman & Lafon 2006). Without τ a component sits on a handful of genes that hang on by a thread (Qin & Rohe 2013).
-    A component has a weighted mean square of its eigenvalue squared, weights d + τ; of its largest entries the first is positive.
+    """Return one vector per gene that has an association of any kind: its spectral coordinates, with τ the mean degree (`spectral_coordinates`).
 
     Parameters
     ----------
@@ -88,22 +83,43 @@ def association_vectors(files: dict[str, Path], organism: str = "human", n_dimen
     InputError
         If a file is missing, is not what its role says, or has associations of n_dimensions + 1 genes at most.
     """
-    genes, network = _network(read_edges(files, organism, EVERY_CHANNEL, LOW_CONFIDENCE), files, n_dimensions + 1)
+    genes, network = network_of(read_edges(files, organism, EVERY_CHANNEL, LOW_CONFIDENCE), files, n_dimensions + 1)
     degree = np.asarray(network.sum(axis=1)).ravel()
-    mass = degree + degree.mean()
-    scale = sparse.diags_array(1.0 / np.sqrt(mass))
-    similarity = sparse.csr_array(scale @ network @ scale)
-    # The start is the same in every run, and no eigenvector of any network: equal input gives equal numbers.
-    start = np.random.default_rng(0).standard_normal(len(genes))
-    values, vectors = eigsh(similarity, k=n_dimensions + 1, which="LA", v0=start)
-    leading = np.argsort(values)[::-1][1:]
-    coordinates = vectors[:, leading] * np.sqrt(mass.sum() / mass)[:, None]
-    found = pd.DataFrame(signed(coordinates) * values[leading], index=genes)
+    found = pd.DataFrame(spectral_coordinates(network, n_dimensions, degree.mean()), index=genes)
     found.attrs["knows"] = KNOWS
     return found
 
 
-def _network(edges: pd.DataFrame, files: dict[str, Path], least: int) -> tuple[pd.Index, sparse.csr_array]:
+def spectral_coordinates(network: sparse.csr_array, n: int, tau: float) -> np.ndarray:
+    """Return the coordinates of every node on the leading spectral components of a network, from the second on.
+
+    With A the weights and d their row sums, these are the eigenvectors of (D + τ)^-½ A (D + τ)^-½ with the greatest eigenvalues but the first, which
+    says how much is known of a gene; divided by √(d + τ) and times their eigenvalues: the coordinates of a diffusion map after one step (Coifman &
+    Lafon 2006). Without τ a component sits on a handful of nodes that hang on by a thread (Qin & Rohe 2013).
+
+    Parameters
+    ----------
+    network
+        Nodes × nodes, symmetric, no row empty.
+    n
+        Number of components.
+    tau
+        What is added to every degree, in units of the weights.
+
+    Returns
+    -------
+    (nodes, n). The mean square of a column, weighted by d + τ, is its eigenvalue squared; the first of its largest entries is positive.
+    """
+    mass = np.asarray(network.sum(axis=1)).ravel() + tau
+    scale = sparse.diags_array(1.0 / np.sqrt(mass))
+    # The start is the same in every run, and no eigenvector of any network: equal input gives equal numbers.
+    start = np.random.default_rng(0).standard_normal(len(mass))
+    values, vectors = eigsh(sparse.csr_array(scale @ network @ scale), k=n + 1, which="LA", v0=start)
+    leading = np.argsort(values)[::-1][1:]
+    return signed(vectors[:, leading] * np.sqrt(mass.sum() / mass)[:, None]) * values[leading]
+
+
+def network_of(edges: pd.DataFrame, files: dict[str, Path], least: int) -> tuple[pd.Index, sparse.csr_array]:
     """Return the genes that have an edge, more than `least`, and the weights between them: genes × genes, symmetric."""
     rows, columns, names = edges["a"].cat.codes, edges["b"].cat.codes, edges["a"].cat.categories
     one_way = sparse.csr_array((edges["weight"], (rows, columns)), shape=(len(names), len(names)))
