@@ -2,12 +2,14 @@
 
 import json
 import logging
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PERTURBED, Prepared, ask, make_screen, run_snakemake
+from conftest import PERTURBED, REPOSITORY, Prepared, ask, make_screen, run_snakemake
 
 from perturbflow.embeddings import Embeddings, embeddings, from_table, rows_of
 from perturbflow.errors import InputError
@@ -124,6 +126,39 @@ def test_the_log_counts_rows_per_source(prepared_copy, tmp_path: Path, caplog: p
     assert "2 of 8 perturbed genes have no row in any source" in caplog.text
     here.run_audit()
     assert json.loads(here.audit.read_text())["without_vector"] == ["TF1", "TF2"]
+
+
+def test_what_may_know_the_screen_is_said_with_every_verdict(prepared_copy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    here = prepared_copy("unseen_perturbation")
+    full = vectors_of(PERTURBED)
+    full.attrs["knows"] = "the literature"
+    tables = [written(full, tmp_path / "full.parquet"), written(vectors_of(PERTURBED), tmp_path / "ppi.parquet")]
+    embeddings(here.pairs, here.embeddings, ["string_full", "coexpression", "ppi"], tables)
+    assert "string_full: these vectors know the literature" in caplog.text
+    assert Embeddings.read(here.embeddings).knows == {"string_full": "the literature"}
+    here.run_audit()
+    (caveat,) = json.loads(here.audit.read_text())["caveats"]
+    assert "The vectors of string_full know the literature" in caveat
+    embeddings(here.pairs, here.embeddings, ["ppi"], tables[1:])
+    here.run_audit()
+    assert json.loads(here.audit.read_text())["caveats"] == []
+
+
+def test_the_lines_that_make_tables_of_published_vectors_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of config/README.md, on files of the formats that they name; GenePT's zeros are no vector."""
+    torch = pytest.importorskip("torch")
+    (code,) = re.findall(r"```python\n(import pickle\n.*?)```", (REPOSITORY / "config/README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("tables").mkdir()
+    torch.save({"AARS": torch.ones(4), "KLF1": torch.arange(4.0)}, "Homo_sapiens.GRCh38.gene_symbol_to_embedding_ESM2.pt")
+    texts = {"KLF1": [0.5, 0.25], "GATA1": np.array([0.0, 1.0]), "NOTEXT": [0.0, 0.0]}
+    Path("GenePT_gene_embedding_ada_text.pickle").write_bytes(pickle.dumps(texts))
+    exec(compile(code, "config/README.md", "exec"), {})
+    esm2 = from_table(Path("tables/esm2.parquet"), ["AARS1", "GATA1", "KLF1"])
+    assert esm2.notna().all(axis=1).tolist() == [True, False, True]
+    assert esm2.loc["KLF1"].tolist() == [0, 1, 2, 3]
+    genept = from_table(Path("tables/genept.parquet"), ["KLF1", "GATA1", "NOTEXT"])
+    assert genept.notna().all(axis=1).tolist() == [True, True, False]
 
 
 def effects_of(name: str, here: Prepared, genes: list[str]) -> np.ndarray:

@@ -61,6 +61,8 @@ SUPPORT = (
     "nearest",
     "progress",
     "hgnc",
+    "refseq",
+    "gene_starts",
     "artefacts",
     "compiled",
     "kernels",

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from perturbflow.embeddings import rows_of
 from perturbflow.errors import InputError
 from perturbflow.priors import prior
 from perturbflow.priors.annotations import annotation_vectors, read_annotations, with_ancestors
-from perturbflow.priors.interactions import interaction_vectors, read_edges
-from perturbflow.priors.tables import leading_factors
+from perturbflow.priors.interactions import KNOWS, association_vectors, interaction_vectors, read_edges
+from perturbflow.priors.tables import leading_factors, signed
 
 OBO = """format-version: 1.2
 ontology: go
@@ -244,7 +245,128 @@ def test_string_is_scored_without_text_mining(tmp_path: Path) -> None:
     assert found.round(3).to_dict() == {("A", "B"): 0.5, ("B", "C"): 0.489}
 
 
-# --- both -----------------------------------------------------------------------------------------------------------
+# --- associations ---------------------------------------------------------------------------------------------------
+
+CHANNELS = ["neighborhood", "fusion", "cooccurence", "coexpression", "experimental", "database", "textmining"]
+
+
+def full_string(folder: Path, scores: dict[tuple[str, str], int], detailed: bool = False, alone: tuple[str, ...] = ()) -> dict[str, Path]:
+    """Write STRING's full files as version 12.0 has them: every pair in both directions, proteins by ENSP ids, names in protein.info."""
+    folder.mkdir(exist_ok=True)
+    proteins = {name: f"9606.ENSP{i:011d}" for i, name in enumerate(sorted({name for pair in scores for name in pair} | {*alone}))}
+    lines = [" ".join(["protein1", "protein2", *(CHANNELS if detailed else []), "combined_score"])]
+    for (a, b), score in scores.items():
+        channels = ["0"] * 6 + [str(score)] if detailed else []
+        lines += [" ".join([proteins[x], proteins[y], *channels, str(score)]) for x, y in ((a, b), (b, a))]
+    links = folder / f"9606.protein.links{'.detailed' if detailed else ''}.v12.0.txt.gz"
+    info = folder / "9606.protein.info.v12.0.txt.gz"
+    links.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
+    names = ["#string_protein_id\tpreferred_name\tprotein_size\tannotation"]
+    names += [f'{protein}\t{name}\t100\tIts "role; in.' for name, protein in proteins.items()]
+    info.write_bytes(gzip.compress(("\n".join(names) + "\n").encode()))
+    return {"links": links, "info": info}
+
+
+def two_blocks(size: int = 10) -> dict[tuple[str, str], int]:
+    """Return two blocks of genes: all pairs of a block at 0.9, all others at 0.15, which is the least of STRING."""
+    names = [f"{block}{i}" for block in "AB" for i in range(size)]
+    return {(a, b): 900 if a[0] == b[0] else 150 for i, a in enumerate(names) for b in names[i + 1 :]}
+
+
+@pytest.mark.parametrize("detailed", [False, True])
+def test_two_blocks_have_a_known_component(detailed: bool, tmp_path: Path) -> None:
+    """In a regular graph of degree d = 9 · 0.9 + 10 · 0.15, with τ = d too, it is ±(9 · 0.9 − 10 · 0.15) / 2d, block against block."""
+    found = association_vectors(full_string(tmp_path, two_blocks(), detailed), n_dimensions=1)
+    value = (9 * 0.9 - 10 * 0.15) / (2 * (9 * 0.9 + 10 * 0.15))
+    expected = [value] * 10 + [-value] * 10
+    np.testing.assert_allclose(found[0], expected, atol=1e-9)
+
+
+def random_scores(n: int = 60, seed: int = 0) -> dict[tuple[str, str], int]:
+    """Return scores of about half of all pairs."""
+    rng = np.random.default_rng(seed)
+    names = [f"N{i:02d}" for i in range(n)]
+    return {(a, b): int(rng.integers(150, 1000)) for i, a in enumerate(names) for b in names[i + 1 :] if rng.random() < 0.5}
+
+
+def test_components_are_those_of_the_full_decomposition(tmp_path: Path) -> None:
+    """Eigenvectors of (D + τ)^-½ A (D + τ)^-½ by the definition, all of them, on a network small enough."""
+    scores = random_scores()
+    found = association_vectors(full_string(tmp_path, scores), n_dimensions=5)
+    A = pd.DataFrame(0.0, index=found.index, columns=found.index)
+    for (a, b), score in scores.items():
+        A.loc[a, b] = A.loc[b, a] = score / 1000
+    mass = A.sum().to_numpy() + A.sum().mean()
+    values, vectors = np.linalg.eigh(A.to_numpy() / np.sqrt(np.outer(mass, mass)))
+    leading = np.argsort(values)[::-1][1:6]
+    expected = vectors[:, leading] * np.sqrt(mass.sum() / mass)[:, None]
+    np.testing.assert_allclose(found.to_numpy(), signed(expected) * values[leading], atol=1e-8)
+    np.testing.assert_allclose((found.to_numpy() ** 2 * (mass / mass.sum())[:, None]).sum(axis=0), values[leading] ** 2)
+
+
+def test_associations_depend_on_neither_order_nor_chance(tmp_path: Path) -> None:
+    """The signs too: an eigenvector is as good as its opposite, and here it is always the same of the two."""
+    scores = random_scores()
+    turned = {(b, a): score for (a, b), score in reversed(scores.items())}
+    one, again, other = (
+        association_vectors(files, n_dimensions=8)
+        for files in (full_string(tmp_path / "1", scores), full_string(tmp_path / "1", scores), full_string(tmp_path / "2", turned, True))
+    )
+    pd.testing.assert_frame_equal(one, again, check_exact=True)
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+    assert (one.max() >= -one.min() - 1e-9).all()
+
+
+def test_blocks_of_rows_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = full_string(tmp_path, random_scores())
+    whole = association_vectors(files, n_dimensions=8)
+    monkeypatch.setattr("perturbflow.priors.tables.BLOCK_ROWS", 7)
+    pd.testing.assert_frame_equal(whole, association_vectors(files, n_dimensions=8), check_exact=True)
+
+
+def test_a_gene_without_an_association_has_no_row(tmp_path: Path) -> None:
+    """Nor has one whose scores are all below 0.15; where its vector is asked for, it is NaN."""
+    scores = two_blocks() | {("A0", "LOW"): 149, ("A0", "AARS"): 150}
+    found = association_vectors(full_string(tmp_path, scores, alone=("ALONE",)), n_dimensions=2)
+    assert len(found) == 21
+    rows = rows_of(found, ["A0", "ALONE", "LOW", "AARS1"])
+    assert rows.isna().all(axis=1).tolist() == [False, True, True, False]
+    assert rows.notna().all(axis=1).tolist() == [True, False, False, True]
+
+
+def test_genes_that_hang_on_by_a_thread_take_no_component(tmp_path: Path) -> None:
+    """Six modules and twenty pairs of genes, each pair joined to the rest by one weak score: components are of modules, not of pairs."""
+    rng = np.random.default_rng(0)
+    names = [f"F{family}M{member}" for family in range(6) for member in range(20)]
+    scores = {
+        (a, b): 800
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        if rng.random() < (0.7 if a.split("M")[0] == b.split("M")[0] else 0.02)
+    }
+    for i in range(20):
+        scores |= {(f"X{i}", f"Y{i}"): 900, (f"X{i}", names[6 * i]): 150}
+    found = association_vectors(full_string(tmp_path, scores), n_dimensions=5)
+    pairs = found.index.str.match("[XY]")
+    assert (np.square(found[pairs]).sum() < 0.05 * np.square(found).sum()).all()
+    assert nearest_is_of_family(found[~pairs]) > 0.95
+
+
+def test_what_knows_the_literature_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log and in the file, so that whatever reads the vectors can say it too; other kinds say nothing."""
+    files = full_string(tmp_path, random_scores(140))
+    prior([*files.values()], tmp_path / "full.parquet", "associations", [*files])
+    assert f"These vectors know {KNOWS}" in caplog.text
+    written = pd.read_parquet(tmp_path / "full.parquet")
+    assert written.shape == (140, 128)
+    assert written.attrs == {"knows": KNOWS}
+    caplog.clear()
+    prior([edge_list(tmp_path / "edges.tsv", modules())], tmp_path / "ppi.parquet", "ppi", ["file"])
+    assert "know" not in caplog.text
+    assert pd.read_parquet(tmp_path / "ppi.parquet").attrs == {}
+
+
+# --- all ------------------------------------------------------------------------------------------------------------
 
 
 def test_leading_factors_are_those_of_the_full_decomposition() -> None:
@@ -291,6 +413,16 @@ FAULTS = {
         {"links": "protein1 protein2 experimental database\n10090.A 10090.B 900 0\n", "info": "#p\tn\n9606.A\tA\n"},
         "are both of one organism",
     ),
+    "links without a row": (
+        "associations",
+        {"links": "protein1 protein2 combined_score\n", "info": "#p\tn\n9606.A\tA\n"},
+        "no interaction of score 0.15",
+    ),
+    "few associations": (
+        "associations",
+        {"links": "protein1 protein2 combined_score\n9606.A 9606.B 200\n", "info": "#p\tn\n9606.A\tA\n9606.B\tB\n"},
+        "of only 2 genes",
+    ),
     "half of STRING": ("ppi", {"links": "x"}, "roles 'links' and 'info' are needed"),
 }
 
@@ -307,10 +439,11 @@ def test_a_wrong_file_is_named(fault: str, tmp_path: Path) -> None:
 
 
 def test_real_annotations_and_interactions_agree(shared_data: Callable[[str], Path]) -> None:
-    """Subunits of the proteasome and of the ribosome are told apart from either source."""
+    """Subunits of the proteasome and of the ribosome are told apart from any source."""
     tables = [
         annotation_vectors({"file": shared_data("priors/human_gene2go.tsv.gz")}),
         interaction_vectors({"file": shared_data("priors/ppi_biosnap_symbols.tsv.gz")}),
+        association_vectors({"file": shared_data("priors/ppi_biosnap_symbols.tsv.gz")}),
     ]
     proteasome = ["PSMA1", "PSMA2", "PSMA3", "PSMA4", "PSMB1", "PSMB2", "PSMB3"]
     ribosome = ["RPL3", "RPL4", "RPL5", "RPL7", "RPL8", "RPS2", "RPS3"]

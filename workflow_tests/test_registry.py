@@ -283,11 +283,12 @@ def with_own_prior(tmp_path: Path, **changes: object) -> dict:
 
 
 def test_the_shipped_priors_are_pinned_or_say_that_they_cannot_be() -> None:
-    plan = Plan(merged({"embeddings": {"sources": ["coexpression", "go", "ppi"]}}))
-    assert plan.priors == ["go", "ppi"]
+    plan = Plan(merged({"embeddings": {"sources": ["coexpression", "go", "ppi", "string_full"]}}))
+    assert plan.priors == ["go", "ppi", "string_full"]
     assert {"bytes", "md5", "sha256"} <= set(plan.files("go")["file"])
     assert len(plan.files("go")["file"]["url"]) == 3
-    assert {role: file["checksum"] for role, file in plan.files("ppi").items()} == {"links": "unpublished", "info": "unpublished"}
+    for name in ("ppi", "string_full"):
+        assert {role: file["checksum"] for role, file in plan.files(name).items()} == {"links": "unpublished", "info": "unpublished"}
 
 
 def test_a_prior_counts_where_it_is_selected(tmp_path: Path) -> None:

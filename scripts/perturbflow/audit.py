@@ -264,7 +264,7 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
     perturbed = {member for label in cells.obs["perturbation"].unique() for member in members_of(label)}
     of_perturbed = Embeddings(vectors.table[vectors.table.index.isin(perturbed)])
     matched = matched_across_batches(cells.obs, np.asarray(cells.obsm["control_index"]))
-    caveats = caveats_of(cells.obs, matched)
+    caveats = caveats_of(cells.obs, matched, vectors.knows)
     for caveat in caveats:
         logger.warning("%s", caveat)
     write_json(

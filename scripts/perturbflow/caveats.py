@@ -1,5 +1,6 @@
-"""What is no leak and has to be said with every verdict: controls of other batches, and scored cells of a single batch."""
+"""What is no leak and has to be said with every verdict: controls of other batches, scored cells of a single batch, vectors that may know the screen."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def matched_across_batches(obs: pd.DataFrame, control_index: np.ndarray) -> dict
     }
 
 
-def caveats_of(obs: pd.DataFrame, matched: dict[str, Any]) -> list[str]:
+def caveats_of(obs: pd.DataFrame, matched: dict[str, Any], knows: Mapping[str, str] | None = None) -> list[str]:
     """Return what has to be said with every verdict, one sentence each.
 
     Parameters
@@ -45,8 +46,14 @@ def caveats_of(obs: pd.DataFrame, matched: dict[str, Any]) -> list[str]:
         Cells of pairs.h5ad: is_control, batch and role.
     matched
         What `matched_across_batches` gives.
+    knows
+        Source of vectors → what of the screen's outcome it may know, in words.
     """
-    return _of_one_batch(obs) + _of_matches(matched)
+    of_vectors = [
+        f"The vectors of {source} know {what}: models that read them may have an outcome from elsewhere."
+        for source, what in (knows or {}).items()
+    ]
+    return _of_one_batch(obs) + _of_matches(matched) + of_vectors
 
 
 def _of_one_batch(obs: pd.DataFrame) -> list[str]:

@@ -28,7 +28,7 @@ class Embeddings:
     Attributes
     ----------
     table
-        Genes × dimensions.
+        Genes × dimensions. Its attribute `knows` is source → what of the screen's outcome it may know, of the sources that may.
     """
 
     table: pd.DataFrame
@@ -42,6 +42,11 @@ class Embeddings:
     def sources(self) -> list[str]:
         """Names of the sources that the columns come from, in order."""
         return list(dict.fromkeys(column.split(":")[0] for column in self.table))
+
+    @property
+    def knows(self) -> dict[str, str]:
+        """Source → what of the screen's outcome it may know, in words; sources of which nothing is known are not in it."""
+        return self.table.attrs.get("knows", {})
 
     def of_source(self, source: str) -> "Embeddings":
         """Return the columns of one source, without the genes that it has no row for."""
@@ -171,7 +176,8 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
     pairs
         Cells of one split; co-expression is computed on its training cells.
     embeddings
-        Parquet to be written: gene symbol as index, one float column per dimension, named after its source; NaN where that has no row.
+        Parquet to be written: gene symbol as index, one float column per dimension, named after its source; NaN where that has no row. Among
+        its attributes `knows`: source → what of the screen's outcome it may know.
     sources
         "coexpression", the name of a prior, or {"file": path}, concatenated in this order.
     priors
@@ -190,18 +196,24 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
             _list_of(further, "with"),
         )
     of_priors = iter(priors or [])
-    tables = []
+    tables: list[pd.DataFrame] = []
+    knows: dict[str, str] = {}
     for source in sources:
         if source == "coexpression":
             table = coexpression(cells, genes)
         elif isinstance(source, str):
-            table = rows_of(pd.read_parquet(next(of_priors)), genes).add_prefix(f"{source}:")
+            vectors = pd.read_parquet(next(of_priors))
+            knows |= {source: vectors.attrs["knows"]} if "knows" in vectors.attrs else {}
+            table = rows_of(vectors, genes).add_prefix(f"{source}:")
         else:
             path = Path(source["file"])
             table = from_table(path, genes).add_prefix(f"{path.stem}:")
         tables.append(table)
     table = pd.concat(tables, axis=1).astype(np.float32)
     table.index.name = "gene"
+    table.attrs = {"knows": knows} if knows else {}
+    for source, what in knows.items():
+        logger.warning("%s: these vectors know %s", source, what)
     found = Embeddings(table.loc[perturbed])
     for source, missing in found.without_row().items():
         logger.info("%s: %d of %d perturbed genes have a row%s", source, len(perturbed) - len(missing), len(perturbed), _list_of(missing))

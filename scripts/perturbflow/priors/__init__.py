@@ -1,7 +1,7 @@
 """Vectors of genes from what is known without the screen: one table per prior, the same for every dataset and split.
 
-A prior is public knowledge of genes (`annotations`: which GO terms they have; `interactions`: which proteins bind). Its vectors span
-all genes that it covers, perturbed or not, so they are no different whatever is held out.
+A prior is public knowledge of genes (`annotations`: which GO terms they have; `interactions`: which proteins bind, or have to do with one
+another in any way). Its vectors span all genes that it covers, perturbed or not, so they are no different whatever is held out.
 """
 
 import logging
@@ -11,11 +11,12 @@ import pandas as pd
 
 from perturbflow.files import atomic, manifest_files
 from perturbflow.priors.annotations import annotation_vectors as go
+from perturbflow.priors.interactions import association_vectors as associations
 from perturbflow.priors.interactions import interaction_vectors as ppi
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["go", "ppi", "prior"]
+__all__ = ["associations", "go", "ppi", "prior"]
 
 
 def vectors_of(kind: str, files: dict[str, Path], organism: str) -> pd.DataFrame:
@@ -31,11 +32,12 @@ def prior(raw: list[Path], embedding: Path, kind: str, roles: list, organism: st
     raw
         The manifest of a download, or files of the user's own.
     embedding
-        Parquet to be written: gene symbol as index, one float32 column per dimension.
+        Parquet to be written: gene symbol as index, one float32 column per dimension; among its attributes `knows`, where the vectors may
+        know the outcome of a screen.
     kind
-        go or ppi.
+        go, ppi or associations.
     roles
-        What each of the user's own files is: file, or annotations and ontology (go), links and info (ppi). Empty with a manifest,
+        What each of the user's own files is: file, or annotations and ontology (go), links and info (ppi, associations). Empty with a manifest,
         which says so itself.
 
     Raises
@@ -46,6 +48,8 @@ def prior(raw: list[Path], embedding: Path, kind: str, roles: list, organism: st
     files = dict(zip(roles, raw, strict=True)) if roles else manifest_files(raw[0], whole=True)
     vectors = vectors_of(kind, files, organism)
     logger.info("%d genes × %d dimensions", *vectors.shape)
+    if "knows" in vectors.attrs:
+        logger.warning("These vectors know %s", vectors.attrs["knows"])
     vectors.index.name = "gene"
     vectors.columns = vectors.columns.astype(str)
     with atomic(embedding) as partial:

@@ -1,16 +1,21 @@
-"""Genes by the company their proteins keep: interactions → vectors.
+"""Genes by the company their proteins keep: interactions or associations → vectors.
 
-Read are the files of STRING (protein.physical.links.detailed or protein.links.detailed, with protein.info) and a plain list of edges.
+Read are the files of STRING (protein.physical.links.detailed, protein.links.detailed or protein.links, with protein.info) and a plain list of
+edges.
 """
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.sparse.linalg import eigsh
 
 from perturbflow.errors import InputError
-from perturbflow.priors.tables import N_DIMENSIONS, approved, first_line, leading_factors, read_table
+from perturbflow.priors.tables import N_DIMENSIONS, approved, blocks_of, first_line, leading_factors, read_table, signed
+
+logger = logging.getLogger(__name__)
 
 RESTART = 0.3
 N_STEPS = 20
@@ -19,6 +24,13 @@ CONTEXT_POWER = 0.75
 CHANNELS = ("experimental", "database")
 LEAST_SCORE = 0.4  # STRING's medium confidence
 STRING_PRIOR = 0.041  # of two proteins drawn at random
+ROUNDING = 1e-9  # of scores that are whole thousandths
+
+# All channels, as STRING combines them itself.
+EVERY_CHANNEL = ("combined_score",)
+LOW_CONFIDENCE = 0.15  # the least that STRING's files hold
+N_COMPONENTS = 128
+KNOWS = "the literature (text mining, co-expression), so they may know the screen"
 
 
 def interaction_vectors(files: dict[str, Path], organism: str = "human", n_dimensions: int = N_DIMENSIONS) -> pd.DataFrame:
@@ -35,16 +47,13 @@ def interaction_vectors(files: dict[str, Path], organism: str = "human", n_dimen
     Returns
     -------
     Genes × n_dimensions.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, is not what its role says, or has interactions of n_dimensions genes at most.
     """
-    edges = read_edges(files, organism)
-    genes = pd.Index(sorted({*edges["a"], *edges["b"]}))
-    if len(genes) <= n_dimensions:
-        raise InputError(
-            f"{', '.join(map(str, files.values()))}: interactions of only {len(genes)} genes; is this the whole of the network?"
-        )
-    rows, columns = genes.get_indexer(edges["a"]), genes.get_indexer(edges["b"])
-    one_way = sparse.csr_matrix((edges["weight"], (rows, columns)), shape=(len(genes), len(genes)))
-    network = one_way.maximum(one_way.T)
+    genes, network = network_of(read_edges(files, organism), files, n_dimensions)
     with_self = network + sparse.eye_array(len(genes))
     frequency = np.asarray(with_self.sum(axis=0)).ravel() ** CONTEXT_POWER
     information = _steps(with_self).tocoo()
@@ -57,44 +66,139 @@ def interaction_vectors(files: dict[str, Path], organism: str = "human", n_dimen
     return pd.DataFrame(spread, index=genes)
 
 
-def _steps(network: sparse.csr_matrix) -> sparse.csr_matrix:
+def association_vectors(files: dict[str, Path], organism: str = "human", n_dimensions: int = N_COMPONENTS) -> pd.DataFrame:
+    """Return one vector per gene that has an association of any kind: its spectral coordinates, with τ the mean degree (`spectral_coordinates`).
+
+    Parameters
+    ----------
+    files
+        "links" and "info" of STRING, of which the combined score of all channels is read from 0.15 on; or as "file" a list of edges.
+
+    Returns
+    -------
+    Genes × n_dimensions; `attrs["knows"]` says what of a screen's outcome they may know.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, is not what its role says, or has associations of n_dimensions + 1 genes at most.
+    """
+    genes, network = network_of(read_edges(files, organism, EVERY_CHANNEL, LOW_CONFIDENCE), files, n_dimensions + 1)
+    degree = np.asarray(network.sum(axis=1)).ravel()
+    found = pd.DataFrame(spectral_coordinates(network, n_dimensions, degree.mean()), index=genes)
+    found.attrs["knows"] = KNOWS
+    return found
+
+
+def spectral_coordinates(network: sparse.csr_array, n: int, tau: float) -> np.ndarray:
+    """Return the coordinates of every node on the leading spectral components of a network, from the second on.
+
+    With A the weights and d their row sums, these are the eigenvectors of (D + τ)^-½ A (D + τ)^-½ with the greatest eigenvalues but the first, which
+    says how much is known of a gene; divided by √(d + τ) and times their eigenvalues: the coordinates of a diffusion map after one step (Coifman &
+    Lafon 2006). Without τ a component sits on a handful of nodes that hang on by a thread (Qin & Rohe 2013).
+
+    Parameters
+    ----------
+    network
+        Nodes × nodes, symmetric, no row empty.
+    n
+        Number of components.
+    tau
+        What is added to every degree, in units of the weights.
+
+    Returns
+    -------
+    (nodes, n). The mean square of a column, weighted by d + τ, is its eigenvalue squared; the first of its largest entries is positive.
+    """
+    mass = np.asarray(network.sum(axis=1)).ravel() + tau
+    scale = sparse.diags_array(1.0 / np.sqrt(mass))
+    # The start is the same in every run, and no eigenvector of any network: equal input gives equal numbers.
+    start = np.random.default_rng(0).standard_normal(len(mass))
+    values, vectors = eigsh(sparse.csr_array(scale @ network @ scale), k=n + 1, which="LA", v0=start)
+    leading = np.argsort(values)[::-1][1:]
+    return signed(vectors[:, leading] * np.sqrt(mass.sum() / mass)[:, None]) * values[leading]
+
+
+def network_of(edges: pd.DataFrame, files: dict[str, Path], least: int) -> tuple[pd.Index, sparse.csr_array]:
+    """Return the genes that have an edge, more than `least`, and the weights between them: genes × genes, symmetric."""
+    rows, columns, names = edges["a"].cat.codes, edges["b"].cat.codes, edges["a"].cat.categories
+    one_way = sparse.csr_array((edges["weight"], (rows, columns)), shape=(len(names), len(names)))
+    network = one_way + one_way.T
+    has_edge = np.diff(network.indptr) > 0
+    if has_edge.sum() <= least:
+        raise InputError(
+            f"{', '.join(map(str, files.values()))}: interactions of only {has_edge.sum()} genes; is this the whole of the network?"
+        )
+    logger.info("%d genes, %d pairs with a score", has_edge.sum(), len(edges))
+    return names[has_edge], network if has_edge.all() else network[has_edge][:, has_edge]
+
+
+def _steps(network: sparse.csr_array) -> sparse.csr_array:
     """Return the probabilities of a walker's next step, rows summing to 1."""
-    return sparse.csr_matrix(sparse.diags_array(1.0 / np.asarray(network.sum(axis=1)).ravel()) @ network)
+    return sparse.csr_array(sparse.diags_array(1.0 / np.asarray(network.sum(axis=1)).ravel()) @ network)
 
 
-def read_edges(files: dict[str, Path], organism: str = "human") -> pd.DataFrame:
-    """Return the rows a, b (approved symbols, a before b) and weight, each pair once with its greatest weight."""
+def read_edges(
+    files: dict[str, Path], organism: str = "human", channels: tuple[str, ...] = CHANNELS, least_score: float = LEAST_SCORE
+) -> pd.DataFrame:
+    """Return the rows a, b (approved symbols, a before b) and weight, each pair once with its greatest weight.
+
+    Parameters
+    ----------
+    channels, least_score
+        Of STRING's files, the columns whose scores are combined, and the least combined score of a pair that is kept (0 to 1).
+
+    Returns
+    -------
+    a and b are categories of the same symbols, sorted.
+    """
     if "links" in files and "info" in files:
-        edges = _from_string(files["links"], files["info"])
+        names, ends, weight = _from_string(files["links"], files["info"], channels, least_score)
     elif "file" in files:
-        edges = _from_list(files["file"])
+        names, ends, weight = _from_list(files["file"])
     else:
         raise InputError(f"Interactions: files of the roles 'links' and 'info' are needed, or one list of edges; found {', '.join(files)}.")
-    ends = np.sort(np.stack([approved(edges["a"], organism), approved(edges["b"], organism)]).astype(str), axis=0)
-    edges = pd.DataFrame({"a": ends[0], "b": ends[1], "weight": edges["weight"].to_numpy(float)})
-    return edges[edges["a"] != edges["b"]].groupby(["a", "b"], as_index=False)["weight"].max()
+    symbols = approved(names, organism)
+    genes = pd.Index(sorted(set(symbols)))
+    low, high = np.sort(genes.get_indexer(symbols)[ends], axis=0)
+    other = low != high
+    pair = low[other].astype(np.int64) * len(genes) + high[other]
+    order = np.argsort(pair, kind="stable")
+    pair, weight = pair[order], weight[other][order]
+    first = np.flatnonzero(np.diff(pair, prepend=-1))
+    a, b = (pd.Categorical.from_codes(codes, genes) for codes in np.divmod(pair[first], len(genes)))
+    return pd.DataFrame({"a": a, "b": b, "weight": np.maximum.reduceat(weight, first) if len(first) else weight})
 
 
-def _from_string(links: Path, info: Path) -> pd.DataFrame:
+Edges = tuple[pd.Series, np.ndarray, np.ndarray]
+"""Names of the nodes, the two ends of every edge as places among these (2, edges), and weights (edges,)."""
+
+
+def _from_string(links: Path, info: Path, channels: tuple[str, ...], least_score: float) -> Edges:
     """Read STRING, scored anew from the channels that are kept: 1 − Π(1 − sᵢ) over channels, the prior taken off each and put back once.
 
-    As STRING combines them (string-db.org/help/faq, von Mering et al. 2005), without its correction for homology.
+    As STRING combines them (string-db.org/help/faq, von Mering et al. 2005), without its correction for homology. One column gives its own scores.
     """
-    names = read_table(info, usecols=[0, 1], names=["protein", "symbol"], header=0).set_index("protein")["symbol"]
-    missing = {"protein1", "protein2", *CHANNELS} - set(first_line(links).split())
+    names = read_table(info, usecols=[0, 1], names=["protein", "symbol"], header=0).drop_duplicates("protein")
+    missing = {"protein1", "protein2", *channels} - set(first_line(links).split())
     if missing:
         raise InputError(f"{links} lacks the columns {', '.join(sorted(missing))}: a file *.links.detailed of STRING is expected.")
-    table = read_table(links, sep=" ", usecols=["protein1", "protein2", *CHANNELS], dtype=dict.fromkeys(CHANNELS, float))
-    scores = np.maximum(table[list(CHANNELS)].to_numpy() / 1000 - STRING_PRIOR, 0.0) / (1.0 - STRING_PRIOR)
-    combined = 1.0 - np.prod(1.0 - scores, axis=1) * (1.0 - STRING_PRIOR)
-    kept = table[combined >= LEAST_SCORE].assign(weight=combined[combined >= LEAST_SCORE])
-    edges = pd.DataFrame({"a": kept["protein1"].map(names), "b": kept["protein2"].map(names), "weight": kept["weight"]}).dropna()
-    if edges.empty:
-        raise InputError(f"{links} has no interaction of score {LEAST_SCORE} between proteins that {info} names; are both of one organism?")
-    return edges
+    ends = ["protein1", "protein2"]
+    types = {**dict.fromkeys(ends, pd.CategoricalDtype(names["protein"])), **dict.fromkeys(channels, float)}
+    kept = []
+    for block in blocks_of(links, sep=" ", usecols=[*ends, *channels], dtype=types):
+        scores = np.maximum(block[list(channels)].to_numpy() / 1000 - STRING_PRIOR, 0.0) / (1.0 - STRING_PRIOR)
+        combined = 1.0 - np.prod(1.0 - scores, axis=1) * (1.0 - STRING_PRIOR)
+        codes = np.stack([block[end].cat.codes for end in ends])
+        is_kept = (combined >= least_score - ROUNDING) & (codes >= 0).all(axis=0)
+        kept.append((codes[:, is_kept], combined[is_kept]))
+    codes, weight = np.concatenate([codes for codes, _ in kept], axis=1), np.concatenate([weight for _, weight in kept])
+    if not len(weight):
+        raise InputError(f"{links} has no interaction of score {least_score} between proteins that {info} names; are both of one organism?")
+    return names["symbol"].reset_index(drop=True), codes, weight
 
 
-def _from_list(path: Path) -> pd.DataFrame:
+def _from_list(path: Path) -> Edges:
     """Read a table with a header: two columns of symbols, and a weight above zero if it has a third."""
     table = read_table(path)
     if table.shape[1] not in (2, 3):
@@ -103,4 +207,5 @@ def _from_list(path: Path) -> pd.DataFrame:
     if not (weight > 0).all():
         row = int(np.argmin((weight > 0).to_numpy()))
         raise InputError(f"{path}, line {row + 2}: the weight '{table.iloc[row, 2]}' must be a number above zero.")
-    return pd.DataFrame({"a": table.iloc[:, 0], "b": table.iloc[:, 1], "weight": weight})
+    codes, names = pd.factorize(np.concatenate([table.iloc[:, 0], table.iloc[:, 1]]))
+    return pd.Series(names, dtype=object), codes.reshape(2, -1), weight.to_numpy(float)

@@ -17,6 +17,8 @@ from perturbflow.symbols import approved_symbol
 
 # Of every prior's vectors; chosen by inner folds over training genes (workflow_tests/benchmarks/README.md, "Priors").
 N_DIMENSIONS = 64
+BLOCK_ROWS = 1_000_000
+ALIKE = 1e-6  # entries of a vector that differ by less, relative to the largest, are equal but for rounding
 
 
 @contextmanager
@@ -43,6 +45,12 @@ def read_table(path: Path, **options: object) -> pd.DataFrame:
         return pd.read_csv(file, **{"dtype": str, "keep_default_na": False, "quoting": 3, "sep": "\t", **options})
 
 
+def blocks_of(path: Path, **options: object) -> Iterator[pd.DataFrame]:
+    """Yield a table of text in blocks of at most a million rows, so that a file of any size fits in memory; at least one, however few rows."""
+    with opened(path) as file, pd.read_csv(file, **{"keep_default_na": False, "quoting": 3, "chunksize": BLOCK_ROWS, **options}) as reader:
+        yield from reader
+
+
 def approved(symbols: pd.Series, organism: str) -> pd.Series:
     """Return the approved symbols; each is looked up once."""
     return symbols.map({symbol: approved_symbol(symbol, organism) for symbol in symbols.unique()})
@@ -54,12 +62,18 @@ def leading_factors(matrix: sparse.csr_matrix, n: int) -> tuple[np.ndarray, np.n
     Returns
     -------
     vectors
-        (rows, n); the sign of each is such that its largest entry is positive.
+        (rows, n); the sign of each is that of `signed`.
     values
         (n,), descending.
     """
     n = min(n, min(matrix.shape) - 1)
     vectors, values, _ = svds(matrix.astype(float), k=n, v0=np.ones(min(matrix.shape)))
     order = np.argsort(values)[::-1]
-    vectors, values = vectors[:, order], values[order]
-    return vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(n)]), values
+    return signed(vectors[:, order]), values[order]
+
+
+def signed(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors (rows, n) with the sign, which a decomposition leaves open, that makes the first of the largest entries positive."""
+    size = np.abs(vectors)
+    first = (size >= (1.0 - ALIKE) * size.max(axis=0)).argmax(axis=0)
+    return vectors * np.where(vectors[first, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
