@@ -133,7 +133,6 @@ def test_the_latent_sum_of_enough_directions_is_ridge_regression_on_members(sing
     np.testing.assert_allclose(predicted, theirs.predict(indicators), atol=1e-4)
 
 
-
 # --- gene vectors ---------------------------------------------------------------------------------------------------
 
 

@@ -243,7 +243,6 @@ def test_interpolation_is_exact_where_effects_are_linear_in_log_dose() -> None:
 def test_a_new_dose_is_no_new_compound(compounds: dict[str, np.ndarray]) -> None:
     known = {label: effect for label, effect in compounds.items() if label != "C0@10"}
     training = make_training(known)
-    exact = DoseInterpolation().learned(training).effect("C0@10")
     plain = {label: effect for label, effect in compounds.items() if label.endswith("@100")}
     without = SetGP().learned(make_training({entity_of(label): effect for label, effect in plain.items()}))
     np.testing.assert_allclose(without.effect("C0@7"), without.effect("C0"), err_msg="without doses in training, a dose tells nothing")

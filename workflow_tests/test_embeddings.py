@@ -220,7 +220,12 @@ def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(name: 
     implementation = FAMILIES[name].implementation
     train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", implementation, {}, 0)
     answer = ask(
-        here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations=[other] if name == "gaussian_process" else [other, without]
+        here,
+        tmp_path / "model.npz",
+        tmp_path,
+        implementation,
+        {},
+        perturbations=[other] if name == "gaussian_process" else [other, without],
     )
     known = pd.read_csv(f"{answer}.tsv", sep="\t").groupby("perturbation")["known"].first()
     assert "times as far" in known[other]

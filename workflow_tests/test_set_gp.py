@@ -117,7 +117,9 @@ def test_sampling_errors_of_effects_against_the_same_controls_hang_together() ->
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(300):
-        training = make_training({"G0": np.zeros(N_GENES), "G1": np.zeros(N_GENES)}, n=10, noise=1.0, batches=2, seed=int(rng.integers(1e9)))
+        training = make_training(
+            {"G0": np.zeros(N_GENES), "G1": np.zeros(N_GENES)}, n=10, noise=1.0, batches=2, seed=int(rng.integers(1e9))
+        )
         rows = EffectRows.of(training)
         drawn.append(rows.values)
     assert rows.labels == ["G0", "G0", "G1", "G1"]
@@ -251,7 +253,9 @@ def test_it_knows_nothing_of_cells_that_are_held_out(screen: tuple[Pairs, Embedd
     is_held_out = (pairs.obs["role"] != "train").to_numpy()
     X = pairs.X.toarray()
     X[is_held_out] = np.random.default_rng(0).random(X[is_held_out].shape)
-    effects = [SetGP().learned(Training.of(cells, embeddings, 0)).effect("TF1+TF2") for cells in (pairs, replace(pairs, X=sparse.csr_matrix(X)))]
+    effects = [
+        SetGP().learned(Training.of(cells, embeddings, 0)).effect("TF1+TF2") for cells in (pairs, replace(pairs, X=sparse.csr_matrix(X)))
+    ]
     np.testing.assert_array_equal(*effects)
 
 
@@ -280,7 +284,9 @@ def test_the_order_of_cells_makes_no_difference(singles: dict[str, np.ndarray]) 
     np.testing.assert_allclose(*effects, atol=1e-3)
 
 
-@pytest.mark.parametrize("labels", [["G0"], ["G0", "G1"], ["G0", "G1", "G2"], ["G0+G1"], ["G0+G1", "G2+G3", "G0+G3"], ["A@1", "A@10", "B@0"]])
+@pytest.mark.parametrize(
+    "labels", [["G0"], ["G0", "G1"], ["G0", "G1", "G2"], ["G0+G1"], ["G0+G1", "G2+G3", "G0+G3"], ["A@1", "A@10", "B@0"]]
+)
 def test_very_few_perturbations_are_answered_for(labels: list[str]) -> None:
     rng = np.random.default_rng(0)
     model = SetGP().learned(make_training({label: rng.normal(size=N_GENES) for label in labels}, vectors()))

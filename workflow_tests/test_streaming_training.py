@@ -255,9 +255,7 @@ def test_closed_forms_of_the_hybrid_are_the_same_from_disk(prepared: dict[str, P
     for kind in (COMBINATION, "unseen_context"):
         files = prepared[kind]
         embeddings = Embeddings.read(files.embeddings)
-        means = [
-            SetGP().learned(Training.of(cells, embeddings, 0)) for cells in (Pairs.read(files.pairs), Pairs.open(files.pairs))
-        ]
+        means = [SetGP().learned(Training.of(cells, embeddings, 0)) for cells in (Pairs.read(files.pairs), Pairs.open(files.pairs))]
         for label in ("TF1+TF2", "TF1", "TF8"):
             np.testing.assert_allclose(means[0].effect(label), means[1].effect(label), atol=1e-5)
 

@@ -89,9 +89,7 @@ def predict(
             for block, first in enumerate(range(0, len(rows), size)):
                 starts = place[first : first + size]
                 context = Context(strata[starts], levels)
-                predicted = family.predict(
-                    controls.X[starts].toarray(), [label], len(starts), block_seed(seed, label, block), context
-                )[0]
+                predicted = family.predict(controls.X[starts].toarray(), [label], len(starts), block_seed(seed, label, block), context)[0]
                 written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
             logger.info("%s: %d cells", label, len(rows))
         written.finish()

@@ -51,7 +51,9 @@ class Generated:
         self.effects = Effects(labels, values, np.zeros((0, 0)))
         self.genes, self.row, self.seed, self.half = [f"G{i}" for i in range(n_genes)], {}, 0, None
         self.pairs = SimpleNamespace(genes=self.genes, control_level=np.full(n_genes, 0.5))
-        self.embeddings = Embeddings(pd.DataFrame(vectors, index=names, columns=[f"vectors:{i}" for i in range(DIMENSIONS)]).astype(np.float32))
+        self.embeddings = Embeddings(
+            pd.DataFrame(vectors, index=names, columns=[f"vectors:{i}" for i in range(DIMENSIONS)]).astype(np.float32)
+        )
         ones = np.ones((len(labels), 1))
         self.rows = EffectRows(
             labels, ["all"], ones, np.ones(1), np.full((1, n_genes), 0.5), values, np.eye(len(labels)) / CELLS + 1 / CONTROLS, np.full(n_genes, 0.1)

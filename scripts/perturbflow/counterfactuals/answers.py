@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 
 from perturbflow.artefacts import load_artefact
-from perturbflow.counterfactuals.contexts import Context, Places, contexts_of
+from perturbflow.counterfactuals.contexts import Place, Places, contexts_of
 from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes
 from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import fitting, was_checked
@@ -21,7 +21,7 @@ from perturbflow.errors import InputError
 from perturbflow.files import atomic, read_json
 from perturbflow.models.base import Model, build
 from perturbflow.models.conformal import Calibration, Scale, case_of
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Context, Pairs
 from perturbflow.progress import Progress
 from perturbflow.symbols import CONTROL, entities_of, entity_of, members_of
 
@@ -103,7 +103,7 @@ class Knowledge:
         self.asked = set(contexts_of(chosen.obs))
         self.places = Places(training)
 
-    def of(self, label: str, asked: set[Context] | None = None) -> Known:
+    def of(self, label: str, asked: set[Place] | None = None) -> Known:
         """Return what was known of a canonical label in some of the contexts that are asked; in all of them without `asked`."""
         if label == CONTROL:
             return Known("no perturbation", "measured", 0.0)
@@ -140,12 +140,15 @@ class Answer:
         Expected effect of each cell, (cells, genes).
     up
         Share of samples above the start cell, ties half, per cell, (cells, genes).
+    uncertainty
+        Variance that the model gives its own idea of the mean effect, (genes,); None where it has none.
     """
 
     label: str
     known: Known
     effects: np.ndarray
     up: np.ndarray
+    uncertainty: np.ndarray | None
 
     def response(self, is_target: np.ndarray) -> np.ndarray:
         """Return how far each cell goes the way of the mean effect, (cells,): 1 as the mean does, 0 not at all; perturbed genes left out."""
@@ -153,11 +156,12 @@ class Answer:
         return self.effects @ mean / max(float(mean @ mean), 1e-12)
 
 
-def blocks_of(model: Model, start: np.ndarray, label: str, samples: int, seed: int) -> Iterator[tuple[slice, np.ndarray]]:
+def blocks_of(model: Model, start: np.ndarray, context: Context, label: str, samples: int, seed: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield outcomes of a few cells at a time, (cells, samples, genes)."""
     for first in range(0, len(start), CELLS_PER_BLOCK):
         block = slice(first, min(first + CELLS_PER_BLOCK, len(start)))
-        yield block, model.counterfactual(start[block], [label], samples, seed + first)[0]
+        here = Context(context.strata[block], context.levels)
+        yield block, model.counterfactual(start[block], [label], samples, seed + first, here)[0]
 
 
 class Writer:
@@ -186,12 +190,13 @@ class Writer:
 
 
 def answered(
-    model: Model, start: np.ndarray, label: str, known: Known, samples: int, seed: int, writer: Writer, first_row: int, progress: Progress
-) -> Answer:
+    model: Model, start: np.ndarray, context: Context, label: str, known: Known, samples: int, seed: int, writer: Writer, first_row: int,
+    progress: Progress,
+) -> Answer:  # fmt: skip
     """Ask one perturbation of all cells, writing as the answers come."""
-    effects = model.individual_effects(start, label, seed).astype(np.float32)
+    effects = model.individual_effects(start, label, seed, context).astype(np.float32)
     up = np.zeros(start.shape, dtype=np.float32)
-    for block, outcomes in blocks_of(model, start, label, samples, seed):
+    for block, outcomes in blocks_of(model, start, context, label, samples, seed):
         rows = slice(first_row + block.start, first_row + block.stop)
         written = {"X": outcomes.mean(axis=1), "before": start[block], "effect": effects[block]}
         written |= dict(zip(LAYERS[2:], _quantiles(outcomes), strict=True))
@@ -202,7 +207,7 @@ def answered(
         before = start[block][:, None]
         up[block] = (outcomes > before).mean(axis=1) + 0.5 * (outcomes == before).mean(axis=1)
         progress.step()
-    return Answer(label, known, effects, up)
+    return Answer(label, known, effects, up, model.uncertainty(label, context))
 
 
 def _quantiles(outcomes: np.ndarray) -> list[np.ndarray]:
@@ -218,7 +223,11 @@ def effect_table(
 ) -> pd.DataFrame:
     """Return one row per group of cells × gene, strongest first, see `counterfactual`; no interval where the warranty checked no such answer."""
     own = calibration.for_case(answer.known.case)
-    reach = own.reach(LEVEL) * scale.at(own.typical_sampling) if own.labels and answer.label != CONTROL else np.full(len(genes), np.nan)
+    reach = (
+        own.reach(LEVEL) * scale.at(own.typical_sampling, answer.uncertainty)
+        if own.labels and answer.label != CONTROL
+        else np.full(len(genes), np.nan)
+    )
     is_target = np.isin(genes, entities_of(answer.label))
     masks = {"all": np.ones(len(groups), dtype=bool)}
     if len(names := sorted(groups.unique())) > 1:
@@ -310,14 +319,16 @@ def counterfactual(
     with np.load(calibration) as arrays:
         stored = dict(arrays)
     found, scale = Calibration.from_arrays(stored), Scale(stored["variance"], stored["spread"])
-    start = chosen.X[:].toarray()
+    start, context = chosen.X[:].toarray(), chosen.context_of(np.arange(len(chosen.rows)))
     tables, rows, observed, means = [], [], [], {}
     logger.info("%d perturbations are asked in %d cells, %d outcomes each", len(labels), len(start), query["samples_per_cell"])
     progress = Progress(f"blocks of {CELLS_PER_BLOCK} cells", len(labels) * -(-len(start) // CELLS_PER_BLOCK))
     with atomic(cells) as partial, h5py.File(partial, "w") as file:
         writer = Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)
         for i, label in enumerate(labels):
-            answer = answered(family, start, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start), progress)
+            answer = answered(
+                family, start, context, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start), progress
+            )
             response = answer.response(np.isin(chosen.genes, entities_of(label)))
             in_context = {context: knowledge.of(label, {context}).words for context in knowledge.asked}
             known = [in_context[context] for context in contexts_of(chosen.obs)]

@@ -5,6 +5,7 @@
 * coverage: conformal intervals, calibrated on perturbations held out in training, hold the measured effects of test perturbations; and their width.
 * agreement: correlation of predicted with measured effects.
 * on target: the perturbed gene's own level, apart, as it is easy to predict and in no other number.
+* sureness: whether the error of a test perturbation is as great as the model's own uncertainty promised.
 * verdict: agreement in words.
 
 Coverage, width and agreement stand beside those of two floors, no change and the mean effect of training, and of the ceiling: the truth itself.
@@ -16,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.stats import norm
+from scipy.stats import norm, spearmanr
 
 from perturbflow.artefacts import load_artefact
-from perturbflow.bootstrap import estimate
+from perturbflow.bootstrap import MIN_PERTURBATIONS, estimate
 from perturbflow.counterfactuals.agreement import FLOORS, agreement, numbers, summary, verdict
 from perturbflow.counterfactuals.agreement import sentence as sentence_on_agreement
 from perturbflow.counterfactuals.contexts import Places, contexts_of
@@ -27,7 +28,7 @@ from perturbflow.counterfactuals.intervals import relative_widths
 from perturbflow.embeddings import Embeddings
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.files import atomic, write_json
-from perturbflow.models.base import Context, Model, Run, build
+from perturbflow.models.base import Model, Run, build
 from perturbflow.models.baselines import NoChange, PerturbedMean
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
@@ -50,13 +51,8 @@ def asked_effect(model: Model, cells: Pairs, label: str, seed: int) -> np.ndarra
     if len(rows) > MAX_CELLS:
         rows = np.random.default_rng(seed).choice(rows, MAX_CELLS, replace=False)
     starts, times = np.unique(cells.control_index[rows, 0], return_counts=True)
-    return np.average(model.individual_effects(cells.X[starts].toarray(), label, seed, context_of(cells, label)), axis=0, weights=times)
-
-
-def context_of(cells: Pairs, label: str) -> Context:
-    """Return where the cells of a perturbation are."""
-    rows = cells.cells_of(label)
-    return Context(cells.strata[rows], cells.control_mean_for(rows))
+    context = cells.context_of(starts)
+    return np.average(model.individual_effects(cells.X[starts].toarray(), label, seed, context), axis=0, weights=times)
 
 
 def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) -> tuple[Calibration, Scale]:
@@ -77,7 +73,7 @@ def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) ->
         found += Calibration.of(
             labels, [case_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in progressed(labels, "validation perturbations")]),
             np.stack([validation.effect_of(label) for label in labels]), [measured_by(validation, label) for label in labels], scale, pairs.genes,
-            [model.uncertainty(label, context_of(validation, label)) for label in labels],
+            [model.uncertainty(label, validation.context_of(validation.cells_of(label))) for label in labels],
         )  # fmt: skip
     return found, scale
 
@@ -168,11 +164,13 @@ def held_to_test(model: Model, known: Pairs, test: Pairs, calibrations: dict[str
         if case not in relative:
             relative[case] = {level: relative_widths(own, level) for level in NOMINAL}
         row: dict[str, Any] = {"perturbation": label, "case": case}
+        row["error"] = float(np.sqrt(np.square(predicted - measured)[kept].mean()))
         row["agreement"] = agreement(predicted[kept], measured[kept], [half[kept] for half in halves], reference[kept])
         row["in_other_contexts"] = places.is_elsewhere(label, contexts_of(test.obs.iloc[test.cells_of(label)]))
         sampling = measured_by(test, label)
         guesses = {"model": predicted, "no_change": np.zeros_like(reference), "perturbed_mean": reference}
-        uncertainty = model.uncertainty(label, context_of(test, label))
+        uncertainty = model.uncertainty(label, test.context_of(test.cells_of(label)))
+        row["promised"] = np.nan if uncertainty is None else float(np.sqrt((scale.variance * sampling + uncertainty)[kept].mean()))
         units = {name: scale.at(sampling, uncertainty if name == "model" else None) for name in guesses}
         for level in NOMINAL:
             suffix = str(round(100 * level))
@@ -220,7 +218,23 @@ def _summary(rows: list[dict], counts: dict[str, int]) -> dict[str, Any]:
             }
         )  # fmt: skip
     agreed = summary([row["agreement"] for row in rows])
-    return {"verdict": verdict(agreed, len(rows)), "agreement": agreed, "coverage": coverage}
+    return {"verdict": verdict(agreed, len(rows)), "agreement": agreed, "coverage": coverage, "sureness": _sureness(rows)}
+
+
+def _sureness(rows: list[dict]) -> dict[str, Any]:
+    """Return how promised and actual errors of test perturbations go together, and both of the half that the model was surest of and of the other."""
+    told = sorted((row for row in rows if np.isfinite(row["promised"])), key=lambda row: row["promised"])
+    if len(told) < MIN_PERTURBATIONS:
+        return {"n": len(told)}
+    promised, error = (np.array([row[name] for row in told]) for name in ("promised", "error"))
+    halves = {"surest": told[: len(told) // 2], "others": told[len(told) // 2 :]}
+    return {
+        "n": len(told), "rank_correlation": float(spearmanr(promised, error).statistic), "error_per_promise": float(np.median(error / promised)),
+        **{
+            name: {"error": _mean([row["error"] for row in half]), "agreement": _mean([row["agreement"]["whole"]["model"] for row in half])}
+            for name, half in halves.items()
+        },
+    }  # fmt: skip
 
 
 def _on_target(targets: list[tuple]) -> dict[str, Any]:

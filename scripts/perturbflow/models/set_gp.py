@@ -56,12 +56,14 @@ from scipy.optimize import minimize
 from scipy.spatial.distance import cdist, pdist
 from sklearn.utils.extmath import randomized_svd
 
-from perturbflow.models.base import Artefact
+from perturbflow.embeddings import Embeddings
+from perturbflow.gene_starts import TABLES, neighbours, starts
+from perturbflow.models.base import Artefact, Run
 from perturbflow.models.doses import Doses
 from perturbflow.models.effect_rows import EffectRows
 from perturbflow.models.own_gene import OwnGene
 from perturbflow.models.shift import MeanShift, Training
-from perturbflow.pairs import Context
+from perturbflow.pairs import Context, Pairs
 from perturbflow.progress import progressed
 from perturbflow.symbols import entities_of, entity_of, members_of, without_dose
 
@@ -257,7 +259,11 @@ class SetKernel:
     @property
     def weights(self) -> Weights:
         """The hyper-parameters that it has, at their starts."""
-        members = ["own", *(["dose"] if self.has_doses else []), *(f"{name} {form}" for name in self.sources for form in ("near", "linear"))]
+        members = [
+            "own",
+            *(["dose"] if self.has_doses else []),
+            *(f"{name} {form}" for name in self.sources for form in ("near", "linear")),
+        ]
         contexts = ["own context", "alike contexts"] if "levels" in self.state else []
         interactions = ["interaction of sums", "interaction of sums and differences"] if "apart.interactions" in self.state else []
         weights = Weights(members, contexts, interactions, ["single", "combination"], np.zeros(0))
@@ -342,7 +348,11 @@ class SetKernel:
         A label with a member never measured alone has as many rows as members stand for it.
         """
         F, n_known = self.state["features"], len(self.known)
-        draws = np.random.default_rng(0).permuted(np.tile(np.arange(n_known), (8, 1)), axis=1)[:, :N_DRAWS] if n_known else np.zeros((8, 0), int)
+        draws = (
+            np.random.default_rng(0).permuted(np.tile(np.arange(n_known), (8, 1)), axis=1)[:, :N_DRAWS]
+            if n_known
+            else np.zeros((8, 0), int)
+        )
         sums, differences, owner = [], [], []
         for i, label in enumerate(labels):
             members = members_of(label)
@@ -351,7 +361,9 @@ class SetKernel:
             nearest = [self.doses.nearest(member) for member in members]
             unknown = nearest.count(None)
             stand_ins = iter(draws[:unknown])
-            of = np.stack([F[[self.known[name]]].repeat(draws.shape[1] if unknown else 1, axis=0) if name else F[next(stand_ins)] for name in nearest])
+            of = np.stack(
+                [F[[self.known[name]]].repeat(draws.shape[1] if unknown else 1, axis=0) if name else F[next(stand_ins)] for name in nearest]
+            )
             total = of.sum(axis=0)
             pairs = [np.abs(of[j] - of[k]) for j in range(len(of)) for k in range(j)]
             sums.append(total)
@@ -369,9 +381,7 @@ class SetKernel:
         (of_a, owner_a), (of_b, owner_b) = a.kept["features"], b.kept["features"]
         A, B = _averages(owner_a, len(a.labels)), _averages(owner_b, len(b.labels))
         widths = self.state["apart.interactions"]
-        return [
-            A @ np.asarray(B @ np.exp(-cdist(X, Y, "sqeuclidean") / width).T).T for X, Y, width in zip(of_a, of_b, widths, strict=True)
-        ]
+        return [A @ np.asarray(B @ np.exp(-cdist(X, Y, "sqeuclidean") / width).T).T for X, Y, width in zip(of_a, of_b, widths, strict=True)]
 
 
 def _places_of(names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -537,7 +547,7 @@ class Problem:
 
     @cached_property
     def of_nuggets(self) -> list[np.ndarray]:
-        """h of singles and of combinations, 0 for the others, (rows,) each."""
+        """Return h of singles and of combinations, 0 for the others, (rows,) each."""
         is_combination = self.asked.is_combination
         return [self.strength * (1.0 - is_combination), self.strength * is_combination]
 
@@ -573,7 +583,10 @@ class Problem:
             gradient = np.concatenate([self._by_weights(shared, by_K) + slope, own.values + slope_of_own])
             return solved.loss + penalty + of_own, gradient
 
-        tried = [np.concatenate([first, self.start.values]) for first in (starts, *([weights.starts(STARTS | SECOND_STARTS)] if has_sources else []))]
+        tried = [
+            np.concatenate([first, self.start.values])
+            for first in (starts, *([weights.starts(STARTS | SECOND_STARTS)] if has_sources else []))
+        ]
         found = min((minimized(loss, first, N_STEPS) for first in tried), key=lambda values: loss(values)[0])
         return replace(weights, values=found[:n]), self.start.like(found[n:])
 
@@ -694,14 +707,18 @@ class SetGP(MeanShift):
     def restore(self, artefact: Artefact) -> None:
         """Rebuild the kernel around its arrays."""
         super().restore(artefact)
-        of = {part: {name.removeprefix(part): value for name, value in artefact.items() if name.startswith(part)} for part in ("kernel.", "own.")}
+        of = {
+            part: {name.removeprefix(part): value for name, value in artefact.items() if name.startswith(part)}
+            for part in ("kernel.", "own.")
+        }
         self.kernel = SetKernel(of["kernel."])
         self.own = OwnLevels.from_arrays(of["own."])
         self.weights = replace(self.kernel.weights, values=artefact["weights"])
         self.asked = Questions(artefact["labels"].tolist(), artefact["shares"], np.zeros(len(self.kernel.contexts)))
         self.column = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
         self.out_of_fold = {
-            name: dict(zip(artefact[f"said_of.{name}"].tolist(), artefact[f"said.{name}"], strict=True)) for name in artefact["others"].tolist()
+            name: dict(zip(artefact[f"said_of.{name}"].tolist(), artefact[f"said.{name}"], strict=True))
+            for name in artefact["others"].tolist()
         }
 
     @property
@@ -721,10 +738,14 @@ class SetGP(MeanShift):
         said
             Effects by the models of `others`, by name, (genes,) each.
         """
-        effect = (self._across(perturbation, context)[0] @ self.artefact["alpha"] + self._in_common(perturbation, said)[1])[0] @ self.artefact["V"].T
+        effect = (self._across(perturbation, context)[0] @ self.artefact["alpha"] + self._in_common(perturbation, said)[1])[
+            0
+        ] @ self.artefact["V"].T
         for gene in entities_of(perturbation):
             if gene in self.column:
                 effect[self.column[gene]] = self.own.at(gene, self.column[gene], context)[0]
+                for other in self.own.neighbours_of(gene, self.artefact["genes"].tolist()):
+                    effect[self.column[other]] += self.own.share * effect[self.column[gene]]
         return effect
 
     def uncertainty(self, perturbation: str, context: Context | None = None, said: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
@@ -748,14 +769,20 @@ class SetGP(MeanShift):
 
     def _in_common(self, perturbation: str, said: Mapping[str, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
         """Return the columns of M of a question, (1, directions, columns), and M β̂, (1, directions)."""
-        names = self.artefact["others"].tolist()
-        if names and said is None:
-            said = {name: self.out_of_fold.get(name, {}).get(perturbation) for name in names}
-        others = [_said({} if said[name] is None else {perturbation: said[name]}, [perturbation], self.artefact["V"]) for name in names]
+        known = self.out_of_fold
+        if said is not None:
+            known = {name: {perturbation: said[name]} for name in known}
+        others = [_said(of, [perturbation], self.artefact["V"]) for of in known.values()]
         root_h, _ = self.kernel.strength_of([perturbation])
         M = _columns(np.array([len(members_of(perturbation))]), root_h, self.artefact["mean_orders"], others)
         M = np.broadcast_to(M, (1, len(self.artefact["beta"]), M.shape[2]))
         return M, np.einsum("qko,ko->qk", M, self.artefact["beta"])
+
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Learn, and tell the weights."""
+        artefact = super().fit(pairs, embeddings, run)
+        run.facts["mean"] = self.account()
+        return artefact
 
     def account(self) -> dict[str, float]:
         """Return the weights: what every source of vectors, every context and combination was worth on this screen."""
@@ -767,7 +794,9 @@ class SetGP(MeanShift):
 class OwnLevels:
     """How far perturbations move the levels of the perturbed genes themselves, which directions do not tell.
 
-    A gene perturbed in training has the mean of its effects on itself, one that is not follows the others' (`OwnGene`).
+    A gene perturbed in training has the mean of its effects on itself, one that is not follows the others' (`OwnGene`). By CRISPRi, genes that start
+    within 5 kb of an unseen target get a share of its effect: that which neighbours of training's targets had, by least squares, drawn to
+    none as by one target more.
 
     Attributes
     ----------
@@ -777,6 +806,8 @@ class OwnLevels:
         Of `OwnGene`, and the variance that it leaves over.
     level
         Mean control, (measured genes,).
+    share
+        What neighbours have of an effect; 0 where perturbations are not by CRISPRi.
     """
 
     genes: np.ndarray
@@ -785,6 +816,7 @@ class OwnLevels:
     coefficients: np.ndarray
     spread: float
     level: np.ndarray
+    share: float = 0.0
 
     @classmethod
     def of(cls, rows: EffectRows, training: Training) -> "OwnLevels":
@@ -802,7 +834,25 @@ class OwnLevels:
             variances.append(rows.variance[training.row[gene]] / weights.sum())
             left.append((values[-1] - own.shift(float(level[training.row[gene]]))) ** 2 - variances[-1])
         spread = max(float(np.mean(left)), 0.0) if left else 0.0
-        return cls(np.array(list(found), dtype=str), np.array(values), np.array(variances), own.coefficients, spread, level)
+        levels = cls(np.array(list(found), dtype=str), np.array(values), np.array(variances), own.coefficients, spread, level)
+        is_interference = set(training.pairs.obs.get("perturbation_type", [])) == {"CRISPRi"}
+        return replace(levels, share=levels._share_of_neighbours(rows, training)) if is_interference else levels
+
+    def _share_of_neighbours(self, rows: EffectRows, training: Training) -> float:
+        near = neighbours(self.genes.tolist(), training.genes, _organism(training.genes))
+        crossed, squared = 0.0, [0.0]
+        for i, label in enumerate(rows.labels):
+            own = rows.values[i, training.row[label]] if label in near and label in training.row else 0.0
+            for other, _ in near.get(label, []):
+                crossed += own * rows.values[i, training.row[other]]
+                squared.append(own**2)
+        return max(0.0, crossed / max(sum(squared) + max(squared), 1e-12))
+
+    def neighbours_of(self, gene: str, genes: list[str]) -> list[str]:
+        """Return the measured genes that an unseen target takes with it."""
+        if not self.share or gene in self.genes:
+            return []
+        return [name for name, _ in neighbours([gene], genes, _organism(genes))[gene]]
 
     @staticmethod
     def replaced(rows: EffectRows, genes: list[str]) -> np.ndarray:
@@ -831,7 +881,12 @@ class OwnLevels:
     @classmethod
     def from_arrays(cls, arrays: Artefact) -> "OwnLevels":
         """Rebuild what `arrays` returned."""
-        return cls(**{**arrays, "spread": float(arrays["spread"])})
+        return cls(**{**arrays, **{name: float(arrays[name]) for name in ("spread", "share")}})
+
+
+def _organism(genes: list[str]) -> str:
+    """Return the organism whose table of gene starts knows most of these genes."""
+    return max(TABLES, key=lambda organism: len(starts(organism).keys() & set(genes)))
 
 
 def _directions(values: np.ndarray) -> np.ndarray:
@@ -862,7 +917,9 @@ def _columns(orders: np.ndarray, root_h: np.ndarray, mean_orders: np.ndarray, ot
     kinds = [kind for kind, mean in zip((is_single, ~is_single), mean_orders, strict=True) if mean]
     if len(kinds) == 1:
         kinds = [np.ones(len(orders))]
-    means = np.stack([kind * root_h * orders / mean for kind, mean in zip(kinds, mean_orders[mean_orders > 0], strict=True)], axis=1)[:, None]
+    means = np.stack([kind * root_h * orders / mean for kind, mean in zip(kinds, mean_orders[mean_orders > 0], strict=True)], axis=1)[
+        :, None
+    ]
     if not others:
         return means
     said = np.stack([table * kind[:, None] for table in others for kind in (is_single, ~is_single)], axis=2)

@@ -96,7 +96,6 @@ class Training:
                 inner = replace(self, effects=rest[seen], halves=(rest[0], rest[1]), half=judged)  # halves[0] is against half 1
                 yield inner, self.halves[judged].without(known)
 
-
     def rounds_of_contexts(self) -> Iterator[tuple["Training", Effects, Context]]:
         """Yield trainings without the cells of one context, the effects in it of perturbations that the others hold too, and the context."""
         by_context = self.effects_by_context
@@ -190,7 +189,10 @@ class MeanShift(Model):
     ) -> np.ndarray:
         """Shift every cell by the effect: what it becomes does not depend on who else is asked. No perturbation shifts nothing."""
         effects = np.stack(
-            [np.zeros_like(cells) if perturbation == CONTROL else self.individual_effects(cells, perturbation, seed, context) for perturbation in perturbations]
+            [
+                np.zeros_like(cells) if perturbation == CONTROL else self.individual_effects(cells, perturbation, seed, context)
+                for perturbation in perturbations
+            ]
         )
         return np.repeat((cells + effects)[:, :, None], samples, axis=2).astype(np.float32)
 
