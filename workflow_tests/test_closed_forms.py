@@ -208,6 +208,14 @@ def test_a_target_moves_what_covaries_with_it() -> None:
 # --- contexts -------------------------------------------------------------------------------------------------------
 
 
+def test_transfer_adds_a_share_of_the_centred_effect_that_grows_with_contexts(singles: dict[str, np.ndarray]) -> None:
+    for batches, share in ((1, 0.25), (2, 0.5), (3, 0.6), (4, 0.6)):
+        model = Transfer().learned(make_training(singles, batches=batches))
+        mean = np.mean(list(singles.values()), axis=0)
+        np.testing.assert_allclose(model.effect("G0"), mean + share * (singles["G0"] - mean), atol=0.15)
+        np.testing.assert_allclose(model.effect("G77"), mean, atol=0.15)
+
+
 def test_transfer_weighs_contexts_alike(singles: dict[str, np.ndarray]) -> None:
     training = make_training({"G0": singles["G0"], "G1": singles["G1"]}, batches=2)
     obs = training.pairs.obs
@@ -217,8 +225,10 @@ def test_transfer_weighs_contexts_alike(singles: dict[str, np.ndarray]) -> None:
     X[in_second] += 1.0
     pairs = replace(training.pairs, X=sparse.csr_matrix(X)).select(keep)
     model = Transfer().learned(Training.of(pairs, NO_VECTORS, 0))
-    np.testing.assert_allclose(model.effect("G0").mean(), singles["G0"].mean() + 0.5, atol=0.05)
-    np.testing.assert_allclose(model.effect("G77"), model.artefact["effects"].mean(axis=0))
+    # Means of contexts: half of the extra in the second; centred: half of it again, in one of two contexts; of that a half.
+    mean = (singles["G0"] + singles["G1"]).mean() / 2
+    np.testing.assert_allclose(model.effect("G77").mean(), mean + 0.25, atol=0.05)
+    np.testing.assert_allclose(model.effect("G0").mean(), mean + 0.25 + 0.5 * (singles["G0"].mean() - mean + 0.25), atol=0.05)
 
 
 def test_contexts_with_few_cells_or_no_controls_do_not_count(singles: dict[str, np.ndarray]) -> None:

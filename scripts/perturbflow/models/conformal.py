@@ -6,7 +6,7 @@ in units of what it may differ by,
     s_pg² = v_g (1/n + 1/n₀) + τ_g²,
 
 with v_g the gene's variance over controls, n and n₀ the cells and controls that the measurement is a mean of, τ_g² the variance of true effects over
-training perturbations. An interval of level 1 − α reaches q s to both sides, q the 1 − α quantile of the scores, each held-out measurement having the same
+training perturbations; a model that is unsure of each effect by a variance of its own (`uncertainty`) has that in place of τ_g². An interval of level 1 − α reaches q s to both sides, q the 1 − α quantile of the scores, each held-out measurement having the same
 weight (the pooled distribution of groups: Dunn, Wasserman & Ramdas 2022, doi:10.1080/01621459.2022.2060112, section 3). Over perturbations like those held out,
 it covers what a screen of as many cells would measure; with few held out, only roughly.
 """

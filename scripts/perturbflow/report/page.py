@@ -38,6 +38,8 @@ from perturbflow.report.sections import (
     history_of,
     perturbation_table,
     separability_rows,
+    source_rows,
+    sureness_figures,
     training_curves,
     warranty_rows,
 )
@@ -316,6 +318,8 @@ def report(
         answers=answers,
         warranties=warranted,
         coverage=coverage,
+        sureness=sureness_figures(warranted, cards, drawings["counterfactuals"]),
+        sources=source_rows(facts),
         audited={check.__name__: (inspect.getdoc(check) or "").split("\n\n")[0] for check in CHECKS},
         separability=separability_rows(facts),
         complaints=complaints(facts),

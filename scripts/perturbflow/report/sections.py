@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from perturbflow.bootstrap import MIN_PERTURBATIONS
 from perturbflow.colours import COLOURS, MARKERS
 from perturbflow.controls import declaration
 from perturbflow.counterfactuals.warranty import fitting
@@ -288,6 +289,75 @@ def coverage_figures(warranties: list[dict], cards: dict[str, ModelCard], drawin
         if svg := drawings.svg(f"Coverage of predictive intervals on {where}, in percent: {said}.", _coverage_figure, rows, cards):
             figures.append({"svg": svg, "where": where})
     return figures
+
+
+@mpl.rc_context(STYLE)
+def _sureness_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
+    figure, axes = new_axes(3.2, 2.6, left=0.6)
+    for row in rows:
+        told = [one for one in row["perturbations"] if one.get("promised") is not None and np.isfinite(one["promised"])]
+        card = cards[row["model"]]
+        axes.plot(
+            [one["promised"] for one in told],
+            [one["error"] for one in told],
+            card.marker,
+            color=card.colour,
+            markersize=4,
+            alpha=0.6,
+            label=card.name,
+        )
+    low, high = axes.get_xlim()
+    axes.plot([low, high], [low, high], color=INK, linewidth=0.8)
+    axes.set_xlim(low, high)
+    axes.set_xlabel("error that the model promised, log1p")
+    axes.set_ylabel("its error, log1p")
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def sureness_figures(warranties: list[dict], cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:
+    """Return a figure per dataset × split, and a sentence per model: whether errors are as great as the models' own uncertainty promised."""
+    places: dict[tuple[str, str], list[dict]] = {}
+    for row in warranties:
+        if row.get("sureness", {}).get("n", 0) >= MIN_PERTURBATIONS:
+            places.setdefault((row["dataset"], row["split"]), []).append(row)
+    figures = []
+    for (dataset, split), rows in places.items():
+        where, said = f"{dataset} × {split}", []
+        for row in rows:
+            sure = row["sureness"]
+            said.append(
+                f"{row['model']}, {row['seed'].replace('_', ' ')}: rank correlation of promised and actual error {number(sure['rank_correlation'])} over "
+                f"{sure['n']} perturbations; error {number(sure['surest']['error']['mean'])} in the half that it was surest of, "
+                f"{number(sure['others']['error']['mean'])} in the other; agreement {number(sure['surest']['agreement']['mean'])} and "
+                f"{number(sure['others']['agreement']['mean'])}"
+            )
+        if svg := drawings.svg(f"Promised and actual errors on {where}. {'. '.join(said)}.", _sureness_figure, rows, cards):
+            figures.append({"svg": svg, "where": where, "notes": said})
+    return figures
+
+
+def source_rows(runs: dict[tuple, dict]) -> tuple[list[str], list[dict]]:
+    """Return the sources of gene vectors, and per run of a Gaussian process what each was worth: its share of what genes may have in common."""
+    rows: list[dict] = []
+    for place, run in runs.items():
+        weights = run["facts"].get("mean")
+        if not isinstance(weights, dict) or "own" not in weights:
+            continue
+        of_source: dict[str, float] = {}
+        for name, weight in weights.items():
+            if name.endswith((" near", " linear")):
+                source = name.rsplit(" ", 1)[0]
+                of_source[source] = of_source.get(source, 0.0) + weight
+        total = weights["own"] + weights.get("dose", 0.0) + sum(of_source.values())
+        shares = {"a gene's own": weights["own"] / total, **{source: weight / total for source, weight in of_source.items()}}
+        row = {"dataset": place[0], "split": place[1], "seed": place[3], "shares": shares}
+        same = next((other for other in rows if {**other, "models": 0} == {**row, "models": 0}), None)
+        if same:
+            same["models"].append(place[2])
+        else:
+            rows.append({**row, "models": [place[2]]})
+    return list(dict.fromkeys(source for row in rows for source in row["shares"])), rows
 
 
 def counterfactual_answers(
