@@ -12,11 +12,13 @@ from scipy.stats import multivariate_normal
 from test_closed_forms import N_GENES, NO_VECTORS, TARGETS, doubles, error, make_training, singles, vectors  # noqa: F401
 
 from perturbflow.embeddings import Embeddings
-from perturbflow.models import set_gp
+from perturbflow.models import marginal_likelihood, set_gp
 from perturbflow.models.base import Run, build
 from perturbflow.models.baselines import Additive
 from perturbflow.models.effect_rows import EffectRows
-from perturbflow.models.set_gp import Directions, Problem, Questions, SetGP, SetKernel
+from perturbflow.models.marginal_likelihood import Directions, Problem
+from perturbflow.models.set_gp import SetGP
+from perturbflow.models.set_kernel import Questions, SetKernel
 from perturbflow.models.shift import Training
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
@@ -65,7 +67,7 @@ def test_the_gradient_is_that_of_differences(learning: tuple[Problem, SetKernel,
         seen.append((loss, start))
         return start
 
-    monkeypatch.setattr(set_gp, "minimized", kept)
+    monkeypatch.setattr(marginal_likelihood, "minimized", kept)
     learned.learned(kernel.weights)
     Problem.conditioned(learned.diagonal(kernel.weights), learned.start)
     for loss, start in seen:
