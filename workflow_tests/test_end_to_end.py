@@ -143,7 +143,7 @@ SHOWN = (
         "leaderboard.py results renge2023",
         "leaderboard.py results renge2023 --brief no_change stacked scppdm technical_duplicate",
         "leaderboard.py results renge2023 --against stacked",
-        "verdicts.py results results --without results results",
+        "verdicts.py --before results --now results --now-without results",
         "best_baseline.py results renge2023 unseen_context --models scppdm jepa",
         "best_baseline.py results renge2023 unseen_context --models jepa --baseline perturbed_mean",
         "distributions.py results renge2023 unseen_perturbation --models scppdm",

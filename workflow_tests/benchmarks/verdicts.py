@@ -1,12 +1,13 @@
 """Print scores and verdicts of two versions of the workflow beside one another.
 
-    python workflow_tests/benchmarks/verdicts.py ../before/results results
-    python workflow_tests/benchmarks/verdicts.py ../before/results results --without ../before/fewer results/fewer
+    python workflow_tests/benchmarks/verdicts.py --before ../before/results --now results
+    python workflow_tests/benchmarks/verdicts.py --before before/* --now now/* --before-without fewer_before/* --now-without fewer_now/*
 
-Both folders hold the tables of runs with one configuration. Per screen, split and model: `pearson_delta_ctrl` before, with the perturbed gene, and
-`pearson_delta_ctrl_off_target` now (means over seeds; 95 % intervals over perturbations), and both verdicts with the sizes of what was won and lost: before in the units
-of the metric, now in percent of the way from no change to the ceiling, intervals in brackets. Then how often each verdict was given. With --without, two folders of the
-same runs that list fewer models: which headline metrics can tell there and cannot here, or the other way round.
+Folders hold the tables of runs with the same configurations, those of several runs are put together. Per screen, split and model:
+`pearson_delta_ctrl` before and now, with the perturbed gene, and `pearson_delta_ctrl_off_target` now, without it (means over seeds; 95 % intervals
+over perturbations). Then both verdicts with the sizes of what was won and lost, intervals in brackets: before in the units of the metric, now in percent
+of the way from no change to the ceiling. Then how often each verdict was given, to all models. With --before-without and --now-without, the same
+runs that list fewer models: which headline metrics can tell there and cannot here, or the other way round.
 """
 
 import argparse
@@ -20,16 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from leaderboard import markdown, markdown_of
 
-EFFECT = ("pearson_delta_ctrl", "pearson_delta_ctrl_off_target")
+EFFECT = (("before", "pearson_delta_ctrl"), ("now", "pearson_delta_ctrl"), ("now", "pearson_delta_ctrl_off_target"))
 WORDS = ("better", "trades", "worse", "level", "cannot tell")
 ON_ONE_METRIC = {"wins": "better", "losses": "worse", "level": "level", "undecided": "undecided", "cannot_tell": "cannot tell"}
 KEYS = ["dataset", "split", "model"]
 
 
-def tables_of(folder: Path) -> dict[str, pd.DataFrame]:
-    """Return the tables of a run by name."""
+def tables_of(folders: list[Path]) -> dict[str, pd.DataFrame]:
+    """Return the tables of runs by name."""
     names = ("benchmark", "calibration", "comparisons", "verdicts")
-    return {name: pd.read_csv(folder / f"{name}.tsv", sep="\t", keep_default_na=name != "verdicts") for name in names}
+    return {
+        name: pd.concat([pd.read_csv(folder / f"{name}.tsv", sep="\t", keep_default_na=name != "verdicts") for folder in folders])
+        for name in names
+    }
 
 
 def score(rows: pd.DataFrame) -> str:
@@ -52,22 +56,18 @@ def in_words(verdict: pd.Series, compared: pd.DataFrame) -> str:
     return f"**{verdict['verdict']}**: {'; '.join(parts)}" if parts else f"**{verdict['verdict']}**"
 
 
-def verdict_table(before: dict[str, pd.DataFrame], now: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def verdict_table(both: dict[str, dict[str, pd.DataFrame]], models: list[str] | None) -> pd.DataFrame:
     """Return one row per screen, split and model that has a verdict in both."""
     rows = []
-    for key in before["verdicts"][KEYS].itertuples(index=False):
+    keys = both["before"]["verdicts"][KEYS].merge(both["now"]["verdicts"][KEYS])
+    for key in keys[keys["model"].isin(models or keys["model"])].itertuples(index=False):
         row = {"screen, split": f"{key.dataset}, {key.split}", "model": key.model}
-        of_both = [
-            {name: table[(table[KEYS] == list(key)).all(axis=1)] for name, table in tables.items() if "model" in table}
-            for tables in (before, now)
-        ]
-        if not len(of_both[1]["verdicts"]):
-            continue
-        for when, metric, tables in zip(("before", "now"), EFFECT, of_both, strict=True):
-            of_metric = tables["benchmark"][tables["benchmark"]["metric"] == metric]
-            row[f"{metric} {when}"] = score(of_metric)
-        for when, tables in zip(("before", "now"), of_both, strict=True):
-            row[f"verdict {when}"] = in_words(tables["verdicts"].iloc[0], tables["comparisons"])
+        mine = {
+            when: {name: table[(table[KEYS] == list(key)).all(axis=1)] for name, table in tables.items() if "model" in table}
+            for when, tables in both.items()
+        }
+        row |= {f"{metric}, {when}": score(mine[when]["benchmark"].query("metric == @metric")) for when, metric in EFFECT}
+        row |= {f"verdict, {when}": in_words(tables["verdicts"].iloc[0], tables["comparisons"]) for when, tables in mine.items()}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -109,17 +109,19 @@ def telling(calibration: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("now", type=Path)
-    parser.add_argument("--without", type=Path, nargs=2, metavar=("BEFORE", "NOW"), help="the same with fewer models listed")
+    for name in ("--before", "--now", "--before-without", "--now-without"):
+        parser.add_argument(name, type=Path, nargs="+", required="without" not in name)
+    parser.add_argument("--models", nargs="+", help="of the first table")
     arguments = parser.parse_args()
     both = {"before": tables_of(arguments.before), "now": tables_of(arguments.now)}
-    print(markdown_of(verdict_table(*both.values())) + "\n")
+    print(markdown_of(verdict_table(both, arguments.models)) + "\n")
     shared = both["now"]["verdicts"].merge(both["before"]["verdicts"][KEYS], on=KEYS)
     table = counts({"before": both["before"]["verdicts"], "now": shared})
     print(markdown(table, list(table.columns), "") + "\n")
-    for when, folder in zip(both, arguments.without or (), strict=False):
-        fewer = tables_of(folder)
+    for when, folders in (("before", arguments.before_without), ("now", arguments.now_without)):
+        if not folders:
+            continue
+        fewer = tables_of(folders)
         said = changed(telling(both[when]["calibration"]), telling(fewer["calibration"]), "verdict", ["dataset", "split", "metric"])
         print(f"* {when}: of headline metrics another power to tell, {said}")
         print(f"* {when}: of models another verdict, {changed(both[when]['verdicts'], fewer['verdicts'], 'verdict', KEYS)}")
