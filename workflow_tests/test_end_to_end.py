@@ -143,6 +143,7 @@ SHOWN = (
         "leaderboard.py results renge2023",
         "leaderboard.py results renge2023 --brief no_change set_gp scppdm technical_duplicate",
         "leaderboard.py results renge2023 --against set_gp",
+        "verdicts.py --before results --now results --now-without results",
         "best_baseline.py results renge2023 unseen_context --models scppdm jepa",
         "best_baseline.py results renge2023 unseen_context --models jepa --baseline perturbed_mean",
         "distributions.py results renge2023 unseen_perturbation --models scppdm",

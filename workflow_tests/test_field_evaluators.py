@@ -88,3 +88,23 @@ def test_the_same_definition_gives_the_same_value(made: Path) -> None:
     wrong = table[table["same"] & ~(table["same inputs"] <= FIELD.TOLERANCE)]
     assert wrong.empty, FIELD.markdown(wrong)
     assert set(table["ours"]) == {comparison.ours for comparison in FIELD.COMPARISONS}
+
+
+def test_a_file_that_predicts_the_mean_of_the_controls_is_as_near_as_it(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs("cell_eval", "scperteval")
+    cells = ad.read_h5ad(made / "pairs.h5ad")
+    controls = cells[((cells.obs["role"] == "test") & cells.obs["is_control"]).to_numpy()].X.mean(axis=0)
+    labels = sorted(set(ad.read_h5ad(made / "predictions.h5ad").obs["perturbation"]))
+    means = ad.AnnData(
+        np.repeat(np.asarray(controls), len(labels), axis=0), pd.DataFrame({"perturbation": labels}, index=labels), cells.var
+    )
+    model = tmp_path / "screen" / "split" / "mean" / "seed_0"
+    model.mkdir(parents=True)
+    means.write_h5ad(model / "predictions.h5ad")
+    (model.parents[1] / "pairs.h5ad").symlink_to(made / "pairs.h5ad")
+    FIELD.show_nearness([model])
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith("| screen, split | mean |")
+    assert len(re.findall(r"[+-]0\.0 %", row)) == 3

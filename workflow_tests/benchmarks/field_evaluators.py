@@ -3,11 +3,13 @@
     pip install -r envs/requirements.txt -r workflow_tests/benchmarks/field_evaluators.txt
     python workflow_tests/benchmarks/field_evaluators.py agreement
     python workflow_tests/benchmarks/field_evaluators.py agreement --results results/renge2023/unseen_perturbation/additive/seed_0
+    python workflow_tests/benchmarks/field_evaluators.py nearness --results results/*/unseen_combination/no_change/seed_0
     python workflow_tests/benchmarks/field_evaluators.py speed
     python workflow_tests/benchmarks/field_evaluators.py scale
 
 agreement: the greatest difference per metric over the perturbations of a made screen, or of a model's folder in a finished run:
-on the files as they are, and on inputs from which everything is taken out in which we differ by design. speed: wall time, CPU time
+on the files as they are, and on inputs from which everything is taken out in which we differ by design. nearness: how far models' files are
+off the measured cells in the evaluators' eyes, beside the mean of the controls itself, which is no file. speed: wall time, CPU time
 and peak memory, on the metrics that cell-eval has too and on all of ours. scale: ours on many cells. Each measurement is a process
 of its own, from its start to its end, or, from inputs in memory to scores, the second time of two in one.
 """
@@ -282,6 +284,21 @@ def work_ours(folder: Path) -> None:
     write_feeds(scored, list(ad.read_h5ad(folder / "predictions.h5ad", backed="r").var_names), folder)
 
 
+def work_nearness(folder: Path) -> None:
+    """What the evaluators say of the error of the cells as they are, and of the mean of test controls of their batches and cell types."""
+    from perturbflow.pairs import Pairs
+
+    measured, predicted = field_inputs(folder / "pairs.h5ad", folder / "predictions.h5ad")
+    test = Pairs.open(folder / "pairs.h5ad").roles("test")
+    labels = sorted(set(predicted.obs["perturbation"]) - {"control"})
+    means = [test.control_mean_for(np.intersect1d(test.cells_of(label), np.flatnonzero(test.obs["half"] == "b"))) for label in labels]
+    controls = ad.AnnData(np.array(means), pd.DataFrame({"perturbation": labels}, index=labels), predicted.var[[]])
+    controls = ad.concat([controls, measured[measured.obs["is_control"]]])
+    for name, cells in (("cells", predicted), ("controls", controls)):
+        table = cell_eval(measured, cells, ["mae", "mse"]).join(scperteval(measured, cells, ["l2_heg_k=1000"]))
+        table.to_csv(folder / f"nearness.{name}.tsv", sep="\t", index_label="perturbation")
+
+
 def work_evaluator(folder: Path, name: str) -> None:
     """All that is compared with one evaluator: {evaluator}.{feed}.tsv."""
     comparisons = [comparison for comparison in COMPARISONS if comparison.evaluator == name]
@@ -350,6 +367,7 @@ def work_cell_eval_in_memory(folder: Path) -> None:
 
 WORK = {
     "prepare": work_prepare,
+    "nearness": work_nearness,
     "ours": work_ours,
     "cell-eval": lambda folder: work_evaluator(folder, "cell-eval"),
     "scperteval": lambda folder: work_evaluator(folder, "scperteval"),
@@ -442,6 +460,32 @@ def show_agreement(folder: Path, is_made: bool) -> None:
         raise SystemExit(f"more than {TOLERANCE:g} apart where the definition is the same: {', '.join(wrong['ours'])}")
 
 
+def show_nearness(results: list[Path]) -> None:
+    """Print one row per model's folder: mean errors over perturbations of its cells, and as shares of those of the controls' mean."""
+    rows = []
+    for model in results:
+        with tempfile.TemporaryDirectory() as temporary:
+            link_results(model, Path(temporary))
+            work("nearness", Path(temporary))
+            cells, controls = (
+                pd.read_csv(Path(temporary) / f"nearness.{name}.tsv", sep="\t", index_col="perturbation") for name in ("cells", "controls")
+            )
+        dataset, split, name, _ = model.resolve().parts[-4:]
+        row = {"screen": f"{dataset}, {split}", "model": name}
+        for column, theirs in (("mae", "cell-eval mae"), ("mse", "cell-eval mse"), ("l2_heg_k=1000", "scperteval l2_heg_k=1000")):
+            ratio = cells[column].mean() / controls[column].mean()
+            row[theirs] = f"{cells[column].mean():.4f}, {100 * (ratio - 1):+.1f} %"
+        rows.append(row)
+    print(markdown(pd.DataFrame(rows)))
+
+
+def link_results(model: Path, folder: Path) -> None:
+    """Lay a model's predictions, and the cells that they are held against, into a folder."""
+    for file in (model / "predictions.h5ad", model.parents[1] / "pairs.h5ad"):
+        (folder / file.name).unlink(missing_ok=True)
+        (folder / file.name).symlink_to(file.resolve())
+
+
 def in_memory(name: str, folder: Path) -> tuple[float, float, float]:
     """Do one piece of WORK that is timed from inputs in memory to scores; return what `work` does, with these times."""
     *_, peak = work(name, folder)
@@ -469,25 +513,26 @@ def show_scale(folder: Path) -> None:
 def main() -> None:
     """Print the tables of one kind of measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*SIZES, "work"), help="work is what this script calls itself with")
-    parser.add_argument("--results", type=Path, help="agreement on a model's folder of a finished run instead of a made screen")
+    parser.add_argument("what", choices=(*SIZES, "nearness", "work"), help="work is what this script calls itself with")
+    parser.add_argument("--results", type=Path, nargs="+", default=[], help="models' folders; for agreement one, in place of a made screen")
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it the next time")
     parser.add_argument("--name", choices=WORK, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.what == "work":
         WORK[arguments.name](arguments.folder)
         return
+    if arguments.what == "nearness":
+        show_nearness(arguments.results)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.results:
-            for file in (arguments.results / "predictions.h5ad", arguments.results.parents[1] / "pairs.h5ad"):
-                (folder / file.name).unlink(missing_ok=True)
-                (folder / file.name).symlink_to(file.resolve())
+            link_results(arguments.results[0], folder)
         elif not (folder / "split.json").exists():
             make(folder, arguments.what)
         if arguments.what == "agreement":
-            show_agreement(folder, is_made=arguments.results is None)
+            show_agreement(folder, is_made=not arguments.results)
         else:
             {"speed": show_speed, "scale": show_scale}[arguments.what](folder)
 

@@ -64,6 +64,7 @@ from perturbflow.symbols import entities_of, members_of
 MOST_DIRECTIONS = 300
 LEAST_SIGNAL = 0.5  # share of a direction's variance that shared weights are learned from
 LEAST_DIRECTIONS = 3
+LEAST_SHARE = 0.05  # of a direction's variance that signal is taken for at least
 MOST_LEARNED_FROM = 1000  # rows
 LEAST_HELD_OUT = 20  # perturbations, to judge another model's means by
 
@@ -82,8 +83,6 @@ class SetGP(MeanShift):
         By name, how to fit means that are no closed forms, as that of a network. Each enters as columns of M: its predictions of training
         perturbations, made by inner folds that held them out.
     """
-
-    reads_strata = True
 
     def __init__(self, others: Mapping[str, FitPart] | None = None) -> None:
         self.others = others or {}
@@ -105,17 +104,12 @@ class SetGP(MeanShift):
         orders = np.array([len(members_of(label)) for label in rows.labels])
         mean_orders = np.array([orders[kind].mean() if kind.any() else 0.0 for kind in (orders == 1, orders > 1)])
         M = _columns(orders, root_h, mean_orders, [_said(said, rows.labels, V) for said in self.out_of_fold.values()])
-        size = np.maximum((Y**2).mean(axis=0), 1e-24)
-        signal, n_means = np.maximum(size - noise, 0.05 * size), int((mean_orders > 0).sum())
-        of_means = np.log(np.vstack([np.tile(0.3 * signal, (n_means, 1)), np.full((M.shape[2] - n_means, len(size)), 0.3)]))
-        start = Directions(np.log(0.7 * signal), np.log(np.maximum(noise, 0.3 * signal)), of_means)
-        problem = Problem(kernel, asked, rows.sampling / unit, Y, M, h, start, n_means)
-        telling = size - noise > LEAST_SIGNAL * size
-        if telling.sum() < LEAST_DIRECTIONS:
-            telling = np.isin(np.arange(len(size)), np.argsort(noise - size, kind="stable")[:LEAST_DIRECTIONS])
+        n_means = int((mean_orders > 0).sum())
+        problem = Problem(kernel, asked, rows.sampling / unit, Y, M, h, _starts(Y, noise, M.shape[2], n_means), n_means)
+        telling = _telling(Y, noise)
         weights, found = problem.part(_learned_from(rows.labels, training.seed), telling).learned(kernel.weights)
         data = problem.diagonal(weights)
-        of = Problem.conditioned(data, start.around(found, telling))
+        of = Problem.conditioned(data, problem.start.around(found, telling))
         solved = data.solved(of)
         return {
             **{f"kernel.{name}": value for name, value in kernel.state.items()}, **{f"own.{name}": value for name, value in own.arrays().items()},
@@ -222,6 +216,23 @@ def _directions(values: np.ndarray) -> np.ndarray:
     n = max(1, min(MOST_DIRECTIONS, int((size > 1e-8 * size[0]).sum())))
     # The sign of a singular vector is arbitrary: fixed, so that equal data give equal numbers.
     return (Vt[:n] * np.sign(Vt[np.arange(n), np.abs(Vt[:n]).argmax(axis=1)])[:, None]).T
+
+
+def _starts(Y: np.ndarray, noise: np.ndarray, n_columns: int, n_means: int) -> Directions:
+    """Return where a direction's own start: its variance, minus noise, is signal for the most part; some of it may be noise that is not known of."""
+    size = np.maximum((Y**2).mean(axis=0), 1e-24)
+    signal = np.maximum(size - noise, LEAST_SHARE * size)
+    means = np.vstack([np.tile(0.3 * signal, (n_means, 1)), np.full((n_columns - n_means, len(size)), 0.3)])
+    return Directions(np.log(0.7 * signal), np.log(np.maximum(noise, 0.3 * signal)), np.log(means))
+
+
+def _telling(Y: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Return the directions that shared weights are learned from, (directions,)."""
+    size = (Y**2).mean(axis=0)
+    telling = size - noise > LEAST_SIGNAL * size
+    if telling.sum() >= LEAST_DIRECTIONS:
+        return telling
+    return np.isin(np.arange(len(size)), np.argsort(noise - size, kind="stable")[:LEAST_DIRECTIONS])
 
 
 def _columns(orders: np.ndarray, root_h: np.ndarray, mean_orders: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
