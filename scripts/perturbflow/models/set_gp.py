@@ -48,7 +48,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from sklearn.utils.extmath import randomized_svd
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.base import Artefact, Run
@@ -210,6 +209,8 @@ class SetGP(MeanShift):
 def _directions(values: np.ndarray) -> np.ndarray:
     """Return the leading singular vectors, (genes, directions): all, or MOST_DIRECTIONS."""
     if min(values.shape) > 4 * MOST_DIRECTIONS:
+        from sklearn.utils.extmath import randomized_svd  # a second to import, and most screens need none
+
         _, size, Vt = randomized_svd(values, MOST_DIRECTIONS, n_iter=4, random_state=0)
     else:
         _, size, Vt = np.linalg.svd(values, full_matrices=False)
