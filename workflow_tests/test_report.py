@@ -738,6 +738,40 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: 
     )
 
 
+def test_what_sources_of_gene_vectors_were_worth(tree: Tree, page: str, tmp_path: Path, few_figures: None) -> None:
+    assert 'id="sources"' not in page, "no Gaussian process ran"
+    changed = []
+    for path in tree.arguments()["runs"]:
+        changed.append(tmp_path / "results" / path.relative_to(tree.folder))
+        run = read_json(path)
+        if path.parts[-3] in ("additive", "learned") and path.parts[-4] == "unseen_perturbation":
+            run["facts"]["mean"] = {"own": 0.5, "ppi near": 0.25, "ppi linear": 0.05, "coexpression near": 0.2, "member": 1.0}
+        write_json(changed[-1], run)
+    text = tree.page(runs=changed, report=tmp_path / "report.html")
+    table = region(text, "Sources of gene vectors")
+    heads = re.findall(r'<th scope="col">([^<]*)</th>', table)
+    assert [html.unescape(head) for head in heads][-3:] == ["a gene's own", "coexpression", "ppi"]
+    assert table.count("<tr>") == 2, "models with the same mean share a row"
+    assert "additive, learned" in table
+    assert re.findall(r"<td>([\d.]+) %</td>", table) == ["50.0", "20.0", "30.0"]
+
+
+def test_promised_errors_are_drawn_beside_actual_ones(tree: Tree, tmp_path: Path, few_figures: None) -> None:
+    shown = tmp_path / "results/mine/unseen_combination/learned/seed_0/warranty.json"
+    half = {"error": {"mean": 0.12}, "agreement": {"mean": 0.41}}
+    told = {"n": 9, "rank_correlation": 0.55, "error_per_promise": 1.1, "surest": half, "others": {**half, "error": {"mean": 0.34}}}
+    points = [{"perturbation": f"TF{i}", "promised": i / 10, "error": i / 9} for i in range(1, 10)]
+    points.append({"perturbation": "TF10", "promised": float("nan"), "error": 0.1})
+    write_json(shown, {**WARRANTY, "sureness": told, "perturbations": points})
+    page = html.unescape(tree.page(warranties=[shown], report=tmp_path / "report.html"))
+    section = page[page.index('id="sureness"') : page.index("</main>")]
+    assert section.count("<svg") == 1
+    assert "rank correlation of promised and actual error 0.550 over 9 perturbations" in section
+    assert "the half that it was surest of: error 0.120, agreement 0.410; the other half: error 0.340, agreement 0.410." in section
+    write_json(shown, {**WARRANTY, "sureness": {"n": 2}, "perturbations": points[:2]})
+    assert 'id="sureness"' not in tree.page(warranties=[shown], report=tmp_path / "few.html"), "too few to say anything"
+
+
 # --- bounds ---------------------------------------------------------------------------------------------------------
 
 

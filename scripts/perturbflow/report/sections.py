@@ -293,7 +293,9 @@ def coverage_figures(warranties: list[dict], cards: dict[str, ModelCard], drawin
 
 @mpl.rc_context(STYLE)
 def _sureness_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
-    figure, axes = new_axes(3.2, 2.6, left=0.6)
+    unnamed = {row["model"] for row in rows}  # a model is named once, whatever the number of its seeds
+    above = 0.17 * len(unnamed) + 0.1
+    figure, axes = new_axes(3.2, 2.5 + above, left=0.6, top=above)
     for row in rows:
         told = [one for one in row["perturbations"] if one.get("promised") is not None and np.isfinite(one["promised"])]
         card = cards[row["model"]]
@@ -304,14 +306,18 @@ def _sureness_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
             color=card.colour,
             markersize=4,
             alpha=0.6,
-            label=card.name,
+            label=card.name if card.name in unnamed else None,
         )
+        unnamed.discard(card.name)
     low, high = axes.get_xlim()
     axes.plot([low, high], [low, high], color=INK, linewidth=0.8)
     axes.set_xlim(low, high)
+    axes.locator_params(nbins=5)
+    axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel("error that the model promised, log1p")
-    axes.set_ylabel("its error, log1p")
-    axes.legend(frameon=False, fontsize=7)
+    axes.set_ylabel("error that was found, log1p")
+    # Above the axes: within them, its marks would pass for perturbations.
+    axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     return figure
 
 
@@ -326,11 +332,13 @@ def sureness_figures(warranties: list[dict], cards: dict[str, ModelCard], drawin
         where, said = f"{dataset} × {split}", []
         for row in rows:
             sure = row["sureness"]
+            halves = [
+                f"{said_of}: error {number(sure[half]['error']['mean'])}, agreement {number(sure[half]['agreement']['mean'])}"
+                for half, said_of in (("surest", "the half that it was surest of"), ("others", "the other half"))
+            ]
             said.append(
-                f"{row['model']}, {row['seed'].replace('_', ' ')}: rank correlation of promised and actual error {number(sure['rank_correlation'])} over "
-                f"{sure['n']} perturbations; error {number(sure['surest']['error']['mean'])} in the half that it was surest of, "
-                f"{number(sure['others']['error']['mean'])} in the other; agreement {number(sure['surest']['agreement']['mean'])} and "
-                f"{number(sure['others']['agreement']['mean'])}"
+                f"{row['model']}, {row['seed'].replace('_', ' ')}: rank correlation of promised and actual error "
+                f"{number(sure['rank_correlation'])} over {sure['n']} perturbations; {'; '.join(halves)}"
             )
         if svg := drawings.svg(f"Promised and actual errors on {where}. {'. '.join(said)}.", _sureness_figure, rows, cards):
             figures.append({"svg": svg, "where": where, "notes": said})
@@ -338,7 +346,7 @@ def sureness_figures(warranties: list[dict], cards: dict[str, ModelCard], drawin
 
 
 def source_rows(runs: dict[tuple, dict]) -> tuple[list[str], list[dict]]:
-    """Return the sources of gene vectors, and per run of a Gaussian process what each was worth: its share of what genes may have in common."""
+    """Return the sources of gene vectors, and per run of a Gaussian process what each was worth: its share of the variance of a gene's effect."""
     rows: list[dict] = []
     for place, run in runs.items():
         weights = run["facts"].get("mean")
@@ -349,8 +357,8 @@ def source_rows(runs: dict[tuple, dict]) -> tuple[list[str], list[dict]]:
             if name.endswith((" near", " linear")):
                 source = name.rsplit(" ", 1)[0]
                 of_source[source] = of_source.get(source, 0.0) + weight
-        total = weights["own"] + weights.get("dose", 0.0) + sum(of_source.values())
-        shares = {"a gene's own": weights["own"] / total, **{source: weight / total for source, weight in of_source.items()}}
+        parts = {"a gene's own": weights["own"], **({"its dose": weights["dose"]} if "dose" in weights else {}), **of_source}
+        shares = {name: weight / sum(parts.values()) for name, weight in parts.items()}
         row = {"dataset": place[0], "split": place[1], "seed": place[3], "shares": shares}
         same = next((other for other in rows if {**other, "models": 0} == {**row, "models": 0}), None)
         if same:
