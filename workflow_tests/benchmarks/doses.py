@@ -20,7 +20,7 @@ from scipy import sparse
 ROOT = Path(__file__).resolve().parents[2]
 DOSES = (10.0, 100.0, 1000.0, 10_000.0)  # nM
 LINES, PLATES = ("A549", "K562", "MCF7"), ("plate1", "plate2")
-MODELS = ("no_change", "perturbed_mean", "additive", "ridge", "stacked", "technical_duplicate", "scppdm_quick")
+MODELS = ("no_change", "perturbed_mean", "additive", "ridge", "set_gp", "technical_duplicate", "scppdm_quick")
 
 
 def made_screen(n_compounds: int, n_cells: int, n_genes: int, seed: int) -> ad.AnnData:

@@ -28,7 +28,7 @@ from perturbflow import splits  # noqa: E402
 from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
 
-MODELS = ("no_change", "perturbed_mean", "additive", "stacked", "technical_duplicate")
+MODELS = ("no_change", "perturbed_mean", "additive", "set_gp", "technical_duplicate")
 SPREAD = ("variance_ratio", "quantile_coverage", "energy_distance", "auprc")
 
 

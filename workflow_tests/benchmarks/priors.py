@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--go", type=Path, help="GO annotations: GAF, table, or a package org.*.eg.db")
     parser.add_argument("--ppi", type=Path, help="a list of edges")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--models", nargs="+", default=["ridge", "nearest_perturbation", "stacked"])
+    parser.add_argument("--models", nargs="+", default=["ridge", "nearest_perturbation", "set_gp"])
     parser.add_argument("--dimensions", type=int, nargs="+", help="compare these sizes by inner folds")
     parser.add_argument("--out", type=Path, help="TSV of every value")
     arguments = parser.parse_args()
