@@ -272,8 +272,9 @@ class SetKernel:
             width, size = self.state[f"widths.{source}"]
             X, Y = (np.where((place >= 0)[:, None], vectors[place], np.nan).astype(float) for place in places)
             both = np.outer(~np.isnan(X[:, 0]), ~np.isnan(Y[:, 0]))
+            alone = np.where(both, 0.0, same)  # without a vector a gene is as uncertain, and like no other
             X, Y = np.nan_to_num(X), np.nan_to_num(Y)
-            parts += [np.exp(-cdist(X, Y, "sqeuclidean") / width) * both, X @ Y.T / size]
+            parts += [np.exp(-cdist(X, Y, "sqeuclidean") / width) * both + alone, X @ Y.T / size + alone]
         return parts
 
     def _features(self, labels: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
