@@ -316,7 +316,7 @@ def test_shuffled_labels_know_the_mean_but_not_who_is_who(singles: dict[str, np.
     for model in (shuffled, honest):
         model.fit(training.pairs, training.embeddings, Run(seed=3))
     errors = [np.mean([error(model, f"{a}+{b}", singles[a] + singles[b]) for a, b in (("G0", "G7"), ("G2", "G9"))]) for model in (shuffled, honest)]  # fmt: skip
-    assert errors[0] > 3 * errors[1]
+    assert errors[0] > 2 * errors[1]
     assert set(shuffled.artefact["labels"]) == set(honest.artefact["labels"])
 
 

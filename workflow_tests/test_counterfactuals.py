@@ -26,7 +26,7 @@ from perturbflow.models.base import Model, Run, build
 from perturbflow.models.baselines import Additive
 from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Context, Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.training import train
 
@@ -224,7 +224,9 @@ def additive(prepared: dict[str, Prepared]) -> tuple[Model, Pairs, Embeddings]:
 class Restless(Additive):
     """A model that changes cells that nothing was done to."""
 
-    def counterfactual(self, cells: np.ndarray, perturbations: list[str], samples: int, seed: int) -> np.ndarray:
+    def counterfactual(
+        self, cells: np.ndarray, perturbations: list[str], samples: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
         """Raise every second gene by a tenth."""
         moved = cells * (1 + 0.1 * (np.arange(cells.shape[1]) % 2))
         return np.repeat(moved[None, :, None], samples, axis=2)
@@ -233,9 +235,9 @@ class Restless(Additive):
 class Boastful(Additive):
     """A model that says twice what it knows, and only of test perturbations: its calibration is not of this model."""
 
-    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int) -> np.ndarray:
+    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None) -> np.ndarray:
         """Return three times the effect."""
-        return 3 * super().individual_effects(cells, perturbation, seed)
+        return 3 * super().individual_effects(cells, perturbation, seed, context)
 
 
 def test_a_model_that_leaves_cells_alone_passes_the_placebo(additive: tuple) -> None:

@@ -53,7 +53,7 @@ def test_inner_folds_say_how_many_there_are(kind: str, tmp_path_factory: pytest.
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 1)
-    SetGP({"other": lambda inner, start: inner.effects.values.mean(axis=0).__mul__}).learn(training)
+    SetGP({"other": lambda inner, start: lambda label: inner.effects.values.mean(axis=0)}).learn(training)
     assert any(record.getMessage().startswith(f"inner folds: 3 of {n}, about") for record in caplog.records)
 
 

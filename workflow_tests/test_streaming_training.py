@@ -360,8 +360,8 @@ def test_predictions_are_those_of_the_model_for_the_matched_controls(predicted: 
     for label, cells in out.obs.groupby("perturbation", observed=True):
         assert len(cells) == 9
         start = both[0].X[cells["control_index"].to_numpy()].toarray()
-        level = test.control_mean_for(np.searchsorted(test.rows, cells["control_index"].to_numpy()))
-        expected = model.predict(start, [label], 9, 0, level)[0]
+        context = test.context_of(np.searchsorted(test.rows, cells["control_index"].to_numpy()))
+        expected = model.predict(start, [label], 9, 0, context)[0]
         np.testing.assert_allclose(out[cells.index].X.toarray(), expected, atol=1e-5)
         assert (both[0].obs["batch"].iloc[cells["control_index"]].astype(str).to_numpy() == cells["batch"].to_numpy()).all()
     assert out.obs["perturbation"].dtype == "category"

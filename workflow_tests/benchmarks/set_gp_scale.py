@@ -50,7 +50,7 @@ class Generated:
         labels, values = [labels[i] for i in order], values[order].astype(np.float32)
         self.effects = Effects(labels, values, np.zeros((0, 0)))
         self.genes, self.row, self.seed, self.half = [f"G{i}" for i in range(n_genes)], {}, 0, None
-        self.pairs = SimpleNamespace(genes=self.genes, control_level=np.full(n_genes, 0.5))
+        self.pairs = SimpleNamespace(genes=self.genes, control_level=np.full(n_genes, 0.5), obs={})
         self.embeddings = Embeddings(
             pd.DataFrame(vectors, index=names, columns=[f"vectors:{i}" for i in range(DIMENSIONS)]).astype(np.float32)
         )

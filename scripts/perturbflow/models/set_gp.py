@@ -19,7 +19,7 @@ with n_r cells, n₀c controls, and s_rc the share of a row's cells in c: effect
 
 3. Kernel.
 
-    K_rs = ω_r ω_s Σ_{i ∈ r} Σ_{j ∈ s} √(h_i h_j) κ(i, j) · (1 + c₁ s_r·s_s + c₂ s_rᵀ A s_s)  +  Σ_q e_q ⟨φ_q(r), φ_q(s)⟩  +  [r = s] ν_r h_r
+    K_rs = ω_r ω_s Σ_{i ∈ r} Σ_{j ∈ s} √(h_i h_j) κ(i, j) · (1 + c₁ s_r·s_s + c₂ s_rᵀ A s_s)  +  Σ_q e_q ⟨φ_q(r), φ_q(s)⟩  +  e_c s_r·s_s + e_A s_rᵀ A s_s  +  [r = s] ν_r h_r
     κ(i, j) = a₀ [i = j] + a₁ [i = j] δ(i, j) + Σ_e ( a_e exp(−|x_i − x_j|² / m_e) + a'_e x_i·x_j )
 
    Members add up. A gene has an effect of its own, and what its vectors x say, one weight per source e: a source that says nothing gets none. In a
@@ -27,7 +27,7 @@ with n_r cells, n₀c controls, and s_rc the share of a row's cells in c: effect
    effects are rare and heavy-tailed, so that effects resemble one another in direction rather than in size. Doses of a compound share its effect, and
    share more the nearer they are by logarithm, δ; strengths between doses are interpolated (`DoseInterpolation`).
    A context shares what all contexts share, keeps something of its own, c₁, and shares more with contexts whose controls look alike,
-   A = exp(−|level − level'|² / m). Combinations interact alike, φ_q Gaussian, where the sums of their members' effects, and the differences between
+   A = exp(−|level − level'|² / m); what all perturbations of a context share has weights of its own, e_c and e_A. Combinations interact alike, φ_q Gaussian, where the sums of their members' effects, and the differences between
    these, are alike; a member never measured alone may have the effect of any that was: φ is the mean over them.
    ν is what does not come back in other rows, for singles and for combinations.
 

@@ -18,7 +18,7 @@ from perturbflow.symbols import entity_of, members_of, without_dose
 
 STARTS = {"own": -0.5, "dose": -0.5, "source": -3.0, "context": -1.0, "interaction": -3.0, "nugget": -3.0}  # of the logarithms of weights
 START_OF_MEMBERS = 1.0  # logit of ω / 1.5
-STRENGTH = 0.5  # power of the squared norm of a gene's effect that its strength is
+STRENGTH = 0.25  # power of the squared norm of a gene's effect that its strength is
 LEAST_STRENGTH = 0.1  # of the median
 DOSE_WIDTH = 0.5  # decades
 N_FEATURES = 10  # directions in which combinations are compared
@@ -199,6 +199,7 @@ class SetKernel:
         ]
         contexts = ["own context", "alike contexts"] if "levels" in self.state else []
         interactions = ["interaction of sums", "interaction of sums and differences"] if "apart.interactions" in self.state else []
+        interactions += ["mean of a context", "mean of alike contexts"] if contexts else []
         weights = Weights(members, contexts, interactions, ["single", "combination"], np.zeros(0))
         return replace(weights, values=weights.starts())
 
@@ -238,7 +239,7 @@ class SetKernel:
             alike += np.outer(new[0], b.shares @ a.alike) + np.outer(a.shares @ b.alike, new[1])
             is_one = np.array_equal(a.alike, b.alike)
             contexts = [same + is_one * np.outer(*new), alike + is_one * np.outer(*new)]
-        return Terms(members, contexts, self._interactions(a, b), (a.is_combination, b.is_combination))
+        return Terms(members, contexts, [*self._interactions(a, b), *contexts], (a.is_combination, b.is_combination))
 
     def strength_of(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean over members of √h and of h, (labels,) each."""
@@ -271,8 +272,9 @@ class SetKernel:
             width, size = self.state[f"widths.{source}"]
             X, Y = (np.where((place >= 0)[:, None], vectors[place], np.nan).astype(float) for place in places)
             both = np.outer(~np.isnan(X[:, 0]), ~np.isnan(Y[:, 0]))
+            alone = np.where(both, 0.0, same)  # without a vector a gene is as uncertain, and like no other
             X, Y = np.nan_to_num(X), np.nan_to_num(Y)
-            parts += [np.exp(-cdist(X, Y, "sqeuclidean") / width) * both, X @ Y.T / size]
+            parts += [np.exp(-cdist(X, Y, "sqeuclidean") / width) * both + alone, X @ Y.T / size + alone]
         return parts
 
     def _features(self, labels: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
