@@ -766,8 +766,10 @@ def test_promised_errors_are_drawn_beside_actual_ones(tree: Tree, tmp_path: Path
     page = html.unescape(tree.page(warranties=[shown], report=tmp_path / "report.html"))
     section = page[page.index('id="sureness"') : page.index("</main>")]
     assert section.count("<svg") == 1
-    assert "rank correlation of promised and actual error 0.550 over 9 perturbations" in section
-    assert "the half that it was surest of: error 0.120, agreement 0.410; the other half: error 0.340, agreement 0.410." in section
+    assert "learned, seed 0: rank correlation 0.550 over 9 perturbations." in section
+    cells = re.findall(r"<td>(.*?)</td>", region(section, "Promised and actual errors"))
+    assert [re.sub("<[^>]*>", "", cell) for cell in cells[1:]] == ["0", "9", "0.550", "0.120", "0.340", "0.410", "0.410"]
+    assert '<a href="#counterfactuals">' in page, "warranties alone are a section, too"
     write_json(shown, {**WARRANTY, "sureness": {"n": 2}, "perturbations": points[:2]})
     assert 'id="sureness"' not in tree.page(warranties=[shown], report=tmp_path / "few.html"), "too few to say anything"
 

@@ -322,26 +322,21 @@ def _sureness_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
 
 
 def sureness_figures(warranties: list[dict], cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:
-    """Return a figure per dataset × split, and a sentence per model: whether errors are as great as the models' own uncertainty promised."""
+    """Return a figure and rows per dataset × split: whether errors are as great as the models' own uncertainty promised; None for a figure without room."""
     places: dict[tuple[str, str], list[dict]] = {}
     for row in warranties:
         if row.get("sureness", {}).get("n", 0) >= MIN_PERTURBATIONS:
             places.setdefault((row["dataset"], row["split"]), []).append(row)
     figures = []
     for (dataset, split), rows in places.items():
-        where, said = f"{dataset} × {split}", []
-        for row in rows:
-            sure = row["sureness"]
-            halves = [
-                f"{said_of}: error {number(sure[half]['error']['mean'])}, agreement {number(sure[half]['agreement']['mean'])}"
-                for half, said_of in (("surest", "the half that it was surest of"), ("others", "the other half"))
-            ]
-            said.append(
-                f"{row['model']}, {row['seed'].replace('_', ' ')}: rank correlation of promised and actual error "
-                f"{number(sure['rank_correlation'])} over {sure['n']} perturbations; {'; '.join(halves)}"
-            )
-        if svg := drawings.svg(f"Promised and actual errors on {where}. {'. '.join(said)}.", _sureness_figure, rows, cards):
-            figures.append({"svg": svg, "where": where, "notes": said})
+        where = f"{dataset} × {split}"
+        said = "; ".join(
+            f"{row['model']}, {row['seed'].replace('_', ' ')}: rank correlation {number(row['sureness']['rank_correlation'])} over "
+            f"{row['sureness']['n']} perturbations"
+            for row in rows
+        )
+        svg = drawings.svg(f"Promised and actual errors on {where}. {said}.", _sureness_figure, rows, cards)
+        figures.append({"svg": svg, "where": where, "rows": rows})
     return figures
 
 
