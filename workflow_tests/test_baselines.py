@@ -179,8 +179,9 @@ def test_predicted_cells_have_the_mean_that_is_predicted(implementation: str, pr
     start, label = test.X[test.is_control].toarray(), test.perturbations[0]
     chance = np.random.default_rng(0).normal(scale=0.05, size=start.shape[1])
     level = np.maximum(start.mean(axis=0) + chance, 0.0)
-    predicted = model.predict(start, [label, "control"], len(start), 0, Context(np.array(["new"]), {"new": level}))
-    effect = model.individual_effects(start, label, 0)[0]
+    context = Context(np.array(["new"] * len(start)), {"new": level})
+    predicted = model.predict(start, [label, "control"], len(start), 0, context)
+    effect = model.individual_effects(start, label, 0, context)[0]
     off = predicted[0].mean(axis=0) - np.maximum(level + effect, 0.0)
     assert np.sqrt(np.square(off).mean()) < 0.1 * np.sqrt(np.square(chance).mean())
     np.testing.assert_array_equal(predicted[1], start)
