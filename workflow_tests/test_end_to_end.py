@@ -148,6 +148,7 @@ SHOWN = (
         "best_baseline.py results renge2023 unseen_context --models jepa --baseline perturbed_mean",
         "distributions.py results renge2023 unseen_perturbation --models scppdm",
         "distributions.py results renge2023 unseen_perturbation --models scppdm_hybrid --mean-given --figure cells.png",
+        "distributions.py results renge2023 unseen_perturbation --models set_gp scppdm_hybrid --mean-given --together",
         "embeddings_and_actions.py results renge2023 unseen_context --models jepa --figure monitors.png",
         "loss_curves.py results renge2023 unseen_context --models scppdm jepa --figure loss_curves.png",
         "warranties.py results renge2023/unseen_context --models scppdm_hybrid counterfactual",

@@ -7,14 +7,17 @@ that the model predicts (clipped at zero as every prediction is), the technical 
 two with its 95 % interval over perturbations and seeds (above zero: the model's cells are better), and how much of the way from shifted
 controls to the duplicate the model goes.
 
-Most of a distance is of the mean where that is hard to predict. --mean-given takes it out: models with a closed-form mean are asked again with
+Most of a distance is of the mean where that is hard to predict. --mean-given takes it out: closed forms, and models with a closed-form mean, are asked again with
 the mean that the duplicate (half a of the measured cells) has, so that all three know the same mean and what is left is the spread.
+With --together: one table, a row per model and its shifted controls, with differential expression beside the distances.
 With --figure: predicted, shifted and measured cells of the three held-out perturbations of greatest effect, on the two leading components
 of measured cells.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import anndata as ad
 import numpy as np
@@ -32,10 +35,12 @@ from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.evaluation import METRICS, Scored, score_inputs  # noqa: E402
 from perturbflow.files import read_json  # noqa: E402
 from perturbflow.models.base import build  # noqa: E402
+from perturbflow.models.shift import MeanShift  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
 from perturbflow.prediction import nonnegative  # noqa: E402
 
 PLAIN = ("energy_distance", "mmd", "variance_ratio", "quantile_coverage", "sinkhorn_w2")
+TOGETHER = ("energy_distance", "mmd", "variance_ratio", "auprc", "quantile_coverage")
 NEEDS = frozenset({"cells", "pseudobulk"})
 N_DRAWN = 3
 
@@ -52,20 +57,23 @@ def shifted(predictions: ad.AnnData, cells: Pairs) -> ad.AnnData:
     return copy
 
 
-def losses(scored: Scored) -> dict[str, np.ndarray]:
+def losses(scored: Scored, metrics: Sequence[str] = PLAIN) -> dict[str, np.ndarray]:
     """Return value and loss of every metric, (2, perturbations)."""
-    values = {name: METRICS[name].function(scored) for name in PLAIN}
+    values = {name: METRICS[name].function(scored) for name in metrics}
     return {name: np.stack([value, METRICS[name].loss(value)]) for name, value in values.items()}
 
 
 class MeasuredMean:
     """The mean effects of the duplicate's cells, in place of a model's own."""
 
+    looks_at_contexts = False
+    artefact: ClassVar[dict[str, np.ndarray]] = {"others": np.zeros(0, dtype=str)}
+
     def __init__(self, cells: Pairs) -> None:
         self._cells = cells.select(((cells.obs["half"] == "a") & (cells.obs["role"] == "test")).to_numpy() | cells.is_control).roles("test")
 
-    def effect(self, perturbation: str, _said: object = None) -> np.ndarray:
-        """Return the measured mean effect, (genes,), whatever the model says."""
+    def effect_in(self, perturbation: str, context: object = None, said: object = None) -> np.ndarray:
+        """Return the measured mean effect, (genes,), whatever a model says."""
         return self._cells.effect_of(perturbation)
 
 
@@ -73,8 +81,11 @@ def with_measured_mean(predictions: ad.AnnData, cells: Pairs, folder: Path) -> a
     """Return what a model with a closed-form mean predicts from the same controls if it is told the measured mean."""
     run = read_json(folder / "run.json")
     model = build(run["implementation"], run["params"])
-    model.restore(load_artefact(folder / "model.ckpt"))
-    model.mean = MeasuredMean(cells)
+    model.restore(load_artefact(next(folder.glob("model.*"))))
+    if isinstance(model, MeanShift):
+        model.effect_in = MeasuredMean(cells).effect_in
+    else:
+        model.mean = MeasuredMean(cells)
     X = sparse.lil_matrix(predictions.shape, dtype=np.float32)
     for label, rows in predictions.obs.groupby("perturbation", observed=True).indices.items():
         start = cells.X[predictions.obs["control_index"].to_numpy()[rows]].toarray()
@@ -96,6 +107,15 @@ def table(of: dict[str, dict[str, np.ndarray]]) -> str:
         rows[metric] = [*values, f"{gain.mean[0]:+.4f} ({gain.low[0]:+.4f}, {gain.high[0]:+.4f})", "–" if np.isnan(way) else f"{way:.0%}"]
     heads = ["model", "shifted controls", "technical duplicate", "gain over shifted (95 %)", "of the way"]
     return markdown(pd.DataFrame.from_dict(rows, orient="index"), heads, "metric")
+
+
+def together(of: dict[str, list[Scored]]) -> str:
+    """Return one row per model and one column per metric: the mean over perturbations and seeds."""
+    rows = {
+        name: [f"{np.nanmean([losses(one, [metric])[metric][0] for one in scored]):.3f}" for metric in TOGETHER]
+        for name, scored in of.items()
+    }
+    return markdown(pd.DataFrame.from_dict(rows, orient="index"), list(TOGETHER))
 
 
 def figure(scored: dict[str, Scored], path: Path) -> None:
@@ -128,13 +148,14 @@ def main() -> None:
     """Print one table per model."""
     parser = parser_of_split(__doc__, ["scppdm", "scppdm_hybrid"])
     parser.add_argument("--mean-given", action="store_true")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--figure", type=Path, default=None)
     arguments = parser.parse_args()
     folder = arguments.results / arguments.dataset / arguments.split
     cells = Pairs.read(folder / "pairs.h5ad")
 
     def compared(predictions: list[ad.AnnData]) -> list[Scored]:
-        return [score_inputs(one, cells, NEEDS) for one in predictions]
+        return [score_inputs(one, cells, NEEDS | {"de"} if arguments.together else NEEDS) for one in predictions]
 
     def read(model: str) -> list[ad.AnnData]:
         files = sorted((folder / model).glob("seed_*/predictions.h5ad"))
@@ -147,6 +168,17 @@ def main() -> None:
         found = [losses(scored) for scored in comparisons]
         return {metric: np.stack([of[metric] for of in found]) for metric in found[0]}
 
+    given = ", the mean given" if arguments.mean_given else ""
+    if arguments.together:
+        found = {}
+        for model in arguments.models:
+            predictions = read(model)
+            found |= {model: compared(predictions), f"controls shifted by {model}": compared([shifted(one, cells) for one in predictions])}
+        found["technical duplicate"] = compared(read("technical_duplicate")[:1])
+        n = len(found["technical duplicate"][0].labels)
+        print(f"**{arguments.dataset}, {arguments.split}{given}**: {n} held-out perturbations\n\n{together(found)}\n")
+        return
+
     duplicate = stacked(compared(read("technical_duplicate")[:1]))
     drawn: dict[str, Scored] = {}
     for model in arguments.models:
@@ -155,7 +187,6 @@ def main() -> None:
         of = {"model": stacked(own), "shifted": stacked(moved)}
         of["duplicate"] = {metric: np.repeat(value, len(own), axis=0) for metric, value in duplicate.items()}
         drawn |= {model: own[0], f"controls shifted by {model}": moved[0]}
-        given = ", the mean given" if arguments.mean_given else ""
         head = (
             f"**{arguments.dataset}, {arguments.split}, {model}{given}**: {len(own[0].labels)} held-out perturbations, {len(own)} seed(s)"
         )

@@ -1,12 +1,14 @@
 """Individual effects where they are known: models against the mean shift, on structural worlds.
 
     python workflow_tests/benchmarks/individual_effects.py --seeds 0 1 2
+    python workflow_tests/benchmarks/individual_effects.py --seeds 100 101 102 --rows rows.tsv    # worlds that no param was chosen on
 
 A world (workflow_tests/structural.py) has 12 perturbed genes, 6 of them with effects that depend on a cell's state and one with none at all, and six
 combinations, half of them held out. Every control of the test role is asked; the truth is the same cell, with the same noise of its own and of its
 measurement, under the perturbation ("the cell itself"), or the mean of that over measurements ("expected"). Root mean squared errors over cells and genes;
 the ratio is to the mean shift, the measured mean effect given to every cell (`additive`). "Spread" is the slope of the true on the predicted differences
-between cells: 1 where they are of the right size, 0 where they are noise.
+between cells: 1 where they are of the right size, 0 where they are noise. Rows of a world go to the file of --rows as soon as it is done, and worlds
+that the file holds are not trained again.
 """
 
 import argparse
@@ -96,9 +98,16 @@ def main() -> None:
     logging.disable(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--models", nargs="+", default=["additive", "counterfactual", "scppdm_hybrid", "jepa"])
+    parser.add_argument("--models", nargs="+", default=["additive", "set_gp", "counterfactual", "scppdm", "scppdm_hybrid", "jepa"])
+    parser.add_argument("--rows", type=Path, help="TSV that rows are added to, and read from")
     arguments = parser.parse_args()
-    table = pd.DataFrame([row for seed in arguments.seeds for row in rows_of(seed, arguments.models)])
+    table = pd.read_csv(arguments.rows, sep="\t") if arguments.rows and arguments.rows.exists() else pd.DataFrame({"seed": []})
+    for seed in arguments.seeds:
+        if seed not in set(table["seed"]):
+            table = pd.concat([table, pd.DataFrame(rows_of(seed, arguments.models))])
+            if arguments.rows:
+                table.to_csv(arguments.rows, sep="\t", index=False)
+    table = table[table["seed"].isin(arguments.seeds)]
     by_world = table.groupby(["effect", "model", "seed"], sort=False).mean(numeric_only=True)
     shown = by_world.groupby(["effect", "model"], sort=False).mean()
     for name in ("ratio", "ratio, expected"):

@@ -189,7 +189,7 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
         )
         panel.axline((0, 0), slope=1, color="#444444", linewidth=0.6)
         panel.set_title(
-            f"{label}: r = {correlation(effect[kept], measured[kept]):.2f}, {100 * held:.0f} % of genes in the 90 % interval", fontsize=8
+            f"{label}\nr = {correlation(effect[kept], measured[kept]):.2f}, {100 * held:.0f} % of genes in the 90 % interval", fontsize=8
         )
         panel.set_xlabel("predicted effect, log1p")
         panel.set_ylabel("measured effect, log1p")
