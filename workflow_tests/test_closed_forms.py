@@ -62,9 +62,10 @@ def doubles(singles: dict[str, np.ndarray], factor: float = 1.0) -> dict[str, np
     return {f"{a}+{b}": factor * (singles[a] + singles[b]) for a, b in zip(sorted(TARGETS), sorted(TARGETS)[1:], strict=False)}
 
 
-def error(model: MeanShift, label: str, truth: np.ndarray) -> float:
-    """Return the relative error of a predicted effect."""
-    return float(np.linalg.norm(model.effect(label) - truth) / np.linalg.norm(truth))
+def error(model: MeanShift, label: str, truth: np.ndarray, off: tuple[str, ...] = ()) -> float:
+    """Return the relative error of a predicted effect, some genes left out."""
+    kept = ~np.isin([f"G{i}" for i in range(N_GENES)], off)
+    return float(np.linalg.norm((model.effect(label) - truth)[kept]) / np.linalg.norm(truth[kept]))
 
 
 def family(name: str) -> MeanShift:
@@ -315,8 +316,8 @@ def test_shuffled_labels_know_the_mean_but_not_who_is_who(singles: dict[str, np.
     shuffled, honest = ShuffledLabels(), SetGP()
     for model in (shuffled, honest):
         model.fit(training.pairs, training.embeddings, Run(seed=3))
-    errors = [np.mean([error(model, f"{a}+{b}", singles[a] + singles[b]) for a, b in (("G0", "G7"), ("G2", "G9"))]) for model in (shuffled, honest)]  # fmt: skip
-    assert errors[0] > 2 * errors[1]
+    errors = [np.mean([error(model, f"{a}+{b}", singles[a] + singles[b], off=(a, b)) for a, b in (("G0", "G7"), ("G2", "G9"))]) for model in (shuffled, honest)]  # fmt: skip
+    assert errors[0] > 5 * errors[1]
     assert set(shuffled.artefact["labels"]) == set(honest.artefact["labels"])
 
 

@@ -256,6 +256,7 @@ def test_closed_forms_of_the_hybrid_are_the_same_from_disk(prepared: dict[str, P
         files = prepared[kind]
         embeddings = Embeddings.read(files.embeddings)
         means = [SetGP().learned(Training.of(cells, embeddings, 0)) for cells in (Pairs.read(files.pairs), Pairs.open(files.pairs))]
+        assert means[0].account() == pytest.approx(means[1].account(), abs=1e-3)
         for label in ("TF1+TF2", "TF1", "TF8"):
             np.testing.assert_allclose(means[0].effect(label), means[1].effect(label), atol=1e-5)
 
