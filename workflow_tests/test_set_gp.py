@@ -298,6 +298,13 @@ def test_very_few_perturbations_are_answered_for(labels: list[str]) -> None:
         assert np.isfinite(model.uncertainty(label)).all()
 
 
+def test_a_combination_of_very_many_unknown_members_has_an_answer(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+    model = SetGP().learned(make_training({**singles, **doubles(singles)}, vectors()))
+    label = "+".join(f"NOBODY{i}" for i in range(12))
+    assert np.isfinite(model.effect(label)).all()
+    assert np.isfinite(model.uncertainty(label)).all()
+
+
 def test_vectors_that_tell_nothing_are_no_trouble(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
     genes = [*TARGETS, "G30"]
     table = pd.DataFrame(1.0, index=genes, columns=["constant:0", "constant:1"])

@@ -9,6 +9,7 @@ squared error, Pearson's r with the effect, the same minus the mean effect of tr
 measured effect is less alike. Printed per stratum: means, and the paired difference of set_gp to the reference (the first model of --beside, else the first other one)
 and to the best other model by that score, chosen with hindsight, with 95 % intervals over perturbations and splits; above zero set_gp is better. --beside takes
 models from another checkout of this repository: its splits and pairs are those of this one. --figure draws six held-out doubles with posterior intervals.
+--intervals tells instead how wide conformal intervals are in units of the posterior deviation and of one spread for all, at what coverage.
 """
 
 import argparse
@@ -196,6 +197,42 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
     drawn.savefig(path, dpi=110)
 
 
+def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
+    """Return, per test perturbation, coverage and width of 90 % intervals in units of the posterior and of one spread, and both errors."""
+    from perturbflow.models.conformal import Scale, case_of, measured_by
+    from perturbflow.models.set_gp import SetGP
+
+    class OneSpread(SetGP):
+        """The same model, without an uncertainty of its own."""
+
+        def uncertainty(self, *_: object, **__: object) -> None:
+            """Say nothing."""
+
+    known, test = cells.fitted_on("test"), cells.roles("test")
+    training = Training.of(known, embeddings, 0)
+    scale, rows = Scale.of(training.pairs, training.effects), []
+    measured, entities = set(training.effects.labels), set(training.effects.entities)
+    for units, model in (("posterior", SetGP()), ("one spread", OneSpread())):
+        model.learned(training)
+        calibration = model.held_out(known, embeddings, 0)
+        for label in test.perturbations:
+            context, kept = test.context_of(test.cells_of(label)), ~np.isin(test.genes, entities_of(label))
+            off = np.abs(test.effect_of(label) - model.effect_in(label, context))[kept]
+            unit = scale.at(measured_by(test, label), model.uncertainty(label, context))[kept]
+            half = calibration.for_case(case_of(label, measured, entities)).reach(0.9) * unit
+            rows.append({"units": units, "perturbation": label, "coverage": float((off <= half).mean()), "width": float(2 * half.mean()),
+                         "promised": float(np.sqrt((unit**2).mean())), "error": float(np.sqrt((off**2).mean()))})  # fmt: skip
+    return rows
+
+
+def table_of_intervals(rows: pd.DataFrame) -> None:
+    """Print means over splits and perturbations, and the rank correlation of promised and actual errors within splits."""
+    print("\n| 90 % intervals in units of | coverage | width | promised and actual errors, rank correlation |\n" + "| --- " * 4 + "|")
+    for units, of in rows.groupby("units", sort=False):
+        together = of.groupby("split")[["promised", "error"]].apply(lambda one: one["promised"].corr(one["error"], method="spearman"))
+        print(f"| {units} | {of['coverage'].mean():.3f} | {of['width'].mean():.4f} | {together.mean():.2f} |", flush=True)
+
+
 def main() -> None:
     """Print the tables of every screen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,6 +243,7 @@ def main() -> None:
     parser.add_argument("--ppi", type=Path)
     parser.add_argument("--beside", help="SCRIPTS:MODEL,MODEL of another checkout")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--intervals", action="store_true", help="tables of intervals in place of those of models")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -230,6 +268,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as here:
                 cells = prepared(Path(folder), kind, Path(here), seed, held_out)
             embeddings = vectors(cells, priors)
+            if arguments.intervals:
+                rows += [{**row, "split": f"{held_out or seed}"} for row in intervals(cells, embeddings)]
+                continue
             names = [name for name in arguments.models if name != "transfer" or held_out]
             effects = predicted(cells, embeddings, ["set_gp", *names])
             if arguments.beside:
@@ -243,6 +284,9 @@ def main() -> None:
         print(
             f"\n**{Path(folder).name}, {kind}**, {json.dumps([held_out or seed for seed, held_out in splits])}; sources {', '.join(embeddings.sources)}"
         )
+        if arguments.intervals:
+            table_of_intervals(found)
+            continue
         reference = f"{arguments.beside.partition(':')[2].split(',')[0]}*" if arguments.beside else names[0]
         table(found, reference)
 

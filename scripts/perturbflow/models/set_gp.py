@@ -7,7 +7,7 @@ mean of the controls of c. Its errors are those of sampling, for gene g
 
 with n_r cells, n₀c controls, and s_rc the share of a row's cells in c: effects against the same controls err together (`effect_rows`).
 
-1. Directions. The level of a perturbed gene itself is predicted apart (`own_levels`), and replaced in its row by the mean of the other rows. The
+1. Directions. The level of a perturbed gene itself is predicted apart (`OwnLevels`), and replaced in its row by the mean of the other rows. The
    singular vectors V of what is left, Y = U D Vᵀ, turn it to directions, Y V, which are taken for independent.
 
 2. Model. In every direction k

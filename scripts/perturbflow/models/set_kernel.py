@@ -1,5 +1,6 @@
 """The kernel of `set_gp`: what makes the effects of two sets of perturbed genes in two contexts alike (section 3 of its page of maths)."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -295,7 +296,7 @@ class SetKernel:
                 continue
             nearest = [self.doses.nearest(member) for member in members]
             unknown = nearest.count(None)
-            stand_ins = iter(draws[:unknown])
+            stand_ins = itertools.cycle(draws)
             of = np.stack(
                 [F[[self.known[name]]].repeat(draws.shape[1] if unknown else 1, axis=0) if name else F[next(stand_ins)] for name in nearest]
             )
