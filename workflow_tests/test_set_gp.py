@@ -246,6 +246,11 @@ def test_another_model_is_heard_as_far_as_it_predicts_what_it_was_not_trained_on
     again = SetGP()
     again.restore(model.artefact)
     np.testing.assert_array_equal(again.effect_in("NEW1", None, said), model.effect_in("NEW1", None, said))
+    # What training measured was conditioned on what folds without it said. Anything else here would count as an effect of its own.
+    known = training.effects.labels[0]
+    louder = {"world": 3.0 * model.out_of_fold["world"][known]}
+    np.testing.assert_array_equal(model.effect_in(known, None, louder), model.effect_in(known))
+    np.testing.assert_array_equal(model.uncertainty(known, None, louder), model.uncertainty(known))
 
 
 # --- honesty and bad input --------------------------------------------------------------------------------------------------

@@ -187,7 +187,8 @@ class SetGP(MeanShift):
         """Return the columns of M of a question, (1, directions, columns), and M β̂, (1, directions)."""
         known = self.out_of_fold
         if said is not None:
-            known = {name: {perturbation: said[name]} for name in known}
+            # A perturbation that training measured was conditioned on its out-of-fold prediction: its answer rests on the same.
+            known = {name: {perturbation: said[name]} | of for name, of in known.items()}
         others = [_said(of, [perturbation], self.artefact["V"]) for of in known.values()]
         root_h, _ = self.kernel.strength_of([perturbation])
         M = _columns(np.array([len(members_of(perturbation))]), root_h, self.artefact["mean_orders"], others)
