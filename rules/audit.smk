@@ -25,7 +25,7 @@ rule audit:
         mem_mb=memory_by_input(20, least=3000),
         runtime="2h",
     params:
-        code_version=code("perturbflow.audit:audit"),
+        code_version=code("perturbflow.audit.audit:audit"),
         made_of=made_of("audit"),
     script:
         "../scripts/audit.py"

@@ -17,11 +17,11 @@ _root = Path(inspect.getfile(lambda: None)).parent.parent
 if (_root / "scripts/perturbflow/registry/plan.py").is_file():
     sys.path.insert(0, str(_root / "scripts"))
 
-from perturbflow import records
-from perturbflow.code_version import code_version
+from perturbflow.provenance import records
+from perturbflow.provenance.code_version import code_version
 from perturbflow.errors import InputError
-from perturbflow.files import require_writable
-from perturbflow.origins import labels_file, own_files
+from perturbflow.io.files import require_writable
+from perturbflow.registry.origins import labels_file, own_files
 from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.schemas import CommandLine
@@ -70,7 +70,7 @@ wildcard_constraints:
 
 
 # --- what makes a result stale ---------------------------------------------------------------------------------------
-# Beside every result lies a record of what it was made of (perturbflow/records.py). Time stamps, and what .snakemake/ knows of
+# Beside every result lies a record of what it was made of (perturbflow/provenance/records.py). Time stamps, and what .snakemake/ knows of
 # this folder alone, cannot tell a touched file from a changed one, or a current folder from one that was copied and edited.
 
 _told = []
@@ -183,7 +183,7 @@ def family(wildcards):
 def recipe(wildcards):
     """Return the reader of a dataset that declarations do not reach, if it has one."""
     name = plan.config["datasets"][wildcards.dataset].get("recipe")
-    return [f"perturbflow.recipes:{name}"] if name else []
+    return [f"perturbflow.screens.recipes:{name}"] if name else []
 
 
 def prior_reader(wildcards):

@@ -27,7 +27,7 @@ rule harmonize:
         name="{dataset}",
         dataset=dataset_block,
         qc=quality_control,
-        code_version=code("perturbflow.harmonize:harmonize", recipe),
+        code_version=code("perturbflow.screens.harmonize:harmonize", recipe),
         made_of=made_of("harmonize"),
     script:
         "../scripts/harmonize.py"

@@ -24,7 +24,7 @@ rule predict:
         seed=seed,
         role=plan.config["predict"]["role"],
         max_cells=plan.config["predict"]["max_cells"],
-        code_version=code("perturbflow.prediction:predict", family),
+        code_version=code("perturbflow.predict:predict", family),
         made_of=made_of("predict"),
     script:
         "../scripts/predict.py"

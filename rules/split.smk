@@ -27,7 +27,7 @@ rule split:
         name="{split}",
         spec=split_block,
         naming=label_naming,
-        code_version=code("perturbflow.splits:split"),
+        code_version=code("perturbflow.splits.split:split"),
         made_of=made_of("split"),
     script:
         "../scripts/split.py"

@@ -39,7 +39,7 @@ rule train_closed_form:
         params=model_params,
         seed=seed,
         scored=plan.config["predict"]["role"],
-        code_version=code("perturbflow.training:train", family),
+        code_version=code("perturbflow.train:train", family),
         made_of=made_of("train_closed_form"),
     script:
         "../scripts/train.py"
@@ -88,7 +88,7 @@ rule train_diffusion:
         seed=seed,
         scored=plan.config["predict"]["role"],
         device=plan.config["device"],
-        code_version=code("perturbflow.training:train", family),
+        code_version=code("perturbflow.train:train", family),
         made_of=made_of("train_diffusion"),
     script:
         "../scripts/train.py"

@@ -1,6 +1,6 @@
 """Look for leaks from held-out cells into training: split, pairs, embeddings → audit.json; a leak fails the run."""
 
-from perturbflow.audit import audit
+from perturbflow.audit.audit import audit
 from perturbflow.cli import run
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Bring a screen to one schema: the file as it came → harmonized.h5ad and harmonization.json."""
 
 from perturbflow.cli import run
-from perturbflow.harmonize import harmonize
+from perturbflow.screens.harmonize import harmonize
 
 if __name__ == "__main__":
     run(harmonize, globals().get("snakemake"))

@@ -21,14 +21,17 @@ from forked import interpreter
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from perturbflow import audit, embeddings, harmonize, pairs, splits
+from perturbflow import embeddings, pairs
+from perturbflow.audit import audit
 from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.embeddings import Embeddings
+from perturbflow.genes.symbols import members_of, without_dose
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import REFERENCES
 from perturbflow.registry.shipped import above_shipped as merged  # noqa: F401  the tests' word for it
-from perturbflow.symbols import members_of, without_dose
+from perturbflow.screens import harmonize
+from perturbflow.splits import split as splits
 
 # Two workers share two cores, and threads that wait for one another spin.
 torch.set_num_threads(1)
@@ -40,17 +43,31 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 PERTURBED = [f"TF{i}" for i in range(1, 9)]
 COMBINATIONS = ["TF1+TF2", "TF3+TF4", "TF1+TF3", "TF2+TF4", "TF5+TF6", "TF6+TF7"]
 # Four compounds at four doses, and combinations of two.
-DOSED = [*[f"TF{i}@{dose}" for i in range(1, 5) for dose in (1, 3, 10, 30)], "TF1@1+TF2@10", "TF1@10+TF2@1", "TF3@3+TF4@3", "TF3@30+TF4@30"]
+DOSED = [
+    *[f"TF{i}@{dose}" for i in range(1, 5) for dose in (1, 3, 10, 30)],
+    "TF1@1+TF2@10",
+    "TF1@10+TF2@1",
+    "TF3@3+TF4@3",
+    "TF3@30+TF4@30",
+]
 HALF_DOSE = 5.0  # at which a compound has half of its effect
 BATCHES = ("b1", "b2")
-OFF = {"min_counts": None, "min_genes": None, "max_pct_mt": None, "min_cells_per_gene": None, "min_cells_per_perturbation": None}
+OFF = {
+    "min_counts": None,
+    "min_genes": None,
+    "max_pct_mt": None,
+    "min_cells_per_gene": None,
+    "min_cells_per_perturbation": None,
+}
 CLOSED_FORMS = ["additive", "linear", *REFERENCES]
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def make_screen(seed: int = 0, n_genes: int = 80, n_controls: int = 40, n_cells: int = 20, labels: list[str] | None = None) -> ad.AnnData:
+def make_screen(
+    seed: int = 0, n_genes: int = 80, n_controls: int = 40, n_cells: int = 20, labels: list[str] | None = None
+) -> ad.AnnData:
     """Return raw counts of a screen with additive effects on the log scale.
 
     At a dose d (`TF1@d`) an effect is d / (d + HALF_DOSE) of the whole. Every perturbed gene moves ten genes by a fold change and, in its own column, itself; `uns["effects"]` holds the log
@@ -118,7 +135,9 @@ def harmonized_from(tmp_path: Path) -> Callable:
             screen.write_h5ad(raw)
         target, report = tmp_path / "harmonized.h5ad", tmp_path / "harmonization.json"
         harmonize.harmonize(raw, target, report, "mine", dataset_block(**changes), {**OFF, **(qc or {})})
-        return SimpleNamespace(adata=ad.read_h5ad(target), account=yaml.safe_load(report.read_text()), path=target, report=report)
+        return SimpleNamespace(
+            adata=ad.read_h5ad(target), account=yaml.safe_load(report.read_text()), path=target, report=report
+        )
 
     return call
 
@@ -199,7 +218,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prepared]:
     """Return all kinds of split of one screen, prepared once; not to be written to."""
     specs = {**SPECS, **SPECS_OF_CELLS}
     labels = {"unseen_dose": DOSED}
-    return {kind: prepare(tmp_path_factory.mktemp(kind), make_screen(labels=labels.get(kind)), spec) for kind, spec in specs.items()}
+    return {
+        kind: prepare(tmp_path_factory.mktemp(kind), make_screen(labels=labels.get(kind)), spec)
+        for kind, spec in specs.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -224,7 +246,9 @@ def prepared_copy(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[[st
 QUERY = {"cells": "control", "samples_per_cell": 4, "keep_samples": False, "groups": "cell_type", "search": None}
 
 
-def ask(here: Prepared, model: Path, folder: Path, implementation: str, params: dict, seed: int = 0, **query: object) -> Path:
+def ask(
+    here: Prepared, model: Path, folder: Path, implementation: str, params: dict, seed: int = 0, **query: object
+) -> Path:
     """Check a trained model and ask it; return where the answers are, without suffix."""
     shown = folder / "warranty.json", folder / "calibration.npz"
     files = here.pairs, here.embeddings, model
@@ -251,7 +275,9 @@ def shared_data() -> Callable[[str], Path]:
 def default_download() -> None:
     """Skip where the package index does not answer: the default screen cannot be downloaded there."""
     wanted = "renge==0.0.5"
-    index = subprocess.run([sys.executable, "-m", "pip", "index", "versions", "renge"], capture_output=True, text=True, check=False)
+    index = subprocess.run(
+        [sys.executable, "-m", "pip", "index", "versions", "renge"], capture_output=True, text=True, check=False
+    )
     if index.returncode:
         pytest.skip(f"the package index cannot be reached, so {wanted} cannot be downloaded")
 
@@ -324,7 +350,16 @@ def run_snakemake(
 
     The interpreter is one that starts in a tenth of the time (`forked`), unless another is named.
     """
-    command = [python or forked_python(), "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2", "--nocolor"]
+    command = [
+        python or forked_python(),
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(repository / "Snakefile"),
+        "--cores",
+        "2",
+        "--nocolor",
+    ]
     command += map(str, arguments)
     if config is not None:
         (folder / "mine.yaml").write_text(yaml.safe_dump(config))

@@ -20,7 +20,12 @@ class Directions(torch.nn.Module):
 
 
 def exported(
-    path: Path, genes: list[str], module: torch.nn.Module | None = None, names: list[str] | None = None, *, any_number: bool = True
+    path: Path,
+    genes: list[str],
+    module: torch.nn.Module | None = None,
+    names: list[str] | None = None,
+    *,
+    any_number: bool = True,
 ) -> Path:
     """Save an encoder as config/README.md says it."""
     cells = ({0: torch.export.Dim("cells")},) if any_number else None

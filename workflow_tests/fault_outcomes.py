@@ -16,7 +16,13 @@ from perturbflow.errors import InputError
 
 # Milliseconds for what takes seconds and minutes in a real run.
 IMPATIENCE = transfer.Patience(
-    connect=2, stall=0.3, first_wait=0.001, longest_wait=0.01, longest_retry_after=0.02, fruitless_attempts=3, report_every=0.05
+    connect=2,
+    stall=0.3,
+    first_wait=0.001,
+    longest_wait=0.01,
+    longest_retry_after=0.02,
+    fruitless_attempts=3,
+    report_every=0.05,
 )
 STATUSES = (202, 403, 404, 410, 429, 500, 503)
 FAULTS = {
@@ -24,7 +30,9 @@ FAULTS = {
     for name, method in vars(Handler).items()
     if not name.startswith("_") and getattr(method, "is_fault", False)
 }
-FAULTS |= {f"once-{code}": f"{code} once" for code in STATUSES} | {f"always-{code}": f"{code} for ever" for code in STATUSES}
+FAULTS |= {f"once-{code}": f"{code} once" for code in STATUSES} | {
+    f"always-{code}": f"{code} for ever" for code in STATUSES
+}
 KNOWN = {
     "declared": "size and checksum declared",
     "unpublished": "nothing published",
@@ -42,7 +50,11 @@ def screen() -> bytes:
 
 def declared(content: bytes) -> dict:
     """Return what a block declares of a file."""
-    return {"bytes": len(content), "md5": hashlib.md5(content).hexdigest(), "sha256": hashlib.sha256(content).hexdigest()}
+    return {
+        "bytes": len(content),
+        "md5": hashlib.md5(content).hexdigest(),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
 
 
 def outcome(host: Host, fault: str, known: str, folder: Path, name: str = "screen.h5ad") -> str:
@@ -52,7 +64,11 @@ def outcome(host: Host, fault: str, known: str, folder: Path, name: str = "scree
     """
     manifest = folder / "resources" / "mine" / "raw" / "manifest.json"
     url = f"{host.address}/{fault}/{name}"
-    file = {"name": name, "url": [url], **(declared(host.content) if known == "declared" else {"checksum": "unpublished"})}
+    file = {
+        "name": name,
+        "url": [url],
+        **(declared(host.content) if known == "declared" else {"checksum": "unpublished"}),
+    }
     if known == "recorded":
         manifest.parent.mkdir(parents=True)
         entry = {**declared(host.content), "url": [url], "source": url, "retrieved": "2026-01-01T00:00:00+00:00"}
@@ -61,7 +77,9 @@ def outcome(host: Host, fault: str, known: str, folder: Path, name: str = "scree
     try:
         step.download(manifest, "mine", {"file": file})
     except InputError as error:
-        assert not [path for path in manifest.parent.iterdir() if not path.name.startswith(".")], "something is left under a final name"
+        assert not [path for path in manifest.parent.iterdir() if not path.name.startswith(".")], (
+            "something is left under a final name"
+        )
         line = next(line for line in str(error).splitlines() if line.startswith(f"{url}: "))
         return _without_numbers(line.removeprefix(f"{url}: "))
     n = host.asked[f"/{fault}/{name}"]

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PAGE = (
-    b"<!DOCTYPE html>\n<html><head><title>Are you a robot?</title></head><body>" + b"Please enable JavaScript. " * 200 + b"</body></html>"
+    b"<!DOCTYPE html>\n<html><head><title>Are you a robot?</title></head><body>"
+    + b"Please enable JavaScript. " * 200
+    + b"</body></html>"
 )
 ETAG = '"version-1"'
 
@@ -189,7 +191,9 @@ class Handler(BaseHTTPRequestHandler):
     def cut_no_range(self) -> None:
         """The connection breaks twice, and every answer starts from the first byte."""
         self.head(200, len(self.host.content))
-        self.body(self.host.content if self.n_asked > 2 else self.host.content[: len(self.host.content) // (4 - self.n_asked)])
+        self.body(
+            self.host.content if self.n_asked > 2 else self.host.content[: len(self.host.content) // (4 - self.n_asked)]
+        )
         self.hang_up()
 
     @fault

@@ -23,7 +23,9 @@ from fault_outcomes import declared
 from fault_server import Host
 
 # Step → the rule whose job is waited for.
-STEPS = {name: name for name in ("download", "harmonize", "train", "predict", "evaluate")} | {"train": "train_counterfactual"}
+STEPS = {name: name for name in ("download", "harmonize", "train", "predict", "evaluate")} | {
+    "train": "train_counterfactual"
+}
 MODELS = ["additive", "counterfactual"]
 RUN = "results/fetched/unseen_combination/{model}/seed_0"
 TARGETS = ["results/mine/harmonized.h5ad", *[f"{RUN.format(model=model)}/metrics.tsv" for model in MODELS]]
@@ -68,11 +70,15 @@ def fingerprint(path: Path) -> str:
     """Return a digest of a file's content without what is of the moment: dates, run times, and the time stamps in a zip."""
     if path.name in OF_THE_MOMENT:
         ignored = OF_THE_MOMENT[path.name]
-        content = json.loads(path.read_text(), object_hook=lambda found: {k: v for k, v in found.items() if k not in ignored})
+        content = json.loads(
+            path.read_text(), object_hook=lambda found: {k: v for k, v in found.items() if k not in ignored}
+        )
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            return hashlib.sha256(b"".join(name.encode() + arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
+            return hashlib.sha256(
+                b"".join(name.encode() + arrays[name].tobytes() for name in sorted(arrays))
+            ).hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -88,7 +94,11 @@ def finished_files(folder: Path) -> dict[str, str]:
 
 def leftovers(folder: Path) -> list[str]:
     """Return the hidden files in results and resources, locks aside."""
-    return [str(path.relative_to(folder)) for place in ("results", "resources") for path in folder.glob(f"{place}/**/.*.part*")]
+    return [
+        str(path.relative_to(folder))
+        for place in ("results", "resources")
+        for path in folder.glob(f"{place}/**/.*.part*")
+    ]
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -100,11 +110,22 @@ class Running:
     def __init__(self, folder: Path, *targets: str) -> None:
         self.folder = folder
         self.output = folder / "output.txt"
-        command = [sys.executable, "-m", "snakemake", *(targets or TARGETS), "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2"]
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            *(targets or TARGETS),
+            "--snakefile",
+            str(REPOSITORY / "Snakefile"),
+            "--cores",
+            "2",
+        ]
         command += ["--nocolor", "--configfile", "mine.yaml"]
         variables = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache")}
         with self.output.open("w") as file:
-            self.process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=variables, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=file, stderr=file, env=variables, start_new_session=True
+            )
 
     @property
     def text(self) -> str:
@@ -129,7 +150,9 @@ class Running:
     @property
     def under_way(self) -> list[str]:
         """Rules of the jobs that have started and not finished."""
-        return sorted(set(Counter(re.findall(r"^(?:local)?rule (\w+):$", self.text, flags=re.MULTILINE)) - self.finished))
+        return sorted(
+            set(Counter(re.findall(r"^(?:local)?rule (\w+):$", self.text, flags=re.MULTILINE)) - self.finished)
+        )
 
     def kill(self, victim: str) -> list[psutil.Process]:
         """Kill -9 Snakemake, its jobs, or both, and return the jobs that live on when Snakemake has ended."""
@@ -251,5 +274,8 @@ def drawn(dice: random.Random, folder: Path, n_per_step: dict[str, int], latest:
     for step, n in n_per_step.items():
         tables = (folder / "benchmarks" / step).glob("*.tsv")
         seconds = max(float(table.read_text().splitlines()[1].split()[0]) for table in tables)
-        kills += [Kill(step, dice.choice(["all", "all", "all", "jobs", "snakemake"]), dice.uniform(0, latest * seconds)) for _ in range(n)]
+        kills += [
+            Kill(step, dice.choice(["all", "all", "all", "jobs", "snakemake"]), dice.uniform(0, latest * seconds))
+            for _ in range(n)
+        ]
     return kills

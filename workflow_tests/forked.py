@@ -55,11 +55,15 @@ def interpreter() -> Iterator[str]:
     """Yield the path of the stand-in; it works while the block lasts."""
     with tempfile.TemporaryDirectory() as folder:
         address, client = f"{folder}/socket", Path(folder, "python")
-        client.write_text(CLIENT.format(python=sys.executable, address=address, signals=[int(number) for number in SIGNALS]))
+        client.write_text(
+            CLIENT.format(python=sys.executable, address=address, signals=[int(number) for number in SIGNALS])
+        )
         client.chmod(client.stat().st_mode | stat.S_IXUSR)
         command = [sys.executable, __file__, address, str(client)]
         variables = os.environ | dict.fromkeys(THREADS, "1")
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=variables)
+        server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=variables
+        )
         try:
             assert server.stdout.readline() == b"ready\n"
             yield str(client)

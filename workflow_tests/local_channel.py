@@ -31,7 +31,18 @@ BUILD = "local_0"
 # Tests and headers are half of all files; no rule needs them.
 NOT_PACKED = {"..", "tests", "include"}
 # So are these of the standard library.
-LEFT_OUT = ("__pycache__", "test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "config-*", "site-packages", "dist-packages")
+LEFT_OUT = (
+    "__pycache__",
+    "test",
+    "tests",
+    "idlelib",
+    "tkinter",
+    "turtledemo",
+    "ensurepip",
+    "config-*",
+    "site-packages",
+    "dist-packages",
+)
 
 
 class NoChannelError(Exception):
@@ -55,7 +66,10 @@ class Package:
     def write(self, folder: Path) -> None:
         """Write a .conda file: a zip of two archives, the files and what is said of them."""
         index = {"name": self.name, "version": self.version, "build": BUILD, "build_number": 0, "depends": self.depends}
-        paths = [{"_path": place, "path_type": "softlink" if file.is_symlink() else "hardlink"} for place, file in self.files.items()]
+        paths = [
+            {"_path": place, "path_type": "softlink" if file.is_symlink() else "hardlink"}
+            for place, file in self.files.items()
+        ]
         about = {"index.json": {**index, "subdir": folder.name}, "paths.json": {"paths": paths, "paths_version": 1}}
         stem = f"{self.name}-{self.version}-{BUILD}"
         with zipfile.ZipFile(folder / f"{stem}.conda", "w") as package:
@@ -98,7 +112,9 @@ def make_channel(folder: Path, pins: dict[str, str], conda_names: dict[str, str]
     # Packed, and unpacked once: environments are hard links to what was unpacked.
     needed, free = 2 * sum(package.size for package in packages), shutil.disk_usage(folder).free
     if needed > free:
-        raise NoChannelError(f"the environments take {needed / 1e9:.1f} GB of disk for a while, and {free / 1e9:.1f} GB are free")
+        raise NoChannelError(
+            f"the environments take {needed / 1e9:.1f} GB of disk for a while, and {free / 1e9:.1f} GB are free"
+        )
     for package in packages:
         package.write(packed)
     shutil.rmtree(work)
@@ -111,9 +127,23 @@ def make_channel(folder: Path, pins: dict[str, str], conda_names: dict[str, str]
 def _installed(pins: dict[str, str], fetched: Path) -> dict[str, Distribution]:
     """Return all distributions by name, pinned ones in the pinned version."""
     installed = {canonicalize_name(one.name): one for one in reversed([*distributions()])}  # the first on the path wins
-    other = [f"{name}=={version}" for name, version in pins.items() if name not in installed or _version(installed[name]) != version]
+    other = [
+        f"{name}=={version}"
+        for name, version in pins.items()
+        if name not in installed or _version(installed[name]) != version
+    ]
     if other:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(fetched)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--target",
+            str(fetched),
+        ]
         done = subprocess.run([*command, *other], capture_output=True, text=True, check=False)
         if done.returncode:
             raise NoChannelError(f"pip could not fetch {', '.join(other)}: {done.stderr.strip()}")
@@ -126,18 +156,31 @@ def _version(distribution: Distribution) -> str:
     return distribution.version.split("+")[0]
 
 
-def _distributions(pins: dict[str, str], installed: dict[str, Distribution], conda_names: dict[str, str]) -> Iterator[Package]:
+def _distributions(
+    pins: dict[str, str], installed: dict[str, Distribution], conda_names: dict[str, str]
+) -> Iterator[Package]:
     """Yield a package for every pinned distribution and for all that they require."""
     waiting, seen = sorted(pins), set(pins)
     while waiting:
         name = waiting.pop()
         distribution = installed[name]
         requirements = {canonicalize_name(one.name): one for one in _requirements(distribution, installed)}
-        depends = [f"{conda_names.get(other, other)} {one.specifier}".strip() for other, one in sorted(requirements.items())]
+        depends = [
+            f"{conda_names.get(other, other)} {one.specifier}".strip() for other, one in sorted(requirements.items())
+        ]
         # Commands, outside site-packages, begin with the path of the Python that pip installed them for.
-        wanted = [file for file in distribution.files if not NOT_PACKED & {*file.parts} and Path(distribution.locate_file(file)).exists()]
+        wanted = [
+            file
+            for file in distribution.files
+            if not NOT_PACKED & {*file.parts} and Path(distribution.locate_file(file)).exists()
+        ]
         files = {f"{SITE_PACKAGES}/{file}": Path(distribution.locate_file(file)) for file in wanted}
-        yield Package(conda_names.get(name, name), _version(distribution), [f"python {PYTHON.removeprefix('python')}.*", *depends], files)
+        yield Package(
+            conda_names.get(name, name),
+            _version(distribution),
+            [f"python {PYTHON.removeprefix('python')}.*", *depends],
+            files,
+        )
         waiting += sorted(set(requirements) - seen)
         seen |= set(requirements)
 
@@ -180,6 +223,12 @@ def _python(folder: Path) -> Package:
     look = "import ctypes, ssl, bz2, lzma, zlib, site; print(site.getsitepackages()[0])"
     done = subprocess.run([folder / "bin" / PYTHON, "-I", "-c", look], capture_output=True, text=True, check=False)
     if done.stdout.strip() != str(folder / SITE_PACKAGES):
-        raise NoChannelError(f"a copy of {sys.base_prefix} does not run elsewhere: {done.stderr.strip() or done.stdout.strip()}")
-    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if not file.is_dir() or file.is_symlink()}
+        raise NoChannelError(
+            f"a copy of {sys.base_prefix} does not run elsewhere: {done.stderr.strip() or done.stdout.strip()}"
+        )
+    files = {
+        str(file.relative_to(folder)): file
+        for file in sorted(folder.rglob("*"))
+        if not file.is_dir() or file.is_symlink()
+    }
     return Package("python", sysconfig.get_config_var("py_version"), [], files)

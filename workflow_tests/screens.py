@@ -21,7 +21,7 @@ from conftest import SHARED_DATA
 from scipy import io as scipy_io
 from scipy import sparse
 
-from perturbflow.symbols import CONTROL, human_symbols
+from perturbflow.genes.symbols import CONTROL, human_symbols
 
 REAL = SHARED_DATA / "norman_k562_mini" / "perturbench_devel_counts.h5ad"
 N_FILLERS = 60
@@ -136,7 +136,13 @@ def obs_of(cells: list[Cells], seed: int, index: str | None = "cell_barcode") ->
     """Return obs as pandas infers it from what is said, with scPerturb's common columns; strings are categories, None is code -1."""
     rng = np.random.default_rng(seed)
     obs = pd.DataFrame([cell.said for cell in cells])
-    common = {"tissue_type": "cell_line", "cancer": True, "disease": "leukemia", "organism": "human", "perturbation_type": "CRISPR"}
+    common = {
+        "tissue_type": "cell_line",
+        "cancer": True,
+        "disease": "leukemia",
+        "organism": "human",
+        "perturbation_type": "CRISPR",
+    }
     obs = obs.assign(**{name: value for name, value in common.items() if name not in obs})
     obs = obs.assign(nperts=1, ncounts=0.0, ngenes=0, percent_mito=0.0, percent_ribo=0.0)
     for column in obs.select_dtypes(["object", "string"]):
@@ -180,7 +186,10 @@ def scperturb(
     def make(folder: Path) -> Expected:
         single = shuffled(cells, seed=len(name))
         said = [
-            {**{key: value[i % len(value)] if isinstance(value, list) else value for key, value in common.items()}, **cell.said}
+            {
+                **{key: value[i % len(value)] if isinstance(value, list) else value for key, value in common.items()},
+                **cell.said,
+            }
             for i, cell in enumerate(single)
         ]
         obs = obs_of([Cells(1, words, cell.becomes) for words, cell in zip(said, single, strict=True)], seed=len(name))
@@ -205,7 +214,9 @@ def by_symbol(column: str | None, index: str | None = "gene_symbol") -> Callable
 def replogle_var(genes: pd.DataFrame) -> pd.DataFrame:
     """Return var as the authors have it, by gene_name."""
     var = by_symbol("ensembl_id", "gene_name")(genes)
-    return var.assign(chr="chr1", start=1, end=2, strand="+", length=1, in_matrix=True, mean=1.0, std=1.0, cv=1.0, fano=1.0)
+    return var.assign(
+        chr="chr1", start=1, end=2, strand="+", length=1, in_matrix=True, mean=1.0, std=1.0, cv=1.0, fano=1.0
+    )
 
 
 def labelled(column: str, words: dict[object, tuple[int, str]], **said: object) -> list[Cells]:
@@ -216,7 +227,8 @@ def labelled(column: str, words: dict[object, tuple[int, str]], **said: object) 
 # --- Norman: the same cells in three sources --------------------------------------------------------------------------
 
 NORMAN_GENES = Genes(
-    ("KLF1", "CEBPA", "CBARP", "FOXL2", "FOXL2NB", "MAP3K21", "RHOXF2B", "SET", "HOXC13", "TGFBR2", "IGDCC3"), {"MAP3K21": "RP5-862P8.2"}
+    ("KLF1", "CEBPA", "CBARP", "FOXL2", "FOXL2NB", "MAP3K21", "RHOXF2B", "SET", "HOXC13", "TGFBR2", "IGDCC3"),
+    {"MAP3K21": "RP5-862P8.2"},
 )
 # construct: label that it becomes, condition of GEARS
 NORMAN_CONSTRUCTS = {
@@ -247,7 +259,9 @@ def norman_cells() -> pd.DataFrame:
     rows = []
     for construct, (becomes, condition) in NORMAN_CONSTRUCTS.items():
         rows += [(construct, becomes, condition, 1, True)] * 16
-        rows += [(construct, becomes, condition, n, good) for n, good in ((2, True), (0, False), (1, False), (10, True))]
+        rows += [
+            (construct, becomes, condition, n, good) for n, good in ((2, True), (0, False), (1, False), (10, True))
+        ]
     rows += [("no_reads_found", UNASSIGNED, None, 1, True)] * 3
     cells = pd.DataFrame(rows, columns=["construct", "becomes", "condition", "number_of_cells", "good_coverage"])
     is_single = (cells["number_of_cells"] == 1) & cells["good_coverage"]
@@ -267,7 +281,9 @@ def _norman_scperturb(folder: Path) -> Expected:
     # scPerturb made controls of cells without guide reads.
     cells = cells[cells["is_filtered"]]
     before = cells["construct"].str.split("__").str[0]
-    members = before.str.split("_").map(lambda members: [member for member in members if not member.startswith("NegCtrl")])
+    members = before.str.split("_").map(
+        lambda members: [member for member in members if not member.startswith("NegCtrl")]
+    )
     labels = members.map("_".join).replace({"": "control", "no_reads_found": "control"})
     said = [
         {
@@ -277,13 +293,22 @@ def _norman_scperturb(folder: Path) -> Expected:
         }
         for cell, label in zip(cells.itertuples(), labels, strict=True)
     ]  # fmt: skip
-    groups = [Cells(1, words, EXCLUDE if becomes == UNASSIGNED else becomes) for words, becomes in zip(said, cells["becomes"], strict=True)]
+    groups = [
+        Cells(1, words, EXCLUDE if becomes == UNASSIGNED else becomes)
+        for words, becomes in zip(said, cells["becomes"], strict=True)
+    ]
     obs = obs_of(groups, seed=1)
     obs.index = pd.Index(cells["root"].to_numpy(), name="cell_barcode")
     obs.index = ad.utils.make_index_unique(obs.index)
     table = NORMAN_GENES.table()
     X = norman_counts()[cells.index].astype(np.int64)
-    write(folder / "NormanWeissman2019_filtered.h5ad", obs, by_symbol("ensemble_id", None)(table).assign(ncounts=0.0, ncells=0), X, "csc")
+    write(
+        folder / "NormanWeissman2019_filtered.h5ad",
+        obs,
+        by_symbol("ensemble_id", None)(table).assign(ncounts=0.0, ncells=0),
+        X,
+        "csc",
+    )
     return expected(groups, table)
 
 
@@ -305,7 +330,9 @@ def _norman_gears(folder: Path) -> Expected:
         },
         index=pd.Index(cells["barcode"].to_numpy(), name="cell_barcode"),
     )  # fmt: skip
-    var = pd.DataFrame({"gene_name": table["name"].to_numpy()}, index=pd.Index(table["gene_id"].to_numpy(), name="gene_id"))
+    var = pd.DataFrame(
+        {"gene_name": table["name"].to_numpy()}, index=pd.Index(table["gene_id"].to_numpy(), name="gene_id")
+    )
     _write_gears(folder / "norman.zip", "norman", obs, var, norman_counts()[cells.index])
     return expected([Cells(1, {}, becomes) for becomes in cells["becomes"]], table)
 
@@ -324,7 +351,9 @@ def _write_gears(path: Path, name: str, obs: pd.DataFrame, var: pd.DataFrame, X:
     inner.unlink()
 
 
-def triplet(X: sparse.csr_matrix, barcodes: list[str], genes: pd.DataFrame, identities: pd.DataFrame) -> dict[str, bytes]:
+def triplet(
+    X: sparse.csr_matrix, barcodes: list[str], genes: pd.DataFrame, identities: pd.DataFrame
+) -> dict[str, bytes]:
     """Return the gzipped files of a 10x triplet by role."""
     text = io.BytesIO()
     scipy_io.mmwrite(text, sparse.csc_matrix(X.T).astype(np.int64), field="integer")
@@ -393,7 +422,9 @@ def adamson(traps: str, experiment: str, words: dict) -> Fixture:
     gsm = next(name for name in GEO_EXPERIMENTS if name.endswith(experiment))
     cells = labelled("perturbation", words)
     var = by_symbol("ensembl_id")
-    return scperturb(traps, f"AdamsonWeissman2016_{gsm}", cells, ADAMSON_GENES[experiment], ADAMSON, var, "csc", np.int64)
+    return scperturb(
+        traps, f"AdamsonWeissman2016_{gsm}", cells, ADAMSON_GENES[experiment], ADAMSON, var, "csc", np.int64
+    )
 
 
 def _adamson_geo(folder: Path) -> Expected:
@@ -401,12 +432,18 @@ def _adamson_geo(folder: Path) -> Expected:
     archive_members, groups = {}, []
     every = tuple(dict.fromkeys(gene for genes in ADAMSON_GENES.values() for gene in genes.of))
     tables = {
-        name: Genes(every, ADAMSON_GENES["10X010"].named, ADAMSON_GENES[key].others).table() for name, (_, key) in GEO_EXPERIMENTS.items()
+        name: Genes(every, ADAMSON_GENES["10X010"].named, ADAMSON_GENES[key].others).table()
+        for name, (_, key) in GEO_EXPERIMENTS.items()
     }
     for seed, (name, (words, _)) in enumerate(GEO_EXPERIMENTS.items()):
-        single = shuffled(labelled("guide identity", {label: value for label, value in words.items() if label is not None}), seed)
+        single = shuffled(
+            labelled("guide identity", {label: value for label, value in words.items() if label is not None}), seed
+        )
         # A doublet and a thinly covered cell of every experiment, and a barcode without an identity.
-        single += [Cells(1, {**single[0].said, "number of cells": 2}, SUBSET), Cells(1, {**single[0].said, "good coverage": False}, SUBSET)]
+        single += [
+            Cells(1, {**single[0].said, "number of cells": 2}, SUBSET),
+            Cells(1, {**single[0].said, "good coverage": False}, SUBSET),
+        ]
         roots = [f"{'ACGT'[i % 4]}{i // 2:013d}" for i in range(len(single))]
         roots = [roots[i - i % 2] for i in range(len(roots))]
         barcodes = [f"{root}-{1 + i % 2}" for i, root in enumerate(roots)]
@@ -429,14 +466,21 @@ def _adamson_geo(folder: Path) -> Expected:
 
 
 def _adamson_gears(folder: Path) -> Expected:
-    words = {"ctrl": (40, CONTROL), "ATF4+ctrl": (20, "ATF4"), "HARS+ctrl": (20, "HARS1"), "Gal4-4(mod)+ctrl": (5, CONTROL)}
+    words = {
+        "ctrl": (40, CONTROL),
+        "ATF4+ctrl": (20, "ATF4"),
+        "HARS+ctrl": (20, "HARS1"),
+        "Gal4-4(mod)+ctrl": (5, CONTROL),
+    }
     cells = shuffled(labelled("condition", words), 5)
     table = Genes(("ATF4", "HARS1"), {"HARS1": "HARS"}).table()
     condition = pd.Series([cell.said["condition"] for cell in cells])
     obs = pd.DataFrame({"condition": pd.Categorical(condition), "cell_type": pd.Categorical(["K562(?)"] * len(cells)),
                         "dose_val": pd.Categorical(["1+1"] * len(cells)), "control": (condition == "ctrl").astype(np.int64)})  # fmt: skip
     obs.index = pd.Index([f"CELL{i}-1" for i in range(len(cells))], name="cell_barcode")
-    var = pd.DataFrame({"gene_name": table["name"].to_numpy()}, index=pd.Index(table["gene_id"].to_numpy(), name="gene_id"))
+    var = pd.DataFrame(
+        {"gene_name": table["name"].to_numpy()}, index=pd.Index(table["gene_id"].to_numpy(), name="gene_id")
+    )
     _write_gears(folder / "adamson.zip", "adamson", obs, var, counts(len(cells), len(table), 6))
     return expected(cells, table)
 
@@ -445,7 +489,13 @@ def _adamson_gears(folder: Path) -> Expected:
 
 REPLOGLE_GENES = Genes(
     ("ZBTB4", "AARS1", "DARS1", "QARS1", "TBCE", "HSPA14"),
-    {"AARS1": "AARS", "DARS1": "DARS", "QARS1": "QARS", "TBCE": "TBCE_ENSG00000284770", "HSPA14": "HSPA14_ENSG00000187522"},
+    {
+        "AARS1": "AARS",
+        "DARS1": "DARS",
+        "QARS1": "QARS",
+        "TBCE": "TBCE_ENSG00000284770",
+        "HSPA14": "HSPA14_ENSG00000187522",
+    },
     (
         ("TBCE_ENSG00000285053", "ENSG00000285053", "TBCE_ENSG00000285053"),
         ("HSPA14_ENSG00000284024", "ENSG00000284024", "MSANTD7"),
@@ -493,7 +543,15 @@ def dixit(traps: str, name: str, time: int | None) -> Fixture:
             "p-INTERGENIC216151_p-INTERGENIC1216445": (6, CONTROL), "p-sgELK1-1_p-sgELK1-6": (4, "ELK1"),
         }  # fmt: skip
     cells = [
-        Cells(n, {"perturbation": label, "target": str(label).split("_")[0].replace("p-sg", "").split("-")[0], "guide_id": label}, becomes)
+        Cells(
+            n,
+            {
+                "perturbation": label,
+                "target": str(label).split("_")[0].replace("p-sg", "").split("-")[0],
+                "guide_id": label,
+            },
+            becomes,
+        )
         for label, (n, becomes) in words.items()
     ]
     common = {**DIXIT, "time": time * 24} if time else {**DIXIT, "moi": "high", "grna_lenient": "nan"}
@@ -535,7 +593,13 @@ def sciplex() -> Fixture:
         obs = obs_of([Cells(1, words, cell.becomes) for words, cell in zip(said, single, strict=True)], 8)
         table = Genes(("BRD4",), others=mouse).table()
         X = counts(len(obs), len(table), 9).astype(np.int64)
-        write(folder / "SrivatsanTrapnell2020_sciplex3.h5ad", obs, by_symbol("ensembl_id")(table).assign(ncounts=0.0, ncells=0), X, "csr")
+        write(
+            folder / "SrivatsanTrapnell2020_sciplex3.h5ad",
+            obs,
+            by_symbol("ensembl_id")(table).assign(ncounts=0.0, ncells=0),
+            X,
+            "csr",
+        )
         return expected(cells, human, genes_dropped={"gene_pattern": len(mouse)})
 
     traps = "a drug at two doses; a + in a drug's name; mouse genes; unassigned cells"

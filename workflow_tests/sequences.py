@@ -24,7 +24,7 @@ import yaml
 from conftest import COMBINATIONS, PERTURBED, Outcome, closed_forms_config, copy_repository, run_snakemake, write_screen
 from faults import finished_files
 
-from perturbflow.training import KEPT
+from perturbflow.train import KEPT
 
 NETWORK = {"n_steps": 40, "batch_size": 32, "n_latent": 8, "width": 16, "n_sampling_steps": 2}
 LEARNED = "results/mine/frozen/scppdm/seed_0"
@@ -70,7 +70,12 @@ class Place:
     folder: Path
     python: str = sys.executable
     state: dict = field(
-        default_factory=lambda: {"screen": 0, "roles": 0, "code": [], **{name: values[0] for name, values in CONFIG.items()}}
+        default_factory=lambda: {
+            "screen": 0,
+            "roles": 0,
+            "code": [],
+            **{name: values[0] for name, values in CONFIG.items()},
+        }
     )
     trained: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
@@ -105,7 +110,10 @@ class Place:
         state = self.state
         config = closed_forms_config(
             splits={"frozen": {"kind": "file", "path": "roles.json"}},
-            models={"scppdm": {"params": {**NETWORK, "n_steps": state["n_steps"]}}, "linear": {"params": {"ridge": state["ridge"]}}},
+            models={
+                "scppdm": {"params": {**NETWORK, "n_steps": state["n_steps"]}},
+                "linear": {"params": {"ridge": state["ridge"]}},
+            },
             predict={"max_cells": state["max_cells"]},
             device="cpu",
         )
@@ -125,7 +133,9 @@ class Place:
         """Run the workflow to its end, and note a training that was there already."""
         self.write()
         before = self._log_stamp()
-        outcome = run_snakemake(self.folder, *arguments, config=self.config(), repository=self.repository, python=self.python)
+        outcome = run_snakemake(
+            self.folder, *arguments, config=self.config(), repository=self.repository, python=self.python
+        )
         self._note_training(before)
         return outcome
 
@@ -149,7 +159,9 @@ class Place:
         command += ["--forcerun", rule] if rule else []
         variables = {**os.environ, "XDG_CACHE_HOME": str(self.folder / ".cache")}
         with (self.folder / "output.txt").open("w") as file:
-            process = subprocess.Popen(command, cwd=self.folder, stdout=file, stderr=file, env=variables, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=self.folder, stdout=file, stderr=file, env=variables, start_new_session=True
+            )
             time.sleep(dice.uniform(3, 20))
             if process.poll() is None:
                 os.killpg(process.pid, dice.choice((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)))
@@ -177,7 +189,9 @@ class Place:
 
     def results(self) -> list[Path]:
         """Return the result files that are there."""
-        return sorted(path for path in (self.folder / "results").rglob("*") if path.is_file() and ".made" not in path.parts)
+        return sorted(
+            path for path in (self.folder / "results").rglob("*") if path.is_file() and ".made" not in path.parts
+        )
 
 
 def write_if_other(path: Path, content: bytes) -> None:
@@ -246,7 +260,12 @@ def damage(place: Place, dice: random.Random) -> str:
 
 def touch(place: Place, dice: random.Random) -> str:
     """Touch everything, in any order."""
-    paths = [*place.results(), place.folder / "screen.h5ad", place.folder / "roles.json", *place.repository.rglob("*.py")]
+    paths = [
+        *place.results(),
+        place.folder / "screen.h5ad",
+        place.folder / "roles.json",
+        *place.repository.rglob("*.py"),
+    ]
     dice.shuffle(paths)
     now = time.time_ns() - 10**9
     for i, path in enumerate(paths):
@@ -262,7 +281,9 @@ def copy(place: Place, dice: random.Random) -> str:
     shutil.copytree(place.folder, there, ignore=ignored, copy_function=shutil.copy2 if with_stamps else shutil.copyfile)
     shutil.rmtree(place.folder)
     place.folder = there
-    return f"copied {'with' if with_state else 'without'} .snakemake/, {'with' if with_stamps else 'without'} time stamps"
+    return (
+        f"copied {'with' if with_state else 'without'} .snakemake/, {'with' if with_stamps else 'without'} time stamps"
+    )
 
 
 def ask_single(place: Place, dice: random.Random) -> str:
@@ -360,7 +381,9 @@ class References:
         return json.loads(kept.read_text())
 
 
-def undergo(seed: int, start: Place, folder: Path, references: References, n_actions: int, back: float = 0.6) -> Verdict:
+def undergo(
+    seed: int, start: Place, folder: Path, references: References, n_actions: int, back: float = 0.6
+) -> Verdict:
     """Do a random sequence to a copy of a finished folder, run to the end, and compare with a run from nothing; `back` of them undo all edits first."""
     dice = random.Random(seed)
     shutil.copytree(start.folder, folder, ignore=shutil.ignore_patterns(".cache"))

@@ -144,7 +144,9 @@ def obstacle() -> str | None:
     """Return why no cluster can be started here, or None."""
     absent = [name for name in (*DAEMONS, "srun", "sbatch") if shutil.which(name, path=PATH) is None]
     if absent:
-        return f"no {', '.join(absent)} here; apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+        return (
+            f"no {', '.join(absent)} here; apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+        )
     return None
 
 
@@ -193,7 +195,9 @@ class Cluster:
 
     def call(self, *command: str) -> str:
         """Return what one of SLURM's commands prints."""
-        done = subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=30, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
@@ -221,7 +225,11 @@ class Cluster:
             self.call("scancel", "--user", getpass.getuser())
             wait_for(lambda: not self.queue(), "the end of the jobs", 10)
         # Nodes before the controller before munge, whom all need to speak to one another.
-        for file in (*(self.folder / f"{node}.pid" for node in NODES), self.folder / "slurmctld.pid", self.folder / "munged.pid"):
+        for file in (
+            *(self.folder / f"{node}.pid" for node in NODES),
+            self.folder / "slurmctld.pid",
+            self.folder / "munged.pid",
+        ):
             _end(file)
         for process in self.processes():
             _kill(process, signal.SIGKILL)
@@ -235,7 +243,10 @@ class Cluster:
         """Let a node disappear with all that runs on it, as when its power fails."""
         _kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)
         on_node = self.processes(f"SLURMD_NODENAME={node}")
-        for process in {*on_node, *(parent for process in on_node if "slurmstepd" in _program(parent := _parent(process)))}:
+        for process in {
+            *on_node,
+            *(parent for process in on_node if "slurmstepd" in _program(parent := _parent(process))),
+        }:
             _kill(process, signal.SIGKILL)
 
     # --- what there is ----------------------------------------------------------------------------------------------
@@ -256,7 +267,9 @@ class Cluster:
 
     def running_job(self, name: str) -> Job | None:
         """Return a job whose name has this in it and whose processes are there, or None."""
-        return next((job for job in self.queue() if name in job.name and self.processes(f"SLURM_JOB_ID={job.id}")), None)
+        return next(
+            (job for job in self.queue() if name in job.name and self.processes(f"SLURM_JOB_ID={job.id}")), None
+        )
 
     def processes(self, *variables: str) -> list[int]:
         """Return the processes of jobs of this cluster that have all of these environment variables (NAME=value)."""
@@ -309,7 +322,9 @@ def _free_ports(n: int) -> list[int]:
 def _status(process: int) -> dict[str, str]:
     """Return what the kernel says of a process; empty if it is gone."""
     try:
-        return dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines() if ":\t" in line)
+        return dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines() if ":\t" in line
+        )
     except OSError:
         return {}
 

@@ -20,7 +20,9 @@ ON_THIS_CLUSTER = {"slurm-status-command": "squeue", "slurm-init-seconds-before-
 
 CLOSED = ["additive", "linear"]
 N_CLOSED = len(CLOSED) + len(REFERENCES)
-FINISHED_BEFORE = 5 + 3 * N_CLOSED  # harmonize, split, pair, embeddings, audit; training, prediction and scores of closed forms
+FINISHED_BEFORE = (
+    5 + 3 * N_CLOSED
+)  # harmonize, split, pair, embeddings, audit; training, prediction and scores of closed forms
 LEARNED = "results/mine/unseen_combination/scppdm/seed_0"
 TARGET = "evaluated"
 
@@ -38,7 +40,15 @@ class Running:
         self.file = folder / "output.txt"
         settings = [f"--{key}={value}" for key, value in ON_THIS_CLUSTER.items()]
         # Where the tests run in a shell's background, SIGINT is ignored by all that they start.
-        command = ["env", "--default-signal=INT", sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile")]
+        command = [
+            "env",
+            "--default-signal=INT",
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--snakefile",
+            str(REPOSITORY / "Snakefile"),
+        ]
         command += ["--workflow-profile", str(profile), "--nocolor", "--configfile", "mine.yaml", *settings, *arguments]
         variables = {**os.environ, **cluster.environment, "XDG_CACHE_HOME": str(folder / ".cache")}
         with self.file.open("w") as output:
@@ -124,7 +134,13 @@ def fail(folder: Path, cluster: Cluster) -> Failures:
     (profile / "profile.yaml").write_text(yaml.safe_dump(settings))
 
     run = Running(
-        folder, cluster, "--set-resources", *RESOURCES, "--", *[f"results/{fate}/harmonized.h5ad" for fate in FATES], profile=profile
+        folder,
+        cluster,
+        "--set-resources",
+        *RESOURCES,
+        "--",
+        *[f"results/{fate}/harmonized.h5ad" for fate in FATES],
+        profile=profile,
     )
     cluster.freeze(wait_for(lambda: cluster.running_job("hung"), "the job that is to hang"))
     lost = wait_for(lambda: cluster.running_job("lost"), "the job whose node is to be lost")

@@ -44,7 +44,9 @@ class World:
         Median counts of a cell.
     """
 
-    def __init__(self, seed: int = 0, n_genes: int = 200, n_perturbed: int = 12, depth: float = 2000.0, sharpness: float = 4.0) -> None:
+    def __init__(
+        self, seed: int = 0, n_genes: int = 200, n_perturbed: int = 12, depth: float = 2000.0, sharpness: float = 4.0
+    ) -> None:
         rng = np.random.default_rng(seed)
         self.seed, self.depth, self.sharpness = seed, depth, sharpness
         self.perturbed = [f"TF{i}" for i in range(1, n_perturbed + 1)]

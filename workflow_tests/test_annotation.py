@@ -11,10 +11,10 @@ from conftest import closed_forms_config, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbflow.annotation import canonical_labels, gene_table
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import CONTROL, SEPARATOR, human_symbols, members_of
 from perturbflow.registry.config import complete
-from perturbflow.symbols import CONTROL, SEPARATOR, human_symbols, members_of
+from perturbflow.screens.annotation import canonical_labels, gene_table
 
 REGISTRY = complete(merged({}))["datasets"]
 NO_GENES = gene_table(pd.DataFrame(index=pd.Index([], dtype=str)), {"organism": "human"})
@@ -54,7 +54,9 @@ def test_labels_of_the_registered_screens(name: str, label: str, becomes: str | 
     assert canonical(name, label) == becomes
 
 
-symbols = st.sampled_from(sorted(name for name in human_symbols().approved if re.fullmatch(r"[A-Z][A-Z0-9]{2,}", name) and name != "NT"))
+symbols = st.sampled_from(
+    sorted(name for name in human_symbols().approved if re.fullmatch(r"[A-Z][A-Z0-9]{2,}", name) and name != "NT")
+)
 FORMS = {
     "papalexi2021_eccite": lambda genes, n: f"{genes[0]}g{n}",
     "dixit2016_highmoi": lambda genes, n: "_".join(f"p-sg{gene}-{n}" for gene in genes),
@@ -64,13 +66,19 @@ FORMS = {
         "__".join(["_".join((genes * 2)[:2])] * 2) if n % 2 else f"{genes[0]}_NegCtrl0__{genes[0]}_NegCtrl0_2"
     ),
     "norman2019": lambda genes, n: "_".join(genes),
-    "norman2019_gears": lambda genes, n: "+".join(genes) if len(genes) > 1 else (f"{genes[0]}+ctrl", f"ctrl+{genes[0]}")[n % 2],
+    "norman2019_gears": lambda genes, n: (
+        "+".join(genes) if len(genes) > 1 else (f"{genes[0]}+ctrl", f"ctrl+{genes[0]}")[n % 2]
+    ),
     "gasperini2019_lowmoi": lambda genes, n: "_".join([*genes, f"chr{n}.{n}_top_two"]),
 }
 
 
 @settings(deadline=None)
-@given(name=st.sampled_from(sorted(FORMS)), genes=st.lists(symbols, min_size=1, max_size=3, unique=True), n=st.integers(1, 99))
+@given(
+    name=st.sampled_from(sorted(FORMS)),
+    genes=st.lists(symbols, min_size=1, max_size=3, unique=True),
+    n=st.integers(1, 99),
+)
 def test_a_label_names_the_genes_that_it_was_made_of(name: str, genes: list[str], n: int) -> None:
     rename = REGISTRY[name]["perturbation"].get("rename", {})
     if name.startswith("norman"):
@@ -113,7 +121,9 @@ def test_a_subset_of_numbers_is_found_among_numbers_with_gaps(harmonized_from: C
 
 def test_excluded_cells_are_dropped_and_counted(harmonized_from: Callable, tiny_screen: Callable) -> None:
     screen = tiny_screen()
-    screen.obs["guide"] = ["NegCtrl1_NegCtrl0;x" if i % 4 == 0 else None if i % 4 == 1 else "other" for i in range(screen.n_obs)]
+    screen.obs["guide"] = [
+        "NegCtrl1_NegCtrl0;x" if i % 4 == 0 else None if i % 4 == 1 else "other" for i in range(screen.n_obs)
+    ]
     result = harmonized_from(screen, exclude={"guide": "^NegCtrl1_"})
     assert result.account["cells"]["dropped"]["exclude"] == screen.n_obs // 4
     assert not result.adata.obs["guide"].astype(str).str.contains("NegCtrl1").any()
@@ -124,7 +134,9 @@ def test_excluded_cells_are_dropped_and_counted(harmonized_from: Callable, tiny_
 def test_a_dose_is_part_of_the_label(harmonized_from: Callable, tiny_screen: Callable) -> None:
     screen = tiny_screen(labels=["TF1", "TF2"])
     screen.obs["perturbation"] = screen.obs["perturbation"].replace({"TF1": "TAG", "TF2": "LPS"})
-    screen.obs["dose"] = [None if label == "control" else (10.0, 10_000.0)[i % 2] for i, label in enumerate(screen.obs["perturbation"])]
+    screen.obs["dose"] = [
+        None if label == "control" else (10.0, 10_000.0)[i % 2] for i, label in enumerate(screen.obs["perturbation"])
+    ]
     result = harmonized_from(screen, perturbation={"dose": "dose"}, perturbation_type="drug")
     assert set(result.adata.obs["perturbation"]) == {"control", "TAG@10", "TAG@10000", "LPS@10", "LPS@10000"}
     assert result.account["perturbations"]["not_measured"] == []
@@ -134,7 +146,9 @@ def test_a_covariate_of_several_columns_and_of_one_value(harmonized_from: Callab
     screen = tiny_screen()
     screen.obs["condition"] = [("Control", "IFNγ", None)[i % 3] for i in range(screen.n_obs)]
     obs = harmonized_from(screen, covariates={"batch": ["lane", "condition"], "cell_type": {"value": "K562"}}).adata.obs
-    assert set(obs["batch"]) == {f"{lane}|{condition}" for lane in ("b1", "b2") for condition in ("Control", "IFNγ", "unknown")}
+    assert set(obs["batch"]) == {
+        f"{lane}|{condition}" for lane in ("b1", "b2") for condition in ("Control", "IFNγ", "unknown")
+    }
     assert (obs["batch"].astype(str).str.split("|").str[0] == obs["lane"].astype(str)).all()
     assert set(obs["cell_type"]) == {"K562"}
 
@@ -165,7 +179,9 @@ def test_a_note_is_told_and_another_shape_refused(
     result = harmonized_from(screen, note="lanes are lost", shape=[screen.n_obs, screen.n_vars])
     assert "lanes are lost" in caplog.text
     assert result.account["note"] == "lanes are lost"
-    with pytest.raises(InputError, match=rf"{screen.n_obs} cells × {screen.n_vars} genes, but the block declares shape: \[10, 20\]"):
+    with pytest.raises(
+        InputError, match=rf"{screen.n_obs} cells × {screen.n_vars} genes, but the block declares shape: \[10, 20\]"
+    ):
         harmonized_from(screen, shape=[10, 20])
 
 
@@ -189,10 +205,15 @@ def test_an_approved_name_stays_whatever_its_id() -> None:
 
 def test_two_measured_genes_never_come_to_share_a_name() -> None:
     assert genes({"AARS": "", "AARS1": ""}) == {"AARS": "AARS", "AARS1": "AARS1"}
-    assert genes({"MLTK": "ENSG00000143674", "RP5-862P8.2": "ENSG00000143674"}) == {"MLTK": "MLTK", "RP5-862P8.2": "RP5-862P8.2"}
+    assert genes({"MLTK": "ENSG00000143674", "RP5-862P8.2": "ENSG00000143674"}) == {
+        "MLTK": "MLTK",
+        "RP5-862P8.2": "RP5-862P8.2",
+    }
 
 
-def test_shifted_ids_are_noticed(harmonized_from: Callable, tiny_screen: Callable, caplog: pytest.LogCaptureFixture) -> None:
+def test_shifted_ids_are_noticed(
+    harmonized_from: Callable, tiny_screen: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
     """Older copies of sci-Plex 3 have their gene names one row off."""
     screen = tiny_screen()
     approved = [(gene, name) for gene, name in human_symbols().of_ensembl_id.items()][: screen.n_vars]
@@ -217,7 +238,9 @@ def test_shifted_ids_are_noticed(harmonized_from: Callable, tiny_screen: Callabl
         ({"covariates": {"batch": {"values": "x"}}}, r"covariates\.batch"),
     ],
 )  # fmt: skip
-def test_mistakes_in_a_block_are_explained(change: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_in_a_block_are_explained(
+    change: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "screen.h5ad").touch()
     config = closed_forms_config()

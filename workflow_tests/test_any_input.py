@@ -26,12 +26,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from snakemake.common.configfile import load_configfile
 
-from perturbflow import harmonize
-from perturbflow.annotation import canonical_labels
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import CONTROL, members_of
 from perturbflow.registry.plan import Plan
-from perturbflow.sources import open_source
-from perturbflow.symbols import CONTROL, members_of
+from perturbflow.screens import harmonize
+from perturbflow.screens.annotation import canonical_labels
+from perturbflow.screens.readers import open_source
 
 # --- what a user hands over is not executed and leads nowhere -------------------------------------------------------
 
@@ -81,7 +81,9 @@ def test_no_member_of_an_archive_lands_outside(suffix: str, tmp_path: Path) -> N
     names = {"../../escaped": b"x", f"{tmp_path}/absolute": b"x", "inner/screen.h5ad": screen_bytes()}
     archive = archive_with(here / f"screens{suffix}", names)
     before = sorted(tmp_path.rglob("*"))
-    source = open_source({"file": archive}, dataset_block(source={"url": ["https://example.org"], "member": "inner/screen.h5ad"}))
+    source = open_source(
+        {"file": archive}, dataset_block(source={"url": ["https://example.org"], "member": "inner/screen.h5ad"})
+    )
     assert len(source.obs) == 640
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -229,7 +231,9 @@ alterations = st.tuples(st.integers(0, 10**6), acts, st.sampled_from(OTHER_THING
 
 @fuzz
 @given(form=st.integers(0, 5), alterations=st.lists(alterations, min_size=1, max_size=3))
-def test_any_hdf5_file_is_a_screen_or_one_message(form: int, alterations: list, forms: list[bytes], tmp_path: Path) -> None:
+def test_any_hdf5_file_is_a_screen_or_one_message(
+    form: int, alterations: list, forms: list[bytes], tmp_path: Path
+) -> None:
     path = fresh(tmp_path)
     path.write_bytes(forms[form])
     with h5py.File(path, "r+") as file, warnings.catch_warnings():
@@ -240,7 +244,24 @@ def test_any_hdf5_file_is_a_screen_or_one_message(form: int, alterations: list, 
 
 
 words = st.sampled_from(
-    ["control", "TF1", "TF2", "TF1+TF2", "nan", "", "*", " ", "+", "control+TF1", "Ω", "a/b", "1-Mar", "-", "TF1@3", None]
+    [
+        "control",
+        "TF1",
+        "TF2",
+        "TF1+TF2",
+        "nan",
+        "",
+        "*",
+        " ",
+        "+",
+        "control+TF1",
+        "Ω",
+        "a/b",
+        "1-Mar",
+        "-",
+        "TF1@3",
+        None,
+    ]
 )
 numbers = st.sampled_from([0, 1, -5, 0.5, np.nan, np.inf, 2**53, True])
 columns = st.one_of(
@@ -251,7 +272,20 @@ columns = st.one_of(
     st.lists(st.sampled_from([True, None]), min_size=1, max_size=8).map(lambda values: pd.array(values, "boolean")),
     st.lists(st.sampled_from([b"a", b"\xff"]), min_size=1, max_size=8),
 )
-NAMES = ["perturbation", "perturbation", "lane", "total_counts", "is_control", "batch", "_index", "a b", "Ω", "", "dataset", "source_batch"]
+NAMES = [
+    "perturbation",
+    "perturbation",
+    "lane",
+    "total_counts",
+    "is_control",
+    "batch",
+    "_index",
+    "a b",
+    "Ω",
+    "",
+    "dataset",
+    "source_batch",
+]
 BLOCKS = [
     {}, {}, {}, {"covariates": {"batch": ["lane", "n"]}}, {"covariates": {"batch": "share", "cell_type": "perturbation"}},
     {"subset": {"n": [1, 2, 3]}}, {"subset": {"share": [0.5]}}, {"perturbation": {"dose": "share"}}, {"perturbation": {"dose": "lane"}},
@@ -265,7 +299,8 @@ LIMITS = {**OFF, "min_cells_per_gene": 1, "min_counts": 1, "max_pct_mt": 50, "mi
 @given(
     of_cells=st.dictionaries(st.sampled_from(NAMES), columns, max_size=2),
     of_genes=st.dictionaries(st.sampled_from(["gene_id", "gene_name", "symbol", "original_name"]), columns, max_size=1),
-    genes=st.none() | st.lists(st.sampled_from(["a", "b", "", "nan", "TF1", "MT-X", "ENSG00000000001"]), min_size=1, max_size=30),
+    genes=st.none()
+    | st.lists(st.sampled_from(["a", "b", "", "nan", "TF1", "MT-X", "ENSG00000000001"]), min_size=1, max_size=30),
     shape=st.sampled_from([(124, 30)] * 4 + [(0, 30), (1, 30), (124, 0), (124, 1)]),
     block=st.sampled_from(BLOCKS),
     qc=st.sampled_from([OFF, LIMITS]),
@@ -295,12 +330,16 @@ def test_any_table_of_cells_and_genes_is_a_screen_or_one_message(
     separator=st.sampled_from(["+", "_", ";", None]),
     organism=st.sampled_from(["human", "mouse"]),
 )
-def test_any_label_is_made_canonical_for_good_or_one_message(labels: list[str], separator: str | None, organism: str) -> None:
+def test_any_label_is_made_canonical_for_good_or_one_message(
+    labels: list[str], separator: str | None, organism: str
+) -> None:
     genes = pd.DataFrame({"original_name": ["TF1", "TF2"], "gene_name": ["TF1", "TF2"]})
 
     def canonical(labels: list[str], separator: str | None) -> list[str | None]:
         block = dataset_block(perturbation={"separator": separator}, organism=organism, perturbation_type="CRISPRi")
-        found = canonical_labels(pd.DataFrame({"perturbation": ["control", *labels]}), block, genes, Path("screen.h5ad"))
+        found = canonical_labels(
+            pd.DataFrame({"perturbation": ["control", *labels]}), block, genes, Path("screen.h5ad")
+        )
         return [None if pd.isna(label) else label for label in found]
 
     try:
@@ -335,7 +374,9 @@ def full_config() -> dict:
     """Return a merged configuration with a bit of everything, and few of the registered screens."""
     mine = closed_forms_config(
         splits={"genes": {"kind": "unseen_perturbation", "folds": 3}},
-        counterfactuals={"q": {"dataset": "mine", "split": "unseen_combination", "model": "additive", "perturbations": ["TF1"]}},
+        counterfactuals={
+            "q": {"dataset": "mine", "split": "unseen_combination", "model": "additive", "perturbations": ["TF1"]}
+        },
         embeddings={"sources": ["coexpression", "go"]},
     )
     mine["select"] = {
@@ -348,7 +389,10 @@ def full_config() -> dict:
 
 
 changes = st.tuples(
-    st.integers(0, 10**6), st.sampled_from(["replace", "replace", "remove", "add"]), st.sampled_from(JUNK), st.sampled_from(KEYS)
+    st.integers(0, 10**6),
+    st.sampled_from(["replace", "replace", "remove", "add"]),
+    st.sampled_from(JUNK),
+    st.sampled_from(KEYS),
 )
 
 

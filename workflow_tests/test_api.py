@@ -18,10 +18,10 @@ from perturbflow import api
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, evaluate
-from perturbflow.prediction import predict
+from perturbflow.predict import predict
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.shipped import shipped
-from perturbflow.training import train
+from perturbflow.train import train
 
 BLOCK = {key: value for key, value in dataset_block().items() if key != "source"}
 
@@ -111,7 +111,11 @@ def test_audit_passes_and_finds_a_planted_leak(prepared: dict[str, Prepared]) ->
     here = prepared["unseen_combination"]
     checks = json.loads(here.audit.read_text())["checks"]
     assert api.audit(here.harmonized, here.split, here.pairs) == checks
-    roles, pairs, table = json.loads(here.split.read_text()), ad.read_h5ad(here.pairs), Embeddings.read(here.embeddings).table
+    roles, pairs, table = (
+        json.loads(here.split.read_text()),
+        ad.read_h5ad(here.pairs),
+        Embeddings.read(here.embeddings).table,
+    )
     assert api.audit(ad.read_h5ad(here.harmonized), roles, pairs, table) == checks
     pairs.obs["test_labels"] = pairs.obs["perturbation"]
     with pytest.raises(InputError, match=r"Leak in pairs in memory.*\n.*nothing_else_is_carried.*test_labels"):
@@ -149,7 +153,9 @@ def test_models_and_params_that_cannot_be_are_refused(prepared: dict[str, Prepar
     with pytest.raises(InputError, match=r"unknown key 'components'.*n_components"):
         api.baseline("linear", pairs, params={"components": 3})
     assert not np.allclose(
-        api.baseline("linear", pairs, params={"ridge": 100}).X.toarray(), api.baseline("linear", pairs).X.toarray(), atol=1e-3
+        api.baseline("linear", pairs, params={"ridge": 100}).X.toarray(),
+        api.baseline("linear", pairs).X.toarray(),
+        atol=1e-3,
     )
 
 
@@ -201,7 +207,9 @@ print(len(api.score(api.baseline("set_gp", pairs), pairs)))
 def test_the_lines_of_the_readme_score_an_anndata(
     prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    shown = re.search(r"<!-- example: score -->\n```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    shown = re.search(
+        r"<!-- example: score -->\n```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL
+    )
     assert shown, "README.md has no block marked <!-- example: score -->"
     named = re.findall(r'"(results/[^"]+)"', shown[1])
     assert len(named) == 1

@@ -13,13 +13,13 @@ from conftest import SPECS, SPECS_OF_CELLS, Prepared, make_screen, prepare
 from scipy import sparse
 
 from perturbflow import embeddings, pairs
-from perturbflow.audit import CHECKS
+from perturbflow.audit.audit import CHECKS
 from perturbflow.embeddings import coexpression
 from perturbflow.errors import InputError
-from perturbflow.files import file_digest
+from perturbflow.genes.symbols import GUIDE, members_of
+from perturbflow.io.files import file_digest
 from perturbflow.pairs import Pairs
-from perturbflow.splits import names_digest
-from perturbflow.symbols import GUIDE, members_of
+from perturbflow.splits.split import names_digest
 
 
 def change_split(here: Prepared, change: Callable[[dict], None]) -> None:
@@ -70,7 +70,9 @@ def a_cell_in_two_roles(here: Prepared) -> None:
 def a_label_with_unsorted_members(here: Prepared) -> None:
     def change(adata: ad.AnnData) -> None:
         label = next(label for label in adata.obs["perturbation"].cat.categories if "+" in label)
-        adata.obs["perturbation"] = adata.obs["perturbation"].cat.rename_categories({label: "+".join(reversed(members_of(label)))})
+        adata.obs["perturbation"] = adata.obs["perturbation"].cat.rename_categories(
+            {label: "+".join(reversed(members_of(label)))}
+        )
 
     change_pairs(here, change)
 
@@ -128,7 +130,11 @@ def a_held_out_gene_in_a_training_combination(here: Prepared) -> None:
         single = next(label for label in split["perturbations"]["test"] if "+" not in label)
         label = next(label for label in split["perturbations"]["test"] if "+" in label and single in members_of(label))
         for part in ("perturbations", "cells"):
-            moved = {label} if part == "perturbations" else set(ad.read_h5ad(here.pairs).obs.query("perturbation == @label").index)
+            moved = (
+                {label}
+                if part == "perturbations"
+                else set(ad.read_h5ad(here.pairs).obs.query("perturbation == @label").index)
+            )
             split[part]["test"] = [name for name in split[part]["test"] if name not in moved]
             split[part]["train"] = sorted([*split[part]["train"], *moved])
             for role in ("train", "test"):
@@ -165,7 +171,9 @@ def variable_genes_of_held_out_cells(here: Prepared) -> None:
         screen = screen[adata.obs_names]
         X = screen.X.multiply(adata.uns["perturbflow"]["target_sum"] / screen.X.sum(axis=1)).tocsr()
         X.data = np.log1p(X.data)
-        var = screen.var.assign(highly_variable=held_out.var["highly_variable"], is_perturbed_gene=screen.var_names.str.startswith("TF"))
+        var = screen.var.assign(
+            highly_variable=held_out.var["highly_variable"], is_perturbed_gene=screen.var_names.str.startswith("TF")
+        )
         kept = (var["highly_variable"] | var["is_perturbed_gene"]).to_numpy()
         return ad.AnnData(
             X=sparse.csr_matrix(X[:, kept], dtype=np.float32),
@@ -207,14 +215,18 @@ def cells_of_the_held_out_context_in_training(here: Prepared) -> None:
 
 def another_dose_of_a_held_out_compound(here: Prepared) -> None:
     def change(split: dict) -> None:
-        split["perturbations"]["train"].append(f"{next(label for label in split['perturbations']['test'] if '+' not in label)}@7")
+        split["perturbations"]["train"].append(
+            f"{next(label for label in split['perturbations']['test'] if '+' not in label)}@7"
+        )
 
     change_split(here, change)
 
 
 def another_dose_of_a_held_out_combination(here: Prepared) -> None:
     def change(split: dict) -> None:
-        split["perturbations"]["train"].append("+".join(f"{member}@7" for member in members_of(split["perturbations"]["test"][0])))
+        split["perturbations"]["train"].append(
+            "+".join(f"{member}@7" for member in members_of(split["perturbations"]["test"][0]))
+        )
 
     change_split(here, change)
 
@@ -318,7 +330,11 @@ LEAKS = [
         "roles_are_disjoint: perturbations in both train and test",
     ),
     ("unseen_combination", a_cell_in_two_roles, "roles_are_disjoint: 1 cells in both train and test"),
-    ("unseen_combination", a_label_with_unsorted_members, "labels_are_canonical: labels with unsorted or repeated members"),
+    (
+        "unseen_combination",
+        a_label_with_unsorted_members,
+        "labels_are_canonical: labels with unsorted or repeated members",
+    ),
     ("unseen_combination", a_test_cell_moved_to_training, "roles_of_cells_agree: cells of .* have the role train"),
     (
         "unseen_combination",
@@ -330,9 +346,21 @@ LEAKS = [
         a_matched_control_of_another_role,
         "controls_are_of_the_role: 1 cells are matched with controls of another role",
     ),
-    ("unseen_combination", a_matched_control_that_is_perturbed, "controls_are_of_the_role: matched controls that are perturbed"),
-    ("unseen_combination", a_perturbed_cell_without_control, "controls_are_of_the_role: perturbed cells without a matched control"),
-    ("unseen_combination", a_matched_control_of_another_cell_type, "controls_are_of_the_role: .* controls of another cell_type"),
+    (
+        "unseen_combination",
+        a_matched_control_that_is_perturbed,
+        "controls_are_of_the_role: matched controls that are perturbed",
+    ),
+    (
+        "unseen_combination",
+        a_perturbed_cell_without_control,
+        "controls_are_of_the_role: perturbed cells without a matched control",
+    ),
+    (
+        "unseen_combination",
+        a_matched_control_of_another_cell_type,
+        "controls_are_of_the_role: .* controls of another cell_type",
+    ),
     (
         "unseen_perturbation",
         a_held_out_gene_in_a_training_combination,
@@ -348,11 +376,27 @@ LEAKS = [
         another_dose_of_a_held_out_combination,
         "held_out_combinations_are_unseen: combinations, one held out and one in training, that differ by dose alone",
     ),
-    ("unseen_dose", a_held_out_dose_without_another, "held_out_doses_lie_among_others: .* training holds no dose of: TF8@5"),
-    ("unseen_dose", a_held_out_dose_in_a_training_combination, "held_out_doses_lie_among_others: .* training holds in a combination"),
+    (
+        "unseen_dose",
+        a_held_out_dose_without_another,
+        "held_out_doses_lie_among_others: .* training holds no dose of: TF8@5",
+    ),
+    (
+        "unseen_dose",
+        a_held_out_dose_in_a_training_combination,
+        "held_out_doses_lie_among_others: .* training holds in a combination",
+    ),
     ("unseen_dose", other_doses_that_the_split_says_are_unseen, "members_seen_are_told: members_seen is wrong for TF"),
-    ("unseen_combination", expression_scaled_by_something_else, "expression_is_normalized: X is not the counts normalized"),
-    ("unseen_combination", a_target_sum_of_all_cells, "normalization_is_of_training: target sum .* is not the training cells' median"),
+    (
+        "unseen_combination",
+        expression_scaled_by_something_else,
+        "expression_is_normalized: X is not the counts normalized",
+    ),
+    (
+        "unseen_combination",
+        a_target_sum_of_all_cells,
+        "normalization_is_of_training: target sum .* is not the training cells' median",
+    ),
     (
         "unseen_combination",
         variable_genes_of_held_out_cells,
@@ -390,8 +434,16 @@ LEAKS = [
         control_pairs_drawn_without_the_seed,
         "controls_are_matched_by_seed: .* cells are matched with other controls than the split's seed gives",
     ),
-    ("unseen_combination", an_experiment_twice_under_two_names, "no_cell_twice: 1 held-out cells have the counts of a training cell"),
-    ("unseen_combination", de_lists_of_all_cells, "nothing_else_is_carried: pairs.h5ad carries uns rank_genes_groups_cov_all"),
+    (
+        "unseen_combination",
+        an_experiment_twice_under_two_names,
+        "no_cell_twice: 1 held-out cells have the counts of a training cell",
+    ),
+    (
+        "unseen_combination",
+        de_lists_of_all_cells,
+        "nothing_else_is_carried: pairs.h5ad carries uns rank_genes_groups_cov_all",
+    ),
     ("unseen_combination", coordinates_of_the_source, "nothing_else_is_carried: harmonized.h5ad carries obsm X_pca"),
     ("unseen_combination", an_outcome_in_obs, "nothing_else_is_carried: pairs.h5ad carries obs bulk_fitness"),
     ("unseen_combination", a_cell_with_another_label, "cells_are_those_of_the_screen: .* differ in obs perturbation"),
@@ -408,7 +460,9 @@ def test_a_clean_split_passes_and_its_files_are_digested(kind: str, prepared: di
     assert content["split_sha256"] == json.loads(here.split.read_text())["sha256"]
 
 
-@pytest.mark.parametrize(("kind", "plant", "message"), LEAKS, ids=[f"{plant.__name__}-{kind}" for kind, plant, _ in LEAKS])
+@pytest.mark.parametrize(
+    ("kind", "plant", "message"), LEAKS, ids=[f"{plant.__name__}-{kind}" for kind, plant, _ in LEAKS]
+)
 def test_a_planted_leak_is_caught_and_named(kind: str, plant: Callable, message: str, prepared_copy: Callable) -> None:
     here = prepared_copy(kind)
     here.audit.unlink()
@@ -461,7 +515,15 @@ def test_what_was_fitted_on_training_cells_is_digested(prepared: dict[str, Prepa
 
 @pytest.mark.parametrize(
     ("label", "gene"),
-    [("ATF2g1", "ATF2"), ("p-sgELK1-6", "ELK1"), ("TF1_sg2", "TF1"), ("TF1-2", "TF1"), ("TF1", None), ("RAG1", None), ("CEBPA", None)],
+    [
+        ("ATF2g1", "ATF2"),
+        ("p-sgELK1-6", "ELK1"),
+        ("TF1_sg2", "TF1"),
+        ("TF1-2", "TF1"),
+        ("TF1", None),
+        ("RAG1", None),
+        ("CEBPA", None),
+    ],
 )
 def test_guides_are_told_from_genes(label: str, gene: str | None) -> None:
     match = GUIDE.fullmatch(label)

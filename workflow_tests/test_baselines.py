@@ -12,19 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import members_of
+from perturbflow.io.artefacts import load_artefact, save_artefact
 from perturbflow.models.base import Ceiling, Model, Run, build
 from perturbflow.pairs import Context, Pairs
-from perturbflow.prediction import nonnegative, predict
+from perturbflow.predict import nonnegative, predict
 from perturbflow.registry.families import FAMILIES
-from perturbflow.symbols import members_of
-from perturbflow.training import train
+from perturbflow.train import train
 
 EMPTY = Embeddings(pd.DataFrame())
 CLOSED_FORMS = [family for family in FAMILIES.values() if family.rule == "train_closed_form"]
-IMPLEMENTATIONS = {family.implementation: {} for family in CLOSED_FORMS} | {"baselines:Linear": {"n_components": 10, "ridge": 0.1}}
+IMPLEMENTATIONS = {family.implementation: {} for family in CLOSED_FORMS} | {
+    "baselines:Linear": {"n_components": 10, "ridge": 0.1}
+}
 SHIFTS = [family.implementation for family in CLOSED_FORMS if family.kind == "baseline"]
 GENES = [f"G{i}" for i in range(12)]
 
@@ -156,7 +158,9 @@ def test_a_model_is_the_same_after_a_round_trip_through_its_file(
 ) -> None:
     cells = Pairs.read(prepared["unseen_combination"].pairs)
     model = build(implementation, IMPLEMENTATIONS[implementation])
-    artefact = model.fit(cells if isinstance(model, Ceiling) else cells.roles("train", "validation"), EMPTY, Run(seed=0))
+    artefact = model.fit(
+        cells if isinstance(model, Ceiling) else cells.roles("train", "validation"), EMPTY, Run(seed=0)
+    )
     save_artefact(tmp_path / "model.npz", artefact)
     restored = build(implementation, IMPLEMENTATIONS[implementation])
     restored.restore(load_artefact(tmp_path / "model.npz"))
@@ -197,7 +201,9 @@ def test_a_counterfactual_is_one_answer_per_cell_and_sample(effects: dict[str, n
             assert np.allclose(answers[i, j], start[j] + effects[gene], atol=1e-5)
 
 
-def test_a_model_never_sees_test_cells(prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_never_sees_test_cells(
+    prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = prepared["unseen_combination"]
     seen: dict[str, set] = {}
 
@@ -303,7 +309,16 @@ def test_no_expression_is_negative_and_positive_means_are_kept(rows: list[list[f
 def predictions(prepared: dict[str, Prepared], tmp_path: Path) -> tuple[ad.AnnData, ad.AnnData]:
     """Return predictions of the additive model, and the pairs."""
     here = prepared["unseen_combination"]
-    train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", "baselines:Additive", {}, 0)
+    train(
+        here.pairs,
+        here.embeddings,
+        here.audit,
+        tmp_path / "model.npz",
+        tmp_path / "run.json",
+        "baselines:Additive",
+        {},
+        0,
+    )
     predict(here.pairs, tmp_path / "model.npz", tmp_path / "predictions.h5ad", "baselines:Additive", {}, 0, 1000)
     return ad.read_h5ad(tmp_path / "predictions.h5ad"), ad.read_h5ad(here.pairs)
 
@@ -325,12 +340,19 @@ def test_predictions_have_the_genes_scale_and_cells_of_the_measured(predictions:
     assert predicted.X.dtype == np.float32
     assert predicted.X.data.min() >= 0
     of_batch = ["perturbation", "batch"]
-    assert predicted.obs.groupby(of_batch, observed=True).size().to_dict() == test.obs.groupby(of_batch, observed=True).size().to_dict()
+    assert (
+        predicted.obs.groupby(of_batch, observed=True).size().to_dict()
+        == test.obs.groupby(of_batch, observed=True).size().to_dict()
+    )
     assert all(len(members_of(label)) == 2 for label in predicted.obs["perturbation"].unique())
 
 
-@pytest.mark.parametrize("implementation", [family.implementation for family in CLOSED_FORMS if family.kind == "ceiling"])
-def test_the_cells_of_a_ceiling_keep_their_batch(implementation: str, prepared: dict[str, Prepared], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "implementation", [family.implementation for family in CLOSED_FORMS if family.kind == "ceiling"]
+)
+def test_the_cells_of_a_ceiling_keep_their_batch(
+    implementation: str, prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
     here = prepared["unseen_combination"]
     train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", implementation, {}, 0)
     predict(here.pairs, tmp_path / "model.npz", tmp_path / "predictions.h5ad", implementation, {}, 0, 1000)
@@ -339,7 +361,10 @@ def test_the_cells_of_a_ceiling_keep_their_batch(implementation: str, prepared: 
     assert (start["batch"].astype(str).to_numpy() == predicted.obs["batch"].astype(str).to_numpy()).all()
     duplicates = pairs[(pairs.obs["role"] == "test") & (pairs.obs["half"] == "a")]
     of = ["perturbation", "batch"]
-    assert predicted.obs.groupby(of, observed=True).size().to_dict() == duplicates.obs.groupby(of, observed=True).size().to_dict()
+    assert (
+        predicted.obs.groupby(of, observed=True).size().to_dict()
+        == duplicates.obs.groupby(of, observed=True).size().to_dict()
+    )
     if implementation.endswith("TechnicalDuplicate"):
         for batch in ("b1", "b2"):
             cells = [some[(some.obs["batch"] == batch).to_numpy()].X.toarray() for some in (predicted, duplicates)]
@@ -353,13 +378,16 @@ def test_predicted_means_are_control_plus_effect(predictions: tuple[ad.AnnData, 
     started = pairs.obs.iloc[predicted.obs.loc[rows, "control_index"].to_numpy()]["batch"].astype(str).to_numpy()
     is_start = ((pairs.obs["role"] == "test") & pairs.obs["is_control"]).to_numpy()
     of_batch = pairs.obs["batch"].astype(str).to_numpy()
-    expected = sum((started == b).mean() * pairs.X[is_start & (of_batch == b)].toarray().mean(axis=0) for b in ("b1", "b2"))
+    expected = sum(
+        (started == b).mean() * pairs.X[is_start & (of_batch == b)].toarray().mean(axis=0) for b in ("b1", "b2")
+    )
     train_cells = pairs[(pairs.obs["role"] != "test").to_numpy()]  # of validation, too
     X, batch = train_cells.X.toarray(), train_cells.obs["batch"].astype(str).to_numpy()
     for gene in members_of(label):
         of_gene = (train_cells.obs["perturbation"] == gene).to_numpy()
         control = sum(
-            (batch[of_gene] == b).mean() * X[train_cells.obs["is_control"].to_numpy() & (batch == b)].mean(axis=0) for b in ("b1", "b2")
+            (batch[of_gene] == b).mean() * X[train_cells.obs["is_control"].to_numpy() & (batch == b)].mean(axis=0)
+            for b in ("b1", "b2")
         )
         expected += X[of_gene].mean(axis=0) - control
     found = predicted.X[rows].toarray().mean(axis=0)
@@ -385,7 +413,16 @@ def test_validation_is_learned_from_unless_it_is_scored(prepared: dict[str, Prep
 
 def test_the_number_of_predicted_cells_is_capped(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_combination"]
-    train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", "baselines:NoChange", {}, 0)
+    train(
+        here.pairs,
+        here.embeddings,
+        here.audit,
+        tmp_path / "model.npz",
+        tmp_path / "run.json",
+        "baselines:NoChange",
+        {},
+        0,
+    )
     paths = [tmp_path / f"{name}.h5ad" for name in ("first", "second", "validation")]
     for path, role in zip(paths, ("test", "test", "validation"), strict=True):
         predict(here.pairs, tmp_path / "model.npz", path, "baselines:NoChange", {}, 0, 13, role)

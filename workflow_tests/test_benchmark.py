@@ -11,9 +11,9 @@ from perturbflow.benchmark import benchmark
 from perturbflow.benchmark.panel import Panel, panels
 from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
 from perturbflow.benchmark.verdicts import RANK, judge, outcome
-from perturbflow.bootstrap import MIN_PERTURBATIONS, estimate, resampled_means, share_interval
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Metric
+from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS, estimate, resampled_means, share_interval
 from perturbflow.registry.families import FAMILIES, Family
 
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
@@ -78,7 +78,9 @@ def verdicts(*tables: pd.DataFrame, least_difference: float = LEAST, caveats: tu
     """Return the verdicts of one dataset × split, by model."""
     here = panel(*tables)
     compared = compare(here, FAMILY_OF, least_difference)
-    return judge(summarize(here, FAMILY_OF), calibrate(here, FAMILY_OF), compared, least_difference, caveats).set_index("model")
+    return judge(summarize(here, FAMILY_OF), calibrate(here, FAMILY_OF), compared, least_difference, caveats).set_index(
+        "model"
+    )
 
 
 def twice(losses: dict[str, object]) -> list[pd.DataFrame]:
@@ -91,7 +93,10 @@ def around(mean: float, spread: float = 0.05, seed: int = 1) -> np.ndarray:
     return mean * HARD + np.random.default_rng(seed).normal(0, spread, N)
 
 
-FLOOR, CEILING = {"no_change": around(1.0, seed=2)}, {"technical_duplicate": around(0.2, seed=3), "perfect_mean": around(0.2, seed=3)}
+FLOOR, CEILING = (
+    {"no_change": around(1.0, seed=2)},
+    {"technical_duplicate": around(0.2, seed=3), "perfect_mean": around(0.2, seed=3)},
+)
 
 
 # --- the bootstrap --------------------------------------------------------------------------------------------------
@@ -99,7 +104,11 @@ FLOOR, CEILING = {"no_change": around(1.0, seed=2)}, {"technical_duplicate": aro
 
 @pytest.mark.parametrize("n", [6, 12, 40])
 def test_intervals_cover_the_mean_as_often_as_they_say(n: int) -> None:
-    values = np.random.default_rng(0).exponential(1.0, (600, 1, n)) if n == 40 else np.random.default_rng(0).normal(1.0, 1.0, (600, 1, n))
+    values = (
+        np.random.default_rng(0).exponential(1.0, (600, 1, n))
+        if n == 40
+        else np.random.default_rng(0).normal(1.0, 1.0, (600, 1, n))
+    )
     found = estimate(values)
     covered = ((found.low <= 1.0) & (found.high >= 1.0)).mean()
     assert 0.92 <= covered <= 0.975
@@ -175,7 +184,9 @@ def test_the_scale_is_zero_at_the_baseline_one_at_the_ceiling_and_linear_between
     assert scaled.to_dict() == pytest.approx(
         {"no_change": 0.0, "perfect_mean": 1.0, "technical_duplicate": 0.5, "learned": 0.25, "rival": -1.0}
     )
-    assert table.loc["learned", "scaled_no_change_technical_duplicate"] == pytest.approx(0.5), "a model may pass the duplicate's scale"
+    assert table.loc["learned", "scaled_no_change_technical_duplicate"] == pytest.approx(0.5), (
+        "a model may pass the duplicate's scale"
+    )
     assert table.loc["learned", ["scaled_ci_low", "scaled_ci_high"]].tolist() == pytest.approx([0.25, 0.25])
     assert table["scaled_perturbed_mean_technical_duplicate"].isna().all(), "no perturbed_mean among the runs"
     assert table["scaled_no_change_interpolated_duplicate"].isna().all()
@@ -193,11 +204,20 @@ def test_the_scale_rests_on_what_all_three_are_defined_for() -> None:
     learned[:3], floor[3:5] = np.nan, np.nan
     table = summarize(panel(scores({"no_change": floor, **CEILING, "learned": learned})), FAMILY_OF).set_index("model")
     assert table.loc["learned", "scaled_no_change_technical_duplicate"] == pytest.approx(0.5)
-    assert table["n_perturbations"].to_dict() == {"no_change": 18, "technical_duplicate": 20, "perfect_mean": 20, "learned": 17}
+    assert table["n_perturbations"].to_dict() == {
+        "no_change": 18,
+        "technical_duplicate": 20,
+        "perfect_mean": 20,
+        "learned": 17,
+    }
 
 
 def test_one_row_per_run_and_metric_in_the_order_of_the_scores() -> None:
-    tables = [scores({model: [[1.0, 3.0], [3.0, 5.0]]}, metric) for model in ("rival", "learned") for metric in ("loss", "score")]
+    tables = [
+        scores({model: [[1.0, 3.0], [3.0, 5.0]]}, metric)
+        for model in ("rival", "learned")
+        for metric in ("loss", "score")
+    ]
     table = summarize(panel(*tables), FAMILY_OF)
     assert table[["model", "seed", "metric"]].to_numpy().tolist() == [
         [model, seed, metric] for model in ("rival", "learned") for seed in (0, 1) for metric in ("loss", "score")
@@ -231,14 +251,18 @@ def test_dynamic_range_and_share_of_wins_of_planted_scores() -> None:
     ],
 )
 def test_a_metric_that_cannot_tell_says_why(ceiling: np.ndarray, n: int, reason: str) -> None:
-    (row,) = calibrate(panel(scores({"no_change": FLOOR["no_change"][:n], "technical_duplicate": ceiling[:n]})), FAMILY_OF).itertuples()
+    (row,) = calibrate(
+        panel(scores({"no_change": FLOOR["no_change"][:n], "technical_duplicate": ceiling[:n]})), FAMILY_OF
+    ).itertuples()
     assert row.verdict == "cannot tell"
     assert reason in row.reason
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_negative_control_that_is_perfect_leaves_no_range() -> None:
-    (row,) = calibrate(panel(scores({"no_change": np.zeros(N), "technical_duplicate": np.zeros(N)})), FAMILY_OF).itertuples()
+    (row,) = calibrate(
+        panel(scores({"no_change": np.zeros(N), "technical_duplicate": np.zeros(N)})), FAMILY_OF
+    ).itertuples()
     assert np.isnan([row.drf, row.drf_low, row.drf_high]).all()
     assert (row.bds, row.verdict) == (0.5, "cannot tell")
 
@@ -284,8 +308,12 @@ def test_differences_under_missing_scores_are_those_of_the_common_perturbations(
 def test_seeds_are_paired_and_widen_the_interval() -> None:
     shift = np.array([[-0.3], [0.0], [0.3]])
     floor = np.tile(FLOOR["no_change"], (3, 1))
-    rows = compared(scores({"no_change": floor + shift, "learned": floor + shift - 0.1, "rival": floor - 0.1})).set_index("model")
-    assert rows.loc["learned", ["ci_low", "ci_high"]].tolist() == pytest.approx([0.1, 0.1]), "what a seed does to both cancels"
+    rows = compared(
+        scores({"no_change": floor + shift, "learned": floor + shift - 0.1, "rival": floor - 0.1})
+    ).set_index("model")
+    assert rows.loc["learned", ["ci_low", "ci_high"]].tolist() == pytest.approx([0.1, 0.1]), (
+        "what a seed does to both cancels"
+    )
     assert rows.loc["rival", "difference"] == pytest.approx(0.1)
     assert rows.loc["rival", "verdict"] == "undecided"
 
@@ -293,7 +321,13 @@ def test_seeds_are_paired_and_widen_the_interval() -> None:
 def test_the_best_baseline_is_the_best_other_one_that_predicts_as_many_perturbations() -> None:
     partial = around(0.1)
     partial[:5] = np.nan
-    models = {**FLOOR, "additive": around(0.5), "perturbed_mean": partial, "shuffled_labels": around(0.3), "learned": around(0.4)}
+    models = {
+        **FLOOR,
+        "additive": around(0.5),
+        "perturbed_mean": partial,
+        "shuffled_labels": around(0.3),
+        "learned": around(0.4),
+    }
     here = panel(scores(models))
     rows = compare(here, FAMILY_OF, LEAST)
     best = rows[rows["is_best_baseline"]].set_index("model")["baseline"].to_dict()
@@ -301,10 +335,16 @@ def test_the_best_baseline_is_the_best_other_one_that_predicts_as_many_perturbat
                     "learned": "additive"}  # fmt: skip
     summary = summarize(here, FAMILY_OF)
     assert summary.loc[summary["is_best_baseline"], "model"].tolist() == ["additive"]
-    assert set(rows["baseline"]) == {"no_change", "additive", "perturbed_mean", "shuffled_labels"}, "baselines and ablations"
+    assert set(rows["baseline"]) == {"no_change", "additive", "perturbed_mean", "shuffled_labels"}, (
+        "baselines and ablations"
+    )
 
 
-WAY = {"no_change": HARD * 1.0, "perfect_mean": HARD * 0.0, "technical_duplicate": HARD * 0.1}  # from 1 to 0, on average
+WAY = {
+    "no_change": HARD * 1.0,
+    "perfect_mean": HARD * 0.0,
+    "technical_duplicate": HARD * 0.1,
+}  # from 1 to 0, on average
 
 
 def shifted(share: float, spread: float) -> np.ndarray:
@@ -336,7 +376,9 @@ def test_the_least_difference_moves_verdicts_alone() -> None:
 
 def test_without_a_way_every_difference_counts_and_none_is_level() -> None:
     for ceiling in ({}, {"perfect_mean": around(1.0, 0.5, seed=5)}):
-        table = compared(scores({**FLOOR, **ceiling, "learned": FLOOR["no_change"] - 1e-3, "rival": around(1.0)})).set_index("model")
+        table = compared(
+            scores({**FLOOR, **ceiling, "learned": FLOOR["no_change"] - 1e-3, "rival": around(1.0)})
+        ).set_index("model")
         assert table["verdict"].to_dict().items() >= {"learned": "better", "rival": "undecided"}.items()
         assert (table["margin"] == 0).all()
         assert table["share"].isna().all()
@@ -365,7 +407,11 @@ def test_strata_by_members_seen_are_named_and_headlines_only() -> None:
     facts = {"n_members": 2, "members_seen": seen}
     table = stratify(panel(scores({"learned": seen}, **facts), scores({"learned": seen}, "width", **facts)), FAMILY_OF)
     assert table["metric"].unique().tolist() == ["loss"]
-    assert table[["bin", "value", "n_perturbations"]].to_numpy().tolist() == [["0 of 2", 0, 4], ["1 of 2", 1, 4], ["2 of 2", 2, 4]]
+    assert table[["bin", "value", "n_perturbations"]].to_numpy().tolist() == [
+        ["0 of 2", 0, 4],
+        ["1 of 2", 1, 4],
+        ["2 of 2", 2, 4],
+    ]
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
@@ -386,7 +432,10 @@ def on_two(loss: float, score: float) -> Callable[[str], float]:
     ],
 )
 def test_verdict_words_of_planted_models(loss: float, score: float, word: str, starts: str) -> None:
-    tables = [scores({**FLOOR, **CEILING, "learned": around(mean)}, metric) for metric, mean in (("loss", loss), ("score", score))]
+    tables = [
+        scores({**FLOOR, **CEILING, "learned": around(mean)}, metric)
+        for metric, mean in (("loss", loss), ("score", score))
+    ]
     row = verdicts(*tables).loc["learned"]
     assert row["verdict"] == word
     assert row["sentence"].startswith(starts)
@@ -398,7 +447,12 @@ def test_a_metric_that_cannot_tell_does_not_count_and_is_named() -> None:
     blind = scores({**FLOOR, "technical_duplicate": around(1.0, seed=6), "learned": around(2.0)}, "score")
     models = {**FLOOR, **CEILING, "learned": around(0.3)}
     row = verdicts(scores(models), blind, scores(models, RANK)).loc["learned"]
-    assert (row["verdict"], row["wins"], row["cannot_tell"], row["undecided"]) == ("better", f"loss,{RANK}", "score", "")
+    assert (row["verdict"], row["wins"], row["cannot_tell"], row["undecided"]) == (
+        "better",
+        f"loss,{RANK}",
+        "score",
+        "",
+    )
     assert row["sentence"].endswith("cannot tell here: effect.")
 
 
@@ -415,7 +469,9 @@ def test_level_is_shown_by_all_metrics_and_undecided_ones_leave_it_open() -> Non
     level, open_ = {**WAY, "learned": shifted(0.0, 0.01)}, {**WAY, "learned": shifted(0.0, 0.5)}
     row = verdicts(scores(level), scores(level, "score")).loc["learned"]
     assert (row["verdict"], row["level"]) == ("level", "loss,score")
-    assert row["sentence"].startswith("Level with no_change: level within 2 % on error (0 % of the way from no change to the ceiling, -0.")
+    assert row["sentence"].startswith(
+        "Level with no_change: level within 2 % on error (0 % of the way from no change to the ceiling, -0."
+    )
     row = verdicts(scores(level), scores(open_, "score")).loc["learned"]
     assert (row["verdict"], row["level"], row["undecided"]) == ("cannot tell", "loss", "score")
     assert row["sentence"].startswith("Cannot be told from no_change: level within 2 % on error (")
@@ -442,23 +498,33 @@ def test_what_a_verdict_rests_on_stands_beside_it() -> None:
     n = MIN_PERTURBATIONS - 1
     few = {name: losses[:n] for name, losses in {**FLOOR, **CEILING, "learned": around(0.5)}.items()}
     table = verdicts(*twice(few), caveats=("One batch.",))
-    assert table.loc["no_change", "caveats"] == "It rests on 5 held-out perturbations: fewer than 6 tell nothing. One batch."
+    assert (
+        table.loc["no_change", "caveats"]
+        == "It rests on 5 held-out perturbations: fewer than 6 tell nothing. One batch."
+    )
     assert "It rests on one seed" in table.loc["learned", "caveats"]
-    enough = verdicts(*twice({name: np.tile(losses, (2, 1)) for name, losses in {**FLOOR, **CEILING, "learned": around(0.5)}.items()}))
+    enough = verdicts(
+        *twice({name: np.tile(losses, (2, 1)) for name, losses in {**FLOOR, **CEILING, "learned": around(0.5)}.items()})
+    )
     assert (enough["caveats"] == "").all()
 
 
 def test_one_positive_control_that_beats_all_negative_ones_is_enough() -> None:
     noisy = {**FLOOR, "perturbed_mean": around(0.7), "technical_duplicate": around(0.7, seed=7), "learned": around(0.3)}
     assert verdicts(*twice(noisy)).loc["learned", "verdict"] == "cannot tell"
-    assert verdicts(*twice({**noisy, "interpolated_duplicate": around(0.2, seed=8)})).loc["learned", "verdict"] == "better"
+    assert (
+        verdicts(*twice({**noisy, "interpolated_duplicate": around(0.2, seed=8)})).loc["learned", "verdict"] == "better"
+    )
 
 
 def test_few_perturbations_and_no_baseline_cannot_be_judged() -> None:
     n = MIN_PERTURBATIONS - 1
     few = {"no_change": FLOOR["no_change"][:n], "learned": around(0.1)[:n]}
     row = verdicts(scores(few)).loc["learned"]
-    assert (row["verdict"], row["sentence"]) == ("cannot tell", "This screen cannot rank models: 5 perturbations are too few.")
+    assert (row["verdict"], row["sentence"]) == (
+        "cannot tell",
+        "This screen cannot rank models: 5 perturbations are too few.",
+    )
     row = verdicts(scores({"learned": around(0.5)})).loc["learned"]
     assert row["sentence"] == "Cannot be judged: no other baseline is among the runs."
 
@@ -473,7 +539,13 @@ def test_several_best_baselines_are_named_metric_by_metric() -> None:
 
 
 def test_the_difference_to_the_stack_is_named_too() -> None:
-    models = {**FLOOR, **CEILING, "additive": around(0.5, seed=2), "gaussian_process": around(0.7, seed=3), "learned": around(0.6, seed=4)}
+    models = {
+        **FLOOR,
+        **CEILING,
+        "additive": around(0.5, seed=2),
+        "gaussian_process": around(0.7, seed=3),
+        "learned": around(0.6, seed=4),
+    }
     row = verdicts(*twice(models)).loc["learned"]
     assert row["verdict"] == "worse"
     assert "Better than gaussian_process: wins error (+1" in row["sentence"]
@@ -481,15 +553,31 @@ def test_the_difference_to_the_stack_is_named_too() -> None:
 
 
 def test_a_model_no_better_than_an_ablation_is_told_so() -> None:
-    models = {**FLOOR, **CEILING, "shuffled_labels": around(0.5, seed=5), "learned": around(0.5), "rival": around(0.3, seed=6)}
+    models = {
+        **FLOOR,
+        **CEILING,
+        "shuffled_labels": around(0.5, seed=5),
+        "learned": around(0.5),
+        "rival": around(0.3, seed=6),
+    }
     table = verdicts(*twice(models))
     assert table.loc["learned", "verdict"] == "better"
-    assert table["no_better_than"].to_dict() == {"no_change": "", "shuffled_labels": "", "learned": "shuffled_labels", "rival": ""}
+    assert table["no_better_than"].to_dict() == {
+        "no_change": "",
+        "shuffled_labels": "",
+        "learned": "shuffled_labels",
+        "rival": "",
+    }
     assert "No better than shuffled_labels" in table.loc["learned", "sentence"]
 
 
 def test_mode_collapse_is_flagged_unless_measured_cells_collapse_too() -> None:
-    ranks = {"no_change": np.full(N, 0.5), "technical_duplicate": np.full(N, 0.1), "learned": np.full(N, 0.45), "rival": np.full(N, 0.3)}
+    ranks = {
+        "no_change": np.full(N, 0.5),
+        "technical_duplicate": np.full(N, 0.1),
+        "learned": np.full(N, 0.45),
+        "rival": np.full(N, 0.3),
+    }
     table = verdicts(scores(ranks, RANK))
     assert table["mode_collapse"].to_dict() == {"no_change": True, "learned": True, "rival": False}
     assert "Mode collapse: rank_cosine_off_target 0.45" in table.loc["learned", "sentence"]
@@ -506,7 +594,10 @@ def test_outcomes() -> None:
 
 
 def test_folds_are_pooled_after_them() -> None:
-    folds = [scores({**FLOOR, "learned": around(i)}, split=f"genes_fold_{i}", labels=[f"F{i}P{j}" for j in range(N)]) for i in (1, 2)]
+    folds = [
+        scores({**FLOOR, "learned": around(i)}, split=f"genes_fold_{i}", labels=[f"F{i}P{j}" for j in range(N)])
+        for i in (1, 2)
+    ]
     found = list(panels(pd.concat([*folds, scores(FLOOR, split="other")])))
     assert [(panel.split, len(panel.perturbations)) for panel in found] == [
         ("genes_fold_1", N), ("genes_fold_2", N), ("other", N), ("genes", 2 * N)
@@ -544,7 +635,18 @@ def test_all_tables_are_written_with_their_keys(tmp_path: Path) -> None:
     }  # fmt: skip
     for table in tables.values():
         assert table.columns[:2].tolist() == ["dataset", "split"]
-    existing = ["dataset", "split", "model", "seed", "metric", "value", "ci_low", "ci_high", "n_perturbations", "better"]
+    existing = [
+        "dataset",
+        "split",
+        "model",
+        "seed",
+        "metric",
+        "value",
+        "ci_low",
+        "ci_high",
+        "n_perturbations",
+        "better",
+    ]
     assert tables["benchmark"].columns[:10].tolist() == existing
     first = {name: arguments[name].read_bytes() for name in TABLES}
     benchmark(**arguments)

@@ -20,7 +20,7 @@ FAULTS = {
     "ruff-check": ("scripts/perturbflow/errors.py", '"""\n', '"""\n\nimport os\n', "F401"),
     "ruff-format": ("scripts/perturbflow/colours.py", " = ", "  =  ", "colours.py"),
     "snakefmt": ("rules/split.smk", "    input:\n", "    input :\n", "would be changed"),
-    "mypy": ("scripts/perturbflow/files.py", ".hexdigest()", ".digest()", "[return-value]"),
+    "mypy": ("scripts/perturbflow/io/files.py", ".hexdigest()", ".digest()", "[return-value]"),
 }
 
 
@@ -28,7 +28,9 @@ def done(hook: str, folder: Path) -> subprocess.CompletedProcess:
     """Run a hook's command in a folder, with the tools of this environment."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = shlex.split(HOOKS[hook]["entry"])
-    return subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of all that is checked; every test leaves it as it was."""
     folder = copy_repository(tmp_path_factory.mktemp("copy") / "repository")
     shutil.copy(REPOSITORY / "pyproject.toml", folder)
-    shutil.copytree(REPOSITORY / "workflow_tests", folder / "workflow_tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        REPOSITORY / "workflow_tests", folder / "workflow_tests", ignore=shutil.ignore_patterns("__pycache__")
+    )
     return folder
 
 
@@ -63,7 +67,9 @@ def test_a_check_finds_a_planted_fault(hook: str, copy: Path) -> None:
 
 def test_hooks_have_the_versions_of_the_tests() -> None:
     """They are of the tests' environment, so a version of their own would be a second place for it."""
-    pinned = set(re.findall(r"^([\w.-]+)==", (REPOSITORY / "envs" / "requirements-test.txt").read_text(), flags=re.MULTILINE))
+    pinned = set(
+        re.findall(r"^([\w.-]+)==", (REPOSITORY / "envs" / "requirements-test.txt").read_text(), flags=re.MULTILINE)
+    )
     assert {repository["repo"] for repository in CONFIG["repos"]} == {"local"}
     for hook in HOOKS.values():
         assert hook["language"] == "system"
@@ -72,6 +78,11 @@ def test_hooks_have_the_versions_of_the_tests() -> None:
 
 
 def test_every_exception_from_types_has_its_reason() -> None:
-    lines = [line for file in (REPOSITORY / "scripts").rglob("*.py") for line in file.read_text().splitlines() if "type: ignore" in line]
+    lines = [
+        line
+        for file in (REPOSITORY / "scripts").rglob("*.py")
+        for line in file.read_text().splitlines()
+        if "type: ignore" in line
+    ]
     without = [line for line in lines if not re.search(r"# type: ignore\[[a-z-]+\]  # \w", line)]
     assert not without

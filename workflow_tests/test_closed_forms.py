@@ -9,16 +9,16 @@ import pytest
 from scipy import sparse
 
 from perturbflow.embeddings import Embeddings
-from perturbflow.models.ablations import BatchOnly, ShuffledLabels
+from perturbflow.genes.symbols import members_of
 from perturbflow.models.base import Run, build
-from perturbflow.models.baselines import Additive, LatentSum, Transfer
-from perturbflow.models.ceilings import InterpolatedDuplicate
-from perturbflow.models.regressions import KernelRidge
-from perturbflow.models.set_gp import SetGP
-from perturbflow.models.shift import MeanShift, Training, least_error
+from perturbflow.models.closed_form.ablations import BatchOnly, ShuffledLabels
+from perturbflow.models.closed_form.base import MeanShift, Training, least_error
+from perturbflow.models.closed_form.baselines import Additive, LatentSum, Transfer
+from perturbflow.models.closed_form.ceilings import InterpolatedDuplicate
+from perturbflow.models.closed_form.regressions import KernelRidge
+from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.pairs import Context, Pairs
 from perturbflow.registry.families import FAMILIES
-from perturbflow.symbols import members_of
 
 N_GENES = 60
 TARGETS = [f"G{i}" for i in range(12)]
@@ -26,7 +26,12 @@ NO_VECTORS = Embeddings(pd.DataFrame())
 
 
 def make_training(
-    effects: dict[str, np.ndarray], embeddings: Embeddings = NO_VECTORS, n: int = 40, noise: float = 0.2, batches: int = 1, seed: int = 0
+    effects: dict[str, np.ndarray],
+    embeddings: Embeddings = NO_VECTORS,
+    n: int = 40,
+    noise: float = 0.2,
+    batches: int = 1,
+    seed: int = 0,
 ) -> Training:
     """Return training cells with these effects, n per perturbation and batch, around controls of level 3."""
     rng = np.random.default_rng(seed)
@@ -36,10 +41,14 @@ def make_training(
             m = 2 * n if label == "control" else n
             blocks.append(3.0 + 0.5 * batch + effect + noise * rng.normal(size=(m, N_GENES)))
             rows += [(label, label == "control", f"b{batch}")] * m
-    obs = pd.DataFrame(rows, columns=["perturbation", "is_control", "batch"]).assign(cell_type="t", role="train", half="")
+    obs = pd.DataFrame(rows, columns=["perturbation", "is_control", "batch"]).assign(
+        cell_type="t", role="train", half=""
+    )
     index = np.full((len(obs), 1), -1, dtype=np.int32)
     genes = [f"G{i}" for i in range(N_GENES)]
-    return Training.of(Pairs(sparse.csr_matrix(np.vstack(blocks)), obs, genes, index, np.arange(len(obs))), embeddings, 0)
+    return Training.of(
+        Pairs(sparse.csr_matrix(np.vstack(blocks)), obs, genes, index, np.arange(len(obs))), embeddings, 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +63,17 @@ def vectors() -> Embeddings:
     """Return vectors of all targets and of three genes that training lacks."""
     rng = np.random.default_rng(1)
     genes = [*TARGETS, "G30", "G31", "G32"]
-    return Embeddings(pd.DataFrame(rng.normal(size=(len(genes), 3)), index=genes, columns=["known:0", "known:1", "known:2"]))
+    return Embeddings(
+        pd.DataFrame(rng.normal(size=(len(genes), 3)), index=genes, columns=["known:0", "known:1", "known:2"])
+    )
 
 
 def doubles(singles: dict[str, np.ndarray], factor: float = 1.0) -> dict[str, np.ndarray]:
     """Return neighbouring targets combined: a factor times the sum."""
-    return {f"{a}+{b}": factor * (singles[a] + singles[b]) for a, b in zip(sorted(TARGETS), sorted(TARGETS)[1:], strict=False)}
+    return {
+        f"{a}+{b}": factor * (singles[a] + singles[b])
+        for a, b in zip(sorted(TARGETS), sorted(TARGETS)[1:], strict=False)
+    }
 
 
 def error(model: MeanShift, label: str, truth: np.ndarray, off: tuple[str, ...] = ()) -> float:
@@ -109,7 +123,9 @@ def test_sums_of_unseen_members_have_constants_of_their_own(singles: dict[str, n
     shrunken = family("shrunken_additive").learned(training)
     assert shrunken.artefact["factors"][1] < shrunken.artefact["factors"][0]
     latent = family("latent_additive").learned(training)
-    by_genes, by_combinations = (sum(error(latent._chosen[name], label, pairs[label]) for label in unseen) for name in ("unseen", "seen"))
+    by_genes, by_combinations = (
+        sum(error(latent._chosen[name], label, pairs[label]) for label in unseen) for name in ("unseen", "seen")
+    )
     assert sum(error(latent, label, pairs[label]) for label in unseen) == by_genes
     assert by_genes <= by_combinations
 
@@ -128,7 +144,9 @@ def test_the_latent_sum_of_enough_directions_is_ridge_regression_on_members(sing
 
     training = make_training(singles)
     ours = LatentSum(1000, 0.7).learned(training)
-    indicators = np.array([[gene in members_of(label) for gene in training.effects.genes] for label in training.effects.labels], float)
+    indicators = np.array(
+        [[gene in members_of(label) for gene in training.effects.genes] for label in training.effects.labels], float
+    )
     theirs = Ridge(alpha=0.7).fit(indicators, training.effects.values)
     predicted = np.stack([ours.effect(label) for label in training.effects.labels])
     np.testing.assert_allclose(predicted, theirs.predict(indicators), atol=1e-4)
@@ -147,7 +165,10 @@ def test_an_unseen_gene_is_told_from_its_vector(name: str, worst: float, singles
     ours, theirs = 0.0, 0.0
     for gene in ("G30", "G31", "G32"):
         truth = table.table.loc[gene].to_numpy() @ programmes
-        ours, theirs = ours + error(model, gene, truth), theirs + float(np.linalg.norm(mean - truth) / np.linalg.norm(truth))
+        ours, theirs = (
+            ours + error(model, gene, truth),
+            theirs + float(np.linalg.norm(mean - truth) / np.linalg.norm(truth)),
+        )
     assert ours < theirs
     assert ours / 3 < worst
 
@@ -229,7 +250,9 @@ def test_transfer_weighs_contexts_alike(singles: dict[str, np.ndarray]) -> None:
     # Means of contexts: half of the extra in the second; centred: half of it again, in one of two contexts; of that a half.
     mean = (singles["G0"] + singles["G1"]).mean() / 2
     np.testing.assert_allclose(model.effect("G77").mean(), mean + 0.25, atol=0.05)
-    np.testing.assert_allclose(model.effect("G0").mean(), mean + 0.25 + 0.5 * (singles["G0"].mean() - mean + 0.25), atol=0.05)
+    np.testing.assert_allclose(
+        model.effect("G0").mean(), mean + 0.25 + 0.5 * (singles["G0"].mean() - mean + 0.25), atol=0.05
+    )
 
 
 def test_contexts_with_few_cells_or_no_controls_do_not_count(singles: dict[str, np.ndarray]) -> None:
@@ -332,7 +355,9 @@ def test_batch_only_tells_batches_apart_and_nothing_else(singles: dict[str, np.n
     start = pairs.X[pairs.is_control][:60].toarray()
 
     def change(batch: str) -> np.ndarray:
-        predicted = model.predict(start, ["G0", "G1"], 60, 0, Context(np.repeat(f"{batch}|t", 60), {f"{batch}|t": start.mean(axis=0)}))
+        predicted = model.predict(
+            start, ["G0", "G1"], 60, 0, Context(np.repeat(f"{batch}|t", 60), {f"{batch}|t": start.mean(axis=0)})
+        )
         np.testing.assert_array_equal(predicted[0], predicted[1])
         return predicted[0].mean(axis=0) - start.mean(axis=0)
 
@@ -347,7 +372,9 @@ def held_out_pairs() -> Callable[[np.ndarray], Pairs]:
     """Return a function: a screen with one held-out perturbation of this effect, in halves, and two training perturbations."""
 
     def make(effect: np.ndarray) -> Pairs:
-        training = make_training({"G1": np.ones(N_GENES), "G2": np.ones(N_GENES), "G3": effect, "extra": np.zeros(N_GENES)}, n=60)
+        training = make_training(
+            {"G1": np.ones(N_GENES), "G2": np.ones(N_GENES), "G3": effect, "extra": np.zeros(N_GENES)}, n=60
+        )
         obs = training.pairs.obs.copy()
         is_test = obs["perturbation"].isin(["G3", "extra"]).to_numpy()
         obs.loc[is_test, "role"] = "test"
@@ -359,7 +386,9 @@ def held_out_pairs() -> Callable[[np.ndarray], Pairs]:
     return make
 
 
-def test_the_interpolated_duplicate_is_the_duplicate_where_sure_and_the_mean_effect_where_not(held_out_pairs: Callable) -> None:
+def test_the_interpolated_duplicate_is_the_duplicate_where_sure_and_the_mean_effect_where_not(
+    held_out_pairs: Callable,
+) -> None:
     effect = np.where(np.arange(N_GENES) < 20, -2.0, 0.0)
     pairs = held_out_pairs(effect)
     model = InterpolatedDuplicate()

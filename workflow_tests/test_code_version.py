@@ -13,18 +13,18 @@ from types import CodeType, FrameType
 import pytest
 from conftest import DOSED, QUERY, SPECS, Prepared, copy_repository, make_screen, merged, prepare
 
-from perturbflow import code_version as subject
 from perturbflow.benchmark import benchmark
-from perturbflow.code_version import code_version, definitions, entry_point
 from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.figures import draw
 from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.evaluation import evaluate
-from perturbflow.prediction import predict
+from perturbflow.predict import predict
+from perturbflow.provenance import code_version as subject
+from perturbflow.provenance.code_version import code_version, definitions, entry_point
 from perturbflow.quality import quality
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
-from perturbflow.training import train
+from perturbflow.train import train
 
 STEPS = sorted(path.stem for path in subject.SCRIPTS.glob("*.py"))
 
@@ -257,11 +257,17 @@ def test_a_module_that_is_handed_on_counts_whole(use: str, package: Package) -> 
 
 def test_names_that_came_by_a_star_count(package: Package) -> None:
     path = package.folder / "step.py"
-    path.write_text(path.read_text().replace("from perturbflow.bases import Base, decorated, trusted", "from perturbflow.bases import *"))
+    path.write_text(
+        path.read_text().replace(
+            "from perturbflow.bases import Base, decorated, trusted", "from perturbflow.bases import *"
+        )
+    )
     assert package.changed_by(("bases.py", "rate = 1", "rate = 2"))
 
 
-def test_a_root_is_found_behind_the_name_that_a_package_gives_it_and_a_misspelt_one_is_not_passed_over(package: Package) -> None:
+def test_a_root_is_found_behind_the_name_that_a_package_gives_it_and_a_misspelt_one_is_not_passed_over(
+    package: Package,
+) -> None:
     assert "perturbflow.step:work" in definitions("perturbflow:work")
     for root in ("perturbflow.step:wrok", "perturbflow.pets:work"):
         with pytest.raises(LookupError):
@@ -292,20 +298,34 @@ ADDITIVE, JEPA = (f"perturbflow.models.{FAMILIES[name].implementation}" for name
 @pytest.mark.parametrize(
     ("step", "roots", "edit"),
     [
-        ("train", [ADDITIVE], ("files.py", 'raise InputError(f"', 'raise InputError(f"Really: ')),
-        ("train", [ADDITIVE], ("models/baselines.py", "", "\n\nclass Another(Additive):\n    pass\n")),
+        ("train", [ADDITIVE], ("io/files.py", 'raise InputError(f"', 'raise InputError(f"Really: ')),
+        ("train", [ADDITIVE], ("models/closed_form/baselines.py", "", "\n\nclass Another(Additive):\n    pass\n")),
         ("train", [ADDITIVE], ("models/jepa.py", "", "\n\nX = 1\n")),
         ("train", [ADDITIVE], ("cli.py", '"%s failed"', '"%s did not end well"')),
         ("train", [JEPA], ("cli.py", "default: {parameter.default}", "without it: {parameter.default}")),
-        ("train", [ADDITIVE], ("registry/families.py", '_baseline("baselines:NoChange")', '_baseline("baselines:Additive")')),
+        (
+            "train",
+            [ADDITIVE],
+            (
+                "registry/families.py",
+                '_baseline("closed_form.baselines:NoChange")',
+                '_baseline("closed_form.baselines:Additive")',
+            ),
+        ),
         ("train", [JEPA], ("evaluation/metrics.py", "useless: float", "useless: int")),
         ("evaluate", [], ("evaluation/pseudobulk.py", "", "\n\ndef another(s):\n    return s\n")),
-        ("harmonize", [], ("recipes.py", "", "\n\ndef another(files, dataset):\n    return 1\n")),
+        ("harmonize", [], ("screens/recipes.py", "", "\n\ndef another(files, dataset):\n    return 1\n")),
         ("prior", ["perturbflow.priors:go"], ("priors/interactions.py", "", "\n\nX = 1\n")),
-        ("prior", ["perturbflow.priors:go"], ("priors/__init__.py", "import interaction_vectors", "import chemical_vectors")),
+        (
+            "prior",
+            ["perturbflow.priors:go"],
+            ("priors/__init__.py", "import interaction_vectors", "import chemical_vectors"),
+        ),
     ],
 )
-def test_what_a_step_does_not_do_leaves_its_version(step: str, roots: list[str], edit: tuple, of_steps: Callable[..., Package]) -> None:
+def test_what_a_step_does_not_do_leaves_its_version(
+    step: str, roots: list[str], edit: tuple, of_steps: Callable[..., Package]
+) -> None:
     assert not of_steps(step, *roots).changed_by(edit)
 
 
@@ -315,19 +335,21 @@ def test_what_a_step_does_not_do_leaves_its_version(step: str, roots: list[str],
         ("pair", [], ("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 9")),
         ("train", [ADDITIVE], ("models/base.py", "np.arange(n) %", "np.arange(n) //")),
         ("evaluate", [], ("evaluation/metrics.py", "d.auprc, ", "d.auroc, ")),
-        ("harmonize", [], ("kernels.py", "@compiled", "@uncompiled")),
+        ("harmonize", [], ("io/kernels.py", "@compiled", "@uncompiled")),
         ("report", [], ("report/report_template.html", "<body", "<body lang='en'")),
-        ("harmonize", ["perturbflow.recipes:renge2023"], ("recipes.py", "np.expm1(", "np.exp(")),
+        ("harmonize", ["perturbflow.screens.recipes:renge2023"], ("screens/recipes.py", "np.expm1(", "np.exp(")),
         ("prior", ["perturbflow.priors:ppi"], ("priors/tables.py", "N_DIMENSIONS = 64", "N_DIMENSIONS = 32")),
     ],
 )
-def test_what_a_step_does_is_its_version(step: str, roots: list[str], edit: tuple, of_steps: Callable[..., Package]) -> None:
+def test_what_a_step_does_is_its_version(
+    step: str, roots: list[str], edit: tuple, of_steps: Callable[..., Package]
+) -> None:
     assert of_steps(step, *roots).changed_by(edit)
 
 
 def test_the_table_of_symbols_counts(of_steps: Callable[..., Package]) -> None:
     package = of_steps("split")
-    before, table = package.version(), package.folder / "hgnc.tsv.gz"
+    before, table = package.version(), package.folder / "genes/hgnc.tsv.gz"
     content = table.read_bytes()
     table.write_bytes(content + b"\0")
     assert package.version() != before
@@ -335,9 +357,13 @@ def test_the_table_of_symbols_counts(of_steps: Callable[..., Package]) -> None:
 
 
 def test_an_edit_concerns_the_families_that_use_it(of_steps: Callable[..., Package]) -> None:
-    edit = ("models/regressions.py", "RIDGES = (0.03,", "RIDGES = (0.02,")
+    edit = ("models/closed_form/regressions.py", "RIDGES = (0.03,", "RIDGES = (0.02,")
     roots = {name: f"perturbflow.models.{family.implementation}" for name, family in FAMILIES.items()}
-    stale = {name for name in ("additive", "linear", "ridge", "random_forest") if of_steps("train", roots[name]).changed_by(edit)}
+    stale = {
+        name
+        for name in ("additive", "linear", "ridge", "random_forest")
+        if of_steps("train", roots[name]).changed_by(edit)
+    }
     assert stale == {"ridge"}
 
 
@@ -354,8 +380,18 @@ def test_no_step_counts_the_command_line_or_a_module_whole(step: str) -> None:
 
 
 # What reading the code cannot see. Whoever needs one of these names a further root, as the families, recipes and priors do.
-BLIND = {"globals", "locals", "eval", "exec", "__import__", "import_module", "__subclasses__", "__init_subclass__", "singledispatch"}
-SEEN_TO = {("models/base.py", "import_module"), ("recipes.py", "globals"), ("priors/__init__.py", "globals")}
+BLIND = {
+    "globals",
+    "locals",
+    "eval",
+    "exec",
+    "__import__",
+    "import_module",
+    "__subclasses__",
+    "__init_subclass__",
+    "singledispatch",
+}
+SEEN_TO = {("models/base.py", "import_module"), ("screens/recipes.py", "globals"), ("priors/__init__.py", "globals")}
 
 
 def words_of(tree: ast.Module) -> set[str]:
@@ -372,20 +408,28 @@ def test_code_is_reached_by_names_alone() -> None:
         assert {(place, word) for word in words_of(tree) & BLIND} <= SEEN_TO
         name = ".".join(path.relative_to(subject.SCRIPTS).with_suffix("").parts).removesuffix(".__init__")
         module = subject._module(name)
-        assert not {subject.LOOSE, "__getattr__"} & set(module.statements), f"{place}: what only an import runs has no name"
+        assert not {subject.LOOSE, "__getattr__"} & set(module.statements), (
+            f"{place}: what only an import runs has no name"
+        )
         assert "*" not in module.imports
         decorators = [
-            subject._dotted(getattr(word, "func", word)) for node in ast.walk(tree) for word in getattr(node, "decorator_list", [])
+            subject._dotted(getattr(word, "func", word))
+            for node in ast.walk(tree)
+            for word in getattr(node, "decorator_list", [])
         ]
         own = {meaning for word in decorators for meaning in subject._meanings(name, word, {}) if ":" in meaning}
         # The verbs of the command are no part of any step.
-        assert own <= {"perturbflow.compiled:compiled", "perturbflow.command:perturbflow"}, (
+        assert own <= {"perturbflow.io.compiled:compiled", "perturbflow.command:perturbflow"}, (
             f"{place}: what a decorator puts into a table is reached by no name"
         )
 
 
-def test_the_whole_package_without_comments_and_layout_is_the_same(scripts: Path, of_steps: Callable[..., Package]) -> None:
-    roots = [of_steps(step).roots[0] for step in STEPS] + [f"perturbflow.models.{family.implementation}" for family in FAMILIES.values()]
+def test_the_whole_package_without_comments_and_layout_is_the_same(
+    scripts: Path, of_steps: Callable[..., Package]
+) -> None:
+    roots = [of_steps(step).roots[0] for step in STEPS] + [
+        f"perturbflow.models.{family.implementation}" for family in FAMILIES.values()
+    ]
     package, texts = of_steps("train", *roots), {path: path.read_text() for path in scripts.rglob("*.py")}
     before = package.version()
     for path, text in texts.items():
@@ -433,7 +477,9 @@ def outside(codes: set[CodeType], *roots: str) -> set[str]:
             f"{name}:{defined}"
             for defined, nodes in subject._module(name).statements.items()
             for node in nodes
-            if min(part.lineno for part in [node, *getattr(node, "decorator_list", [])]) <= code.co_firstlineno <= (node.end_lineno or 0)
+            if min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
+            <= code.co_firstlineno
+            <= (node.end_lineno or 0)
         }
         if not own & (counted | SAID):
             found.add(f"{name}:{code.co_qualname}")
@@ -444,7 +490,9 @@ def outside(codes: set[CodeType], *roots: str) -> set[str]:
 def imported() -> None:
     """Import all modules before any function is watched: what an import runs is no part of a step."""
     for path in (subject.SCRIPTS / "perturbflow").rglob("*.py"):
-        importlib.import_module(".".join(path.relative_to(subject.SCRIPTS).with_suffix("").parts).removesuffix(".__init__"))
+        importlib.import_module(
+            ".".join(path.relative_to(subject.SCRIPTS).with_suffix("").parts).removesuffix(".__init__")
+        )
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -455,7 +503,9 @@ def test_all_that_prepares_the_data_is_counted(kind: str, tmp_path: Path) -> Non
     assert not outside(codes, *map(entry_point, ("harmonize", "split", "pair", "embeddings", "audit")))
 
 
-SHIPPED = complete(merged({"select": {"datasets": ["renge2023"], "splits": ["unseen_combination"], "models": ["no_change"]}}))["models"]
+SHIPPED = complete(
+    merged({"select": {"datasets": ["renge2023"], "splits": ["unseen_combination"], "models": ["no_change"]}})
+)["models"]
 QUICK = {
     "n_steps": 4, "n_steps_representation": 4, "n_steps_decoder": 4, "batch_size": 16, "n_latent": 8, "width": 16, "n_sampling_steps": 2,
     "n_integration_steps": 2,
@@ -465,14 +515,29 @@ QUICK = {
 WATCHED = [name for name, block in SHIPPED.items() if FAMILIES[block["family"]].kind != "learned"] + ["counterfactual"]
 
 
-@pytest.mark.parametrize("name", [*WATCHED, *[pytest.param(name, marks=pytest.mark.slow) for name in ("scppdm", "scppdm_hybrid", "jepa")]])
+@pytest.mark.parametrize(
+    "name", [*WATCHED, *[pytest.param(name, marks=pytest.mark.slow) for name in ("scppdm", "scppdm_hybrid", "jepa")]]
+)
 def test_all_that_a_model_runs_is_counted(name: str, prepared: dict[str, Prepared], tmp_path: Path) -> None:
     family = FAMILIES[SHIPPED[name]["family"]]
     here = prepared[(family.split_kinds or ["unseen_combination"])[0]]
-    params = {key: QUICK.get(key, value) if family.kind == "learned" else value for key, value in SHIPPED[name]["params"].items()}
+    params = {
+        key: QUICK.get(key, value) if family.kind == "learned" else value
+        for key, value in SHIPPED[name]["params"].items()
+    }
     model, own = tmp_path / family.artefact, f"perturbflow.models.{family.implementation}"
     with functions_run() as codes:
-        train(here.pairs, here.embeddings, here.audit, model, tmp_path / "run.json", family.implementation, params, 0, "cpu")
+        train(
+            here.pairs,
+            here.embeddings,
+            here.audit,
+            model,
+            tmp_path / "run.json",
+            family.implementation,
+            params,
+            0,
+            "cpu",
+        )
     assert {"train", "fit"} <= {code.co_name for code in codes}
     assert not outside(codes, entry_point("train"), own)
     with functions_run() as codes:
@@ -501,14 +566,19 @@ def test_all_that_scores_is_counted(prepared: dict[str, Prepared], tmp_path: Pat
     assert not outside(codes, entry_point("quality"))
     tables = [tmp_path / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")]
     with functions_run() as codes:
-        benchmark(metrics, {name: name for name in models}, *tables, described[:1], [here.audit], [here.harmonization], 0.02)
+        benchmark(
+            metrics, {name: name for name in models}, *tables, described[:1], [here.audit], [here.harmonization], 0.02
+        )
     assert {"benchmark", "judge"} <= {code.co_name for code in codes}
     assert not outside(codes, entry_point("benchmark"))
 
 
 def test_all_that_answers_is_counted(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here, told = prepared["unseen_combination"], (FAMILIES["additive"].implementation, {})
-    files, shown = (here.pairs, here.embeddings, tmp_path / "model.npz"), (tmp_path / "warranty.json", tmp_path / "calibration.npz")
+    files, shown = (
+        (here.pairs, here.embeddings, tmp_path / "model.npz"),
+        (tmp_path / "warranty.json", tmp_path / "calibration.npz"),
+    )
     answers = [tmp_path / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
     train(*files[:2], here.audit, files[2], tmp_path / "run.json", *told, 0)
     query = {**QUERY, "perturbations": ["TF1+TF2", "TF3"]}

@@ -19,7 +19,7 @@ from perturbflow import __version__, api
 from perturbflow.command import perturbflow
 from perturbflow.evaluation import METRICS
 from perturbflow.registry.families import FAMILIES
-from perturbflow.training import train
+from perturbflow.train import train
 
 VERBS = {"list", "score", "audit", "split", "ask"}
 
@@ -34,7 +34,9 @@ def refused(*arguments: object) -> str:
     done = call(*arguments)
     assert done.exit_code == 1, done.output
     assert done.stdout == ""
-    said = "".join(line for line in done.stderr.splitlines(keepends=True) if not re.match(r"\d\d:\d\d:\d\d ", line))  # without progress
+    said = "".join(
+        line for line in done.stderr.splitlines(keepends=True) if not re.match(r"\d\d:\d\d:\d\d ", line)
+    )  # without progress
     assert said.startswith("Error: ")
     return said
 
@@ -66,7 +68,9 @@ def test_help_names_every_verb_in_a_sentence() -> None:
     shown = call("--help").output
     assert set(perturbflow.commands) >= VERBS
     for name, verb in perturbflow.commands.items():
-        assert re.search(rf"^  {name} +\S.*\.$", shown, flags=re.MULTILINE), f"{name} has no sentence of its own in --help"
+        assert re.search(rf"^  {name} +\S.*\.$", shown, flags=re.MULTILINE), (
+            f"{name} has no sentence of its own in --help"
+        )
         help_of_verb = call(name, "--help").output
         assert all(parameter.help or parameter.param_type_name == "argument" for parameter in verb.params)
         assert help_of_verb.startswith(f"Usage: perturbflow {name}")
@@ -169,12 +173,16 @@ def test_split_of_cells_and_of_labels(results: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "split.json").read_text())["cells"] == expected["cells"]
     labels = tmp_path / "labels.txt"
-    labels.write_text("\n".join([name for role in expected["perturbations"].values() for name in role] + ["control", ""]))
+    labels.write_text(
+        "\n".join([name for role in expected["perturbations"].values() for name in role] + ["control", ""])
+    )
     assert call("split", labels, *options, "--output", tmp_path / "roles.json").exit_code == 0
     assert json.loads((tmp_path / "roles.json").read_text()) == expected["perturbations"]
     assert SPECS["unseen_combination"]["test_fraction"] == 0.3
     assert "there is no file" in refused("split", tmp_path / "none.txt", *options, "--output", tmp_path / "none.json")
-    assert "'unseen' is not possible" in refused("split", labels, "--kind", "unseen", "--output", tmp_path / "none.json")
+    assert "'unseen' is not possible" in refused(
+        "split", labels, "--kind", "unseen", "--output", tmp_path / "none.json"
+    )
     assert not (tmp_path / "none.json").exists()
 
 

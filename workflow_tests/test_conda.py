@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Outcome, closed_forms_config, copy_repository, make_screen
 from local_channel import SITE_PACKAGES, NoChannelError, make_channel
-from test_envs import DISTRIBUTIONS, PYPI_NAMES, conda_pins, environment_files, files_of, imports, needed_by, normalized, rules
+from test_envs import (
+    DISTRIBUTIONS,
+    PYPI_NAMES,
+    conda_pins,
+    environment_files,
+    files_of,
+    imports,
+    needed_by,
+    normalized,
+    rules,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +71,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def variables(folder: Path) -> dict[str, str]:
     """Return environment variables with which Snakemake finds the stand-in, and the stand-in a channel with all pins."""
-    pins = {PYPI_NAMES.get(name, name): version for file in environment_files() for name, version in conda_pins(file).items()}
+    pins = {
+        PYPI_NAMES.get(name, name): version
+        for file in environment_files()
+        for name, version in conda_pins(file).items()
+    }
     del pins["python"]
     try:
         make_channel(folder / "channels" / "conda-forge", pins, {pypi: conda for conda, pypi in PYPI_NAMES.items()})
@@ -87,7 +101,9 @@ def environments(folder: Path, variables: dict[str, str], snakemake: Callable[..
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path, environments: dict[Path, Path], variables: dict[str, str], snakemake: Callable[..., Outcome]) -> Outcome:
+def finished(
+    folder: Path, environments: dict[Path, Path], variables: dict[str, str], snakemake: Callable[..., Outcome]
+) -> Outcome:
     """Run the workflow, each rule in its environment."""
     outcome = snakemake(folder, "--sdm", "conda", config=CONFIG, environment=variables)
     assert outcome.returncode == 0, outcome.text
@@ -118,23 +134,34 @@ def test_all_imports_of_an_environments_rules_are_in_it(file: Path, environments
 
 def test_an_import_that_an_environment_lacks_is_found(environments: dict[Path, Path]) -> None:
     data = environments[REPOSITORY / "envs" / "data.yaml"]
-    assert failures(data, [("audit", "import numpy, torch")]) == ["rule audit: import numpy, torch: No module named 'torch'"]
+    assert failures(data, [("audit", "import numpy, torch")]) == [
+        "rule audit: import numpy, torch: No module named 'torch'"
+    ]
 
 
 @each_environment
 def test_an_environment_has_what_its_packages_require(file: Path, environments: dict[Path, Path]) -> None:
-    done = subprocess.run([environments[file] / "bin" / "python", "-I", "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [environments[file] / "bin" / "python", "-I", "-m", "pip", "check"], capture_output=True, text=True, check=False
+    )
     assert "No broken requirements found" in done.stdout, done.stdout + done.stderr
 
 
 @each_environment
-def test_scripts_ran_in_their_environment_and_imported_from_it(file: Path, finished: Outcome, environments: dict[Path, Path]) -> None:
+def test_scripts_ran_in_their_environment_and_imported_from_it(
+    file: Path, finished: Outcome, environments: dict[Path, Path]
+) -> None:
     expected = {
-        rule: Path(rules()[rule]["script"]).name for rule in finished.jobs if rule in rules() and Path(rules()[rule]["conda"]) == file
+        rule: Path(rules()[rule]["script"]).name
+        for rule in finished.jobs
+        if rule in rules() and Path(rules()[rule]["conda"]) == file
     }
     witnessed = [json.loads(line) for line in (environments[file] / "witnessed").read_text().splitlines()]
     # A job's script is a copy, tmp0123.train.py.
-    scripts = [(name.partition(".")[2], elsewhere) for name, elsewhere in ((Path(path).name, found) for path, found in witnessed)]
+    scripts = [
+        (name.partition(".")[2], elsewhere)
+        for name, elsewhere in ((Path(path).name, found) for path, found in witnessed)
+    ]
     for rule, script in expected.items():
         found = [elsewhere for name, elsewhere in scripts if name == script]
         assert len(found) >= finished.jobs[rule], f"{rule} ran elsewhere"
@@ -162,7 +189,14 @@ def test_a_pin_that_cannot_be_had_is_named_with_its_file(
     file.write_text(file.read_text().replace("pandas =2.3.3", "pandas =2.3.99"))
     make_screen().write_h5ad(tmp_path / "screen.h5ad")
     outcome = snakemake(
-        tmp_path, "pairs", "--sdm", "conda", "--conda-create-envs-only", config=CONFIG, environment=variables, repository=edited
+        tmp_path,
+        "pairs",
+        "--sdm",
+        "conda",
+        "--conda-create-envs-only",
+        config=CONFIG,
+        environment=variables,
+        repository=edited,
     )
     assert outcome.returncode != 0
     assert "envs/data.yaml" in outcome.text

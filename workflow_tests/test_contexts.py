@@ -14,15 +14,15 @@ from conftest import Prepared, ask, make_screen, prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perturbflow.audit.caveats import TOLD, caveats_of, matched_across_batches
 from perturbflow.benchmark.verdicts import judge
-from perturbflow.caveats import TOLD, caveats_of, matched_across_batches
 from perturbflow.counterfactuals.asking import ask as ask_by_hand
 from perturbflow.counterfactuals.contexts import Places
 from perturbflow.counterfactuals.warranty import fitting
 from perturbflow.errors import InputError
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
 from perturbflow.registry.families import FAMILIES
-from perturbflow.training import train
+from perturbflow.train import train
 
 SPEC = {"kind": "unseen_perturbation", "held_out": ["TF5", "TF7"], "validation_fraction": 0.15, "seed": 0}
 ADDITIVE, NO_CHANGE = (FAMILIES[name].implementation for name in ("additive", "no_change"))
@@ -77,7 +77,11 @@ def test_controls_alone_measure_nothing(
 def test_every_group_of_cells_is_told_of_its_own_context(one_line: tuple[Prepared, Path], tmp_path: Path) -> None:
     here, model = one_line
     answer = ask(here, model, tmp_path, ADDITIVE, {}, perturbations=["TF1", "TF2", "TF1+TF2"], groups="batch")
-    table = pd.read_csv(f"{answer}.tsv", sep="\t").drop_duplicates(["perturbation", "group"]).set_index(["perturbation", "group"])
+    table = (
+        pd.read_csv(f"{answer}.tsv", sep="\t")
+        .drop_duplicates(["perturbation", "group"])
+        .set_index(["perturbation", "group"])
+    )
     assert table.loc[("TF1", "b1"), "known"] == "measured"
     assert table.loc[("TF1", "b2"), "known"] == "measured in other contexts"
     assert table.loc[("TF1+TF2", "b2"), "known"].endswith("in other contexts")
@@ -86,7 +90,9 @@ def test_every_group_of_cells_is_told_of_its_own_context(one_line: tuple[Prepare
     assert (cells["known"].eq("measured") == cells["batch"].eq("b1")).all()
 
 
-def test_a_model_that_was_checked_in_other_contexts_has_its_warranty(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+def test_a_model_that_was_checked_in_other_contexts_has_its_warranty(
+    prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
     here = prepared["unseen_context"]
     answer = ask(here, trained(here, tmp_path), tmp_path, ADDITIVE, {}, perturbations=["TF1"])
     assert ". Intervals, calibrated on" in ad.read_h5ad(f"{answer}.h5ad").uns["perturbflow"]["warranty"]
@@ -102,14 +108,21 @@ def test_a_kind_of_cells_that_lacks_a_perturbation_is_counted(one_line: tuple[Pr
     asked = {("mine", "b1", "unknown"), ("mine", "b1", "T cell")}
     assert places.words("TF1", asked) == " in 1 of the 2 kinds of cells that are asked"
     assert places.words("TF1", {("mine", "b3", "unknown")}) == " in other contexts"
-    assert places.words("TF1", {("mine", "b1", "unknown"), ("mine", "b2", "unknown")}) == " in 1 of the 2 batches that are asked"
+    assert (
+        places.words("TF1", {("mine", "b1", "unknown"), ("mine", "b2", "unknown")})
+        == " in 1 of the 2 batches that are asked"
+    )
     assert places.words("TF2", {("mine", "b1", "unknown"), ("mine", "b2", "unknown")}) == ""
-    assert not places.is_elsewhere("GENE1", {("mine", "b2", "unknown")}), "genes never perturbed rest on all of training"
+    assert not places.is_elsewhere("GENE1", {("mine", "b2", "unknown")}), (
+        "genes never perturbed rest on all of training"
+    )
     assert places.is_elsewhere("GENE1", {("other", "b2", "unknown")})
 
 
 def test_another_dose_rests_on_the_contexts_of_its_compound() -> None:
-    obs = pd.DataFrame({"perturbation": ["TF1@1", "TF2@1"], "dataset": "mine", "batch": ["b1", "b2"], "cell_type": "T cell"})
+    obs = pd.DataFrame(
+        {"perturbation": ["TF1@1", "TF2@1"], "dataset": "mine", "batch": ["b1", "b2"], "cell_type": "T cell"}
+    )
     places = Places(SimpleNamespace(obs=obs, is_control=np.zeros(2, bool)))
     assert places.is_elsewhere("TF1@5", {("mine", "b2", "T cell")})
     assert not places.is_elsewhere("TF1@5", {("mine", "b1", "T cell")})
@@ -144,7 +157,9 @@ def test_where_every_batch_has_controls_nothing_is_said(prepared: dict[str, Prep
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=5))
 def test_the_cells_that_are_counted_are_those_that_the_matching_relaxed(batches: list[tuple[int, int]]) -> None:
-    rows = [(f"b{i}", label) for i, (n_controls, n) in enumerate(batches) for label in ["control"] * n_controls + ["A"] * n]
+    rows = [
+        (f"b{i}", label) for i, (n_controls, n) in enumerate(batches) for label in ["control"] * n_controls + ["A"] * n
+    ]
     obs = pd.DataFrame([*rows, ("b9", "control")], columns=["batch", "perturbation"])
     obs = obs.assign(cell_type="t", role="train", is_control=obs["perturbation"] == "control")
     index, n_relaxed = match_controls(obs, CONTROLS_PER_CELL, 0)
@@ -191,7 +206,8 @@ def test_a_verdict_carries_its_caveats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batches", "said"), [(["b1", "b1"], "one batch (b1)"), (["unknown", "unknown"], "as no batch is declared"), (["b1", "b2"], "")]
+    ("batches", "said"),
+    [(["b1", "b1"], "one batch (b1)"), (["unknown", "unknown"], "as no batch is declared"), (["b1", "b2"], "")],
 )
 def test_scored_cells_of_one_batch_are_a_caveat(batches: list[str], said: str) -> None:
     rows = [*[("A", "test", batch) for batch in batches], ("control", "test", "b3"), ("B", "train", "b4")]
@@ -214,7 +230,9 @@ def run(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[[str], Path]:
         (folder / "model" / "seed_0").mkdir(parents=True)
         model = trained(Prepared(folder), folder / "model" / "seed_0", implementation)
         content = json.loads(model.with_name("run.json").read_text())
-        model.with_name("run.json").write_text(json.dumps({**content, "implementation": implementation, "params": {}, "seed": 0}))
+        model.with_name("run.json").write_text(
+            json.dumps({**content, "implementation": implementation, "params": {}, "seed": 0})
+        )
         return model.parent
 
     return make
@@ -228,7 +246,9 @@ def run(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[[str], Path]:
         (["TF1", "TF22", "tf3"], r"'TF22' \(did.*'tf3' \(did you mean TF3"),
     ],
 )
-def test_a_typo_is_asked_back_before_anything_is_computed(asked: list[str], message: str, run: Callable, tmp_path: Path) -> None:
+def test_a_typo_is_asked_back_before_anything_is_computed(
+    asked: list[str], message: str, run: Callable, tmp_path: Path
+) -> None:
     folder = run(ADDITIVE)
     with pytest.raises(InputError, match=message):
         ask_by_hand(folder, asked, tmp_path / "answer")
@@ -236,7 +256,9 @@ def test_a_typo_is_asked_back_before_anything_is_computed(asked: list[str], mess
     assert not list(tmp_path.glob("answer*"))
 
 
-def test_no_change_is_no_answer_for_a_gene_that_was_never_perturbed(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+def test_no_change_is_no_answer_for_a_gene_that_was_never_perturbed(
+    prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
     here = prepared["unseen_perturbation"]
     measured = next(gene for gene in Pairs.open(here.pairs).genes if gene.startswith("GENE"))
     for name in ("silent", "speaks"):
@@ -252,10 +274,15 @@ def test_no_change_is_no_answer_for_a_gene_that_was_never_perturbed(prepared: di
     ("query", "message"),
     [
         ({"cells": {"batch": ["B1"]}}, r"cells: obs column 'batch' does not hold 'B1' \(did you mean b1"),
-        ({"search": {"towards": {"cells": {"perturbation": ["tf1"]}}, "budget": 3}}, r"search.towards.cells.*'tf1' \(did you mean TF1"),
+        (
+            {"search": {"towards": {"cells": {"perturbation": ["tf1"]}}, "budget": 3}},
+            r"search.towards.cells.*'tf1' \(did you mean TF1",
+        ),
     ],
 )
-def test_a_value_that_no_cell_has_is_asked_back(query: dict, message: str, one_line: tuple[Prepared, Path], tmp_path: Path) -> None:
+def test_a_value_that_no_cell_has_is_asked_back(
+    query: dict, message: str, one_line: tuple[Prepared, Path], tmp_path: Path
+) -> None:
     here, model = one_line
     with pytest.raises(InputError, match=message):
         ask(here, model, tmp_path, ADDITIVE, {}, perturbations=["TF1"], **query)

@@ -21,14 +21,14 @@ from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import calibrations_of, held_to_test, identity, placebo, sentence
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models.abduction import States, effect_directions
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.baselines import Additive
-from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
+from perturbflow.models.calibration import Calibration, Scale, case_of, measured_by
+from perturbflow.models.closed_form.baselines import Additive
+from perturbflow.models.counterfactual import States, effect_directions
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Context, Pairs
 from perturbflow.registry.families import FAMILIES
-from perturbflow.training import train
+from perturbflow.train import train
 
 COMBINATION = "unseen_combination"
 ADDITIVE = FAMILIES["additive"].implementation
@@ -55,10 +55,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Pairs, Embed
 def test_the_world_keeps_its_word(world: tuple) -> None:
     truth, pairs, _, start, brought, target = world
     columns = [truth.genes.index(gene) for gene in pairs.genes]
-    again = np.log1p((counts := truth.counts(brought, "control")) * (target / counts.sum(axis=1, keepdims=True)))[:, columns]
+    again = np.log1p((counts := truth.counts(brought, "control")) * (target / counts.sum(axis=1, keepdims=True)))[
+        :, columns
+    ]
     np.testing.assert_allclose(again, start, atol=1e-4)  # the controls of the screen are the cells that it knows
     assert not own_effects(truth, brought, truth.placebo, target).any()
-    dependent, uniform = (expected_effects(truth, brought, label, target, 20) for label in (truth.dependent[0], truth.perturbed[-2]))
+    dependent, uniform = (
+        expected_effects(truth, brought, label, target, 20) for label in (truth.dependent[0], truth.perturbed[-2])
+    )
     moved = np.abs(truth.effects[0]) > 0
     response = truth.responses(brought, truth.dependent[0])
     assert np.corrcoef(dependent[:, moved] @ truth.effects[0][moved], response)[0, 1] > 0.9
@@ -82,7 +86,9 @@ def test_cells_that_differ_by_measurement_alone_have_no_state(tmp_path: Path) ->
     level = rng.gamma(2.0, 3.0, 80)
     screen = make_screen(n_genes=80, n_controls=150)
     screen.X = rng.poisson(level, screen.shape).astype(np.float32)
-    files = prepare(tmp_path, screen, {"kind": COMBINATION, "test_fraction": 0.3, "validation_fraction": 0.15, "seed": 0}, n_hvg=80)
+    files = prepare(
+        tmp_path, screen, {"kind": COMBINATION, "test_fraction": 0.3, "validation_fraction": 0.15, "seed": 0}, n_hvg=80
+    )
     training = Pairs.read(files.pairs).roles("train")
     states = States.fit(training, 16)
     assert len(states.reliability) <= 3
@@ -96,7 +102,9 @@ def flow(world: tuple, tmp_path_factory: pytest.TempPathFactory) -> Model:
     from test_models import trained
 
     _, pairs, embeddings, *_ = world
-    return trained("counterfactual", pairs, embeddings, tmp_path_factory.mktemp("flow"), n_steps=1000, batch_size=256)[0]
+    return trained("counterfactual", pairs, embeddings, tmp_path_factory.mktemp("flow"), n_steps=1000, batch_size=256)[
+        0
+    ]
 
 
 def error(predicted: np.ndarray, truth: np.ndarray) -> float:
@@ -109,7 +117,9 @@ def test_individual_effects_are_nearer_than_the_mean_shift(world: tuple, flow: M
     training, ratios = pairs.roles("train"), []
     for label in truth.dependent:
         own = own_effects(truth, brought, label, target)[:, columns]
-        ratios.append(error(flow.individual_effects(start, label, 0), own) / error(training.effect_of(label)[None], own))
+        ratios.append(
+            error(flow.individual_effects(start, label, 0), own) / error(training.effect_of(label)[None], own)
+        )
     assert np.mean(ratios) < 0.9  # briefly trained; the whole is in benchmarks/individual_effects.py
 
 
@@ -119,7 +129,9 @@ def test_cells_whose_states_are_taken_from_them_are_told_no_better_than_the_mean
     label = truth.dependent[0]
     own = own_effects(truth, brought, label, target)[:, columns]
     shuffled = np.random.default_rng(0).permutation(len(start))
-    assert error(flow.individual_effects(start, label, 0)[shuffled], own) > 1.1 * error(flow.individual_effects(start, label, 0), own)
+    assert error(flow.individual_effects(start, label, 0)[shuffled], own) > 1.1 * error(
+        flow.individual_effects(start, label, 0), own
+    )
 
 
 def test_a_cell_is_answered_alike_whoever_else_is_asked(world: tuple, flow: Model) -> None:
@@ -193,7 +205,10 @@ def test_the_scale_knows_noise_from_effects(prepared: dict[str, Prepared]) -> No
     training = pairs.roles("train")
     scale = Scale.of(training, Effects.of_training(pairs))
     controls = training.X[np.flatnonzero(training.is_control)].toarray()
-    within = [controls[training.strata[training.is_control] == stratum].var(axis=0, ddof=1) for stratum in np.unique(training.strata)]
+    within = [
+        controls[training.strata[training.is_control] == stratum].var(axis=0, ddof=1)
+        for stratum in np.unique(training.strata)
+    ]
     np.testing.assert_allclose(scale.variance, np.mean(within, axis=0), rtol=0.05)
     label = training.perturbations[0]
     n, n_controls = len(training.cells_of(label)), training.is_control.sum()
@@ -203,7 +218,8 @@ def test_the_scale_knows_noise_from_effects(prepared: dict[str, Prepared]) -> No
 
 
 @pytest.mark.parametrize(
-    ("label", "case"), [("A", "measured"), ("A+B", "seen"), ("C", "unseen gene"), ("A+C", "unseen member"), ("B", "seen")]
+    ("label", "case"),
+    [("A", "measured"), ("A+B", "seen"), ("C", "unseen gene"), ("A+C", "unseen member"), ("B", "seen")],
 )
 def test_cases_are_told_apart(label: str, case: str) -> None:
     assert case_of(label, {"A", "B+D"}, {"A", "B", "D"}) == case
@@ -235,7 +251,9 @@ class Restless(Additive):
 class Boastful(Additive):
     """A model that says twice what it knows, and only of test perturbations: its calibration is not of this model."""
 
-    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None) -> np.ndarray:
+    def individual_effects(
+        self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None
+    ) -> np.ndarray:
         """Return three times the effect."""
         return 3 * super().individual_effects(cells, perturbation, seed, context)
 
@@ -269,7 +287,10 @@ def test_intervals_hold_the_test_perturbations_and_overconfidence_shows(additive
     assert honest["coverage"][1]["relative_width"]["no_change"]["mean"] < 0.8  # it knows something
     boastful = Boastful()
     boastful.restore(model.artefact)
-    assert held_to_test(boastful, known, test, calibration, scale, 0)["coverage"][1]["measured"] < honest["coverage"][1]["measured"] - 0.1
+    assert (
+        held_to_test(boastful, known, test, calibration, scale, 0)["coverage"][1]["measured"]
+        < honest["coverage"][1]["measured"] - 0.1
+    )
     assert 0 < honest["agreement"]["whole"]["model"]["mean"] <= 1.0
     assert honest["agreement"]["whole"]["ceiling"]["mean"] > 0.5
     assert honest["on_target"]["n"] == sum(label.count("+") + 1 for label in pairs.roles("test").perturbations)
@@ -279,7 +300,9 @@ def test_intervals_hold_the_test_perturbations_and_overconfidence_shows(additive
 # --- floors and ceiling ---------------------------------------------------------------------------------------------
 
 
-def judged(predict: Callable[[np.ndarray, np.ndarray], np.ndarray], noise: float = 0.1, n: int = 40) -> tuple[dict, str]:
+def judged(
+    predict: Callable[[np.ndarray, np.ndarray], np.ndarray], noise: float = 0.1, n: int = 40
+) -> tuple[dict, str]:
     """Return agreement and verdict of a way to predict from the truth and the mean, over n perturbations whose effects share a mean."""
     rng = np.random.default_rng(0)
     mean = 0.1 * rng.normal(size=300)
@@ -311,7 +334,8 @@ def test_the_truth_reaches_the_ceiling_whatever_the_noise(noise: float) -> None:
         assert summed[kind]["model"]["mean"] == pytest.approx(summed[kind]["ceiling"]["mean"], abs=0.03)
         assert summed[kind]["above"]["perturbed_mean"]["low"] > 0
     assert re.fullmatch(
-        r"better than the mean effect of training by 0\.\d+ \(0\.\d+ to 0\.\d+\) in agreement, (9|10)\d % of the way to the ceiling", words
+        r"better than the mean effect of training by 0\.\d+ \(0\.\d+ to 0\.\d+\) in agreement, (9|10)\d % of the way to the ceiling",
+        words,
     )
 
 
@@ -348,7 +372,9 @@ def test_a_warranty_says_what_a_model_is_worth(family: str, words: str, many: tu
     relative = at_90["relative_width"]
     if family == "additive":
         assert whole["perturbed_mean"]["high"] < whole["model"]["mean"] < whole["ceiling"]["high"] + 0.1
-        assert at_90["width"]["ceiling"]["mean"] < min(at_90["width"][name]["mean"] for name in ("model", "no_change", "perturbed_mean"))
+        assert at_90["width"]["ceiling"]["mean"] < min(
+            at_90["width"][name]["mean"] for name in ("model", "no_change", "perturbed_mean")
+        )
     else:  # a floor: the same number, the same coverage, intervals of the same width
         assert whole["model"] == pytest.approx(whole[family], abs=1e-3)
         assert at_90["measured"] == at_90["floors"][family]["mean"] == pytest.approx(0.9, abs=0.15)
@@ -364,8 +390,12 @@ def test_perturbed_genes_are_in_no_number_of_coverage(additive: tuple) -> None:
         columns = [pairs.genes.index(gene) for gene in label.split("+") if gene in pairs.genes]
         X[np.ix_(test.cells_of(label), columns)] += 5.0
     spoilt = Pairs(type(test.X)(X), test.obs, test.genes, test.control_index, test.rows)
-    after, before = (held_to_test(model, pairs.fitted_on("test"), cells, calibration, scale, 0) for cells in (spoilt, test))
-    np.testing.assert_equal([after[key] for key in ("coverage", "agreement")], [before[key] for key in ("coverage", "agreement")])
+    after, before = (
+        held_to_test(model, pairs.fitted_on("test"), cells, calibration, scale, 0) for cells in (spoilt, test)
+    )
+    np.testing.assert_equal(
+        [after[key] for key in ("coverage", "agreement")], [before[key] for key in ("coverage", "agreement")]
+    )
     assert after["on_target"] != before["on_target"]
 
 
@@ -377,7 +407,16 @@ def asked(prepared: dict[str, Prepared], tmp_path_factory: pytest.TempPathFactor
     """Return a split, a model trained on it, and where an answer is."""
     here, folder = prepared[COMBINATION], tmp_path_factory.mktemp("asked")
     train(here.pairs, here.embeddings, here.audit, folder / "model.npz", folder / "run.json", ADDITIVE, {}, 0)
-    answer = ask(here, folder / "model.npz", folder, ADDITIVE, {}, perturbations=["TF1", "TF6+TF5"], keep_samples=True, groups="batch")
+    answer = ask(
+        here,
+        folder / "model.npz",
+        folder,
+        ADDITIVE,
+        {},
+        perturbations=["TF1", "TF6+TF5"],
+        keep_samples=True,
+        groups="batch",
+    )
     return here, folder / "model.npz", answer
 
 
@@ -421,7 +460,9 @@ def test_what_the_screen_does_not_know_is_asked_back_in_one_message() -> None:
         assert part in str(raised.value)
     with pytest.raises(InputError, match=r"'SOX22' \(did you mean SOX2"):
         expanded(["KLF1+SOX22"], ["KLF1"], ["SOX2"])
-    with pytest.raises(InputError, match=r"perturbations: 'all_singles' is no list\. Write all_single, or a list: \[all_singles\]"):
+    with pytest.raises(
+        InputError, match=r"perturbations: 'all_singles' is no list\. Write all_single, or a list: \[all_singles\]"
+    ):
         expanded("all_singles", ["KLF1"], [])
     with pytest.raises(InputError, match=r"'all_singles' \(did you mean all_single\?\)"):
         expanded(["all_singles"], ["KLF1"], [])
@@ -430,13 +471,17 @@ def test_what_the_screen_does_not_know_is_asked_back_in_one_message() -> None:
 
 def test_doses_and_controls_of_a_question_are_read_as_elsewhere() -> None:
     assert expanded(["KLF1+ctrl", "control+KLF1", "ctrl"], ["KLF1"], []) == ["KLF1", "control"]
-    with pytest.raises(InputError, match=r"'A@10uM' \(did you mean A@10\? a dose is a number in the unit of the screen"):
+    with pytest.raises(
+        InputError, match=r"'A@10uM' \(did you mean A@10\? a dose is a number in the unit of the screen"
+    ):
         expanded(["A@10uM"], ["A@1", "A@10"], [])
     with pytest.raises(InputError, match=r"'KLF1@10': this screen has no doses"):
         expanded(["KLF1@10"], ["KLF1"], [])
 
 
-def test_many_perturbations_keep_their_strongest_genes(asked: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_perturbations_keep_their_strongest_genes(
+    asked: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("perturbflow.counterfactuals.answers.MANY", 3)
     monkeypatch.setattr("perturbflow.counterfactuals.answers.GENES_OF_MANY", 5)
     here, model, _ = asked
@@ -478,7 +523,10 @@ def test_search_towards_nothing_is_told_to_be_chance(additive: tuple) -> None:
         ({"cells": {"colour": ["blue"]}}, "no obs column 'colour'"),
         ({"cells": {"batch": ["b9"]}}, "cells: obs column 'batch' does not hold 'b9'"),
         ({"groups": "colour"}, "groups: there is no obs column 'colour'"),
-        ({"search": {"towards": {"cells": {"perturbation": ["TF99"]}}, "budget": 1}}, "does not hold 'TF99'. It holds TF1"),
+        (
+            {"search": {"towards": {"cells": {"perturbation": ["TF99"]}}, "budget": 1}},
+            "does not hold 'TF99'. It holds TF1",
+        ),
         ({"search": {"towards": {"signature": {"XYZ": 1.0}}, "budget": 1}}, "none of its genes is among"),
     ],
 )
@@ -504,7 +552,10 @@ def test_the_warranty_says_where_there_is_nothing_to_calibrate_on(additive: tupl
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts/counterfactual.py"), *arguments], capture_output=True, text=True, check=False
+        [sys.executable, str(REPOSITORY / "scripts/counterfactual.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -524,7 +575,15 @@ def test_one_question_from_the_command_line(asked: tuple, tmp_path: Path) -> Non
     ):  # fmt: skip
         target.symlink_to(source)
     done = command(
-        "--run", str(folder), "--perturbations", "TF1", "TF3+TF4", "--output", str(tmp_path / "mine/answer"), "--cells", '{"batch": ["b1"]}'
+        "--run",
+        str(folder),
+        "--perturbations",
+        "TF1",
+        "TF3+TF4",
+        "--output",
+        str(tmp_path / "mine/answer"),
+        "--cells",
+        '{"batch": ["b1"]}',
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.index("verdict on this model: cannot tell: ") < done.stderr.index("largest effects")
@@ -543,7 +602,9 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_cells_stay_on_disk_while_a_question_is_answered(asked: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_stay_on_disk_while_a_question_is_answered(
+    asked: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, model, answer = asked
 
     def whole(path: Path) -> Pairs:

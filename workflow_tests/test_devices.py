@@ -16,11 +16,11 @@ from conftest import REPOSITORY, Prepared
 from test_models import registered
 
 from perturbflow.errors import InputError
-from perturbflow.models import devices
-from perturbflow.models.autoencoder import Cells
 from perturbflow.models.base import Run
-from perturbflow.models.batches import Batch
-from perturbflow.models.devices import placement
+from perturbflow.models.latents.vae import Cells
+from perturbflow.models.training import devices
+from perturbflow.models.training.batches import Batch
+from perturbflow.models.training.devices import placement
 
 COMBINATION = "unseen_combination"
 # Of a validation loss, on this small screen: each process draws noise of its own.
@@ -32,7 +32,12 @@ def environment(**variables: object) -> dict[str, str]:
     foreign = ("SLURM", "LOCAL_RANK", "MASTER_", "NODE_RANK", "WORLD_SIZE")
     own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     path = f"{REPOSITORY / 'scripts'}{os.pathsep}{REPOSITORY / 'workflow_tests'}"
-    return {**own, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
+    return {
+        **own,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        **{name: str(value) for name, value in variables.items()},
+    }
 
 
 def command_of_training(files: Prepared, folder: Path, model: str, n_devices: int, **params: object) -> list[str]:
@@ -80,8 +85,8 @@ import torch
 from torch import nn
 
 from perturbflow.models.base import Run
-from perturbflow.models.batches import Batch, Batches
-from perturbflow.models.optimization import Learner, Optimization, optimize
+from perturbflow.models.training.batches import Batch, Batches
+from perturbflow.models.training.loop import Learner, Optimization, optimize
 
 
 class Cells:
@@ -120,7 +125,9 @@ def regressions(folder: Path, n_devices: int, n_steps: int = 200) -> list[dict]:
     folder.mkdir()
     (folder / "regression.py").write_text(REGRESSION)
     command = [sys.executable, str(folder / "regression.py"), str(folder), str(n_devices), str(n_steps)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(PYTHONHASHSEED=0), check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment(PYTHONHASHSEED=0), check=False
+    )
     assert done.returncode == 0, done.stderr
     paths = [folder / f"of_{rank}.pt" for rank in range(n_devices)]
     deadline = time.monotonic() + 30
@@ -148,7 +155,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_validation_curve_within_the_tolerance(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_validation_curve_within_the_tolerance(
+    prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
     files = prepared[COMBINATION]
     alone, _ = trained(files, tmp_path / "alone", "scppdm", 1, n_steps=300)
     together, said = trained(files, tmp_path / "together", "scppdm", 2, n_steps=300)
@@ -157,7 +166,12 @@ def test_the_same_seed_gives_the_same_validation_curve_within_the_tolerance(prep
     np.testing.assert_allclose(curves[1], curves[0], rtol=TOLERANCE)
     assert curves[1][-1] < curves[1][0]
     assert said.count("diffusion: step 300 of 300") == 1
-    assert sorted(path.name for path in (tmp_path / "together").iterdir()) == [".made", "audit.json", "model.ckpt", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "together").iterdir()) == [
+        ".made",
+        "audit.json",
+        "model.ckpt",
+        "run.json",
+    ]
 
 
 @pytest.mark.slow
@@ -220,7 +234,10 @@ def test_two_tasks_of_a_job_step_train_together(tmp_path: Path) -> None:
     command = [sys.executable, str(tmp_path / "regression.py"), str(tmp_path), "1", "100"]
     tasks = [
         subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env=environment(**step, SLURM_PROCID=rank, SLURM_NODEID=rank, SLURM_LOCALID=0)
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(**step, SLURM_PROCID=rank, SLURM_NODEID=rank, SLURM_LOCALID=0),
         )
         for rank in range(2)
     ]

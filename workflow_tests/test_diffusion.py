@@ -16,20 +16,23 @@ from torch import Tensor
 
 from perturbflow.embeddings import Embeddings, rows_of
 from perturbflow.errors import InputError
-from perturbflow.models import denoiser, diffusion, networks, samplers
-from perturbflow.models.autoencoder import CountLatent, DrawnCells, negative_binomial
+from perturbflow.models import scppdm as denoiser
+from perturbflow.models import scppdm as diffusion
+from perturbflow.models import scppdm as samplers
 from perturbflow.models.base import Run, build
-from perturbflow.models.batches import Batch
-from perturbflow.models.conditions import Conditions
+from perturbflow.models.closed_form.base import Training
 from perturbflow.models.effects import Effects
-from perturbflow.models.latent import LatentSpace
-from perturbflow.models.optimization import Optimization
-from perturbflow.models.set_gp import SetGP
-from perturbflow.models.shift import Training
+from perturbflow.models.gaussian_process.set_gp import SetGP
+from perturbflow.models.latents.pca import LatentSpace
+from perturbflow.models.latents.vae import CountLatent, DrawnCells, negative_binomial
+from perturbflow.models.training import networks
+from perturbflow.models.training.batches import Batch
+from perturbflow.models.training.conditions import Conditions
+from perturbflow.models.training.loop import Optimization
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
-from perturbflow.training import train
+from perturbflow.train import train
 
 QUICK = {"n_steps": 300, "batch_size": 64, "n_latent": 16}
 
@@ -62,7 +65,9 @@ def small_denoiser(condition_dropout: float = 0.2, **changes: object) -> denoise
         "objective": "v",
         "alignment": 0.0,
     }
-    net = denoiser.Denoiser(6, small_conditions(), condition_dropout=condition_dropout, **{**architecture, **changes}).eval()
+    net = denoiser.Denoiser(
+        6, small_conditions(), condition_dropout=condition_dropout, **{**architecture, **changes}
+    ).eval()
     torch.nn.init.normal_(net.out.weight, std=0.2)
     torch.nn.init.normal_(net.gene_encoder.own)
     return net
@@ -91,7 +96,9 @@ def test_order_of_members_makes_no_difference() -> None:
     net = small_denoiser()
     arguments = torch.randn(1, 6), torch.tensor([0.5]), torch.randn(1, 6)
     yes = torch.tensor([True])
-    torch.testing.assert_close(net(*arguments, torch.tensor([[1, 3]]), yes, yes), net(*arguments, torch.tensor([[3, 1]]), yes, yes))
+    torch.testing.assert_close(
+        net(*arguments, torch.tensor([[1, 3]]), yes, yes), net(*arguments, torch.tensor([[3, 1]]), yes, yes)
+    )
 
 
 class GaussianDenoiser(torch.nn.Module):
@@ -134,7 +141,9 @@ def test_guidance_strengths_combine_the_four_predictions() -> None:
     model.net = small_denoiser()
     z, t, state, genes = torch.randn(4, 6), torch.tensor(0.3), torch.randn(4, 6), torch.tensor([[1, -1]] * 4)
     yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
-    none, state_only, both = (model.net(z, t.expand(4), state, genes, *masks) for masks in ((no, no), (yes, no), (yes, yes)))
+    none, state_only, both = (
+        model.net(z, t.expand(4), state, genes, *masks) for masks in ((no, no), (yes, no), (yes, yes))
+    )
     expected = none + 1.5 * (state_only - none) + 3.0 * (both - state_only)
     torch.testing.assert_close(model.guided(z, t, state, genes), samplers.split("v", z, t, expected))
     model.guidance_state = model.guidance_perturbation = 1.0
@@ -204,7 +213,8 @@ def test_the_second_order_sampler_needs_fewer_steps() -> None:
     noise = torch.randn(2_000, 2)
     exact = samplers.ddim(denoise, noise, torch.linspace(1.0, 0.0, 2001))
     errors = [
-        (sampler(denoise, noise, torch.linspace(1.0, 0.0, 16)) - exact).norm(dim=1).median() for sampler in (samplers.ddim, samplers.dpm)
+        (sampler(denoise, noise, torch.linspace(1.0, 0.0, 16)) - exact).norm(dim=1).median()
+        for sampler in (samplers.ddim, samplers.dpm)
     ]
     assert errors[1] < 0.5 * errors[0]
 
@@ -214,7 +224,9 @@ class KnownConditionals(torch.nn.Module):
 
     sd, of_state, of_perturbation = 0.5, torch.tensor([2.0, 0.0]), torch.tensor([0.0, -3.0])
 
-    def forward(self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor, has_state: Tensor, has_perturbation: Tensor) -> Tensor:
+    def forward(
+        self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor, has_state: Tensor, has_perturbation: Tensor
+    ) -> Tensor:
         is_perturbed = has_perturbation[:, None] & (genes >= 0).any(dim=1, keepdim=True)
         mean = has_state[:, None] * self.of_state + is_perturbed * self.of_perturbation
         return GaussianDenoiser(mean, torch.full((2,), self.sd))(z, t)
@@ -222,7 +234,9 @@ class KnownConditionals(torch.nn.Module):
 
 @pytest.mark.parametrize(("s_state", "s_perturbation"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (2.0, 0.5), (1.0, 3.0)])
 def test_each_guidance_strength_scales_its_own_condition(s_state: float, s_perturbation: float) -> None:
-    implementation, params = registered("scppdm", n_sampling_steps=60, guidance_state=s_state, guidance_perturbation=s_perturbation)
+    implementation, params = registered(
+        "scppdm", n_sampling_steps=60, guidance_state=s_state, guidance_perturbation=s_perturbation
+    )
     model = build(implementation, params)
     model.net = KnownConditionals()
     torch.manual_seed(0)
@@ -328,12 +342,18 @@ def test_a_screen_of_doses_is_learned_and_asked_for_another_dose(tmp_path: Path)
     split.write_text(json.dumps({"train": labels[:4], "validation": [], "test": labels[4:]}))
     files = prepare(tmp_path, screen, {"kind": "file", "path": str(split), "validation_fraction": 0.1, "seed": 0})
     pairs, embeddings = Pairs.read(files.pairs), Embeddings.read(files.embeddings)
-    spec = replace(pairs, obs=pairs.obs.assign(role=pairs.obs["role"].astype(object).where(pairs.obs["role"] != "validation", "train")))
-    model, _, _ = trained("scppdm", spec, embeddings, tmp_path, n_steps=400, batch_size=64, n_latent=12, latent="pca", cells="shifted")
+    spec = replace(
+        pairs,
+        obs=pairs.obs.assign(role=pairs.obs["role"].astype(object).where(pairs.obs["role"] != "validation", "train")),
+    )
+    model, _, _ = trained(
+        "scppdm", spec, embeddings, tmp_path, n_steps=400, batch_size=64, n_latent=12, latent="pca", cells="shifted"
+    )
     cells = pairs.roles("test")
     start = cells.X[np.flatnonzero(cells.is_control)].toarray()
     sizes = [
-        np.linalg.norm((model.predict(start, [label], len(start), 0)[0] - start).mean(axis=0)) for label in ("TF1@1", "TF1@10", "TF1@100")
+        np.linalg.norm((model.predict(start, [label], len(start), 0)[0] - start).mean(axis=0))
+        for label in ("TF1@1", "TF1@10", "TF1@100")
     ]
     assert sizes[0] < 0.6 * sizes[2]
     assert sizes[0] < sizes[1] < sizes[2]
@@ -362,7 +382,9 @@ def test_the_latent_of_counts_tells_states_apart_and_moves_between_them(tmp_path
     pairs, _, shares, state = two_states()
     drawn = DrawnCells(pairs.X).batch(32, (0, 0))
     np.testing.assert_allclose(drawn.k.numpy(), np.rint(drawn.k.numpy()))
-    latent = CountLatent.fit(pairs, 4, 300, 64, Optimization(1e-3, 0.0, 0.9), Run(seed=0, checkpoints=tmp_path, identity="test"))
+    latent = CountLatent.fit(
+        pairs, 4, 300, 64, Optimization(1e-3, 0.0, 0.9), Run(seed=0, checkpoints=tmp_path, identity="test")
+    )
     z = latent.encode(pairs.X)
     np.testing.assert_allclose(z.std(axis=0), 1.0, atol=0.02)
     move = np.tile(z[state == 1].mean(axis=0) - z[state == 0].mean(axis=0), (int((state == 0).sum()), 1))
@@ -377,15 +399,24 @@ def make_pairs(X: np.ndarray) -> Pairs:
     """Return training cells of no perturbation."""
     n, n_genes = X.shape
     obs = pd.DataFrame(
-        {"perturbation": "control", "is_control": True, "batch": "b", "cell_type": "c", "role": "train"}, index=map(str, range(n))
+        {"perturbation": "control", "is_control": True, "batch": "b", "cell_type": "c", "role": "train"},
+        index=map(str, range(n)),
     )
-    return Pairs(sparse.csr_matrix(X.astype(np.float32)), obs, [f"G{i}" for i in range(n_genes)], np.full((n, 8), -1), np.arange(n))
+    return Pairs(
+        sparse.csr_matrix(X.astype(np.float32)),
+        obs,
+        [f"G{i}" for i in range(n_genes)],
+        np.full((n, 8), -1),
+        np.arange(n),
+    )
 
 
 def test_a_latent_from_a_file_spans_its_directions(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
     pairs, _ = screen
     rng = np.random.default_rng(0)
-    table = pd.DataFrame(rng.normal(size=(len(pairs.genes), 5)), index=pd.Index(pairs.genes, name="gene")).drop(index=pairs.genes[4])
+    table = pd.DataFrame(rng.normal(size=(len(pairs.genes), 5)), index=pd.Index(pairs.genes, name="gene")).drop(
+        index=pairs.genes[4]
+    )
     table.to_csv(tmp_path / "loadings.tsv", sep="\t")
     latent = LatentSpace.from_loadings(tmp_path / "loadings.tsv", pairs)
     assert latent.n_dimensions == 5
@@ -404,7 +435,9 @@ def test_a_training_is_not_resumed_with_another_content_of_its_file(
     prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, identities = prepared["unseen_combination"], []
-    monkeypatch.setattr(diffusion.Diffusion, "fit", lambda self, pairs, embeddings, run: identities.append(run.identity) or {})
+    monkeypatch.setattr(
+        diffusion.Diffusion, "fit", lambda self, pairs, embeddings, run: identities.append(run.identity) or {}
+    )
     implementation, params = registered("scppdm", latent={"file": str(tmp_path / "loadings.tsv")})
     for i, rows in enumerate(("TF1\t1\nTF2\t2\n", "TF1\t1\nTF2\t2\n", "TF1\t2\nTF2\t1\n")):
         (tmp_path / "loadings.tsv").write_text("gene\ta\n" + rows)
@@ -420,8 +453,12 @@ def test_a_training_is_not_resumed_with_another_content_of_its_file(
      {"sampler": "ancestral"}, {"alignment": 0.1}, {"guidance_state": 1.5, "guidance_perturbation": 2.0}],
     ids=str,
 )  # fmt: skip
-def test_every_option_trains_restores_and_predicts(changes: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
-    model, artefact, _ = trained("scppdm", *screen, tmp_path, **{"n_steps": 60, "batch_size": 32, "n_latent": 8, **changes})
+def test_every_option_trains_restores_and_predicts(
+    changes: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path
+) -> None:
+    model, artefact, _ = trained(
+        "scppdm", *screen, tmp_path, **{"n_steps": 60, "batch_size": 32, "n_latent": 8, **changes}
+    )
     cells = screen[0].roles("test").X[:12].toarray()
     predicted = model.predict(cells, ["TF1+TF2", "control"], 12, 0)
     assert np.isfinite(predicted).all()
@@ -430,13 +467,19 @@ def test_every_option_trains_restores_and_predicts(changes: dict, screen: tuple[
     again = build(implementation, params)
     again.restore(artefact)
     np.testing.assert_array_equal(again.predict(cells, ["TF1+TF2", "control"], 12, 0), predicted)
-    np.testing.assert_allclose(again.individual_effects(cells, "TF1", 0), model.individual_effects(cells, "TF1", 0), atol=1e-6)
+    np.testing.assert_allclose(
+        again.individual_effects(cells, "TF1", 0), model.individual_effects(cells, "TF1", 0), atol=1e-6
+    )
 
 
 def test_a_mean_of_expected_displacements_is_that_of_each(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
     model, _, _ = hybrid
     z = torch.from_numpy(model.latent.encode(screen[0].X[:20]))
-    several = [torch.randint(0, len(model.conditions.genes), (20, 2)), torch.full((20, 2), -1), torch.tensor([[0, -1]]).repeat(20, 1)]
+    several = [
+        torch.randint(0, len(model.conditions.genes), (20, 2)),
+        torch.full((20, 2), -1),
+        torch.tensor([[0, -1]]).repeat(20, 1),
+    ]
     expected = torch.stack([model.displace(z, genes, None) for genes in several])
     torch.testing.assert_close(model.mean_displacement(z, several), expected.mean(dim=0), atol=1e-5, rtol=1e-4)
     assert expected[1].abs().max() < 1e-5 < expected[2].abs().max()
@@ -482,14 +525,16 @@ def test_the_mean_of_the_hybrid_is_the_closed_form(hybrid: tuple, screen: tuple[
 
 
 def test_residuals_have_no_mean_left(screen: tuple[Pairs, Embeddings]) -> None:
-    from perturbflow.models.batches import PairedCells, encoded
+    from perturbflow.models.training.batches import PairedCells, encoded
 
     pairs, embeddings = screen
     effects = Effects.of_training(pairs)
     latent = LatentSpace.fit(pairs, effects, 12)
     table = embeddings.standardized(effects.genes)
     conditions = Conditions(list(table.index), table.to_numpy())
-    cells = PairedCells(pairs.roles("train"), encoded(pairs.roles("train"), latent), conditions, 0.0, 1.0, 0.0, 1, residual=True)
+    cells = PairedCells(
+        pairs.roles("train"), encoded(pairs.roles("train"), latent), conditions, 0.0, 1.0, 0.0, 1, residual=True
+    )
     batches = [cells.batch(500, (i,)) for i in range(6)]
     change = torch.cat([batch.target - batch.start for batch in batches])
     genes = torch.cat([batch.genes for batch in batches])

@@ -33,7 +33,9 @@ TUTORIAL = REPOSITORY / "config" / "TUTORIAL.md"
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
 DOCUMENTS = (README, CONFIG_README, CLUSTER_README, TUTORIAL, CONTRIBUTING)
 SCHEMAS = REPOSITORY / "config" / "schemas"
-DEFAULT_FILES = [REPOSITORY / "config" / f"{name}.yaml" for name in ("config", "datasets", "splits", "models", "counterfactuals")]
+DEFAULT_FILES = [
+    REPOSITORY / "config" / f"{name}.yaml" for name in ("config", "datasets", "splits", "models", "counterfactuals")
+]
 
 
 # --- what the schemas say -------------------------------------------------------------------------------------------
@@ -51,7 +53,9 @@ def type_of(block: dict) -> str:
     if "enum" in block:
         return "one of " + ", ".join(f"`{value}`" for value in block["enum"])
     if "oneOf" in block:
-        return " or ".join(f"`{branch['const']}`" if "const" in branch else type_of(branch) for branch in block["oneOf"])
+        return " or ".join(
+            f"`{branch['const']}`" if "const" in branch else type_of(branch) for branch in block["oneOf"]
+        )
     types = block["type"] if isinstance(block["type"], list) else [block["type"]]
     names = {"array": "list", "object": "mapping"}
     return " or ".join(names.get(name, name) for name in types)
@@ -92,7 +96,9 @@ def params_table(family: str) -> str:
 
 def section(title: str) -> str:
     """Return the text below a heading of config/README.md, up to the next heading of its level."""
-    match = re.search(rf"^(#+) {re.escape(title)}$(.*?)(?=^#{{1,2}} |\Z)", CONFIG_README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    match = re.search(
+        rf"^(#+) {re.escape(title)}$(.*?)(?=^#{{1,2}} |\Z)", CONFIG_README.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
     assert match, f"config/README.md has no section '{title}'"
     return match[2]
 
@@ -117,7 +123,9 @@ def test_every_key_is_documented_with_its_type_and_default(title):
 @pytest.mark.parametrize("title", DOCUMENTED)
 def test_no_key_is_documented_that_does_not_exist(title):
     of_families = r"(?s)<!-- (params|families)\b.*?<!-- \1: end -->"
-    documented = set(re.findall(r"^\| `([a-z_.\[\]0-9]+)` \|", re.sub(of_families, "", section(title)), flags=re.MULTILINE))
+    documented = set(
+        re.findall(r"^\| `([a-z_.\[\]0-9]+)` \|", re.sub(of_families, "", section(title)), flags=re.MULTILINE)
+    )
     assert documented <= {key for key, _, _ in rows(DOCUMENTED[title])}
 
 
@@ -127,7 +135,9 @@ def test_every_family_is_documented_with_its_params(family):
         assert f"| `{family}` | {FAMILIES[family].kind} |" in section("models.yaml: which models exist")
         return
     expected = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"
-    assert expected in CONFIG_README.read_text(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
+    assert expected in CONFIG_README.read_text(), (
+        "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
+    )
 
 
 def metrics_table() -> str:
@@ -136,7 +146,10 @@ def metrics_table() -> str:
     def shown(value: float | None) -> str:
         return "–" if value is None else f"{value:g}".replace("inf", "∞").replace("-", "−")
 
-    lines = ["| metric | family | better | range | perfect | useless | unit | needs | ceiling | definition | source |", "| --- " * 11 + "|"]
+    lines = [
+        "| metric | family | better | range | perfect | useless | unit | needs | ceiling | definition | source |",
+        "| --- " * 11 + "|",
+    ]
     for metric in METRICS.values():
         name = f"**`{metric.name}`**" if metric.headline else f"`{metric.name}`"
         ceiling = metric.correction.__name__.removeprefix("of_").replace("_", " ") if metric.correction else "duplicate"
@@ -151,7 +164,9 @@ def metrics_table() -> str:
 
 def test_metrics_are_documented():
     expected = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
-    assert expected in CONFIG_README.read_text(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
+    assert expected in CONFIG_README.read_text(), (
+        "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
+    )
 
 
 # --- the map of the code --------------------------------------------------------------------------------------------
@@ -175,13 +190,17 @@ def map_of_the_code() -> str:
     for module in sorted(MODULES, key=lambda name: (stage(name) or len(ORDER) + 1, name)):
         said = (ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n\n")[0]
         called = ", ".join(f"`{rule}`" for rule in of_module.get(module, []))
-        lines.append(f"| `{module}.py` | {' '.join(said.split()).replace('|', '/')} | {called} |".replace("|  |", "| |"))
+        lines.append(
+            f"| `{module}.py` | {' '.join(said.split()).replace('|', '/')} | {called} |".replace("|  |", "| |")
+        )
     return "\n".join(lines)
 
 
 def test_map_of_the_code_is_current():
     expected = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
-    assert expected in CONTRIBUTING.read_text(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the map anew"
+    assert expected in CONTRIBUTING.read_text(), (
+        "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the map anew"
+    )
 
 
 def test_every_rule_with_a_script_has_its_module_on_the_map():
@@ -191,7 +210,9 @@ def test_every_rule_with_a_script_has_its_module_on_the_map():
 
 def test_what_is_named_in_code_is_there():
     """A page that tells where to put a line names functions and tables that are still called so."""
-    places = [path for folder in ("rules", "scripts", "config", "workflow_tests") for path in (REPOSITORY / folder).rglob("*")]
+    places = [
+        path for folder in ("rules", "scripts", "config", "workflow_tests") for path in (REPOSITORY / folder).rglob("*")
+    ]
     code = "\n".join(path.read_text() for path in places if path.suffix in (".py", ".smk", ".yaml"))
     named = set(re.findall(r"`([A-Za-z_][\w.]*)[`(=]", CONTRIBUTING.read_text()))
     words = {name.rsplit(".", 1)[-1] for name in named if not name.endswith((".py", ".cff", ".md"))}
@@ -242,7 +263,9 @@ def test_readme_shows_an_example_for_an_own_screen():
 
 @pytest.mark.parametrize("name", ["run", "test"])
 def test_commands_parse_and_name_files_that_exist(name):
-    match = re.search(rf"^<!-- command: {name} -->\n```bash\n(.*?)```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    match = re.search(
+        rf"^<!-- command: {name} -->\n```bash\n(.*?)```", README.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
     assert match, f"README.md has no block marked <!-- command: {name} -->"
     subprocess.run(["bash", "-n", "-c", match[1]], check=True)
     words = shlex.split(match[1].replace("&&", " && "))
@@ -278,7 +301,9 @@ def test_files_that_are_linked_or_named_exist():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
             if "://" not in target:
                 assert (file.parent / target).exists(), f"{file.name} links {target}"
-        for named in re.findall(r"`((?:config|rules|scripts|envs|workflow_tests)/[\w./-]+\.(?:yaml|smk|py|txt|md|tsv))`", text):
+        for named in re.findall(
+            r"`((?:config|rules|scripts|envs|workflow_tests)/[\w./-]+\.(?:yaml|smk|py|txt|md|tsv))`", text
+        ):
             assert (REPOSITORY / named).exists(), f"{file.name} names {named}"
 
 
@@ -291,7 +316,9 @@ def test_ci_runs_the_command_of_the_readme():
 
 # --- the graph of rules ---------------------------------------------------------------------------------------------
 
-RULEGRAPH = re.compile(r"<!-- rulegraph: (?P<command>.*?) -->\n```mermaid\n(?P<graph>.*?)```\n<!-- rulegraph: end -->", flags=re.DOTALL)
+RULEGRAPH = re.compile(
+    r"<!-- rulegraph: (?P<command>.*?) -->\n```mermaid\n(?P<graph>.*?)```\n<!-- rulegraph: end -->", flags=re.DOTALL
+)
 
 
 def drawn(text: str) -> tuple[set[str], set[tuple[str, str]]]:
@@ -303,7 +330,9 @@ def drawn(text: str) -> tuple[set[str], set[tuple[str, str]]]:
 def rule_graph(command: str) -> str:
     """Return the graph that a command prints now, without its colours."""
     words = shlex.split(command)
-    done = subprocess.run([sys.executable, "-m", "snakemake", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return "".join(line for line in done.stdout.splitlines(keepends=True) if "style id" not in line)
 
@@ -313,13 +342,21 @@ def test_rule_graph_is_current():
     assert shown, "README.md has no rule graph between its markers"
     current = drawn(rule_graph(shown["command"]))
     assert current[0], "snakemake drew nothing"
-    assert drawn(shown["graph"]) == current, "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to draw it anew"
+    assert drawn(shown["graph"]) == current, (
+        "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to draw it anew"
+    )
 
 
 # --- what to cite ---------------------------------------------------------------------------------------------------
 
 CITATIONS = re.compile(r"(?<=<!-- citations: CITATION.cff -->\n).*?(?=<!-- citations: end -->)", flags=re.DOTALL)
-SCOPES = {"screen": "Screens", "prior": "Priors and names", "model": "Models", "metric": "Baselines and metrics", "software": "Software"}
+SCOPES = {
+    "screen": "Screens",
+    "prior": "Priors and names",
+    "model": "Models",
+    "metric": "Baselines and metrics",
+    "software": "Software",
+}
 IDENTIFIER = re.compile(r"\b10\.\d{4,}/[\w./-]*\w|\d{4}\.\d{5}\b")
 
 
@@ -330,14 +367,21 @@ def references() -> list[dict]:
 
 def identifier(reference: dict) -> str:
     """Return doi:... or arXiv:..., or nothing."""
-    return f"doi:{reference['doi']}" if "doi" in reference else next((entry["value"] for entry in reference.get("identifiers", [])), "")
+    return (
+        f"doi:{reference['doi']}"
+        if "doi" in reference
+        else next((entry["value"] for entry in reference.get("identifiers", [])), "")
+    )
 
 
 def citations() -> str:
     """Return the list of README.md."""
 
     def author(entry: dict) -> str:
-        return entry.get("name") or f"{entry['family-names']} {' '.join(name[0] + '.' for name in entry['given-names'].split())}"
+        return (
+            entry.get("name")
+            or f"{entry['family-names']} {' '.join(name[0] + '.' for name in entry['given-names'].split())}"
+        )
 
     lines = []
     for scope, title in SCOPES.items():
@@ -359,8 +403,16 @@ def test_citations_of_the_readme_are_those_of_the_citation_file():
 
 def test_everything_that_is_used_is_cited():
     known = " ".join(identifier(entry) for entry in references())
-    files = [REPOSITORY / "config/datasets.yaml", REPOSITORY / "config/config.yaml", *(REPOSITORY / "scripts").rglob("*.py")]
-    used = {name for file in files for name in IDENTIFIER.findall("\n".join(re.findall(r"(?:doi|arXiv)[: ].*", file.read_text())))}
+    files = [
+        REPOSITORY / "config/datasets.yaml",
+        REPOSITORY / "config/config.yaml",
+        *(REPOSITORY / "scripts").rglob("*.py"),
+    ]
+    used = {
+        name
+        for file in files
+        for name in IDENTIFIER.findall("\n".join(re.findall(r"(?:doi|arXiv)[: ].*", file.read_text())))
+    }
     assert len(used) > 25
     assert sorted(name for name in used if name not in known) == []
 
@@ -370,7 +422,9 @@ def renew() -> None:
     README.write_text(CITATIONS.sub(lambda _: citations(), README.read_text()))
     table = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
     CONTRIBUTING.write_text(
-        re.sub(r"<!-- modules -->\n.*?<!-- modules: end -->", lambda _: table, CONTRIBUTING.read_text(), flags=re.DOTALL)
+        re.sub(
+            r"<!-- modules -->\n.*?<!-- modules: end -->", lambda _: table, CONTRIBUTING.read_text(), flags=re.DOTALL
+        )
     )
     text = CONFIG_README.read_text()
     table = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
@@ -380,7 +434,9 @@ def renew() -> None:
         table = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"
         text, n = re.subn(pattern, lambda _, table=table: table, text, flags=re.DOTALL)
         if n != 1:
-            sys.exit(f"config/README.md has no place for the params of {family}: add <!-- params: {family} --> and <!-- params: end -->")
+            sys.exit(
+                f"config/README.md has no place for the params of {family}: add <!-- params: {family} --> and <!-- params: end -->"
+            )
     CONFIG_README.write_text(text)
     text = README.read_text()
     shown = RULEGRAPH.search(text)

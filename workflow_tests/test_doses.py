@@ -12,22 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_closed_forms import N_GENES, error, make_training
 
-from perturbflow.annotation import canonical_labels, doubtful_labels, gene_table
-from perturbflow.doses import doses_in, parsed
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import at_dose, canonical_label, entities_of, entity_of, members_of, without_dose
 from perturbflow.models.base import Run, build
-from perturbflow.models.baselines import Additive, DoseInterpolation, LatentSum
-from perturbflow.models.conformal import case_of
-from perturbflow.models.doses import Doses
+from perturbflow.models.calibration import case_of
+from perturbflow.models.closed_form.baselines import Additive, DoseInterpolation, LatentSum
+from perturbflow.models.closed_form.doses import Doses
 from perturbflow.models.effects import Effects
+from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.models.neighbours import Neighbours
-from perturbflow.models.set_gp import SetGP
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.plan import Plan
-from perturbflow.symbols import at_dose, canonical_label, entities_of, entity_of, members_of, without_dose
+from perturbflow.screens.annotation import canonical_labels, doubtful_labels, gene_table
+from perturbflow.screens.doses import doses_in, parsed
 
 NO_GENES = gene_table(pd.DataFrame(index=pd.Index([], dtype=str)), {"organism": "human"})
 
@@ -35,10 +35,18 @@ NO_GENES = gene_table(pd.DataFrame(index=pd.Index([], dtype=str)), {"organism": 
 def read(labels: list[str], doses: list | None = None, **declared: object) -> tuple[list, str]:
     """Return what labels of a drug screen become, and the unit of their doses."""
     obs = pd.DataFrame({"label": ["control", *labels]})
-    block = {"column": "label", "control": ["control", "ctrl", "DMSO_TF"], "separator": "+", "drop": ["nan", "*", ""], **declared}
+    block = {
+        "column": "label",
+        "control": ["control", "ctrl", "DMSO_TF"],
+        "separator": "+",
+        "drop": ["nan", "*", ""],
+        **declared,
+    }
     if doses is not None:
         obs["dose"], block["dose"] = [None, *doses], "dose"
-    found = canonical_labels(obs, dataset_block(perturbation=block, perturbation_type="drug"), NO_GENES, Path("screen.h5ad"))
+    found = canonical_labels(
+        obs, dataset_block(perturbation=block, perturbation_type="drug"), NO_GENES, Path("screen.h5ad")
+    )
     return found.tolist()[1:], found.attrs["dose_unit"]
 
 
@@ -88,7 +96,10 @@ def test_labels_that_hold_the_dose_are_read_as_they_are(label: str, becomes: str
 
 def test_a_pattern_finds_members_doses_and_units() -> None:
     pattern = r"^(?P<member>.+)_(?P<dose>[\d.]+)(?P<unit>[a-zµ]M)$"
-    assert read(["TSA_10uM", "SAHA_100nM", "water"], pattern=pattern, separator=None) == (["TSA@10", "SAHA@0.1", "water"], "uM")
+    assert read(["TSA_10uM", "SAHA_100nM", "water"], pattern=pattern, separator=None) == (
+        ["TSA@10", "SAHA@0.1", "water"],
+        "uM",
+    )
     both = r"(?P<member>[A-Z]+)\((?P<dose>[\d.]+)\)"
     assert read(["B(3)+A(0.5)"], pattern=both) == (["A@0.5+B@3"], "")
 
@@ -114,17 +125,27 @@ def test_a_dose_that_cannot_be_read_is_refused(labels: list[str], doses: list, m
         read(labels, doses)
 
 
-def told_of(labels: list[str], doses: list, units: list, dose: str | list[str] = "dose_value") -> tuple[list, list[str]]:
+def told_of(
+    labels: list[str], doses: list, units: list, dose: str | list[str] = "dose_value"
+) -> tuple[list, list[str]]:
     """Return what labels become beside a column of units, and the warnings."""
-    obs, warnings = pd.DataFrame({"label": ["control", *labels], "dose_value": [0.0, *doses], "dose_unit": [None, *units]}), []
-    block = dataset_block(perturbation={"column": "label", "control": ["control"], "dose": dose}, perturbation_type="drug")
+    obs, warnings = (
+        pd.DataFrame({"label": ["control", *labels], "dose_value": [0.0, *doses], "dose_unit": [None, *units]}),
+        [],
+    )
+    block = dataset_block(
+        perturbation={"column": "label", "control": ["control"], "dose": dose}, perturbation_type="drug"
+    )
     doubtful_labels(obs, block, NO_GENES, Path("screen.h5ad"), warnings)
     return canonical_labels(obs, block, NO_GENES, Path("screen.h5ad")).tolist()[1:], warnings
 
 
 def test_a_number_and_its_unit_are_read_from_two_columns() -> None:
     labels, doses, units = ["A", "A", "B"], [10, 10, 1], ["nM", "uM", "uM"]
-    with pytest.raises(InputError, match=r"gives 'A' the dose 10\.0, and obs\['dose_unit'\] says nM, uM.*dose: \[dose_value, dose_unit\]"):
+    with pytest.raises(
+        InputError,
+        match=r"gives 'A' the dose 10\.0, and obs\['dose_unit'\] says nM, uM.*dose: \[dose_value, dose_unit\]",
+    ):
         told_of(labels, doses, units)
     assert told_of(labels, doses, units, ["dose_value", "dose_unit"]) == (["A@0.01", "A@10", "B@1"], [])
     found, warnings = told_of(["A", "A", "B"], [10, 1, 1], ["nM", "nM", "uM"])
@@ -153,14 +174,20 @@ def test_dose_zero_and_no_dose_are_counted_in_a_warning(caplog: pytest.LogCaptur
 
 def test_the_unit_is_recorded_and_a_dose_is_no_new_name(harmonized_from: Callable, tiny_screen: Callable) -> None:
     screen = tiny_screen(labels=["TF1", "TF2"])
-    screen.obs["dose"] = [None if label == "control" else ("10 nM", "1 uM")[i % 2] for i, label in enumerate(screen.obs["perturbation"])]
+    screen.obs["dose"] = [
+        None if label == "control" else ("10 nM", "1 uM")[i % 2] for i, label in enumerate(screen.obs["perturbation"])
+    ]
     result = harmonized_from(screen, perturbation={"dose": "dose"})
     assert result.account["perturbations"]["dose_unit"] == result.adata.uns["perturbflow"]["dose_unit"] == "uM"
     assert result.account["perturbations"]["renamed"] == {}
     assert result.account["perturbations"]["not_measured"] == [], "TF1@0.01 is of the gene TF1"
 
 
-names = st.text("ABab1-() ", min_size=1, max_size=6).map(str.strip).filter(lambda name: name and not name.startswith(("(", "[")))
+names = (
+    st.text("ABab1-() ", min_size=1, max_size=6)
+    .map(str.strip)
+    .filter(lambda name: name and not name.startswith(("(", "[")))
+)
 amounts = st.one_of(st.integers(0, 10**9).map(float), st.floats(1e-6, 1e6).map(lambda x: float(f"{x:.5g}")))
 
 
@@ -174,11 +201,15 @@ def test_a_member_at_a_dose_is_read_back(name: str, amount: float, unit: str) ->
 
 
 @given(
-    members=st.lists(st.tuples(names, amounts), min_size=2, max_size=4, unique_by=lambda pair: pair[0]), between=st.sampled_from("+;|_/ :&")
+    members=st.lists(st.tuples(names, amounts), min_size=2, max_size=4, unique_by=lambda pair: pair[0]),
+    between=st.sampled_from("+;|_/ :&"),
 )
 @settings(deadline=None)
 def test_each_member_keeps_its_dose_whatever_the_order(members: list[tuple[str, float]], between: str) -> None:
-    label, text = "+".join(name for name, _ in members), between.join(f"{amount:.9g}".replace("e+", "e") for _, amount in members)
+    label, text = (
+        "+".join(name for name, _ in members),
+        between.join(f"{amount:.9g}".replace("e+", "e") for _, amount in members),
+    )
     assert len(doses_in(text, "+")) == len(members)
     expected = "+".join(sorted(at_dose(*member) for member in members))
     assert read([label], [text])[0] == [expected]
@@ -217,7 +248,13 @@ def test_doses_are_found_by_compound_and_logarithm() -> None:
     assert doses.weights("B@5") == {"B": 1.0}
     assert doses.weights("C@0") == {"C@0": 1.0}
     assert doses.weights("D@1") == {}
-    assert [doses.nearest(member) for member in ("A@9", "A@11", "A@0", "B@3", "D")] == ["A@1", "A@100", "A@1", "B", None]
+    assert [doses.nearest(member) for member in ("A@9", "A@11", "A@0", "B@3", "D")] == [
+        "A@1",
+        "A@100",
+        "A@1",
+        "B",
+        None,
+    ]
     assert doses.holds("C@8")
     assert not doses.holds("D")
 
@@ -245,9 +282,13 @@ def test_a_new_dose_is_no_new_compound(compounds: dict[str, np.ndarray]) -> None
     training = make_training(known)
     plain = {label: effect for label, effect in compounds.items() if label.endswith("@100")}
     without = SetGP().learned(make_training({entity_of(label): effect for label, effect in plain.items()}))
-    np.testing.assert_allclose(without.effect("C0@7"), without.effect("C0"), err_msg="without doses in training, a dose tells nothing")
+    np.testing.assert_allclose(
+        without.effect("C0@7"), without.effect("C0"), err_msg="without doses in training, a dose tells nothing"
+    )
     latent = LatentSum(20, 0.01).learned(training)
-    np.testing.assert_allclose(latent.effect("C0@9"), latent.effect("C0@1"), err_msg="the nearest dose by its logarithm")
+    np.testing.assert_allclose(
+        latent.effect("C0@9"), latent.effect("C0@1"), err_msg="the nearest dose by its logarithm"
+    )
     assert case_of("C0@10", set(known), set(training.effects.entities)) == "seen"
     assert case_of("D@10", set(known), set(training.effects.entities)) == "unseen gene"
 
@@ -278,7 +319,9 @@ def test_neighbours_do_not_learn_from_other_doses_of_the_same_compound(compounds
     assert fitted.strength < 0.5, "compounds of unrelated effects tell nothing of one another"
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.kind == "baseline" and not family.split_kinds])
+@pytest.mark.parametrize(
+    "family", [name for name, family in FAMILIES.items() if family.kind == "baseline" and not family.split_kinds]
+)
 def test_every_baseline_serves_a_split_over_doses(family: str, prepared: dict[str, Prepared]) -> None:
     here = prepared["unseen_dose"]
     cells = Pairs.read(here.pairs)
@@ -297,7 +340,9 @@ def test_interpolation_beats_the_nearest_dose_on_a_screen_of_doses(prepared: dic
     for model in (Additive(), DoseInterpolation()):
         model.fit(cells.roles("train"), Embeddings.read(here.embeddings), Run(seed=0))
         test = cells.roles("test")
-        errors[type(model)] = np.mean([np.linalg.norm(model.effect(label) - test.effect_of(label)) for label in test.perturbations])
+        errors[type(model)] = np.mean(
+            [np.linalg.norm(model.effect(label) - test.effect_of(label)) for label in test.perturbations]
+        )
     assert errors[DoseInterpolation] < errors[Additive]
     assert 1 < HALF_DOSE < 30
     assert {"TF1", "TF2"} <= set(cells.genes), "targets at a dose are kept among the genes"
@@ -310,7 +355,14 @@ def test_interpolation_beats_the_nearest_dose_on_a_screen_of_doses(prepared: dic
 def test_a_screen_that_declares_no_dose_is_left_out_of_splits_over_doses() -> None:
     plan = Plan(
         merged(
-            {"select": {"datasets": ["norman2019", "sciplex3"], "splits": ["unseen_dose"], "models": ["dose_interpolation"], "seeds": [0]}}
+            {
+                "select": {
+                    "datasets": ["norman2019", "sciplex3"],
+                    "splits": ["unseen_dose"],
+                    "models": ["dose_interpolation"],
+                    "seeds": [0],
+                }
+            }
         )
     )
     assert set(plan.runs["dataset"]) == {"sciplex3"}

@@ -106,7 +106,9 @@ def outcomes() -> list[tuple[str, str, str]]:
     """Return fault, what is known of the file, and the outcome, from the table in benchmarks/README.md."""
     text = (REPOSITORY / "workflow_tests" / "benchmarks" / "README.md").read_text()
     rows = []
-    for line in re.findall(r"^\| `[\w-]+` \| .* \|$", text.split("## Downloads: faults tried")[1].split("\n## ")[0], flags=re.MULTILINE):
+    for line in re.findall(
+        r"^\| `[\w-]+` \| .* \|$", text.split("## Downloads: faults tried")[1].split("\n## ")[0], flags=re.MULTILINE
+    ):
         fault, _, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
         for i, known in enumerate(KNOWN):
             cells[i] = cells[i - 1] if cells[i] == "the same" else cells[i]
@@ -125,7 +127,9 @@ def test_the_table_has_every_fault() -> None:
 
 def test_no_fault_ends_in_a_wrong_file_where_it_can_be_told() -> None:
     ends = {(fault, known) for fault, known, expected in outcomes() if expected == "the file as it is served"}
-    assert ends == {("changed", "unpublished"), ("grown", "unpublished")}, "a first download has nothing to be compared with"
+    assert ends == {("changed", "unpublished"), ("grown", "unpublished")}, (
+        "a first download has nothing to be compared with"
+    )
 
 
 # --- right ----------------------------------------------------------------------------------------------------------
@@ -180,7 +184,9 @@ def test_a_file_that_is_here_and_right_is_kept(host: Host, manifest: Path) -> No
     assert sum(host.asked.values()) == 1
 
 
-def test_a_file_that_is_here_and_wrong_is_replaced(host: Host, manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_here_and_wrong_is_replaced(
+    host: Host, manifest: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     manifest.parent.mkdir(parents=True)
     (manifest.parent / NAME).write_bytes(CONTENT[:-1])
     fetch(manifest, file_at(f"{host.address}/right/{NAME}"))
@@ -214,9 +220,13 @@ def test_a_gz_file_keeps_its_own_bytes(fault: str, is_published: bool, host: Hos
 # --- mirrors --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["always-404", "always-503", "changed", "truncated", "stall", "page", "cut_at_once", "redirect_loop"])
+@pytest.mark.parametrize(
+    "first", ["always-404", "always-503", "changed", "truncated", "stall", "page", "cut_at_once", "redirect_loop"]
+)
 @pytest.mark.parametrize("is_published", [True, False])
-def test_the_second_mirror_serves_where_the_first_fails(first: str, is_published: bool, host: Host, manifest: Path) -> None:
+def test_the_second_mirror_serves_where_the_first_fails(
+    first: str, is_published: bool, host: Host, manifest: Path
+) -> None:
     if first == "changed" and not is_published:
         pytest.skip("nothing tells")
     right = f"{host.address}/right/{NAME}"
@@ -228,7 +238,10 @@ def test_the_second_mirror_serves_where_the_first_fails(first: str, is_published
 
 
 def test_an_unreachable_host_and_every_mirror_are_in_the_message(host: Host, manifest: Path) -> None:
-    urls = ["http://127.0.0.1:9/screen.h5ad", *[f"{host.address}/{fault}/{NAME}" for fault in ("always-404", "changed", "page")]]
+    urls = [
+        "http://127.0.0.1:9/screen.h5ad",
+        *[f"{host.address}/{fault}/{NAME}" for fault in ("always-404", "changed", "page")],
+    ]
     with pytest.raises(InputError) as raised:
         fetch(manifest, file_at(*urls))
     lines = str(raised.value).splitlines()
@@ -260,7 +273,9 @@ def test_wrong_bytes_are_not_asked_for_again(host: Host, manifest: Path) -> None
 # --- patience -------------------------------------------------------------------------------------------------------
 
 
-def test_a_host_is_given_the_time_that_it_asks_for_and_no_more(host: Host, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_is_given_the_time_that_it_asks_for_and_no_more(
+    host: Host, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits: list[float] = []
     monkeypatch.setattr(transfer.time, "sleep", waits.append)
     monkeypatch.setattr(transfer, "PATIENCE", transfer.Patience(longest_retry_after=90))
@@ -291,7 +306,9 @@ def test_progress_is_a_line_every_so_often(host: Host, manifest: Path, caplog: p
     assert re.fullmatch(rf"{NAME}: \d+ %, [\d.]+k of 51\.4k, [\d.]+[kM]B/s, 00:0\d left", lines[0]), lines[0]
 
 
-def test_a_terminal_has_a_bar(host: Host, manifest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_terminal_has_a_bar(
+    host: Host, manifest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     fetch(manifest, file_at(f"{host.address}/slow/{NAME}"))
     assert re.search(r"screen\.h5ad: +100%.*51\.4k/51\.4k.*B/s", capsys.readouterr().err)
@@ -328,7 +345,9 @@ def test_a_host_is_told_which_version_the_part_is_of(host: Host, manifest: Path)
     assert second["If-Range"] == ETAG
 
 
-@pytest.mark.parametrize("known", [{"bytes": len(CONTENT), "sha256": "1" * 64}, {"bytes": len(CONTENT) - 1, "sha256": SHA256}, UNPUBLISHED])
+@pytest.mark.parametrize(
+    "known", [{"bytes": len(CONTENT), "sha256": "1" * 64}, {"bytes": len(CONTENT) - 1, "sha256": SHA256}, UNPUBLISHED]
+)
 def test_a_part_of_other_content_is_not_gone_on_with(known: dict, host: Host, manifest: Path) -> None:
     part = left_halfway(host, manifest)
     with pytest.raises(InputError) if known != UNPUBLISHED else nullcontext():
@@ -344,7 +363,9 @@ def test_a_part_that_is_longer_than_the_file_is_dropped(host: Host, manifest: Pa
     assert (manifest.parent / NAME).read_bytes() == CONTENT
 
 
-def test_a_part_of_wrong_bytes_costs_one_more_attempt(host: Host, manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_of_wrong_bytes_costs_one_more_attempt(
+    host: Host, manifest: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     part = left_halfway(host, manifest)
     part.write_bytes(b"x" * part.stat().st_size)
     fetch(manifest, file_at(f"{host.address}/right/{NAME}"))
@@ -381,7 +402,13 @@ def test_a_part_without_its_note_is_dropped(host: Host, manifest: Path) -> None:
 
 @pytest.mark.parametrize(
     ("header", "expected"),
-    [("bytes 5-9/10", (5, 10)), ("bytes 5-9/*", (5, None)), ("bytes */10", (None, 10)), ("", (None, None)), ("lines 1-2/3", (None, None))],
+    [
+        ("bytes 5-9/10", (5, 10)),
+        ("bytes 5-9/*", (5, None)),
+        ("bytes */10", (None, 10)),
+        ("", (None, None)),
+        ("lines 1-2/3", (None, None)),
+    ],
 )
 def test_a_content_range_is_read(header: str, expected: tuple) -> None:
     assert transfer.content_range(header) == expected
@@ -423,7 +450,9 @@ def test_a_killed_download_is_gone_on_with(known: dict | None, host: Host, manif
     kills = 0
     for seen in (0.15, 0.3, 0.65, 0.8):
         process = in_process(manifest, file)
-        while process.poll() is None and sum(part.stat().st_size for part in hidden(manifest)) < seen * len(host.content):
+        while process.poll() is None and sum(part.stat().st_size for part in hidden(manifest)) < seen * len(
+            host.content
+        ):
             time.sleep(0.005)
         process.kill()
         process.communicate()
@@ -476,7 +505,9 @@ class FullDisk(io.RawIOBase):
         super().close()
 
 
-def test_a_full_disk_is_one_message_and_costs_nothing_that_has_arrived(host: Host, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_message_and_costs_nothing_that_has_arrived(
+    host: Host, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = file_at(f"{host.address}/slow/{NAME}", f"{host.address}/right/{NAME}")
     path_open = Path.open
 
@@ -486,7 +517,9 @@ def test_a_full_disk_is_one_message_and_costs_nothing_that_has_arrived(host: Hos
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", opened)
-        with pytest.raises(InputError, match=r"raw: no space left for screen\.h5ad \([\d,]+ bytes are free\)\. Free some"):
+        with pytest.raises(
+            InputError, match=r"raw: no space left for screen\.h5ad \([\d,]+ bytes are free\)\. Free some"
+        ):
             fetch(manifest, file)
     assert host.asked == {f"/slow/{NAME}": 1}, "another mirror needs as much space"
     (part,) = hidden(manifest)
@@ -496,16 +529,25 @@ def test_a_full_disk_is_one_message_and_costs_nothing_that_has_arrived(host: Hos
     assert host.requests[-1][1]["Range"] == f"bytes={28_672}-"
 
 
-def test_too_little_space_is_said_before_anything_is_fetched(host: Host, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 50_000, 50_000))
-    with pytest.raises(InputError, match=r"no space left for the 51,400 bytes of screen\.h5ad that are missing \(50,000 bytes are free\)"):
+def test_too_little_space_is_said_before_anything_is_fetched(
+    host: Host, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        transfer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 50_000, 50_000)
+    )
+    with pytest.raises(
+        InputError,
+        match=r"no space left for the 51,400 bytes of screen\.h5ad that are missing \(50,000 bytes are free\)",
+    ):
         fetch(manifest, file_at(f"{host.address}/right/{NAME}"))
 
 
 # --- nothing published ----------------------------------------------------------------------------------------------
 
 
-def test_the_first_download_is_recorded_and_checked_from_then_on(host: Host, manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_download_is_recorded_and_checked_from_then_on(
+    host: Host, manifest: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = file_at(f"{host.address}/right/{NAME}", known=UNPUBLISHED)
     fetch(manifest, file)
     record = manifest.parent.parent / "checksums.json"
@@ -532,7 +574,9 @@ def test_the_first_download_is_recorded_and_checked_from_then_on(host: Host, man
     assert (manifest.parent / NAME).read_bytes() == host.content
 
 
-def test_the_record_is_of_a_source_and_not_of_a_name(host: Host, manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_record_is_of_a_source_and_not_of_a_name(
+    host: Host, manifest: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fetch(manifest, file_at(f"{host.address}/right/{NAME}", known=UNPUBLISHED))
     host.content = CONTENT[:-1] + b"?"
     fetch(manifest, file_at(f"{host.address}/no_range/{NAME}", known=UNPUBLISHED))
@@ -643,7 +687,9 @@ def test_what_the_local_mirror_has_wrong_comes_from_the_network(
     assert hidden(manifest) == []
 
 
-def test_the_variable_has_precedence_over_the_key(host: Host, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_has_precedence_over_the_key(
+    host: Host, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("key", "variable"):
         (tmp_path / name).mkdir()
         (tmp_path / name / NAME).write_bytes(CONTENT)
@@ -667,7 +713,10 @@ def test_a_package_comes_from_a_local_mirror_too(manifest: Path, tmp_path: Path)
 
 def test_the_workflow_keeps_what_arrived_takes_a_mirror_and_needs_nothing_again(host: Host, tmp_path: Path) -> None:
     source = {"url": [f"{host.address}/page_then_right/{NAME}"]}
-    config = {"select": {"datasets": ["mine"], "splits": ["unseen_perturbation"]}, "datasets": {"mine": block(source) | declared(CONTENT)}}
+    config = {
+        "select": {"datasets": ["mine"], "splits": ["unseen_perturbation"]},
+        "datasets": {"mine": block(source) | declared(CONTENT)},
+    }
     target = Path("resources/mine/raw/manifest.json")
     failed = run_snakemake(tmp_path, target, config=config)
     assert failed.returncode != 0
@@ -713,7 +762,11 @@ def test_what_a_host_says_is_put_into_words(fault: str, expected: str, host: Hos
 
 
 def test_nothing_declared_is_said(host: Host) -> None:
-    assert ask(f"{host.address}/right/{NAME}", None) == {"status": 200, "found": len(CONTENT), "finding": "there, nothing declared"}
+    assert ask(f"{host.address}/right/{NAME}", None) == {
+        "status": 200,
+        "found": len(CONTENT),
+        "finding": "there, nothing declared",
+    }
 
 
 def test_every_mirror_of_every_dataset_is_asked_and_none_fails_the_run(host: Host, tmp_path: Path) -> None:
@@ -724,7 +777,8 @@ def test_every_mirror_of_every_dataset_is_asked_and_none_fails_the_run(host: Hos
     # A copy of the repository whose screens need no hosts.
     repository = copy_repository(tmp_path / "repository")
     registered = {
-        name: block({"path": "a.h5ad"}) for name in yaml.safe_load((repository / "config" / "datasets.yaml").read_text())["datasets"]
+        name: block({"path": "a.h5ad"})
+        for name in yaml.safe_load((repository / "config" / "datasets.yaml").read_text())["datasets"]
     }
     (repository / "config" / "datasets.yaml").write_text(yaml.safe_dump({"datasets": registered}))
     outcome = run_snakemake(tmp_path, "download_check", config=config, repository=repository)

@@ -8,15 +8,17 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from perturbflow.efficacy import LEAST_MOLECULES, OwnCounts, OwnGenes
 from perturbflow.errors import InputError
+from perturbflow.screens.efficacy import LEAST_MOLECULES, OwnCounts, OwnGenes
 
 GENES = ["A", "B", "C"]
 
 
 def counted(X: np.ndarray, labels: list[str], batches: list[str] | None = None, blocks: int = 3) -> OwnCounts:
     """Return what is found in counts of GENES and one gene more that fills every cell."""
-    obs = pd.DataFrame({"perturbation": pd.Categorical(labels), "batch": batches or ["b"] * len(labels), "cell_type": "t"})
+    obs = pd.DataFrame(
+        {"perturbation": pd.Categorical(labels), "batch": batches or ["b"] * len(labels), "cell_type": "t"}
+    )
     own = OwnCounts(OwnGenes.of(obs, pd.Index([*GENES, "REST"])))
     counts = sparse.csr_matrix(X.astype(np.float32))
     for rows in np.array_split(np.arange(len(X)), blocks):
@@ -111,7 +113,9 @@ def test_by_default_nothing_is_dropped(harmonized_from: Callable, tiny_screen: C
     assert set(efficacy["perturbations"]["TF1+TF2"]) == {"TF1", "TF2"}
 
 
-def test_perturbations_that_miss_and_cells_that_escape_are_dropped_and_counted(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_perturbations_that_miss_and_cells_that_escape_are_dropped_and_counted(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     result = harmonized_from(spoilt(tiny_screen()), {"min_efficacy": 0.7})
     account = result.account
     assert "TF3" in account["perturbations"]["dropped"]
@@ -119,7 +123,10 @@ def test_perturbations_that_miss_and_cells_that_escape_are_dropped_and_counted(h
     assert account["cells"]["dropped"]["qc.min_efficacy"] == sum(account["perturbations"]["dropped"].values())
     assert account["cells"]["source"] == account["cells"]["kept"] + sum(account["cells"]["dropped"].values())
 
-    whole, halved = harmonized_from(spoilt(tiny_screen())), harmonized_from(spoilt(tiny_screen()), {"min_cell_efficacy": 0.5})
+    whole, halved = (
+        harmonized_from(spoilt(tiny_screen())),
+        harmonized_from(spoilt(tiny_screen()), {"min_cell_efficacy": 0.5}),
+    )
     n = {name: (of.adata.obs["perturbation"] == "TF4").sum() for name, of in (("whole", whole), ("halved", halved))}
     assert n["whole"] == 40
     assert 15 <= n["halved"] <= 25, "half of the cells escaped"
@@ -137,11 +144,15 @@ def test_activation_has_its_own_direction(harmonized_from: Callable, tiny_screen
     assert set(account["perturbations"]["kept"]) == {"TF1", "control"}
 
 
-def test_what_no_direction_is_known_of_drops_nothing_and_says_so(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_what_no_direction_is_known_of_drops_nothing_and_says_so(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     account = harmonized_from(tiny_screen(), {"min_efficacy": 0.7}, perturbation_type="unknown").account
     assert account["warnings"] == ["qc.min_efficacy drops nothing: where unknown takes a gene is not known."]
     assert account["efficacy"]["perturbations"]["TF1"]["TF1"]["ratio"] < 0.4
-    assert harmonized_from(tiny_screen(), perturbation_type="drug").account["efficacy"]["perturbations"] == {}, "a drug is no gene"
+    assert harmonized_from(tiny_screen(), perturbation_type="drug").account["efficacy"]["perturbations"] == {}, (
+        "a drug is no gene"
+    )
 
 
 @pytest.mark.parametrize("limit", ["min_efficacy", "min_cell_efficacy"])
@@ -152,7 +163,9 @@ def test_a_limit_where_no_perturbed_gene_is_measured_drops_nothing_and_says_so(
     account = harmonized_from(screen, {limit: 0.5}).account
     first, second = account["warnings"]
     assert first == f"qc.{limit} drops nothing: no perturbed gene is among the measured ones."
-    assert second.startswith("none of the 8 perturbed genes (TF1, TF2, TF3, TF4, TF5, ...) is among the measured ones (MT-ND1, GENE0")
+    assert second.startswith(
+        "none of the 8 perturbed genes (TF1, TF2, TF3, TF4, TF5, ...) is among the measured ones (MT-ND1, GENE0"
+    )
     assert account["cells"]["dropped"].get(f"qc.{limit}", 0) == 0
 
 

@@ -16,7 +16,7 @@ from perturbflow.errors import InputError
 from perturbflow.models.base import Ceiling, Run, build
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
-from perturbflow.training import train
+from perturbflow.train import train
 
 CLOSED_FORMS = [name for name, family in FAMILIES.items() if family.rule == "train_closed_form"]
 
@@ -24,7 +24,9 @@ CLOSED_FORMS = [name for name, family in FAMILIES.items() if family.rule == "tra
 def vectors_of(genes: list[str], n: int = 6, seed: int = 0) -> pd.DataFrame:
     """Return made-up vectors."""
     rng = np.random.default_rng(seed)
-    return pd.DataFrame(rng.normal(size=(len(genes), n)), index=pd.Index(genes, name="gene"), columns=[str(i) for i in range(n)])
+    return pd.DataFrame(
+        rng.normal(size=(len(genes), n)), index=pd.Index(genes, name="gene"), columns=[str(i) for i in range(n)]
+    )
 
 
 def written(table: pd.DataFrame, path: Path) -> Path:
@@ -128,7 +130,9 @@ def test_the_log_counts_rows_per_source(prepared_copy, tmp_path: Path, caplog: p
     assert json.loads(here.audit.read_text())["without_vector"] == ["TF1", "TF2"]
 
 
-def test_what_may_know_the_screen_is_said_with_every_verdict(prepared_copy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_may_know_the_screen_is_said_with_every_verdict(
+    prepared_copy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     here = prepared_copy("unseen_perturbation")
     full = vectors_of(PERTURBED)
     full.attrs["knows"] = "the literature"
@@ -147,10 +151,14 @@ def test_what_may_know_the_screen_is_said_with_every_verdict(prepared_copy, tmp_
 def test_the_lines_that_make_tables_of_published_vectors_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of config/README.md, on files of the formats that they name; GenePT's zeros are no vector."""
     torch = pytest.importorskip("torch")
-    (code,) = re.findall(r"```python\n(import pickle\n.*?)```", (REPOSITORY / "config/README.md").read_text(), flags=re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(import pickle\n.*?)```", (REPOSITORY / "config/README.md").read_text(), flags=re.DOTALL
+    )
     monkeypatch.chdir(tmp_path)
     Path("tables").mkdir()
-    torch.save({"AARS": torch.ones(4), "KLF1": torch.arange(4.0)}, "Homo_sapiens.GRCh38.gene_symbol_to_embedding_ESM2.pt")
+    torch.save(
+        {"AARS": torch.ones(4), "KLF1": torch.arange(4.0)}, "Homo_sapiens.GRCh38.gene_symbol_to_embedding_ESM2.pt"
+    )
     texts = {"KLF1": [0.5, 0.25], "GATA1": np.array([0.0, 1.0]), "NOTEXT": [0.0, 0.0]}
     Path("GenePT_gene_embedding_ada_text.pickle").write_bytes(pickle.dumps(texts))
     exec(compile(code, "config/README.md", "exec"), {})
@@ -172,7 +180,9 @@ def effects_of(name: str, here: Prepared, genes: list[str]) -> np.ndarray:
     return model.predict(start, genes, 5, 0) - start
 
 
-@pytest.mark.parametrize("name", [name for name in CLOSED_FORMS if FAMILIES[name].kind != "ceiling" and name != "transfer"])
+@pytest.mark.parametrize(
+    "name", [name for name in CLOSED_FORMS if FAMILIES[name].kind != "ceiling" and name != "transfer"]
+)
 def test_no_closed_form_sees_a_missing_value(name: str, several: Prepared) -> None:
     assert np.isfinite(effects_of(name, several, PERTURBED)).all()
 
@@ -197,7 +207,9 @@ def test_an_answer_about_a_gene_without_a_vector_says_so(prepared_copy, tmp_path
     here.run_audit()
     ridge = FAMILIES["ridge"].implementation
     train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", ridge, {}, 0)
-    other = next(gene for gene in Pairs.read(here.pairs).genes if gene not in PERTURBED)  # measured, and never perturbed
+    other = next(
+        gene for gene in Pairs.read(here.pairs).genes if gene not in PERTURBED
+    )  # measured, and never perturbed
     answer = ask(here, tmp_path / "model.npz", tmp_path, ridge, {}, perturbations=[*held_out[:2], other])
     known = pd.read_csv(f"{answer}.tsv", sep="\t").groupby("perturbation")["known"].first()
     unseen = "extrapolation: 1 gene(s) never perturbed in training"
@@ -207,9 +219,13 @@ def test_an_answer_about_a_gene_without_a_vector_says_so(prepared_copy, tmp_path
 
 
 @pytest.mark.parametrize("name", ["ridge", "gaussian_process"])
-def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(name: str, prepared_copy, tmp_path: Path) -> None:
+def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(
+    name: str, prepared_copy, tmp_path: Path
+) -> None:
     here = prepared_copy("unseen_perturbation")
-    other, without = [gene for gene in Pairs.read(here.pairs).genes if gene not in PERTURBED][:2]  # measured, and never perturbed
+    other, without = [gene for gene in Pairs.read(here.pairs).genes if gene not in PERTURBED][
+        :2
+    ]  # measured, and never perturbed
     table = vectors_of([*PERTURBED, other, "NOWHERE1"])
     table.loc[other] = table.loc["TF1"] + 0.1
     table.to_csv(tmp_path / "mine.tsv", sep="\t")
@@ -231,7 +247,9 @@ def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(name: 
     assert "times as far" in known[other]
     assert name == "gaussian_process" or "without a vector" in known[without]
     everyone = ask(here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations="all_single")
-    assert set(pd.read_csv(f"{everyone}.ranking.tsv", sep="\t")["perturbation"]) == set(PERTURBED), "all perturbed genes, no more"
+    assert set(pd.read_csv(f"{everyone}.ranking.tsv", sep="\t")["perturbation"]) == set(PERTURBED), (
+        "all perturbed genes, no more"
+    )
 
 
 def test_a_table_of_a_genome_keeps_the_perturbed_genes_and_says_so(

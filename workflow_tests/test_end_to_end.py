@@ -29,7 +29,9 @@ RENGE = Path("results/renge2023/unseen_perturbation")
 
 
 @pytest.fixture(scope="module")
-def default_job(tmp_path_factory: pytest.TempPathFactory, snakemake: Callable, default_download: None) -> tuple[Path, object]:
+def default_job(
+    tmp_path_factory: pytest.TempPathFactory, snakemake: Callable, default_download: None
+) -> tuple[Path, object]:
     """Run the shipped default, all models and a what-if question, with quick trainings."""
     folder = tmp_path_factory.mktemp("default")
     config = {
@@ -159,7 +161,11 @@ def test_measurements_of_a_run_are_made_by_their_commands(default_job: tuple, co
     folder, _ = default_job
     script, *words = command.split()
     done = subprocess.run(
-        [sys.executable, REPOSITORY / "workflow_tests/benchmarks" / script, *words], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, REPOSITORY / "workflow_tests/benchmarks" / script, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("\n| ") > 2
@@ -167,7 +173,9 @@ def test_measurements_of_a_run_are_made_by_their_commands(default_job: tuple, co
         assert (folder / figure).stat().st_size > 5_000
 
 
-def test_the_page_of_snakemake_report_shows_every_result_with_its_caption(default_job: tuple, snakemake: Callable) -> None:
+def test_the_page_of_snakemake_report_shows_every_result_with_its_caption(
+    default_job: tuple, snakemake: Callable
+) -> None:
     folder, _ = default_job
     done = snakemake(folder, "--configfile", "mine.yaml", "--report", "page.html")
     assert done.returncode == 0, done.text
@@ -177,15 +185,21 @@ def test_the_page_of_snakemake_report_shows_every_result_with_its_caption(defaul
         json.loads(re.search(rf'<script id="{name}">\s+var \w+ = (.*);$', page, flags=re.MULTILINE)[1])
         for name in ("results", "categories", "workflow-desc")
     )
-    assert set(shown) == {path.relative_to(folder).as_posix() for pattern in SHOWN for path in (folder / "results").glob(pattern)}
+    assert set(shown) == {
+        path.relative_to(folder).as_posix() for pattern in SHOWN for path in (folder / "results").glob(pattern)
+    }
     assert set(categories) == {"Benchmark", "Data", "Runs", "What-if"}
     assert set(categories["Runs"]) == {"renge2023, unseen_perturbation", "renge2023, unseen_context"}
     assert set(categories["What-if"]) == {"pou5f1_in_controls"}
     assert all(f"<strong>{category}</strong>" in introduction for category in categories)
     for path, result in shown.items():
-        assert f"</span> {path}</tt>" in result["caption"], "a caption ends with the command that makes the result again"
+        assert f"</span> {path}</tt>" in result["caption"], (
+            "a caption ends with the command that makes the result again"
+        )
         assert not re.search("system-message|{{|{%", result["caption"]), path
-        assert {value for label, value in result["labels"].items() if label != "file"} <= set(re.split(r"/seed_|[/.]", path)), path
+        assert {value for label, value in result["labels"].items() if label != "file"} <= set(
+            re.split(r"/seed_|[/.]", path)
+        ), path
     labels = [tuple(sorted(result["labels"].items())) for result in shown.values()]
     assert len(set(labels)) == len(labels), "the search of the page shows one of the results whose labels are equal"
     assert not re.search("system-message|{{|{%", introduction)

@@ -20,7 +20,12 @@ PACKAGE = REPOSITORY / "scripts" / "perturbflow"
 # conda's name → PyPI's, where they differ.
 PYPI_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "python-isal": "isal"}
 # Import name → PyPI's name, where they differ.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "pytorch_lightning": "pytorch-lightning", "rattler": "py-rattler"}
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+    "pytorch_lightning": "pytorch-lightning",
+    "rattler": "py-rattler",
+}
 # What is imported behind a call: pandas' parquet engine.
 BEHIND_CALLS = {"read_parquet": "pyarrow", "to_parquet": "pyarrow"}
 
@@ -48,7 +53,9 @@ def rules() -> dict[str, dict[str, str]]:
     for file in sorted((REPOSITORY / "rules").glob("*.smk")):
         text = file.read_text()
         for name, body in re.findall(r"^rule (\w+):\n(.*?)(?=^\S|\Z)", text, flags=re.MULTILINE | re.DOTALL):
-            fields = {key: re.search(rf'^    {key}:\n\s+"([^"]+)"', body, flags=re.MULTILINE) for key in ("conda", "script")}
+            fields = {
+                key: re.search(rf'^    {key}:\n\s+"([^"]+)"', body, flags=re.MULTILINE) for key in ("conda", "script")
+            }
             if fields["script"]:
                 assert fields["conda"], f"rule {name} has a script and no conda environment"
                 found[name] = {key: str((file.parent / match[1]).resolve()) for key, match in fields.items()}
@@ -79,7 +86,11 @@ def third_party(file: Path, is_lazy_wanted: bool) -> set[str]:
 
 
 def _outside_functions(node: ast.AST) -> list[ast.AST]:
-    inner = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
+    inner = [
+        child
+        for child in ast.iter_child_nodes(node)
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    ]
     return [node, *(found for child in inner for found in _outside_functions(child))]
 
 
@@ -92,7 +103,12 @@ def roots_of(rule: str) -> list[Path]:
         families = list(FAMILIES.values())
     else:
         families = []
-    return [script, *sorted({PACKAGE / "models" / f"{family.implementation.split(':')[0]}.py" for family in families})]
+    return [
+        script,
+        *sorted(
+            {PACKAGE / "models" / f"{family.implementation.split(':')[0].replace('.', '/')}.py" for family in families}
+        ),
+    ]
 
 
 def files_of(rule: str) -> dict[Path, bool]:
@@ -105,9 +121,9 @@ def files_of(rule: str) -> dict[Path, bool]:
     own = {file for root in roots for file in (root, *_named_imports(root))}
     files = source_files(*roots)
     # Python runs a package's __init__ before any module within it.
-    while packages := {folder / "__init__.py" for file in files for folder in file.parents if PACKAGE in (folder, *folder.parents)} - {
-        *files
-    }:
+    while packages := {
+        folder / "__init__.py" for file in files for folder in file.parents if PACKAGE in (folder, *folder.parents)
+    } - {*files}:
         files = source_files(*files, *packages)
     return {file: file in own for file in files}
 
@@ -120,9 +136,17 @@ def needed_by(rule: str) -> set[str]:
 def _named_imports(script: Path) -> list[Path]:
     if script.parent.name != "scripts":
         return []
-    modules = [node.module for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+    modules = [
+        node.module
+        for node in ast.walk(ast.parse(script.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+    ]
     places = [PACKAGE.parent.joinpath(*module.split(".")) for module in modules if module.startswith("perturbflow.")]
-    return [file for place in places for file in (sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")])]
+    return [
+        file
+        for place in places
+        for file in (sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")])
+    ]
 
 
 def environment_files() -> list[Path]:
@@ -151,7 +175,11 @@ def test_environments_are_pinned_exactly(file):
 @pytest.mark.parametrize("file", environment_files(), ids=lambda file: file.stem)
 def test_conda_and_pip_have_the_same_versions(file):
     lock = locked("requirements.txt")
-    pins = {PYPI_NAMES.get(name, name): version for name, version in conda_pins(file).items() if name not in ("python", "pip")}
+    pins = {
+        PYPI_NAMES.get(name, name): version
+        for name, version in conda_pins(file).items()
+        if name not in ("python", "pip")
+    }
     assert pins == {name: lock.get(name) for name in pins}
 
 
@@ -172,7 +200,9 @@ def test_environments_hold_nothing_that_no_rule_imports(file):
 
 @pytest.mark.parametrize("file", ["requirements.txt", "requirements-test.txt"])
 def test_lock_is_exact_and_names_no_machine(file):
-    lines = [line.strip() for line in (ENVS / file).read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line.strip() for line in (ENVS / file).read_text().splitlines() if line.strip() and not line.startswith("#")
+    ]
     for line in lines:
         is_inclusion = file == "requirements-test.txt" and line == "-r requirements.txt"
         assert is_inclusion or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.!]*", line), (
@@ -190,7 +220,9 @@ def test_test_lock_includes_the_runtime_lock():
 def test_lock_has_what_the_tests_and_the_snakefile_import():
     files = [*Path(__file__).parent.rglob("*.py"), *(PACKAGE / "registry").glob("*.py")]
     local = {file.stem for file in files} | {"conftest"}
-    needed = set().union(*(third_party(file, is_lazy_wanted=True) for file in files)) - {normalized(name) for name in local}
+    needed = set().union(*(third_party(file, is_lazy_wanted=True) for file in files)) - {
+        normalized(name) for name in local
+    }
     # What single benchmarks compare with: their tests skip without it.
     benchmarks = set().union(*(locked(file) for file in (Path(__file__).parent / "benchmarks").glob("*.txt")))
     assert needed <= set(locked("requirements.txt")) | set(locked("requirements-test.txt")) | benchmarks

@@ -11,12 +11,13 @@ from conftest import Prepared
 from scipy import sparse
 from scipy.special import ndtr
 
-from perturbflow import prediction, training
+from perturbflow import predict as prediction
+from perturbflow import train as training
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Differential, Scored, evaluate, inputs, score_inputs
-from perturbflow.models.recount import recounted
+from perturbflow.genes.symbols import members_of
+from perturbflow.models.thinning import recounted
 from perturbflow.pairs import Pairs, match_controls
-from perturbflow.symbols import members_of
 
 P, N_GENES = 5, 30
 
@@ -25,7 +26,9 @@ def random_scored(seed: int = 0, **changes: object) -> Scored:
     """Return random predictions and measurements of five perturbations, the first three genes being targets."""
     rng = np.random.default_rng(seed)
     sides = ("predicted", "measured", "control")
-    arrays = {name: rng.normal(size=(P, N_GENES)) for name in (*sides, "reference", *(f"{side}_bulk" for side in sides))}
+    arrays = {
+        name: rng.normal(size=(P, N_GENES)) for name in (*sides, "reference", *(f"{side}_bulk" for side in sides))
+    }
     spreads = (*(f"{side}_bulk_variance" for side in sides), "predicted_variance", "measured_variance", "coverage")
     arrays |= {name: rng.uniform(0.01, 0.05, (P, N_GENES)) for name in spreads}
     z, lfc = rng.normal(0.0, 3.0, (2, 2, P, N_GENES))
@@ -40,7 +43,8 @@ def random_scored(seed: int = 0, **changes: object) -> Scored:
         "reliability": np.ones(P),
         "effect_size": np.ones(P),
         "highly_expressed": np.arange(N_GENES) % 2 == 0,
-        "own_target": np.eye(P, N_GENES, dtype=bool) | (np.arange(N_GENES) == 4),  # L0 and gene 0, ..., and gene 4 for all
+        "own_target": np.eye(P, N_GENES, dtype=bool)
+        | (np.arange(N_GENES) == 4),  # L0 and gene 0, ..., and gene 4 for all
         "predicted_components": [rng.normal(size=(6 + i, 4)) for i in range(P)],
         "measured_components": [rng.normal(1.0, size=(9 - i, 4)) for i in range(P)],
         "predicted_off_target_components": [rng.normal(size=(6 + i, 4)) for i in range(P)],
@@ -61,7 +65,10 @@ def score(name: str, scored: Scored) -> np.ndarray:
 
 def test_mae() -> None:
     scored = random_scored()
-    expected = [np.mean([abs(a - b) for a, b in zip(x, y, strict=True)]) for x, y in zip(scored.predicted, scored.measured, strict=True)]
+    expected = [
+        np.mean([abs(a - b) for a, b in zip(x, y, strict=True)])
+        for x, y in zip(scored.predicted, scored.measured, strict=True)
+    ]
     assert np.allclose(score("mae", scored), expected)
 
 
@@ -73,10 +80,14 @@ def test_off_target_scores_leave_out_the_perturbed_genes_alone() -> None:
     assert len(names) == 5
     for name in names:
         assert np.allclose(score(name, spoilt), score(name, scored)), name
-        assert not np.allclose(score(name.removesuffix("_off_target"), spoilt), score(name.removesuffix("_off_target"), scored)), name
+        assert not np.allclose(
+            score(name.removesuffix("_off_target"), spoilt), score(name.removesuffix("_off_target"), scored)
+        ), name
     for i in range(P):
         genes = [g for g in range(0, N_GENES, 2) if not scored.own_target[i, g]]
-        predicted, measured, control = (getattr(scored, side)[i, genes] for side in ("predicted", "measured", "control"))
+        predicted, measured, control = (
+            getattr(scored, side)[i, genes] for side in ("predicted", "measured", "control")
+        )
         assert score("l2_heg1000_off_target", scored)[i] == pytest.approx(np.sqrt(((predicted - measured) ** 2).sum()))
         r = np.corrcoef(predicted - control, measured - control)[0, 1]
         assert score("pearson_delta_ctrl_off_target", scored)[i] == pytest.approx(r)
@@ -90,7 +101,9 @@ def test_off_target_scores_leave_out_the_perturbed_genes_alone() -> None:
         r2 = 1 - (w @ (predicted - measured) ** 2) / (w @ (delta - w @ delta) ** 2)
         assert score("r2_w_delta_off_target", scored)[i] == pytest.approx(r2)
         own = scored.own_target[i]
-        assert score("mae_on_target", scored)[i] == pytest.approx(np.abs(scored.predicted - scored.measured)[i, own].mean())
+        assert score("mae_on_target", scored)[i] == pytest.approx(
+            np.abs(scored.predicted - scored.measured)[i, own].mean()
+        )
     panel = ~scored.own_target.any(axis=0)
     sides = {side: getattr(scored, side)[:, panel] for side in ("predicted", "measured", "control", "own_target")}
     assert np.allclose(score("rank_cosine_off_target", scored), score("rank_cosine", random_scored(**sides)))
@@ -99,7 +112,13 @@ def test_off_target_scores_leave_out_the_perturbed_genes_alone() -> None:
 def test_a_perturbation_whose_genes_are_not_measured_has_no_error_on_target() -> None:
     own = random_scored().own_target.copy()
     own[1] = False
-    assert np.isnan(score("mae_on_target", random_scored(own_target=own))).tolist() == [False, True, False, False, False]
+    assert np.isnan(score("mae_on_target", random_scored(own_target=own))).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_no_headline_metric_sees_a_perturbed_gene(prepared: dict[str, Prepared]) -> None:
@@ -126,7 +145,8 @@ def test_no_headline_metric_sees_a_perturbed_gene(prepared: dict[str, Prepared])
 def test_l2_over_highly_expressed_genes_is_no_mean() -> None:
     scored = random_scored()
     expected = [
-        np.sqrt(sum((x[g] - y[g]) ** 2 for g in range(0, N_GENES, 2))) for x, y in zip(scored.predicted, scored.measured, strict=True)
+        np.sqrt(sum((x[g] - y[g]) ** 2 for g in range(0, N_GENES, 2)))
+        for x, y in zip(scored.predicted, scored.measured, strict=True)
     ]
     assert np.allclose(score("l2_heg1000", scored), expected)
 
@@ -135,14 +155,18 @@ def test_pearson_delta_against_controls() -> None:
     scored = random_scored()
     genes = scored.highly_expressed
     expected = [
-        np.corrcoef((scored.predicted - scored.control)[i, genes], (scored.measured - scored.control)[i, genes])[0, 1] for i in range(P)
+        np.corrcoef((scored.predicted - scored.control)[i, genes], (scored.measured - scored.control)[i, genes])[0, 1]
+        for i in range(P)
     ]
     assert np.allclose(score("pearson_delta_ctrl", scored), expected)
 
 
 def test_pearson_delta_against_the_mean_of_training_perturbations() -> None:
     scored = random_scored()
-    expected = [np.corrcoef(scored.predicted[i] - scored.reference[i], scored.measured[i] - scored.reference[i])[0, 1] for i in range(P)]
+    expected = [
+        np.corrcoef(scored.predicted[i] - scored.reference[i], scored.measured[i] - scored.reference[i])[0, 1]
+        for i in range(P)
+    ]
     assert np.allclose(score("pearson_delta_pert", scored), expected)
 
 
@@ -183,7 +207,9 @@ def test_pds_ties_count_half() -> None:
     measured = np.stack([effect, effect, effect, other, -effect])
     predicted = np.stack([effect] * P)
     values = score("pds_cosine", random_scored(measured_bulk=measured, predicted_bulk=predicted, control_bulk=zero))
-    assert values.tolist() == [0.75, 0.75, 0.75, 0.25, 0.0], "three tie for the first place, then one, then the opposite"
+    assert values.tolist() == [0.75, 0.75, 0.75, 0.25, 0.0], (
+        "three tie for the first place, then one, then the opposite"
+    )
 
 
 def test_pds_of_one_perturbation_is_no_number() -> None:
@@ -194,13 +220,18 @@ def test_pds_of_one_perturbation_is_no_number() -> None:
 def naive_energy(X: np.ndarray, Y: np.ndarray) -> float:
     """Return 2 E‖X−Y‖ − E‖X−X'‖ − E‖Y−Y'‖ over all pairs of different cells."""
     between = np.mean([np.sqrt(((x - y) ** 2).sum()) for x in X for y in Y])
-    within = [np.mean([np.sqrt(((Z[i] - Z[j]) ** 2).sum()) for i in range(len(Z)) for j in range(len(Z)) if i != j]) for Z in (X, Y)]
+    within = [
+        np.mean([np.sqrt(((Z[i] - Z[j]) ** 2).sum()) for i in range(len(Z)) for j in range(len(Z)) if i != j])
+        for Z in (X, Y)
+    ]
     return 2 * between - sum(within)
 
 
 def test_energy_distance() -> None:
     scored = random_scored()
-    expected = [naive_energy(x, y) for x, y in zip(scored.predicted_components, scored.measured_components, strict=True)]
+    expected = [
+        naive_energy(x, y) for x, y in zip(scored.predicted_components, scored.measured_components, strict=True)
+    ]
     assert np.allclose(score("energy_distance", scored), expected)
 
 
@@ -273,7 +304,9 @@ def cells(prepared: dict[str, Prepared]) -> Pairs:
     return Pairs.read(prepared["unseen_combination"].pairs)
 
 
-def predictions_from(cells: Pairs, change: Callable[[str, np.ndarray], np.ndarray] = lambda label, X: X, role: str = "test") -> ad.AnnData:
+def predictions_from(
+    cells: Pairs, change: Callable[[str, np.ndarray], np.ndarray] = lambda label, X: X, role: str = "test"
+) -> ad.AnnData:
     """Return predictions: the matched controls of measured cells, their mean set to that of all controls as `predict` does it, changed."""
     held_out = cells.roles(role)
     blocks, labels, starts = [], [], []
@@ -288,13 +321,22 @@ def predictions_from(cells: Pairs, change: Callable[[str, np.ndarray], np.ndarra
     obs = obs.assign(perturbation=pd.Categorical(labels), control_index=starts)
     obs.index = [f"p{i}" for i in range(len(labels))]
     X = sparse.csr_matrix(np.vstack(blocks).astype(np.float32))
-    return ad.AnnData(X=X, obs=obs, var=pd.DataFrame(index=cells.genes), uns={"perturbflow": {"role": role, "starts_from_controls": True}})
+    return ad.AnnData(
+        X=X,
+        obs=obs,
+        var=pd.DataFrame(index=cells.genes),
+        uns={"perturbflow": {"role": role, "starts_from_controls": True}},
+    )
 
 
 def test_means_are_of_the_scored_half_and_of_matched_controls(cells: Pairs) -> None:
     scored = score_inputs(predictions_from(cells), cells)
     test = cells.roles("test")
-    X, batch, half = test.X.toarray().astype(float), test.obs["batch"].astype(str).to_numpy(), test.obs["half"].astype(str).to_numpy()
+    X, batch, half = (
+        test.X.toarray().astype(float),
+        test.obs["batch"].astype(str).to_numpy(),
+        test.obs["half"].astype(str).to_numpy(),
+    )
     assert scored.labels == test.perturbations
     for i, label in enumerate(scored.labels):
         rows = np.flatnonzero((test.labels == label) & (half == "b"))
@@ -303,7 +345,9 @@ def test_means_are_of_the_scored_half_and_of_matched_controls(cells: Pairs) -> N
         assert np.allclose(scored.control[i], expected, atol=1e-5)
         sums = np.expm1(X[rows]).sum(axis=0)
         assert np.allclose(scored.measured_bulk[i], np.log1p(5e4 * sums / sums.sum()), atol=1e-4)
-        sums = sum((batch[rows] == b).mean() * np.expm1(X[test.is_control & (batch == b)]).mean(axis=0) for b in ("b1", "b2"))
+        sums = sum(
+            (batch[rows] == b).mean() * np.expm1(X[test.is_control & (batch == b)]).mean(axis=0) for b in ("b1", "b2")
+        )
         assert np.allclose(scored.control_bulk[i], np.log1p(5e4 * sums / sums.sum()), atol=1e-4)
 
 
@@ -325,7 +369,9 @@ def test_batches_do_not_tell_perturbations_apart() -> None:
     index, _ = match_controls(obs, 1, 0)
     obs["half"] = "b"
     genes = [f"g{i}" for i in range(n_genes)]
-    cells = Pairs(sparse.csr_matrix(np.log1p(np.vstack(counts)).astype(np.float32)), obs, genes, index, np.arange(len(obs)))
+    cells = Pairs(
+        sparse.csr_matrix(np.log1p(np.vstack(counts)).astype(np.float32)), obs, genes, index, np.arange(len(obs))
+    )
     floor = score("pds_cosine", score_inputs(predictions_from(cells), cells))
     assert abs(floor.mean() - 0.5) < 0.15, "0.9 with one control for all batches"
 
@@ -335,7 +381,9 @@ def test_the_reference_is_the_mean_of_training_perturbations_means(cells: Pairs)
     train = cells.fitted_on("test")
     X = train.X.toarray()
     assert np.allclose(
-        scored.reference, np.mean([X[train.labels == label].mean(axis=0) for label in train.perturbations], axis=0), atol=1e-5
+        scored.reference,
+        np.mean([X[train.labels == label].mean(axis=0) for label in train.perturbations], axis=0),
+        atol=1e-5,
     )
 
 
@@ -346,7 +394,9 @@ def test_highly_expressed_genes_are_those_of_held_out_controls(cells: Pairs, mon
     mean = np.asarray(test.X[test.is_control].mean(axis=0)).ravel()
     assert set(np.flatnonzero(scored.highly_expressed)) == set(np.argsort(-mean)[:7])
     for label, own in zip(scored.labels, scored.own_target, strict=True):
-        assert {gene for gene, is_own in zip(cells.genes, own, strict=True) if is_own} == set(members_of(label)) & set(cells.genes)
+        assert {gene for gene, is_own in zip(cells.genes, own, strict=True) if is_own} == set(members_of(label)) & set(
+            cells.genes
+        )
 
 
 def test_components_are_fitted_on_training_cells(cells: Pairs) -> None:
@@ -356,7 +406,8 @@ def test_components_are_fitted_on_training_cells(cells: Pairs) -> None:
     other = test[cells.labels[test] != scored.labels[0]]
     changed[other] = 0
     again = score_inputs(
-        predictions_from(cells), Pairs(sparse.csr_matrix(changed), cells.obs, cells.genes, cells.control_index, cells.rows)
+        predictions_from(cells),
+        Pairs(sparse.csr_matrix(changed), cells.obs, cells.genes, cells.control_index, cells.rows),
     )
     assert np.allclose(scored.measured_components[0], again.measured_components[0], atol=1e-4)
     assert not np.allclose(scored.measured_components[1], again.measured_components[1], atol=1e-2)
@@ -401,9 +452,17 @@ def run_model(here: Prepared, folder: Path, implementation: str, params: dict | 
     """Train, predict and evaluate one model; return its metrics.tsv."""
     folder.mkdir(parents=True, exist_ok=True)
     params = params or {}
-    training.train(here.pairs, here.embeddings, here.audit, folder / "model.npz", folder / "run.json", implementation, params, 0)
+    training.train(
+        here.pairs, here.embeddings, here.audit, folder / "model.npz", folder / "run.json", implementation, params, 0
+    )
     prediction.predict(here.pairs, folder / "model.npz", folder / "predictions.h5ad", implementation, params, 0, 1000)
-    provenance = {"dataset": "mine", "split": "s", "model": implementation.split(":")[1], "seed": "0", "code_version": "x"}
+    provenance = {
+        "dataset": "mine",
+        "split": "s",
+        "model": implementation.split(":")[1],
+        "seed": "0",
+        "code_version": "x",
+    }
     evaluate(folder / "predictions.h5ad", here.pairs, here.split, folder / "metrics.tsv", provenance)
     return pd.read_csv(folder / "metrics.tsv", sep="\t")
 
@@ -423,7 +482,9 @@ def test_the_table_of_scores(prepared: dict[str, Prepared], tmp_path: Path, cell
     assert table["value"].notna().all()
 
 
-def test_the_ceiling_is_above_the_model_and_the_model_above_the_floor(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+def test_the_ceiling_is_above_the_model_and_the_model_above_the_floor(
+    prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
     here = prepared["unseen_combination"]
     means = {
         name: run_model(here, tmp_path / name, implementation).groupby("metric")["value"].mean()
@@ -438,7 +499,9 @@ def test_the_ceiling_is_above_the_model_and_the_model_above_the_floor(prepared: 
     assert means["ceiling"]["pearson_delta_ctrl"] > 0.8
 
 
-def test_the_ceiling_is_scored_on_the_half_it_does_not_hold(prepared: dict[str, Prepared], tmp_path: Path, cells: Pairs) -> None:
+def test_the_ceiling_is_scored_on_the_half_it_does_not_hold(
+    prepared: dict[str, Prepared], tmp_path: Path, cells: Pairs
+) -> None:
     table = run_model(prepared["unseen_combination"], tmp_path, "ceilings:TechnicalDuplicate")
     assert (table.loc[table["metric"] == "mae", "value"] > 0).all(), "half a is not half b"
     other = run_model(prepared["unseen_combination"], tmp_path / "other", "baselines:NoChange")

@@ -11,12 +11,12 @@ from test_diffusion import two_states
 from test_models import registered, trained
 from torch import Tensor
 
-from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
+from perturbflow.io.artefacts import load_artefact, save_artefact
 from perturbflow.models.base import Run, build
-from perturbflow.models.external import ExternalEncoder, ExternalLatent
-from perturbflow.models.optimization import Optimization
+from perturbflow.models.latents.exported import ExternalEncoder, ExternalLatent
+from perturbflow.models.training.loop import Optimization
 from perturbflow.pairs import Pairs
 
 
@@ -24,9 +24,15 @@ def test_an_encoder_from_a_file_reads_its_genes_wherever_they_are_and_its_moves_
     pairs, counts, shares, state = two_states()
     genes = ["unmeasured", *(f"G{i}" for i in reversed(range(30)))]
     path = exported(tmp_path / "encoder.pt2", genes)
-    latent = ExternalLatent.fit(path, pairs, 300, 64, Optimization(1e-3, 0.0, 0.9), Run(seed=0, checkpoints=tmp_path, identity="test"))
+    latent = ExternalLatent.fit(
+        path, pairs, 300, 64, Optimization(1e-3, 0.0, 0.9), Run(seed=0, checkpoints=tmp_path, identity="test")
+    )
     z = latent.encode(pairs.X)
-    expected = Directions(31)(torch.from_numpy(np.hstack([np.zeros((600, 1)), counts[:, ::-1]]).astype(np.float32))).detach().numpy()
+    expected = (
+        Directions(31)(torch.from_numpy(np.hstack([np.zeros((600, 1)), counts[:, ::-1]]).astype(np.float32)))
+        .detach()
+        .numpy()
+    )
     np.testing.assert_allclose(z, (expected - expected.mean(axis=0)) / expected.std(axis=0), atol=0.01)
     move = np.tile(z[state == 1].mean(axis=0) - z[state == 0].mean(axis=0), (int((state == 0).sum()), 1))
     assert np.corrcoef(latent.fold(z[state == 0], move).mean(axis=0), np.log(shares[1] / shares[0]))[0, 1] > 0.9
@@ -86,7 +92,9 @@ class Two(Directions):
     ids=["no program", "genes not named", "other genes", "one number of cells", "more genes than names", "no rows", "two tensors", "no number", "samples",
          "looks around"],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_of_an_encoder_is_said_before_training(make: Callable, message: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_file_of_an_encoder_is_said_before_training(
+    make: Callable, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "encoder.pt2"
     make(path)
     with pytest.raises(InputError, match=message):
@@ -94,11 +102,15 @@ def test_what_is_wrong_with_a_file_of_an_encoder_is_said_before_training(make: C
 
 
 def test_genes_of_an_encoder_go_by_their_approved_symbols(tmp_path: Path) -> None:
-    encoder = ExternalEncoder(exported(tmp_path / "encoder.pt2", ["SEPT7", "ENSG00000141510", "OTHER"]), ["A", "TP53", "SEPTIN7"])
+    encoder = ExternalEncoder(
+        exported(tmp_path / "encoder.pt2", ["SEPT7", "ENSG00000141510", "OTHER"]), ["A", "TP53", "SEPTIN7"]
+    )
     assert encoder.columns.tolist() == [2, 1, -1]
 
 
-def test_scppdm_trains_on_an_encoder_from_a_file_and_asks_for_the_same_file_again(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
+def test_scppdm_trains_on_an_encoder_from_a_file_and_asks_for_the_same_file_again(
+    screen: tuple[Pairs, Embeddings], tmp_path: Path
+) -> None:
     path = exported(tmp_path / "encoder.pt2", screen[0].genes[::2])
     params = {"n_steps": 60, "batch_size": 32, "latent": {"file": str(path)}}
     model, artefact, run = trained("scppdm", *screen, tmp_path, **params)

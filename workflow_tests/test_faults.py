@@ -39,12 +39,12 @@ from faults import (
 )
 from test_models import COMBINATION, registered
 
-from perturbflow import prediction
-from perturbflow.artefacts import load_artefact, save_artefact
+from perturbflow import predict as prediction
 from perturbflow.errors import InputError
-from perturbflow.files import atomic, require_writable, write_json
-from perturbflow.models import batches
-from perturbflow.training import train
+from perturbflow.io.artefacts import load_artefact, save_artefact
+from perturbflow.io.files import atomic, require_writable, write_json
+from perturbflow.models.training import batches
+from perturbflow.train import train
 
 PAIRS = "results/mine/unseen_combination/pairs.h5ad"
 
@@ -76,14 +76,18 @@ def undisturbed(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Undistu
 
 def copied(undisturbed: Undisturbed, folder: Path, *left_out: str) -> Path:
     """Return a copy of the undisturbed run without some of its folders."""
-    return Path(shutil.copytree(undisturbed.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*left_out)))
+    return Path(
+        shutil.copytree(undisturbed.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*left_out))
+    )
 
 
 # --- killed ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_kills_at_every_step_leave_the_results_of_an_undisturbed_run(host: Host, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_kills_at_every_step_leave_the_results_of_an_undisturbed_run(
+    host: Host, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     n_per_step = {"download": 2, "harmonize": 1, "train": 2, "predict": 1, "evaluate": 1}
     kills = drawn(random.Random(3), undisturbed.folder, n_per_step, latest=0.4)
     ordeal = undergo(make_folder(tmp_path / "here", host), kills, undisturbed.files)
@@ -106,7 +110,9 @@ def test_after_a_kill_one_message_leads_on(host: Host, undisturbed: Undisturbed,
     # As if it had been killed between two outputs of one job.
     (folder / target).parent.mkdir(parents=True, exist_ok=True)
     (folder / target).write_text("half")
-    assert_one_message(run_snakemake(folder, target, "--configfile", "mine.yaml"), "It can be removed with the --unlock argument")
+    assert_one_message(
+        run_snakemake(folder, target, "--configfile", "mine.yaml"), "It can be removed with the --unlock argument"
+    )
     assert (folder / target).read_text() == "half"
     finish(folder, target)
     assert finished_files(folder)[target] == undisturbed.files[target]
@@ -115,7 +121,9 @@ def test_after_a_kill_one_message_leads_on(host: Host, undisturbed: Undisturbed,
 # --- two at once ----------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_in_one_folder_says_so_and_harms_nothing(host: Host, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_second_run_in_one_folder_says_so_and_harms_nothing(
+    host: Host, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     folder, target = make_folder(tmp_path / "here", host), "resources/fetched/raw/manifest.json"
     pace, host.pace = host.pace, 5  # the first run is under way for as long as the second one takes to start
     first = Running(folder, target)
@@ -124,13 +132,17 @@ def test_a_second_run_in_one_folder_says_so_and_harms_nothing(host: Host, undist
     host.pace = pace
     assert_one_message(second, "Directory cannot be locked")
     assert first.process.wait(timeout=120) == 0, first.text
-    assert finished_files(folder) == {name: content for name, content in undisturbed.files.items() if name.startswith("resources/")}
+    assert finished_files(folder) == {
+        name: content for name, content in undisturbed.files.items() if name.startswith("resources/")
+    }
 
 
 # --- no network, and files that changed -----------------------------------------------------------------------------
 
 
-def test_what_was_downloaded_needs_no_network_again_and_is_not_taken_changed(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_what_was_downloaded_needs_no_network_again_and_is_not_taken_changed(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     folder, target = copied(undisturbed, tmp_path / "here", "results"), "results/fetched/harmonized.h5ad"
     config = configuration("http://127.0.0.1:9/screen.h5ad", (folder / "screen.h5ad").read_bytes())
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
@@ -144,11 +156,15 @@ def test_what_was_downloaded_needs_no_network_again_and_is_not_taken_changed(und
     with h5py.File(raw, "r+") as file:
         file["X/data"][0] += 1
     failed = run_snakemake(folder, target, "--configfile", "mine.yaml")
-    assert_one_message(failed, f"{raw.relative_to(folder)} was changed after its download", "raw/manifest.json and run again.")
+    assert_one_message(
+        failed, f"{raw.relative_to(folder)} was changed after its download", "raw/manifest.json and run again."
+    )
     assert not (folder / target).exists()
 
 
-def test_another_file_of_the_user_is_noticed_and_its_own_results_are_made(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_another_file_of_the_user_is_noticed_and_its_own_results_are_made(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     folder, target = copied(undisturbed, tmp_path / "here"), "results/mine/harmonized.h5ad"
     with h5py.File(folder / "screen.h5ad", "r+") as file:
         file["X/data"][0] += 1
@@ -166,7 +182,11 @@ def test_another_file_of_the_user_is_noticed_and_its_own_results_are_made(undist
 def mounted(folder: Path, *options: str) -> Iterator[None]:
     """Mount something over a folder; skip where one may not."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    done = (
+        subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
+        if shutil.which("mount")
+        else None
+    )
     if done is None or done.returncode:
         pytest.skip("mounting needs root and its capabilities")
     try:
@@ -193,12 +213,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_message_and_with_more_room_the_run_goes_on(host: Host, undisturbed: Undisturbed, small_disk: Path) -> None:
+def test_a_full_disk_is_one_message_and_with_more_room_the_run_goes_on(
+    host: Host, undisturbed: Undisturbed, small_disk: Path
+) -> None:
     remount(small_disk, "size=8m")
     folder, target = make_folder(small_disk, host), "results/fetched/unseen_combination/additive/seed_0/metrics.tsv"
     for step, room in (("download", 250_000), ("harmonize", 600_000), ("harmonize", 300_000)):
         fill(folder, room)
-        outcome = run_snakemake(folder, target, "--configfile", "mine.yaml", environment={"XDG_CACHE_HOME": str(small_disk.parent)})
+        outcome = run_snakemake(
+            folder, target, "--configfile", "mine.yaml", environment={"XDG_CACHE_HOME": str(small_disk.parent)}
+        )
         (folder / "stuffing").unlink()
         assert f"Error in rule {step}:" in outcome.text, outcome.text
         assert "no space left for" in outcome.text or "the disk is full" in outcome.text, outcome.text
@@ -274,7 +298,9 @@ def test_a_read_only_folder_is_one_message(place: str, host: Host, tmp_path: Pat
 
 def test_an_output_in_a_read_only_folder_is_named(tmp_path: Path) -> None:
     with read_only(tmp_path / "results"):
-        with pytest.raises(InputError, match=r"run\.json cannot be written: (Read-only file system|Permission denied)\. Make"):
+        with pytest.raises(
+            InputError, match=r"run\.json cannot be written: (Read-only file system|Permission denied)\. Make"
+        ):
             write_json(tmp_path / "results" / "mine" / "run.json", {})
         with pytest.raises(InputError, match="results cannot be written to"):
             require_writable([tmp_path, tmp_path / "results" / "mine"])
@@ -317,7 +343,11 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_told_and_training_starts_anew(
-    damage: str, prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    damage: str,
+    prepared: dict[str, Prepared],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(batches, "STEPS_PER_EPOCH", 5)
     files, params = prepared[COMBINATION], {"n_steps": 20, "batch_size": 16, "n_latent": 8}
@@ -330,7 +360,7 @@ def test_a_damaged_checkpoint_is_told_and_training_starts_anew(
 
     whole = trained(tmp_path / "whole")
     with monkeypatch.context() as patched:
-        patched.setattr("perturbflow.training.save_artefact", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("perturbflow.train.save_artefact", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "cut")
     (last,) = (tmp_path / "cut").rglob("last.ckpt")
@@ -344,8 +374,13 @@ def test_a_damaged_checkpoint_is_told_and_training_starts_anew(
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["model.npz", "model.ckpt"])
-def test_a_damaged_model_is_told_and_no_code_in_it_is_run(name: str, damage: str, prepared: dict[str, Prepared], tmp_path: Path) -> None:
-    save_artefact(tmp_path / name, {"effects": np.random.default_rng(0).normal(size=2000)} if ".npz" in name else {"a": torch.ones(2000)})
+def test_a_damaged_model_is_told_and_no_code_in_it_is_run(
+    name: str, damage: str, prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
+    save_artefact(
+        tmp_path / name,
+        {"effects": np.random.default_rng(0).normal(size=2000)} if ".npz" in name else {"a": torch.ones(2000)},
+    )
     DAMAGES[damage](tmp_path / name)
     target = tmp_path / "predictions.h5ad"
     with pytest.raises(InputError, match=rf"{name} is damaged and cannot be loaded .*Delete it and run again"):

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from perturbflow import audit
-from perturbflow.annotation import gene_table
+from perturbflow.audit import audit
 from perturbflow.errors import InputError
-from perturbflow.features import doubtful_features, features_apart, keys_of
-from perturbflow.sources import open_source
+from perturbflow.screens.annotation import gene_table
+from perturbflow.screens.features import doubtful_features, features_apart, keys_of
+from perturbflow.screens.readers import open_source
 
 TYPES = {
     "CRISPR Guide Capture": ["TF1_1", "TF1_2", "NT_1"],
@@ -63,7 +63,9 @@ def test_what_is_no_gene_is_kept_apart_and_named(kind: Callable, harmonized_from
         names = list(found.adata.uns["perturbflow"]["features_apart"][key])
         assert sorted(names) == sorted(TYPES[name])
         assert isinstance(found.adata.obsm[key], sparse.csr_matrix)
-        np.testing.assert_array_equal(found.adata.obsm[key].toarray(), counts[rows][:, both.var_names.get_indexer(names)].toarray())
+        np.testing.assert_array_equal(
+            found.adata.obsm[key].toarray(), counts[rows][:, both.var_names.get_indexer(names)].toarray()
+        )
         told = found.account["features_apart"][name]
         assert told == {"features": len(names), "first": names[:5], "obsm": key}
         assert found.account["genes"]["dropped"][name] == len(names)
@@ -122,9 +124,16 @@ def test_words_of_types_are_understood_and_others_left(case: str) -> None:
 
 def test_columns_that_tell_types_are_read_together() -> None:
     var = pd.DataFrame(
-        {"feature_types": ["Gene Expression"] * 3, "kind": [np.nan, "Antibody Capture", np.nan], "type": ["RNA", "RNA", "sgRNA"]}
+        {
+            "feature_types": ["Gene Expression"] * 3,
+            "kind": [np.nan, "Antibody Capture", np.nan],
+            "type": ["RNA", "RNA", "sgRNA"],
+        }
     )
-    assert {kind: list(numbers) for kind, numbers in features_apart(var, [], "x").items()} == {"sgRNA": [2], "Antibody Capture": [1]}
+    assert {kind: list(numbers) for kind, numbers in features_apart(var, [], "x").items()} == {
+        "sgRNA": [2],
+        "Antibody Capture": [1],
+    }
 
 
 DOUBTFUL = {
@@ -178,7 +187,10 @@ def test_pairs_of_guides_among_the_genes_of_a_real_file_are_told(shared_data: Ca
 
 def test_a_file_without_genes_is_told() -> None:
     neither = pd.DataFrame({"feature_types": ["CRISPR Guide Capture", "Antibody Capture"]}, index=["a", "b"])
-    with pytest.raises(InputError, match=r"mine\.h5ad holds no gene expression: its features are CRISPR Guide Capture, Antibody Capture"):
+    with pytest.raises(
+        InputError,
+        match=r"mine\.h5ad holds no gene expression: its features are CRISPR Guide Capture, Antibody Capture",
+    ):
         features_apart(neither, [], "mine.h5ad")
 
 
@@ -238,13 +250,17 @@ def normalized(screen: ad.AnnData) -> ad.AnnData:
 
 @pytest.mark.parametrize("form", ["h5ad", "zarr"])
 @pytest.mark.parametrize(("counts", "n_genes"), [("raw", 80), ("raw_counts", 55), ("layers/raw_counts", 55)])
-def test_counts_are_read_where_the_block_says(form: str, counts: str, n_genes: int, harmonized_from: Callable, tmp_path: Path) -> None:
+def test_counts_are_read_where_the_block_says(
+    form: str, counts: str, n_genes: int, harmonized_from: Callable, tmp_path: Path
+) -> None:
     screen = make_screen()
     path = tmp_path / f"shared.{form}"
     getattr(normalized(screen), f"write_{form}")(path)
     found = harmonized_from(path, counts=counts)
     assert found.adata.n_vars == n_genes
-    np.testing.assert_array_equal(found.adata.X.toarray(), screen[:, list(found.adata.var["original_name"])].X.toarray())
+    np.testing.assert_array_equal(
+        found.adata.X.toarray(), screen[:, list(found.adata.var["original_name"])].X.toarray()
+    )
 
 
 def test_counts_of_raw_of_the_first_versions_are_read(harmonized_from: Callable, tmp_path: Path) -> None:
@@ -262,12 +278,15 @@ def test_counts_of_raw_of_the_first_versions_are_read(harmonized_from: Callable,
 
 
 @pytest.mark.parametrize("form", ["h5ad", "zarr"])
-def test_where_x_holds_no_counts_the_places_that_do_are_named(form: str, harmonized_from: Callable, tmp_path: Path) -> None:
+def test_where_x_holds_no_counts_the_places_that_do_are_named(
+    form: str, harmonized_from: Callable, tmp_path: Path
+) -> None:
     shared = normalized(make_screen())
     shared.layers["binary"] = sparse.csr_matrix((shared.X > 0).astype(np.float32))
     getattr(shared, f"write_{form}")(tmp_path / f"shared.{form}")
     with pytest.raises(
-        InputError, match=r"counts are needed, X: it holds .* no integers .*Counts are in raw, raw_counts: write counts: raw into its block"
+        InputError,
+        match=r"counts are needed, X: it holds .* no integers .*Counts are in raw, raw_counts: write counts: raw into its block",
     ):
         harmonized_from(tmp_path / f"shared.{form}")
     with pytest.raises(InputError, match=r"layers\['scaled'\]: it holds negative.*Counts are in raw, raw_counts"):
@@ -284,7 +303,8 @@ def test_where_nothing_holds_counts_no_place_is_named(harmonized_from: Callable)
 
 def test_a_place_that_does_not_exist_is_told_with_those_that_do(harmonized_from: Callable) -> None:
     with pytest.raises(
-        InputError, match=r"has no counts in 'umis' \(counts\)\. It holds X, raw, raw_counts, scaled\. Say so in its block: counts: raw\."
+        InputError,
+        match=r"has no counts in 'umis' \(counts\)\. It holds X, raw, raw_counts, scaled\. Say so in its block: counts: raw\.",
     ):
         harmonized_from(normalized(make_screen()), counts="umis")
 
@@ -321,7 +341,10 @@ def test_where_x_is_binary_the_layer_of_counts_is_taken(harmonized_from: Callabl
     assert found.account["warnings"] == []
     screen.layers["umis"] = screen.layers.pop("counts")
     (warning,) = harmonized_from(screen).account["warnings"]
-    assert warning == "no value of X is above 1, while umis holds higher counts: if these are the raw ones, set counts: umis."
+    assert (
+        warning
+        == "no value of X is above 1, while umis holds higher counts: if these are the raw ones, set counts: umis."
+    )
     del screen.layers["umis"]
     (warning,) = harmonized_from(screen).account["warnings"]
     assert warning.startswith("X holds 0 and 1 alone")

@@ -22,7 +22,9 @@ TINY = {"genes": 120, "perturbations": 6, "controls": 40, "scored": 30, "predict
 def needs(*modules: str) -> None:
     """Skip where an evaluator is not installed."""
     for module in modules:
-        pytest.importorskip(module, reason=f"{module} is not installed: pip install -r workflow_tests/benchmarks/field_evaluators.txt")
+        pytest.importorskip(
+            module, reason=f"{module} is not installed: pip install -r workflow_tests/benchmarks/field_evaluators.txt"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +38,14 @@ def test_the_made_screen_is_laid_out_as_the_workflow_does(made: Path, prepared: 
     cells, real = ad.read_h5ad(made / "pairs.h5ad"), ad.read_h5ad(prepared["unseen_perturbation"].pairs)
     for table, of_real in ((cells.obs, real.obs), (cells.var, real.var)):
         assert set(table) <= set(of_real)
-        assert {name: dtype.kind for name, dtype in table.dtypes.items()} == {name: of_real[name].dtype.kind for name in table}
+        assert {name: dtype.kind for name, dtype in table.dtypes.items()} == {
+            name: of_real[name].dtype.kind for name in table
+        }
     assert {*cells.layers, *cells.obsm, *cells.uns} == {*real.layers, *real.obsm, *real.uns}
     assert (cells.X.dtype, cells.obsm["control_index"].dtype) == (real.X.dtype, real.obsm["control_index"].dtype)
-    np.testing.assert_allclose(np.expm1(cells.X.toarray()).sum(axis=1), cells.uns["perturbflow"]["target_sum"], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.expm1(cells.X.toarray()).sum(axis=1), cells.uns["perturbflow"]["target_sum"], rtol=1e-5
+    )
     of_controls = cells.obsm["control_index"][~cells.obs["is_control"]]
     assert cells.obs["is_control"].to_numpy()[of_controls].all()
     assert (cells.obs["role"].to_numpy()[of_controls[:, 0]] == cells.obs.loc[~cells.obs["is_control"], "role"]).all()
@@ -56,7 +62,11 @@ def test_pins_are_exact_and_add_to_the_lock_alone() -> None:
         return dict(re.findall(r"^([\w.-]+)==([\w.]+)$", file.read_text(), flags=re.MULTILINE))
 
     theirs, locked = pins(BENCHMARKS / "field_evaluators.txt"), pins(REPOSITORY / "envs" / "requirements.txt")
-    lines = [line for line in (BENCHMARKS / "field_evaluators.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (BENCHMARKS / "field_evaluators.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert len(theirs) == len(lines)
     assert {theirs["cell-eval"], theirs["scperteval"]} == {"0.8.2", "0.2.0"}
     assert not set(theirs) & set(locked)
@@ -64,7 +74,9 @@ def test_pins_are_exact_and_add_to_the_lock_alone() -> None:
 
 def documented_lines(module: str) -> str:
     """Return the lines of config/README.md that call an evaluator."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "config" / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (REPOSITORY / "config" / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL
+    )
     return next(block for block in blocks if re.search(rf"^(import|from) {module}\b", block, flags=re.MULTILINE))
 
 
@@ -98,7 +110,9 @@ def test_a_file_that_predicts_the_mean_of_the_controls_is_as_near_as_it(
     controls = cells[((cells.obs["role"] == "test") & cells.obs["is_control"]).to_numpy()].X.mean(axis=0)
     labels = sorted(set(ad.read_h5ad(made / "predictions.h5ad").obs["perturbation"]))
     means = ad.AnnData(
-        np.repeat(np.asarray(controls), len(labels), axis=0), pd.DataFrame({"perturbation": labels}, index=labels), cells.var
+        np.repeat(np.asarray(controls), len(labels), axis=0),
+        pd.DataFrame({"perturbation": labels}, index=labels),
+        cells.var,
     )
     model = tmp_path / "screen" / "split" / "mean" / "seed_0"
     model.mkdir(parents=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from perturbflow.errors import InputError
-from perturbflow.files import atomic, file_digest, manifest_files, read_json, write_json
+from perturbflow.io.files import atomic, file_digest, manifest_files, read_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -65,7 +65,9 @@ def test_a_manifest_leads_to_the_files_beside_it(tmp_path: Path) -> None:
     for name, content in (("m.mtx", b"123"), ("b.tsv", b"12")):
         (tmp_path / name).write_bytes(content)
     manifest = tmp_path / "manifest.json"
-    write_json(manifest, {"files": {"matrix": {"file": "m.mtx", "bytes": 3}, "barcodes": {"file": "b.tsv", "bytes": 2}}})
+    write_json(
+        manifest, {"files": {"matrix": {"file": "m.mtx", "bytes": 3}, "barcodes": {"file": "b.tsv", "bytes": 2}}}
+    )
     assert manifest_files(manifest) == {"matrix": tmp_path / "m.mtx", "barcodes": tmp_path / "b.tsv"}
     content = read_json(manifest)
     content["files"]["matrix"]["sha256"] = file_digest(tmp_path / "m.mtx")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import Prepared
 
-from perturbflow import training
+from perturbflow import train as training
 from perturbflow.models.counterfactual import Counterfactual
-from perturbflow.training import KEPT, train
+from perturbflow.train import KEPT, train
 
 NETWORK = "counterfactual:Counterfactual"
 
@@ -54,7 +54,9 @@ def test_the_same_training_is_not_repeated(trained: Callable[..., int], tmp_path
 
 
 @pytest.mark.parametrize("other", [{"params": {"n_steps": 3}}, {"seed": 1}, {"device": "cpu"}, {"devices": 2}])
-def test_another_training_is_made_and_the_first_comes_back(other: dict, trained: Callable[..., int], tmp_path: Path) -> None:
+def test_another_training_is_made_and_the_first_comes_back(
+    other: dict, trained: Callable[..., int], tmp_path: Path
+) -> None:
     assert [trained(), trained(**other), trained()] == [1, 2, 2]
     assert state(tmp_path) == 1
 
@@ -70,7 +72,9 @@ def test_other_content_of_the_pairs_is_another_training(
     assert trained(files=copy) == 2
 
 
-def test_another_version_of_the_code_is_another_training(trained: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_the_code_is_another_training(
+    trained: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert trained() == 1
     monkeypatch.setattr(training, "code_version", lambda *roots: "another")
     assert trained() == 2
@@ -99,5 +103,17 @@ def test_a_deleted_folder_trains_anew(trained: Callable[..., int], tmp_path: Pat
 
 def test_closed_forms_keep_nothing(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_combination"]
-    train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", "baselines:Additive", {}, 0)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "unseen_combination") == ["model.npz", "run.json"]
+    train(
+        here.pairs,
+        here.embeddings,
+        here.audit,
+        tmp_path / "model.npz",
+        tmp_path / "run.json",
+        "closed_form.baselines:Additive",
+        {},
+        0,
+    )
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "unseen_combination") == [
+        "model.npz",
+        "run.json",
+    ]

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from scipy import io as scipy_io
 from scipy import sparse
 
-from perturbflow import harmonize as harmonization
 from perturbflow.errors import InputError
 from perturbflow.registry.config import complete
-from perturbflow.sources import open_source
-from perturbflow.sources import triplets as triplet_module
-from perturbflow.sources.labels import with_labels
+from perturbflow.screens import harmonize as harmonization
+from perturbflow.screens.readers import open_source
+from perturbflow.screens.readers import triplets as triplet_module
+from perturbflow.screens.readers.labels import with_labels
 
 GUIDES = ["TF1_1", "TF1_2", "TF2_1", "NT_1"]
 
@@ -38,7 +38,9 @@ def screen() -> ad.AnnData:
     roots = ["".join(rng.choice(list("ACGT"), 16)) for _ in range(screen.n_obs)]
     screen.obs_names = [f"{root}-1" for root in roots]
     guides = sparse.csr_matrix(rng.poisson(3.0, (screen.n_obs, len(GUIDES))).astype(np.float32))
-    both = ad.concat([screen, ad.AnnData(guides, obs=screen.obs[[]], var=pd.DataFrame(index=GUIDES))], axis=1, merge="first")
+    both = ad.concat(
+        [screen, ad.AnnData(guides, obs=screen.obs[[]], var=pd.DataFrame(index=GUIDES))], axis=1, merge="first"
+    )
     both.var["gene_ids"] = [*(f"ENSG{i:011d}" for i in range(99900000000, 99900000000 + screen.n_vars)), *GUIDES]
     both.var["feature_types"] = ["Gene Expression"] * screen.n_vars + ["CRISPR Guide Capture"] * len(GUIDES)
     both.X = sparse.csr_matrix(both.X)
@@ -57,7 +59,9 @@ def harmonized(path: Path, folder: Path, qc: dict | None = None, **changes: obje
     folder.mkdir(exist_ok=True)
     target, report = folder / "harmonized.h5ad", folder / "harmonization.json"
     source = {"path": str(path), **changes.pop("source", {})}
-    harmonization.harmonize(path, target, report, "mine", dataset_block(source=source, **changes), {**OFF, **(qc or {})})
+    harmonization.harmonize(
+        path, target, report, "mine", dataset_block(source=source, **changes), {**OFF, **(qc or {})}
+    )
     return SimpleNamespace(adata=ad.read_h5ad(target), account=json.loads(report.read_text()), path=target)
 
 
@@ -66,7 +70,15 @@ def assert_same(found: SimpleNamespace, expected: SimpleNamespace) -> None:
     a, b = found.adata, expected.adata
     assert list(a.obs_names) == list(b.obs_names)
     pd.testing.assert_frame_equal(a.var, b.var)
-    for column in ("perturbation", "is_control", "n_perturbations", "batch", "cell_type", "total_counts", "n_genes_by_counts"):
+    for column in (
+        "perturbation",
+        "is_control",
+        "n_perturbations",
+        "batch",
+        "cell_type",
+        "total_counts",
+        "n_genes_by_counts",
+    ):
         assert a.obs[column].astype(str).tolist() == b.obs[column].astype(str).tolist(), column
     for part in ("data", "indices", "indptr"):
         np.testing.assert_array_equal(getattr(a.X, part), getattr(b.X, part))
@@ -117,8 +129,12 @@ def write_h5(path: Path, screen: ad.AnnData, version: int = 3) -> Path:
     with h5py.File(path, "w") as file:
         group = file.create_group("matrix" if version == 3 else "GRCh38")
         group["barcodes"] = screen.obs_names.to_numpy().astype("S")
-        group.create_dataset("data", data=matrix.data.astype(np.int32), chunks=(1000,), compression="gzip", shuffle=True)
-        group.create_dataset("indices", data=matrix.indices.astype(np.int64), chunks=(1000,), compression="gzip", shuffle=True)
+        group.create_dataset(
+            "data", data=matrix.data.astype(np.int32), chunks=(1000,), compression="gzip", shuffle=True
+        )
+        group.create_dataset(
+            "indices", data=matrix.indices.astype(np.int64), chunks=(1000,), compression="gzip", shuffle=True
+        )
         group["indptr"], group["shape"] = matrix.indptr.astype(np.int64), np.array(matrix.shape, np.int32)
         names, ids = screen.var_names.to_numpy().astype("S"), screen.var["gene_ids"].to_numpy().astype("S")
         if version == 3:
@@ -153,7 +169,9 @@ TENX = {
 
 
 @pytest.mark.parametrize("form", TENX)
-def test_output_of_cell_ranger_gives_what_the_h5ad_gives(form: str, screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path) -> None:
+def test_output_of_cell_ranger_gives_what_the_h5ad_gives(
+    form: str, screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path
+) -> None:
     path = TENX[form](tmp_path, screen)
     found = harmonized(path, tmp_path / "out", source={"labels": str(labels_of(screen, tmp_path))})
     assert_same(found, expected)
@@ -164,7 +182,9 @@ def test_output_of_cell_ranger_gives_what_the_h5ad_gives(form: str, screen: ad.A
 
 @pytest.mark.parametrize("write", [lambda folder, screen: write_folder(folder / "x", screen, version=2, gzipped=False),
                                    lambda folder, screen: write_h5(folder / "x.h5", screen, version=2)])  # fmt: skip
-def test_output_of_cell_ranger_2_has_no_types_and_gives_the_same_genes(write: Callable, screen: ad.AnnData, tmp_path: Path) -> None:
+def test_output_of_cell_ranger_2_has_no_types_and_gives_the_same_genes(
+    write: Callable, screen: ad.AnnData, tmp_path: Path
+) -> None:
     genes = screen[:, screen.var["feature_types"] == "Gene Expression"].copy()
     genes.write_h5ad(tmp_path / "screen.h5ad")
     labels = {"labels": str(labels_of(screen, tmp_path))}
@@ -211,17 +231,27 @@ def test_a_zarr_store_gives_what_the_h5ad_gives(
 def test_a_zarr_store_with_a_missing_chunk_is_told(screen: ad.AnnData, tmp_path: Path) -> None:
     pytest.importorskip("zarr", reason="zarr is not installed")
     screen.write_zarr(tmp_path / "screen.zarr")
-    chunk = next(path for path in sorted((tmp_path / "screen.zarr/X/data").rglob("*")) if path.is_file() and path.name[0].isdigit())
+    chunk = next(
+        path
+        for path in sorted((tmp_path / "screen.zarr/X/data").rglob("*"))
+        if path.is_file() and path.name[0].isdigit()
+    )
     chunk.unlink()
-    with pytest.raises(InputError, match=r"screen\.zarr is damaged: '/X/data' cannot be read \(1 of \d+ chunks are missing\)"):
+    with pytest.raises(
+        InputError, match=r"screen\.zarr is damaged: '/X/data' cannot be read \(1 of \d+ chunks are missing\)"
+    ):
         harmonized(tmp_path / "screen.zarr", tmp_path / "out")
 
 
-def test_zarr_that_is_not_installed_is_one_message(screen: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zarr_that_is_not_installed_is_one_message(
+    screen: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("zarr", reason="zarr is not installed")
     screen.write_zarr(tmp_path / "screen.zarr")
     monkeypatch.setitem(__import__("sys").modules, "zarr", None)
-    with pytest.raises(InputError, match=r"screen\.zarr is a zarr store, and reading one takes the package zarr: pip install zarr\.$"):
+    with pytest.raises(
+        InputError, match=r"screen\.zarr is a zarr store, and reading one takes the package zarr: pip install zarr\.$"
+    ):
         harmonized(tmp_path / "screen.zarr", tmp_path / "out")
 
 
@@ -245,13 +275,17 @@ def write_modalities(path: Path, parts: dict[str, ad.AnnData]) -> Path:
     return path
 
 
-def test_the_layout_of_an_h5mu_gives_what_the_h5ad_gives(screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_layout_of_an_h5mu_gives_what_the_h5ad_gives(
+    screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path
+) -> None:
     path = write_modalities(tmp_path / "screen.h5mu", modalities_of(screen))
     found = harmonized(path, tmp_path / "out", perturbation={"column": "guide:perturbation"})
     assert_same(found, expected)
 
 
-def test_an_h5mu_of_mudata_gives_what_the_h5ad_gives(screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path) -> None:
+def test_an_h5mu_of_mudata_gives_what_the_h5ad_gives(
+    screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path
+) -> None:
     mudata = pytest.importorskip("mudata", reason="mudata is not installed")
     data = mudata.MuData(modalities_of(screen))
     data.obs["label"] = screen.obs["perturbation"].reindex(data.obs_names)
@@ -261,14 +295,18 @@ def test_an_h5mu_of_mudata_gives_what_the_h5ad_gives(screen: ad.AnnData, expecte
         assert_same(found, expected)
 
 
-def test_the_modality_of_gene_expression_can_be_named(screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_modality_of_gene_expression_can_be_named(
+    screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path
+) -> None:
     parts = modalities_of(screen)
     path = write_modalities(tmp_path / "screen.h5mu", {"rna": parts["rna"], "guide": parts["guide"]})
     with h5py.File(path, "r+") as file:
         file.move("mod/rna", "mod/gex")
     label = {"column": "guide:perturbation"}
     assert_same(harmonized(path, tmp_path / "out", source={"modality": "gex"}, perturbation=label), expected)
-    with pytest.raises(InputError, match=r"has no modality 'rna'\. It holds gex, guide\. Name the one .* in source\.modality"):
+    with pytest.raises(
+        InputError, match=r"has no modality 'rna'\. It holds gex, guide\. Name the one .* in source\.modality"
+    ):
         harmonized(path, tmp_path / "out", perturbation=label)
 
 
@@ -282,7 +320,7 @@ def test_a_modality_without_counts_or_without_room_is_left_out_and_said(
     found = harmonized(path, tmp_path / "out", perturbation={"column": "guide:perturbation"})
     assert set(found.adata.obsm) == {"crispr_guide_capture"}
     assert "modality clr is left out" in caplog.text
-    monkeypatch.setattr("perturbflow.sources.modalities.MOST_VALUES", 10)
+    monkeypatch.setattr("perturbflow.screens.readers.modalities.MOST_VALUES", 10)
     assert not harmonized(path, tmp_path / "out", perturbation={"column": "guide:perturbation"}).adata.obsm
     assert "modality guide is left out, for it holds" in caplog.text
 
@@ -293,7 +331,9 @@ def test_a_modality_without_counts_or_without_room_is_left_out_and_said(
 def protospacer_calls(screen: ad.AnnData, path: Path) -> Path:
     """Write the calls of Cell Ranger for a screen: guides, two of a gene where the label is one gene; cells without a call have no row."""
     guides = {"control": "NT_1", "TF1": "TF1_1|TF1_2", "TF2": "TF2_1", "TF3": "TF3_2", "TF1+TF2": "TF1_2|TF2_1"}
-    table = pd.DataFrame({"cell_barcode": screen.obs_names, "feature_call": screen.obs["perturbation"].map(guides).to_numpy()})
+    table = pd.DataFrame(
+        {"cell_barcode": screen.obs_names, "feature_call": screen.obs["perturbation"].map(guides).to_numpy()}
+    )
     table.insert(1, "num_features", table["feature_call"].str.count(r"\|") + 1)
     table["num_umis"] = ["12|30" if "|" in call else "7" for call in table["feature_call"]]
     table.iloc[5:].to_csv(path, index=False)
@@ -304,7 +344,9 @@ def test_protospacer_calls_are_labels(screen: ad.AnnData, tmp_path: Path) -> Non
     folder = write_folder(tmp_path / "10x", screen)
     calls = protospacer_calls(screen, tmp_path / "protospacer_calls_per_cell.csv")
     declared = {"column": "feature_call", "control": ["NT"], "separator": "|", "pattern": r"([^|]+)_\d+"}
-    found = harmonized(folder, tmp_path / "out", source={"labels": str(calls)}, perturbation=declared, covariates={"batch": "lane"})
+    found = harmonized(
+        folder, tmp_path / "out", source={"labels": str(calls)}, perturbation=declared, covariates={"batch": "lane"}
+    )
     assert found.account["cells"]["dropped"] == {"unassigned": 5}
     assert found.adata.obs["perturbation"].astype(str).tolist() == screen.obs["perturbation"].astype(str).tolist()[5:]
     assert set(found.adata.obs["num_features"].dropna()) == {1, 2}
@@ -312,7 +354,7 @@ def test_protospacer_calls_are_labels(screen: ad.AnnData, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("pattern", [r"([^|]+)_\d+", r"^(.+)_\d+$", r"^([^_]+)_"])
 def test_calls_of_two_guides_of_a_gene_are_one_member_whatever_the_order(pattern: str) -> None:
-    from perturbflow.annotation import canonical_labels
+    from perturbflow.screens.annotation import canonical_labels
 
     genes = pd.DataFrame({"original_name": ["KLF1", "MAP2K6"], "gene_name": ["KLF1", "MAP2K6"]})
     block = dataset_block(perturbation={"column": "call", "control": ["NT"], "separator": "|", "pattern": pattern})
@@ -323,7 +365,9 @@ def test_calls_of_two_guides_of_a_gene_are_one_member_whatever_the_order(pattern
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_table_of_labels_is_joined_by_barcode(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_table_of_labels_is_joined_by_barcode(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     n = data.draw(st.integers(1, 12))
     cells = [f"{'ACGT'[i % 4]}{i:08d}-{1 + i % data.draw(st.integers(1, 2), label='lanes')}" for i in range(n)]
     listed = data.draw(st.lists(st.sampled_from(cells), min_size=1, unique=True))
@@ -350,7 +394,10 @@ def test_any_table_of_labels_is_joined_by_barcode(data: st.DataObject, tmp_path_
     ("content", "message"),
     [
         ("barcode,guide\nAA-1,KLF1\nAA-1,KLF2\n", r"barcode AA-1 has several rows"),
-        ("barcode,guide\nTT-1,KLF1\n", r"has no column with barcodes of screen, whose cells are called AA-1, CC-2.* barcode: TT-1"),
+        (
+            "barcode,guide\nTT-1,KLF1\n",
+            r"has no column with barcodes of screen, whose cells are called AA-1, CC-2.* barcode: TT-1",
+        ),
         ("barcode,guide\nAA,KLF1\n", r"has no column with barcodes of screen"),
         ("", r"calls\.csv \(source\.labels\) cannot be read as a table"),
     ],
@@ -372,7 +419,8 @@ def test_barcodes_of_another_lane_are_not_joined(tmp_path: Path) -> None:
     for suffixes in (("", "-1"), ("-2", ""), ("-2", "-2")):
         assert set(joined(*suffixes)["guide"]) == {"KLF1"}
     with pytest.raises(
-        InputError, match=r"Without their ends \(-2, of the screen -1\) those of column barcode are the same: of another lane\?"
+        InputError,
+        match=r"Without their ends \(-2, of the screen -1\) those of column barcode are the same: of another lane\?",
     ):
         joined("-2", "-1")
 
@@ -393,7 +441,10 @@ def planned(tmp_path: Path, source: dict, **changes: object) -> dict:
     from perturbflow.registry.shipped import above_shipped
 
     block = {"source": source, "perturbation": {"column": "perturbation", "control": ["control"]}, **changes}
-    mine = {"select": {"datasets": ["mine"], "splits": ["unseen_perturbation"], "models": ["no_change"]}, "datasets": {"mine": block}}
+    mine = {
+        "select": {"datasets": ["mine"], "splits": ["unseen_perturbation"], "models": ["no_change"]},
+        "datasets": {"mine": block},
+    }
     return complete(above_shipped(mine))
 
 
@@ -451,7 +502,9 @@ def test_a_triplet_without_a_part_and_two_in_one_folder_are_told(screen: ad.AnnD
 def test_hdf5_of_another_kind_is_told_with_what_it_holds(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "molecule_info.h5", "w") as file:
         file["barcode_idx"], file["umi"] = np.arange(3), np.arange(3)
-    with pytest.raises(InputError, match=r"molecule_info\.h5 holds barcode_idx, umi: it is neither AnnData, MuData nor a 10x matrix"):
+    with pytest.raises(
+        InputError, match=r"molecule_info\.h5 holds barcode_idx, umi: it is neither AnnData, MuData nor a 10x matrix"
+    ):
         harmonized(tmp_path / "molecule_info.h5", tmp_path / "out")
 
 
@@ -515,13 +568,17 @@ def test_an_empty_name_among_names_takes_the_id(screen: ad.AnnData, tmp_path: Pa
 def test_a_line_too_many_is_told_as_a_header(screen: ad.AnnData, tmp_path: Path) -> None:
     alone = genes_of(screen)
     folder = write_listed(tmp_path / "10x", alone, "x\n" + "\n".join(alone.var_names), TRIPLET)
-    with pytest.raises(InputError, match=r"They are not of one set, or the list of genes starts with a header: delete its first line\."):
+    with pytest.raises(
+        InputError, match=r"They are not of one set, or the list of genes starts with a header: delete its first line\."
+    ):
         list(open_source({"file": folder}, dataset_block()).blocks())
 
 
 @pytest.mark.parametrize("gzipped", [False, True])
 @pytest.mark.parametrize("tool", ["kb-python", "kb-python with names", "Parse", "an older Parse"])
-def test_folders_of_other_tools_are_read_as_they_are(tool: str, gzipped: bool, screen: ad.AnnData, tmp_path: Path) -> None:
+def test_folders_of_other_tools_are_read_as_they_are(
+    tool: str, gzipped: bool, screen: ad.AnnData, tmp_path: Path
+) -> None:
     # As many cells as genes, so that the size does not tell which are which.
     alone = genes_of(screen)[:81].copy() if tool == "kb-python" else genes_of(screen)[:60].copy()
     alone = alone[:, : min(alone.shape)].copy()
@@ -592,7 +649,9 @@ def test_a_gzipped_h5ad_is_read(screen: ad.AnnData, expected: SimpleNamespace, t
 @pytest.mark.parametrize("gzipped", [False, True])
 def test_the_matrix_of_a_folder_that_is_named_itself_is_told(gzipped: bool, screen: ad.AnnData, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "10x", screen, gzipped=gzipped)
-    with pytest.raises(InputError, match=r"is a matrix without its cells and genes\. Name its folder in source\.path, .*10x\."):
+    with pytest.raises(
+        InputError, match=r"is a matrix without its cells and genes\. Name its folder in source\.path, .*10x\."
+    ):
         harmonized(folder / f"matrix.mtx{'.gz' if gzipped else ''}", tmp_path / "out")
 
 
@@ -609,7 +668,9 @@ MODALITIES = {
 
 
 @pytest.mark.parametrize("case", MODALITIES)
-def test_features_of_another_modality_are_no_genes_whatever_they_are_called(case: str, screen: ad.AnnData, tmp_path: Path) -> None:
+def test_features_of_another_modality_are_no_genes_whatever_they_are_called(
+    case: str, screen: ad.AnnData, tmp_path: Path
+) -> None:
     of_genes, name, of_guides = MODALITIES[case]
     parts = modalities_of(screen)
     rna, guides = parts["rna"], next(part for key, part in parts.items() if key != "rna")
@@ -626,7 +687,7 @@ def test_features_of_another_modality_are_no_genes_whatever_they_are_called(case
 
 
 def test_the_content_of_a_folder_is_that_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from perturbflow.records import content_digest
+    from perturbflow.provenance.records import content_digest
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".snakemake").mkdir()

@@ -11,7 +11,10 @@ from jsonschema import Draft202012Validator
 
 from perturbflow.evaluation.inputs import NEEDS
 
-FORMS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))}
+FORMS = {
+    path.stem: yaml.safe_load(path.read_text())
+    for path in sorted((REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+}
 
 TEXT = {"type": "string", "minLength": 1}
 # What GitHub's documentation of issue forms says: the keys of a form, and those of every type of element.
@@ -55,10 +58,20 @@ def element(kind: str) -> dict:
     attributes = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     fields = {"type": {"const": kind}, "attributes": attributes}
     if kind == "markdown":
-        return {"type": "object", "properties": fields, "required": ["type", "attributes"], "additionalProperties": False}
+        return {
+            "type": "object",
+            "properties": fields,
+            "required": ["type", "attributes"],
+            "additionalProperties": False,
+        }
     validations = {"type": "object", "properties": {"required": {"type": "boolean"}}, "additionalProperties": False}
     fields |= {"id": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"}, "validations": validations}
-    return {"type": "object", "properties": fields, "required": ["type", "id", "attributes"], "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": ["type", "id", "attributes"],
+        "additionalProperties": False,
+    }
 
 
 FORM = {
@@ -78,13 +91,18 @@ FORM = {
 
 def faults(form: dict) -> list[str]:
     """Return what GitHub would refuse of a form."""
-    found = [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in Draft202012Validator(FORM).iter_errors(form)]
+    found = [
+        f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
+        for error in Draft202012Validator(FORM).iter_errors(form)
+    ]
     asked = [item for item in form.get("body", []) if item.get("type") != "markdown"]
     for name, values in (
         ("id", [item.get("id") for item in asked]),
         ("label", [item.get("attributes", {}).get("label") for item in asked]),
     ):
-        found += [f"{name} {value!r} is there twice" for value in sorted({str(v) for v in values if values.count(v) > 1})]
+        found += [
+            f"{name} {value!r} is there twice" for value in sorted({str(v) for v in values if values.count(v) > 1})
+        ]
     return found if asked else [*found, "nothing is asked"]
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbflow import gene_starts, refseq
-from perturbflow.gene_starts import TABLES, WITHIN, Start, neighbours, starts
-from perturbflow.symbols import human_symbols
+from perturbflow.genes import gene_starts, refseq
+from perturbflow.genes.gene_starts import TABLES, WITHIN, Start, neighbours, starts
+from perturbflow.genes.symbols import human_symbols
 
 # Pairs that are read away from one promoter, each from the literature of these genes.
 BIDIRECTIONAL = [
@@ -70,7 +70,11 @@ def test_mouse_has_a_table_of_its_own() -> None:
 @given(st.data())
 def test_neighbours_are_those_of_all_pairs(data: st.DataObject) -> None:
     """As found by comparing every pair; being near is mutual."""
-    near_hspd1 = [gene for gene, start in starts().items() if start.chromosome == "2" and 197_000_000 < start.position < 198_500_000]
+    near_hspd1 = [
+        gene
+        for gene, start in starts().items()
+        if start.chromosome == "2" and 197_000_000 < start.position < 198_500_000
+    ]
     genes = data.draw(st.lists(st.sampled_from(near_hspd1), unique=True, max_size=12))
     within = data.draw(st.integers(0, 300_000))
     found = neighbours(genes, genes, within=within)
@@ -81,7 +85,9 @@ def test_neighbours_are_those_of_all_pairs(data: st.DataObject) -> None:
         if a != b and abs(starts()[a].position - starts()[b].position) <= within
     }
     assert {(a, b, distance) for a, near in found.items() for b, distance in near} == expected
-    assert all([distance for _, distance in near] == sorted(distance for _, distance in near) for near in found.values())
+    assert all(
+        [distance for _, distance in near] == sorted(distance for _, distance in near) for near in found.values()
+    )
 
 
 def test_the_tables_are_small_and_say_where_they_come_from() -> None:
@@ -90,7 +96,7 @@ def test_the_tables_are_small_and_say_where_they_come_from() -> None:
         with gzip.open(TABLES[organism], "rt") as file:
             head = [next(file) for _ in range(4)]
         assert "on PyPI" in head[1]
-        assert "perturbflow.refseq" in head[2]
+        assert "perturbflow.genes.refseq" in head[2]
         assert len(starts(organism)) > least
     assert set(starts()) <= human_symbols().approved
     coding = neighbours([*starts()], [*starts()], within=WITHIN)
@@ -127,10 +133,18 @@ def wheels(folder: Path) -> tuple[Path, Path]:
     mane, refflat = folder / "mane.whl", folder / "refflat.whl"
     with zipfile.ZipFile(mane, "w") as archive:
         archive.writestr(refseq.MANE_MEMBER, gzip.compress("\n".join("\t".join(row) for row in MANE).encode()))
-    rows = [(name, "NM_1", chromosome, strand, start, end, start, end, 1, "0,", "9,") for name, chromosome, strand, start, end in REFFLAT]
+    rows = [
+        (name, "NM_1", chromosome, strand, start, end, start, end, 1, "0,", "9,")
+        for name, chromosome, strand, start, end in REFFLAT
+    ]
     with zipfile.ZipFile(refflat, "w") as archive:
-        archive.writestr(refseq.REFFLAT_MEMBERS["human"], gzip.compress("\n".join("\t".join(map(str, row)) for row in rows).encode()))
-        archive.writestr(refseq.REFFLAT_MEMBERS["mouse"], gzip.compress(b"Klf1\tNM_1\tchr8\t+\t84900000\t84903000\t0\t0\t1\t0,\t9,\n"))
+        archive.writestr(
+            refseq.REFFLAT_MEMBERS["human"], gzip.compress("\n".join("\t".join(map(str, row)) for row in rows).encode())
+        )
+        archive.writestr(
+            refseq.REFFLAT_MEMBERS["mouse"],
+            gzip.compress(b"Klf1\tNM_1\tchr8\t+\t84900000\t84903000\t0\t0\t1\t0,\t9,\n"),
+        )
     return mane, refflat
 
 

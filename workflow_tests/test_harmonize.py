@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.symbols import CONTROL, canonical_label, members_of
+from perturbflow.genes.symbols import CONTROL, canonical_label, members_of
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,9 @@ def test_counts_are_raw_integers_in_csr(harmonized: ad.AnnData, tiny_screen: Cal
     assert harmonized.X.data.min() > 0
     assert np.array_equal(harmonized.X.data, np.rint(harmonized.X.data))
     screen = tiny_screen()
-    assert np.array_equal(harmonized.X.toarray(), screen[harmonized.obs_names, harmonized.var["original_name"]].X.toarray())
+    assert np.array_equal(
+        harmonized.X.toarray(), screen[harmonized.obs_names, harmonized.var["original_name"]].X.toarray()
+    )
 
 
 def test_obs_has_the_fixed_columns_and_types(harmonized: ad.AnnData) -> None:
@@ -73,7 +75,9 @@ def test_obs_has_the_fixed_columns_and_types(harmonized: ad.AnnData) -> None:
     assert set(obs["perturbation_type"]) == {"CRISPRi"}
 
 
-def test_a_covariate_that_the_source_is_silent_about_is_unknown(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_a_covariate_that_the_source_is_silent_about_is_unknown(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = tiny_screen()
     screen.obs["donor"] = pd.Series(["d1", np.nan] * (screen.n_obs // 2), index=screen.obs_names, dtype=object)
     obs = harmonized_from(screen, covariates={"cell_type": "donor"}).adata.obs
@@ -97,7 +101,9 @@ def test_qc_columns_are_recomputed(harmonized_from: Callable, tiny_screen: Calla
     assert (adata.obs["source_total_counts"] == -1.0).all()
 
 
-def test_other_columns_are_kept_and_prefixed_where_they_collide(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_other_columns_are_kept_and_prefixed_where_they_collide(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = tiny_screen()
     screen.obs["batch"] = "from the source"
     screen.obs["guide"] = "sg1"
@@ -109,7 +115,9 @@ def test_other_columns_are_kept_and_prefixed_where_they_collide(harmonized_from:
     assert (obs["source_perturbation"].astype(str) == obs["perturbation"].astype(str)).all()
 
 
-def test_a_prefixed_column_does_not_overwrite_one_of_that_name(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_a_prefixed_column_does_not_overwrite_one_of_that_name(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = tiny_screen()
     screen.obs["source_batch"] = "older"
     screen.obs["batch"] = "newer"
@@ -182,7 +190,10 @@ def test_a_canonical_label_stays_as_it_is(members: list[str], separator: str) ->
     assert canonical_label(once, {"NT", "ctrl"}, "+") == once
 
 
-@given(st.lists(member, min_size=1, max_size=4).flatmap(lambda names: st.tuples(st.just(names), st.permutations(names))), separator)
+@given(
+    st.lists(member, min_size=1, max_size=4).flatmap(lambda names: st.tuples(st.just(names), st.permutations(names))),
+    separator,
+)
 def test_the_order_of_members_does_not_matter(both: tuple[list[str], list[str]], separator: str) -> None:
     names, shuffled = both
     assert canonical_label(separator.join(names), {"NT", "ctrl"}, separator) == canonical_label(
@@ -199,7 +210,9 @@ def test_members_are_sorted_and_hold_no_control(members: list[str], separator: s
     assert (label == CONTROL) == (not set(members) - {"NT", "ctrl"})
 
 
-def test_unassigned_cells_are_dropped_and_counted_never_controls(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_unassigned_cells_are_dropped_and_counted_never_controls(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     unassigned = [np.nan, None, "nan", "*", "", " ", "+", "TF1+nan", "*+control"]
     result = harmonized_from(with_labels(tiny_screen(), [*unassigned, "TF2+TF1", "TF1+control", "control+control"]))
     assert cells(result, 12) == [None] * len(unassigned) + ["TF1+TF2", "TF1", "control"]
@@ -213,7 +226,9 @@ def test_the_users_own_words_for_unassigned(harmonized_from: Callable, tiny_scre
     assert result.account["cells"]["dropped"]["unassigned"] == 1
 
 
-def test_a_dropped_label_that_is_also_named_control_is_dropped(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_a_dropped_label_that_is_also_named_control_is_dropped(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     result = harmonized_from(with_labels(tiny_screen(), ["nan"]), perturbation={"control": ["control", "nan"]})
     assert cells(result, 1) == [None]
 
@@ -227,7 +242,9 @@ def test_labels_of_numbers_and_of_categories_are_read(harmonized_from: Callable,
     assert set(obs["perturbation"]) == {"control", "1"}
 
 
-def test_the_sign_of_combinations_in_a_label_that_is_not_split_is_an_error(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_the_sign_of_combinations_in_a_label_that_is_not_split_is_an_error(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     with pytest.raises(InputError, match=r"screen\.h5ad.*'TF1\+TF2'.*perturbation\.separator"):
         harmonized_from(tiny_screen(), perturbation={"separator": "_"})
 
@@ -246,7 +263,9 @@ def renamed(screen: ad.AnnData, names: dict[str, str]) -> ad.AnnData:
     return screen
 
 
-def test_previous_symbols_are_renamed_in_labels_and_genes_alike(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_previous_symbols_are_renamed_in_labels_and_genes_alike(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     result = harmonized_from(renamed(tiny_screen(), {"TF1": "AARS", "TF2": "C19orf26"}))
     assert {"AARS1", "CBARP"} <= set(result.adata.var_names)
     assert not {"AARS", "C19orf26"} & set(result.adata.var_names)
@@ -263,7 +282,9 @@ def test_mouse_symbols_are_left_alone(harmonized_from: Callable, tiny_screen: Ca
     assert result.adata.obs["pct_counts_mt"].max() > 0
 
 
-def test_a_previous_symbol_whose_successor_is_measured_is_not_merged_with_it(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_a_previous_symbol_whose_successor_is_measured_is_not_merged_with_it(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     result = harmonized_from(renamed(tiny_screen(), {"GENE0": "AARS", "GENE1": "AARS1"}))
     assert {"AARS", "AARS1"} <= set(result.adata.var_names)
     assert result.account["genes"]["merged"] == 0
@@ -304,7 +325,9 @@ def test_symbols_as_index_with_ids_beside_them(harmonized_from: Callable, tiny_s
 # --- dropped and counted --------------------------------------------------------------------------------------------
 
 
-def test_perturbations_with_too_few_cells_are_dropped_and_counted(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_perturbations_with_too_few_cells_are_dropped_and_counted(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = with_labels(tiny_screen(), ["RARE"] * 7)
     result = harmonized_from(screen, qc={"min_cells_per_perturbation": 30})
     assert "RARE" not in set(result.adata.obs["perturbation"])
@@ -316,7 +339,12 @@ def test_perturbations_with_too_few_cells_are_dropped_and_counted(harmonized_fro
 def test_every_limit_drops_and_counts(harmonized_from: Callable, tiny_screen: Callable) -> None:
     screen = tiny_screen()
     totals = np.asarray(screen.X.sum(axis=1)).ravel()
-    limits = {"min_counts": float(np.percentile(totals, 10)), "min_genes": 70, "max_pct_mt": 2.0, "min_cells_per_gene": 500}
+    limits = {
+        "min_counts": float(np.percentile(totals, 10)),
+        "min_genes": 70,
+        "max_pct_mt": 2.0,
+        "min_cells_per_gene": 500,
+    }
     result = harmonized_from(screen, qc=limits)
     dropped = result.account["cells"]["dropped"]
     assert dropped["qc.min_counts"] == (totals < limits["min_counts"]).sum() > 0
@@ -334,7 +362,9 @@ def test_every_limit_drops_and_counts(harmonized_from: Callable, tiny_screen: Ca
 
 def test_a_limit_of_null_drops_nothing(harmonized_from: Callable, tiny_screen: Callable) -> None:
     result = harmonized_from(tiny_screen())
-    assert result.account["cells"]["dropped"] == {"unassigned": 0} or sum(result.account["cells"]["dropped"].values()) == 0
+    assert (
+        result.account["cells"]["dropped"] == {"unassigned": 0} or sum(result.account["cells"]["dropped"].values()) == 0
+    )
     assert result.adata.n_obs == tiny_screen().n_obs
 
 
@@ -381,7 +411,9 @@ def test_a_web_page_is_no_h5ad(harmonized_from: Callable, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_a_truncated_h5ad_is_told(share: float, harmonized_from: Callable, tiny_screen: Callable, tmp_path: Path) -> None:
+def test_a_truncated_h5ad_is_told(
+    share: float, harmonized_from: Callable, tiny_screen: Callable, tmp_path: Path
+) -> None:
     path = tmp_path / "cut.h5ad"
     tiny_screen().write_h5ad(path)
     content = path.read_bytes()
@@ -400,24 +432,44 @@ def broken_counts(screen: ad.AnnData, value: float) -> ad.AnnData:
 
 
 BAD = {
-    "no such column": ({"perturbation": {"column": "guide"}}, {}, r"obs has no column 'guide' \(perturbation.column\).*lane"),
-    "no such covariate": ({"covariates": {"batch": "plate"}}, {}, r"obs has no column 'plate' \(covariates.batch\).*lane"),
+    "no such column": (
+        {"perturbation": {"column": "guide"}},
+        {},
+        r"obs has no column 'guide' \(perturbation.column\).*lane",
+    ),
+    "no such covariate": (
+        {"covariates": {"batch": "plate"}},
+        {},
+        r"obs has no column 'plate' \(covariates.batch\).*lane",
+    ),
     "no such subset column": ({"subset": {"plate": ["a"]}}, {}, r"obs has no column 'plate' \(subset\)"),
     "empty subset": ({"subset": {"lane": ["b3"]}}, {}, r"subset lane = \['b3'\] keeps no cell.*b1, b2"),
     "no control": ({"perturbation": {"control": ["NT"]}}, {}, None),
-    "all perturbations too rare": ({}, {"min_cells_per_perturbation": 50}, r"no perturbation has 50 cells.*min_cells_per_perturbation"),
+    "all perturbations too rare": (
+        {},
+        {"min_cells_per_perturbation": 50},
+        r"no perturbation has 50 cells.*min_cells_per_perturbation",
+    ),
     "controls too rare": (
         {},
         {"min_cells_per_perturbation": 100},
         r"only 80 control cells are left; at least 100 .*The least number is qc\.min_cells_per_perturbation = 100; lower it",
     ),
-    "controls alone": ({"subset": {"perturbation": ["control"]}}, {}, r"no perturbation has a cell .*All cells with a label are controls"),
+    "controls alone": (
+        {"subset": {"perturbation": ["control"]}},
+        {},
+        r"no perturbation has a cell .*All cells with a label are controls",
+    ),
     "subset without controls": (
         {"subset": {"perturbation": ["TF1", "TF2"]}},
         {},
         r"subset takes away all 80 control cells\. Let subset keep",
     ),
-    "exclude of controls": ({"exclude": {"perturbation": "^control$"}}, {}, r"exclude takes away all 80 control cells\. Let exclude keep"),
+    "exclude of controls": (
+        {"exclude": {"perturbation": "^control$"}},
+        {},
+        r"exclude takes away all 80 control cells\. Let exclude keep",
+    ),
     "controls that are dropped": (
         {"perturbation": {"drop": ["control", "nan"]}},
         {},
@@ -428,7 +480,11 @@ BAD = {
         {},
         r"perturbation\.drop drops all 80 control cells",
     ),
-    "qc drops all": ({}, {"min_counts": 10**7}, r"qc.min_counts = 10000000 leaves no cell \(median of the file: .*null"),
+    "qc drops all": (
+        {},
+        {"min_counts": 10**7},
+        r"qc.min_counts = 10000000 leaves no cell \(median of the file: .*null",
+    ),
     "no gene is left": ({}, {"min_cells_per_gene": 10**6}, r"qc.min_cells_per_gene = 1000000 leaves no gene"),
 }
 
@@ -436,7 +492,10 @@ BAD = {
 @pytest.mark.parametrize(
     ("qc", "said"),
     [
-        ({"max_pct_mt": 20}, r"Of the perturbed cells, qc\.max_pct_mt = 20 drops 560 of 560 \(their median: [\d.]+\); raise it, under qc"),
+        (
+            {"max_pct_mt": 20},
+            r"Of the perturbed cells, qc\.max_pct_mt = 20 drops 560 of 560 \(their median: [\d.]+\); raise it, under qc",
+        ),
         (
             {"min_counts": 300},
             r"Of the perturbed cells, qc\.min_counts = 300 drops 560 of 560 \(their median: [\d.]+\); lower it, under qc",
@@ -444,7 +503,9 @@ BAD = {
         ({"min_efficacy": 0.999}, r"Of the perturbed cells, qc\.min_efficacy = 0\.999 drops 560; lower it, under qc"),
     ],
 )
-def test_the_limit_that_leaves_no_perturbation_is_named(qc: dict, said: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_the_limit_that_leaves_no_perturbation_is_named(
+    qc: dict, said: str, harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = tiny_screen()
     X = screen.X.toarray()
     perturbed = (screen.obs["perturbation"] != "control").to_numpy()
@@ -459,7 +520,9 @@ def test_the_limit_that_leaves_no_perturbation_is_named(qc: dict, said: str, har
 
 
 @pytest.mark.parametrize("name", ["batch", "perturbation", "lane", "total_counts"])
-def test_the_index_of_cells_may_be_called_as_a_column_is(name: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_the_index_of_cells_may_be_called_as_a_column_is(
+    name: str, harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = tiny_screen()
     del screen.obs["lane"]
     expected = harmonized_from(screen, covariates={}).adata.obs
@@ -468,7 +531,9 @@ def test_the_index_of_cells_may_be_called_as_a_column_is(name: str, harmonized_f
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_declarations_are_explained(case: str, harmonized_from: Callable, tiny_screen: Callable, tmp_path: Path) -> None:
+def test_bad_declarations_are_explained(
+    case: str, harmonized_from: Callable, tiny_screen: Callable, tmp_path: Path
+) -> None:
     changes, qc, message = BAD[case]
     screen = tiny_screen()
     if case == "no control":
@@ -483,9 +548,16 @@ def test_bad_declarations_are_explained(case: str, harmonized_from: Callable, ti
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(0.5, r"no integers \(for example 0\.5\)"), (-1.0, r"negative values \(the lowest is -1\)"), (np.nan, "NaN"), (np.inf, "infinite")],
+    [
+        (0.5, r"no integers \(for example 0\.5\)"),
+        (-1.0, r"negative values \(the lowest is -1\)"),
+        (np.nan, "NaN"),
+        (np.inf, "infinite"),
+    ],
 )
-def test_what_is_no_count_is_an_error(value: float, message: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_what_is_no_count_is_an_error(
+    value: float, message: str, harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     with pytest.raises(InputError, match=message) as raised:
         harmonized_from(broken_counts(tiny_screen(), value))
     assert "screen.h5ad" in str(raised.value)
@@ -509,7 +581,9 @@ def test_the_screens_of_a_merged_file_are_told_apart(harmonized_from: Callable, 
     assert set(harmonized_from(screen).adata.obs["dataset"]) == {"mine"}
     obs = harmonized_from(screen, covariates={"dataset": "study", "batch": "lane"}).adata.obs
     assert set(obs["dataset"]) == {"first", "second"}
-    assert set(obs["batch"]) == {"first:b1", "first:b2", "second:b1", "second:b2"}, "lanes of two screens are no one batch"
+    assert set(obs["batch"]) == {"first:b1", "first:b2", "second:b1", "second:b2"}, (
+        "lanes of two screens are no one batch"
+    )
     assert (obs["batch"].astype(str) == obs["dataset"].astype(str) + ":" + obs["lane"].astype(str)).all()
 
 

@@ -17,28 +17,30 @@ from test_models import QUICK_JEPA, registered, trained
 import perturbflow.models.jepa as jepa_module
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import probes, representation, set_gp
-from perturbflow.models.autoencoder import Cells, DrawnCells
+from perturbflow.models import jepa as probes
+from perturbflow.models import jepa as representation
 from perturbflow.models.base import Run, build
-from perturbflow.models.batches import Batch, PairedCells
-from perturbflow.models.conditions import Conditions
+from perturbflow.models.closed_form.base import Training
 from perturbflow.models.effects import Effects
-from perturbflow.models.optimization import Optimization
-from perturbflow.models.probes import separability
-from perturbflow.models.representation import (
+from perturbflow.models.gaussian_process import set_gp
+from perturbflow.models.jepa import (
     Encoder,
     JepaLatent,
     MaskedPrediction,
     Recipe,
     Representation,
+    World,
     count_split,
     covariance_term,
     effective_rank,
+    separability,
     shared_map,
     variance_term,
 )
-from perturbflow.models.shift import Training
-from perturbflow.models.world import World
+from perturbflow.models.latents.vae import Cells, DrawnCells
+from perturbflow.models.training.batches import Batch, PairedCells
+from perturbflow.models.training.conditions import Conditions
+from perturbflow.models.training.loop import Optimization
 from perturbflow.pairs import Pairs
 
 WEIGHTS = {"invariance": 25.0, "variance": 1.0, "covariance": 0.04}
@@ -51,7 +53,9 @@ def jepa(screen: tuple[Pairs, Embeddings], tmp_path_factory: pytest.TempPathFact
     return trained("jepa", *screen, tmp_path_factory.mktemp("jepa"), **QUICK_JEPA)
 
 
-def planted_cells(n: int = 600, n_genes: int = 40, n_programmes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def planted_cells(
+    n: int = 600, n_genes: int = 40, n_programmes: int = 4, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Return log1p-normalized cells of Poisson counts whose rates few programmes govern, and these, (n, genes) and (n, programmes)."""
     rng = np.random.default_rng(seed)
     programmes = rng.normal(size=(n, n_programmes))
@@ -76,7 +80,9 @@ def test_vicreg_terms_against_hand_computed_values() -> None:
     assert effective_rank(torch.randn(500, 1) @ torch.randn(1, 8)) == pytest.approx(1.0, abs=1e-3)
 
 
-def masked(n_genes: int = 7, n_embedding: int = 6, weights: dict[str, float] = WEIGHTS, decay: float = 0.9) -> MaskedPrediction:
+def masked(
+    n_genes: int = 7, n_embedding: int = 6, weights: dict[str, float] = WEIGHTS, decay: float = 0.9
+) -> MaskedPrediction:
     torch.manual_seed(0)
     return MaskedPrediction(Encoder(n_genes, n_embedding), n_embedding, 0.5, decay, weights)
 
@@ -107,7 +113,9 @@ def test_parts_of_a_cell_share_its_rates_and_no_noise() -> None:
     rates = np.array([0.5, 3.0, 20.0, 8.0])
     k = rng.poisson(rates, (20_000, 4)).astype(np.float32)
     one = rng.uniform(0.5, 2.0, (20_000, 1)).astype(np.float32)
-    first, second = count_split(Cells(torch.from_numpy(np.log1p(k * one)), torch.from_numpy(k), torch.from_numpy(one)), 0.7)
+    first, second = count_split(
+        Cells(torch.from_numpy(np.log1p(k * one)), torch.from_numpy(k), torch.from_numpy(one)), 0.7
+    )
     counts = [torch.expm1(first) / torch.from_numpy(one) * 0.7, torch.expm1(second) / torch.from_numpy(one) * 0.3]
     torch.testing.assert_close(sum(counts), torch.from_numpy(k), atol=1e-3, rtol=1e-4)
     for part, share in zip(counts, (0.7, 0.3), strict=True):
@@ -120,7 +128,9 @@ def test_parts_of_a_cell_share_its_rates_and_no_noise() -> None:
 def test_nothing_is_hidden_when_training_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     net = masked(40)
     cells, asked = cells_of(planted_cells(32)[0]), []
-    monkeypatch.setattr(Encoder, "forward", lambda self, x, hidden=0.0: asked.append((x, hidden)) or self.layers(self.standardized(x)))
+    monkeypatch.setattr(
+        Encoder, "forward", lambda self, x, hidden=0.0: asked.append((x, hidden)) or self.layers(self.standardized(x))
+    )
     for progress in (0.0, 0.4, 0.8, 1.0):
         net.after_step(progress)
         net.losses(cells)
@@ -189,7 +199,9 @@ def test_a_map_that_cells_and_effects_share_is_recovered() -> None:
     assert 1.2 < (other * true).sum() / (true**2).sum() < 1.8  # cells and perturbations weigh alike
 
 
-def test_cells_tell_the_map_nothing_of_effects(screen: tuple[Pairs, Embeddings], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_tell_the_map_nothing_of_effects(
+    screen: tuple[Pairs, Embeddings], monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = screen[0].roles("train")
     latent = JepaLatent(Representation(Encoder(len(training.genes), 5), 5, len(training.genes)))
     told: list[np.ndarray] = []
@@ -266,7 +278,9 @@ def planted_batch(shifts: torch.Tensor, sd: torch.Tensor, n: int = 512) -> Batch
     pairs = torch.tensor([[0, -1], [1, -1], [2, -1], [3, -1], [4, -1], [0, 1], [2, 3], [-1, -1]])
     genes = pairs[torch.randint(0, len(pairs), (group.max() + 1,))][group]
     is_member = (genes >= 0)[..., None]
-    moved = (shifts[genes.clamp(min=0)] * is_member).sum(dim=1) * torch.where((genes >= 0).sum(dim=1) > 1, 0.5, 1.0)[:, None]
+    moved = (shifts[genes.clamp(min=0)] * is_member).sum(dim=1) * torch.where((genes >= 0).sum(dim=1) > 1, 0.5, 1.0)[
+        :, None
+    ]
     start, own = torch.randn(2, n, 4)
     return Batch(0.3 * start, 0.3 * own + moved + sd * torch.randn(n, 4), genes, group)
 
@@ -292,7 +306,11 @@ def test_a_planted_linear_world_is_recovered_interactions_too(planted: tuple) ->
     h = 0.3 * torch.randn(500, 4)
     singles = [([[gene, -1]], shifts[gene]) for gene in range(5)]
     expected, predicted = [], []
-    for genes, shift in (*singles, ([[0, 1]], 0.5 * (shifts[0] + shifts[1])), ([[2, 3]], 0.5 * (shifts[2] + shifts[3]))):
+    for genes, shift in (
+        *singles,
+        ([[0, 1]], 0.5 * (shifts[0] + shifts[1])),
+        ([[2, 3]], 0.5 * (shifts[2] + shifts[3])),
+    ):
         moved = (net.predicted(h, torch.tensor(genes).expand(500, -1))[0] - h).mean(dim=0)
         torch.testing.assert_close(moved, shift, atol=0.15, rtol=0)
         expected.append(shift)
@@ -322,7 +340,9 @@ def test_what_is_watched_tells_a_used_action_from_an_ignored_one(planted: tuple)
     net, shifts, sd = planted
     batch = planted_batch(shifts, sd, 2048)
     watched = {name: float(value) for name, value in net.watch(batch).items()}
-    assert watched["distance_right_action"] < 0.2 * min(watched["distance_wrong_action"], watched["distance_null_action"])
+    assert watched["distance_right_action"] < 0.2 * min(
+        watched["distance_wrong_action"], watched["distance_null_action"]
+    )
     assert watched["action_share"] > 0.8
     assert net.complaint(watched) is None
     deaf = world(is_withheld=True).eval()
@@ -335,11 +355,18 @@ def test_what_is_watched_tells_a_used_action_from_an_ignored_one(planted: tuple)
 def test_a_wrong_action_is_wrong_in_every_batch_of_cells(planted: tuple) -> None:
     net, shifts, sd = planted
     batch = planted_batch(shifts, sd, 2048)
-    of_batches = Batch(batch.start, batch.target, batch.genes, batch.group * 64 + torch.arange(2048) % 64)  # groups of single cells
+    of_batches = Batch(
+        batch.start, batch.target, batch.genes, batch.group * 64 + torch.arange(2048) % 64
+    )  # groups of single cells
     whole, parts = ({name: float(value) for name, value in net.watch(cells).items()} for cells in (batch, of_batches))
     for name in ("action_share", "action_effect"):
         assert parts[name] == pytest.approx(whole[name], rel=0.01)
-    alone = Batch(*(getattr(batch, name)[(batch.genes == batch.genes[0]).all(dim=1)] for name in ("start", "target", "genes", "group")))
+    alone = Batch(
+        *(
+            getattr(batch, name)[(batch.genes == batch.genes[0]).all(dim=1)]
+            for name in ("start", "target", "genes", "group")
+        )
+    )
     watched = net.watch(alone)
     assert set(watched) == {"distance_right_action", "distance_null_action"}
     assert net.complaint(watched) is None
@@ -361,7 +388,13 @@ def test_what_is_known_of_a_gene_itself_is_dropped_for_all_cells_or_none() -> No
 def test_monitors_are_written_at_every_epoch(jepa: tuple) -> None:
     _, _, run = jepa
     for row in run.history:
-        assert {"action_share", "distance_right_action", "distance_wrong_action", "distance_null_action", "action_effect"} <= set(row)
+        assert {
+            "action_share",
+            "distance_right_action",
+            "distance_wrong_action",
+            "distance_null_action",
+            "action_effect",
+        } <= set(row)
         assert "validation_distance_right_action" in row
     last = run.history[-1]
     assert last["distance_right_action"] < last["distance_null_action"]
@@ -391,7 +424,14 @@ def test_an_embedding_that_learns_with_its_decoder_is_watched_too(tmp_path: Path
 
 
 def test_an_ignored_action_stops_the_training_or_is_reported(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
-    short = {"n_steps": 100, "n_steps_representation": 50, "n_steps_decoder": 20, "batch_size": 64, "n_latent": 8, "mean": "learned"}
+    short = {
+        "n_steps": 100,
+        "n_steps_representation": 50,
+        "n_steps_decoder": 20,
+        "batch_size": 64,
+        "n_latent": 8,
+        "mean": "learned",
+    }
     with pytest.raises(InputError, match="training was stopped at step 100 of 100: the world model ignores its action"):
         trained("jepa", *screen, tmp_path / "stop", action="withheld", **short)
     _, _, run = trained("jepa_null_action", *screen, tmp_path / "report", **short)
@@ -417,7 +457,9 @@ def test_shuffled_actions_are_those_of_another_perturbation_of_the_same_order(sc
     table = embeddings.standardized(Effects.of_training(training).genes)
     conditions = Conditions(list(table.index), table.to_numpy())
     z = torch.randn(len(training.rows), 3)
-    right, wrong = (build(*registered(name)).paired(training, z, conditions, 0).genes for name in ("jepa", "jepa_shuffled"))
+    right, wrong = (
+        build(*registered(name)).paired(training, z, conditions, 0).genes for name in ("jepa", "jepa_shuffled")
+    )
     order = [(genes >= 0).sum(dim=1) for genes in (right, wrong)]
     torch.testing.assert_close(*order)
     assert (right != wrong).any(dim=1).all()
@@ -504,7 +546,10 @@ def test_halves_of_controls_are_those_that_effects_are_measured_against(screen: 
     halves = [groups.is_of_half(half) for half in (0, 1)]
     assert (halves[0] | halves[1]).tolist() == training.is_control.tolist()
     assert not (halves[0] & halves[1]).any()
-    for half, effects in ((1, Effects.with_disjoint_controls(training)[0]), (0, Effects.with_disjoint_controls(training)[1])):
+    for half, effects in (
+        (1, Effects.with_disjoint_controls(training)[0]),
+        (0, Effects.with_disjoint_controls(training)[1]),
+    ):
         spoilt = training.X.toarray().astype(np.float64)
         spoilt[halves[1 - half]] = 1e6
         np.testing.assert_allclose(groups.effects(groups.sums(spoilt), half), effects.values, atol=1e-3)
@@ -520,7 +565,9 @@ def test_rematched_cells_have_controls_among_the_kept(screen: tuple[Pairs, Embed
     assert (kept.control_index[kept.is_control] == -1).all()
 
 
-def test_a_planted_label_is_told_and_a_random_one_is_not(screen: tuple[Pairs, Embeddings], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_label_is_told_and_a_random_one_is_not(
+    screen: tuple[Pairs, Embeddings], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = screen[0].roles("train")
     rng = np.random.default_rng(0)
     X = rng.normal(size=(len(pairs.rows), 6)).astype(np.float32)
@@ -541,7 +588,9 @@ def test_a_planted_label_is_told_and_a_random_one_is_not(screen: tuple[Pairs, Em
     rare = np.where(np.arange(len(side)) < 20, "rare", "common")
     obs = obs.assign(cell_type=rare)
     monkeypatch.setattr(probes, "MAX_CELLS", 100)
-    assert "cell_type" not in separability(replace(pairs, X=sparse.csr_matrix(X), obs=obs), Identity(), 0)  # too few are left in the sample
+    assert "cell_type" not in separability(
+        replace(pairs, X=sparse.csr_matrix(X), obs=obs), Identity(), 0
+    )  # too few are left in the sample
     assert told["batch"]["chance"] == 0.5
 
 

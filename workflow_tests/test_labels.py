@@ -12,15 +12,15 @@ from conftest import COMBINATIONS, PERTURBED, dataset_block, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbflow.annotation import canonical_labels, doubtful_labels, gene_table
-from perturbflow.controls import NAMED, SHORT, Controls, declaration, look_alikes
-from perturbflow.doses import names_in
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import CONTROL, human_symbols
 from perturbflow.nearest import nearest
 from perturbflow.registry.config import complete
-from perturbflow.separators import SEPARATORS, unsplit
-from perturbflow.symbols import CONTROL, human_symbols
-from perturbflow.unassigned import WORD, is_word
+from perturbflow.screens.annotation import canonical_labels, doubtful_labels, gene_table
+from perturbflow.screens.control_labels import NAMED, SHORT, Controls, declaration, look_alikes
+from perturbflow.screens.doses import names_in
+from perturbflow.screens.separators import SEPARATORS, unsplit
+from perturbflow.screens.unassigned import WORD, is_word
 
 SCREEN = Path("screen.h5ad")
 NO_GENES = gene_table(pd.DataFrame(index=pd.Index([], dtype=str)), {"organism": "human"})
@@ -69,8 +69,32 @@ NAMES = [
     "control-guide",
     "non-silencing",
     "uninfected",
-    *("NT_control", "NTctrl", "NTgRNA", "NT_sgRNA", "ONE_NON-GENE_SITE", "non-gene", "safe_guide", "sgSafe", "Chr1_safe", "sgROSA", "AAVS"),
-    *("vector", "vector_control", "EF1a_control", "CNTL", "dummy", "random", "neutral", "inert", "no_crispr", "untargeted", "tdTomato"),
+    *(
+        "NT_control",
+        "NTctrl",
+        "NTgRNA",
+        "NT_sgRNA",
+        "ONE_NON-GENE_SITE",
+        "non-gene",
+        "safe_guide",
+        "sgSafe",
+        "Chr1_safe",
+        "sgROSA",
+        "AAVS",
+    ),
+    *(
+        "vector",
+        "vector_control",
+        "EF1a_control",
+        "CNTL",
+        "dummy",
+        "random",
+        "neutral",
+        "inert",
+        "no_crispr",
+        "untargeted",
+        "tdTomato",
+    ),
     *(
         "mTagBFP2",
         "Renilla",
@@ -160,7 +184,11 @@ def test_what_starts_with_a_declared_control_is_told(declared: list[str], alike:
 
 
 @settings(deadline=None)
-@given(st.lists(st.sampled_from(["sg", "g", "NT", "1", "23", "lib", "_", "-", "chr1", "1x", "guide", "p", "a"]), max_size=60).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(["sg", "g", "NT", "1", "23", "lib", "_", "-", "chr1", "1x", "guide", "p", "a"]), max_size=60
+    ).map("".join)
+)
 def test_any_label_is_looked_at_in_no_time(label: str) -> None:
     """A pattern that goes back and forth would take for ever here."""
     assert {bool(NAMED.fullmatch(label)), bool(SHORT.fullmatch(label))} <= {True, False}
@@ -184,7 +212,9 @@ def test_labels_that_look_like_controls_stay_and_are_told(
     harmonized_from: Callable, tiny_screen: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     screen = tiny_screen()
-    screen.obs["perturbation"] = screen.obs["perturbation"].replace({"TF1": "NT-12", "TF2+TF4": "TF2+AAVS1", "TF8": "Control_2"})
+    screen.obs["perturbation"] = screen.obs["perturbation"].replace(
+        {"TF1": "NT-12", "TF2+TF4": "TF2+AAVS1", "TF8": "Control_2"}
+    )
     result = harmonized_from(screen)
     assert {"NT-12", "AAVS1+TF2", "Control_2"} <= set(result.adata.obs["perturbation"])
     told = result.account["perturbations"]
@@ -194,15 +224,26 @@ def test_labels_that_look_like_controls_stay_and_are_told(
     assert "stay perturbations" in caplog.text
 
 
-def test_without_a_declared_control_those_that_look_like_one_are_proposed(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_without_a_declared_control_those_that_look_like_one_are_proposed(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = tiny_screen()
     labels = screen.obs["perturbation"]
     screen.obs["perturbation"] = [f"NTC_{i % 20}" if label == "control" else label for i, label in enumerate(labels)]
-    with pytest.raises(InputError, match=r"no control cells.*look like controls \(cells\): 'NTC_0' \(4\).*control_pattern: 'NTC_\\d\+'"):
+    with pytest.raises(
+        InputError, match=r"no control cells.*look like controls \(cells\): 'NTC_0' \(4\).*control_pattern: 'NTC_\\d\+'"
+    ):
         harmonized_from(screen)
 
 
-@given(st.lists(st.from_regex(r"(NT|neg ctrl|safe[ .'\"\\µ]x)[_-][0-9]{1,4}", fullmatch=True), min_size=1, max_size=30, unique=True))
+@given(
+    st.lists(
+        st.from_regex(r"(NT|neg ctrl|safe[ .'\"\\µ]x)[_-][0-9]{1,4}", fullmatch=True),
+        min_size=1,
+        max_size=30,
+        unique=True,
+    )
+)
 def test_the_proposed_declaration_takes_all_of_them_in(alike: list[str]) -> None:
     line = declaration(alike, ["control"])
     key, value = line.split(": ", 1)
@@ -212,11 +253,16 @@ def test_the_proposed_declaration_takes_all_of_them_in(alike: list[str]) -> None
         assert yaml.safe_load(value) == ["control", *alike]
 
 
-@pytest.mark.parametrize("labels", [[f"NTC_{i}" for i in range(20)], [f"safe ({i}.{i})" for i in range(20)], ["NT-1", "AAVS1"]])
+@pytest.mark.parametrize(
+    "labels", [[f"NTC_{i}" for i in range(20)], [f"safe ({i}.{i})" for i in range(20)], ["NT-1", "AAVS1"]]
+)
 def test_a_configuration_takes_the_proposed_declaration(labels: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine.h5ad").touch()
     key, value = declaration(labels).removeprefix("perturbation.").split(": ", 1)
-    block = {"source": {"path": str(tmp_path / "mine.h5ad")}, "perturbation": {"column": "perturbation", key: yaml.safe_load(value)}}
+    block = {
+        "source": {"path": str(tmp_path / "mine.h5ad")},
+        "perturbation": {"column": "perturbation", key: yaml.safe_load(value)},
+    }
     controls = Controls.of(complete(merged({"datasets": {"mine": block}}))["datasets"]["mine"]["perturbation"])
     assert all(label in controls for label in labels)
 
@@ -250,7 +296,9 @@ def told_of(labels: list[str], **perturbation: object) -> tuple[dict, set[str]]:
 @pytest.mark.parametrize("separator", ["|", ",", ";", "&", " and ", "--", "_", ":", "/", "-", " & ", "||"])
 def test_a_wrong_separator_ends_harmonization_with_the_right_one(separator: str) -> None:
     labels = [label.replace("+", separator) for label in ["control", *PERTURBED, *COMBINATIONS]]
-    with pytest.raises(InputError, match=r"screen\.h5ad.*not split, such as 'TF\d.*perturbation\.separator is '\+'") as raised:
+    with pytest.raises(
+        InputError, match=r"screen\.h5ad.*not split, such as 'TF\d.*perturbation\.separator is '\+'"
+    ) as raised:
         told_of(labels)
     right = re.search(r"Set perturbation\.separator: '(.*?)'", str(raised.value))[1]
     told, becomes = told_of(labels, separator=right)
@@ -259,7 +307,9 @@ def test_a_wrong_separator_ends_harmonization_with_the_right_one(separator: str)
 
 
 def test_a_separator_that_would_split_genes_is_not_proposed() -> None:
-    with pytest.raises(InputError, match=r"'-' stands in names of genes too \(HLA-A\), so put another sign, such as '\+'"):
+    with pytest.raises(
+        InputError, match=r"'-' stands in names of genes too \(HLA-A\), so put another sign, such as '\+'"
+    ):
         told_of(["control", "KLF1-CEBPA", "KLF1", "CEBPA", "HLA-A"])
 
 
@@ -274,10 +324,14 @@ def test_labels_that_are_never_split_on_purpose_are_told_only(
     assert "Set perturbation.separator: '|', if they are combinations" in caplog.text
 
 
-def found(labels: list[str], separator: str | None = "+", genes: tuple[str, ...] = (), *, is_human: bool = True) -> tuple[str, bool] | None:
+def found(
+    labels: list[str], separator: str | None = "+", genes: tuple[str, ...] = (), *, is_human: bool = True
+) -> tuple[str, bool] | None:
     """Return the separator that is found, and whether the declared one is surely wrong."""
     declared = {"separator": separator, "control": ["control"]}
-    one = unsplit(dict.fromkeys(labels, 10), declared, lambda label: names_in(label, declared), genes, is_human=is_human)
+    one = unsplit(
+        dict.fromkeys(labels, 10), declared, lambda label: names_in(label, declared), genes, is_human=is_human
+    )
     return None if one is None else (one.separator, one.is_sure)
 
 
@@ -300,7 +354,10 @@ def test_names_that_hold_a_sign_raise_no_alarm(labels: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "labels",
-    [["1,25-dihydroxyvitamin D3", "N,N-dimethyl", "JQ1", "DMSO"], ["Sodium butyrate", "Valproic acid (sodium salt)", "AG-490", "AG-14361"]],
+    [
+        ["1,25-dihydroxyvitamin D3", "N,N-dimethyl", "JQ1", "DMSO"],
+        ["Sodium butyrate", "Valproic acid (sodium salt)", "AG-490", "AG-14361"],
+    ],
 )
 def test_drug_names_raise_no_alarm(labels: list[str]) -> None:
     assert found(labels, is_human=False) is None
@@ -364,7 +421,9 @@ def test_parts_are_known_in_whatever_form(labels: list[str], separator: str, org
     mouse = gene_table(pd.DataFrame(index=["Klf1", "Gata1", "Cebpa"]), {"organism": "mouse"})
     block = {**dataset_block(perturbation={"control": labels[:1]}), "organism": organism}
     with pytest.raises(InputError, match=rf"Set perturbation\.separator: '{re.escape(separator)}'"):
-        doubtful_labels(pd.DataFrame({"perturbation": labels}), block, mouse if organism == "mouse" else NO_GENES, SCREEN)
+        doubtful_labels(
+            pd.DataFrame({"perturbation": labels}), block, mouse if organism == "mouse" else NO_GENES, SCREEN
+        )
 
 
 def test_a_control_of_one_repeated_part_makes_that_part_a_control() -> None:
@@ -380,7 +439,9 @@ def drugs_told_of(labels: list[str], **perturbation: object) -> tuple[dict, list
     """Return what is told of labels of a drug screen, and the warnings."""
     warnings: list[str] = []
     block = dataset_block(perturbation={"control": ["DMSO"], **perturbation}, perturbation_type="drug")
-    return doubtful_labels(pd.DataFrame({"perturbation": ["DMSO", *labels]}), block, NO_GENES, SCREEN, warnings), warnings
+    return doubtful_labels(
+        pd.DataFrame({"perturbation": ["DMSO", *labels]}), block, NO_GENES, SCREEN, warnings
+    ), warnings
 
 
 def test_combinations_of_compounds_never_seen_alone_are_told() -> None:
@@ -478,7 +539,9 @@ def test_a_cell_line_within_the_labels_is_told(form: str) -> None:
         try:
             doubtful_labels(obs, dataset_block(perturbation=perturbation, perturbation_type="drug"), NO_GENES, SCREEN)
         except InputError as error:
-            line = re.search(r"Write perturbation\.(pattern: '.*?')(?: and covariates.cell_type: cell_line)?\. If", str(error))[1]
+            line = re.search(
+                r"Write perturbation\.(pattern: '.*?')(?: and covariates.cell_type: cell_line)?\. If", str(error)
+            )[1]
             perturbation = yaml.safe_load(line)
     drugs = {"JQ1", "TSA"} if "dose" not in form else {"JQ1@1", "JQ1@10", "TSA@1", "TSA@10"}
     found = canonical_labels(obs, dataset_block(perturbation=perturbation, perturbation_type="drug"), NO_GENES, SCREEN)
@@ -514,7 +577,9 @@ def test_names_of_genes_and_loci_raise_no_alarm_but_for_what_stands_beside_a_sym
     obs = pd.DataFrame({"perturbation": ["control", *GENE_LABELS]})
     told = doubtful_labels(obs, dataset_block(), NO_GENES, SCREEN, warnings)
     assert told == {"looks_like_control": {}, "no_gene": {}, "not_split": {}}
-    assert [text.split(":")[0] for text in warnings] == ["4 labels hold a gene's symbol and more, so none finds its gene"]
+    assert [text.split(":")[0] for text in warnings] == [
+        "4 labels hold a gene's symbol and more, so none finds its gene"
+    ]
 
 
 def test_a_symbol_in_other_letters_is_its_gene_and_no_perturbation_of_its_own() -> None:
@@ -542,7 +607,15 @@ def test_a_screen_of_drugs_that_is_not_declared_one_is_told(changes: dict) -> No
 
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("klf1", "KLF1"), ("KLF1 ", "KLF1"), ("OCT4", "POU5F1"), ("oct4", "POU5F1"), ("CEBPAA", "CEBPA"), ("b+a", "A+B"), ("ZZZZZZ", None)],
+    [
+        ("klf1", "KLF1"),
+        ("KLF1 ", "KLF1"),
+        ("OCT4", "POU5F1"),
+        ("oct4", "POU5F1"),
+        ("CEBPAA", "CEBPA"),
+        ("b+a", "A+B"),
+        ("ZZZZZZ", None),
+    ],
 )
 def test_the_nearest_name_is_found(name: str, first: str | None) -> None:
     close = nearest(name, ["KLF1", "POU5F1", "CEBPA", "A+B", *PERTURBED])
@@ -580,7 +653,9 @@ def test_no_approved_symbol_is_such_a_word() -> None:
 
 def test_cells_without_a_perturbation_make_no_perturbation(tiny_screen: Callable, harmonized_from: Callable) -> None:
     screen = tiny_screen()
-    screen.obs["perturbation"] = screen.obs["perturbation"].replace({"TF1": "Unassigned", "TF2": "doublet", "TF1+TF2": "TF3+ambiguous"})
+    screen.obs["perturbation"] = screen.obs["perturbation"].replace(
+        {"TF1": "Unassigned", "TF2": "doublet", "TF1+TF2": "TF3+ambiguous"}
+    )
     with pytest.raises(InputError) as raised:
         harmonized_from(screen)
     text = str(raised.value)
@@ -596,7 +671,9 @@ def test_cells_without_a_perturbation_make_no_perturbation(tiny_screen: Callable
     renamed = {"Unassigned": "POOL1", "doublet": "POOL2", "ambiguous": "POOL3"}
     kept = harmonized_from(screen, perturbation={"rename": renamed})
     assert {"POOL1", "POOL2", "POOL3+TF3"} <= set(kept.adata.obs["perturbation"])
-    kept = harmonized_from(screen, perturbation={"control": ["control", "Unassigned"], "drop": ["doublet", "ambiguous"]})
+    kept = harmonized_from(
+        screen, perturbation={"control": ["control", "Unassigned"], "drop": ["doublet", "ambiguous"]}
+    )
     assert kept.account["perturbations"]["kept"]["control"] == 120
 
 

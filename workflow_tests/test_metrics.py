@@ -17,7 +17,7 @@ from perturbflow.evaluation import METRICS, Differential, Scored, differential, 
 from perturbflow.evaluation.distributions import sinkhorn_divergence
 from perturbflow.evaluation.ranks import SortedCells, p_value
 from perturbflow.pairs import Pairs, match_controls
-from perturbflow.prediction import nonnegative
+from perturbflow.predict import nonnegative
 
 FAMILIES = {
     "error": ["mae", "l2_heg1000", "l2_heg1000_off_target", "expr_mse_unbiased_norm"],
@@ -31,8 +31,22 @@ FAMILIES = {
     "ranking": ["rank_cosine", "rank_cosine_off_target", "rank_rmse"],
     "discrimination": ["pds_l1", "pds_l2", "pds_cosine", "centroid_accuracy"],
     "weighted": ["wmse", "r2_w_delta", "r2_w_delta_off_target"],
-    "differential_expression": ["sig_jaccard", "direction_fidelity", "direction_reach", "lfc_nmae", "overlap_at_n", "auprc"],
-    "distribution": ["energy_distance", "energy_distance_off_target", "mmd", "sinkhorn_w2", "variance_ratio", "quantile_coverage"],
+    "differential_expression": [
+        "sig_jaccard",
+        "direction_fidelity",
+        "direction_reach",
+        "lfc_nmae",
+        "overlap_at_n",
+        "auprc",
+    ],
+    "distribution": [
+        "energy_distance",
+        "energy_distance_off_target",
+        "mmd",
+        "sinkhorn_w2",
+        "variance_ratio",
+        "quantile_coverage",
+    ],
     "on_target": ["mae_on_target"],
 }
 HEADLINES = {
@@ -156,7 +170,9 @@ def test_no_change_has_the_useless_value(cells: Pairs) -> None:
     for name, metric in METRICS.items():
         if metric.useless is None or name.startswith(("pearson_delta_pert", "r2_w_delta")):
             continue
-        assert found[name] == pytest.approx(metric.useless, abs={"lfc_nmae": 0.1, "expr_mse_unbiased_norm": 0.02}.get(name, 1e-6)), name
+        assert found[name] == pytest.approx(
+            metric.useless, abs={"lfc_nmae": 0.1, "expr_mse_unbiased_norm": 0.02}.get(name, 1e-6)
+        ), name
     assert found["r2_w_delta"] < 0
 
 
@@ -183,7 +199,10 @@ def test_unrelated_predictions_have_chance_of_ranking_and_discrimination() -> No
 def test_cosine_of_effects() -> None:
     scored = random_scored()
     a, b = scored.predicted - scored.control, scored.measured - scored.control
-    assert np.allclose(score("cosine_logfc", scored), [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(a, b, strict=True)])
+    assert np.allclose(
+        score("cosine_logfc", scored),
+        [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(a, b, strict=True)],
+    )
 
 
 def distance(kind: str, a: np.ndarray, b: np.ndarray) -> float:
@@ -197,7 +216,12 @@ def test_ranks_compare_predictions_with_one_truth(name: str, kind: str) -> None:
     scored = random_scored(1)
     predicted, measured = scored.predicted - scored.control, scored.measured - scored.control
     expected = [
-        sum(distance(kind, predicted[q], measured[p]) <= distance(kind, predicted[p], measured[p]) for q in range(P) if q != p) / (P - 1)
+        sum(
+            distance(kind, predicted[q], measured[p]) <= distance(kind, predicted[p], measured[p])
+            for q in range(P)
+            if q != p
+        )
+        / (P - 1)
         for p in range(P)
     ]
     assert np.allclose(score(name, scored), expected)
@@ -207,11 +231,15 @@ def test_ranks_compare_predictions_with_one_truth(name: str, kind: str) -> None:
 def test_discrimination_compares_one_prediction_with_truths(name: str, kind: str) -> None:
     scored = random_scored(2)
     predicted, measured, control = (
-        getattr(scored, side + ("" if name == "centroid_accuracy" else "_bulk")) for side in ("predicted", "measured", "control")
+        getattr(scored, side + ("" if name == "centroid_accuracy" else "_bulk"))
+        for side in ("predicted", "measured", "control")
     )
     genes = np.full(predicted.shape[1], True) if name == "centroid_accuracy" else ~scored.own_target.any(axis=0)
     a, b = (predicted - control)[:, genes], (measured - control)[:, genes]
-    expected = [sum(distance(kind, a[p], b[q]) > distance(kind, a[p], b[p]) for q in range(P) if q != p) / (P - 1) for p in range(P)]
+    expected = [
+        sum(distance(kind, a[p], b[q]) > distance(kind, a[p], b[p]) for q in range(P) if q != p) / (P - 1)
+        for p in range(P)
+    ]
     assert np.allclose(score(name, scored), expected)
 
 
@@ -229,7 +257,8 @@ def test_one_prediction_for_all_ranks_at_chance_though_counts_tell_its_cells_apa
     rng = np.random.default_rng(0)
     effect = np.where(rng.random(len(cells.genes)) < 0.3, -2.0, 0.5 * rng.normal(size=len(cells.genes)))
     scored = score_inputs(
-        predictions_from(cells, lambda _, start: nonnegative(start + effect + 2e-3 * rng.normal(size=len(effect)))), cells
+        predictions_from(cells, lambda _, start: nonnegative(start + effect + 2e-3 * rng.normal(size=len(effect)))),
+        cells,
     )
     differences = scored.predicted - scored.control
     assert np.abs(differences - differences[0]).max() > 1e-3, "the plant: means are met to within a count"
@@ -260,7 +289,9 @@ def test_weights_are_of_t_against_the_other_scored_cells(cells: Pairs, truth: Sc
 
 
 def sparse_cells(rng: np.random.Generator, n: int, n_genes: int, *, ties: bool) -> np.ndarray:
-    values = rng.poisson(1.0, (n, n_genes)) if ties else rng.gamma(1.0, 1.0, (n, n_genes)) * (rng.random((n, n_genes)) < 0.5)
+    values = (
+        rng.poisson(1.0, (n, n_genes)) if ties else rng.gamma(1.0, 1.0, (n, n_genes)) * (rng.random((n, n_genes)) < 0.5)
+    )
     return values.astype(np.float32)
 
 
@@ -294,7 +325,9 @@ def test_rank_sum_sums_over_strata() -> None:
             excess += stats.mannwhitneyu(a, b).statistic - len(a) * len(b) / 2
             ranks = stats.rankdata(np.concatenate([a, b]))
             n = len(ranks)
-            variance += len(a) * len(b) / (n * (n - 1)) * ((ranks - (n + 1) / 2) ** 2).sum()  # permutation variance of ranks
+            variance += (
+                len(a) * len(b) / (n * (n - 1)) * ((ranks - (n + 1) / 2) ** 2).sum()
+            )  # permutation variance of ranks
         assert z[g] == pytest.approx(np.sign(excess) * max(abs(excess) - 0.5, 0) / np.sqrt(variance))
 
 
@@ -309,14 +342,21 @@ def test_tests_of_cells_are_stratified_adjusted_and_of_expressed_genes(cells: Pa
         assert np.allclose(found.q[i, tested], stats.false_discovery_control(p_value(found.z[i, tested])))
         rows = np.flatnonzero((test.labels == label) & (test.obs["half"] == "b").to_numpy())
         mean = np.expm1(X[rows]).mean(axis=0)
-        own = sum((batch[rows] == b).mean() * np.expm1(X[test.is_control & (batch == b)]).mean(axis=0) for b in ("b1", "b2"))
+        own = sum(
+            (batch[rows] == b).mean() * np.expm1(X[test.is_control & (batch == b)]).mean(axis=0) for b in ("b1", "b2")
+        )
         assert np.allclose(found.lfc[i, tested], np.log2((mean + 1e-9) / (own + 1e-9))[tested], atol=1e-4)
-        assert set(np.flatnonzero(found.is_significant[i])) == set(np.flatnonzero(np.nan_to_num(found.q[i], nan=1) < 0.05))
+        assert set(np.flatnonzero(found.is_significant[i])) == set(
+            np.flatnonzero(np.nan_to_num(found.q[i], nan=1) < 0.05)
+        )
 
 
 def of_genes(predicted: list[tuple], measured: list[tuple]) -> Scored:
     """Return one perturbation with (z, q, lfc) per gene."""
-    tests = [Differential(*(np.array([column], dtype=float) for column in zip(*genes, strict=True))) for genes in (predicted, measured)]
+    tests = [
+        Differential(*(np.array([column], dtype=float) for column in zip(*genes, strict=True)))
+        for genes in (predicted, measured)
+    ]
     return random_scored(labels=["A"], predicted_test=tests[0], measured_test=tests[1])
 
 
@@ -336,7 +376,11 @@ def test_metrics_of_differential_expression_by_hand() -> None:
     assert score("auprc", scored)[0] == pytest.approx(average_precision_score([1, 1, 1, 1, 0], [9, 8, 7, 1, 6]))
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30).filter(lambda genes: any(real for real, _ in genes)))
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30).filter(
+        lambda genes: any(real for real, _ in genes)
+    )
+)
 def test_average_precision_is_sklearns_with_ties_too(genes: list[tuple[bool, int]]) -> None:
     is_real, z = (np.array(column) for column in zip(*genes, strict=True))
     assert differential._average_precision(is_real, z) == pytest.approx(average_precision_score(is_real, z))
@@ -390,7 +434,9 @@ def test_error_without_bias_by_hand() -> None:
     for i in range(P):
         genes = ~scored.own_target[i]
         b_hat, b, c = (getattr(scored, f"{side}_bulk")[i, genes] for side in ("predicted", "measured", "control"))
-        v_hat, v, v_c = (getattr(scored, f"{side}_bulk_variance")[i, genes] for side in ("predicted", "measured", "control"))
+        v_hat, v, v_c = (
+            getattr(scored, f"{side}_bulk_variance")[i, genes] for side in ("predicted", "measured", "control")
+        )
         numerators.append((((b_hat - b) ** 2).sum() - np.minimum(v_hat, v).sum() - v.sum()) / genes.sum())
         denominators.append((((b - c) ** 2).sum() - v.sum() - v_c.sum()) / genes.sum())
     values = score("expr_mse_unbiased_norm", scored)
@@ -422,7 +468,9 @@ def test_mmd_leaves_out_pairs_of_one_start() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(12, 4)), [rng.normal(size=(30, 4))]
     twice = random_scored(
-        predicted_components=[np.repeat(x, 2, axis=0)], measured_components=y, predicted_start=[np.repeat(np.arange(12), 2)]
+        predicted_components=[np.repeat(x, 2, axis=0)],
+        measured_components=y,
+        predicted_start=[np.repeat(np.arange(12), 2)],
     )
     assert score("mmd", twice)[0] == pytest.approx(
         score("mmd", random_scored(predicted_components=[x], measured_components=y))[0], abs=0.01
@@ -547,4 +595,6 @@ def test_order_of_cells_and_storage_do_not_matter(cells: Pairs, prepared: dict[s
         stored.write_h5ad(tmp_path / f"{name}.h5ad")
         backed = ad.read_h5ad(tmp_path / f"{name}.h5ad", backed="r")
         found = means(score_inputs(backed, Pairs.open(prepared["unseen_combination"].pairs)))
-        assert {key: pytest.approx(value, rel=1e-4, abs=1e-4, nan_ok=True) for key, value in expected.items()} == found, name
+        assert {
+            key: pytest.approx(value, rel=1e-4, abs=1e-4, nan_ok=True) for key, value in expected.items()
+        } == found, name

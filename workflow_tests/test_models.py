@@ -8,17 +8,17 @@ import pytest
 import torch
 import yaml
 
-from perturbflow.artefacts import load_artefact, save_artefact
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
+from perturbflow.io.artefacts import load_artefact, save_artefact
 from perturbflow.models import counterfactual
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.batches import PairedCells, encoded
-from perturbflow.models.conditions import Conditions
 from perturbflow.models.effects import Effects
-from perturbflow.models.latent import LatentSpace
+from perturbflow.models.gaussian_process.own_gene import OwnGene
+from perturbflow.models.latents.pca import LatentSpace
 from perturbflow.models.neighbours import Neighbours
-from perturbflow.models.own_gene import OwnGene
+from perturbflow.models.training.batches import PairedCells, encoded
+from perturbflow.models.training.conditions import Conditions
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
@@ -39,7 +39,9 @@ def registered(name: str, **changes: object) -> tuple[str, dict]:
     return FAMILIES[block["family"]].implementation, {**block["params"], **changes}
 
 
-def trained(name: str, pairs: Pairs, embeddings: Embeddings, folder: Path, seed: int = 0, **changes: object) -> tuple[Model, dict, Run]:
+def trained(
+    name: str, pairs: Pairs, embeddings: Embeddings, folder: Path, seed: int = 0, **changes: object
+) -> tuple[Model, dict, Run]:
     """Return a trained model, its artefact and its run."""
     implementation, params = registered(name, **changes)
     model = build(implementation, params)
@@ -54,7 +56,9 @@ def quick(name: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def models(screen: tuple[Pairs, Embeddings], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Model, dict, Run]]:
+def models(
+    screen: tuple[Pairs, Embeddings], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Model, dict, Run]]:
     return {name: trained(name, *screen, tmp_path_factory.mktemp(name), **quick(name)) for name in LEARNED}
 
 
@@ -104,7 +108,11 @@ def test_own_gene_recovers_a_planted_knock_down(screen: tuple[Pairs, Embeddings]
 def test_neighbours_believe_others_as_far_as_they_predict(shared_part: float, low: float, high: float) -> None:
     rng = np.random.default_rng(0)
     genes = [f"G{i:02d}" for i in range(20)]
-    values = shared_part * rng.normal(size=200) + (1 - shared_part) * rng.normal(size=(20, 200)) + 0.01 * rng.normal(size=(20, 200))
+    values = (
+        shared_part * rng.normal(size=200)
+        + (1 - shared_part) * rng.normal(size=(20, 200))
+        + 0.01 * rng.normal(size=(20, 200))
+    )
     effects = Effects(genes, values, np.zeros_like(values))
     neighbours = Neighbours.fit(effects, effects, {gene: rng.normal(size=4) for gene in genes})
     assert low <= neighbours.strength <= high
@@ -146,7 +154,9 @@ def test_neighbours_borrow_from_the_near_ones() -> None:
     assert weights[1, 10:].sum() > 0.95
 
 
-def make_pairs_of_cells(screen: tuple[Pairs, Embeddings], role: str = "train", **changes: object) -> tuple[PairedCells, Pairs, Conditions]:
+def make_pairs_of_cells(
+    screen: tuple[Pairs, Embeddings], role: str = "train", **changes: object
+) -> tuple[PairedCells, Pairs, Conditions]:
     pairs, embeddings = screen
     effects = Effects.of_training(pairs)
     latent = LatentSpace.fit(pairs, effects, 16)
@@ -221,7 +231,9 @@ def test_coupling_looks_away_from_what_the_perturbation_did() -> None:
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_held_out_combinations_are_predicted_better_than_no_change(name: str, models: dict, screen: tuple[Pairs, Embeddings]) -> None:
+def test_held_out_combinations_are_predicted_better_than_no_change(
+    name: str, models: dict, screen: tuple[Pairs, Embeddings]
+) -> None:
     model, _, _ = models[name]
     test = screen[0].roles("test")
     for label in test.perturbations:
@@ -292,7 +304,9 @@ def test_a_gene_without_a_vector_is_refused_and_an_unseen_one_is_borrowed(
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_inner_folds_of_a_closed_mean_calibrate_its_intervals(name: str, models: dict, screen: tuple[Pairs, Embeddings]) -> None:
+def test_inner_folds_of_a_closed_mean_calibrate_its_intervals(
+    name: str, models: dict, screen: tuple[Pairs, Embeddings]
+) -> None:
     model, artefact, run = models[name]
     restored = build(*registered(name, **quick(name)))
     restored.restore(artefact)

@@ -20,12 +20,22 @@ from test_models import COMBINATION, QUICK, REPOSITORY, make_pairs_of_cells, reg
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.models import autoencoder, batches, counterfactual, denoiser, devices, external, optimization, set_gp
+from perturbflow.models import counterfactual
+from perturbflow.models import scppdm as denoiser
 from perturbflow.models.base import Run, build
-from perturbflow.models.optimization import PRECISIONS
+from perturbflow.models.gaussian_process import set_gp
+from perturbflow.models.latents import exported as external
+from perturbflow.models.latents import vae as autoencoder
+from perturbflow.models.training import batches, devices
+from perturbflow.models.training import loop as optimization
+from perturbflow.models.training.loop import PRECISIONS
 from perturbflow.pairs import Pairs
 
-FOLDERS = {"autoencoder": "autoencoder", "jepa stage_a": "stage_a", "jepa stage_c": "stage_c"}  # of checkpoints, by what is trained first
+FOLDERS = {
+    "autoencoder": "autoencoder",
+    "jepa stage_a": "stage_a",
+    "jepa stage_c": "stage_c",
+}  # of checkpoints, by what is trained first
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
@@ -106,15 +116,21 @@ def test_batches_are_drawn_ahead_in_their_order_and_no_thread_is_left() -> None:
 def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
     cells, _, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
     identity = np.eye(cells.z.shape[1])
-    latent = counterfactual.StateSpace(np.zeros(len(identity)), identity, np.ones(len(identity)), identity, np.full(len(identity), 0.5))
+    latent = counterfactual.StateSpace(
+        np.zeros(len(identity)), identity, np.ones(len(identity)), identity, np.full(len(identity), 0.5)
+    )
 
     def learner() -> optimization.Learner:
         torch.manual_seed(0)
-        net = counterfactual.Velocity(latent, conditions, width=16, n_layers=1, dropout=0.1, own_dropout=0.3, bridge_noise=0.1)
+        net = counterfactual.Velocity(
+            latent, conditions, width=16, n_layers=1, dropout=0.1, own_dropout=0.3, bridge_noise=0.1
+        )
         return optimization.Learner(net, 3, 30, optimization.Optimization(0.01, 0.01, 0.9))
 
     whole = learner()
-    optimization.optimize(whole, batches.Batches(cells, None, 32, 3), Run(seed=3, checkpoints=tmp_path, identity="test"), "whole")
+    optimization.optimize(
+        whole, batches.Batches(cells, None, 32, 3), Run(seed=3, checkpoints=tmp_path, identity="test"), "whole"
+    )
     brief = optimization.optimize_briefly(learner(), cells, 32)
     for name, value in whole.average.module.state_dict().items():
         torch.testing.assert_close(brief.state_dict()[name], value, atol=1e-6, rtol=1e-4, msg=name)
@@ -142,7 +158,12 @@ def test_a_training_in_a_batch_job_does_not_put_the_job_into_the_queue_again(
     screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning would, at SIGUSR1: beside Snakemake, which has its own idea of what a job's end means."""
-    for name, value in {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "wrap", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}.items():
+    for name, value in {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "wrap",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     handled, register = set(), signal.signal
 
@@ -198,7 +219,9 @@ def test_a_device_that_is_not_there_is_named() -> None:
         devices.accelerator("cuda")
 
 
-def test_compiled_losses_are_the_same(screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_losses_are_the_same(
+    screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Traced as for a compiler, and run as traced: compiling takes a minute, and what it changes is rounding."""
     asked, used = [], []
     trace = partial(torch.compile, backend="aot_eager")
@@ -210,7 +233,10 @@ def test_compiled_losses_are_the_same(screen: tuple[Pairs, Embeddings], tmp_path
 
     monkeypatch.setattr(torch, "compile", compiled)
     short = {"n_steps": 30, "batch_size": 32, "n_latent": 8, "alignment": 0.1}
-    states = [trained("scppdm", *screen, tmp_path / str(compiled), **short, compiled=compiled)[1] for compiled in (False, True)]
+    states = [
+        trained("scppdm", *screen, tmp_path / str(compiled), **short, compiled=compiled)[1]
+        for compiled in (False, True)
+    ]
     assert asked == 2 * [{"fallback_random": True}]  # of the latent space, and of the diffusion in it
     assert len(used) == 60
     for part in ("latent", "state"):
@@ -232,34 +258,58 @@ def test_losses_are_float32_whatever_the_layers_are(screen: tuple[Pairs, Embeddi
     cells, _, conditions = make_pairs_of_cells(screen)
     n_latent = cells.z.shape[1]
     coordinates = autoencoder.Cells(torch.randn(16, 4), drawn.k, drawn.unit)
-    params = {"width": 16, "n_tokens": 2, "n_blocks": 1, "n_heads": 2, "dropout": 0.0, "own_dropout": 0.0, "condition_dropout": 0.1}
+    params = {
+        "width": 16,
+        "n_tokens": 2,
+        "n_blocks": 1,
+        "n_heads": 2,
+        "dropout": 0.0,
+        "own_dropout": 0.0,
+        "condition_dropout": 0.1,
+    }
     noted: list[torch.dtype] = []
     with torch.autocast("cpu", torch.bfloat16):
         for network, batch in (
             (autoencoder.CountNetwork(n_genes, 4), drawn),
             (external.CountDecoder(torch.zeros(4), torch.ones(4), n_genes), coordinates),
-            (denoiser.Denoiser(n_latent, conditions, **params, objective="v", alignment=0.1), cells.batch(16, (0, 0, 0))),
+            (
+                denoiser.Denoiser(n_latent, conditions, **params, objective="v", alignment=0.1),
+                cells.batch(16, (0, 0, 0)),
+            ),
         ):
             network.register_forward_hook(lambda module, given, output: noted.append(output.dtype))
             assert {value.dtype for value in network.losses(batch).values()} == {torch.float32}
         assert noted == [torch.bfloat16]  # the denoiser's layers
         assert autoencoder.CountNetwork(n_genes, 4).log_share(torch.randn(3, 4)).dtype == torch.float32
-        assert external.CountDecoder(torch.zeros(4), torch.ones(4), n_genes).log_share(torch.randn(3, 4)).dtype == torch.float32
+        assert (
+            external.CountDecoder(torch.zeros(4), torch.ones(4), n_genes).log_share(torch.randn(3, 4)).dtype
+            == torch.float32
+        )
 
 
 def test_bfloat16_is_for_layers_alone(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
     short = {"n_steps": 200, "batch_size": 64, "n_latent": 8}
-    found = {precision: trained("scppdm", *screen, tmp_path / precision, **short, precision=precision) for precision in PRECISIONS}
+    found = {
+        precision: trained("scppdm", *screen, tmp_path / precision, **short, precision=precision)
+        for precision in PRECISIONS
+    }
     rows = {precision: run.history[-1] for precision, (_, _, run) in found.items()}
     assert rows["bfloat16"]["loss"] != rows["float32"]["loss"]
     for name, value in rows["float32"].items():
         assert rows["bfloat16"][name] == pytest.approx(value, rel=0.02), name
-    tensors = [value for part in ("latent", "state") for value in found["bfloat16"][1][part].values() if value.is_floating_point()]
+    tensors = [
+        value
+        for part in ("latent", "state")
+        for value in found["bfloat16"][1][part].values()
+        if value.is_floating_point()
+    ]
     assert {value.dtype for value in tensors} == {torch.float32}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-@pytest.mark.parametrize("faster", [{"precision": "bfloat16"}, {"compiled": True}, {"precision": "bfloat16", "compiled": True}], ids=str)
+@pytest.mark.parametrize(
+    "faster", [{"precision": "bfloat16"}, {"compiled": True}, {"precision": "bfloat16", "compiled": True}], ids=str
+)
 def test_what_is_faster_on_a_gpu_learns_as_much(faster: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
     losses = []
     for i, changes in enumerate(({}, faster)):

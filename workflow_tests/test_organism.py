@@ -9,10 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbflow.annotation import gene_table
 from perturbflow.errors import InputError
-from perturbflow.organism import MARKS, MOUSE_MITOCHONDRIAL, genomes, mitochondrial, other_organism, without_genome
-from perturbflow.symbols import human_symbols
+from perturbflow.genes.symbols import human_symbols
+from perturbflow.screens.annotation import gene_table
+from perturbflow.screens.organism import (
+    MARKS,
+    MOUSE_MITOCHONDRIAL,
+    genomes,
+    mitochondrial,
+    other_organism,
+    without_genome,
+)
 
 HUMAN = sorted(human_symbols().approved)[5000:5070]
 PREFIXES = [
@@ -51,7 +58,9 @@ def with_genes(screen: ad.AnnData, names: dict[str, str], others: str = "{}") ->
 # --- prefixes -------------------------------------------------------------------------------------------------------
 
 
-GENE_NAMES = st.from_regex(r"[A-Z][A-Z0-9-]{1,7}", fullmatch=True).filter(lambda name: not any(mark.search(name) for mark in MARKS))
+GENE_NAMES = st.from_regex(r"[A-Z][A-Z0-9-]{1,7}", fullmatch=True).filter(
+    lambda name: not any(mark.search(name) for mark in MARKS)
+)
 
 
 @given(names=st.lists(GENE_NAMES, min_size=1, max_size=30), prefix=st.sampled_from(PREFIXES))
@@ -63,7 +72,9 @@ def test_a_prefix_of_all_genes_is_removed_and_names_without_one_stay(names: list
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_labels_find_genes_behind_a_prefix(prefix: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
     organism = "mouse" if prefix.startswith(("mm", "GRCm", "Mus")) else "human"
-    screen = with_genes(tiny_screen(), {"MT-ND1": f"{prefix}{'mt-Nd1' if organism == 'mouse' else 'MT-ND1'}"}, f"{prefix}{{}}")
+    screen = with_genes(
+        tiny_screen(), {"MT-ND1": f"{prefix}{'mt-Nd1' if organism == 'mouse' else 'MT-ND1'}"}, f"{prefix}{{}}"
+    )
     result = harmonized_from(screen, {"max_pct_mt": 20}, organism=organism)
     assert {"TF1", "GENE1"} <= set(result.adata.var_names)
     assert result.account["perturbations"]["not_measured"] == []
@@ -126,10 +137,13 @@ def test_numbers_that_name_no_gene_are_told(harmonized_from: Callable, tiny_scre
 
 
 @pytest.mark.parametrize("name", ["", "nan"])
-def test_a_gene_without_a_name_is_refused_with_two_ways_out(name: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_a_gene_without_a_name_is_refused_with_two_ways_out(
+    name: str, harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = with_genes(tiny_screen(), {"GENE3": name})
     with pytest.raises(
-        InputError, match=r"1 of 80 genes have no name \(the first is number 13 of its genes\)\. Give each .*gene_pattern: '\.'"
+        InputError,
+        match=r"1 of 80 genes have no name \(the first is number 13 of its genes\)\. Give each .*gene_pattern: '\.'",
     ):
         harmonized_from(screen)
     assert name not in harmonized_from(screen, gene_pattern=".").adata.var_names
@@ -140,7 +154,8 @@ def test_one_name_for_many_genes_is_refused(harmonized_from: Callable, tiny_scre
     screen.var["gene_name"] = [*screen.var_names[:60], *["Gene Expression"] * 20]
     screen.var_names = [f"ENSG{i:011d}" for i in range(99900000000, 99900000080)]
     with pytest.raises(
-        InputError, match=r"20 of 80 genes are called 'Gene Expression'\. Put the name of each gene into var_names, .*gene_pattern"
+        InputError,
+        match=r"20 of 80 genes are called 'Gene Expression'\. Put the name of each gene into var_names, .*gene_pattern",
     ):
         harmonized_from(screen)
     screen.var["gene_name"] = [*screen.var["gene_name"][:75], *["Y_RNA"] * 5]
@@ -148,7 +163,9 @@ def test_one_name_for_many_genes_is_refused(harmonized_from: Callable, tiny_scre
     assert harmonized_from(screen).account["genes"]["merged"] == 4
 
 
-def test_of_two_genomes_the_declared_one_is_kept_and_the_other_counted(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_of_two_genomes_the_declared_one_is_kept_and_the_other_counted(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = tiny_screen()
     names = {name: f"GRCh38_{name}" for name in screen.var_names[:60]}
     both = with_genes(screen, names, "mm10___{}")
@@ -162,7 +179,9 @@ def test_of_two_genomes_the_declared_one_is_kept_and_the_other_counted(harmonize
 
 
 def test_prefixed_ids_are_ids() -> None:
-    var = pd.DataFrame({"gene_ids": ["GRCh38_ENSG00000198804", "GRCh38_ENSG00000105610"]}, index=["GRCh38_MT-CO1", "GRCh38_KLF1"])
+    var = pd.DataFrame(
+        {"gene_ids": ["GRCh38_ENSG00000198804", "GRCh38_ENSG00000105610"]}, index=["GRCh38_MT-CO1", "GRCh38_KLF1"]
+    )
     table = gene_table(var, {"organism": "human"})
     assert list(table["gene_id"]) == ["ENSG00000198804", "ENSG00000105610"]
     assert list(table["gene_name"]) == ["MT-CO1", "KLF1"]
@@ -186,7 +205,11 @@ def table_of(names: list[str], organism: str) -> pd.DataFrame:
         (["MT.CO1", "MT_ND4L", "MT1.X"], "human", 2),
         (["ENSG00000198804", "ENSG00000198888.2", "ENSG00000105610"], "human", 2),
         ([*sorted(MOUSE_MITOCHONDRIAL), "ENSMUSG00000000001"], "mouse", 37),
-        (["ND1", "ND2", "ND3", "ND4", "ND4L", "ND5", "ND6", "COX1", "COX2", "CYTB", "ATP6", "ATP8", "PTGS1"], "human", 12),
+        (
+            ["ND1", "ND2", "ND3", "ND4", "ND4L", "ND5", "ND6", "COX1", "COX2", "CYTB", "ATP6", "ATP8", "PTGS1"],
+            "human",
+            12,
+        ),
         (["COX1", "COX2", "PTGS3"], "human", 0),  # alone they may be PTGS1 and PTGS2
     ],
 )
@@ -206,7 +229,9 @@ def test_a_limit_that_no_gene_serves_is_told_once_with_its_cause(
     ids = with_genes(panel, {name: f"ENSMUSG{i:011d}" for i, name in enumerate(panel.var_names)})
     warning, unmeasured = harmonized_from(ids, {"max_pct_mt": 20}, organism="mouse").account["warnings"]
     assert "Ensembl ids alone" in warning
-    assert unmeasured.startswith("none of the 8 perturbed genes (TF1, TF2, TF3, TF4, TF5, ...) is among the measured ones (ENSMUSG")
+    assert unmeasured.startswith(
+        "none of the 8 perturbed genes (TF1, TF2, TF3, TF4, TF5, ...) is among the measured ones (ENSMUSG"
+    )
     assert harmonized_from(panel).account["warnings"] == []
     assert harmonized_from(tiny_screen(), {"max_pct_mt": 20}).account["warnings"] == []
 
@@ -214,10 +239,14 @@ def test_a_limit_that_no_gene_serves_is_told_once_with_its_cause(
 # --- another organism -----------------------------------------------------------------------------------------------
 
 
-def test_genes_of_another_organism_than_the_declared_one_are_an_error(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_genes_of_another_organism_than_the_declared_one_are_an_error(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     names = {f"GENE{i}": symbol.capitalize() for i, symbol in enumerate(HUMAN)}
     mouse = with_genes(tiny_screen(), {**names, "MT-ND1": "mt-Nd1"})
-    with pytest.raises(InputError, match=r"screen.h5ad: organism is human, but .* written as mouse symbols.*Set organism: mouse"):
+    with pytest.raises(
+        InputError, match=r"screen.h5ad: organism is human, but .* written as mouse symbols.*Set organism: mouse"
+    ):
         harmonized_from(mouse, {"max_pct_mt": 1})
     assert harmonized_from(mouse, {"max_pct_mt": 100}, organism="mouse").adata.obs["pct_counts_mt"].max() > 0
     ids = with_genes(tiny_screen(), {f"GENE{i}": f"ENSMUSG{i:011d}" for i in range(70)})
@@ -234,7 +263,9 @@ def test_symbols_of_either_organism_pass_for_their_own() -> None:
     assert other_organism(table_of([f"AC{i:06d}.{i}" for i in range(90)], "human"), "human") is None
 
 
-def test_labels_in_capitals_find_mouse_genes_where_that_is_one_gene(harmonized_from: Callable, tiny_screen: Callable) -> None:
+def test_labels_in_capitals_find_mouse_genes_where_that_is_one_gene(
+    harmonized_from: Callable, tiny_screen: Callable
+) -> None:
     screen = with_genes(tiny_screen(), {"TF1": "Tf1", "TF2": "Tf2", "GENE0": "tf2"})
     result = harmonized_from(screen, organism="mouse")
     assert {"Tf1", "TF2", "TF2+Tf1", "TF3"} <= set(result.adata.obs["perturbation"])

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from test_envs import conda_pins, environment_files, locked, normalized, third_party
 
 from perturbflow import __version__
-from perturbflow.places import PACKAGE, config_folder
+from perturbflow.registry.places import PACKAGE, config_folder
 from perturbflow.registry.shipped import shipped_files
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -58,7 +58,9 @@ def test_every_requirement_has_a_lower_bound_and_admits_the_pin(extra: str | Non
     pins = locked("requirements.txt")
     for name, requirement in declared(extra).items():
         assert any(bound.operator == ">=" for bound in requirement.specifier), f"{requirement} has no lower bound"
-        assert pins[name] in requirement.specifier, f"{requirement} does not admit {pins[name]} of envs/requirements.txt"
+        assert pins[name] in requirement.specifier, (
+            f"{requirement} does not admit {pins[name]} of envs/requirements.txt"
+        )
 
 
 # --- the wheel ------------------------------------------------------------------------------------------------------
@@ -71,7 +73,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = copy_repository(folder / "repository")
     for name in ("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", ".gitignore"):
         shutil.copy(REPOSITORY / name, copy)
-    command = [sys.executable, "-m", "pip", "wheel", str(copy), "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        str(copy),
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = folder.glob("*.whl")
@@ -96,15 +109,24 @@ def test_installed_command_works_without_the_clone(wheel: Path, tmp_path: Path) 
     environment = {**os.environ, "PYTHONPATH": str(target)}
 
     def printed(*words: object) -> str:
-        done = subprocess.run([*map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     script = target / "bin" / "perturbflow"
     assert printed(script, "--version") == f"perturbflow {__version__}\n"
     assert "renge2023" in printed(script, "list")
-    found = printed(sys.executable, "-c", "from perturbflow import places, symbols; print(places.config_folder(), symbols.TABLE)")
-    assert found.split() == [str(target / "perturbflow" / "config"), str(target / "perturbflow" / "hgnc.tsv.gz")]
+    found = printed(
+        sys.executable,
+        "-c",
+        "from perturbflow.genes import symbols; from perturbflow.registry import places; print(places.config_folder(), symbols.TABLE)",
+    )
+    assert found.split() == [
+        str(target / "perturbflow" / "config"),
+        str(target / "perturbflow" / "genes" / "hgnc.tsv.gz"),
+    ]
 
 
 # --- the forge ------------------------------------------------------------------------------------------------------
@@ -156,12 +178,16 @@ def test_forge_pins_actions_and_python_and_ends_older_runs(file: Path) -> None:
     used = [step for step in steps(file) if "uses" in step]
     assert used
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]) for step in used)
-    assert len(re.findall(r"uses: \S+@[0-9a-f]{40}  # v\d+\.\d+\.\d+$", file.read_text(), flags=re.MULTILINE)) == len(used)
+    assert len(re.findall(r"uses: \S+@[0-9a-f]{40}  # v\d+\.\d+\.\d+$", file.read_text(), flags=re.MULTILINE)) == len(
+        used
+    )
     versions = {step["with"]["python-version"] for step in used if "setup-python" in step["uses"]}
     assert versions == {"3.11"}
     assert content["concurrency"]["cancel-in-progress"] is True
     assert content["permissions"] == {"contents": "read"}
-    assert content["defaults"]["run"]["shell"] == "bash", "only bash named as such fails where the first command of a pipe does"
+    assert content["defaults"]["run"]["shell"] == "bash", (
+        "only bash named as such fails where the first command of a pipe does"
+    )
     for job in content["jobs"].values():
         assert any("GITHUB_STEP_SUMMARY" in step.get("run", "") for step in job["steps"])
         assert job["timeout-minutes"]
@@ -184,7 +210,9 @@ def test_image_is_made_of_the_lock_by_the_command_of_the_readme() -> None:
     copies = dict(shlex.split(rest) for word, rest in found if word == "COPY")
     assert all((DOCKERFILE.parent / source).is_file() for source in copies)  # the folder is the context
     (command,) = (rest for word, rest in found if word == "RUN")
-    readme = re.search(r"<!-- command: run -->\n```bash\n.*?&& \.venv/bin/(pip install .*?)\n", (REPOSITORY / "README.md").read_text())
+    readme = re.search(
+        r"<!-- command: run -->\n```bash\n.*?&& \.venv/bin/(pip install .*?)\n", (REPOSITORY / "README.md").read_text()
+    )
     assert readme
     assert command.replace(" --no-cache-dir", "") == readme[1]
     assert set(copies.values()) == {"envs/requirements.txt"}
@@ -202,7 +230,10 @@ def test_image_has_the_python_of_the_environments() -> None:
 def test_catalog_promises_what_there_is() -> None:
     usage = yaml.safe_load((REPOSITORY / ".snakemake-workflow-catalog.yml").read_text())["usage"]
     assert set(usage) == {"mandatory-flags", "software-stack-deployment", "report"}
-    rules = "".join(file.read_text() for file in (REPOSITORY / "rules").glob("*.smk")) + (REPOSITORY / "Snakefile").read_text()
+    rules = (
+        "".join(file.read_text() for file in (REPOSITORY / "rules").glob("*.smk"))
+        + (REPOSITORY / "Snakefile").read_text()
+    )
     deployment = usage["software-stack-deployment"]
     assert deployment["conda"] == ("    conda:\n" in rules)
     assert deployment["apptainer"] == deployment["apptainer+conda"] == bool(re.search(r"\bcontainer(ized)?:", rules))

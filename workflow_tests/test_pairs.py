@@ -14,8 +14,8 @@ from scipy import sparse
 from perturbflow import embeddings, pairs
 from perturbflow.embeddings import Embeddings, coexpression, from_table
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import CONTROL, entities_of
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
-from perturbflow.symbols import CONTROL, entities_of
 
 KINDS = [*SPECS, *SPECS_OF_CELLS]
 
@@ -52,7 +52,9 @@ def test_all_matched_controls_are_of_the_role_batch_and_cell_type(adata: ad.AnnD
 def test_every_control_is_used_equally_often(adata: ad.AnnData) -> None:
     table = adata.obs.assign(row=np.arange(adata.n_obs))
     controls = table[table["is_control"]]
-    for (role, batch, _), group in table[~table["is_control"]].groupby(["role", "batch", "perturbation"], observed=True):
+    for (role, batch, _), group in table[~table["is_control"]].groupby(
+        ["role", "batch", "perturbation"], observed=True
+    ):
         pool = controls.loc[(controls["role"] == role) & (controls["batch"] == batch), "row"]
         uses = pd.Series(adata.obsm["control_index"][group["row"]].ravel()).value_counts().reindex(pool, fill_value=0)
         assert uses.max() - uses.min() <= 1
@@ -65,7 +67,14 @@ def toy(rows: list[tuple[str, str, str, str]]) -> pd.DataFrame:
 
 
 def test_a_batch_without_controls_gets_those_of_its_cell_type_and_is_counted() -> None:
-    obs = toy([("control", "train", "b1", "t1"), ("control", "train", "b1", "t2"), ("A", "train", "b2", "t1"), ("A", "train", "b1", "t1")])
+    obs = toy(
+        [
+            ("control", "train", "b1", "t1"),
+            ("control", "train", "b1", "t2"),
+            ("A", "train", "b2", "t1"),
+            ("A", "train", "b1", "t1"),
+        ]
+    )
     index, n_relaxed = match_controls(obs, 3, seed=0)
     assert n_relaxed == 1
     assert index[2].tolist() == [0, 0, 0]
@@ -139,7 +148,9 @@ def test_training_cells_do_decide(prepared: dict[str, Prepared], tmp_path: Path)
     screen.X = sparse.csr_matrix(X)
     screen.write_h5ad(tmp_path / "harmonized.h5ad")
     pairs.pair(tmp_path / "harmonized.h5ad", here.split, tmp_path / "pairs.h5ad", 40)
-    before, after = (ad.read_h5ad(path).uns["perturbflow"]["target_sum"] for path in (here.pairs, tmp_path / "pairs.h5ad"))
+    before, after = (
+        ad.read_h5ad(path).uns["perturbflow"]["target_sum"] for path in (here.pairs, tmp_path / "pairs.h5ad")
+    )
     assert after == pytest.approx(2 * before)
 
 
@@ -167,7 +178,12 @@ def test_held_out_perturbations_are_halved_within_batch(adata: ad.AnnData) -> No
     obs = adata.obs
     in_halves = obs["half"].isin(["a", "b"])
     assert (in_halves == ((obs["role"] != "train") & ~obs["is_control"])).all()
-    sizes = obs[in_halves].groupby(["perturbation", "role", "batch", "half"], observed=True).size().unstack("half", fill_value=0)
+    sizes = (
+        obs[in_halves]
+        .groupby(["perturbation", "role", "batch", "half"], observed=True)
+        .size()
+        .unstack("half", fill_value=0)
+    )
     assert ((sizes["a"] - sizes["b"]).abs() <= 1).all()
     of_role = sizes.groupby(["perturbation", "role"], observed=True).sum()
     assert (of_role > 0).all().all()
@@ -175,7 +191,9 @@ def test_held_out_perturbations_are_halved_within_batch(adata: ad.AnnData) -> No
 
 
 def test_an_only_cell_is_scored_rather_than_kept_as_duplicate() -> None:
-    obs = toy([("A", "test", "b1", "t1"), ("B", "test", "b1", "t1"), ("B", "test", "b1", "t1"), ("C", "train", "b1", "t1")])
+    obs = toy(
+        [("A", "test", "b1", "t1"), ("B", "test", "b1", "t1"), ("B", "test", "b1", "t1"), ("C", "train", "b1", "t1")]
+    )
     half = pairs._halves(obs, 0)
     assert half[0] == "b"
     assert sorted(half[1:3]) == ["a", "b"]
@@ -218,7 +236,9 @@ def test_the_control_mean_is_weighted_as_the_cells_are_over_batches(cells: Pairs
 def test_cells_of_other_roles_are_not_in_the_control_mean(cells: Pairs) -> None:
     rows = cells.roles("test").rows[cells.roles("test").cells_of(cells.roles("test").perturbations[0])]
     test = cells.roles("test")
-    assert np.allclose(cells.control_mean_for(rows), test.control_mean_for(test.cells_of(test.perturbations[0])), atol=1e-6)
+    assert np.allclose(
+        cells.control_mean_for(rows), test.control_mean_for(test.cells_of(test.perturbations[0])), atol=1e-6
+    )
 
 
 # --- embeddings -----------------------------------------------------------------------------------------------------

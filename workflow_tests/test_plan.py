@@ -12,9 +12,18 @@ from pathlib import Path
 
 import h5py
 import pytest
-from conftest import CLOSED_FORMS, REPOSITORY, Outcome, closed_forms_config, copy_repository, merged, run_snakemake, write_screen
+from conftest import (
+    CLOSED_FORMS,
+    REPOSITORY,
+    Outcome,
+    closed_forms_config,
+    copy_repository,
+    merged,
+    run_snakemake,
+    write_screen,
+)
 
-from perturbflow.code_version import entry_point
+from perturbflow.provenance.code_version import entry_point
 from perturbflow.registry.families import REFERENCES
 
 RULE_FILES = sorted((REPOSITORY / "rules").glob("*.smk"))
@@ -46,7 +55,9 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def plan_in(folder: Path, environment: dict[str, str], config: dict | None = None, *arguments: str) -> Outcome:
     """Return a dry run of a configuration."""
-    outcome = run_snakemake(folder, "--dry-run", *arguments, config=config, environment=environment, python=sys.executable)
+    outcome = run_snakemake(
+        folder, "--dry-run", *arguments, config=config, environment=environment, python=sys.executable
+    )
     assert outcome.returncode == 0, outcome.text
     return outcome
 
@@ -54,7 +65,11 @@ def plan_in(folder: Path, environment: dict[str, str], config: dict | None = Non
 def test_the_blocked_environment_blocks(light: dict[str, str]) -> None:
     for name in HEAVY:
         done = subprocess.run(
-            [sys.executable, "-c", f"import {name}"], env={**os.environ, **light}, capture_output=True, text=True, check=False
+            [sys.executable, "-c", f"import {name}"],
+            env={**os.environ, **light},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert "is blocked by the test" in done.stderr, name
 
@@ -70,7 +85,9 @@ def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str,
 
 def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, str], tmp_path: Path) -> None:
     config = merged({})
-    outcome = plan_in(tmp_path, light, {"select": {name: list(config[name]) for name in ("datasets", "splits", "models")}})
+    outcome = plan_in(
+        tmp_path, light, {"select": {name: list(config[name]) for name in ("datasets", "splits", "models")}}
+    )
     # 26 screens divide in 50 ways; `transfer` serves the 15 of them that hold out a context, the other 27 models all.
     assert outcome.jobs == {
         "download": 26, "harmonize": 26, "quality": 26, "split": 50, "pair": 50, "embeddings": 50, "audit": 50,
@@ -81,14 +98,25 @@ def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, 
 
 def test_priors_are_retrieved_once_for_all_splits(light: dict[str, str], tmp_path: Path) -> None:
     jobs = plan_in(tmp_path, light, {"embeddings": {"sources": ["coexpression", "go", "ppi"]}}, "pairs").jobs
-    assert jobs == {"download": 3, "harmonize": 1, "prior": 2, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "pairs": 1}
+    assert jobs == {
+        "download": 3,
+        "harmonize": 1,
+        "prior": 2,
+        "split": 2,
+        "pair": 2,
+        "embeddings": 2,
+        "audit": 2,
+        "pairs": 1,
+    }
 
 
 def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str], tmp_path: Path) -> None:
     write_screen(tmp_path)
     config = closed_forms_config(
         models={"stiff": {"family": "linear", "params": {"ridge": 9.0}}},
-        counterfactuals={"why": {"dataset": "mine", "split": "unseen_combination", "model": "stiff", "perturbations": ["TF1+TF8"]}},
+        counterfactuals={
+            "why": {"dataset": "mine", "split": "unseen_combination", "model": "stiff", "perturbations": ["TF1+TF8"]}
+        },
     )
     config["select"] |= {
         "splits": ["unseen_combination", "unseen_perturbation"],
@@ -112,7 +140,9 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
         ("report", {"report": 1, "benchmark": 1}, "all"),
     ],
 )
-def test_targets_stop_where_they_say(target: str, last: dict, absent: str, light: dict[str, str], tmp_path: Path) -> None:
+def test_targets_stop_where_they_say(
+    target: str, last: dict, absent: str, light: dict[str, str], tmp_path: Path
+) -> None:
     write_screen(tmp_path)
     jobs = plan_in(tmp_path, light, closed_forms_config(), target).jobs
     assert last.items() <= jobs.items()
@@ -134,7 +164,14 @@ def test_folds_are_planned_as_splits_of_their_own(light: dict[str, str], tmp_pat
     config = closed_forms_config(splits={"genes": {"kind": "unseen_perturbation", "folds": 3}})
     config["select"] |= {"splits": ["genes"], "models": ["additive"]}
     outcome = plan_in(tmp_path, light, config)
-    assert {"split": 3, "pair": 3, "audit": 3, "train_closed_form": 18, "evaluate": 18, "benchmark": 1}.items() <= outcome.jobs.items()
+    assert {
+        "split": 3,
+        "pair": 3,
+        "audit": 3,
+        "train_closed_form": 18,
+        "evaluate": 18,
+        "benchmark": 1,
+    }.items() <= outcome.jobs.items()
     assert plan_in(tmp_path, light, config, "results/mine/genes_fold_2/split.json").jobs["split"] == 1
 
 
@@ -189,11 +226,22 @@ def test_values_on_the_command_line_are_what_the_schema_says(light: dict[str, st
 
 def test_a_mistake_on_the_command_line_is_told_to_be_there(light: dict[str, str], tmp_path: Path) -> None:
     given = ["select={seeds: [0, x]}", "qc={min_counts: many}", "device=cpuu"]
-    text = run_snakemake(tmp_path, "--dry-run", "--config", *given, config=closed_forms_config(), environment=light).text
-    for part in ("device: 'cpuu' is not possible", "qc.min_counts: 'many' must be", "select.seeds.1: 'x' must be of type integer"):
+    text = run_snakemake(
+        tmp_path, "--dry-run", "--config", *given, config=closed_forms_config(), environment=light
+    ).text
+    for part in (
+        "device: 'cpuu' is not possible",
+        "qc.min_counts: 'many' must be",
+        "select.seeds.1: 'x' must be of type integer",
+    ):
         assert f"--config: {part}" in text
     text = run_snakemake(
-        tmp_path, "--dry-run", "--config", "select={models: [nochange]}", config=closed_forms_config(), environment=light
+        tmp_path,
+        "--dry-run",
+        "--config",
+        "select={models: [nochange]}",
+        config=closed_forms_config(),
+        environment=light,
     ).text
     assert "--config: model 'nochange' is selected" in text
     wrong = closed_forms_config(device="cpuu")
@@ -294,12 +342,19 @@ def test_every_reported_output_has_a_caption_a_category_and_labels() -> None:
         flags = re.findall(r"=report\($(.*?)^        \),$", text, flags=re.MULTILINE | re.DOTALL)
         assert len(flags) == len(re.findall(r"\breport\(", text)), name
         for flag in flags:
-            path, caption = re.search(r'"(.*?)"', flag)[1], re.search(r'^ +caption="captions/(\w+)\.rst",$', flag, flags=re.MULTILINE)
+            path, caption = (
+                re.search(r'"(.*?)"', flag)[1],
+                re.search(r'^ +caption="captions/(\w+)\.rst",$', flag, flags=re.MULTILINE),
+            )
             assert caption, f"{name}: {path} has no caption"
             assert re.search(r'^ +category="[\w-]+",$', flag, flags=re.MULTILINE), f"{name}: {path} has no category"
-            assert re.search(r"^ +labels=\{.*\"file\": ", flag, flags=re.MULTILINE | re.DOTALL), f"{name}: {path} has no labels"
+            assert re.search(r"^ +labels=\{.*\"file\": ", flag, flags=re.MULTILINE | re.DOTALL), (
+                f"{name}: {path} has no labels"
+            )
             text = (captions / f"{caption[1]}.rst").read_text()
-            assert "``snakemake --cores 1 --force {{ snakemake.output." in text, f"{caption[1]}.rst says not how the result is made again"
+            assert "``snakemake --cores 1 --force {{ snakemake.output." in text, (
+                f"{caption[1]}.rst says not how the result is made again"
+            )
             used.add(caption[1])
     assert {path.stem for path in captions.iterdir()} == used
 
@@ -338,7 +393,9 @@ class Finished:
 
     def run(self, *arguments: str, config: dict | None = None) -> Outcome:
         """Run everything."""
-        return run_snakemake(self.folder, *arguments, config=config or self.config, repository=self.repository, python=self.python)
+        return run_snakemake(
+            self.folder, *arguments, config=config or self.config, repository=self.repository, python=self.python
+        )
 
     def planned(self, config: dict | None = None) -> dict[str, int]:
         """Return what would be run now."""
@@ -382,7 +439,11 @@ def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
         *[results / "mine" / name for name in ("harmonization.json", "quality.tsv", "quality.json", "quality.html")],
     ]
     expected += [split / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")]
-    expected += [split / model / "seed_0" / name for model in RUNS for name in ("model.npz", "run.json", "predictions.h5ad", "metrics.tsv")]
+    expected += [
+        split / model / "seed_0" / name
+        for model in RUNS
+        for name in ("model.npz", "run.json", "predictions.h5ad", "metrics.tsv")
+    ]
     made = [path for path in results.rglob("*") if path.is_file()]
     assert sorted(path for path in made if path.parent.name != ".made") == sorted(expected)
     records = [path.parent / ".made" / f"{path.name}.json" for path in expected]
@@ -403,8 +464,12 @@ def requested(finished: Finished, rule: str, *arguments: str) -> tuple[int, int]
     return tuple(int(re.search(rf"{name}=(\d+)", resources)[1]) for name in ("mem_mb", "runtime"))
 
 
-@pytest.mark.parametrize(("rule", "least"), [("train_closed_form", (2000, 10)), ("predict", (3000, 30)), ("evaluate", (2000, 10))])
-def test_memory_and_time_grow_with_the_input_and_double_with_every_attempt(rule: str, least: tuple[int, int], finished: Finished) -> None:
+@pytest.mark.parametrize(
+    ("rule", "least"), [("train_closed_form", (2000, 10)), ("predict", (3000, 30)), ("evaluate", (2000, 10))]
+)
+def test_memory_and_time_grow_with_the_input_and_double_with_every_attempt(
+    rule: str, least: tuple[int, int], finished: Finished
+) -> None:
     memory, minutes = requested(finished, rule)
     assert least[0] < memory < least[0] + 200  # of a screen of a few MB
     assert minutes == least[1]
@@ -441,7 +506,10 @@ def test_the_graph_of_jobs_names_their_wildcards(finished: Finished) -> None:
 
 def test_touched_files_plan_nothing(finished: Finished) -> None:
     touched = [
-        path for folder in (finished.repository, finished.folder / "results") for path in sorted(folder.rglob("*")) if path.is_file()
+        path
+        for folder in (finished.repository, finished.folder / "results")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     ]
     assert len(touched) > 50
     now = max(path.stat().st_mtime for path in touched) + 100
@@ -482,19 +550,21 @@ def test_words_about_a_dataset_plan_nothing(finished: Finished) -> None:
         ("evaluation/inputs.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9", {"evaluate": len(RUNS), **AFTER_TRAINING}),
         ("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 3",
          {"pair": 1, "embeddings": 1, "audit": 1, **OF_RUNS, **AFTER_TRAINING}),
-        ("models/baselines.py", "1e-10 * s[0]", "1e-9 * s[0]", {"train_closed_form": 1, "predict": 1, "evaluate": 1, **AFTER_TRAINING}),
-        ("models/ceilings.py", '== "a"', '== "b"', {"train_closed_form": 3, "predict": 3, "evaluate": 3, **AFTER_TRAINING}),
-        ("models/regressions.py", "NEIGHBOURS = (1,", "NEIGHBOURS = (2,", {}),
-        ("files.py", "is not valid JSON", "cannot be read as JSON", {}),
+        ("models/closed_form/baselines.py", "1e-10 * s[0]", "1e-9 * s[0]", {"train_closed_form": 1, "predict": 1, "evaluate": 1, **AFTER_TRAINING}),
+        ("models/closed_form/ceilings.py", '== "a"', '== "b"', {"train_closed_form": 3, "predict": 3, "evaluate": 3, **AFTER_TRAINING}),
+        ("models/closed_form/regressions.py", "NEIGHBOURS = (1,", "NEIGHBOURS = (2,", {}),
+        ("io/files.py", "is not valid JSON", "cannot be read as JSON", {}),
         ("pairs.py", "logger.info(", "logger.debug(", {}),
-        ("models/baselines.py", "class Additive(", "class Another:\n    level = 3\n\n\nclass Additive(", {}),
+        ("models/closed_form/baselines.py", "class Additive(", "class Another:\n    level = 3\n\n\nclass Additive(", {}),
         ("cli.py", 'datefmt="%H:%M:%S"', 'datefmt="%H:%M"', {}),
-        ("models/baselines.py", "The bilinear closed form of", "The closed form of", {"report": 1, "all": 1}),
+        ("models/closed_form/baselines.py", "The bilinear closed form of", "The closed form of", {"report": 1, "all": 1}),
     ],
     ids=["a comment", "metrics", "pairing", "a baseline", "ceilings", "another family", "a message", "a log line", "a new baseline", "plumbing",
          "words that the report shows"],
 )  # fmt: skip
-def test_an_edit_of_the_package_plans_what_depends_on_it(name: str, before: str, after: str, expected: dict, finished: Finished) -> None:
+def test_an_edit_of_the_package_plans_what_depends_on_it(
+    name: str, before: str, after: str, expected: dict, finished: Finished
+) -> None:
     assert finished.planned_with(f"scripts/perturbflow/{name}", before, after) == expected
 
 
@@ -528,7 +598,9 @@ def copied(finished: Finished, tmp_path: Path) -> Callable[..., Finished]:
     def copy(snakemake: bool = True, stamps: bool = True) -> Finished:
         here = replace(finished, folder=tmp_path / "copy", config=deepcopy(finished.config))
         ignored = shutil.ignore_patterns("repository", ".cache", *([] if snakemake else [".snakemake"]))
-        shutil.copytree(finished.folder, here.folder, ignore=ignored, copy_function=shutil.copy2 if stamps else shutil.copyfile)
+        shutil.copytree(
+            finished.folder, here.folder, ignore=ignored, copy_function=shutil.copy2 if stamps else shutil.copyfile
+        )
         return here
 
     return copy
@@ -555,7 +627,9 @@ def test_a_deleted_result_that_no_job_asks_for_is_made_again(copied: Callable[..
     assert not page.exists()
 
 
-def test_what_lies_behind_a_file_that_was_made_alone_follows_where_its_bytes_differ(copied: Callable[..., Finished]) -> None:
+def test_what_lies_behind_a_file_that_was_made_alone_follows_where_its_bytes_differ(
+    copied: Callable[..., Finished],
+) -> None:
     here = copied()
     assert here.run("--force", f"{LINEAR}/model.npz").returncode == 0
     assert here.planned() == {"report": 1, "all": 1}, "the same model; run.json says how long it took this time"
@@ -565,7 +639,9 @@ def test_what_lies_behind_a_file_that_was_made_alone_follows_where_its_bytes_dif
 
 
 @pytest.mark.parametrize("keeps_time", [False, True])
-def test_a_damaged_result_is_made_again_and_what_lies_behind_it(keeps_time: bool, copied: Callable[..., Finished]) -> None:
+def test_a_damaged_result_is_made_again_and_what_lies_behind_it(
+    keeps_time: bool, copied: Callable[..., Finished]
+) -> None:
     here = copied()
     pairs = here.folder / "results/mine/unseen_combination/pairs.h5ad"
     stamp = pairs.stat()
@@ -645,7 +721,7 @@ def test_a_broken_screen_ends_in_one_message(tmp_path: Path) -> None:
 def test_a_mistake_in_the_code_leaves_its_traceback_in_the_log(finished: Finished, tmp_path: Path) -> None:
     """What is not the user's to mend must be found by whoever can."""
     repository = copy_repository(tmp_path / "repository")
-    module = repository / "scripts" / "perturbflow" / "harmonize.py"
+    module = repository / "scripts" / "perturbflow" / "screens/harmonize.py"
     module.write_text(module.read_text().replace("    path = source.files[0]\n", "    1 / 0\n", 1))
     (tmp_path / "screen.h5ad").write_bytes(finished.screen.read_bytes())
     outcome = run_snakemake(tmp_path, "data", config=closed_forms_config(), repository=repository)

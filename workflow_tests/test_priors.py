@@ -73,7 +73,21 @@ def gaf(path: Path, rows: list[tuple] = ANNOTATIONS) -> Path:
     """Write GAF 2.2, gzipped."""
     lines = ["!gaf-version: 2.2", "!date-generated: 2025-01-01"]
     for symbol, qualifier, term, evidence in rows:
-        columns = ["UniProtKB", "P1", symbol, qualifier, term, "PMID:1", evidence, "", "P", 'it"s a gene!', "syn", "protein", "taxon:9606"]
+        columns = [
+            "UniProtKB",
+            "P1",
+            symbol,
+            qualifier,
+            term,
+            "PMID:1",
+            evidence,
+            "",
+            "P",
+            'it"s a gene!',
+            "syn",
+            "protein",
+            "taxon:9606",
+        ]
         lines.append("\t".join([*columns, "20250101", "UniProt", "", ""]))
     path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
     return path
@@ -109,7 +123,10 @@ def package(path: Path) -> Path:
     """Write the database as a source package."""
     content = database(path.with_suffix(".sqlite")).read_bytes()
     with tarfile.open(path, "w:gz") as archive:
-        for name, data in (("org.Xx.eg.db/DESCRIPTION", b"Package: org.Xx.eg.db"), ("org.Xx.eg.db/inst/extdata/org.Xx.eg.sqlite", content)):
+        for name, data in (
+            ("org.Xx.eg.db/DESCRIPTION", b"Package: org.Xx.eg.db"),
+            ("org.Xx.eg.db/inst/extdata/org.Xx.eg.sqlite", content),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
@@ -142,7 +159,9 @@ def test_ancestors_are_closed(tmp_path_factory: pytest.TempPathFactory, parents:
     """Whoever has a term has all above it; adding them twice adds nothing. Even where the ontology has a circle."""
     names = [f"GO:{i:07d}" for i in range(len(parents))]
     above = [[names[j] for j in of if j < len(parents)] for of in parents]
-    stanzas = [f"[Term]\nid: {name}\n" + "".join(f"is_a: {p} ! x\n" for p in of) for name, of in zip(names, above, strict=True)]
+    stanzas = [
+        f"[Term]\nid: {name}\n" + "".join(f"is_a: {p} ! x\n" for p in of) for name, of in zip(names, above, strict=True)
+    ]
     ontology = tmp_path_factory.mktemp("obo") / "go.obo"
     ontology.write_text("format-version: 1.2\n\n" + "\n".join(stanzas))
     once = with_ancestors(pd.DataFrame({"gene": names, "term": names}), ontology)
@@ -181,7 +200,9 @@ def test_genes_of_a_family_lie_close(tmp_path: Path) -> None:
     assert nearest_is_of_family(vectors) > 0.95
     # The root, which all have, and terms of one gene tell nothing.
     without = [row for row in families() if int(row[2][3:]) >= 10_000]
-    pd.testing.assert_frame_equal(vectors, annotation_vectors({"file": table(tmp_path / "less.tsv", without)}, n_dimensions=16))
+    pd.testing.assert_frame_equal(
+        vectors, annotation_vectors({"file": table(tmp_path / "less.tsv", without)}, n_dimensions=16)
+    )
 
 
 def test_vectors_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
@@ -204,7 +225,12 @@ def modules(n_modules: int = 12, size: int = 8, seed: int = 0) -> list[tuple]:
     """Return edges: most pairs within a module, some between."""
     rng = np.random.default_rng(seed)
     names = [f"F{family}M{member}" for family in range(n_modules) for member in range(size)]
-    within = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a.split("M")[0] == b.split("M")[0] and rng.random() < 0.7]
+    within = [
+        (a, b)
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        if a.split("M")[0] == b.split("M")[0] and rng.random() < 0.7
+    ]
     return within + [tuple(rng.choice(names, 2, replace=False)) for _ in range(100)]
 
 
@@ -221,7 +247,8 @@ def test_edges_are_undirected_once_and_without_loops(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     turned = [(b, a) for a, b in modules()]
     one, other = (
-        interaction_vectors({"file": edge_list(tmp_path / n, of)}, n_dimensions=8) for n, of in (("1.tsv", modules()), ("2.tsv", turned))
+        interaction_vectors({"file": edge_list(tmp_path / n, of)}, n_dimensions=8)
+        for n, of in (("1.tsv", modules()), ("2.tsv", turned))
     )
     pd.testing.assert_frame_equal(one, other)
 
@@ -230,7 +257,10 @@ def string(folder: Path, rows: list[tuple]) -> dict[str, Path]:
     """Write STRING's two files: physical.links.detailed and info."""
     lines = ["protein1 protein2 experimental database textmining combined_score"]
     lines += [f"9606.{a} 9606.{b} {experimental} {base} {text} {999}" for a, b, experimental, base, text in rows]
-    links, info = folder / "9606.protein.physical.links.detailed.v12.0.txt.gz", folder / "9606.protein.info.v12.0.txt.gz"
+    links, info = (
+        folder / "9606.protein.physical.links.detailed.v12.0.txt.gz",
+        folder / "9606.protein.info.v12.0.txt.gz",
+    )
     links.write_bytes(gzip.compress("\n".join(lines).encode()))
     names = ["#string_protein_id\tpreferred_name\tprotein_size\tannotation"]
     names += [f'9606.{p}\t{p[1:]}\t100\tA "protein' for p in sorted({p for a, b, *_ in rows for p in (a, b)})]
@@ -239,7 +269,13 @@ def string(folder: Path, rows: list[tuple]) -> dict[str, Path]:
 
 
 def test_string_is_scored_without_text_mining(tmp_path: Path) -> None:
-    rows = [("PA", "PB", 500, 0, 0), ("PA", "PC", 0, 0, 999), ("PB", "PC", 300, 300, 0), ("PC", "PD", 350, 0, 900), ("PB", "PA", 500, 0, 0)]
+    rows = [
+        ("PA", "PB", 500, 0, 0),
+        ("PA", "PC", 0, 0, 999),
+        ("PB", "PC", 300, 300, 0),
+        ("PC", "PD", 350, 0, 900),
+        ("PB", "PA", 500, 0, 0),
+    ]
     found = read_edges(string(tmp_path, rows)).set_index(["a", "b"])["weight"]
     # 0.3 twice: each less the prior is (0.3 − 0.041) / 0.959 = 0.27; 1 − 0.73² · 0.959 = 0.489
     assert found.round(3).to_dict() == {("A", "B"): 0.5, ("B", "C"): 0.489}
@@ -250,10 +286,15 @@ def test_string_is_scored_without_text_mining(tmp_path: Path) -> None:
 CHANNELS = ["neighborhood", "fusion", "cooccurence", "coexpression", "experimental", "database", "textmining"]
 
 
-def full_string(folder: Path, scores: dict[tuple[str, str], int], detailed: bool = False, alone: tuple[str, ...] = ()) -> dict[str, Path]:
+def full_string(
+    folder: Path, scores: dict[tuple[str, str], int], detailed: bool = False, alone: tuple[str, ...] = ()
+) -> dict[str, Path]:
     """Write STRING's full files as version 12.0 has them: every pair in both directions, proteins by ENSP ids, names in protein.info."""
     folder.mkdir(exist_ok=True)
-    proteins = {name: f"9606.ENSP{i:011d}" for i, name in enumerate(sorted({name for pair in scores for name in pair} | {*alone}))}
+    proteins = {
+        name: f"9606.ENSP{i:011d}"
+        for i, name in enumerate(sorted({name for pair in scores for name in pair} | {*alone}))
+    }
     lines = [" ".join(["protein1", "protein2", *(CHANNELS if detailed else []), "combined_score"])]
     for (a, b), score in scores.items():
         channels = ["0"] * 6 + [str(score)] if detailed else []
@@ -286,7 +327,9 @@ def random_scores(n: int = 60, seed: int = 0) -> dict[tuple[str, str], int]:
     """Return scores of about half of all pairs."""
     rng = np.random.default_rng(seed)
     names = [f"N{i:02d}" for i in range(n)]
-    return {(a, b): int(rng.integers(150, 1000)) for i, a in enumerate(names) for b in names[i + 1 :] if rng.random() < 0.5}
+    return {
+        (a, b): int(rng.integers(150, 1000)) for i, a in enumerate(names) for b in names[i + 1 :] if rng.random() < 0.5
+    }
 
 
 def test_components_are_those_of_the_full_decomposition(tmp_path: Path) -> None:
@@ -310,7 +353,11 @@ def test_associations_depend_on_neither_order_nor_chance(tmp_path: Path) -> None
     turned = {(b, a): score for (a, b), score in reversed(scores.items())}
     one, again, other = (
         association_vectors(files, n_dimensions=8)
-        for files in (full_string(tmp_path / "1", scores), full_string(tmp_path / "1", scores), full_string(tmp_path / "2", turned, True))
+        for files in (
+            full_string(tmp_path / "1", scores),
+            full_string(tmp_path / "1", scores),
+            full_string(tmp_path / "2", turned, True),
+        )
     )
     pd.testing.assert_frame_equal(one, again, check_exact=True)
     pd.testing.assert_frame_equal(one, other, check_exact=True)
@@ -388,10 +435,18 @@ def test_the_step_writes_all_genes(tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "no such columns": ("go", {"file": "gene\tterm\nA\tGO:0000001\n"}, "the columns symbol and go_id; this has gene, term"),
+    "no such columns": (
+        "go",
+        {"file": "gene\tterm\nA\tGO:0000001\n"},
+        "the columns symbol and go_id; this has gene, term",
+    ),
     "not text": ("go", {"file": b"\x1f\x8b\x00not gzip"}, "cannot be read"),
     "a page instead of annotations": ("go", {"file": "<html>\n<body>\n"}, "the columns symbol and go_id"),
-    "columns shifted": ("go", {"file": "!gaf-version: 2.2\n" + "\t".join("abcdefgh") + "\n"}, "its fifth column must hold GO terms"),
+    "columns shifted": (
+        "go",
+        {"file": "!gaf-version: 2.2\n" + "\t".join("abcdefgh") + "\n"},
+        "its fifth column must hold GO terms",
+    ),
     "a damaged database": ("go", {"file": b"SQLite format 3\0" + b"\0" * 200}, "no annotation package of Bioconductor"),
     "hardly any annotation": ("go", {"file": "symbol\tgo_id\nA\tGO:0000001\n"}, "only 0 genes share"),
     "no annotations": ("go", {"ontology": OBO}, "a file of role 'annotations' is needed, found ontology"),

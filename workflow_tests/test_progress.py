@@ -11,14 +11,16 @@ from conftest import REPOSITORY, SPECS, make_screen, prepare
 
 from perturbflow import progress
 from perturbflow.embeddings import Embeddings
-from perturbflow.models import set_gp
-from perturbflow.models.set_gp import SetGP
-from perturbflow.models.shift import Training
+from perturbflow.models.closed_form.base import Training
+from perturbflow.models.gaussian_process import set_gp
+from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.pairs import Pairs
 from perturbflow.progress import Progress, left, progressed
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(7.4, "about 7 s left"), (89, "about 89 s left"), (200, "about 3 min left")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(7.4, "about 7 s left"), (89, "about 89 s left"), (200, "about 3 min left")]
+)
 def test_what_is_left_is_told_in_words(seconds: float, words: str) -> None:
     assert left(seconds) == words
 
@@ -65,9 +67,15 @@ def test_inner_folds_say_how_many_there_are(kind: str, tmp_path_factory: pytest.
         "import perturbflow.command; perturbflow.command.perturbflow(['list', 'splits', '--json'], standalone_mode=False)",
     ],
 )
-def test_what_is_called_by_hand_has_one_thread_unless_it_is_given_others(given: dict[str, str], n: int, first: str) -> None:
+def test_what_is_called_by_hand_has_one_thread_unless_it_is_given_others(
+    given: dict[str, str], n: int, first: str
+) -> None:
     code = f"{first}; import json, numpy, scipy.linalg, sklearn, threadpoolctl; print(json.dumps([p['num_threads'] for p in threadpoolctl.threadpool_info()]))"
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS") and not name.startswith("SLURM_")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.endswith("_NUM_THREADS") and not name.startswith("SLURM_")
+    }
     environment |= {"PYTHONPATH": str(REPOSITORY / "scripts"), **given}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     threads = json.loads(done.stdout.splitlines()[-1])

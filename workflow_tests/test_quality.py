@@ -12,7 +12,6 @@ from scipy import sparse
 from scipy.spatial.distance import cdist
 from scipy.stats import false_discovery_control
 
-from perturbflow import harmonize
 from perturbflow.benchmark.panel import panels
 from perturbflow.benchmark.tables import stratify
 from perturbflow.evaluation import METRICS
@@ -20,6 +19,7 @@ from perturbflow.quality import quality
 from perturbflow.quality.facts import batch_table, findings, own_genes
 from perturbflow.quality.response import Compared, energy_distance, escaping, holm, responses, test_response
 from perturbflow.quality.sample import Sample
+from perturbflow.screens import harmonize
 
 test_response.__test__ = False  # type: ignore[attr-defined]
 FILES = ("harmonized.h5ad", "harmonization.json", "quality.tsv", "quality.json", "quality.html")
@@ -114,7 +114,9 @@ def test_what_does_something_responds_and_batches_are_no_response(table: pd.Data
     assert set(table.index[table["responds"].astype(str) == "True"]) == {"STRONG", "HALF"}
     silent = table.loc[SILENT]
     assert (silent["p_value"] < 0.05).mean() <= 0.15
-    assert not table["is_relaxed"].loc[["STRONG", "HALF"]].astype(bool).any(), "cells of the batch without controls are left out"
+    assert not table["is_relaxed"].loc[["STRONG", "HALF"]].astype(bool).any(), (
+        "cells of the batch without controls are left out"
+    )
 
 
 def test_escaping_cells_are_counted_where_they_can_be_told(table: pd.DataFrame) -> None:
@@ -146,10 +148,13 @@ def test_what_cannot_be_compared_or_scored_is_told(screen: Path, table: pd.DataF
     assert sum(row["controls"] + row["perturbed"] for row in account["batches"]) == account["cells"]["all"]
 
 
-def test_a_screen_of_which_nothing_was_tested_is_described_in_whole_sentences(screen: Path, table: pd.DataFrame) -> None:
+def test_a_screen_of_which_nothing_was_tested_is_described_in_whole_sentences(
+    screen: Path, table: pd.DataFrame
+) -> None:
     account = json.loads((screen / "quality.json").read_text())
     said = {
-        one["about"]: one["text"] for one in findings(table.assign(responds=np.nan), pd.DataFrame(account["batches"]), {"direction": ""})
+        one["about"]: one["text"]
+        for one in findings(table.assign(responds=np.nan), pd.DataFrame(account["batches"]), {"direction": ""})
     }
     assert said["response"].startswith("Of no perturbation it can be told whether it differs from its controls.")
     assert "none perturbations" not in " ".join(said.values())
@@ -158,7 +163,9 @@ def test_a_screen_of_which_nothing_was_tested_is_described_in_whole_sentences(sc
 def test_the_same_screen_is_described_the_same(screen: Path, tmp_path: Path) -> None:
     quality(*[(screen if i < 2 else tmp_path) / name for i, name in enumerate(FILES)])
     for name in FILES[2:]:
-        assert (tmp_path / name).read_text().replace(str(tmp_path), "") == (screen / name).read_text().replace(str(screen), "")
+        assert (tmp_path / name).read_text().replace(str(tmp_path), "") == (screen / name).read_text().replace(
+            str(screen), ""
+        )
 
 
 def test_the_page_is_whole_and_fetches_nothing(screen: Path) -> None:
@@ -212,8 +219,12 @@ def test_unusual_screens_are_described(case: str, tmp_path: Path) -> None:
 
 
 def test_batches_without_perturbed_cells_are_counted() -> None:
-    obs = pd.DataFrame({"perturbation": ["control", "A"], "is_control": [True, False], "batch": ["x", "y"], "cell_type": "t"})
-    table = batch_table(obs.astype({"batch": "category", "cell_type": "category", "perturbation": "category"})).set_index("batch")
+    obs = pd.DataFrame(
+        {"perturbation": ["control", "A"], "is_control": [True, False], "batch": ["x", "y"], "cell_type": "t"}
+    )
+    table = batch_table(
+        obs.astype({"batch": "category", "cell_type": "category", "perturbation": "category"})
+    ).set_index("batch")
     assert table[["controls", "perturbed", "perturbations"]].to_numpy().tolist() == [[1, 0, 0], [0, 1, 1]]
 
 

@@ -68,11 +68,17 @@ def known(request: pytest.FixtureRequest) -> list[tuple[Scored, Scored]]:
 
 
 @pytest.mark.parametrize("name", CORRECTED)
-def test_without_its_noise_the_duplicate_scores_as_the_true_mean_does(name: str, known: list[tuple[Scored, Scored]]) -> None:
+def test_without_its_noise_the_duplicate_scores_as_the_true_mean_does(
+    name: str, known: list[tuple[Scored, Scored]]
+) -> None:
     metric = METRICS[name]
     reached, true, raw = (
         np.concatenate([score(here) for here in known])
-        for score in (lambda s: metric.reachable(s[0]), lambda s: metric.function(s[1]), lambda s: metric.function(s[0]))
+        for score in (
+            lambda s: metric.reachable(s[0]),
+            lambda s: metric.function(s[1]),
+            lambda s: metric.function(s[0]),
+        )
     )
     bias = reached - true
     sampling_error = bias.std() / np.sqrt(len(bias))
@@ -84,8 +90,13 @@ def test_scores_of_the_perfect_mean_are_those_of_the_duplicate_where_there_is_no
     cells, _ = known_screen(0, 12, 12)
     seen = dict.fromkeys(duplicate(cells).obs["perturbation"], 0)
     raw, reached = (
-        scores(duplicate(cells, noise_removed=told), cells, seen).set_index(["metric", "perturbation"])["value"] for told in (False, True)
+        scores(duplicate(cells, noise_removed=told), cells, seen).set_index(["metric", "perturbation"])["value"]
+        for told in (False, True)
     )
-    loss = {name: [METRICS[name].loss(of[name].mean()) for of in (reached, raw)] for name in METRICS if not raw[name].isna().all()}
+    loss = {
+        name: [METRICS[name].loss(of[name].mean()) for of in (reached, raw)]
+        for name in METRICS
+        if not raw[name].isna().all()
+    }
     assert all((of[0] < of[1]) if name in CORRECTED else of[0] == of[1] for name, of in loss.items()), loss
     assert {"error", "effect", "weighted", "on_target"} == {METRICS[name].family for name in CORRECTED}

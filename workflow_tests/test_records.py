@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from perturbflow import records
 from perturbflow.errors import InputError
-from perturbflow.records import content_digest, digest, inputs_as_made, is_unchanged, read_record, settle, why_stale, write_records
+from perturbflow.provenance import records
+from perturbflow.provenance.records import (
+    content_digest,
+    digest,
+    inputs_as_made,
+    is_unchanged,
+    read_record,
+    settle,
+    why_stale,
+    write_records,
+)
 
 MADE_OF = {"n_hvg": 40, "code_version": "abc", "block": {"a": [1, None]}}
 
@@ -105,7 +114,9 @@ def test_a_record_says_params_inputs_and_content() -> None:
     }
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"made_of": {}}', '{"made_of": 3, "inputs": {}, "content": "x"}', "\0"])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", '{"made_of": {}}', '{"made_of": 3, "inputs": {}, "content": "x"}', "\0"]
+)
 def test_a_damaged_record_is_none(damage: str) -> None:
     Path("results/.made/first.h5ad.json").write_text(damage)
     assert read_record("results/first.h5ad") is None
@@ -114,7 +125,9 @@ def test_a_damaged_record_is_none(damage: str) -> None:
 
 def test_a_job_does_not_read_a_result_that_was_changed() -> None:
     edit("results/first.h5ad", "other content of results")
-    with pytest.raises(InputError, match=r"results/first\.h5ad is not what was written there.*Run again, and it is made anew"):
+    with pytest.raises(
+        InputError, match=r"results/first\.h5ad is not what was written there.*Run again, and it is made anew"
+    ):
         inputs_as_made(["results/first.h5ad", "screen.h5ad"])
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perturbflow.embeddings import Embeddings
-from perturbflow.models import recount
+from perturbflow.models import thinning as recount
 from perturbflow.pairs import Pairs
 
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perturbflow.errors import InputError
-from perturbflow.origins import SAFE_NAME, file_name, scperturb_files
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES, REFERENCES
+from perturbflow.registry.origins import SAFE_NAME, file_name, scperturb_files
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.shipped import shipped_files
 
@@ -32,7 +32,12 @@ def mine(tmp_path: Path) -> dict:
     screen = tmp_path / "screen.h5ad"
     screen.write_bytes(b"content")
     return {
-        "select": {"datasets": ["my_screen"], "splits": ["unseen_combination"], "models": list(CLOSED), "seeds": [0, 1]},
+        "select": {
+            "datasets": ["my_screen"],
+            "splits": ["unseen_combination"],
+            "models": list(CLOSED),
+            "seeds": [0, 1],
+        },
         "datasets": {
             "my_screen": {
                 "source": {"path": str(screen)},
@@ -120,7 +125,9 @@ def test_floors_and_ceilings_need_no_block_and_their_names_are_taken(tmp_path: P
     config["splits"] = {"genes": {"kind": "unseen_perturbation", "test_fraction": 0.25}}
     assert set(Plan(config).runs["model"]) == {"linear", *REFERENCES}
     config["models"]["perfect_mean"] = {"family": "linear"}
-    with pytest.raises(InputError, match=r"models.perfect_mean: floors and ceilings always run.*family linear another name"):
+    with pytest.raises(
+        InputError, match=r"models.perfect_mean: floors and ceilings always run.*family linear another name"
+    ):
         Plan(config)
 
 
@@ -212,7 +219,10 @@ def test_files_of_a_source_have_roles_and_names(tmp_path: Path) -> None:
     matrix = {"url": ["https://a.org/x/GSE1_matrix.mtx.gz", "https://b.org/7"], "bytes": 3, "md5": SUM[:32]}
     genes = {"url": ["https://a.org/datafile/8"], "name": "genes.tsv", "checksum": "unpublished"}
     config["datasets"]["triplet"] = block({"files": {"matrix": matrix, "genes": genes}})
-    assert planned(config, tmp_path).files("triplet") == {"matrix": {"name": "GSE1_matrix.mtx.gz", **matrix}, "genes": genes}
+    assert planned(config, tmp_path).files("triplet") == {
+        "matrix": {"name": "GSE1_matrix.mtx.gz", **matrix},
+        "genes": genes,
+    }
 
 
 def test_a_package_is_named_as_its_source_distribution() -> None:
@@ -239,7 +249,11 @@ def test_a_url_names_its_file(url: str, name: str) -> None:
 
 @given(st.text(), st.sampled_from(["", "/content", "?download=1", "%2F..", "/..", "%00"]))
 def test_a_name_that_is_taken_stays_in_its_folder(text: str, end: str) -> None:
-    for name in (text, file_name(f"https://example.org/a/{text}{end}"), file_name(f"https://example.org/a/{quote(text, safe='')}{end}")):
+    for name in (
+        text,
+        file_name(f"https://example.org/a/{text}{end}"),
+        file_name(f"https://example.org/a/{quote(text, safe='')}{end}"),
+    ):
         if SAFE_NAME.fullmatch(name):
             assert Path(f"/folder/{name}").resolve().parent == Path("/folder")
             assert not name.startswith(".")
@@ -288,7 +302,10 @@ def test_the_shipped_priors_are_pinned_or_say_that_they_cannot_be() -> None:
     assert {"bytes", "md5", "sha256"} <= set(plan.files("go")["file"])
     assert len(plan.files("go")["file"]["url"]) == 3
     for name in ("ppi", "string_full"):
-        assert {role: file["checksum"] for role, file in plan.files(name).items()} == {"links": "unpublished", "info": "unpublished"}
+        assert {role: file["checksum"] for role, file in plan.files(name).items()} == {
+            "links": "unpublished",
+            "info": "unpublished",
+        }
 
 
 def test_a_prior_counts_where_it_is_selected(tmp_path: Path) -> None:
@@ -343,11 +360,21 @@ def test_nothing_left_to_run_is_an_error(tmp_path: Path) -> None:
     [
         ({"splits": [], "models": []}, "select.splits is empty.*my_screen will be harmonized", []),
         ({"splits": []}, "select.splits is empty.*my_screen will be harmonized", []),
-        ({"seeds": []}, "select.seeds is empty.*my_screen will be harmonized, split and paired", [("my_screen", "unseen_combination")]),
-        ({"models": []}, "select.models is empty.*my_screen will be harmonized, split and paired", [("my_screen", "unseen_combination")]),
+        (
+            {"seeds": []},
+            "select.seeds is empty.*my_screen will be harmonized, split and paired",
+            [("my_screen", "unseen_combination")],
+        ),
+        (
+            {"models": []},
+            "select.models is empty.*my_screen will be harmonized, split and paired",
+            [("my_screen", "unseen_combination")],
+        ),
     ],
 )
-def test_a_screen_is_made_ready_where_nothing_is_to_be_trained(selected: dict, said: str, divisions: list, tmp_path: Path) -> None:
+def test_a_screen_is_made_ready_where_nothing_is_to_be_trained(
+    selected: dict, said: str, divisions: list, tmp_path: Path
+) -> None:
     config = mine(tmp_path)
     config["select"] |= selected
     plan = planned(config, tmp_path)
@@ -411,13 +438,20 @@ def test_combinations_that_are_not_declared_do_not_keep_a_split_out(tmp_path: Pa
     assert plan.left_out == []
 
 
-def test_a_family_that_serves_some_kinds_of_split_is_left_out_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "linear", replace(FAMILIES["linear"], split_kinds=("unseen_perturbation", "unseen_context")))
+def test_a_family_that_serves_some_kinds_of_split_is_left_out_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        FAMILIES, "linear", replace(FAMILIES["linear"], split_kinds=("unseen_perturbation", "unseen_context"))
+    )
     config = query(mine(tmp_path), model="linear")
     config["select"]["splits"] = ["unseen_perturbation", "unseen_combination"]
     plan = planned(config, tmp_path)
     assert set(plan.runs.loc[plan.runs["model"] == "linear", "split"]) == {"unseen_perturbation"}
-    assert set(plan.runs.loc[plan.runs["model"] == "additive", "split"]) == {"unseen_perturbation", "unseen_combination"}
+    assert set(plan.runs.loc[plan.runs["model"] == "additive", "split"]) == {
+        "unseen_perturbation",
+        "unseen_combination",
+    }
     why = "is left out: family linear serves unseen_perturbation, unseen_context only."
     assert plan.left_out == [f"linear × unseen_combination {why}", f"counterfactual why {why}"]
     assert plan.queries.empty
@@ -444,7 +478,9 @@ def test_a_screens_division_reads_its_own_held_out_contexts(tmp_path: Path) -> N
     plan = planned(config, tmp_path)
     assert plan.split("unseen_context", "renge2023")["held_out"] == ["day_5"]
     assert "held_out" not in plan.split("unseen_context", "my_screen")
-    assert "covariate" not in plan.split("unseen_combination", "my_screen"), "keys that a kind has no use for are not filled in"
+    assert "covariate" not in plan.split("unseen_combination", "my_screen"), (
+        "keys that a kind has no use for are not filled in"
+    )
     before = plan.split("unseen_context", "my_screen")
     set_at(config, "splits.unseen_context.held_out", {"renge2023": ["day_2"]})
     assert planned(config, tmp_path).split("unseen_context", "my_screen") == before
@@ -463,7 +499,9 @@ def with_folds(tmp_path: Path, *selected: str) -> dict:
     return config
 
 
-@pytest.mark.parametrize("selected", [("genes",), ("genes", "genes_fold_1"), ("genes_fold_0", "genes_fold_1", "genes_fold_2")])
+@pytest.mark.parametrize(
+    "selected", [("genes",), ("genes", "genes_fold_1"), ("genes_fold_0", "genes_fold_1", "genes_fold_2")]
+)
 def test_folds_stand_for_splits_of_their_own(selected: tuple[str, ...], tmp_path: Path) -> None:
     plan = planned(with_folds(tmp_path, *selected), tmp_path)
     assert list(dict.fromkeys(plan.runs["split"])) == ["genes_fold_0", "genes_fold_1", "genes_fold_2"]
@@ -482,7 +520,8 @@ def test_one_fold_can_be_selected_and_asked(tmp_path: Path) -> None:
 
 def test_a_query_names_one_fold(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"mine.yaml: counterfactuals.why.split: 'genes' has folds.*genes_fold_0, genes_fold_1, genes_fold_2"
+        InputError,
+        match=r"mine.yaml: counterfactuals.why.split: 'genes' has folds.*genes_fold_0, genes_fold_1, genes_fold_2",
     ):
         planned(query(with_folds(tmp_path, "genes"), split="genes"), tmp_path)
 
@@ -491,7 +530,9 @@ def test_folds_that_cannot_be_are_left_out_with_one_sentence(tmp_path: Path) -> 
     config = with_folds(tmp_path, "unseen_perturbation", "doubles")
     config["datasets"]["my_screen"]["combinations"] = False
     config["splits"]["doubles"] = {"kind": "unseen_combination", "folds": 5}
-    assert planned(config, tmp_path).left_out == ["my_screen × doubles is left out: my_screen holds no combinations (combinations: false)."]
+    assert planned(config, tmp_path).left_out == [
+        "my_screen × doubles is left out: my_screen holds no combinations (combinations: false)."
+    ]
 
 
 # --- bad ------------------------------------------------------------------------------------------------------------
@@ -734,7 +775,13 @@ def test_a_mistake_in_the_repositorys_files_names_that_file(tmp_path: Path) -> N
 def query(config: dict, **changes: object) -> dict:
     """Add a what-if query to a configuration and select it."""
     config["counterfactuals"] = {
-        "why": {"dataset": "my_screen", "split": "unseen_combination", "model": "additive", "perturbations": ["TF1"], **changes}
+        "why": {
+            "dataset": "my_screen",
+            "split": "unseen_combination",
+            "model": "additive",
+            "perturbations": ["TF1"],
+            **changes,
+        }
     }
     config["select"]["counterfactuals"] = ["why"]
     return config
@@ -742,7 +789,9 @@ def query(config: dict, **changes: object) -> dict:
 
 def test_a_query_is_planned_for_every_seed(tmp_path: Path) -> None:
     plan = planned(query(mine(tmp_path)), tmp_path)
-    assert list(map(tuple, plan.queries.to_numpy())) == [("my_screen", "unseen_combination", "additive", seed, "why") for seed in (0, 1)]
+    assert list(map(tuple, plan.queries.to_numpy())) == [
+        ("my_screen", "unseen_combination", "additive", seed, "why") for seed in (0, 1)
+    ]
     assert plan.config["counterfactuals"]["why"]["samples_per_cell"] == 50
     assert plan.config["counterfactuals"]["why"]["cells"] == "control"
 
@@ -753,7 +802,10 @@ def test_a_query_is_planned_for_every_seed(tmp_path: Path) -> None:
         ({"model": "additiv"}, ["model 'additiv'", "Did you mean 'additive'?"]),
         ({"dataset": "norman"}, ["dataset 'norman'", "Known: "]),
         ({"split": "unseen"}, ["split 'unseen'", "Known: "]),
-        ({"model": "technical_duplicate"}, ["counterfactuals.why.model", "technical_duplicate", "answers no what-if questions"]),
+        (
+            {"model": "technical_duplicate"},
+            ["counterfactuals.why.model", "technical_duplicate", "answers no what-if questions"],
+        ),
         ({"split": "frozen"}, ["splits.frozen.path: there is no file", "roles.json"]),
         ({"perturbations": []}, ["counterfactuals.why.perturbations: []"]),
     ],

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import REPOSITORY, Outcome, closed_forms_config, run_snakemake, write_screen
 
-from perturbflow.files import file_digest
+from perturbflow.io.files import file_digest
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,9 @@ def test_more_threads_per_job_change_no_score_by_more_than_the_tolerance(once: P
     for model in MODELS:
         shutil.rmtree(tmp_path / SPLIT / model)
     rules = ("train_closed_form", "train_diffusion", "predict", "evaluate")
-    outcome = run_snakemake(tmp_path, "evaluated", "--configfile", "mine.yaml", "--set-threads", *[f"{rule}=2" for rule in rules])
+    outcome = run_snakemake(
+        tmp_path, "evaluated", "--configfile", "mine.yaml", "--set-threads", *[f"{rule}=2" for rule in rules]
+    )
     assert outcome.returncode == 0, outcome.text
     assert "pair" not in outcome.jobs
     run = json.loads((tmp_path / SPLIT / "scppdm/seed_0/run.json").read_text())
@@ -69,7 +71,9 @@ def test_more_threads_per_job_change_no_score_by_more_than_the_tolerance(once: P
     for model in MODELS:
         tables = [pd.read_csv(folder / SPLIT / model / "seed_0/metrics.tsv", sep="\t") for folder in (once, tmp_path)]
         means = [table.groupby("metric")["value"].mean() for table in tables]
-        np.testing.assert_allclose(means[1], means[0], rtol=TOLERANCE_ON_OTHER_THREADS, atol=TOLERANCE_ON_OTHER_THREADS, err_msg=model)
+        np.testing.assert_allclose(
+            means[1], means[0], rtol=TOLERANCE_ON_OTHER_THREADS, atol=TOLERANCE_ON_OTHER_THREADS, err_msg=model
+        )
 
 
 def test_run_json_has_all_it_takes_to_repeat_a_run(once: Path, tmp_path: Path) -> None:

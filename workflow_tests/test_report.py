@@ -16,13 +16,14 @@ import pandas as pd
 import pytest
 from conftest import OFF, REPOSITORY, SPECS, dataset_block, make_screen
 
-from perturbflow import audit, embeddings, harmonize, pairs, splits
-from perturbflow.audit import CHECKS
+from perturbflow import embeddings, pairs
+from perturbflow.audit import audit
+from perturbflow.audit.audit import CHECKS
 from perturbflow.benchmark import benchmark
 from perturbflow.benchmark.verdicts import telling
 from perturbflow.evaluation import METRICS, evaluate
-from perturbflow.files import read_json, write_json
-from perturbflow.prediction import predict
+from perturbflow.io.files import read_json, write_json
+from perturbflow.predict import predict
 from perturbflow.quality import quality
 from perturbflow.registry.families import FAMILIES, Family
 from perturbflow.report import leaderboard, report
@@ -31,7 +32,9 @@ from perturbflow.report.drawing import number, signed
 from perturbflow.report.learning import by_heart
 from perturbflow.report.page import FIGURE_BYTES
 from perturbflow.report.sections import perturbation_table
-from perturbflow.training import train
+from perturbflow.screens import harmonize
+from perturbflow.splits import split as splits
+from perturbflow.train import train
 
 # Gene and label at once, as a screen might bring it: it must end up as text.
 HOSTILE = "<i>TF9</i>&\"'$x_1$"
@@ -73,8 +76,12 @@ WARRANTY = {
     ],
     "agreement": {"whole": NUMBERS, "specific": {**NUMBERS, "model": {"mean": 0.3, "low": 0.1, "high": 0.5}}}, "on_target": {"n": 0}, "perturbations": [],
 }  # fmt: skip
-HISTORY = [{"step": step, "loss": 1 / step, "validation_loss": 1.5 / step, "rate": float("nan")} for step in (10, 20, 30, 40)]
-OVERFITTED = [{"step": step, "loss": 10 / step, "validation_loss": 1 / step + step / 1e3} for step in range(10, 100, 10)]
+HISTORY = [
+    {"step": step, "loss": 1 / step, "validation_loss": 1.5 / step, "rate": float("nan")} for step in (10, 20, 30, 40)
+]
+OVERFITTED = [
+    {"step": step, "loss": 10 / step, "validation_loss": 1 / step + step / 1e3} for step in range(10, 100, 10)
+]
 
 
 @dataclass(frozen=True)
@@ -125,16 +132,34 @@ def run_models(here: Path, split: str) -> None:
         provenance = {"dataset": "mine", "split": split, "model": model, "seed": "0", "code_version": f"of-{model}"}
         paths = [here / name for name in ("pairs.h5ad", "embeddings.parquet", "audit.json")]
         train(*paths, folder / "model.npz", folder / "run.json", implementation, params, seed=0, provenance=provenance)
-        predict(here / "pairs.h5ad", folder / "model.npz", folder / "predictions.h5ad", implementation, params, seed=0, max_cells=20)
-        evaluate(folder / "predictions.h5ad", here / "pairs.h5ad", here / "split.json", folder / "metrics.tsv", provenance)
+        predict(
+            here / "pairs.h5ad",
+            folder / "model.npz",
+            folder / "predictions.h5ad",
+            implementation,
+            params,
+            seed=0,
+            max_cells=20,
+        )
+        evaluate(
+            folder / "predictions.h5ad", here / "pairs.h5ad", here / "split.json", folder / "metrics.tsv", provenance
+        )
     folder = Path(shutil.copytree(here / "additive", here / "learned")) / "seed_0"
     run = read_json(folder / "run.json")
     run["provenance"]["model"] = "learned"
-    facts = {"stage_a": {"history": STAGE, "complaint": "the embedding has collapsed: so it says."}, "separability": SEPARABILITY}
-    write_json(folder / "run.json", {**run, "implementation": "base:Model", "history": HISTORY, "n_parameters": 7654321, "facts": facts})
+    facts = {
+        "stage_a": {"history": STAGE, "complaint": "the embedding has collapsed: so it says."},
+        "separability": SEPARABILITY,
+    }
+    write_json(
+        folder / "run.json",
+        {**run, "implementation": "base:Model", "history": HISTORY, "n_parameters": 7654321, "facts": facts},
+    )
     scores = pd.read_csv(folder / "metrics.tsv", sep="\t")
     scores["model"] = "learned"
-    towards = np.sign([METRICS[metric].perfect - value for metric, value in zip(scores["metric"], scores["value"], strict=True)])
+    towards = np.sign(
+        [METRICS[metric].perfect - value for metric, value in zip(scores["metric"], scores["value"], strict=True)]
+    )
     scores.assign(value=scores["value"] + 0.01 * towards).to_csv(folder / "metrics.tsv", sep="\t", index=False)
 
 
@@ -152,8 +177,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
     screen.obs["perturbation"] = labels
     screen.write_h5ad(mine / "screen.h5ad")
     qc = {**OFF, "min_cells_per_perturbation": 10}
-    harmonize.harmonize(mine / "screen.h5ad", mine / "harmonized.h5ad", mine / "harmonization.json", "mine", dataset_block(), qc)
-    quality(*[mine / name for name in ("harmonized.h5ad", "harmonization.json", "quality.tsv", "quality.json", "quality.html")])
+    harmonize.harmonize(
+        mine / "screen.h5ad", mine / "harmonized.h5ad", mine / "harmonization.json", "mine", dataset_block(), qc
+    )
+    quality(
+        *[
+            mine / name
+            for name in ("harmonized.h5ad", "harmonization.json", "quality.tsv", "quality.json", "quality.html")
+        ]
+    )
     families = pytest.MonkeyPatch()
     families.setitem(FAMILIES, "learned", Family("base:Model", "learned", "train_learned"))
     for split, spec in SPLITS.items():
@@ -161,7 +193,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
         here.mkdir()
         files = {name: here / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")}
         splits.split(mine / "harmonized.h5ad", mine / "harmonization.json", files["split.json"], split, spec)
-        write_json(files["split.json"], {**read_json(files["split.json"]), "generalization": f"What {split} says of itself."})
+        write_json(
+            files["split.json"], {**read_json(files["split.json"]), "generalization": f"What {split} says of itself."}
+        )
         pairs.pair(mine / "harmonized.h5ad", files["split.json"], files["pairs.h5ad"], 40)
         embeddings.embeddings(files["pairs.h5ad"], files["embeddings.parquet"], ["coexpression"])
         audit.audit(mine / "harmonized.h5ad", *files.values())
@@ -244,12 +278,15 @@ def test_leaderboard_has_the_values_and_intervals_of_the_benchmark(page: str, tr
 def test_best_value_is_bold_where_the_metric_can_tell_and_no_ceiling_is(page: str, tree: Tree) -> None:
     table = tree.table("benchmark")
     mute = {
-        split: {name for name, tells in telling(rows).items() if not tells} for split, rows in tree.table("calibration").groupby("split")
+        split: {name for name, tells in telling(rows).items() if not tells}
+        for split, rows in tree.table("calibration").groupby("split")
     }
     assert any(mute.values())
     for (split, metric), rows in table[~table["model"].isin(CEILINGS)].groupby(["split", "metric"]):
         best = rows["value"][METRICS[metric].loss(rows["value"]).idxmin()]
-        position = [*HEADLINES, *ON_TARGET, *[name for name in METRICS if name not in (*HEADLINES, *ON_TARGET)]].index(metric)
+        position = [*HEADLINES, *ON_TARGET, *[name for name in METRICS if name not in (*HEADLINES, *ON_TARGET)]].index(
+            metric
+        )
         for row in rows.itertuples():
             cell = re.findall(r"<td>.*?</td>", leaderboard_row(page, split, row.model), re.DOTALL)[position]
             assert ("<strong>" in cell) == (row.value == best and metric not in mute[split]), (split, metric, row.model)
@@ -278,7 +315,9 @@ def test_metrics_are_defined_and_say_which_way_is_better(page: str) -> None:
 
 def run_cards(page: str) -> dict[str, str]:
     """Return model → its run card."""
-    cards = re.findall(r'<details class="card">\n<summary>(?:<span class="dot"[^>]*></span>)?(\w+) (.*?)</details>', page, re.DOTALL)
+    cards = re.findall(
+        r'<details class="card">\n<summary>(?:<span class="dot"[^>]*></span>)?(\w+) (.*?)</details>', page, re.DOTALL
+    )
     return dict(cards)
 
 
@@ -320,13 +359,19 @@ def test_every_held_out_perturbation_is_listed_with_members_seen(page: str, tree
 
 
 def test_training_and_cost_of_the_learned_model(page: str) -> None:
-    assert "loss of learned on mine × unseen_combination by training step: training from 0.100 to 0.0250; validation from" in page
+    assert (
+        "loss of learned on mine × unseen_combination by training step: training from 0.100 to 0.0250; validation from"
+        in page
+    )
     assert '<data value="7654321">7,654,321</data>' in page
 
 
 def test_no_curve_is_drawn_of_closed_forms(tree: Tree, tmp_path: Path, few_figures: None) -> None:
     arguments = tree.arguments()
-    baselines = {name: [path for path in arguments[name] if "learned" not in path.parts] for name in ("runs", "metrics", "predictions")}
+    baselines = {
+        name: [path for path in arguments[name] if "learned" not in path.parts]
+        for name in ("runs", "metrics", "predictions")
+    }
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
     benchmark(baselines["metrics"], MODELS, **tables, qualities=[], audits=[], harmonizations=[], least_difference=0.02)
     page = tree.page(**baselines, **tables, report=tmp_path / "report.html")
@@ -334,7 +379,9 @@ def test_no_curve_is_drawn_of_closed_forms(tree: Tree, tmp_path: Path, few_figur
     assert "one of the best" in page  # the best baseline is drawn all the same
 
 
-def test_the_report_says_what_learned_by_heart_and_what_losses_mean(tree: Tree, page: str, tmp_path: Path, few_figures: None) -> None:
+def test_the_report_says_what_learned_by_heart_and_what_losses_mean(
+    tree: Tree, page: str, tmp_path: Path, few_figures: None
+) -> None:
     assert "Whether it learned by heart is not told: 4 points of validation loss were logged." in page
     changed = []
     for path in tree.arguments()["runs"]:
@@ -342,7 +389,15 @@ def test_the_report_says_what_learned_by_heart_and_what_losses_mean(tree: Tree, 
             run = read_json(path)
             stage = {**run["facts"]["stage_a"], "history": [{"step": step, "loss": step} for step in (1, 2, 3)]}
             path = tmp_path.joinpath(*path.parts[-5:])
-            write_json(path, {**run, "implementation": "jepa:Jepa", "history": OVERFITTED, "facts": {**run["facts"], "stage_a": stage}})
+            write_json(
+                path,
+                {
+                    **run,
+                    "implementation": "jepa:Jepa",
+                    "history": OVERFITTED,
+                    "facts": {**run["facts"], "stage_a": stage},
+                },
+            )
         changed.append(path)
     again = tree.page(runs=changed, report=tmp_path / "report.html")
     assert again.count(
@@ -384,7 +439,9 @@ def test_a_validation_loss_that_rises_while_training_falls_is(n: int) -> None:
 def test_stages_of_a_training_are_drawn_and_its_embedding_and_complaints_are_told(page: str) -> None:
     elements = Elements(page)
     labels = [attributes["aria-label"] for tag, attributes in elements.tags if tag == "svg"]
-    assert any(label.startswith("stage_a: effective_rank of learned") and "from 6.00 to 8.00" in label for label in labels)
+    assert any(
+        label.startswith("stage_a: effective_rank of learned") and "from 6.00 to 8.00" in label for label in labels
+    )
     assert "the embedding has collapsed: so it says." in elements.text
     assert "0.617" in elements.text
     assert "321" in elements.text
@@ -404,7 +461,9 @@ def test_every_figure_has_an_alternative_text_and_ids_are_unique(page: str) -> N
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     referred = {attributes["href"][1:] for _, attributes in tags if attributes.get("href", "").startswith("#")}
-    referred |= {attributes["xlink:href"][1:] for _, attributes in tags if attributes.get("xlink:href", "").startswith("#")}
+    referred |= {
+        attributes["xlink:href"][1:] for _, attributes in tags if attributes.get("xlink:href", "").startswith("#")
+    }
     assert referred <= set(ids)
 
 
@@ -462,7 +521,9 @@ def region(page: str, label: str) -> str:
 def test_the_overview_has_every_learned_model_and_counts_its_metrics(page: str, tree: Tree) -> None:
     overview = region(page, "Overview")
     verdicts = tree.table("verdicts").fillna("").set_index(["model", "split"])
-    row = next(row for row in re.findall(r"<tr>.*?</tr>", overview, re.DOTALL) if ">learned<" in row.replace("</span>", ">"))
+    row = next(
+        row for row in re.findall(r"<tr>.*?</tr>", overview, re.DOTALL) if ">learned<" in row.replace("</span>", ">")
+    )
     for cell, split in zip(re.findall(r"<td>(.*?)</td>", row, re.DOTALL), SPLITS, strict=True):
         told = verdicts.loc["learned", split]
         names = ("wins", "losses", "level", "undecided")
@@ -471,7 +532,9 @@ def test_the_overview_has_every_learned_model_and_counts_its_metrics(page: str, 
         assert (f"{told['verdict']}<" in cell.replace("</span>", "<")) == is_ranked
         assert (f"▲ {n_won} ▼ {n_lost} = {n_level} ? {n_open}" in cell) == is_ranked
         assert ("this screen cannot rank models" in cell) != is_ranked
-        on_target = tree.table("benchmark").query("model == 'learned' and metric == 'mae_on_target' and split == @split")
+        on_target = tree.table("benchmark").query(
+            "model == 'learned' and metric == 'mae_on_target' and split == @split"
+        )
         scaled = on_target["scaled_no_change_perfect_mean"].item()
         assert (f"on target {number(scaled)}" in cell) == np.isfinite(scaled)
         assert ("with caveats" in cell) == bool(told["caveats"])
@@ -491,14 +554,22 @@ def test_every_check_of_the_audit_is_explained(page: str) -> None:
 
 def test_every_held_out_perturbation_has_a_figure_while_there_is_room(page: str, tree: Tree) -> None:
     for split in SPLITS:
-        held_out = {label for label in read_json(tree.folder / "mine" / split / "split.json")["perturbations"]["test"] if label != HOSTILE}
+        held_out = {
+            label
+            for label in read_json(tree.folder / "mine" / split / "split.json")["perturbations"]["test"]
+            if label != HOSTILE
+        }
         drawn = re.findall(r'aria-label="Scatter plot of predicted against measured effects of (\S+) by', page)
         assert held_out <= set(drawn)
 
 
 def test_where_every_number_comes_from_names_a_rule_that_exists(page: str) -> None:
     traces = region(page, "Files")
-    rules = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (REPOSITORY / "rules").glob("*.smk")), re.MULTILINE))
+    rules = set(
+        re.findall(
+            r"^rule (\w+):", "".join(path.read_text() for path in (REPOSITORY / "rules").glob("*.smk")), re.MULTILINE
+        )
+    )
     named = set(re.findall(r"<td><code>([\w…]+)</code></td></tr>", traces))
     assert {"benchmark", "audit", "warranty", "counterfactual"} <= named
     assert named - {"train_…"} <= rules
@@ -535,7 +606,9 @@ def test_every_verdict_stands_on_the_page(page: str, tree: Tree) -> None:
 
 
 def test_differences_to_the_best_baseline_are_those_of_the_table(page: str, tree: Tree) -> None:
-    table = tree.table("comparisons").merge(tree.table("verdicts")[["split", "model", "cannot_tell"]].fillna(""), on=["split", "model"])
+    table = tree.table("comparisons").merge(
+        tree.table("verdicts")[["split", "model", "cannot_tell"]].fillna(""), on=["split", "model"]
+    )
     rows = table[table["is_best_baseline"] & table["headline"] & (table["kind"] != "ceiling")]
     assert len(rows) == len(SPLITS) * 4 * len(HEADLINES)
     for row in rows.itertuples():
@@ -554,7 +627,9 @@ def test_calibration_says_what_cannot_tell(page: str, tree: Tree) -> None:
     assert "Cannot tell here" in page or "All metrics tell" in page
 
 
-def test_without_a_ceiling_nothing_is_calibrated_and_the_page_says_so(tree: Tree, tmp_path: Path, few_figures: None) -> None:
+def test_without_a_ceiling_nothing_is_calibrated_and_the_page_says_so(
+    tree: Tree, tmp_path: Path, few_figures: None
+) -> None:
     some = {
         name: [path for path in tree.arguments()[name] if "technical_duplicate" not in path.parts]
         for name in ("runs", "metrics", "predictions")
@@ -584,7 +659,9 @@ def test_strata_have_a_table_per_kind_and_a_row_per_bin(tree: Tree, tmp_path: Pa
     page = tree.page(metrics=metrics, **tables, report=tmp_path / "report.html")
     strata = pd.read_csv(tables["strata"], sep="\t").query("split == 'unseen_combination' and stratum == 'reliability'")
     assert len(strata) > 0
-    cells = region(page, "Scores of mine × unseen_combination by how well two halves of a perturbation&#39;s cells agree")
+    cells = region(
+        page, "Scores of mine × unseen_combination by how well two halves of a perturbation&#39;s cells agree"
+    )
     for row in strata[strata["model"] == "learned"].itertuples():
         assert f'<data value="{row.value}">{number(row.value)}</data>' in cells
     assert cells.count("<tr>") == 1 + strata[["metric", "bin"]].drop_duplicates().shape[0]
@@ -622,7 +699,11 @@ def cards(**kinds: str) -> dict[str, ModelCard]:
 
 def test_seeds_are_averaged_and_their_intervals_held_together() -> None:
     rows = pd.DataFrame(
-        [("a", 0, "mae", 1.0, 0.5, 1.5, 4, 0.2), ("a", 1, "mae", 2.0, 1.5, 2.5, 4, 0.4), ("top", 0, "mae", 0.1, 0.0, 0.2, 4, 1.0)],
+        [
+            ("a", 0, "mae", 1.0, 0.5, 1.5, 4, 0.2),
+            ("a", 1, "mae", 2.0, 1.5, 2.5, 4, 0.4),
+            ("top", 0, "mae", 0.1, 0.0, 0.2, 4, 1.0),
+        ],
         columns=["model", "seed", "metric", "value", "ci_low", "ci_high", "n_perturbations", leaderboard.SCALED],
     )
     scores = leaderboard._scores(rows, cards(a="learned", top="ceiling"))
@@ -632,7 +713,15 @@ def test_seeds_are_averaged_and_their_intervals_held_together() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0622152, "0.0622"), (1.0, "1.00"), (100.4, "100"), (12345.6, "12,346"), (-0.02717, "-0.0272"), (float("nan"), "–"), (None, "–")],
+    [
+        (0.0622152, "0.0622"),
+        (1.0, "1.00"),
+        (100.4, "100"),
+        (12345.6, "12,346"),
+        (-0.02717, "-0.0272"),
+        (float("nan"), "–"),
+        (None, "–"),
+    ],
 )
 def test_numbers_have_three_digits(value: float | None, text: str) -> None:
     assert number(value) == text
@@ -662,22 +751,34 @@ def test_doubtful_labels_and_controls_of_other_batches_are_shown(tree: Tree, tmp
         changed[-1].parent.mkdir()
         write_json(
             changed[-1],
-            {**read_json(path), "matched_across_batches": {"cells": 700, "share": 0.5, "batches": {"b2": 700}, "roles": {"train": 700}}},
+            {
+                **read_json(path),
+                "matched_across_batches": {"cells": 700, "share": 0.5, "batches": {"b2": 700}, "roles": {"train": 700}},
+            },
         )
     verdicts = tree.table("verdicts").assign(caveats="Lanes differ.")
     verdicts.to_csv(tmp_path / "verdicts.tsv", sep="\t", index=False)
-    page = tree.page(harmonizations=[harmonization], audits=changed, verdicts=tmp_path / "verdicts.tsv", report=tmp_path / "report.html")
+    page = tree.page(
+        harmonizations=[harmonization],
+        audits=changed,
+        verdicts=tmp_path / "verdicts.tsv",
+        report=tmp_path / "report.html",
+    )
     text = html.unescape(page)
     assert re.search(r'perturbation\.control: \["control", .*"NT-12"\]', text)
     assert "NT-12 (40)" in text
     assert "TF1|TF2 (40)" in text
-    assert "rubbish (1,886). If such cells have no known perturbation, name the labels in perturbation.drop" in re.sub("</?code>", "", text)
+    assert "rubbish (1,886). If such cells have no known perturbation, name the labels in perturbation.drop" in re.sub(
+        "</?code>", "", text
+    )
     assert HOSTILE not in page
     assert "700 (50 % of the perturbed cells); by batch: b2 (700)" in text
     assert page.count("<strong>Caveat</strong>: Lanes differ.") == len(SPLITS)
 
 
-def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(tree: Tree, tmp_path: Path, few_figures: None) -> None:
+def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(
+    tree: Tree, tmp_path: Path, few_figures: None
+) -> None:
     path = tmp_path / "results/mine/unseen_combination/learned/seed_0/counterfactuals/my_question.tsv"
     path.parent.mkdir(parents=True)
     rows = [
@@ -745,7 +846,13 @@ def test_what_sources_of_gene_vectors_were_worth(tree: Tree, page: str, tmp_path
         changed.append(tmp_path / "results" / path.relative_to(tree.folder))
         run = read_json(path)
         if path.parts[-3] in ("additive", "learned") and path.parts[-4] == "unseen_perturbation":
-            run["facts"]["mean"] = {"own": 0.5, "ppi near": 0.25, "ppi linear": 0.05, "coexpression near": 0.2, "member": 1.0}
+            run["facts"]["mean"] = {
+                "own": 0.5,
+                "ppi near": 0.25,
+                "ppi linear": 0.05,
+                "coexpression near": 0.2,
+                "member": 1.0,
+            }
         write_json(changed[-1], run)
     text = tree.page(runs=changed, report=tmp_path / "report.html")
     table = region(text, "Sources of gene vectors")
@@ -759,7 +866,13 @@ def test_what_sources_of_gene_vectors_were_worth(tree: Tree, page: str, tmp_path
 def test_promised_errors_are_drawn_beside_actual_ones(tree: Tree, tmp_path: Path, few_figures: None) -> None:
     shown = tmp_path / "results/mine/unseen_combination/learned/seed_0/warranty.json"
     half = {"error": {"mean": 0.12}, "agreement": {"mean": 0.41}}
-    told = {"n": 9, "rank_correlation": 0.55, "error_per_promise": 1.1, "surest": half, "others": {**half, "error": {"mean": 0.34}}}
+    told = {
+        "n": 9,
+        "rank_correlation": 0.55,
+        "error_per_promise": 1.1,
+        "surest": half,
+        "others": {**half, "error": {"mean": 0.34}},
+    }
     points = [{"perturbation": f"TF{i}", "promised": i / 10, "error": i / 9} for i in range(1, 10)]
     points.append({"perturbation": "TF10", "promised": float("nan"), "error": 0.1})
     write_json(shown, {**WARRANTY, "sureness": told, "perturbations": points})
@@ -768,7 +881,15 @@ def test_promised_errors_are_drawn_beside_actual_ones(tree: Tree, tmp_path: Path
     assert section.count("<svg") == 1
     assert "learned, seed 0: rank correlation 0.550 over 9 perturbations." in section
     cells = re.findall(r"<td>(.*?)</td>", region(section, "Promised and actual errors"))
-    assert [re.sub("<[^>]*>", "", cell) for cell in cells[1:]] == ["0", "9", "0.550", "0.120", "0.340", "0.410", "0.410"]
+    assert [re.sub("<[^>]*>", "", cell) for cell in cells[1:]] == [
+        "0",
+        "9",
+        "0.550",
+        "0.120",
+        "0.340",
+        "0.410",
+        "0.410",
+    ]
     assert '<a href="#counterfactuals">' in page, "warranties alone are a section, too"
     write_json(shown, {**WARRANTY, "sureness": {"n": 2}, "perturbations": points[:2]})
     assert 'id="sureness"' not in tree.page(warranties=[shown], report=tmp_path / "few.html"), "too few to say anything"
@@ -777,7 +898,9 @@ def test_promised_errors_are_drawn_beside_actual_ones(tree: Tree, tmp_path: Path
 # --- bounds ---------------------------------------------------------------------------------------------------------
 
 
-def test_figures_beyond_the_budget_are_left_out_and_the_page_says_so(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_beyond_the_budget_are_left_out_and_the_page_says_so(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", {**dict.fromkeys(FIGURE_BYTES, 0), "leaderboard": 1})
     page = tree.page(report=tmp_path / "report.html")
     assert page.count("<svg") == 1
@@ -806,7 +929,9 @@ def test_long_tables_keep_the_best_and_the_worst() -> None:
     assert table.n_left_out == 92
 
 
-def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Figures are bounded by their bytes, which the page is granted here without drawing them."""
     budget = sum(FIGURE_BYTES.values())
     monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", dict.fromkeys(FIGURE_BYTES, 0))
@@ -814,17 +939,23 @@ def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(tree: Tree, tmp_p
     origin = tree.folder / "mine" / "unseen_combination"
     scores = pd.read_csv(origin / "additive" / "seed_0" / "metrics.tsv", sep="\t")
     scores = pd.concat(
-        [scores.assign(dataset="THE_DATASET", model="THE_MODEL", perturbation=scores["perturbation"] + f"-{i}") for i in range(40)]
+        [
+            scores.assign(dataset="THE_DATASET", model="THE_MODEL", perturbation=scores["perturbation"] + f"-{i}")
+            for i in range(40)
+        ]
     )
     order = scores["perturbation"].rank(method="dense")
-    scores = scores.assign(reliability=order, effect_size=order, n_cells=order.astype(int)).to_csv(sep="\t", index=False)
+    scores = scores.assign(reliability=order, effect_size=order, n_cells=order.astype(int)).to_csv(
+        sep="\t", index=False
+    )
     run = read_json(origin / "additive" / "seed_0" / "run.json")
     account = read_json(tree.folder / "mine" / "harmonization.json")
     account["perturbations"]["dropped"] = {f"DROPPED{i}": 3 for i in range(5000)}
     described = read_json(tree.folder / "mine" / "quality.json")
     many = pd.concat([pd.read_csv(tree.folder / "mine" / "quality.tsv", sep="\t")] * 400)
     arguments: dict[str, list[Path]] = {
-        name: [] for name in ("runs", "metrics", "predictions", "harmonizations", "qualities", "splits", "audits", "pairs")
+        name: []
+        for name in ("runs", "metrics", "predictions", "harmonizations", "qualities", "splits", "audits", "pairs")
     }
     for dataset in [f"screen_number_{i}" for i in range(25)]:
         here = tmp_path / dataset / "unseen_combination"
@@ -845,8 +976,21 @@ def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(tree: Tree, tmp_p
             for name, file in (("runs", "run.json"), ("metrics", "metrics.tsv"), ("predictions", "predictions.h5ad")):
                 arguments[name].append(folder / file)
     tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
-    families = {**dict.fromkeys(names, "additive"), "model_0": "no_change", "model_1": "perturbed_mean", "model_2": "technical_duplicate"}
-    benchmark(arguments["metrics"][: len(names)], families, **tables, qualities=[], audits=[], harmonizations=[], least_difference=0.02)
+    families = {
+        **dict.fromkeys(names, "additive"),
+        "model_0": "no_change",
+        "model_1": "perturbed_mean",
+        "model_2": "technical_duplicate",
+    }
+    benchmark(
+        arguments["metrics"][: len(names)],
+        families,
+        **tables,
+        qualities=[],
+        audits=[],
+        harmonizations=[],
+        least_difference=0.02,
+    )
     for path in tables.values():
         table = pd.read_csv(path, sep="\t")
         pd.concat([table.assign(dataset=f"screen_number_{i}") for i in range(25)]).to_csv(path, sep="\t", index=False)
@@ -922,7 +1066,11 @@ def test_browser_draws_every_figure_without_errors_and_sorts(browser: Callable[.
 
 def test_rows_are_filtered_by_words(browser: Callable[..., dict]) -> None:
     filtered = browser("--window-size=1280,900")["filtered"]
-    assert {name.removesuffix("baseline") for name in filtered["baseline"]} == {"no_change", "additive", "perturbed_mean"}
+    assert {name.removesuffix("baseline") for name in filtered["baseline"]} == {
+        "no_change",
+        "additive",
+        "perturbed_mean",
+    }
     assert filtered["without"] == ["learnedlearned"]
     assert filtered["both"] == ["additivebaseline"]
     assert filtered["all"] == len(MODELS)

@@ -12,10 +12,10 @@ from scipy import sparse
 
 from perturbflow.evaluation import evaluate
 from perturbflow.models.effects import Effects
-from perturbflow.models.latent import LatentSpace
+from perturbflow.models.latents.pca import LatentSpace
 from perturbflow.pairs import Pairs
-from perturbflow.prediction import predict
-from perturbflow.training import train
+from perturbflow.predict import predict
+from perturbflow.train import train
 
 MODELS = {"additive": "baselines:Additive", "ceiling": "ceilings:TechnicalDuplicate"}
 
@@ -30,20 +30,27 @@ def scored(here: Prepared, folder: Path, implementation: str, role: str) -> tupl
 
 @pytest.mark.parametrize("role", ["test", "validation"])
 @pytest.mark.parametrize("kind", SPECS_OF_CELLS)
-def test_predictions_and_scores_keep_to_the_role(kind: str, role: str, prepared: dict[str, Prepared], tmp_path: Path) -> None:
+def test_predictions_and_scores_keep_to_the_role(
+    kind: str, role: str, prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
     here = prepared[kind]
     predicted, table = scored(here, tmp_path, MODELS["additive"], role)
     obs = ad.read_h5ad(here.pairs).obs
     assert predicted.uns["perturbflow"]["role"] == role
     assert set(obs.iloc[predicted.obs["control_index"]]["role"]) == {role}
     of_role = obs[(obs["role"] == role) & ~obs["is_control"]]
-    assert predicted.obs["perturbation"].value_counts().to_dict() == of_role["perturbation"].value_counts()[lambda n: n > 0].to_dict()
+    assert (
+        predicted.obs["perturbation"].value_counts().to_dict()
+        == of_role["perturbation"].value_counts()[lambda n: n > 0].to_dict()
+    )
     n_scored = of_role.loc[of_role["half"] == "b", "perturbation"].value_counts()
     assert (table["n_cells"] == table["perturbation"].map(n_scored).astype(int)).all()
 
 
 @pytest.mark.parametrize("kind", SPECS_OF_CELLS)
-def test_the_ceiling_is_made_of_test_cells_of_the_other_half(kind: str, prepared: dict[str, Prepared], tmp_path: Path) -> None:
+def test_the_ceiling_is_made_of_test_cells_of_the_other_half(
+    kind: str, prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
     here = prepared[kind]
     predicted, _ = scored(here, tmp_path, MODELS["ceiling"], "test")
     pairs = ad.read_h5ad(here.pairs)
@@ -63,7 +70,9 @@ def test_what_is_fitted_for_a_model_knows_no_held_out_cell(kind: str, prepared: 
     changed = Pairs(sparse.csr_matrix(X), cells.obs, cells.genes, cells.control_index, cells.rows)
     effects = [Effects.of_training(pairs) for pairs in (cells, changed)]
     assert np.array_equal(effects[0].values, effects[1].values)
-    spaces = [LatentSpace.fit(pairs, of_training, 5) for pairs, of_training in zip((cells, changed), effects, strict=True)]
+    spaces = [
+        LatentSpace.fit(pairs, of_training, 5) for pairs, of_training in zip((cells, changed), effects, strict=True)
+    ]
     assert np.allclose(spaces[0].basis, spaces[1].basis, atol=1e-6)
     assert np.allclose(spaces[0].mean, spaces[1].mean, atol=1e-6)
 
@@ -71,7 +80,10 @@ def test_what_is_fitted_for_a_model_knows_no_held_out_cell(kind: str, prepared: 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("unseen_context", {"TF1": "measured in other contexts", "TF1+TF8": "composed of measured genes in other contexts"}),
+        (
+            "unseen_context",
+            {"TF1": "measured in other contexts", "TF1+TF8": "composed of measured genes in other contexts"},
+        ),
         ("random_cells", {"TF1": "measured", "TF1+TF8": "composed of measured genes"}),
     ],
 )
@@ -79,9 +91,20 @@ def test_an_answer_says_where_a_perturbation_was_measured(
     kind: str, expected: dict[str, str], prepared: dict[str, Prepared], tmp_path: Path
 ) -> None:
     here = prepared[kind]
-    train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", MODELS["additive"], {}, 0)
+    train(
+        here.pairs,
+        here.embeddings,
+        here.audit,
+        tmp_path / "model.npz",
+        tmp_path / "run.json",
+        MODELS["additive"],
+        {},
+        0,
+    )
     answer = ask(here, tmp_path / "model.npz", tmp_path, MODELS["additive"], {}, perturbations=list(expected))
     table = pd.read_csv(f"{answer}.tsv", sep="\t")
-    assert table.groupby("perturbation")["known"].unique().map(list).to_dict() == {label: [known] for label, known in expected.items()}
+    assert table.groupby("perturbation")["known"].unique().map(list).to_dict() == {
+        label: [known] for label, known in expected.items()
+    }
     controls = json.loads(here.split.read_text())["cells"]["test"]
     assert set(ad.read_h5ad(f"{answer}.h5ad").obs["cell"]) <= set(controls)

@@ -23,11 +23,11 @@ from screens import FIXTURES, Expected, norman_cells
 
 from perturbflow.download import download
 from perturbflow.errors import InputError
-from perturbflow.files import file_digest
-from perturbflow.harmonize import harmonize
-from perturbflow.origins import files_of
+from perturbflow.genes.symbols import CONTROL
+from perturbflow.io.files import file_digest
 from perturbflow.registry.config import complete
-from perturbflow.symbols import CONTROL
+from perturbflow.registry.origins import files_of
+from perturbflow.screens.harmonize import harmonize
 
 BENCHMARKS = REPOSITORY / "workflow_tests" / "benchmarks" / "README.md"
 DATASETS = REPOSITORY / "config" / "datasets.md"
@@ -101,11 +101,15 @@ def test_labels_of_a_registered_screen_raise_no_false_alarm(name: str, harmonize
     told = harmonized_screen(name).account["perturbations"]
     assert told["not_split"] == {}
     assert told["looks_like_control"] == {}
-    assert not [text for text in harmonized_screen(name).account["warnings"] if "label" in text or "perturbation" in text]
+    assert not [
+        text for text in harmonized_screen(name).account["warnings"] if "label" in text or "perturbation" in text
+    ]
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_declared_covariates_are_found_and_controls_are_in_every_context(name: str, harmonized_screen: Callable) -> None:
+def test_declared_covariates_are_found_and_controls_are_in_every_context(
+    name: str, harmonized_screen: Callable
+) -> None:
     obs, declared = harmonized_screen(name).adata.obs, REGISTRY[name]["covariates"]
     assert "cell_type" in declared
     assert not obs[["batch", "cell_type"]].isna().any(axis=None)
@@ -134,11 +138,15 @@ def test_norman_has_the_same_labels_on_the_same_cells_in_all_three_sources(harmo
     for name in ("norman2019", "norman2019_gears", "norman2019_geo"):
         obs = harmonized_screen(name).adata.obs
         # scPerturb's names have lost their lane; the column gemgroup has it.
-        barcodes = obs.index.str.split("-").str[0] + "-" + obs["gemgroup"].astype(str) if name == "norman2019" else obs.index
+        barcodes = (
+            obs.index.str.split("-").str[0] + "-" + obs["gemgroup"].astype(str) if name == "norman2019" else obs.index
+        )
         labels[name] = pd.Series(obs["perturbation"].astype(str).to_numpy(), index=barcodes)
         assert labels[name].index.is_unique
     scperturb, gears, geo = labels.values()
-    assert set(scperturb.index) < set(gears.index) == set(geo.index), "the filtered set lacks cells that the others have"
+    assert set(scperturb.index) < set(gears.index) == set(geo.index), (
+        "the filtered set lacks cells that the others have"
+    )
     assert geo[gears.index].equals(gears)
     assert geo[scperturb.index].equals(scperturb)
     assert set(scperturb) == set(gears)
@@ -159,7 +167,9 @@ def test_cells_of_adamsons_collided_barcodes_keep_their_own_labels(harmonized_sc
     assert list(obs["lane"].astype(str)) == list(obs.index.str.extract(r"-(\d)")[0])
 
 
-def test_what_is_wrong_with_a_file_is_said(harmonized_screen: Callable, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_file_is_said(
+    harmonized_screen: Callable, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     note = REGISTRY["adamson2016_10x010"]["note"]
     assert "adamson2016_geo" in note
     screen = harmonized_screen("adamson2016_10x010")
@@ -199,15 +209,24 @@ def test_drugs_are_no_genes_and_doses_are_kept_apart(harmonized_screen: Callable
 
 def test_another_shape_than_declared_is_an_error(harmonized_screen: Callable, tmp_path: Path) -> None:
     screen = harmonized_screen("datlinger2017")
-    with pytest.raises(InputError, match=r"80 cells × 66 genes, but the block declares shape: \[5905, 36722\].*correct shape"):
-        harmonize(screen.manifest, tmp_path / "h.h5ad", tmp_path / "h.json", "datlinger2017", REGISTRY["datlinger2017"], QC)
+    with pytest.raises(
+        InputError, match=r"80 cells × 66 genes, but the block declares shape: \[5905, 36722\].*correct shape"
+    ):
+        harmonize(
+            screen.manifest, tmp_path / "h.h5ad", tmp_path / "h.json", "datlinger2017", REGISTRY["datlinger2017"], QC
+        )
 
 
 @pytest.mark.slow
-def test_a_triplet_goes_from_the_mirror_folder_to_harmonized_by_one_command(snakemake: Callable, tmp_path: Path) -> None:
+def test_a_triplet_goes_from_the_mirror_folder_to_harmonized_by_one_command(
+    snakemake: Callable, tmp_path: Path
+) -> None:
     (tmp_path / "mirror").mkdir()
     expected = FIXTURES["norman2019_geo"].write(tmp_path / "mirror")
-    sums = {role: {"md5": file_digest(tmp_path / "mirror" / file, "md5")} for role, file in FIXTURES["norman2019_geo"].names.items()}
+    sums = {
+        role: {"md5": file_digest(tmp_path / "mirror" / file, "md5")}
+        for role, file in FIXTURES["norman2019_geo"].names.items()
+    }
     block = {"source": {"files": sums}, "shape": [expected.n_cells, expected.n_genes], "qc": QC}
     config = {"select": {"datasets": ["norman2019_geo"]}, "mirror": "mirror", "datasets": {"norman2019_geo": block}}
     done = snakemake(tmp_path, "data", config=config)
@@ -235,7 +254,16 @@ def words(block: object) -> Iterator[str]:
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_block_is_complete(name: str) -> None:
     block = REGISTRY[name]
-    needed = {"source", "perturbation", "covariates", "perturbation_type", "combinations", "organism", "reference", "licence"}
+    needed = {
+        "source",
+        "perturbation",
+        "covariates",
+        "perturbation_type",
+        "combinations",
+        "organism",
+        "reference",
+        "licence",
+    }
     assert needed <= set(block)
     assert block["reference"].startswith("doi:10.")
     assert block["licence"]
@@ -243,7 +271,9 @@ def test_a_block_is_complete(name: str) -> None:
     assert {"cell_type"} <= set(block["covariates"])
     if name not in ("renge2023", "adamson2016_geo"):
         assert len(block["shape"]) == 2
-    assert not [word for word in words(block) if "plus.figshare" in word or "exampledata" in word], "hosts that serve something else"
+    assert not [word for word in words(block) if "plus.figshare" in word or "exampledata" in word], (
+        "hosts that serve something else"
+    )
 
 
 def test_norman_has_the_constructs_of_the_fixture() -> None:
@@ -262,11 +292,20 @@ def files_of_registry() -> Iterator[tuple[str, dict]]:
             yield name, file
 
 
-@pytest.mark.parametrize(("name", "file"), list(files_of_registry()), ids=lambda value: value if isinstance(value, str) else value["name"])
+@pytest.mark.parametrize(
+    ("name", "file"), list(files_of_registry()), ids=lambda value: value if isinstance(value, str) else value["name"]
+)
 def test_the_table_of_sources_says_what_the_registry_says(name: str, file: dict) -> None:
-    rows = [line for line in DATASETS.read_text().splitlines() if line.startswith(f"| `{name}` |") and f"`{file['name']}`" in line]
+    rows = [
+        line
+        for line in DATASETS.read_text().splitlines()
+        if line.startswith(f"| `{name}` |") and f"`{file['name']}`" in line
+    ]
     assert len(rows) == 1, f"config/datasets.md has no row of {name}, {file['name']}"
-    expected = [f"{file['bytes']:,}" if "bytes" in file else "unpublished", file.get("md5") or file.get("sha256") or "unpublished"]
+    expected = [
+        f"{file['bytes']:,}" if "bytes" in file else "unpublished",
+        file.get("md5") or file.get("sha256") or "unpublished",
+    ]
     expected += ["×".join(f"{n:,}" for n in REGISTRY[name]["shape"])] if "shape" in REGISTRY[name] else []
     assert [value for value in expected if value not in rows[0]] == []
     assert ("sha256" in file and "md5" in file) == ("+ sha256" in rows[0])
@@ -286,10 +325,12 @@ def table(harmonized: Callable[[str], SimpleNamespace]) -> str:
         cells, genes, kept = account["cells"], account["genes"], account["perturbations"]["kept"]
         dropped = ", ".join(f"{n} {reason}" for reason, n in cells["dropped"].items() if n)
         renamed = ", ".join(f"{before} → {after}" for before, after in genes["renamed"].items())
-        others = [f"{n} dropped ({reason})" for reason, n in genes["dropped"].items()] + [f"{genes['merged']} merged"] * bool(
-            genes["merged"]
+        others = [f"{n} dropped ({reason})" for reason, n in genes["dropped"].items()] + [
+            f"{genes['merged']} merged"
+        ] * bool(genes["merged"])
+        others += [f"{', '.join(account['perturbations']['not_measured'])} not measured"] * bool(
+            account["perturbations"]["not_measured"]
         )
-        others += [f"{', '.join(account['perturbations']['not_measured'])} not measured"] * bool(account["perturbations"]["not_measured"])
         row = (
             name,
             cells["source"],
@@ -311,7 +352,9 @@ SHOWN = re.compile(r"<!-- screens -->\n(.*?)\n<!-- screens: end -->", flags=re.D
 def test_the_table_of_fixtures_is_current(harmonized_screen: Callable) -> None:
     shown = SHOWN.search(BENCHMARKS.read_text())
     assert shown
-    assert shown[1] == table(harmonized_screen), "run `PYTHONPATH=scripts python workflow_tests/test_screens.py` to write the table anew"
+    assert shown[1] == table(harmonized_screen), (
+        "run `PYTHONPATH=scripts python workflow_tests/test_screens.py` to write the table anew"
+    )
 
 
 def renew() -> None:

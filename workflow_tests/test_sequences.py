@@ -30,7 +30,9 @@ def references(start: Place) -> References:
 
 
 @pytest.mark.parametrize("seed", range(N_SEQUENCES))
-def test_after_anything_a_run_gives_what_a_run_from_nothing_gives(seed: int, start: Place, references: References, tmp_path: Path) -> None:
+def test_after_anything_a_run_gives_what_a_run_from_nothing_gives(
+    seed: int, start: Place, references: References, tmp_path: Path
+) -> None:
     verdict = undergo(1000 + seed, start, tmp_path / "sequence", references, N_ACTIONS, BACK)
     assert not verdict.stale, verdict.done
     assert not verdict.needless, verdict.done
@@ -40,7 +42,9 @@ def test_after_anything_a_run_gives_what_a_run_from_nothing_gives(seed: int, sta
 @pytest.fixture
 def spoilt(start: Place, tmp_path: Path) -> Place:
     """Return a copy of the finished folder whose plan believes whatever lies there."""
-    place = Place(Path(shutil.copytree(start.folder, tmp_path / "spoilt")), start.python, dict(start.state), list(start.trained))
+    place = Place(
+        Path(shutil.copytree(start.folder, tmp_path / "spoilt")), start.python, dict(start.state), list(start.trained)
+    )
     common = place.repository / "rules/common.smk"
     text = common.read_text()
     assert "        return bool(reason)\n" in text

@@ -12,17 +12,17 @@ from scipy.stats import multivariate_normal
 from test_closed_forms import N_GENES, NO_VECTORS, TARGETS, doubles, error, make_training, singles, vectors  # noqa: F401
 
 from perturbflow.embeddings import Embeddings
-from perturbflow.models import marginal_likelihood, set_gp
+from perturbflow.genes.symbols import members_of
 from perturbflow.models.base import Run, build
-from perturbflow.models.baselines import Additive
-from perturbflow.models.effect_rows import EffectRows
-from perturbflow.models.marginal_likelihood import Directions, Problem
-from perturbflow.models.set_gp import SetGP
-from perturbflow.models.set_kernel import Questions, SetKernel
-from perturbflow.models.shift import Training
+from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.baselines import Additive
+from perturbflow.models.gaussian_process import likelihood as marginal_likelihood
+from perturbflow.models.gaussian_process import set_gp
+from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel
+from perturbflow.models.gaussian_process.likelihood import Directions, Problem
+from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
-from perturbflow.symbols import members_of
 
 PROGRAMMES = np.random.default_rng(0).normal(size=(3, N_GENES))
 
@@ -59,7 +59,9 @@ def test_the_likelihood_is_that_of_a_dense_normal(learning: tuple[Problem, SetKe
     assert solved.loss == pytest.approx(dense - constants, rel=1e-9)
 
 
-def test_the_gradient_is_that_of_differences(learning: tuple[Problem, SetKernel, Directions], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_is_that_of_differences(
+    learning: tuple[Problem, SetKernel, Directions], monkeypatch: pytest.MonkeyPatch
+) -> None:
     learned, kernel, _ = learning
     seen: list[tuple[Callable, np.ndarray]] = []
 
@@ -98,7 +100,9 @@ def test_answers_and_their_variance_are_those_of_the_dense_formulas(singles: dic
         # Noise and τ of a direction from what is stored: D = σ² Λ + b, B = (T⁻¹ + Mᵀ C⁻¹ M)⁻¹.
         signal = of["signal"][k]
         white = np.linalg.inv(np.linalg.cholesky(S))
-        eigenvalues = np.maximum(np.linalg.eigvalsh(white @ (K[:n, :n] + np.diag(h * np.where(is_double, nu[1], nu[0]))) @ white.T), 0)
+        eigenvalues = np.maximum(
+            np.linalg.eigvalsh(white @ (K[:n, :n] + np.diag(h * np.where(is_double, nu[1], nu[0]))) @ white.T), 0
+        )
         noise = np.median(1.0 / np.sort(of["inverse"][:, k])[::-1] - signal * eigenvalues)
         C = signal * (K[:n, :n] + np.diag(h * np.where(is_double, nu[1], nu[0]))) + noise * S
         tau = np.linalg.inv(np.linalg.inv(of["B"][k]) - M[:n].T @ np.linalg.solve(C, M[:n]))
@@ -110,7 +114,9 @@ def test_answers_and_their_variance_are_those_of_the_dense_formulas(singles: dic
     for i, label in enumerate(asked):
         others = ~np.isin(training.genes, members_of(label))
         np.testing.assert_allclose(model.effect(label)[others], (means[i] @ V.T)[others], atol=2e-3)
-        np.testing.assert_allclose(model.uncertainty(label)[others], (V**2 @ variances[i])[others], rtol=0.05, atol=1e-5)
+        np.testing.assert_allclose(
+            model.uncertainty(label)[others], (V**2 @ variances[i])[others], rtol=0.05, atol=1e-5
+        )
     assert len(questions.labels) == 3
 
 
@@ -135,12 +141,16 @@ def test_sampling_errors_of_effects_against_the_same_controls_hang_together() ->
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0])
-def test_it_beats_the_sum_where_it_fails_and_keeps_up_where_it_holds(factor: float, singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+def test_it_beats_the_sum_where_it_fails_and_keeps_up_where_it_holds(
+    factor: float,
+    singles: dict[str, np.ndarray],  # noqa: F811
+) -> None:
     training = make_training({**singles, **doubles(singles, factor)}, vectors(), n=12, noise=1.0)
     model, plain = SetGP().learned(training), Additive().learned(training)
     labels = ["G0+G7", "G2+G9", "G11+G4"]
     ours, theirs = (
-        np.mean([error(one, label, factor * sum(singles[g] for g in members_of(label))) for label in labels]) for one in (model, plain)
+        np.mean([error(one, label, factor * sum(singles[g] for g in members_of(label))) for label in labels])
+        for one in (model, plain)
     )
     assert ours < (0.6 if factor < 1 else 1.0) * theirs
 
@@ -148,7 +158,9 @@ def test_it_beats_the_sum_where_it_fails_and_keeps_up_where_it_holds(factor: flo
 def test_it_believes_vectors_that_tell_and_not_those_that_do_not(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
     table = vectors().table
     noise = pd.DataFrame(
-        np.random.default_rng(5).normal(size=(len(table), 3)), index=table.index, columns=["noise:0", "noise:1", "noise:2"]
+        np.random.default_rng(5).normal(size=(len(table), 3)),
+        index=table.index,
+        columns=["noise:0", "noise:1", "noise:2"],
     )
     model = SetGP().learned(make_training(singles, Embeddings(table.join(noise))))
     weights = model.account()
@@ -226,7 +238,10 @@ def test_another_model_is_heard_as_far_as_it_predicts_what_it_was_not_trained_on
     monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 2)
     training = Training.of(screen[0].roles("train", "validation"), screen[1], 0)
     rng = np.random.default_rng(0)
-    true = {label: value.astype(float) for label, value in zip(training.effects.labels, training.effects.values, strict=True)}
+    true = {
+        label: value.astype(float)
+        for label, value in zip(training.effects.labels, training.effects.values, strict=True)
+    }
     truth = {**true, "NEW1": true[training.effects.labels[0]] - true[training.effects.labels[1]]}
     noise = {label: rng.normal(size=len(training.genes)) * 0.3 for label in truth}
     asked = []
@@ -262,7 +277,8 @@ def test_it_knows_nothing_of_cells_that_are_held_out(screen: tuple[Pairs, Embedd
     X = pairs.X.toarray()
     X[is_held_out] = np.random.default_rng(0).random(X[is_held_out].shape)
     effects = [
-        SetGP().learned(Training.of(cells, embeddings, 0)).effect("TF1+TF2") for cells in (pairs, replace(pairs, X=sparse.csr_matrix(X)))
+        SetGP().learned(Training.of(cells, embeddings, 0)).effect("TF1+TF2")
+        for cells in (pairs, replace(pairs, X=sparse.csr_matrix(X)))
     ]
     np.testing.assert_array_equal(*effects)
 
@@ -287,7 +303,9 @@ def test_the_order_of_cells_makes_no_difference(singles: dict[str, np.ndarray]) 
     training = make_training({**singles, **doubles(singles)}, vectors(), batches=2)
     order = np.random.default_rng(0).permutation(len(training.pairs.rows))
     pairs = training.pairs
-    shuffled = Pairs(pairs.X[order], pairs.obs.iloc[order], pairs.genes, pairs.control_index[order], np.arange(len(order)))
+    shuffled = Pairs(
+        pairs.X[order], pairs.obs.iloc[order], pairs.genes, pairs.control_index[order], np.arange(len(order))
+    )
     effects = [SetGP().learned(Training.of(cells, vectors(), 0)).effect("G0+G7") for cells in (pairs, shuffled)]
     np.testing.assert_allclose(*effects, atol=1e-3)
 
@@ -325,7 +343,10 @@ def test_vectors_that_tell_nothing_are_no_trouble(singles: dict[str, np.ndarray]
     assert np.abs(SetGP().learned(make_training(nothing, vectors(), noise=0.0)).effect("G30")).max() < 1e-6
 
 
-def test_of_very_many_rows_some_are_learned_from(singles: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_of_very_many_rows_some_are_learned_from(
+    singles: dict[str, np.ndarray],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     training = make_training({**singles, **doubles(singles)}, vectors())
     whole = SetGP().learned(training)
     monkeypatch.setattr(set_gp, "MOST_LEARNED_FROM", 15)

@@ -13,7 +13,9 @@ import yaml
 from conftest import REPOSITORY, run_snakemake
 from slurm_runs import FATES, LEARNED, N_CLOSED, PROFILE, TARGET, Failures, Interruption, fail, interrupt
 
-CLOSED_FORM = "closed_form_evaluate_predict_train_closed_form"  # the group and its rules, as the plugin names such a job
+CLOSED_FORM = (
+    "closed_form_evaluate_predict_train_closed_form"  # the group and its rules, as the plugin names such a job
+)
 GUIDE = REPOSITORY / "config" / "profiles" / "README.md"
 
 
@@ -117,11 +119,21 @@ def test_the_steps_of_a_closed_form_are_one_job(interruption: Interruption) -> N
 
 
 @pytest.mark.slow
-def test_nothing_is_left_to_be_done_whatever_the_users_own_profile_says(interruption: Interruption, tmp_path: Path) -> None:
+def test_nothing_is_left_to_be_done_whatever_the_users_own_profile_says(
+    interruption: Interruption, tmp_path: Path
+) -> None:
     """Many have `rerun-triggers: mtime` in their own profile; with it, a changed parameter would go unnoticed."""
     (tmp_path / "config.yaml").write_text("rerun-triggers: mtime")
     (tmp_path / "fewer_genes.yaml").write_text("genes: {n_hvg: 30}")
-    profiles = ("--dry-run", "--profile", str(tmp_path), "--workflow-profile", str(PROFILE), "--configfile", "mine.yaml")
+    profiles = (
+        "--dry-run",
+        "--profile",
+        str(tmp_path),
+        "--workflow-profile",
+        str(PROFILE),
+        "--configfile",
+        "mine.yaml",
+    )
     as_it_is = run_snakemake(interruption.folder, *profiles, "--", TARGET)
     assert "Nothing to be done" in as_it_is.text
     changed = run_snakemake(interruption.folder, *profiles, str(tmp_path / "fewer_genes.yaml"), "--", TARGET)

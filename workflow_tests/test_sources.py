@@ -29,15 +29,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from scipy import sparse
 
-from perturbflow import hdf5
 from perturbflow.errors import InputError
-from perturbflow.harmonize import harmonize
-from perturbflow.hdf5 import Appended, Rows
-from perturbflow.kernels import pack_counts, unpack_counts
-from perturbflow.sources import base, matrices, open_source
-from perturbflow.streaming import Spool, in_order
+from perturbflow.io import hdf5
+from perturbflow.io.hdf5 import Appended, Rows
+from perturbflow.io.kernels import pack_counts, unpack_counts
+from perturbflow.io.streaming import Spool, in_order
+from perturbflow.screens.harmonize import harmonize
+from perturbflow.screens.readers import base, matrices, open_source
 
-LIMITS = {"min_counts": 850, "min_genes": 74, "max_pct_mt": 1.2, "min_cells_per_gene": 330, "min_cells_per_perturbation": 18}
+LIMITS = {
+    "min_counts": 850,
+    "min_genes": 74,
+    "max_pct_mt": 1.2,
+    "min_cells_per_gene": 330,
+    "min_cells_per_perturbation": 18,
+}
 
 
 @pytest.fixture
@@ -80,7 +86,9 @@ def write_sparse(
     if is_old:
         group.attrs.update({"h5sparse_format": matrix.format, "h5sparse_shape": matrix.shape})
     else:
-        group.attrs.update({"encoding-type": f"{matrix.format}_matrix", "encoding-version": "0.1.0", "shape": matrix.shape})
+        group.attrs.update(
+            {"encoding-type": f"{matrix.format}_matrix", "encoding-version": "0.1.0", "shape": matrix.shape}
+        )
 
 
 def compressed(
@@ -99,7 +107,9 @@ def unsorted(file: h5py.File, counts: np.ndarray) -> None:
         parts[0].extend([*indices, indices[0], 0])
         parts[1].extend([data[0] - 1, *data[1:], 1, 0])
         parts[2].append(len(parts[0]))
-    matrix = sparse.csr_matrix((np.array(parts[1], np.float32), np.array(parts[0]), np.array(parts[2])), shape=matrix.shape)
+    matrix = sparse.csr_matrix(
+        (np.array(parts[1], np.float32), np.array(parts[0]), np.array(parts[2])), shape=matrix.shape
+    )
     write_sparse(file, "X", matrix)
 
 
@@ -171,7 +181,9 @@ def expected(screen: ad.AnnData) -> ad.AnnData:
         sc.pp.calculate_qc_metrics(adata, qc_vars=["mt"], percent_top=None, log1p=False, inplace=True)
 
     recount()
-    within = (adata.obs["total_counts"] >= LIMITS["min_counts"]) & (adata.obs["n_genes_by_counts"] >= LIMITS["min_genes"])
+    within = (adata.obs["total_counts"] >= LIMITS["min_counts"]) & (
+        adata.obs["n_genes_by_counts"] >= LIMITS["min_genes"]
+    )
     adata = adata[within & (adata.obs["pct_counts_mt"] <= LIMITS["max_pct_mt"])].copy()
     adata = adata[:, np.asarray((adata.X > 0).sum(axis=0)).ravel() >= LIMITS["min_cells_per_gene"]].copy()
     recount()
@@ -200,10 +212,16 @@ def test_every_form_gives_what_scanpy_gives_in_memory(
     assert expected.n_vars < screen.n_vars - 1
     path = saved(screen, tmp_path / "screen.h5ad", FORMS[form])
     assert_same(harmonized_from(path, qc=LIMITS), expected)
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["harmonization.json", "harmonized.h5ad", "screen.h5ad"]
+    assert sorted(found.name for found in tmp_path.iterdir()) == [
+        "harmonization.json",
+        "harmonized.h5ad",
+        "screen.h5ad",
+    ]
 
 
-def test_blocks_of_the_usual_size_give_the_same(screen: ad.AnnData, expected: ad.AnnData, harmonized_from: Callable) -> None:
+def test_blocks_of_the_usual_size_give_the_same(
+    screen: ad.AnnData, expected: ad.AnnData, harmonized_from: Callable
+) -> None:
     assert_same(harmonized_from(screen, qc=LIMITS), expected)
 
 
@@ -212,7 +230,9 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_file_is_the_same_to_the_byte_whatever_the_threads(screen: ad.AnnData, small_blocks: None, tmp_path: Path) -> None:
+def test_the_file_is_the_same_to_the_byte_whatever_the_threads(
+    screen: ad.AnnData, small_blocks: None, tmp_path: Path
+) -> None:
     path = saved(screen, tmp_path / "screen.h5ad", FORMS["dense, gzip"])
     found = set()
     for threads in (1, 1, 3):
@@ -222,7 +242,9 @@ def test_the_file_is_the_same_to_the_byte_whatever_the_threads(screen: ad.AnnDat
     assert len(found) == 1
 
 
-def test_other_tools_open_it_without_a_plugin(screen: ad.AnnData, harmonized_from: Callable, small_blocks: None) -> None:
+def test_other_tools_open_it_without_a_plugin(
+    screen: ad.AnnData, harmonized_from: Callable, small_blocks: None
+) -> None:
     path = harmonized_from(screen).path
     assert sc.read_h5ad(path).shape == ad.read_h5ad(path, backed="r").shape
     with h5py.File(path) as file:
@@ -263,12 +285,16 @@ def spoil(path: Path, name: str, number: int) -> None:
 def test_a_damaged_chunk_is_told(form: str, screen: ad.AnnData, harmonized_from: Callable, tmp_path: Path) -> None:
     path = saved(screen, tmp_path / "screen.h5ad", FORMS[form])
     spoil(path, "X" if "dense" in form else "X/data", 3)
-    with pytest.raises(InputError, match=r"screen\.h5ad is damaged: '/X.*' cannot be read .*Retrieve the file again\.$"):
+    with pytest.raises(
+        InputError, match=r"screen\.h5ad is damaged: '/X.*' cannot be read .*Retrieve the file again\.$"
+    ):
         harmonized_from(path)
     assert [found.name for found in tmp_path.iterdir()] == ["screen.h5ad"], "nothing partial is left"
 
 
-def test_what_no_wanted_cell_lies_in_is_not_read(screen: ad.AnnData, harmonized_from: Callable, small_blocks: None, tmp_path: Path) -> None:
+def test_what_no_wanted_cell_lies_in_is_not_read(
+    screen: ad.AnnData, harmonized_from: Callable, small_blocks: None, tmp_path: Path
+) -> None:
     """Cells 100 to 259 are unassigned: chunks of cells 123 to 245 may be anything."""
     path = saved(screen, tmp_path / "screen.h5ad", FORMS["dense, gzip"])
     n_columns = -(-screen.n_vars // 13)
@@ -296,7 +322,9 @@ def test_a_matrix_that_points_outside_itself_is_told(
         harmonized_from(path)
 
 
-def test_a_matrix_of_another_shape_than_its_tables_is_told(screen: ad.AnnData, harmonized_from: Callable, tmp_path: Path) -> None:
+def test_a_matrix_of_another_shape_than_its_tables_is_told(
+    screen: ad.AnnData, harmonized_from: Callable, tmp_path: Path
+) -> None:
     path = saved(screen, tmp_path / "screen.h5ad", lambda file, counts: dense()(file, counts[:-1]))
     with pytest.raises(InputError, match=r"screen\.h5ad: X has the shape .*obs and var have"):
         harmonized_from(path)
@@ -319,10 +347,22 @@ def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
 @pytest.mark.parametrize("kind", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(0.5, r"no integers \(for example 0\.5\)"), (-2.0, r"the lowest is -2"), (np.nan, "NaN"), (np.inf, "infinite"), (2.0**31, "too high")],
+    [
+        (0.5, r"no integers \(for example 0\.5\)"),
+        (-2.0, r"the lowest is -2"),
+        (np.nan, "NaN"),
+        (np.inf, "infinite"),
+        (2.0**31, "too high"),
+    ],
 )
 def test_what_is_no_count_is_told_in_every_form(
-    kind: Callable, value: float, message: str, screen: ad.AnnData, harmonized_from: Callable, small_blocks: None, tmp_path: Path
+    kind: Callable,
+    value: float,
+    message: str,
+    screen: ad.AnnData,
+    harmonized_from: Callable,
+    small_blocks: None,
+    tmp_path: Path,
 ) -> None:
     plant = with_value(value)
     write = dense(np.float64) if kind is np.asarray else compressed(kind, dtype=np.float64)
@@ -332,7 +372,9 @@ def test_what_is_no_count_is_told_in_every_form(
 
 
 @pytest.mark.parametrize("kind", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
-def test_what_is_nearly_an_integer_is_one(kind: Callable, screen: ad.AnnData, harmonized_from: Callable, tmp_path: Path) -> None:
+def test_what_is_nearly_an_integer_is_one(
+    kind: Callable, screen: ad.AnnData, harmonized_from: Callable, tmp_path: Path
+) -> None:
     def nearly(counts: np.ndarray) -> np.ndarray:
         return np.where(counts > 0, np.expm1(np.log1p(np.minimum(counts, 90)).astype(np.float32)), 0)
 
@@ -346,7 +388,9 @@ def test_what_is_nearly_an_integer_is_one(kind: Callable, screen: ad.AnnData, ha
 # --- tables of older files ------------------------------------------------------------------------------------------
 
 
-def test_a_missing_code_of_the_old_categories_is_no_label(tiny_screen: Callable, harmonized_from: Callable, tmp_path: Path) -> None:
+def test_a_missing_code_of_the_old_categories_is_no_label(
+    tiny_screen: Callable, harmonized_from: Callable, tmp_path: Path
+) -> None:
     """In anndata 0.7 codes point to obs/__categories; -1 is missing, not the last category."""
     screen = tiny_screen()
     path = saved(screen, tmp_path / "screen.h5ad", FORMS["dense"])
@@ -355,7 +399,9 @@ def test_a_missing_code_of_the_old_categories_is_no_label(tiny_screen: Callable,
     codes[200:230] = -1
     with h5py.File(path, "r+") as file:
         del file["obs/perturbation"]
-        categories = file.create_dataset("obs/__categories/perturbation", data=list(labels.categories), dtype=h5py.string_dtype())
+        categories = file.create_dataset(
+            "obs/__categories/perturbation", data=list(labels.categories), dtype=h5py.string_dtype()
+        )
         file.create_dataset("obs/perturbation", data=codes).attrs["categories"] = categories.ref
         file["obs"].attrs["encoding-version"] = "0.1.0"
     result = harmonized_from(path)
@@ -425,7 +471,9 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
     data=st.data(),
 )
 def test_rows_are_those_that_hdf5_reads(values: np.ndarray, data: st.DataObject, tmp_path: Path) -> None:
-    options = data.draw(st.sampled_from([{}, {"chunks": True}, {"compression": "gzip"}, {"compression": "gzip", "shuffle": True}]))
+    options = data.draw(
+        st.sampled_from([{}, {"chunks": True}, {"compression": "gzip"}, {"compression": "gzip", "shuffle": True}])
+    )
     if options:
         options = {**options, "chunks": tuple(data.draw(st.integers(1, n)) for n in values.shape)}
     start = data.draw(st.integers(0, len(values) - 1))
@@ -442,7 +490,11 @@ def test_rows_are_those_that_hdf5_reads(values: np.ndarray, data: st.DataObject,
 
 
 @quick
-@given(parts=st.lists(st.integers(0, 2500), max_size=6), dtype=st.sampled_from([np.float32, np.int32]), chunk=st.integers(1, 900))
+@given(
+    parts=st.lists(st.integers(0, 2500), max_size=6),
+    dtype=st.sampled_from([np.float32, np.int32]),
+    chunk=st.integers(1, 900),
+)
 def test_what_is_appended_is_what_hdf5_reads(parts: list[int], dtype: type, chunk: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(sum(parts))
     values = rng.integers(0, 2**20, sum(parts)).astype(dtype)
@@ -466,7 +518,9 @@ def test_a_spool_gives_back_what_it_got(arrays: list[np.ndarray], tmp_path: Path
     pieces = [spool.append(array) for array in arrays]
     for array, piece in zip(arrays, pieces, strict=True):
         np.testing.assert_array_equal(spool.read(piece), array)
-        np.testing.assert_array_equal(spool.read(piece, len(array) // 3, len(array) // 2), array[len(array) // 3 : len(array) // 2])
+        np.testing.assert_array_equal(
+            spool.read(piece, len(array) // 3, len(array) // 2), array[len(array) // 3 : len(array) // 2]
+        )
         if len(array):
             assert piece.dtype.itemsize == np.min_scalar_type(array.max()).itemsize
     assert list(tmp_path.iterdir()) == [], "the file has no name"
@@ -486,7 +540,11 @@ def test_packed_counts_come_back(matrix: np.ndarray, data: st.DataObject) -> Non
     is_wanted = np.array(data.draw(st.lists(st.booleans(), min_size=n_cells, max_size=n_cells)))
     is_seen = np.array(data.draw(st.lists(st.booleans(), min_size=n_genes, max_size=n_genes)))
     counts = sparse.csr_matrix(matrix.astype(np.float32))
-    packed, ends, tallied = np.zeros(7 * counts.nnz, np.uint8), np.zeros(is_wanted.sum(), np.int64), np.zeros(n_genes, np.int64)
+    packed, ends, tallied = (
+        np.zeros(7 * counts.nnz, np.uint8),
+        np.zeros(is_wanted.sum(), np.int64),
+        np.zeros(n_genes, np.int64),
+    )
     pack_counts(counts.data, counts.indices, counts.indptr, is_wanted, packed, ends, tallied)
     np.testing.assert_array_equal(tallied, (matrix[is_wanted] > 0).sum(axis=0))
     is_kept = np.array(data.draw(st.lists(st.booleans(), min_size=len(ends), max_size=len(ends))), bool)
@@ -497,7 +555,9 @@ def test_packed_counts_come_back(matrix: np.ndarray, data: st.DataObject) -> Non
         np.zeros(is_kept.sum() + 1, np.int64),
     )
     unpack_counts(packed, np.append(0, ends), is_kept, gene, values, indices, indptr)
-    found = sparse.csr_matrix((values[: indptr[-1]], indices[: indptr[-1]], indptr), shape=(is_kept.sum(), is_seen.sum()))
+    found = sparse.csr_matrix(
+        (values[: indptr[-1]], indices[: indptr[-1]], indptr), shape=(is_kept.sum(), is_seen.sum())
+    )
     np.testing.assert_array_equal(found.toarray(), matrix[is_wanted][is_kept][:, is_seen])
 
 
@@ -547,7 +607,9 @@ def test_an_error_in_a_thread_is_the_callers() -> None:
 @pytest.fixture(scope="module")
 def scale() -> ModuleType:
     """Return the benchmark of harmonize at full size."""
-    spec = importlib.util.spec_from_file_location("harmonize_scale", REPOSITORY / "workflow_tests/benchmarks/harmonize_scale.py")
+    spec = importlib.util.spec_from_file_location(
+        "harmonize_scale", REPOSITORY / "workflow_tests/benchmarks/harmonize_scale.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -564,9 +626,19 @@ def big(scale: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(path: Path, target: Path) -> list[str]:
     """Return the arguments that harmonize a file in a process of its own."""
     block = dataset_block(perturbation={"separator": None}, covariates={"batch": "batch"})
-    arguments = [REPOSITORY / "scripts/harmonize.py", "--raw", path, "--harmonized", target, "--report", target.with_suffix(".json")]
+    arguments = [
+        REPOSITORY / "scripts/harmonize.py",
+        "--raw",
+        path,
+        "--harmonized",
+        target,
+        "--report",
+        target.with_suffix(".json"),
+    ]
     arguments += ["--name", "mine", "--dataset", json.dumps(block), "--threads", 2]
-    return list(map(str, [*arguments, "--qc", json.dumps({**OFF, "min_cells_per_perturbation": 5, "min_cells_per_gene": 5})]))
+    return list(
+        map(str, [*arguments, "--qc", json.dumps({**OFF, "min_cells_per_perturbation": 5, "min_cells_per_gene": 5})])
+    )
 
 
 def test_memory_stays_far_below_the_size_of_the_matrix(scale: ModuleType, big: Path, tmp_path: Path) -> None:
@@ -596,4 +668,8 @@ def test_a_killed_run_leaves_nothing_that_the_next_one_does_not_remove(
         process.wait()
     assert not target.exists()
     harmonized_from(screen)
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["harmonization.json", "harmonized.h5ad", "screen.h5ad"]
+    assert sorted(found.name for found in tmp_path.iterdir()) == [
+        "harmonization.json",
+        "harmonized.h5ad",
+        "screen.h5ad",
+    ]

@@ -16,10 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perturbflow import embeddings, pairs
-from perturbflow.divisions import DIVISIONS, ROLES, Shares, members_seen, unseen_combination, unseen_dose, unseen_perturbation
 from perturbflow.errors import InputError
-from perturbflow.split_files import Labels, held_out_names
-from perturbflow.splits import (
+from perturbflow.genes.symbols import CONTROL, entities_of, entity_of, members_of
+from perturbflow.splits.divisions import (
+    DIVISIONS,
+    ROLES,
+    Shares,
+    members_seen,
+    unseen_combination,
+    unseen_dose,
+    unseen_perturbation,
+)
+from perturbflow.splits.named import Labels, held_out_names
+from perturbflow.splits.split import (
     CONTROL_FRACTIONS,
     GENERALIZATION,
     LABEL_KINDS,
@@ -30,12 +39,13 @@ from perturbflow.splits import (
     split,
     unseen_context,
 )
-from perturbflow.symbols import CONTROL, entities_of, entity_of, members_of
 
 KINDS = {"unseen_perturbation": unseen_perturbation, "unseen_combination": unseen_combination}
 
 GENES = [f"G{i:02d}" for i in range(14)]
-pairs_of_genes = st.tuples(st.sampled_from(GENES), st.sampled_from(GENES)).filter(lambda two: two[0] < two[1]).map("+".join)
+pairs_of_genes = (
+    st.tuples(st.sampled_from(GENES), st.sampled_from(GENES)).filter(lambda two: two[0] < two[1]).map("+".join)
+)
 screens = st.tuples(st.sets(st.sampled_from(GENES), min_size=5), st.sets(pairs_of_genes, min_size=3, max_size=15)).map(
     lambda both: sorted(both[0] | both[1])
 )
@@ -46,7 +56,9 @@ seeds = st.integers(0, 5)
 @pytest.mark.parametrize("kind", KINDS)
 @given(labels=screens, fraction=fractions, seed=seeds)
 @settings(max_examples=60, deadline=None)
-def test_every_perturbation_has_one_role(kind: str, labels: list[str], fraction: tuple[float, float], seed: int) -> None:
+def test_every_perturbation_has_one_role(
+    kind: str, labels: list[str], fraction: tuple[float, float], seed: int
+) -> None:
     roles = KINDS[kind](labels, Shares(*fraction, seed))
     assert set(roles) == set(ROLES)
     assert sorted(label for role in ROLES for label in roles[role]) == labels
@@ -63,7 +75,9 @@ def test_roles_depend_on_the_seed_and_not_on_the_order_of_labels(
     shuffled = list(labels)
     shuffling.shuffle(shuffled)
     first, second = KINDS[kind](labels, Shares(*fraction, seed)), KINDS[kind](shuffled, Shares(*fraction, seed))
-    assert {role: set(listed) for role, listed in first.items()} == {role: set(listed) for role, listed in second.items()}
+    assert {role: set(listed) for role, listed in first.items()} == {
+        role: set(listed) for role, listed in second.items()
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,11 +88,17 @@ def test_another_seed_holds_out_others(kind: str) -> None:
 
 @given(labels=screens, fraction=fractions, seed=seeds)
 @settings(max_examples=60, deadline=None)
-def test_a_held_out_gene_is_in_no_training_perturbation(labels: list[str], fraction: tuple[float, float], seed: int) -> None:
+def test_a_held_out_gene_is_in_no_training_perturbation(
+    labels: list[str], fraction: tuple[float, float], seed: int
+) -> None:
     roles = unseen_perturbation(labels, Shares(*fraction, seed))
     genes = {role: {gene for label in roles[role] for gene in members_of(label)} for role in ROLES}
     held_out = {
-        gene for role in ("validation", "test") for label in roles[role] if len(members_of(label)) == 1 for gene in members_of(label)
+        gene
+        for role in ("validation", "test")
+        for label in roles[role]
+        if len(members_of(label)) == 1
+        for gene in members_of(label)
     }
     assert not held_out & genes["train"]
     for label in [*roles["validation"], *roles["test"]]:
@@ -89,7 +109,9 @@ def test_a_held_out_gene_is_in_no_training_perturbation(labels: list[str], fract
 
 @given(labels=screens, fraction=fractions, seed=seeds)
 @settings(max_examples=60, deadline=None)
-def test_all_singles_are_in_training_where_combinations_are_held_out(labels: list[str], fraction: tuple[float, float], seed: int) -> None:
+def test_all_singles_are_in_training_where_combinations_are_held_out(
+    labels: list[str], fraction: tuple[float, float], seed: int
+) -> None:
     roles = unseen_combination(labels, Shares(*fraction, seed))
     assert {label for label in labels if "+" not in label} <= set(roles["train"])
     n = sum("+" in label for label in labels)
@@ -120,10 +142,12 @@ def test_what_is_scored_on_validation_did_not_see_validation() -> None:
 
 # --- doses ----------------------------------------------------------------------------------------------------------
 
-members_at_doses = st.tuples(st.sampled_from(GENES[:6]), st.sampled_from(["", "@1", "@10", "@0.5", "@100", "@1e-05"])).map("".join)
-dosed = st.sets(st.lists(members_at_doses, min_size=1, max_size=2, unique=True).map(sorted).map("+".join), min_size=8, max_size=40).map(
-    sorted
-)
+members_at_doses = st.tuples(
+    st.sampled_from(GENES[:6]), st.sampled_from(["", "@1", "@10", "@0.5", "@100", "@1e-05"])
+).map("".join)
+dosed = st.sets(
+    st.lists(members_at_doses, min_size=1, max_size=2, unique=True).map(sorted).map("+".join), min_size=8, max_size=40
+).map(sorted)
 
 
 @given(labels=dosed, fraction=fractions, seed=seeds)
@@ -152,7 +176,9 @@ def test_a_held_out_dose_leaves_two_others_in_training(
     doses = [label for label in labels if len(members_of(label)) == 1 and "@" in label]
     eligible = {label for label in doses if sum(entity_of(other) == entity_of(label) for other in doses) > 2}
     if not eligible:
-        with pytest.raises(InputError, match=r"at least 3 doses measured alone; this screen has none.*perturbation\.dose"):
+        with pytest.raises(
+            InputError, match=r"at least 3 doses measured alone; this screen has none.*perturbation\.dose"
+        ):
             unseen_dose(labels, Shares(*fraction, seed))
         return
     several = (
@@ -165,7 +191,10 @@ def test_a_held_out_dose_leaves_two_others_in_training(
         held_out = [label for role in ("validation", "test") for label in roles[role]]
         assert {label for label in held_out if len(members_of(label)) == 1} <= eligible
         for label in held_out:
-            assert sum(entity_of(other) == entity_of(label) for other in roles["train"] if other in doses) >= 2 or "+" in label
+            assert (
+                sum(entity_of(other) == entity_of(label) for other in roles["train"] if other in doses) >= 2
+                or "+" in label
+            )
         trained = {member for label in roles["train"] for member in members_of(label)}
         assert not trained & set(held_out)
     if folds:
@@ -174,7 +203,9 @@ def test_a_held_out_dose_leaves_two_others_in_training(
 
 
 def test_two_folds_of_three_doses_are_refused() -> None:
-    with pytest.raises(InputError, match=r"2 folds leave fewer than 2 of the 3 doses of A in training; set folds to 3 or more"):
+    with pytest.raises(
+        InputError, match=r"2 folds leave fewer than 2 of the 3 doses of A in training; set folds to 3 or more"
+    ):
         unseen_dose(["A@1", "A@2", "A@3"], Shares(None, 0.0, 0, (0, 2)))
 
 
@@ -224,7 +255,12 @@ def test_more_folds_than_genes_are_explained() -> None:
 
 def cells_of(contexts: list[str], labels: list[str], n: int = 10, n_controls: int = 12) -> pd.DataFrame:
     """Return obs with n cells per perturbation and context."""
-    rows = [(label, day) for day in contexts for label in [CONTROL, *labels] for _ in range(n_controls if label == CONTROL else n)]
+    rows = [
+        (label, day)
+        for day in contexts
+        for label in [CONTROL, *labels]
+        for _ in range(n_controls if label == CONTROL else n)
+    ]
     obs = pd.DataFrame(rows, columns=["perturbation", "batch"], index=[f"cell_{i}" for i in range(len(rows))])
     return obs.assign(cell_type="t", dataset="d", is_control=obs["perturbation"] == CONTROL)
 
@@ -247,12 +283,18 @@ def test_no_cell_of_a_held_out_context_is_elsewhere(
     assert len(held_out) == min(len(contexts) - 1, max(1, round(fraction[0] * len(contexts))))
     assert (obs["batch"].isin(held_out) == (roles == "test")).all(), "all of them, controls included, and nothing else"
     perturbed = ~obs["is_control"]
-    shares = pd.crosstab([obs["perturbation"], obs["batch"]], roles[perturbed & (roles != "test")]).reindex(columns=["train", "validation"])
-    assert ((shares.fillna(0)["validation"] - fraction[1] * n).abs() < 1).all(), "a share of every perturbation × context"
+    shares = pd.crosstab([obs["perturbation"], obs["batch"]], roles[perturbed & (roles != "test")]).reindex(
+        columns=["train", "validation"]
+    )
+    assert ((shares.fillna(0)["validation"] - fraction[1] * n).abs() < 1).all(), (
+        "a share of every perturbation × context"
+    )
     assert set(roles[obs["is_control"]]) == set(ROLES)
     order = list(obs.index)
     shuffling.shuffle(order)
-    assert unseen_context(obs.loc[order], "batch", None, *fraction, seed)[obs.index].equals(roles), "the order of cells plays no part"
+    assert unseen_context(obs.loc[order], "batch", None, *fraction, seed)[obs.index].equals(roles), (
+        "the order of cells plays no part"
+    )
 
 
 def test_contexts_that_are_named_are_held_out() -> None:
@@ -280,7 +322,9 @@ def test_perturbations_that_only_the_held_out_context_has_are_left_out() -> None
         (["x", "y"], ["y"], "x", r"the other values of batch \(x\) hold no control cell"),
     ],
 )
-def test_contexts_that_cannot_be_held_out_are_explained(contexts: list, held_out: list | None, change: str | None, message: str) -> None:
+def test_contexts_that_cannot_be_held_out_are_explained(
+    contexts: list, held_out: list | None, change: str | None, message: str
+) -> None:
     obs = cells_of(contexts, ["A", "B"])
     obs = obs[~(obs["is_control"] & (obs["batch"] == change))]
     with pytest.raises(InputError, match=message):
@@ -330,13 +374,22 @@ def test_every_split_says_what_its_scores_are_evidence_of(prepared: dict[str, Pr
 def test_an_error_names_the_split(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_context"]
     spec = {**SPECS_OF_CELLS["unseen_context"], "held_out": ["day_5"]}
-    with pytest.raises(InputError, match=r"splits.later: held_out: day_5 is no value of batch in this screen; its values: b1, b2"):
+    with pytest.raises(
+        InputError, match=r"splits.later: held_out: day_5 is no value of batch in this screen; its values: b1, b2"
+    ):
         split(here.harmonized, here.harmonization, tmp_path / "split.json", "later", spec)
 
 
 def test_a_fold_of_a_screen(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_perturbation"]
-    spec = {"kind": "unseen_perturbation", "folds": 4, "fold": 1, "name": "genes", "validation_fraction": 0.1, "seed": 0}
+    spec = {
+        "kind": "unseen_perturbation",
+        "folds": 4,
+        "fold": 1,
+        "name": "genes",
+        "validation_fraction": 0.1,
+        "seed": 0,
+    }
     split(here.harmonized, here.harmonization, tmp_path / "split.json", "genes_fold_1", spec)
     content = json.loads((tmp_path / "split.json").read_text())
     assert content["name"] == "genes_fold_1"
@@ -352,7 +405,9 @@ def test_a_whole_screen_or_cell_line_is_held_out(
     covariate: str, held_out: str, harmonized_from: Callable, shared_data: Callable, tmp_path: Path
 ) -> None:
     path = shared_data("norman_k562_mini/perturbench_devel_counts.h5ad")
-    merged = harmonized_from(path, covariates={"dataset": "dataset", "cell_type": "cell_type"}, qc={"min_cells_per_perturbation": 30})
+    merged = harmonized_from(
+        path, covariates={"dataset": "dataset", "cell_type": "cell_type"}, qc={"min_cells_per_perturbation": 30}
+    )
     obs = merged.adata.obs
     assert set(obs["dataset"]) == {"norman19", "mcfaline23"}
     assert set(obs["batch"]) == {"norman19:unknown", "mcfaline23:unknown"}
@@ -367,7 +422,9 @@ def test_a_whole_screen_or_cell_line_is_held_out(
     elsewhere = set(obs.loc[obs[covariate] != held_out, "perturbation"]) - {CONTROL}
     there = set(obs.loc[obs[covariate] == held_out, "perturbation"]) - {CONTROL}
     assert set(content["perturbations"]["test"]) == there & elsewhere
-    assert content["n_cells_left_out"] == obs.loc[obs[covariate] == held_out, "perturbation"].isin(there - elsewhere).sum()
+    assert (
+        content["n_cells_left_out"] == obs.loc[obs[covariate] == held_out, "perturbation"].isin(there - elsewhere).sum()
+    )
     pairs.pair(merged.path, here.split, here.pairs, 100)
     embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
     here.run_audit()
@@ -519,13 +576,27 @@ def test_a_file_of_gears_is_read_as_it_is(key: str, read: Callable) -> None:
 def test_labels_of_a_file_are_read_as_those_of_the_screen_were(tmp_path: Path) -> None:
     """The dataset's own pattern, separator, other names and controls bring a label to its form before it is called unknown."""
     path = tmp_path / "roles.json"
-    path.write_text(json.dumps({"train": ["sgA-1", "sgA-2", "sgOLD-1", "NT-12"], "val": ["D"], "test": ["sgA-1|sgB-3"]}))
-    declared = {"control": ["NT"], "control_pattern": r"NT-\d+", "separator": "|", "pattern": r"sg(\w+)-\d+", "rename": {"OLD": "C"}}
-    assert listed(path, Labels(LABELS, {}, "human", declared), 0.1, 0) == {"train": ["A", "C"], "validation": ["D"], "test": ["A+B"]}
+    path.write_text(
+        json.dumps({"train": ["sgA-1", "sgA-2", "sgOLD-1", "NT-12"], "val": ["D"], "test": ["sgA-1|sgB-3"]})
+    )
+    declared = {
+        "control": ["NT"],
+        "control_pattern": r"NT-\d+",
+        "separator": "|",
+        "pattern": r"sg(\w+)-\d+",
+        "rename": {"OLD": "C"},
+    }
+    assert listed(path, Labels(LABELS, {}, "human", declared), 0.1, 0) == {
+        "train": ["A", "C"],
+        "validation": ["D"],
+        "test": ["A+B"],
+    }
 
 
 @pytest.mark.parametrize("name", ["roles.pkl", "roles.json"])
-def test_a_pickle_is_refused_with_the_way_to_convert_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_is_refused_with_the_way_to_convert_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / name
     path.write_bytes(pickle.dumps({"train": ["A+ctrl"], "val": ["B+ctrl"], "test": ["C+ctrl"]}))
     with pytest.raises(InputError, match="is a pickle") as raised:
@@ -557,7 +628,11 @@ def test_names_are_told_as_they_were_written(tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         listed(path, Labels(["A", "SOX2", "MAP3K20"], {"MAP3K21": 12}, "human"), 0.1, 0)
     said = str(raised.value)
-    for part in ("'SOX22' (read as 'SOX12') in train (did you mean SOX2", "'foo+bar' in train", "'KIAA1804' in test (12 cells)"):
+    for part in (
+        "'SOX22' (read as 'SOX12') in train (did you mean SOX2",
+        "'foo+bar' in train",
+        "'KIAA1804' in test (12 cells)",
+    ):
         assert part in said
     with pytest.raises(InputError, match=r"held_out: .*'SOX22' \(read as 'SOX12'\) \(did you mean SOX2"):
         held_out_names(["SOX22"], "unseen_perturbation", Labels(["A", "SOX2"], {}, "human"))
@@ -566,7 +641,9 @@ def test_names_are_told_as_they_were_written(tmp_path: Path) -> None:
 def test_a_compound_without_its_dose_is_told_with_its_doses(tmp_path: Path) -> None:
     labels = Labels(["A@1", "A@10", "B@1", "A@1+B@1"], {}, "")
     (tmp_path / "roles.json").write_text(json.dumps({"train": ["A"], "test": ["B@1", "A+B"]}))
-    with pytest.raises(InputError, match=r"'A' in train \(name it with its doses: A@1, A@10\), 'A\+B' in test \(name it .*: A@1\+B@1\)"):
+    with pytest.raises(
+        InputError, match=r"'A' in train \(name it with its doses: A@1, A@10\), 'A\+B' in test \(name it .*: A@1\+B@1\)"
+    ):
         listed(tmp_path / "roles.json", labels, 0.1, 0)
     with pytest.raises(InputError, match=r"'A' \(name it with its doses: A@1, A@10\)"):
         held_out_names(["A"], "unseen_dose", labels)
@@ -582,7 +659,9 @@ def test_a_compound_without_its_dose_is_told_with_its_doses(tmp_path: Path) -> N
         ("unseen_combination", ["TF2+TF1", "TF3+TF4"], {"TF1+TF2", "TF3+TF4"}),
     ],
 )
-def test_what_a_block_names_is_held_out(kind: str, named: list[str], test: set[str], prepared: dict[str, Prepared], tmp_path: Path) -> None:
+def test_what_a_block_names_is_held_out(
+    kind: str, named: list[str], test: set[str], prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
     here = prepared[kind]
     spec = {"kind": kind, "held_out": named, "validation_fraction": 0.2, "seed": 0}
     split(here.harmonized, here.harmonization, tmp_path / "split.json", "mine", spec)
@@ -630,7 +709,9 @@ def test_without_a_list_for_validation_a_share_of_training_serves_by_seed(read: 
 
 def test_perturbations_that_a_file_does_not_name_are_left_out(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_combination"]
-    (tmp_path / "roles.json").write_text(json.dumps({"train": ["TF1", "TF2", "TF3"], "validation": ["TF4"], "test": ["TF2+TF1"]}))
+    (tmp_path / "roles.json").write_text(
+        json.dumps({"train": ["TF1", "TF2", "TF3"], "validation": ["TF4"], "test": ["TF2+TF1"]})
+    )
     spec = {"kind": "file", "path": str(tmp_path / "roles.json"), "validation_fraction": 0.1, "seed": 0}
     split(here.harmonized, here.harmonization, tmp_path / "split.json", "frozen", spec)
     content = json.loads((tmp_path / "split.json").read_text())

@@ -15,20 +15,22 @@ from encoders import exported
 from scipy import sparse
 from test_models import registered
 
-from perturbflow import hdf5, prediction
 from perturbflow import pairs as pairs_module
+from perturbflow import predict as prediction
 from perturbflow.embeddings import Embeddings
-from perturbflow.models import autoencoder, batches
-from perturbflow.models.autoencoder import DrawnCells
+from perturbflow.io import hdf5
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.batches import PairedCells, encoded
-from perturbflow.models.conditions import Conditions
+from perturbflow.models.closed_form.base import Training
 from perturbflow.models.effects import Effects
-from perturbflow.models.latent import LatentSpace
-from perturbflow.models.set_gp import SetGP
-from perturbflow.models.shift import Training
+from perturbflow.models.gaussian_process.set_gp import SetGP
+from perturbflow.models.latents import vae as autoencoder
+from perturbflow.models.latents.pca import LatentSpace
+from perturbflow.models.latents.vae import DrawnCells
+from perturbflow.models.training import batches
+from perturbflow.models.training.batches import PairedCells, encoded
+from perturbflow.models.training.conditions import Conditions
 from perturbflow.pairs import Pairs
-from perturbflow.training import train
+from perturbflow.train import train
 
 COMBINATION = "unseen_combination"
 SHARES = {"control_share": 0.2, "synthetic_share": 0.3, "shifted_share": 0.3, "cells_per_draw": 4}
@@ -99,7 +101,9 @@ def test_no_chunk_is_decoded_twice_by_a_pass_or_a_call(tmp_path: Path, monkeypat
     rows = written(tmp_path / "X.h5", X, 100, compression="gzip")
     decoded = []
     decode = hdf5.Rows._decoded
-    monkeypatch.setattr(hdf5.Rows, "_decoded", lambda self, origin: decoded.append((self.dataset.name, origin)) or decode(self, origin))
+    monkeypatch.setattr(
+        hdf5.Rows, "_decoded", lambda self, origin: decoded.append((self.dataset.name, origin)) or decode(self, origin)
+    )
     monkeypatch.setattr(hdf5, "SPAN", 170)
     rows[np.random.default_rng(0).permutation(300)]
     n_chunks = 2 * -(-X.nnz // 100)
@@ -188,7 +192,9 @@ def test_batches_are_the_same(
     expected = np.stack([in_latent.effect_of(label) for label in memory.labels])
     np.testing.assert_allclose(memory.effect[:-1], expected, atol=1e-5)
     rows = np.array([pairs.cells_of(memory.labels[-1])[0], np.flatnonzero(pairs.is_control)[0]])
-    np.testing.assert_allclose(memory.shifted(rows).numpy(), memory.z[rows].numpy() - [expected[-1], np.zeros(12)], atol=1e-5)
+    np.testing.assert_allclose(
+        memory.shifted(rows).numpy(), memory.z[rows].numpy() - [expected[-1], np.zeros(12)], atol=1e-5
+    )
 
 
 class Watched:
@@ -208,10 +214,16 @@ def fitted(name: str, pairs: Pairs, embeddings: Path, folder: Path, **changes: o
 
 
 @pytest.mark.parametrize(
-    ("name", "latent"), [("scppdm", "counts"), ("scppdm", "pca"), ("scppdm", "external"), ("jepa", None), ("counterfactual", None)]
+    ("name", "latent"),
+    [("scppdm", "counts"), ("scppdm", "pca"), ("scppdm", "external"), ("jepa", None), ("counterfactual", None)],
 )
 def test_trained_weights_are_the_same_and_no_role_is_read_as_a_whole(
-    name: str, latent: str | None, both: tuple[Pairs, Pairs], prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    latent: str | None,
+    both: tuple[Pairs, Pairs],
+    prepared: dict[str, Prepared],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if latent == "external":
         latent = {"file": str(exported(tmp_path / "encoder.pt2", both[0].genes))}
@@ -220,9 +232,9 @@ def test_trained_weights_are_the_same_and_no_role_is_read_as_a_whole(
     monkeypatch.setattr(pairs_module, "ROWS_AT_ONCE", 64)
     embeddings = prepared[COMBINATION].embeddings
     _, expected = fitted(name, both[0], embeddings, tmp_path / "memory", **changes)
-    monkeypatch.setattr("perturbflow.models.latent.MAX_CELLS", 10**6)
-    monkeypatch.setattr("perturbflow.models.probes.MAX_CELLS", 60)
-    monkeypatch.setattr("perturbflow.models.external.CELLS_PER_BLOCK", 60)
+    monkeypatch.setattr("perturbflow.models.latents.pca.MAX_CELLS", 10**6)
+    monkeypatch.setattr("perturbflow.models.jepa.MAX_CELLS", 60)
+    monkeypatch.setattr("perturbflow.models.latents.exported.CELLS_PER_BLOCK", 60)
     watched = Watched(monkeypatch)
     model, artefact = fitted(name, both[1], embeddings, tmp_path / "disk", **changes)
     assert model.reads_blocks
@@ -255,7 +267,10 @@ def test_closed_forms_of_the_hybrid_are_the_same_from_disk(prepared: dict[str, P
     for kind in (COMBINATION, "unseen_context"):
         files = prepared[kind]
         embeddings = Embeddings.read(files.embeddings)
-        means = [SetGP().learned(Training.of(cells, embeddings, 0)) for cells in (Pairs.read(files.pairs), Pairs.open(files.pairs))]
+        means = [
+            SetGP().learned(Training.of(cells, embeddings, 0))
+            for cells in (Pairs.read(files.pairs), Pairs.open(files.pairs))
+        ]
         assert means[0].account() == pytest.approx(means[1].account(), abs=1e-3)
         for label in ("TF1+TF2", "TF1", "TF8"):
             np.testing.assert_allclose(means[0].effect(label), means[1].effect(label), atol=1e-5)
@@ -271,7 +286,9 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_runs")
-def test_batches_of_counts_from_disk_depend_on_seed_and_step_alone(both: tuple[Pairs, Pairs], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_counts_from_disk_depend_on_seed_and_step_alone(
+    both: tuple[Pairs, Pairs], monkeypatch: pytest.MonkeyPatch
+) -> None:
     X = both[1].roles("train").X
     watched = Watched(monkeypatch)
     through = DrawnCells(X)
@@ -294,7 +311,11 @@ def test_cells_are_read_ahead_from_epoch_to_epoch_whoever_looks_at_others_in_bet
 ) -> None:
     X, read = both[1].roles("train").X, []
     runs = DrawnCells._runs
-    monkeypatch.setattr(DrawnCells, "_runs", lambda cells, seed: read.append((seed, threading.current_thread().name)) or runs(cells, seed))
+    monkeypatch.setattr(
+        DrawnCells,
+        "_runs",
+        lambda cells, seed: read.append((seed, threading.current_thread().name)) or runs(cells, seed),
+    )
     monkeypatch.setattr(autoencoder, "STEPS_PER_EPOCH", 6)
     through = DrawnCells(X)
     for epoch in range(3):
@@ -332,7 +353,17 @@ def predicted(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[..., ad
         implementation, params = registered(name, **changes)
         model = tmp_path / f"{name}{'.ckpt' if changes else '.npz'}"
         if not model.exists():
-            train(files.pairs, files.embeddings, files.audit, model, tmp_path / "run.json", implementation, params, 0, "cpu")
+            train(
+                files.pairs,
+                files.embeddings,
+                files.audit,
+                model,
+                tmp_path / "run.json",
+                implementation,
+                params,
+                0,
+                "cpu",
+            )
         path = tmp_path / f"{target}.h5ad"
         prediction.predict(files.pairs, model, path, implementation, params, 0, max_cells)
         return ad.read_h5ad(path)
@@ -341,8 +372,12 @@ def predicted(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[..., ad
 
 
 @pytest.mark.parametrize("name", ["technical_duplicate", "interpolated_duplicate"])
-def test_blocks_of_cells_are_what_is_predicted_at_once(name: str, predicted: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction, "nonnegative", lambda cells: np.maximum(cells, 0.0))  # it keeps the mean of the cells that it sees
+def test_blocks_of_cells_are_what_is_predicted_at_once(
+    name: str, predicted: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        prediction, "nonnegative", lambda cells: np.maximum(cells, 0.0)
+    )  # it keeps the mean of the cells that it sees
     whole = predicted(name)
     monkeypatch.setattr(prediction, "CELLS_PER_BLOCK", 7)
     monkeypatch.setattr(hdf5, "CHUNK", 100)
@@ -353,7 +388,9 @@ def test_blocks_of_cells_are_what_is_predicted_at_once(name: str, predicted: Cal
     assert blocks.X.dtype == np.float32
 
 
-def test_predictions_are_those_of_the_model_for_the_matched_controls(predicted: Callable, both: tuple[Pairs, Pairs]) -> None:
+def test_predictions_are_those_of_the_model_for_the_matched_controls(
+    predicted: Callable, both: tuple[Pairs, Pairs]
+) -> None:
     out = predicted("additive", 9)
     model = build(*registered("additive"))
     model.fit(both[0].fitted_on("test"), None, Run(seed=0))
@@ -364,17 +401,23 @@ def test_predictions_are_those_of_the_model_for_the_matched_controls(predicted: 
         context = test.context_of(np.searchsorted(test.rows, cells["control_index"].to_numpy()))
         expected = model.predict(start, [label], 9, 0, context)[0]
         np.testing.assert_allclose(out[cells.index].X.toarray(), expected, atol=1e-5)
-        assert (both[0].obs["batch"].iloc[cells["control_index"]].astype(str).to_numpy() == cells["batch"].to_numpy()).all()
+        assert (
+            both[0].obs["batch"].iloc[cells["control_index"]].astype(str).to_numpy() == cells["batch"].to_numpy()
+        ).all()
     assert out.obs["perturbation"].dtype == "category"
     assert list(out.var_names) == both[0].genes
 
 
-def test_blocks_of_a_random_model_differ_and_the_first_is_that_of_few_cells(predicted: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_a_random_model_differ_and_the_first_is_that_of_few_cells(
+    predicted: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prediction, "CELLS_PER_BLOCK", 10)
     blocks = predicted("counterfactual", 20, **TINY)
     again = predicted("counterfactual", 20, "again", **TINY)
     np.testing.assert_array_equal(blocks.X.toarray(), again.X.toarray())
-    seeds = {prediction.block_seed(seed, label, block) for seed in (0, 1) for label in ("TF1", "TF2") for block in (0, 1, 2)}
+    seeds = {
+        prediction.block_seed(seed, label, block) for seed in (0, 1) for label in ("TF1", "TF2") for block in (0, 1, 2)
+    }
     assert len(seeds) == 10  # the first block has the model's seed, whatever the label
     assert prediction.block_seed(5, "TF1", 0) == 5
 
@@ -389,7 +432,9 @@ def test_prediction_reads_the_controls_of_its_role_alone(
 
 
 @pytest.mark.parametrize("moment", [1, 3])
-def test_a_prediction_cut_short_leaves_no_file(moment: int, predicted: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prediction_cut_short_leaves_no_file(
+    moment: int, predicted: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prediction, "CELLS_PER_BLOCK", 7)
     predicted("additive", target="before")
     append = hdf5.AppendedRows.append

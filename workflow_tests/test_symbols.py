@@ -12,8 +12,8 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbflow import hgnc, symbols
-from perturbflow.symbols import CONTROL, approved_symbol, candidates, canonical_label, human_symbols, members_of
+from perturbflow.genes import hgnc, symbols
+from perturbflow.genes.symbols import CONTROL, approved_symbol, candidates, canonical_label, human_symbols, members_of
 
 # --- known answers --------------------------------------------------------------------------------------------------
 
@@ -42,7 +42,12 @@ def test_a_name_becomes_the_approved_symbol(name: str, gene: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "genes"),
-    [("QARS", {"EPRS1", "QARS1"}), ("MLL4", {"KMT2B", "KMT2D"}), ("1-Mar", {"MARCHF1", "MTARC1"}), ("OCT3", {"POU5F1", "SLC22A3"})],
+    [
+        ("QARS", {"EPRS1", "QARS1"}),
+        ("MLL4", {"KMT2B", "KMT2D"}),
+        ("1-Mar", {"MARCHF1", "MTARC1"}),
+        ("OCT3", {"POU5F1", "SLC22A3"}),
+    ],
 )
 def test_an_ambiguous_name_is_left_alone_and_its_candidates_are_told(name: str, genes: set[str]) -> None:
     assert approved_symbol(name) == name
@@ -63,13 +68,23 @@ def test_mouse_symbols_are_left_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "gene"), [("KIAA1804", "MAP3K21"), ("PDL1", "CD274"), ("PERK", "EIF2AK3"), ("IRE1", "ERN1"), ("TF6", "TFG"), ("MLL4", "MLL4")]
+    ("label", "gene"),
+    [
+        ("KIAA1804", "MAP3K21"),
+        ("PDL1", "CD274"),
+        ("PERK", "EIF2AK3"),
+        ("IRE1", "ERN1"),
+        ("TF6", "TFG"),
+        ("MLL4", "MLL4"),
+    ],
 )
 def test_an_alias_is_followed_to_the_one_gene_that_is_measured(label: str, gene: str) -> None:
     measured = {name: name for name in ("MAP3K21", "CD274", "EIF2AK3", "ERN1", "TFG", "KMT2B", "KMT2D")}
     assert canonical_label(label, {"ctrl"}, "+", measured=measured) == gene
     assert canonical_label(label, {"ctrl"}, "+") == label
-    assert canonical_label(label, {"ctrl"}, "+", measured={label: label, gene: gene}) == label, "it is a gene of the file itself"
+    assert canonical_label(label, {"ctrl"}, "+", measured={label: label, gene: gene}) == label, (
+        "it is a gene of the file itself"
+    )
 
 
 def test_an_ambiguous_label_goes_where_its_row_went() -> None:
@@ -124,13 +139,15 @@ def test_the_table_says_where_it_is_from_and_is_small() -> None:
 
 
 def test_the_snakefile_does_not_read_the_table() -> None:
-    command = "import sys, perturbflow.registry.plan; print('perturbflow.symbols' in sys.modules)"
+    command = "import sys, perturbflow.registry.plan; print('perturbflow.genes.symbols' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts")}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-def test_the_table_is_made_from_approved_entries_the_same_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_made_from_approved_entries_the_same_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     columns = [*hgnc.COLUMNS.values(), "Status"]
     entries = [("NEW1", "OLD1, OLDER1", "NICK", "ENSG00000000001", "HGNC:1", "Approved"), ("GONE", "", "", "", "HGNC:2", "Entry Withdrawn"),
                ("B2", "", "NICK, BEE", "", "HGNC:3", "Approved")]  # fmt: skip

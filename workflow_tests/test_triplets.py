@@ -12,8 +12,8 @@ from scipy import io as scipy_io
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.sources import triplets
-from perturbflow.sources.triplets import open_triplets
+from perturbflow.screens.readers import triplets
+from perturbflow.screens.readers.triplets import open_triplets
 
 N_GENES, N_BARCODES = 40, 90
 
@@ -44,7 +44,12 @@ def contents(seed: int = 0, genes: list[str] | None = None) -> tuple[dict[str, b
     return files, matrix, cells
 
 
-NAMES = {"matrix": "matrix.mtx", "barcodes": "barcodes.tsv", "genes": "genes.tsv", "cell_identities": "cell_identities.csv"}
+NAMES = {
+    "matrix": "matrix.mtx",
+    "barcodes": "barcodes.tsv",
+    "genes": "genes.tsv",
+    "cell_identities": "cell_identities.csv",
+}
 
 
 def written(folder: Path, files: dict[str, bytes], gzipped: bool = False) -> dict[str, Path]:
@@ -111,7 +116,9 @@ def test_the_triplets_of_a_tar_are_joined_on_the_genes_that_all_have(tmp_path: P
     common = [f"ENSG{i:011d}" for i in range(5, N_GENES)]
     assert list(source.var["gene_id"]) == common
     is_cell = [i for i in range(N_BARCODES) if i % 5]
-    expected = np.vstack([matrix_1.toarray()[5:].T[is_cell], matrix_2.toarray()[[other_genes.index(gene) for gene in common]].T[is_cell]])
+    expected = np.vstack(
+        [matrix_1.toarray()[5:].T[is_cell], matrix_2.toarray()[[other_genes.index(gene) for gene in common]].T[is_cell]]
+    )
     numbers, counts = together(source)
     assert np.array_equal(numbers, np.arange(len(expected)))
     assert np.array_equal(counts, expected)
@@ -154,13 +161,37 @@ def test_order_that_is_lost_late_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 BROKEN = {
-    "truncated": ("matrix", lambda text: text[: text.rindex(b"\n", 0, len(text) // 2)], r"matrix\.mtx ends after [\d,]+ of [\d,]+ entries"),
-    "cut in a line": ("matrix", lambda text: text.rstrip()[:-2], r"matrix\.mtx: after [\d,]+ entries comes what is no count|ends after"),
-    "fractions": ("matrix", lambda text: text.rstrip() + b".5", r"matrix\.mtx: after [\d,]+ entries comes what is no count"),
-    "no matrix": ("matrix", lambda _: b"<html>", r"matrix\.mtx is no sparse MatrixMarket file of counts: it starts with '<html>'"),
-    "other barcodes": ("barcodes", lambda text: text[: text.rindex(b"\n")], r"90 barcodes, but the files beside it list 40 genes and 89"),
+    "truncated": (
+        "matrix",
+        lambda text: text[: text.rindex(b"\n", 0, len(text) // 2)],
+        r"matrix\.mtx ends after [\d,]+ of [\d,]+ entries",
+    ),
+    "cut in a line": (
+        "matrix",
+        lambda text: text.rstrip()[:-2],
+        r"matrix\.mtx: after [\d,]+ entries comes what is no count|ends after",
+    ),
+    "fractions": (
+        "matrix",
+        lambda text: text.rstrip() + b".5",
+        r"matrix\.mtx: after [\d,]+ entries comes what is no count",
+    ),
+    "no matrix": (
+        "matrix",
+        lambda _: b"<html>",
+        r"matrix\.mtx is no sparse MatrixMarket file of counts: it starts with '<html>'",
+    ),
+    "other barcodes": (
+        "barcodes",
+        lambda text: text[: text.rindex(b"\n")],
+        r"90 barcodes, but the files beside it list 40 genes and 89",
+    ),
     "other genes": ("genes", lambda text: text + b"\nENSG1\tB", r"40 genes × 90 barcodes, but .* 41 genes"),
-    "two identities": ("cell_identities", lambda text: text + b"\n" + text.splitlines()[2], r"barcode \w+-\d has several rows"),
+    "two identities": (
+        "cell_identities",
+        lambda text: text + b"\n" + text.splitlines()[2],
+        r"barcode \w+-\d has several rows",
+    ),
 }
 
 

@@ -42,7 +42,9 @@ def run(command: list[str], folder: Path, fails: bool) -> str:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(folder / ".cache"),
     }
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables, check=False)
+    done = subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables, check=False
+    )
     assert (done.returncode != 0) == fails, f"{command[-1]}\n{done.stdout[-5000:]}"
     return done.stdout
 

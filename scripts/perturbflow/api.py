@@ -17,24 +17,26 @@ import anndata as ad
 import pandas as pd
 from scipy import sparse
 
-from perturbflow import audit as audits
-from perturbflow import divisions, prediction, splits
 from perturbflow import embeddings as vectors
-from perturbflow import harmonize as harmonization
 from perturbflow import pairs as pairing
-from perturbflow.artefacts import save_artefact
+from perturbflow import predict as prediction
+from perturbflow.audit import audit as audits
+from perturbflow.audit.evidence import Evidence
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.evaluation.table import scores
-from perturbflow.evidence import Evidence
-from perturbflow.files import read_json, write_json
+from perturbflow.genes.symbols import CONTROL, SEPARATOR, members_of
+from perturbflow.io.artefacts import save_artefact
+from perturbflow.io.files import read_json, write_json
 from perturbflow.models.base import Ceiling, Run, build
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.schemas import suggestion
 from perturbflow.registry.shipped import shipped
-from perturbflow.split_files import Labels, held_out_names
-from perturbflow.symbols import CONTROL, SEPARATOR, members_of
+from perturbflow.screens import harmonize as harmonization
+from perturbflow.splits import divisions
+from perturbflow.splits import split as splits
+from perturbflow.splits.named import Labels, held_out_names
 
 Cells: TypeAlias = ad.AnnData | Path | str
 
@@ -52,10 +54,17 @@ class _Folder(ExitStack):
             if not Path(cells).exists():
                 raise InputError(f"there is no file {cells}.")
             return Path(cells)
-        if cells.X is not None and not isinstance(cells.X, sparse.csr_matrix):  # what the steps write, and read in blocks of rows
+        if cells.X is not None and not isinstance(
+            cells.X, sparse.csr_matrix
+        ):  # what the steps write, and read in blocks of rows
             raw = cells.raw
             cells = ad.AnnData(
-                sparse.csr_matrix(cells.X), cells.obs, cells.var, cells.uns, obsm=dict(cells.obsm), layers=dict(cells.layers)
+                sparse.csr_matrix(cells.X),
+                cells.obs,
+                cells.var,
+                cells.uns,
+                obsm=dict(cells.obsm),
+                layers=dict(cells.layers),
             )
             cells.raw = None if raw is None else raw.to_adata()
         path = self.path / name
@@ -90,7 +99,9 @@ def _read(cells: Cells, name: str) -> ad.AnnData:
         raise InputError(f"{cells} cannot be read as h5ad ({name}): {error}.") from error
 
 
-def harmonize(screen: Cells, block: Mapping[str, Any], qc: Mapping[str, Any] | None = None, name: str = "screen") -> ad.AnnData:
+def harmonize(
+    screen: Cells, block: Mapping[str, Any], qc: Mapping[str, Any] | None = None, name: str = "screen"
+) -> ad.AnnData:
     """Bring a screen to one schema: raw counts, canonical labels, approved symbols; cells without an assigned perturbation are dropped.
 
     Parameters
@@ -120,7 +131,9 @@ def harmonize(screen: Cells, block: Mapping[str, Any], qc: Mapping[str, Any] | N
         config = shipped(mine={"datasets": {name: {**block, "source": {**block.get("source", {}), "path": str(raw)}}}})
         completed = config["datasets"][name]
         limits = {**config["qc"], **completed.get("qc", {}), **(qc or {})}
-        harmonization.harmonize(raw, folder.path / "harmonized.h5ad", folder.path / "account.json", name, completed, limits)
+        harmonization.harmonize(
+            raw, folder.path / "harmonized.h5ad", folder.path / "account.json", name, completed, limits
+        )
         return ad.read_h5ad(folder.path / "harmonized.h5ad")
 
 
@@ -139,7 +152,9 @@ def _spec(kind: str, options: Mapping[str, Any]) -> dict:
     return dict(specs[f"own_fold_{fold}" if "folds" in own else "own"])
 
 
-def split(harmonized: Cells, kind: str, *, organism: str = "human", name: str = "own", **options: Any) -> dict[str, Any]:
+def split(
+    harmonized: Cells, kind: str, *, organism: str = "human", name: str = "own", **options: Any
+) -> dict[str, Any]:
     """Divide the cells of a screen into training, validation and test.
 
     Parameters
@@ -193,7 +208,9 @@ def split_labels(labels: Sequence[str], kind: str, **options: Any) -> dict[str, 
     spec = _spec(kind, options)
     divide = divisions.DIVISIONS.get(kind)
     if divide is None:
-        raise InputError(f"kind {kind} divides no labels, and these are labels: take {' or '.join(divisions.DIVISIONS)}.")
+        raise InputError(
+            f"kind {kind} divides no labels, and these are labels: take {' or '.join(divisions.DIVISIONS)}."
+        )
     names = sorted({SEPARATOR.join(sorted(members_of(label))) for label in labels if label != CONTROL})
     held_out = held_out_names(spec["held_out"], kind, Labels(names, {}, "human")) if "held_out" in spec else None
     return divide(names, divisions.Shares.of(spec, held_out))
@@ -221,13 +238,19 @@ def pair(harmonized: Cells, split: Mapping[str, Any], n_hvg: int = 2000) -> ad.A
         If a role holds no control of a cell type.
     """
     with _Folder() as folder:
-        screen, roles, made = folder.file(harmonized, "harmonized.h5ad"), folder.path / "split.json", folder.path / "pairs.h5ad"
+        screen, roles, made = (
+            folder.file(harmonized, "harmonized.h5ad"),
+            folder.path / "split.json",
+            folder.path / "pairs.h5ad",
+        )
         write_json(roles, dict(split))
         pairing.pair(screen, roles, made, n_hvg)
         return ad.read_h5ad(made)
 
 
-def audit(harmonized: Cells, split: Mapping[str, Any] | Path | str, pairs: Cells, embeddings: pd.DataFrame | None = None) -> dict[str, str]:
+def audit(
+    harmonized: Cells, split: Mapping[str, Any] | Path | str, pairs: Cells, embeddings: pd.DataFrame | None = None
+) -> dict[str, str]:
     """Look for anything of held-out cells in what a model is trained on.
 
     Parameters
@@ -297,17 +320,25 @@ def baseline(
         If the model does not exist or is a learned one, or a param is not possible.
     """
     config = shipped(mine={"models": {name: {"params": dict(params)}}} if params else None)
-    closed = [model for model, block in config["models"].items() if FAMILIES[block["family"]].rule == "train_closed_form"]
+    closed = [
+        model for model, block in config["models"].items() if FAMILIES[block["family"]].rule == "train_closed_form"
+    ]
     if name not in closed:
         raise InputError(f"'{name}' is no model in closed form.{suggestion(name, closed)}")
     block = config["models"][name]
     implementation = FAMILIES[block["family"]].implementation
     with _Folder() as folder:
-        measured, model, predictions = folder.file(pairs, "pairs.h5ad"), folder.path / "model.npz", folder.path / "predictions.h5ad"
+        measured, model, predictions = (
+            folder.file(pairs, "pairs.h5ad"),
+            folder.path / "model.npz",
+            folder.path / "predictions.h5ad",
+        )
         vectors_of_genes = Embeddings.read(folder.embeddings(embeddings, measured))
         family, cells = build(implementation, block["params"]), _opened(measured)
         cells = cells if isinstance(family, Ceiling) else cells.fitted_on(role)
-        save_artefact(model, family.fit(cells, vectors_of_genes, Run(seed=seed, checkpoints=folder.path / "checkpoints")))
+        save_artefact(
+            model, family.fit(cells, vectors_of_genes, Run(seed=seed, checkpoints=folder.path / "checkpoints"))
+        )
         most = config["predict"]["max_cells"] if max_cells is None else max_cells
         prediction.predict(measured, model, predictions, implementation, block["params"], seed, most, role)
         return ad.read_h5ad(predictions)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from perturbflow.errors import InputError
-from perturbflow.records import inputs_as_made, write_records
+from perturbflow.provenance.records import inputs_as_made, write_records
 
 logger = logging.getLogger("perturbflow")
 
@@ -38,7 +38,9 @@ def _configure_logging(log: str | None) -> None:
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log, mode="w", encoding="utf-8"))
     level = logging.INFO if _is_first_process() else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
+    )
     logging.captureWarnings(capture=True)
     # A line that finds no room on a full disk is not worth a traceback on the terminal, where it stands too.
     logging.raiseExceptions = False
@@ -46,7 +48,9 @@ def _configure_logging(log: str | None) -> None:
 
 def _argument_parser(function: Callable) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{function.__name__}.py", description=inspect.getdoc(function), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"{function.__name__}.py",
+        description=inspect.getdoc(function),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
@@ -57,7 +61,9 @@ def _argument_parser(function: Callable) -> argparse.ArgumentParser:
         kind = typing.get_origin(hint) or hint
         is_required = parameter.default is inspect.Parameter.empty
         if hint is bool:
-            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"default: {parameter.default}")
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", action="store_true", help=f"default: {parameter.default}"
+            )
             continue
         if hint == list[str]:
             parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", required=is_required, metavar="TEXT")
@@ -111,7 +117,10 @@ def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = No
         if "devices" in accepted:
             arguments["devices"] = max(1, snakemake.resources.get("gpu", 0))
         if "provenance" in accepted:
-            arguments["provenance"] = {**dict(snakemake.wildcards), "code_version": snakemake.params.get("code_version")}
+            arguments["provenance"] = {
+                **dict(snakemake.wildcards),
+                "code_version": snakemake.params.get("code_version"),
+            }
     try:
         inputs = inputs_as_made(snakemake.input) if made_of else {}
         function(**arguments)

@@ -14,7 +14,7 @@ import click
 from perturbflow import __version__  # cli first: it limits threads
 from perturbflow.cli import THREADS
 from perturbflow.errors import InputError
-from perturbflow.files import write_json
+from perturbflow.io.files import write_json
 from perturbflow.listing import KINDS, listed
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def perturbflow() -> None:
 
     Results of the workflow are looked for where it writes them: results/DATASET/SPLIT. The workflow itself is run with snakemake.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
+    )
 
 
 def _require(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -64,7 +66,9 @@ def _require(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 @perturbflow.command("list")
 @click.argument("kinds", nargs=-1, type=click.Choice(KINDS), metavar="[datasets|splits|models|metrics]...")
-@click.option("--configfile", "files", multiple=True, type=Folder, help="A configuration of yours, whose blocks are listed too.")
+@click.option(
+    "--configfile", "files", multiple=True, type=Folder, help="A configuration of yours, whose blocks are listed too."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
 def list_(kinds: tuple[str, ...], files: tuple[Path, ...], as_json: bool) -> None:
     """Show which datasets, splits, models and metrics exist."""
@@ -81,9 +85,17 @@ def list_(kinds: tuple[str, ...], files: tuple[Path, ...], as_json: bool) -> Non
 @perturbflow.command()
 @click.argument("file", type=Folder)
 @click.option(
-    "--against", required=True, type=Folder, metavar="results/DATASET/SPLIT", help="The split whose measured cells are the truth."
+    "--against",
+    required=True,
+    type=Folder,
+    metavar="results/DATASET/SPLIT",
+    help="The split whose measured cells are the truth.",
 )
-@click.option("--output", type=Folder, help="Write all scores there, one row per metric × perturbation, as metrics.tsv of the workflow.")
+@click.option(
+    "--output",
+    type=Folder,
+    help="Write all scores there, one row per metric × perturbation, as metrics.tsv of the workflow.",
+)
 def score(file: Path, against: Path, output: Path | None) -> None:
     """Score predicted cells on a split.
 
@@ -112,7 +124,9 @@ def _summary(table: "pd.DataFrame", folder: Path) -> "pd.DataFrame":
     from perturbflow.evaluation.metrics import METRICS
 
     means = table.groupby("metric", sort=False)["value"].mean()
-    shown = pd.DataFrame({"metric": means.index, "better": [METRICS[name].direction for name in means.index], "mean": means.to_numpy()})
+    shown = pd.DataFrame(
+        {"metric": means.index, "better": [METRICS[name].direction for name in means.index], "mean": means.to_numpy()}
+    )
     for model in REFERENCES:
         files = sorted(folder.glob(f"{model}/seed_*/metrics.tsv"))
         if files:
@@ -141,14 +155,24 @@ def audit(folder: Path) -> None:
 
 @perturbflow.command()
 @click.argument("file", type=Folder)
-@click.option("--kind", required=True, help="unseen_perturbation, unseen_combination, unseen_dose, unseen_context, random_cells or file.")
-@click.option("--test-fraction", type=float, help="Of genes or compounds, combinations, doses, contexts or cells; 0.25 without it.")
+@click.option(
+    "--kind",
+    required=True,
+    help="unseen_perturbation, unseen_combination, unseen_dose, unseen_context, random_cells or file.",
+)
+@click.option(
+    "--test-fraction",
+    type=float,
+    help="Of genes or compounds, combinations, doses, contexts or cells; 0.25 without it.",
+)
 @click.option("--validation-fraction", type=float, help="Of the same; 0.1 without it.")
 @click.option("--seed", type=int, help="0 without it.")
 @click.option("--folds", type=int, help="In place of a test fraction: as many parts, each the test set of one fold.")
 @click.option("--fold", type=int, help="Which fold, from 0.")
 @click.option("--covariate", help="Kind unseen_context: batch, cell_type or dataset.")
-@click.option("--held-out", multiple=True, help="A gene, combination or context to hold out, by the kind; may be repeated.")
+@click.option(
+    "--held-out", multiple=True, help="A gene, combination or context to hold out, by the kind; may be repeated."
+)
 @click.option("--path", help="Kind file: JSON with train, validation and test lists of labels.")
 @click.option("--output", required=True, type=Folder, help="The JSON to be written.")
 def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **options: Any) -> None:
@@ -175,8 +199,15 @@ def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **opti
 @perturbflow.command()
 @click.argument("run", type=Folder, metavar="results/DATASET/SPLIT/MODEL/seed_N")
 @click.argument("perturbations", nargs=-1, required=True, metavar="GENE|A+B|all_single...")
-@click.option("--output", required=True, type=Folder, help="Where to write, without suffix: .h5ad, .tsv, .ranking.tsv and four figures.")
-@click.option("--cells", default="control", show_default=True, help='control, or JSON that selects, such as \'{"batch": ["1"]}\'.')
+@click.option(
+    "--output",
+    required=True,
+    type=Folder,
+    help="Where to write, without suffix: .h5ad, .tsv, .ranking.tsv and four figures.",
+)
+@click.option(
+    "--cells", default="control", show_default=True, help='control, or JSON that selects, such as \'{"batch": ["1"]}\'.'
+)
 @click.option("--samples-per-cell", default=50, show_default=True, help="Outcomes drawn per cell.")
 @click.option("--keep-samples", is_flag=True, help="Store every outcome, not their mean alone.")
 @click.option("--groups", default="cell_type", show_default=True, help="The obs column that answers are given by.")

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.files import atomic
-from perturbflow.hdf5 import CsrRows
+from perturbflow.genes.symbols import approved_symbol, candidates, entity_of, members_of, without_dose
+from perturbflow.io.files import atomic
+from perturbflow.io.hdf5 import CsrRows
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import approved_symbol, candidates, entity_of, members_of, without_dose
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ class Embeddings:
 
     def without_row(self) -> dict[str, list[str]]:
         """Return the genes that each source has no row for."""
-        return {source: self.table.index.difference(self.of_source(source).table.index).tolist() for source in self.sources}
+        return {
+            source: self.table.index.difference(self.of_source(source).table.index).tolist() for source in self.sources
+        }
 
     @property
     def without_vector(self) -> list[str]:
@@ -216,7 +218,13 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
         logger.warning("%s: these vectors know %s", source, what)
     found = Embeddings(table.loc[perturbed])
     for source, missing in found.without_row().items():
-        logger.info("%s: %d of %d perturbed genes have a row%s", source, len(perturbed) - len(missing), len(perturbed), _list_of(missing))
+        logger.info(
+            "%s: %d of %d perturbed genes have a row%s",
+            source,
+            len(perturbed) - len(missing),
+            len(perturbed),
+            _list_of(missing),
+        )
     if unknown := found.without_vector:
         logger.warning(
             "%d of %d perturbed genes have no row in any source: nothing tells them apart, and models that never saw them perturbed "

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-from perturbflow.symbols import SEPARATOR, candidates
+from perturbflow.genes.symbols import SEPARATOR, candidates
 
 CUTOFF = 0.6  # of difflib: two names of six letters with two different ones have 0.67
 
@@ -19,7 +19,11 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     by_letters: dict[str, list[str]] = {}
     for one in known:
         by_letters.setdefault(one.casefold(), []).append(one)
-    alias = [gene for form in dict.fromkeys((name, name.upper(), name.lower(), name.capitalize())) for gene in candidates(form)]
+    alias = [
+        gene
+        for form in dict.fromkeys((name, name.upper(), name.lower(), name.capitalize()))
+        for gene in candidates(form)
+    ]
     members = sorted(name.casefold().split(SEPARATOR.casefold()))
     sought = [name.casefold(), SEPARATOR.join(members), *[gene.casefold() for gene in alias]]
     found = [one for text in sought for one in by_letters.get(text, [])]

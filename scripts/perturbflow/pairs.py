@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.divisions import KNOWN, ROLES
 from perturbflow.errors import InputError
-from perturbflow.files import atomic, file_digest, read_json
-from perturbflow.hdf5 import CsrRows
-from perturbflow.kernels import add_moments
-from perturbflow.symbols import CONTROL, entities_of
+from perturbflow.genes.symbols import CONTROL, entities_of
+from perturbflow.io.files import atomic, file_digest, read_json
+from perturbflow.io.hdf5 import CsrRows
+from perturbflow.io.kernels import add_moments
+from perturbflow.splits.divisions import KNOWN, ROLES
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,9 @@ class Groups:
     def indicator(self, rows: slice) -> sparse.csr_matrix:
         """Return 1 where a cell is of a group, (groups, cells), of a range of cells."""
         group = self.of_cell[rows]
-        return sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), shape=(len(self.n_cells), len(group)))
+        return sparse.csr_matrix(
+            (np.ones(len(group)), (group, np.arange(len(group)))), shape=(len(self.n_cells), len(group))
+        )
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Return sums of what every cell has, (cells, columns), over every group, (groups, columns)."""
@@ -276,7 +278,9 @@ class Pairs:
         has_controls = set(strata[self.is_control].itertuples(index=False, name=None))
         group = np.full(len(self.labels), -1)
         found: list[tuple[str, str, str, np.ndarray]] = []
-        for (batch, cell_type, label), rows in strata.assign(label=self.labels).groupby(["batch", "cell_type", "label"]).indices.items():
+        for (batch, cell_type, label), rows in (
+            strata.assign(label=self.labels).groupby(["batch", "cell_type", "label"]).indices.items()
+        ):
             if label != CONTROL and len(rows) >= LEAST_CELLS and (batch, cell_type) in has_controls:
                 group[rows] = len(found)
                 found.append((batch, cell_type, label, rows))
@@ -299,7 +303,9 @@ class Pairs:
     def without_context(self, context: tuple[str, str]) -> "Pairs":
         """Return the cells of all other batches × cell types; what is known of effects in them is handed on."""
         others = self.select(~self.is_of_context(context))
-        vars(others)["effects_by_context"] = {other: of for other, of in self.effects_by_context.items() if other != context}
+        vars(others)["effects_by_context"] = {
+            other: of for other, of in self.effects_by_context.items() if other != context
+        }
         return others
 
     @cached_property
@@ -374,7 +380,9 @@ class Pairs:
         """Return where cells of one role are, with the mean control of each place."""
         strata = self.strata[rows]
         names, first = np.unique(strata, return_index=True)
-        return Context(strata, {str(name): self.control_mean_for(rows[[i]]) for name, i in zip(names, first, strict=True)})
+        return Context(
+            strata, {str(name): self.control_mean_for(rows[[i]]) for name, i in zip(names, first, strict=True)}
+        )
 
     def effect_of(self, label: str) -> np.ndarray:
         """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""
@@ -411,7 +419,9 @@ def match_controls(obs: pd.DataFrame, k: int, seed: int) -> tuple[np.ndarray, in
     relaxed = controls.groupby(["role", "cell_type"], observed=True)["row"].agg(list)
     n_relaxed = 0
     perturbed = table[~table["is_control"].to_numpy(bool)]
-    for (role, cell_type, batch, label), cells in perturbed.groupby(["role", "cell_type", "batch", "perturbation"], observed=True):
+    for (role, cell_type, batch, label), cells in perturbed.groupby(
+        ["role", "cell_type", "batch", "perturbation"], observed=True
+    ):
         pool = exact.get((role, cell_type, batch))
         if pool is None:
             n_relaxed += len(cells)
@@ -482,12 +492,16 @@ def pair(harmonized: Path, split: Path, pairs: Path, n_hvg: int) -> None:
     seed = roles["spec"]["seed"]
     control_index, n_relaxed = match_controls(obs, CONTROLS_PER_CELL, seed)
     if n_relaxed:
-        logger.warning("%d cells have no control in their own batch and role; controls of other batches serve", n_relaxed)
+        logger.warning(
+            "%d cells have no control in their own batch and role; controls of other batches serve", n_relaxed
+        )
     obs["half"] = pd.Categorical(_halves(obs, seed), categories=["", "a", "b"])
     var = adata.var[["gene_name", "gene_id", "original_name"]].copy()
     var["highly_variable"] = highly_variable
     var["is_perturbed_gene"] = is_perturbed_gene
-    out = ad.AnnData(X=X[:, kept], obs=obs, var=var[kept], layers={"counts": counts[:, kept]}, obsm={"control_index": control_index})
+    out = ad.AnnData(
+        X=X[:, kept], obs=obs, var=var[kept], layers={"counts": counts[:, kept]}, obsm={"control_index": control_index}
+    )
     out.uns["perturbflow"] = {
         "target_sum": target_sum,
         "n_hvg": int(highly_variable.sum()),
@@ -495,6 +509,8 @@ def pair(harmonized: Path, split: Path, pairs: Path, n_hvg: int) -> None:
         "split_sha256": file_digest(split),
         "train_cells_sha256": roles["sha256"]["train"]["cells"],
     }
-    logger.info("%d cells × %d genes (%d highly variable), target sum %g", *out.shape, highly_variable.sum(), target_sum)
+    logger.info(
+        "%d cells × %d genes (%d highly variable), target sum %g", *out.shape, highly_variable.sum(), target_sum
+    )
     with atomic(pairs) as partial:
         out.write_h5ad(partial, compression="gzip")

@@ -30,7 +30,13 @@ class Progress:
         now = time.monotonic()
         if self.done < self.n and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            logger.info("%s: %d of %d, %s", self.what, self.done, self.n, left((now - self.started) / self.done * (self.n - self.done)))
+            logger.info(
+                "%s: %d of %d, %s",
+                self.what,
+                self.done,
+                self.n,
+                left((now - self.started) / self.done * (self.n - self.done)),
+            )
 
 
 def progressed(items: Iterable[Item], what: str, n: int | None = None) -> Iterator[Item]:

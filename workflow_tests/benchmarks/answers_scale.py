@@ -42,7 +42,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         files = prepare(
-            Path(folder), make_screen(n_genes=arguments.genes, n_controls=600), SPECS["unseen_combination"], n_hvg=arguments.genes
+            Path(folder),
+            make_screen(n_genes=arguments.genes, n_controls=600),
+            SPECS["unseen_combination"],
+            n_hvg=arguments.genes,
         )
         pairs, embeddings = Pairs.read(files.pairs), Embeddings.read(files.embeddings)
         controls = np.flatnonzero(pairs.is_control)
@@ -51,7 +54,11 @@ def main() -> None:
             implementation, params = registered(name)
             steps = {key: 20 for key in params if key.startswith("n_steps")}
             model = build(implementation, {**params, **steps})
-            model.fit(pairs.roles("train", "validation"), embeddings, Run(seed=0, checkpoints=Path(folder) / name, identity="benchmark"))
+            model.fit(
+                pairs.roles("train", "validation"),
+                embeddings,
+                Run(seed=0, checkpoints=Path(folder) / name, identity="benchmark"),
+            )
             model.counterfactual(start[:2], ["TF1"], 2, 0)  # compiled once per machine
             started = time.perf_counter()
             with h5py.File(Path(folder) / "answer.h5ad", "w") as file:

@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
 from leaderboard import markdown, parser_of_split  # noqa: E402
 
-from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.evaluation import METRICS  # noqa: E402
-from perturbflow.files import read_json  # noqa: E402
+from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
+from perturbflow.io.files import read_json  # noqa: E402
 from perturbflow.registry.families import FAMILIES  # noqa: E402
 
 FOUR = ("l2_heg1000", "pearson_delta_ctrl", "pearson_delta_pert", "pds_cosine")
@@ -77,7 +77,9 @@ def main() -> None:
             )
         rows[metric] = row
     n_seeds = max(len(losses(folder / model, arguments.metrics[0])) for model in arguments.models)
-    print(f"**{arguments.dataset}, {arguments.split}**: {len(np.unique(reference.index))} held-out perturbations, {n_seeds} seed(s)\n")
+    print(
+        f"**{arguments.dataset}, {arguments.split}**: {len(np.unique(reference.index))} held-out perturbations, {n_seeds} seed(s)\n"
+    )
     heads = [f"{'baseline' if arguments.baseline else 'best baseline'}", *arguments.models]
     print(markdown(pd.DataFrame.from_dict(rows, orient="index"), heads, "metric") + "\n")
 

@@ -30,14 +30,14 @@ sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
 from leaderboard import markdown, parser_of_split  # noqa: E402
 
-from perturbflow.artefacts import load_artefact  # noqa: E402
-from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.evaluation import METRICS, Scored, score_inputs  # noqa: E402
-from perturbflow.files import read_json  # noqa: E402
+from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
+from perturbflow.io.artefacts import load_artefact  # noqa: E402
+from perturbflow.io.files import read_json  # noqa: E402
 from perturbflow.models.base import build  # noqa: E402
-from perturbflow.models.shift import MeanShift  # noqa: E402
+from perturbflow.models.closed_form.base import MeanShift  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
-from perturbflow.prediction import nonnegative  # noqa: E402
+from perturbflow.predict import nonnegative  # noqa: E402
 
 PLAIN = ("energy_distance", "mmd", "variance_ratio", "quantile_coverage", "sinkhorn_w2")
 TOGETHER = ("energy_distance", "mmd", "variance_ratio", "auprc", "quantile_coverage")
@@ -70,7 +70,9 @@ class MeasuredMean:
     artefact: ClassVar[dict[str, np.ndarray]] = {"others": np.zeros(0, dtype=str)}
 
     def __init__(self, cells: Pairs) -> None:
-        self._cells = cells.select(((cells.obs["half"] == "a") & (cells.obs["role"] == "test")).to_numpy() | cells.is_control).roles("test")
+        self._cells = cells.select(
+            ((cells.obs["half"] == "a") & (cells.obs["role"] == "test")).to_numpy() | cells.is_control
+        ).roles("test")
 
     def effect_in(self, perturbation: str, context: object = None, said: object = None) -> np.ndarray:
         """Return the measured mean effect, (genes,), whatever a model says."""
@@ -104,7 +106,11 @@ def table(of: dict[str, dict[str, np.ndarray]]) -> str:
         mean_loss = [np.nanmean(side[:, 1]) for side in (model, moved, duplicate)]
         way = (mean_loss[1] - mean_loss[0]) / (mean_loss[1] - mean_loss[2]) if mean_loss[1] > mean_loss[2] else np.nan
         values = [f"{np.nanmean(side[:, 0]):.4f}" for side in (model, moved, duplicate)]
-        rows[metric] = [*values, f"{gain.mean[0]:+.4f} ({gain.low[0]:+.4f}, {gain.high[0]:+.4f})", "–" if np.isnan(way) else f"{way:.0%}"]
+        rows[metric] = [
+            *values,
+            f"{gain.mean[0]:+.4f} ({gain.low[0]:+.4f}, {gain.high[0]:+.4f})",
+            "–" if np.isnan(way) else f"{way:.0%}",
+        ]
     heads = ["model", "shifted controls", "technical duplicate", "gain over shifted (95 %)", "of the way"]
     return markdown(pd.DataFrame.from_dict(rows, orient="index"), heads, "metric")
 
@@ -137,7 +143,11 @@ def figure(scored: dict[str, Scored], path: Path) -> None:
             ):
                 axis.scatter(*((cells - centre) @ directions).T, s=6, alpha=0.6, c=colour, label=label, linewidths=0)
             axis.set_title(f"{first.labels[i]}\n{name}", fontsize=8)
-        limits = [f(getattr(axis, f"get_{side}lim")()[k] for axis in axes[row]) for side in "xy" for k, f in ((0, min), (1, max))]
+        limits = [
+            f(getattr(axis, f"get_{side}lim")()[k] for axis in axes[row])
+            for side in "xy"
+            for k, f in ((0, min), (1, max))
+        ]
         for axis in axes[row]:
             axis.set(xlim=limits[:2], ylim=limits[2:], xlabel="component 1", ylabel="component 2")
     axes[0][0].legend(frameon=False, fontsize=8)
@@ -173,7 +183,10 @@ def main() -> None:
         found = {}
         for model in arguments.models:
             predictions = read(model)
-            found |= {model: compared(predictions), f"controls shifted by {model}": compared([shifted(one, cells) for one in predictions])}
+            found |= {
+                model: compared(predictions),
+                f"controls shifted by {model}": compared([shifted(one, cells) for one in predictions]),
+            }
         found["technical duplicate"] = compared(read("technical_duplicate")[:1])
         n = len(found["technical duplicate"][0].labels)
         print(f"**{arguments.dataset}, {arguments.split}{given}**: {n} held-out perturbations\n\n{together(found)}\n")
@@ -187,9 +200,7 @@ def main() -> None:
         of = {"model": stacked(own), "shifted": stacked(moved)}
         of["duplicate"] = {metric: np.repeat(value, len(own), axis=0) for metric, value in duplicate.items()}
         drawn |= {model: own[0], f"controls shifted by {model}": moved[0]}
-        head = (
-            f"**{arguments.dataset}, {arguments.split}, {model}{given}**: {len(own[0].labels)} held-out perturbations, {len(own)} seed(s)"
-        )
+        head = f"**{arguments.dataset}, {arguments.split}, {model}{given}**: {len(own[0].labels)} held-out perturbations, {len(own)} seed(s)"
         print(f"{head}\n\n{table(of)}\n")
     if arguments.figure:
         figure(drawn, arguments.figure)

@@ -39,8 +39,14 @@ def made_screen(n_compounds: int, n_cells: int, n_genes: int, seed: int) -> ad.A
         blocks.append(rng.poisson(rng.gamma(8.0, level * np.exp(of_line[line] + effect) / 8.0)))
         name = "control" if compound < 0 else f"Compound {compound + 1:02d}"
         rows += [(name, dose, LINES[i], PLATES[j]) for i, j in zip(line, plate, strict=True)]
-    obs = pd.DataFrame(rows, columns=["perturbation", "dose_value", "cell_line", "plate"], index=[f"cell_{i}" for i in range(len(rows))])
-    var = pd.DataFrame({"ensembl_id": [f"ENSG{i:011d}" for i in range(n_genes)]}, index=[f"GENE{i}" for i in range(n_genes)])
+    obs = pd.DataFrame(
+        rows,
+        columns=["perturbation", "dose_value", "cell_line", "plate"],
+        index=[f"cell_{i}" for i in range(len(rows))],
+    )
+    var = pd.DataFrame(
+        {"ensembl_id": [f"ENSG{i:011d}" for i in range(n_genes)]}, index=[f"GENE{i}" for i in range(n_genes)]
+    )
     return ad.AnnData(sparse.csr_matrix(np.vstack(blocks).astype(np.float32)), obs=obs, var=var)
 
 
@@ -73,7 +79,15 @@ def main() -> None:
     made_screen(arguments.compounds, arguments.cells, arguments.genes, seed=0).write_h5ad(screen)
     config = configuration(screen, arguments.splits, arguments.models, arguments.seeds)
     (arguments.folder / "mine.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(arguments.repository / "Snakefile"), "--cores", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(arguments.repository / "Snakefile"),
+        "--cores",
+        "2",
+    ]
     subprocess.run([*command, "--configfile", "mine.yaml"], cwd=arguments.folder, check=True)
     verdicts = pd.read_csv(arguments.folder / "results/verdicts.tsv", sep="\t")
     for row in verdicts.itertuples():

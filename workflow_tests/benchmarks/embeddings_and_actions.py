@@ -18,7 +18,14 @@ sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
 from leaderboard import markdown, parser_of_split, runs_of  # noqa: E402
 
-SHOWN = ("effective_rank", "embedding_sd", "action_share", "action_effect", "distance_right_action", "distance_null_action")
+SHOWN = (
+    "effective_rank",
+    "embedding_sd",
+    "action_share",
+    "action_effect",
+    "distance_right_action",
+    "distance_null_action",
+)
 
 
 def embedding_history(run: dict) -> list[dict]:
@@ -31,7 +38,9 @@ def monitors(run: dict) -> dict[str, float]:
     last, of_embedding = run["history"][-1], embedding_history(run)[-1]
     row = {"effective rank": of_embedding["effective_rank"], "embedding sd": of_embedding["embedding_sd"]}
     for prefix, role in (("", "training"), ("validation_", "validation")):
-        right, wrong, null = (last.get(f"{prefix}distance_{name}_action", np.nan) for name in ("right", "wrong", "null"))
+        right, wrong, null = (
+            last.get(f"{prefix}distance_{name}_action", np.nan) for name in ("right", "wrong", "null")
+        )
         row |= {f"right / wrong, {role}": right / wrong, f"right / null, {role}": right / null}
     return {**row, "action effect": last["action_effect"], "seconds": run["seconds"], "peak, MB": run["peak_memory_mb"]}
 
@@ -60,12 +69,20 @@ def draw(runs: dict[str, list[dict]], figure: Path) -> None:
                 rows = run["history"] if name in run["history"][-1] else embedding_history(run)
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 if points:
-                    panel.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1, label=model if seed == 0 else None)
+                    panel.plot(
+                        *zip(*points, strict=True), color=f"C{i}", linewidth=1, label=model if seed == 0 else None
+                    )
         panel.set_title(name.replace("_", " "), fontsize=9)
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    drawing.legend(*panels.flat[3].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=len(runs), loc="outside lower center")
+    drawing.legend(
+        *panels.flat[3].get_legend_handles_labels(),
+        fontsize=8,
+        frameon=False,
+        ncols=len(runs),
+        loc="outside lower center",
+    )
     drawing.savefig(figure, dpi=110)
 
 
@@ -76,8 +93,13 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = runs_of(arguments)
     for measured in (monitors, told):
-        table = pd.DataFrame({model: pd.DataFrame(map(measured, of_seeds)).mean() for model, of_seeds in runs.items()}).T
-        print(markdown(table.map(lambda value: "–" if np.isnan(value) else f"{value:.4g}"), list(table.columns), "model") + "\n")
+        table = pd.DataFrame(
+            {model: pd.DataFrame(map(measured, of_seeds)).mean() for model, of_seeds in runs.items()}
+        ).T
+        print(
+            markdown(table.map(lambda value: "–" if np.isnan(value) else f"{value:.4g}"), list(table.columns), "model")
+            + "\n"
+        )
     if arguments.figure:
         draw(runs, arguments.figure)
 

@@ -47,7 +47,17 @@ CELL_EVAL_SHARED = (
     "mae", "mse", "pearson_delta", "discrimination_score_l1", "discrimination_score_l2", "discrimination_score_cosine",
     "overlap_at_N", "pr_auc", "de_sig_genes_recall", "de_nsig_counts",
 )  # fmt: skip
-OURS_SHARED = ("mae", "l2_heg1000", "pearson_delta_ctrl", "pds_l1", "pds_l2", "pds_cosine", "overlap_at_n", "auprc", "sig_jaccard")
+OURS_SHARED = (
+    "mae",
+    "l2_heg1000",
+    "pearson_delta_ctrl",
+    "pds_l1",
+    "pds_l2",
+    "pds_cosine",
+    "overlap_at_n",
+    "auprc",
+    "sig_jaccard",
+)
 
 
 # --- what is compared with what -------------------------------------------------------------------------------------
@@ -90,7 +100,9 @@ def _discrimination(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> p
 
 
 def _overlap(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
-    return table[name].where(table["de_nsig_counts_real"] > 0)  # theirs is 0 where nothing is significant, ours undefined
+    return table[name].where(
+        table["de_nsig_counts_real"] > 0
+    )  # theirs is 0 where nothing is significant, ours undefined
 
 
 def _jaccard(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
@@ -143,7 +155,9 @@ TIES_DIFFER = {"rank_rmse", "centroid_accuracy"}
 # --- theirs, each in a process of its own ---------------------------------------------------------------------------
 
 
-def cell_eval(measured: ad.AnnData, predicted: ad.AnnData, metrics: list[str], tests: dict | None = None) -> pd.DataFrame:
+def cell_eval(
+    measured: ad.AnnData, predicted: ad.AnnData, metrics: list[str], tests: dict | None = None
+) -> pd.DataFrame:
     """Return perturbations × cell-eval's metrics, of pdex' tests or of those given as de_real and de_pred."""
     from cell_eval import MetricsEvaluator
     from cell_eval.metrics import metrics_registry
@@ -151,7 +165,9 @@ def cell_eval(measured: ad.AnnData, predicted: ad.AnnData, metrics: list[str], t
     needs_test = any(name.startswith(("de_", "overlap", "precision", "pr_", "roc_")) for name in metrics)
     columns = {"control_pert": "control", "pert_col": "perturbation"}
     with tempfile.TemporaryDirectory() as outdir:
-        evaluator = MetricsEvaluator(predicted, measured, **columns, outdir=outdir, skip_de=not needs_test, **(tests or {}))
+        evaluator = MetricsEvaluator(
+            predicted, measured, **columns, outdir=outdir, skip_de=not needs_test, **(tests or {})
+        )
         skipped = sorted(set(metrics_registry.list_metrics()) - set(metrics))
         results, _ = evaluator.compute(skip_metrics=skipped, write_csv=False, break_on_error=True)
     return results.to_pandas().set_index("perturbation")
@@ -166,10 +182,16 @@ def pdex_tests(measured: ad.AnnData, predicted: ad.AnnData, tested: pd.DataFrame
     tests = {}
     for name, cells in (("de_real", measured), ("de_pred", predicted)):
         genes = cells[:, cells.var_names.isin(tested["feature"])].copy()
-        table = pdex(genes, "perturbation", "ref", is_log1p=True, geometric_mean=False, reference="control", as_pandas=True)
+        table = pdex(
+            genes, "perturbation", "ref", is_log1p=True, geometric_mean=False, reference="control", as_pandas=True
+        )
         table = table.merge(tested, on=["target", "feature"])
         p = table.groupby("target")["p_value"]
-        table["fdr"] = p.rank() / (len(genes.var) + 1) if is_ordered and name == "de_pred" else p.transform(false_discovery_control)
+        table["fdr"] = (
+            p.rank() / (len(genes.var) + 1)
+            if is_ordered and name == "de_pred"
+            else p.transform(false_discovery_control)
+        )
         tests[name] = polars.from_pandas(table)
     return tests
 
@@ -181,7 +203,10 @@ def geomloss(measured: ad.AnnData, predicted: ad.AnnData, _: list[str]) -> pd.Da
 
     loss = SamplesLoss(loss="sinkhorn", p=2, blur=0.05, debias=True, backend="tensorized")
     labels = sorted(set(measured.obs["perturbation"]) - {"control"})
-    sides = [[torch.as_tensor(cells[cells.obs["perturbation"] == label].X.copy()) for label in labels] for cells in (measured, predicted)]
+    sides = [
+        [torch.as_tensor(cells[cells.obs["perturbation"] == label].X.copy()) for label in labels]
+        for cells in (measured, predicted)
+    ]
     values = [(2 * loss(x, y).clamp(min=0)).sqrt().item() for x, y in zip(*sides, strict=True)]
     return pd.DataFrame({"sinkhorn": values}, index=labels)
 
@@ -191,14 +216,18 @@ def scperteval(measured: ad.AnnData, predicted: ad.AnnData, protocols: list[str]
     from scperteval import prepare, score
 
     prepared = prepare(measured, protocols, min_cells=1)
-    scores = {name: score(prepared, name, predicted).per_perturbation.set_index("perturbation")["score"] for name in protocols}
+    scores = {
+        name: score(prepared, name, predicted).per_perturbation.set_index("perturbation")["score"] for name in protocols
+    }
     return pd.DataFrame(scores)
 
 
 def in_float64(cells: ad.AnnData) -> ad.AnnData:
     """Return cells in double precision, so that rounding is no part of what differs."""
     return ad.AnnData(
-        sparse.csr_matrix(cells.X, dtype=np.float64), cells.obs[["perturbation"]].astype(str), pd.DataFrame(index=cells.var_names)
+        sparse.csr_matrix(cells.X, dtype=np.float64),
+        cells.obs[["perturbation"]].astype(str),
+        pd.DataFrame(index=cells.var_names),
     )
 
 
@@ -224,11 +253,23 @@ def feeds(scored: "Scored") -> Iterator[tuple[str, list[str], list[str], np.ndar
     yield "highest", labels, labels, measured[:, highest], predicted[:, highest], common[None, highest]
     reference = np.broadcast_to(scored.reference, scored.measured.shape)
     common = reference.mean(axis=0)
-    yield "centred", labels, labels, scored.measured - reference + common, scored.predicted - reference + common, common[None]
+    yield (
+        "centred",
+        labels,
+        labels,
+        scored.measured - reference + common,
+        scored.predicted - reference + common,
+        common[None],
+    )
     kept = ~scored.own_target.any(axis=0)
-    measured, predicted = ((bulk - scored.control_bulk)[:, kept] for bulk in (scored.measured_bulk, scored.predicted_bulk))
+    measured, predicted = (
+        (bulk - scored.control_bulk)[:, kept] for bulk in (scored.measured_bulk, scored.predicted_bulk)
+    )
     yield "bulks", labels, labels, measured, predicted, np.zeros((1, kept.sum()))
-    names = [np.repeat(labels, [len(rows) for rows in cells]) for cells in (scored.measured_components, scored.predicted_components)]
+    names = [
+        np.repeat(labels, [len(rows) for rows in cells])
+        for cells in (scored.measured_components, scored.predicted_components)
+    ]
     measured, predicted = np.concatenate(scored.measured_components), np.concatenate(scored.predicted_components)
     yield "components", *names, measured, predicted, np.zeros((2, measured.shape[1]))
 
@@ -236,10 +277,14 @@ def feeds(scored: "Scored") -> Iterator[tuple[str, list[str], list[str], np.ndar
 def write_feeds(scored: "Scored", genes: list[str], folder: Path) -> None:
     """Write {feed}.measured.h5ad and {feed}.predicted.h5ad of every feed of rows, and tested.tsv."""
     for feed, *labels, measured, predicted, control in feeds(scored):
-        lift = max(0.0, -min(rows.min() for rows in (measured, predicted, control)))  # cell-eval takes negative values for a mistake
+        lift = max(
+            0.0, -min(rows.min() for rows in (measured, predicted, control))
+        )  # cell-eval takes negative values for a mistake
         for name, of_rows, rows in zip(("measured", "predicted"), labels, (measured, predicted), strict=True):
             obs = pd.DataFrame({"perturbation": [*of_rows, *["control"] * len(control)]}).rename(index=str)
-            columns = pd.DataFrame(index=[f"column_{i}" for i in range(rows.shape[1])])  # no gene's name: nothing more is left out
+            columns = pd.DataFrame(
+                index=[f"column_{i}" for i in range(rows.shape[1])]
+            )  # no gene's name: nothing more is left out
             ad.AnnData(np.vstack([rows, control]) + lift, obs, columns).write_h5ad(folder / f"{feed}.{name}.h5ad")
     at, gene = np.nonzero(~np.isnan(scored.measured_test.z))
     tested = pd.DataFrame({"target": np.array(scored.labels)[at], "feature": np.array(genes)[gene]})
@@ -271,7 +316,9 @@ def read(folder: Path, feed: str) -> tuple[ad.AnnData, ad.AnnData]:
 
 def work_prepare(folder: Path) -> None:
     """The evaluators' inputs of a screen."""
-    for name, cells in zip(("measured", "predicted"), field_inputs(folder / "pairs.h5ad", folder / "predictions.h5ad"), strict=True):
+    for name, cells in zip(
+        ("measured", "predicted"), field_inputs(folder / "pairs.h5ad", folder / "predictions.h5ad"), strict=True
+    ):
         cells.write_h5ad(folder / f"cells.{name}.h5ad")
 
 
@@ -291,7 +338,10 @@ def work_nearness(folder: Path) -> None:
     measured, predicted = field_inputs(folder / "pairs.h5ad", folder / "predictions.h5ad")
     test = Pairs.open(folder / "pairs.h5ad").roles("test")
     labels = sorted(set(predicted.obs["perturbation"]) - {"control"})
-    means = [test.control_mean_for(np.intersect1d(test.cells_of(label), np.flatnonzero(test.obs["half"] == "b"))) for label in labels]
+    means = [
+        test.control_mean_for(np.intersect1d(test.cells_of(label), np.flatnonzero(test.obs["half"] == "b")))
+        for label in labels
+    ]
     controls = ad.AnnData(np.array(means), pd.DataFrame({"perturbation": labels}, index=labels), predicted.var[[]])
     controls = ad.concat([controls, measured[measured.obs["is_control"]]])
     for name, cells in (("cells", predicted), ("controls", controls)):
@@ -403,7 +453,9 @@ def make(folder: Path, what: str) -> None:
     names = ("genes", "perturbations", "controls", "scored", "predicted")
     options = [word for name, n in zip(names, SIZES[what], strict=True) for word in (f"--{name}", n)]
     # Cells that start from nothing keep their plain mean, as theirs do.
-    measured_process([HERE / "made_predictions.py", folder, *options, *(["--from-nothing"] if what == "agreement" else [])])
+    measured_process(
+        [HERE / "made_predictions.py", folder, *options, *(["--from-nothing"] if what == "agreement" else [])]
+    )
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -434,12 +486,16 @@ def agreement(folder: Path, is_made: bool = True) -> pd.DataFrame:
                 differences.append(np.nan)
                 continue
             theirs = comparison.value(
-                table(f"{comparison.evaluator}.{feed}"), name, (shape[0], min(shape[1], 1000) if feed == "highest" else shape[1])
+                table(f"{comparison.evaluator}.{feed}"),
+                name,
+                (shape[0], min(shape[1], 1000) if feed == "highest" else shape[1]),
             )
             differences.append(greatest_difference(scores[comparison.ours], theirs.reindex(scores.index)))
         is_always = comparison.feed not in MADE_ONLY and comparison.ours not in TIES_DIFFER
         is_same = comparison.is_same and (is_made or is_always)
-        rows.append((comparison.ours, f"{comparison.evaluator} {comparison.theirs}", *differences, is_same, comparison.differs))
+        rows.append(
+            (comparison.ours, f"{comparison.evaluator} {comparison.theirs}", *differences, is_same, comparison.differs)
+        )
     return pd.DataFrame(rows, columns=["ours", "theirs", "as they are", "same inputs", "same", "differs"])
 
 
@@ -468,11 +524,16 @@ def show_nearness(results: list[Path]) -> None:
             link_results(model, Path(temporary))
             work("nearness", Path(temporary))
             cells, controls = (
-                pd.read_csv(Path(temporary) / f"nearness.{name}.tsv", sep="\t", index_col="perturbation") for name in ("cells", "controls")
+                pd.read_csv(Path(temporary) / f"nearness.{name}.tsv", sep="\t", index_col="perturbation")
+                for name in ("cells", "controls")
             )
         dataset, split, name, _ = model.resolve().parts[-4:]
         row = {"screen": f"{dataset}, {split}", "model": name}
-        for column, theirs in (("mae", "cell-eval mae"), ("mse", "cell-eval mse"), ("l2_heg_k=1000", "scperteval l2_heg_k=1000")):
+        for column, theirs in (
+            ("mae", "cell-eval mae"),
+            ("mse", "cell-eval mse"),
+            ("l2_heg_k=1000", "scperteval l2_heg_k=1000"),
+        ):
             ratio = cells[column].mean() / controls[column].mean()
             row[theirs] = f"{cells[column].mean():.4f}, {100 * (ratio - 1):+.1f} %"
         rows.append(row)
@@ -497,9 +558,15 @@ def show_speed(folder: Path) -> None:
     work("prepare", folder)
     processes = ("cell-eval, shared metrics", "ours, shared metrics", "ours, all metrics")
     for measure, names in ((work, processes), (in_memory, ("cell-eval, in memory", "ours, in memory"))):
-        table = pd.DataFrame([measure(name, folder) for name in names], columns=["seconds", "CPU seconds", "peak GiB"], index=names)
+        table = pd.DataFrame(
+            [measure(name, folder) for name in names], columns=["seconds", "CPU seconds", "peak GiB"], index=names
+        )
         ratios = table.iloc[0] / table
-        table["times as fast"], table["by CPU"], table["of the memory"] = ratios["seconds"], ratios["CPU seconds"], 1 / ratios["peak GiB"]
+        table["times as fast"], table["by CPU"], table["of the memory"] = (
+            ratios["seconds"],
+            ratios["CPU seconds"],
+            1 / ratios["peak GiB"],
+        )
         print(markdown(table.round(2).reset_index(names="")), end="\n\n")
 
 
@@ -514,7 +581,13 @@ def main() -> None:
     """Print the tables of one kind of measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(*SIZES, "nearness", "work"), help="work is what this script calls itself with")
-    parser.add_argument("--results", type=Path, nargs="+", default=[], help="models' folders; for agreement one, in place of a made screen")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="models' folders; for agreement one, in place of a made screen",
+    )
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it the next time")
     parser.add_argument("--name", choices=WORK, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

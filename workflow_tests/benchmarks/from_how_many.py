@@ -45,10 +45,10 @@ from test_models import registered  # noqa: E402
 from perturbflow.colours import COLOURS, MARKERS  # noqa: E402
 from perturbflow.embeddings import Embeddings  # noqa: E402
 from perturbflow.evaluation import METRICS, score_inputs  # noqa: E402
+from perturbflow.genes.symbols import members_of  # noqa: E402
 from perturbflow.models.base import Model, Run, build  # noqa: E402
 from perturbflow.pairs import CONTROLS_PER_CELL, Context, Pairs, match_controls  # noqa: E402
-from perturbflow.prediction import nonnegative  # noqa: E402
-from perturbflow.symbols import members_of  # noqa: E402
+from perturbflow.predict import nonnegative  # noqa: E402
 
 N_GENES, N_VECTOR, N_HIDDEN, N_STATES = 300, 8, 16, 3
 DEPTH, SATURATION, TOLD = 1500.0, 1.2, 0.7
@@ -214,11 +214,16 @@ def screen_of(seed: int, size: int, sizes: list[int]) -> Screen:
     training, held_out, n_genes = divided(seed, size, sizes)
     world = World(seed, n_genes)
     blocks, obs = [], []
-    for role, labels, n_controls in (("train", training, CONTROLS), ("test", [*held_out["single"], *held_out["double"]], TEST_CONTROLS)):
+    for role, labels, n_controls in (
+        ("train", training, CONTROLS),
+        ("test", [*held_out["single"], *held_out["double"]], TEST_CONTROLS),
+    ):
         for label, n in (("control", n_controls), *((label, CELLS) for label in labels)):
             blocks.append(world.measured(n, label, seed_of(label, role)))
             obs += [(label, role, label == "control", "b" if role == "test" and label != "control" else "")] * n
-    table = pd.DataFrame(obs, columns=["perturbation", "role", "is_control", "half"], index=[f"cell_{i}" for i in range(len(obs))])
+    table = pd.DataFrame(
+        obs, columns=["perturbation", "role", "is_control", "half"], index=[f"cell_{i}" for i in range(len(obs))]
+    )
     table = table.assign(batch="b1", cell_type="unknown", perturbation_type="CRISPRa", dataset="made")
     index, _ = match_controls(table, CONTROLS_PER_CELL, seed)
     pairs = Pairs(sparse.vstack(blocks).tocsr(), table, world.genes, index, np.arange(len(table)))
@@ -253,14 +258,18 @@ def mean_effect(model: Model, label: str) -> np.ndarray:
     return model.effect(label) if hasattr(model, "effect") else model._of_population(label).mean(None)
 
 
-def individual(model: Model | Known, screen: Screen, start: np.ndarray, cells: Cells, label: str, seed: int) -> np.ndarray:
+def individual(
+    model: Model | Known, screen: Screen, start: np.ndarray, cells: Cells, label: str, seed: int
+) -> np.ndarray:
     """Return effects on these cells, (cells, genes)."""
     if not isinstance(model, Known):
         return model.individual_effects(start, label, seed)
     return screen.world.effects(cells, label) if model.is_world else np.tile(model.effect(label), (len(start), 1))
 
 
-def cells_of(model: Model | Known, screen: Screen, label: str, start: np.ndarray, context: Context, seed: int) -> np.ndarray:
+def cells_of(
+    model: Model | Known, screen: Screen, label: str, start: np.ndarray, context: Context, seed: int
+) -> np.ndarray:
     """Return predicted cells, (cells, genes)."""
     if not isinstance(model, Known):
         return nonnegative(model.predict(start, [label], len(start), seed, context)[0])
@@ -278,15 +287,22 @@ def energy_distances(model: Model | Known, screen: Screen, seed: int) -> tuple[d
         rows = test.control_index[test.cells_of(label), 0]
         start, began = test.X[rows].toarray(), time.process_time()
         blocks.append(
-            sparse.csr_matrix(cells_of(model, screen, label, start, Context(test.strata[rows], context_of), seed).astype(np.float32))
+            sparse.csr_matrix(
+                cells_of(model, screen, label, start, Context(test.strata[rows], context_of), seed).astype(np.float32)
+            )
         )
         seconds += time.process_time() - began
         obs.append(pd.DataFrame({"perturbation": label, "control_index": test.rows[rows]}))
     table = pd.concat(obs, ignore_index=True)
     predictions = ad.AnnData(
-        X=sparse.vstack(blocks).tocsr(), obs=table.set_index(table.index.astype(str)), var=pd.DataFrame(index=test.genes)
+        X=sparse.vstack(blocks).tocsr(),
+        obs=table.set_index(table.index.astype(str)),
+        var=pd.DataFrame(index=test.genes),
     )
-    predictions.uns["perturbflow"] = {"starts_from_controls": not (isinstance(model, Known) and model.is_world), "role": "test"}
+    predictions.uns["perturbflow"] = {
+        "starts_from_controls": not (isinstance(model, Known) and model.is_world),
+        "role": "test",
+    }
     if not predictions.uns["perturbflow"]["starts_from_controls"]:
         predictions.obs = predictions.obs.assign(batch="b1", cell_type="unknown")
     scored = score_inputs(predictions, screen.pairs, frozenset({"cells"}))
@@ -321,7 +337,9 @@ def scored(model: Model | Known, screen: Screen, truth: Known, seed: int) -> lis
         values, right = np.stack(list(said.values())), np.stack([truth.effect(label) for label in labels])
         unit = [rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (values, right)]
         cosine = unit[0] @ unit[1].T
-        nearer = (cosine > cosine.diagonal()[:, None]).sum(axis=1) + 0.5 * ((cosine == cosine.diagonal()[:, None]).sum(axis=1) - 1)
+        nearer = (cosine > cosine.diagonal()[:, None]).sum(axis=1) + 0.5 * (
+            (cosine == cosine.diagonal()[:, None]).sum(axis=1) - 1
+        )
         rows.append(
             {
                 "stratum": STRATA[kind], "rmse": np.sqrt(((values - right) ** 2).mean()), "r": np.mean(list(map(correlation, values, right))),
@@ -344,7 +362,11 @@ def rows_of(name: str, screen: Screen, seed: int, steps: float) -> list[dict]:
     model = build(implementation, params)
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time(), time.perf_counter()
-        model.fit(screen.pairs.roles("train"), screen.embeddings, Run(seed=seed, checkpoints=Path(folder), identity="benchmark"))
+        model.fit(
+            screen.pairs.roles("train"),
+            screen.embeddings,
+            Run(seed=seed, checkpoints=Path(folder), identity="benchmark"),
+        )
         seconds = time.process_time() - began[0], time.perf_counter() - began[1]
         return [{**row, "train": seconds[0], "wall": seconds[1]} for row in scored(model, screen, truth, seed)]
 
@@ -407,7 +429,9 @@ def main() -> None:
     logging.disable(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 300, 1000], help="training perturbations")
-    parser.add_argument("--nested", type=int, nargs="+", default=[100, 300, 1000, 3000], help="all sizes that a world can have")
+    parser.add_argument(
+        "--nested", type=int, nargs="+", default=[100, 300, 1000, 3000], help="all sizes that a world can have"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--models", nargs="+", default=[*REFERENCES, *MODELS])
     parser.add_argument("--steps", type=float, help="times the registry's steps; √(size / 100) by default")
@@ -422,9 +446,17 @@ def main() -> None:
             screen = screen_of(seed, size, arguments.nested) if missing else None
             steps = arguments.steps or round(np.sqrt(size / 100), 2)
             for name in missing:
-                made = [{"size": size, "seed": seed, "model": name, "steps": steps, **row} for row in rows_of(name, screen, seed, steps)]
+                made = [
+                    {"size": size, "seed": seed, "model": name, "steps": steps, **row}
+                    for row in rows_of(name, screen, seed, steps)
+                ]
                 pd.DataFrame(made).to_csv(
-                    arguments.rows, sep="\t", index=False, mode="a", header=not arguments.rows.exists(), float_format="%.5g"
+                    arguments.rows,
+                    sep="\t",
+                    index=False,
+                    mode="a",
+                    header=not arguments.rows.exists(),
+                    float_format="%.5g",
                 )
                 print(f"{size} {seed} {name}", flush=True)
     print(tables(read(arguments.rows)))

@@ -24,7 +24,7 @@ import pandas as pd
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from perturbflow.files import file_digest, write_json  # noqa: E402
+from perturbflow.io.files import file_digest, write_json  # noqa: E402
 
 N_GENES, N_PERTURBATIONS, N_CONTROLS, N_BATCHES = 8563, 2057, 10_691, 48
 # Of ReplogleWeissman2022_K562_essential: 11-12 thousand UMI per cell, and with this spread and dispersion 41 % of the values are
@@ -99,7 +99,8 @@ def generate(path: Path, n_cells: int, n_distinct: int = DISTINCT_CELLS, seed: i
     names = [*(f"MT-{i}" for i in range(13)), *(f"TARGET{i}" for i in range(N_PERTURBATIONS))]
     names += [f"GENE{i}" for i in range(N_GENES - len(names))]
     var = pd.DataFrame(
-        {"ensembl_id": [f"ENSG{i:011d}" for i in range(N_GENES)], "mean": 1.0, "std": 1.0}, index=pd.Index(names, name="gene_name")
+        {"ensembl_id": [f"ENSG{i:011d}" for i in range(N_GENES)], "mean": 1.0, "std": 1.0},
+        index=pd.Index(names, name="gene_name"),
     )
     level = rng.lognormal(0, SPREAD, N_GENES)
     level *= UMI_PER_CELL / level.sum()
@@ -107,7 +108,9 @@ def generate(path: Path, n_cells: int, n_distinct: int = DISTINCT_CELLS, seed: i
     with h5py.File(path, "r+") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         if "X" in file:
             del file["X"]
-        X = file.create_dataset("X", (n_cells, N_GENES), np.float32, chunks=True, compression="gzip", compression_opts=4)
+        X = file.create_dataset(
+            "X", (n_cells, N_GENES), np.float32, chunks=True, compression="gzip", compression_opts=4
+        )
         X.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         height, width = X.chunks
 
@@ -170,7 +173,10 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def measured(*arguments: object) -> tuple[float, ...]:
     """Run Python with these arguments; return wall seconds, CPU seconds and peak memory in MB."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", MEASURED, sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, arguments))} failed:\n{done.stderr[-2000:]}")
@@ -184,7 +190,10 @@ def row_of(n_cells: int, folder: Path, threads: int, repeats: int, is_in_memory:
     if not manifest.exists():
         raw.mkdir(parents=True, exist_ok=True)
         generate(path, n_cells)
-        write_json(manifest, {"files": {"file": {"file": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}}})
+        write_json(
+            manifest,
+            {"files": {"file": {"file": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}}},
+        )
     ours = [
         SCRIPTS / "harmonize.py",
         "--raw",
@@ -204,7 +213,13 @@ def row_of(n_cells: int, folder: Path, threads: int, repeats: int, is_in_memory:
     bare_run, our_run = np.median(np.array(runs), axis=0)
     size = target.stat().st_size
     target.unlink()
-    cells = [f"{n_cells:,}", f"{path.stat().st_size / 1e9:.2f}", f"{size / 1e9:.2f}", f"{bare_run[0]:.0f}", f"{our_run[0]:.0f}"]
+    cells = [
+        f"{n_cells:,}",
+        f"{path.stat().st_size / 1e9:.2f}",
+        f"{size / 1e9:.2f}",
+        f"{bare_run[0]:.0f}",
+        f"{our_run[0]:.0f}",
+    ]
     cells += [f"**{our_run[0] / bare_run[0]:.2f}**", f"{our_run[1] / bare_run[1]:.2f}", f"**{our_run[2]:,.0f}**"]
     if is_in_memory:
         wall, _, peak = measured(__file__, "--in-memory", path, target)
@@ -218,11 +233,19 @@ def row_of(n_cells: int, folder: Path, threads: int, repeats: int, is_in_memory:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, nargs="+", default=[50_000, 310_385], help="sizes of the files to be made (or found) and read")
+    parser.add_argument(
+        "--cells",
+        type=int,
+        nargs="+",
+        default=[50_000, 310_385],
+        help="sizes of the files to be made (or found) and read",
+    )
     parser.add_argument("--folder", type=Path, help="where the files are kept; default: a temporary folder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2, help="pairs of bare pass and harmonize; medians are shown")
-    parser.add_argument("--in-memory-up-to", type=int, default=50_000, help="cells up to which the in-memory way is measured, too")
+    parser.add_argument(
+        "--in-memory-up-to", type=int, default=50_000, help="cells up to which the in-memory way is measured, too"
+    )
     parser.add_argument("--in-memory", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.in_memory:
@@ -235,7 +258,10 @@ def main() -> None:
             )
             print("| " + "---: | " * 10)
             for n_cells in arguments.cells:
-                print(row_of(n_cells, folder, arguments.threads, arguments.repeats, n_cells <= arguments.in_memory_up_to), flush=True)
+                print(
+                    row_of(n_cells, folder, arguments.threads, arguments.repeats, n_cells <= arguments.in_memory_up_to),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def rows_of(seed: int, models: list[str]) -> list[dict]:
         singles = [label for label in world.perturbed if label in training.perturbations]
         kinds = {
             "depends on the state": [label for label in singles if label in world.dependent],
-            "the same in all cells": [label for label in singles if label not in world.dependent and label != world.placebo],
+            "the same in all cells": [
+                label for label in singles if label not in world.dependent and label != world.placebo
+            ],
             "none (placebo)": [label for label in singles if label == world.placebo],
             "combinations held out": test.perturbations,
         }
@@ -78,11 +80,19 @@ def rows_of(seed: int, models: list[str]) -> list[dict]:
         for name in models:
             started = time.perf_counter()
             model = build(*registered(name))
-            model.fit(pairs.roles("train", "validation"), embeddings, Run(seed=seed, checkpoints=Path(folder) / name, identity="benchmark"))
+            model.fit(
+                pairs.roles("train", "validation"),
+                embeddings,
+                Run(seed=seed, checkpoints=Path(folder) / name, identity="benchmark"),
+            )
             seconds = time.perf_counter() - started
             for kind, labels in kinds.items():
                 for label in labels:
-                    said, mean, (own, expected) = model.individual_effects(start, label, seed), shift.effect(label)[None], truth[label]
+                    said, mean, (own, expected) = (
+                        model.individual_effects(start, label, seed),
+                        shift.effect(label)[None],
+                        truth[label],
+                    )
                     rows.append(
                         {
                             "effect": kind, "model": name, "the cell itself": error(said, own), "ratio": error(said, own) / max(error(mean, own), 1e-12),
@@ -98,10 +108,16 @@ def main() -> None:
     logging.disable(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--models", nargs="+", default=["additive", "set_gp", "counterfactual", "scppdm", "scppdm_hybrid", "jepa"])
+    parser.add_argument(
+        "--models", nargs="+", default=["additive", "set_gp", "counterfactual", "scppdm", "scppdm_hybrid", "jepa"]
+    )
     parser.add_argument("--rows", type=Path, help="TSV that rows are added to, and read from")
     arguments = parser.parse_args()
-    table = pd.read_csv(arguments.rows, sep="\t") if arguments.rows and arguments.rows.exists() else pd.DataFrame({"seed": []})
+    table = (
+        pd.read_csv(arguments.rows, sep="\t")
+        if arguments.rows and arguments.rows.exists()
+        else pd.DataFrame({"seed": []})
+    )
     for seed in arguments.seeds:
         if seed not in set(table["seed"]):
             table = pd.concat([table, pd.DataFrame(rows_of(seed, arguments.models))])

@@ -25,14 +25,14 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from perturbflow.embeddings import embeddings  # noqa: E402
 from perturbflow.evaluation import METRICS, score_inputs  # noqa: E402
-from perturbflow.files import read_json, write_json  # noqa: E402
+from perturbflow.genes.symbols import SEPARATOR, entities_of, members_of  # noqa: E402
+from perturbflow.io.files import read_json, write_json  # noqa: E402
 from perturbflow.pairs import Pairs, pair  # noqa: E402
-from perturbflow.prediction import predict  # noqa: E402
+from perturbflow.predict import predict  # noqa: E402
 from perturbflow.registry.config import complete  # noqa: E402
 from perturbflow.registry.families import FAMILIES  # noqa: E402
-from perturbflow.splits import split  # noqa: E402
-from perturbflow.symbols import SEPARATOR, entities_of, members_of  # noqa: E402
-from perturbflow.training import train  # noqa: E402
+from perturbflow.splits.split import split  # noqa: E402
+from perturbflow.train import train  # noqa: E402
 
 
 def inner_folds(outer: dict, n_folds: int) -> list[dict[str, list[str]]]:
@@ -83,7 +83,13 @@ def main() -> None:
             fold.mkdir()
             write_json(fold / "roles.json", roles)
             spec = {"kind": "file", "path": str(fold / "roles.json"), "validation_fraction": 0.1, "seed": 0}
-            split(arguments.folder / "harmonized.h5ad", arguments.folder / "harmonization.json", fold / "split.json", "inner", spec)
+            split(
+                arguments.folder / "harmonized.h5ad",
+                arguments.folder / "harmonization.json",
+                fold / "split.json",
+                "inner",
+                spec,
+            )
             pair(arguments.folder / "harmonized.h5ad", fold / "split.json", fold / "pairs.h5ad", 2000)
             embeddings(fold / "pairs.h5ad", fold / "embeddings.parquet", ["coexpression"])
             write_json(fold / "audit.json", {"split_sha256": ""})
@@ -96,12 +102,23 @@ def main() -> None:
                     model = fold / family.artefact
                     train(fold / "pairs.h5ad", fold / "embeddings.parquet", fold / "audit.json", model, fold / "run.json",
                           family.implementation, params, seed, "cpu", 1)  # fmt: skip
-                    predict(fold / "pairs.h5ad", model, fold / "predictions.h5ad", family.implementation, params, seed, 1000)
+                    predict(
+                        fold / "pairs.h5ad", model, fold / "predictions.h5ad", family.implementation, params, seed, 1000
+                    )
                     seconds = time.perf_counter() - started
                     scored = score_inputs(ad.read_h5ad(fold / "predictions.h5ad"), cells)
                     for metric in METRICS.values():
                         for label, value in zip(scored.labels, metric.function(scored), strict=True):
-                            rows.append((i, f"{name} {json.dumps(differing)}" if differing else name, seed, label, metric.name, value))
+                            rows.append(
+                                (
+                                    i,
+                                    f"{name} {json.dumps(differing)}" if differing else name,
+                                    seed,
+                                    label,
+                                    metric.name,
+                                    value,
+                                )
+                            )
                     rows.append((i, rows[-1][1], seed, "", "seconds", seconds))
                     print(f"fold {i} {rows[-1][1]} seed {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
     table = pd.DataFrame(rows, columns=["fold", "model", "seed", "perturbation", "metric", "value"])

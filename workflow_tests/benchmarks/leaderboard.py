@@ -34,7 +34,10 @@ def parser_of_split(description: str, models: list[str]) -> argparse.ArgumentPar
 def runs_of(arguments: argparse.Namespace) -> dict[str, list[dict]]:
     """Return run.json of all seeds of the models that are asked for, and print of what they are."""
     folder = arguments.results / arguments.dataset / arguments.split
-    runs = {model: [json.loads(file.read_text()) for file in sorted(folder.glob(f"{model}/seed_*/run.json"))] for model in arguments.models}
+    runs = {
+        model: [json.loads(file.read_text()) for file in sorted(folder.glob(f"{model}/seed_*/run.json"))]
+        for model in arguments.models
+    }
     if missing := [model for model, of_seeds in runs.items() if not of_seeds]:
         sys.exit(f"{folder} holds no run.json of {', '.join(missing)}: run the workflow with these models first.")
     print(f"**{arguments.dataset}, {arguments.split}**: {max(map(len, runs.values()))} seed(s)\n")
@@ -44,7 +47,10 @@ def runs_of(arguments: argparse.Namespace) -> dict[str, list[dict]]:
 def markdown(cells: pd.DataFrame, heads: list[str], first: str = "model") -> str:
     """Return one row per entry of the index, in its order, and one column per head."""
     lines = [f"| {first} | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
-    return "\n".join(lines + [f"| {model} | " + " | ".join(row) + " |" for model, row in zip(cells.index, cells.to_numpy(), strict=True)])
+    return "\n".join(
+        lines
+        + [f"| {model} | " + " | ".join(row) + " |" for model, row in zip(cells.index, cells.to_numpy(), strict=True)]
+    )
 
 
 def markdown_of(table: pd.DataFrame) -> str:
@@ -55,7 +61,9 @@ def markdown_of(table: pd.DataFrame) -> str:
 
 def leaderboard(rows: pd.DataFrame) -> str:
     """Return value, 95 % interval and scaled value per model × metric, means over seeds."""
-    means = rows.groupby(["model", "metric"], sort=False)[["value", "ci_low", "ci_high", SCALED, "is_best_baseline"]].mean()
+    means = rows.groupby(["model", "metric"], sort=False)[
+        ["value", "ci_low", "ci_high", SCALED, "is_best_baseline"]
+    ].mean()
     cells = means.apply(_cell, axis=1).unstack(fill_value="")
     better = rows.drop_duplicates("metric").set_index("metric")["better"].map(ARROWS)
     cells = cells.loc[rows["model"].unique(), better.index]
@@ -71,7 +79,9 @@ def _cell(score: pd.Series) -> str:
 def brief(rows: pd.DataFrame, verdicts: pd.DataFrame, models: list[str]) -> str:
     """Return value, scaled value and verdict of some models; ✗ at the metrics that cannot tell."""
     means = rows.groupby(["model", "metric"], sort=False)[["value", SCALED]].mean()
-    cells = means.apply(lambda score: f"{score['value']:.3f}" + ("" if np.isnan(score[SCALED]) else f" [{score[SCALED]:.2f}]"), axis=1)
+    cells = means.apply(
+        lambda score: f"{score['value']:.3f}" + ("" if np.isnan(score[SCALED]) else f" [{score[SCALED]:.2f}]"), axis=1
+    )
     words = verdicts.set_index("model")["verdict"]
     mute = {metric for listed in verdicts["cannot_tell"].dropna() for metric in listed.split(",")}
     better = rows.drop_duplicates("metric").set_index("metric")["better"].map(ARROWS)
@@ -79,7 +89,9 @@ def brief(rows: pd.DataFrame, verdicts: pd.DataFrame, models: list[str]) -> str:
         [model for model in models if model in words.index or model in set(rows["model"])], better.index
     ]
     table = table.assign(verdict=words.reindex(table.index).fillna("–"))
-    return markdown(table, [*(f"{metric} {arrow}{' ✗' if metric in mute else ''}" for metric, arrow in better.items()), "verdict"])
+    return markdown(
+        table, [*(f"{metric} {arrow}{' ✗' if metric in mute else ''}" for metric, arrow in better.items()), "verdict"]
+    )
 
 
 def calibration(rows: pd.DataFrame) -> str:

@@ -46,7 +46,9 @@ def draw(runs: dict[str, list[dict]], figure: Path) -> None:
                 points = [(row["step"], row[name]) for row in run["history"] if name in row]
                 if points:
                     colour = "C0" if role == "training" else "0.3"
-                    panel.plot(*zip(*points, strict=True), dashes, color=colour, linewidth=1, label=role if seed == 0 else None)
+                    panel.plot(
+                        *zip(*points, strict=True), dashes, color=colour, linewidth=1, label=role if seed == 0 else None
+                    )
         panel.set_title(f"{model}, {len(of_seeds)} seed(s)", fontsize=9)
         panel.set_xlabel("step", fontsize=8)
         panel.set_ylabel("loss", fontsize=8)

@@ -19,7 +19,7 @@ from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from perturbflow.files import write_json
+from perturbflow.io.files import write_json
 
 TRAIN_PERTURBATIONS = 20
 DEPTH_PER_GENE = 0.4  # counts; a fifth or so of the entries is then not zero
@@ -47,14 +47,20 @@ def streamed(path: Path, layers: tuple[str, ...], **tables: object) -> Iterator[
         ad.io.write_elem(file, "layers", {})
         groups = [file.create_group(name) for name in ("X", *(f"layers/{layer}" for layer in layers))]
         for group in groups:
-            group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": (n_cells, n_genes)})
+            group.attrs.update(
+                {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": (n_cells, n_genes)}
+            )
             for name, dtype in (("data", "f4"), ("indices", "i4"), ("indptr", "i8")):
                 group.create_dataset(name, (int(name == "indptr"),), dtype, maxshape=(None,), chunks=(2**17,))
 
         def append(*matrices: sparse.csr_matrix) -> None:
             for group, matrix in zip(groups, matrices, strict=True):
                 end = group["indptr"][-1]
-                for name, values in (("data", matrix.data), ("indices", matrix.indices), ("indptr", matrix.indptr[1:] + end)):
+                for name, values in (
+                    ("data", matrix.data),
+                    ("indices", matrix.indices),
+                    ("indptr", matrix.indptr[1:] + end),
+                ):
                     group[name].resize(len(group[name]) + len(values), axis=0)
                     group[name][-len(values) :] = values
 
@@ -74,7 +80,9 @@ def generate(folder: Path, size: Size, seed: int, starts_from_controls: bool) ->
     target_sum = DEPTH_PER_GENE * size.genes
     level = rng.lognormal(0.0, 1.5, size.genes)
     level *= target_sum / level.sum()
-    effects = np.where(rng.random((len(labels), size.genes)) < 0.05, rng.normal(0.0, 1.0, (len(labels), size.genes)), 0.0)
+    effects = np.where(
+        rng.random((len(labels), size.genes)) < 0.05, rng.normal(0.0, 1.0, (len(labels), size.genes)), 0.0
+    )
     effects[np.arange(len(labels)), np.arange(len(labels))] = -2.0
     tested, trained = labels[: size.perturbations], labels[size.perturbations :]
     predicted_effects = 0.6 * effects[: len(tested)] + 0.4 * np.roll(effects[: len(tested)], 1, axis=0)
@@ -84,11 +92,17 @@ def generate(folder: Path, size: Size, seed: int, starts_from_controls: bool) ->
     groups += [(label, "train", "", min(50, size.scored)) for label in trained]
     groups += [(label, "test", half, size.scored) for label in tested for half in ("a", "b")]
     n_of = [n for *_, n in groups]
-    obs = pd.DataFrame([group[:3] for group in groups], columns=["perturbation", "role", "half"]).loc[np.repeat(range(len(groups)), n_of)]
+    obs = pd.DataFrame([group[:3] for group in groups], columns=["perturbation", "role", "half"]).loc[
+        np.repeat(range(len(groups)), n_of)
+    ]
     obs.index = [f"cell_{i}" for i in range(len(obs))]
     obs["is_control"] = (obs["perturbation"] == "control").to_numpy()
     obs = obs.assign(
-        n_perturbations=(~obs["is_control"]).astype(int), perturbation_type="CRISPRi", cell_type="made", batch="one", dataset="made"
+        n_perturbations=(~obs["is_control"]).astype(int),
+        perturbation_type="CRISPRi",
+        cell_type="made",
+        batch="one",
+        dataset="made",
     )
     obs["role"] = pd.Categorical(obs["role"], categories=["train", "validation", "test"])
     obs["half"] = pd.Categorical(obs["half"], categories=["", "a", "b"])
@@ -99,12 +113,16 @@ def generate(folder: Path, size: Size, seed: int, starts_from_controls: bool) ->
     for role in n_controls:
         rows = np.flatnonzero(((obs["role"] == role) & ~obs["is_control"]).to_numpy())
         index[rows] = first_control[role] + rng.integers(0, n_controls[role], (len(rows), 8))
-    var = pd.DataFrame({"gene_name": genes, "highly_variable": True, "is_perturbed_gene": np.isin(genes, labels)}, index=genes)
+    var = pd.DataFrame(
+        {"gene_name": genes, "highly_variable": True, "is_perturbed_gene": np.isin(genes, labels)}, index=genes
+    )
 
     def sampled(effect: np.ndarray, n: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         rate = level * np.exp(effect)
         totals = rng.poisson(rng.lognormal(0.0, 0.3, n) * rate.sum())
-        drawn = np.searchsorted(np.cumsum(rate) / rate.sum(), rng.random(totals.sum()))  # a molecule each: Poisson counts, given totals
+        drawn = np.searchsorted(
+            np.cumsum(rate) / rate.sum(), rng.random(totals.sum())
+        )  # a molecule each: Poisson counts, given totals
         cells = np.repeat(np.arange(n), totals)
         counts = sparse.csr_matrix((np.ones(len(drawn), dtype=np.float32), (cells, drawn)), shape=(n, size.genes))
         X = sparse.csr_matrix(sparse.diags((target_sum / totals).astype(np.float32)) @ counts)
@@ -112,19 +130,29 @@ def generate(folder: Path, size: Size, seed: int, starts_from_controls: bool) ->
 
     effect_of = dict(zip(labels, effects, strict=True)) | {"control": np.zeros(size.genes)}
     uns = {"perturbflow": {"target_sum": target_sum, "n_hvg": size.genes}}
-    with streamed(folder / "pairs.h5ad", ("counts",), obs=obs, var=var, obsm={"control_index": index}, uns=uns) as append:
+    with streamed(
+        folder / "pairs.h5ad", ("counts",), obs=obs, var=var, obsm={"control_index": index}, uns=uns
+    ) as append:
         for label, _, _, n in groups:
             append(*sampled(effect_of[label], n))
     n_predicted = len(tested) * size.predicted
     predicted_obs = pd.DataFrame(index=[f"predicted_{i}" for i in range(n_predicted)])
     predicted_obs["perturbation"] = pd.Categorical(np.repeat(tested, size.predicted))
-    predicted_obs["cell_type"], predicted_obs["batch"] = pd.Categorical(["made"] * n_predicted), pd.Categorical(["one"] * n_predicted)
-    predicted_obs["control_index"] = first_control["test"] + rng.integers(0, size.controls, n_predicted).astype(np.int32)
+    predicted_obs["cell_type"], predicted_obs["batch"] = (
+        pd.Categorical(["made"] * n_predicted),
+        pd.Categorical(["one"] * n_predicted),
+    )
+    predicted_obs["control_index"] = first_control["test"] + rng.integers(0, size.controls, n_predicted).astype(
+        np.int32
+    )
     uns = {"perturbflow": {"starts_from_controls": starts_from_controls, "role": "test"}}
     with streamed(folder / "predictions.h5ad", (), obs=predicted_obs, var=var[[]], uns=uns) as append:
         for effect in predicted_effects:
             append(sampled(effect, size.predicted)[0])
-    split = {"perturbations": {"train": trained, "validation": [], "test": tested}, "members_seen": dict.fromkeys(tested, 0)}
+    split = {
+        "perturbations": {"train": trained, "validation": [], "test": tested},
+        "members_seen": dict.fromkeys(tested, 0),
+    }
     write_json(folder / "split.json", {"name": "made", "spec": {"kind": "unseen_perturbation", "seed": seed}, **split})
 
 
@@ -135,7 +163,9 @@ def main() -> None:
     for field in fields(Size):
         parser.add_argument(f"--{field.name}", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--from-nothing", action="store_true", help="say of the predicted cells that they started from no control")
+    parser.add_argument(
+        "--from-nothing", action="store_true", help="say of the predicted cells that they started from no control"
+    )
     arguments = parser.parse_args()
     size = Size(**{field.name: getattr(arguments, field.name) for field in fields(Size)})
     arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -27,14 +27,14 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, os.environ.get("PERTURBFLOW_SCRIPTS") or str(ROOT / "scripts"))
 
-from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.embeddings import Embeddings, coexpression, rows_of  # noqa: E402
+from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
+from perturbflow.genes.symbols import entities_of, members_of  # noqa: E402
 from perturbflow.models.base import build  # noqa: E402
-from perturbflow.models.shift import Training  # noqa: E402
+from perturbflow.models.closed_form.base import Training  # noqa: E402
 from perturbflow.pairs import Pairs, pair  # noqa: E402
 from perturbflow.registry.families import FAMILIES  # noqa: E402
-from perturbflow.splits import split  # noqa: E402
-from perturbflow.symbols import entities_of, members_of  # noqa: E402
+from perturbflow.splits.split import split  # noqa: E402
 
 MODELS = (
     "perturbed_mean",
@@ -142,7 +142,9 @@ def table(rows: pd.DataFrame, reference: str) -> None:
         n = cases["case"].nunique()
         if n < 3:
             continue
-        print(f"\n{stratum}, {n} cases\n\n| model | " + " | ".join(SCORES) + " |\n" + "| --- " * (len(SCORES) + 1) + "|")
+        print(
+            f"\n{stratum}, {n} cases\n\n| model | " + " | ".join(SCORES) + " |\n" + "| --- " * (len(SCORES) + 1) + "|"
+        )
         wide = {score: cases.pivot_table(index="case", columns="model", values=score) for score in SCORES}
         for model in of["model"].unique():
             print(f"| {model} | " + " | ".join(f"{wide[score][model].mean():.4f}" for score in SCORES) + " |")
@@ -160,8 +162,8 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
     """Draw predicted against measured effects of six held-out doubles, with 90 % posterior intervals scaled by held-out perturbations."""
     from matplotlib.figure import Figure
 
-    from perturbflow.models.conformal import Scale, case_of, measured_by
-    from perturbflow.models.set_gp import SetGP
+    from perturbflow.models.calibration import Scale, case_of, measured_by
+    from perturbflow.models.gaussian_process.set_gp import SetGP
 
     known, test = cells.fitted_on("test"), cells.roles("test")
     training = Training.of(known, embeddings, 0)
@@ -174,7 +176,9 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
         context, measured = test.context_of(test.cells_of(label)), test.effect_of(label)
         effect = model.effect_in(label, context)
         case = case_of(label, set(training.effects.labels), set(training.effects.entities))
-        half = calibration.for_case(case).reach(0.9) * scale.at(measured_by(test, label), model.uncertainty(label, context))
+        half = calibration.for_case(case).reach(0.9) * scale.at(
+            measured_by(test, label), model.uncertainty(label, context)
+        )
         kept = ~np.isin(test.genes, entities_of(label))
         held = float((np.abs(measured - effect) <= half)[kept].mean())
         panel.errorbar(
@@ -190,7 +194,8 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
         )
         panel.axline((0, 0), slope=1, color="#444444", linewidth=0.6)
         panel.set_title(
-            f"{label}\nr = {correlation(effect[kept], measured[kept]):.2f}, {100 * held:.0f} % of genes in the 90 % interval", fontsize=8
+            f"{label}\nr = {correlation(effect[kept], measured[kept]):.2f}, {100 * held:.0f} % of genes in the 90 % interval",
+            fontsize=8,
         )
         panel.set_xlabel("predicted effect, log1p")
         panel.set_ylabel("measured effect, log1p")
@@ -199,8 +204,8 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
 
 def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
     """Return, per test perturbation, coverage and width of 90 % intervals in units of the posterior and of one spread, and both errors."""
-    from perturbflow.models.conformal import Scale, case_of, measured_by
-    from perturbflow.models.set_gp import SetGP
+    from perturbflow.models.calibration import Scale, case_of, measured_by
+    from perturbflow.models.gaussian_process.set_gp import SetGP
 
     class OneSpread(SetGP):
         """The same model, without an uncertainty of its own."""
@@ -227,10 +232,18 @@ def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
 
 def table_of_intervals(rows: pd.DataFrame) -> None:
     """Print means over splits and perturbations, and the rank correlation of promised and actual errors within splits."""
-    print("\n| 90 % intervals in units of | coverage | width | promised and actual errors, rank correlation |\n" + "| --- " * 4 + "|")
+    print(
+        "\n| 90 % intervals in units of | coverage | width | promised and actual errors, rank correlation |\n"
+        + "| --- " * 4
+        + "|"
+    )
     for units, of in rows.groupby("units", sort=False):
-        together = of.groupby("split")[["promised", "error"]].apply(lambda one: one["promised"].corr(one["error"], method="spearman"))
-        print(f"| {units} | {of['coverage'].mean():.3f} | {of['width'].mean():.4f} | {together.mean():.2f} |", flush=True)
+        together = of.groupby("split")[["promised", "error"]].apply(
+            lambda one: one["promised"].corr(one["error"], method="spearman")
+        )
+        print(
+            f"| {units} | {of['coverage'].mean():.3f} | {of['width'].mean():.4f} | {together.mean():.2f} |", flush=True
+        )
 
 
 def main() -> None:
@@ -263,7 +276,10 @@ def main() -> None:
         if kind == "unseen_context":
             import anndata as ad
 
-            splits = [(0, str(batch)) for batch in sorted(ad.read_h5ad(Path(folder) / "harmonized.h5ad", backed="r").obs["batch"].unique())]
+            splits = [
+                (0, str(batch))
+                for batch in sorted(ad.read_h5ad(Path(folder) / "harmonized.h5ad", backed="r").obs["batch"].unique())
+            ]
         for seed, held_out in splits:
             with tempfile.TemporaryDirectory() as here:
                 cells = prepared(Path(folder), kind, Path(here), seed, held_out)
@@ -275,7 +291,9 @@ def main() -> None:
             effects = predicted(cells, embeddings, ["set_gp", *names])
             if arguments.beside:
                 scripts, _, models = arguments.beside.partition(":")
-                effects |= elsewhere(scripts, [name for name in models.split(",") if name != "transfer" or held_out], cells, embeddings)
+                effects |= elsewhere(
+                    scripts, [name for name in models.split(",") if name != "transfer" or held_out], cells, embeddings
+                )
             rows += [{**row, "split": f"{held_out or seed}: "} for row in scored(cells, effects)]
             if arguments.figure and not held_out:
                 figure(cells, embeddings, arguments.figure)

@@ -59,9 +59,20 @@ def main() -> None:
     """Print seconds and jobs of each dry run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=["--cores", "2"], help="of snakemake; the last option here")
+    parser.add_argument(
+        "--arguments", nargs=argparse.REMAINDER, default=["--cores", "2"], help="of snakemake; the last option here"
+    )
     arguments = parser.parse_args()
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--dry-run", "--configfile", "mission.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(ROOT / "Snakefile"),
+        "--dry-run",
+        "--configfile",
+        "mission.yaml",
+    ]
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "mission.yaml").write_text(yaml.safe_dump(mission()))
@@ -69,7 +80,9 @@ def main() -> None:
         for i in range(arguments.repeats):
             loop = seconds_of_loop()
             started = time.perf_counter()
-            done = subprocess.run([*command, *arguments.arguments], cwd=folder, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [*command, *arguments.arguments], cwd=folder, capture_output=True, text=True, check=True
+            )
             seconds = time.perf_counter() - started
             ratios.append(seconds / loop)
             n_jobs = re.search(r"^total +(\d+)", done.stdout + done.stderr, flags=re.MULTILINE)[1]

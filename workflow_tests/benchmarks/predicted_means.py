@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import perturbflow.api as pf  # noqa: E402
 from perturbflow import splits  # noqa: E402
-from perturbflow.bootstrap import estimate  # noqa: E402
+from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
 
 MODELS = ("no_change", "perturbed_mean", "additive", "set_gp", "technical_duplicate")
@@ -34,7 +34,13 @@ SPREAD = ("variance_ratio", "quantile_coverage", "energy_distance", "auprc")
 
 def measured_in(pairs: ad.AnnData) -> Pairs:
     """Return the cells of pairs.h5ad as models read them."""
-    return Pairs(pairs.X.tocsr(), pairs.obs, list(pairs.var_names), np.asarray(pairs.obsm["control_index"]), np.arange(pairs.n_obs))
+    return Pairs(
+        pairs.X.tocsr(),
+        pairs.obs,
+        list(pairs.var_names),
+        np.asarray(pairs.obsm["control_index"]),
+        np.arange(pairs.n_obs),
+    )
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -64,7 +70,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--test-controls", type=float, help="share of the controls that test gets, in place of 0.3")
-    parser.add_argument("--means-only", action="store_true", help="leave out how wide cells are, which takes most of the time")
+    parser.add_argument(
+        "--means-only", action="store_true", help="leave out how wide cells are, which takes most of the time"
+    )
     arguments = parser.parse_args()
     if arguments.test_controls:
         rest = 1 - arguments.test_controls
@@ -81,7 +89,9 @@ def main() -> None:
             reference = np.mean([training.effect_of(label) for label in training.perturbations], axis=0)
             for model in arguments.models:
                 predictions = pf.baseline(model, pairs, seed=seed)
-                scores = None if arguments.means_only else pf.score(predictions, pairs).set_index(["perturbation", "metric"])
+                scores = (
+                    None if arguments.means_only else pf.score(predictions, pairs).set_index(["perturbation", "metric"])
+                )
                 cells_of = predictions.obs.groupby("perturbation", observed=True).indices
 
                 def of_cells(label: str, X: sparse.csr_matrix = predictions.X, cells_of: dict = cells_of) -> np.ndarray:
@@ -103,7 +113,10 @@ def main() -> None:
         print("| model | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
         for model, of_model in table.groupby("model", sort=False):
             found = estimate(of_model[columns].to_numpy(float).T[:, None])
-            cells_of_row = [f"{m:.4f} ({low:.3f}, {high:.3f})" if np.isfinite(m) else "" for m, low, high in zip(*found[:3], strict=True)]
+            cells_of_row = [
+                f"{m:.4f} ({low:.3f}, {high:.3f})" if np.isfinite(m) else ""
+                for m, low, high in zip(*found[:3], strict=True)
+            ]
             print(f"| {model} | " + " | ".join(cells_of_row) + " |", flush=True)
 
 

@@ -21,22 +21,22 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from perturbflow.bootstrap import estimate  # noqa: E402
 from perturbflow.embeddings import Embeddings, coexpression  # noqa: E402
 from perturbflow.evaluation import METRICS, score_inputs  # noqa: E402
-from perturbflow.files import write_json  # noqa: E402
-from perturbflow.models.baselines import PerturbedMean  # noqa: E402
-from perturbflow.models.regressions import KernelRidge, Nearest  # noqa: E402
-from perturbflow.models.shift import Training  # noqa: E402
+from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
+from perturbflow.genes.symbols import members_of  # noqa: E402
+from perturbflow.io.files import write_json  # noqa: E402
+from perturbflow.models.closed_form.base import Training  # noqa: E402
+from perturbflow.models.closed_form.baselines import PerturbedMean  # noqa: E402
+from perturbflow.models.closed_form.regressions import KernelRidge, Nearest  # noqa: E402
 from perturbflow.pairs import Pairs, pair  # noqa: E402
-from perturbflow.prediction import predict  # noqa: E402
+from perturbflow.predict import predict  # noqa: E402
 from perturbflow.priors.annotations import annotation_vectors  # noqa: E402
 from perturbflow.priors.interactions import interaction_vectors  # noqa: E402
 from perturbflow.priors.tables import N_DIMENSIONS  # noqa: E402
 from perturbflow.registry.families import FAMILIES  # noqa: E402
-from perturbflow.splits import split  # noqa: E402
-from perturbflow.symbols import members_of  # noqa: E402
-from perturbflow.training import train  # noqa: E402
+from perturbflow.splits.split import split  # noqa: E402
+from perturbflow.train import train  # noqa: E402
 
 SOURCES = {"coexpression": ["coexpression"], "go": ["go"], "ppi": ["ppi"], "all three": ["coexpression", "go", "ppi"]}
 NEEDS = frozenset({"pseudobulk", "counts"})
@@ -46,7 +46,14 @@ FOLDS = 5
 
 def prepare(folder: Path, here: Path, seed: int, fold: int) -> Pairs:
     """Divide a screen and select its genes."""
-    spec = {"kind": "unseen_perturbation", "folds": FOLDS, "fold": fold, "name": "folds", "validation_fraction": 0.1, "seed": seed}
+    spec = {
+        "kind": "unseen_perturbation",
+        "folds": FOLDS,
+        "fold": fold,
+        "name": "folds",
+        "validation_fraction": 0.1,
+        "seed": seed,
+    }
     split(folder / "harmonized.h5ad", folder / "harmonization.json", here / "split.json", f"folds_fold_{fold}", spec)
     pair(folder / "harmonized.h5ad", here / "split.json", here / "pairs.h5ad", 2000)
     write_json(here / "audit.json", {"split_sha256": ""})
@@ -56,14 +63,19 @@ def prepare(folder: Path, here: Path, seed: int, fold: int) -> Pairs:
 def tables_of(cells: Pairs, priors: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Return source → perturbed genes × dimensions, NaN without a row."""
     genes = sorted({gene for label in cells.perturbations for gene in members_of(label)})
-    return {"coexpression": coexpression(cells, genes), **{name: table.reindex(genes) for name, table in priors.items()}}
+    return {
+        "coexpression": coexpression(cells, genes),
+        **{name: table.reindex(genes) for name, table in priors.items()},
+    }
 
 
 def scores(here: Path, cells: Pairs, tables: dict[str, pd.DataFrame], models: list[str]) -> list[tuple]:
     """Return source, model, metric, perturbation and value of every choice of sources."""
     rows = []
     for name, sources in SOURCES.items():
-        pd.concat([tables[source] for source in sources], axis=1).astype(np.float32).to_parquet(here / "embeddings.parquet")
+        pd.concat([tables[source] for source in sources], axis=1).astype(np.float32).to_parquet(
+            here / "embeddings.parquet"
+        )
         for model in models:
             implementation, started = FAMILIES[model].implementation, time.perf_counter()
             train(here / "pairs.h5ad", here / "embeddings.parquet", here / "audit.json", here / "model.npz", here / "run.json",
@@ -73,7 +85,10 @@ def scores(here: Path, cells: Pairs, tables: dict[str, pd.DataFrame], models: li
             scored = score_inputs(ad.read_h5ad(here / "predictions.h5ad"), cells, NEEDS)
             for metric in METRICS.values():
                 if metric.headline and metric.needs in NEEDS:
-                    rows += [(name, model, metric.name, *found) for found in zip(scored.labels, metric.function(scored), strict=True)]
+                    rows += [
+                        (name, model, metric.name, *found)
+                        for found in zip(scored.labels, metric.function(scored), strict=True)
+                    ]
             rows.append((name, model, "seconds", "", seconds))
     return rows
 
@@ -84,7 +99,12 @@ def inner_errors(cells: Pairs, tables: dict[str, pd.DataFrame], sizes: list[int]
     for name, table in tables.items():
         for size in sizes if name != "coexpression" else [table.shape[1]]:
             training = Training.of(cells.roles("train"), Embeddings(table.iloc[:, :size]), 0)
-            candidates = {"kernel ridge": KernelRidge(1.0, 0.5), "ridge": KernelRidge(1.0), "nearest": Nearest(5), "mean": PerturbedMean()}
+            candidates = {
+                "kernel ridge": KernelRidge(1.0, 0.5),
+                "ridge": KernelRidge(1.0),
+                "nearest": Nearest(5),
+                "mean": PerturbedMean(),
+            }
             errors = dict.fromkeys(candidates, 0.0)
             for inner, held_out in training.rounds(of_genes=True):
                 for label, candidate in candidates.items():
@@ -127,7 +147,11 @@ def report(table: pd.DataFrame) -> None:
             print(f"| {dataset} | {model} | {' | '.join(found[name] for name in SOURCES)} |")
     seconds = table[table["metric"] == "seconds"]
     print("\nSeconds to train:\n")
-    print(seconds.pivot_table(index=["dataset", "model"], columns="sources", values="value", sort=False).round(1).to_string())
+    print(
+        seconds.pivot_table(index=["dataset", "model"], columns="sources", values="value", sort=False)
+        .round(1)
+        .to_string()
+    )
 
 
 def main() -> None:
@@ -155,7 +179,11 @@ def main() -> None:
         "ppi": interaction_vectors({"file": arguments.ppi}, n_dimensions=size),
     }
     priors = {name: table.rename(columns=lambda i, name=name: f"{name}:{i}") for name, table in priors.items()}
-    columns = ["source", "size", "model", "error"] if arguments.dimensions else ["sources", "model", "metric", "perturbation", "value"]
+    columns = (
+        ["source", "size", "model", "error"]
+        if arguments.dimensions
+        else ["sources", "model", "metric", "perturbation", "value"]
+    )
     found = []
     for folder in arguments.folders:
         for seed in arguments.seeds:
@@ -173,7 +201,11 @@ def main() -> None:
     if arguments.out:
         table.to_csv(arguments.out, sep="\t", index=False)
     if arguments.dimensions:
-        print(table.pivot_table(index=["source", "size"], columns=["dataset", "model"], values="error", sort=False).round(3).to_string())
+        print(
+            table.pivot_table(index=["source", "size"], columns=["dataset", "model"], values="error", sort=False)
+            .round(3)
+            .to_string()
+        )
     else:
         report(table)
 

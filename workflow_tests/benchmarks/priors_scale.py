@@ -54,7 +54,9 @@ def pairs_of(n_genes: int, n_pairs: int) -> np.ndarray:
 def write(folder: Path, n_genes: int, n_pairs: int) -> None:
     """Write links and info as STRING does."""
     pairs = pairs_of(n_genes, n_pairs)
-    score = np.random.default_rng(1).choice(np.arange(150, 1000), n_pairs, p=np.arange(850, 0, -1) / np.arange(850, 0, -1).sum())
+    score = np.random.default_rng(1).choice(
+        np.arange(150, 1000), n_pairs, p=np.arange(850, 0, -1) / np.arange(850, 0, -1).sum()
+    )
     names = pa.array([f"9606.ENSP{i:011d}" for i in range(n_genes)])
     both = np.concatenate([pairs, pairs[:, ::-1]])
     order = np.lexsort(both.T[::-1])
@@ -64,7 +66,11 @@ def write(folder: Path, n_genes: int, n_pairs: int) -> None:
     with gzip.open(folder / "links.txt.gz", "wb", compresslevel=6) as file:
         csv.write_csv(table, file, options)
     info = pd.DataFrame(
-        {"#string_protein_id": names.to_pandas(), "preferred_name": [f"GENE{i}" for i in range(n_genes)], "protein_size": 1}
+        {
+            "#string_protein_id": names.to_pandas(),
+            "preferred_name": [f"GENE{i}" for i in range(n_genes)],
+            "protein_size": 1,
+        }
     )
     info.to_csv(folder / "info.txt.gz", sep="\t", index=False)
 
@@ -72,7 +78,12 @@ def write(folder: Path, n_genes: int, n_pairs: int) -> None:
 def read(folder: Path) -> None:
     """Run the step and print what it took."""
     started = time.perf_counter()
-    prior([folder / "links.txt.gz", folder / "info.txt.gz"], folder / "embedding.parquet", "associations", ["links", "info"])
+    prior(
+        [folder / "links.txt.gz", folder / "info.txt.gz"],
+        folder / "embedding.parquet",
+        "associations",
+        ["links", "info"],
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"{time.perf_counter() - started:.0f} s, {peak:,.0f} MiB at the most, links of {(folder / 'links.txt.gz').stat().st_size / 1e6:.0f} MB"
@@ -85,7 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--genes", type=int, default=19_000)
     parser.add_argument("--pairs", type=int, default=6_000_000)
-    parser.add_argument("--folder", type=Path, help="where the files are written, or are already; a temporary folder without it")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are written, or are already; a temporary folder without it"
+    )
     parser.add_argument("--step", choices=["write", "read"], help="one of the two; both without it")
     arguments = parser.parse_args()
     if arguments.step == "write":
@@ -94,7 +107,14 @@ def main() -> None:
         read(arguments.folder)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            given = ["--genes", str(arguments.genes), "--pairs", str(arguments.pairs), "--folder", str(arguments.folder or temporary)]
+            given = [
+                "--genes",
+                str(arguments.genes),
+                "--pairs",
+                str(arguments.pairs),
+                "--folder",
+                str(arguments.folder or temporary),
+            ]
             for step in ("write", "read"):
                 subprocess.run([sys.executable, __file__, *given, "--step", step], check=True)
 

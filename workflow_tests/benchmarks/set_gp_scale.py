@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from perturbflow.embeddings import Embeddings  # noqa: E402
-from perturbflow.models.effect_rows import EffectRows  # noqa: E402
 from perturbflow.models.effects import Effects  # noqa: E402
-from perturbflow.models.set_gp import SetGP  # noqa: E402
+from perturbflow.models.gaussian_process.kernel import EffectRows  # noqa: E402
+from perturbflow.models.gaussian_process.set_gp import SetGP  # noqa: E402
 
 DIRECTIONS, DIMENSIONS, CELLS, CONTROLS, HELD_OUT = 60, 64, 60, 2000, 100
 
@@ -42,7 +42,11 @@ class Generated:
         of_gene = z @ (rng.normal(size=(DIRECTIONS, n_genes)) * np.arange(1, DIRECTIONS + 1)[:, None] ** -0.5) * 0.05
         self.held_out, self.truth = names[n:], of_gene[n:]
         singles = n - n // 3 if doubles else n
-        pairs = rng.permuted(np.tile(np.arange(singles), (n - singles, 1)), axis=1)[:, :2] if n > singles else np.zeros((0, 2), int)
+        pairs = (
+            rng.permuted(np.tile(np.arange(singles), (n - singles, 1)), axis=1)[:, :2]
+            if n > singles
+            else np.zeros((0, 2), int)
+        )
         labels = [*names[:singles], *("+".join(sorted((names[a], names[b]))) for a, b in pairs)]
         values = np.vstack([of_gene[:singles], 0.8 * (of_gene[pairs[:, 0]] + of_gene[pairs[:, 1]])])
         values += rng.normal(size=values.shape) * np.sqrt(0.1 / CELLS)
@@ -77,7 +81,10 @@ def one(size: str, doubles: bool) -> None:
     answered = time.perf_counter() - start
     r = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(answers, training.truth, strict=True)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"| {size} | {learned:.1f} | {cpu:.1f} | {answered:.1f} | {peak / 1e6:.2f} | {before / 1e6:.2f} | {r:.2f} |", flush=True)
+    print(
+        f"| {size} | {learned:.1f} | {cpu:.1f} | {answered:.1f} | {peak / 1e6:.2f} | {before / 1e6:.2f} | {r:.2f} |",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -91,7 +98,10 @@ def main() -> None:
     if arguments.here:
         one(arguments.sizes[0], arguments.doubles)
         return
-    print("| size | learn, s | CPU, s | 100 answers, s | peak, GB | of that, the data, GB | r |\n" + "| --- " * 7 + "|", flush=True)
+    print(
+        "| size | learn, s | CPU, s | 100 answers, s | peak, GB | of that, the data, GB | r |\n" + "| --- " * 7 + "|",
+        flush=True,
+    )
     threads = {f"{name}_NUM_THREADS": arguments.threads for name in ("OMP", "OPENBLAS", "MKL")}
     for size in arguments.sizes:
         command = [sys.executable, __file__, size, "--here", *(["--doubles"] if arguments.doubles else [])]

@@ -55,7 +55,8 @@ def main() -> None:
                     del tables["coexpression"]
                     for name, table in tables.items():
                         rows += [
-                            (folder.name, *row) for row in inner_errors(cells, {name: table}, [n for n in SIZES if n <= table.shape[1]])
+                            (folder.name, *row)
+                            for row in inner_errors(cells, {name: table}, [n for n in SIZES if n <= table.shape[1]])
                         ]
     found = pd.DataFrame(rows, columns=["screen", "source", "size", "model", "error"])
     mean = found.groupby(["source", "size", "screen", "model"], sort=False)["error"].mean().unstack(["screen", "model"])

@@ -24,13 +24,20 @@ from training_scale import generate, model_of
 sys.path.insert(0, str(SCRIPTS))
 
 from perturbflow.embeddings import Embeddings
-from perturbflow.models import autoencoder, learned, representation
+from perturbflow.models import jepa as representation
+from perturbflow.models import learned
 from perturbflow.models.base import Run, build
-from perturbflow.models.batches import Batches
-from perturbflow.models.optimization import MAX_GRADIENT, Learner, Optimization
+from perturbflow.models.latents import vae as autoencoder
+from perturbflow.models.training.batches import Batches
+from perturbflow.models.training.loop import MAX_GRADIENT, Learner, Optimization
 from perturbflow.pairs import Pairs
 
-SETTINGS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "compiled": ("float32", True), "both": ("bfloat16", True)}
+SETTINGS = {
+    "float32": ("float32", False),
+    "bfloat16": ("bfloat16", False),
+    "compiled": ("float32", True),
+    "both": ("bfloat16", True),
+}
 N_BATCHES = 10
 
 
@@ -84,7 +91,12 @@ def steps(learner: Learner, batches: list, setting: str, device: torch.device) -
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["scppdm"], help="of config/models.yaml; only the diffusion family has these params")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["scppdm"],
+        help="of config/models.yaml; only the diffusion family has these params",
+    )
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS)[1:], default=list(SETTINGS)[1:])
     parser.add_argument("--rounds", type=int, default=20, help=f"of {N_BATCHES} steps each")
     parser.add_argument("--threads", type=int, default=2)
@@ -92,22 +104,37 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {arguments.threads} thread(s)"
-    print(f"{name}, torch {torch.__version__}\n\n| model, network | float32, ms | " + " | ".join(arguments.settings) + " | compiling, s |")
+    print(
+        f"{name}, torch {torch.__version__}\n\n| model, network | float32, ms | "
+        + " | ".join(arguments.settings)
+        + " | compiling, s |"
+    )
     print("| --- |" + " --- |" * (len(arguments.settings) + 2))
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder), 20_000)
         for model in arguments.models:
             for stage, (learner, batches) in networks_of(model, Path(folder)).items():
                 torch.compiler.reset()
-                running = {setting: steps(learner, batches, setting, device) for setting in ["float32", *arguments.settings]}
+                running = {
+                    setting: steps(learner, batches, setting, device) for setting in ["float32", *arguments.settings]
+                }
                 first = {setting: next(seconds) for setting, seconds in running.items()}
-                taken = np.array([[next(seconds) for seconds in running.values()] for _ in range(arguments.rounds + 2)])[2:]
+                taken = np.array(
+                    [[next(seconds) for seconds in running.values()] for _ in range(arguments.rounds + 2)]
+                )[2:]
                 ratios = (taken[:, 1:] / taken[:, :1]).T
                 cells = [f"{np.median(row):.2f} ({row.min():.2f}-{row.max():.2f})" for row in ratios]
                 ms = 1000 * np.median(taken[:, 0]) / N_BATCHES
                 print(
                     "| "
-                    + " | ".join([f"{model}, {stage}", f"{ms:.1f}", *cells, f"{first['compiled']:.0f}" if "compiled" in first else "–"])
+                    + " | ".join(
+                        [
+                            f"{model}, {stage}",
+                            f"{ms:.1f}",
+                            *cells,
+                            f"{first['compiled']:.0f}" if "compiled" in first else "–",
+                        ]
+                    )
                     + " |",
                     flush=True,
                 )

@@ -25,12 +25,12 @@ from scipy import sparse
 
 sys.path.insert(0, str(SCRIPTS))
 
-from perturbflow.divisions import ROLES
-from perturbflow.files import write_json
+from perturbflow.genes.symbols import CONTROL
+from perturbflow.io.files import write_json
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
-from perturbflow.symbols import CONTROL
+from perturbflow.splits.divisions import ROLES
 
 N_GENES, N_PERTURBATIONS, N_BATCHES, CONTROL_SHARE = 2000, 400, 12, 0.05
 ROLE_SHARES = (0.65, 0.10, 0.25)  # of perturbations and of controls
@@ -77,7 +77,9 @@ def generate(folder: Path, n_cells: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     level = rng.lognormal(0, SPREAD, N_GENES)
     level *= UMI_PER_CELL / level.sum()
-    fold = np.exp(rng.normal(0, 0.8, (N_PERTURBATIONS + 1, N_GENES)) * (rng.random((N_PERTURBATIONS + 1, N_GENES)) < 0.02))
+    fold = np.exp(
+        rng.normal(0, 0.8, (N_PERTURBATIONS + 1, N_GENES)) * (rng.random((N_PERTURBATIONS + 1, N_GENES)) < 0.02)
+    )
     fold[N_PERTURBATIONS] = 1.0
     blocks, labels = [], []
     for _ in range(min(DISTINCT_BLOCKS, -(-n_cells // CELLS_PER_BLOCK))):
@@ -85,7 +87,9 @@ def generate(folder: Path, n_cells: int, seed: int = 0) -> None:
         labels.append(np.where(is_control, N_PERTURBATIONS, rng.integers(0, N_PERTURBATIONS, CELLS_PER_BLOCK)))
         mean = level * fold[labels[-1]] * rng.lognormal(-0.06, 0.35, (CELLS_PER_BLOCK, 1))
         X = sparse.csr_matrix(rng.negative_binomial(DISPERSION, DISPERSION / (DISPERSION + mean)).astype(np.float32))
-        X = sparse.csr_matrix(sparse.diags((TARGET_SUM / np.asarray(X.sum(axis=1)).ravel()).astype(np.float32)) @ X).log1p()
+        X = sparse.csr_matrix(
+            sparse.diags((TARGET_SUM / np.asarray(X.sum(axis=1)).ravel()).astype(np.float32)) @ X
+        ).log1p()
         blocks.append(X)
     sizes = [min(CELLS_PER_BLOCK, n_cells - first) for first in range(0, n_cells, CELLS_PER_BLOCK)]
     label = np.concatenate([labels[i % len(labels)][:size] for i, size in enumerate(sizes)])
@@ -95,7 +99,9 @@ def generate(folder: Path, n_cells: int, seed: int = 0) -> None:
     ad.AnnData(obs=obs, var=pd.DataFrame(index=genes), obsm={"control_index": control_index}).write_h5ad(
         folder / "pairs.h5ad", compression="gzip"
     )
-    indptr = np.append(0, np.cumsum(np.concatenate([np.diff(blocks[i % len(blocks)].indptr)[:size] for i, size in enumerate(sizes)])))
+    indptr = np.append(
+        0, np.cumsum(np.concatenate([np.diff(blocks[i % len(blocks)].indptr)[:size] for i, size in enumerate(sizes)]))
+    )
     with h5py.File(folder / "pairs.h5ad", "r+") as file:
         if "X" in file:
             del file["X"]
@@ -121,12 +127,18 @@ def generate(folder: Path, n_cells: int, seed: int = 0) -> None:
 def model_of(name: str, n_steps: int) -> tuple[str, dict]:
     """Return implementation and params of a model of the registry; `name:counts` and `name:pca` have that latent space."""
     name, _, latent = name.partition(":")
-    config: dict = {"select": {"datasets": ["renge2023"], "splits": ["unseen_perturbation"], "models": [name], "seeds": [0]}}
+    config: dict = {
+        "select": {"datasets": ["renge2023"], "splits": ["unseen_perturbation"], "models": [name], "seeds": [0]}
+    }
     for file in ("config", "datasets", "splits", "models", "counterfactuals"):
         config = {**yaml.safe_load((CONFIG / f"{file}.yaml").read_text()), **config}
     block = complete(config)["models"][name]
     steps = dict.fromkeys((param for param in block["params"] if param.startswith("n_steps")), n_steps)
-    return FAMILIES[block["family"]].implementation, {**block["params"], **steps, **({"latent": latent} if latent else {})}
+    return FAMILIES[block["family"]].implementation, {
+        **block["params"],
+        **steps,
+        **({"latent": latent} if latent else {}),
+    }
 
 
 class Clock:
@@ -162,8 +174,11 @@ class Clock:
 
 def train_here(folder: Path, name: str, n_steps: int, threads: int) -> None:
     """Train one model and write what took how long."""
-    from perturbflow import training
-    from perturbflow.models import autoencoder, base, batches, jepa, learned, representation
+    from perturbflow import train as training
+    from perturbflow.models import base, jepa, learned
+    from perturbflow.models import jepa as representation
+    from perturbflow.models.latents import vae as autoencoder
+    from perturbflow.models.training import batches
 
     clock = Clock()
     for module in (learned, autoencoder, representation):
@@ -183,17 +198,24 @@ def predict_here(folder: Path, name: str, n_steps: int, threads: int, max_cells:
     """Predict with the model of `train_here`."""
     import torch
 
-    from perturbflow.prediction import predict
+    from perturbflow.predict import predict
 
     torch.set_num_threads(threads)
-    predict(folder / "pairs.h5ad", folder / "model.ckpt", folder / "predictions.h5ad", *model_of(name, n_steps), 0, max_cells)
+    predict(
+        folder / "pairs.h5ad",
+        folder / "model.ckpt",
+        folder / "predictions.h5ad",
+        *model_of(name, n_steps),
+        0,
+        max_cells,
+    )
 
 
 def read_here(folder: Path) -> None:
     """Draw batches of 256 rows of X from runs of 256 cells, as the latent space of counts does, and with scDataset; print rows per second."""
     from scdataset import BlockShuffling, scDataset
 
-    from perturbflow.models.autoencoder import N_RUNS, RUN
+    from perturbflow.models.latents.vae import N_RUNS, RUN
 
     X = Pairs.open(folder / "pairs.h5ad").X
     n_batches = 640
@@ -220,7 +242,11 @@ def read_here(folder: Path) -> None:
 
     with h5py.File(folder / "pairs.h5ad") as file:
         for source, matrix in (("anndata's", ad.io.sparse_dataset(file["X"])), ("own", X)):
-            loader = iter(scDataset(Sized(matrix), BlockShuffling(block_size=RUN), batch_size=256, fetch_factor=N_RUNS * RUN // 256))
+            loader = iter(
+                scDataset(
+                    Sized(matrix), BlockShuffling(block_size=RUN), batch_size=256, fetch_factor=N_RUNS * RUN // 256
+                )
+            )
             started = time.perf_counter()
             for _ in range(n_batches):
                 next(loader).toarray()
@@ -242,25 +268,49 @@ def rows_of(n_cells: int, folder: Path, arguments: argparse.Namespace) -> None:
         n_steps = arguments.steps * (2 if ":counts" in name else 3 if name == "jepa" else 1)
         passes = seconds["fit"] - seconds["optimize"] - seconds.get("inner folds", 0.0)
         step = seconds["optimize"] / n_steps
-        cells = [f"{n_cells:,}", size, name, f"{passes:.1f}", f"{1000 * step:.1f}", f"{seconds['batch'] / seconds['optimize']:.1%}"]
+        cells = [
+            f"{n_cells:,}",
+            size,
+            name,
+            f"{passes:.1f}",
+            f"{1000 * step:.1f}",
+            f"{seconds['batch'] / seconds['optimize']:.1%}",
+        ]
         print("| " + " | ".join([*cells, f"{wall:.0f}", f"{peak:,.0f}"]) + " |", flush=True)
         for max_cells in arguments.predict:
             wall, _, peak = measured(__file__, "--sample", max_cells, *common)
             with h5py.File(here / "predictions.h5ad") as file:
                 n_predicted = int(file["X"].attrs["shape"][0])
-            print(f"| {n_cells:,} | {size} | {name}, {n_predicted:,} cells predicted | | | | {wall:.1f} | {peak:,.0f} |", flush=True)
+            print(
+                f"| {n_cells:,} | {size} | {name}, {n_predicted:,} cells predicted | | | | {wall:.1f} | {peak:,.0f} |",
+                flush=True,
+            )
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, nargs="+", default=[20_000, 200_000], help="sizes of the files to be made (or found) and read")
+    parser.add_argument(
+        "--cells",
+        type=int,
+        nargs="+",
+        default=[20_000, 200_000],
+        help="sizes of the files to be made (or found) and read",
+    )
     parser.add_argument("--models", nargs="+", default=["scppdm"], help="of config/models.yaml")
     parser.add_argument("--steps", type=int, default=300, help="of training")
-    parser.add_argument("--predict", type=int, nargs="*", default=[], help="cells per perturbation to be predicted, of 100 perturbations")
+    parser.add_argument(
+        "--predict",
+        type=int,
+        nargs="*",
+        default=[],
+        help="cells per perturbation to be predicted, of 100 perturbations",
+    )
     parser.add_argument("--folder", type=Path, help="where the files are kept; default: a temporary folder")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--read", action="store_true", help="measure reading alone, beside scDataset, from the file in the folder")
+    parser.add_argument(
+        "--read", action="store_true", help="measure reading alone, beside scDataset, from the file in the folder"
+    )
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--sample", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -23,7 +23,13 @@ from leaderboard import markdown, markdown_of
 
 EFFECT = (("before", "pearson_delta_ctrl"), ("now", "pearson_delta_ctrl"), ("now", "pearson_delta_ctrl_off_target"))
 WORDS = ("better", "trades", "worse", "level", "cannot tell")
-ON_ONE_METRIC = {"wins": "better", "losses": "worse", "level": "level", "undecided": "undecided", "cannot_tell": "cannot tell"}
+ON_ONE_METRIC = {
+    "wins": "better",
+    "losses": "worse",
+    "level": "level",
+    "undecided": "undecided",
+    "cannot_tell": "cannot tell",
+}
 KEYS = ["dataset", "split", "model"]
 
 
@@ -31,7 +37,9 @@ def tables_of(folders: list[Path]) -> dict[str, pd.DataFrame]:
     """Return the tables of runs by name."""
     names = ("benchmark", "calibration", "comparisons", "verdicts")
     return {
-        name: pd.concat([pd.read_csv(folder / f"{name}.tsv", sep="\t", keep_default_na=name != "verdicts") for folder in folders])
+        name: pd.concat(
+            [pd.read_csv(folder / f"{name}.tsv", sep="\t", keep_default_na=name != "verdicts") for folder in folders]
+        )
         for name in names
     }
 
@@ -49,10 +57,14 @@ def in_words(verdict: pd.Series, compared: pd.DataFrame) -> str:
     for metric in [name for column in ("wins", "losses") for name in verdict[column].split(",") if name]:
         row, family = best.loc[metric], best.loc[metric, "metric_family"].replace("_", " ")
         if "share" in row and np.isfinite(row["share"]):
-            parts.append(f"{family} {100 * row['share']:+.0f} % ({100 * row['share_low']:.0f}, {100 * row['share_high']:.0f})")
+            parts.append(
+                f"{family} {100 * row['share']:+.0f} % ({100 * row['share_low']:.0f}, {100 * row['share_high']:.0f})"
+            )
         else:
             parts.append(f"{family} {row['difference']:+.2g} ({row['ci_low']:.2g}, {row['ci_high']:.2g})")
-    parts += [f"{column}: {len(verdict[column].split(','))}" for column in ("level", "undecided") if verdict.get(column)]
+    parts += [
+        f"{column}: {len(verdict[column].split(','))}" for column in ("level", "undecided") if verdict.get(column)
+    ]
     return f"**{verdict['verdict']}**: {'; '.join(parts)}" if parts else f"**{verdict['verdict']}**"
 
 
@@ -63,11 +75,20 @@ def verdict_table(both: dict[str, dict[str, pd.DataFrame]], models: list[str] | 
     for key in keys[keys["model"].isin(models or keys["model"])].itertuples(index=False):
         row = {"screen, split": f"{key.dataset}, {key.split}", "model": key.model}
         mine = {
-            when: {name: table[(table[KEYS] == list(key)).all(axis=1)] for name, table in tables.items() if "model" in table}
+            when: {
+                name: table[(table[KEYS] == list(key)).all(axis=1)]
+                for name, table in tables.items()
+                if "model" in table
+            }
             for when, tables in both.items()
         }
-        row |= {f"{metric}, {when}": score(mine[when]["benchmark"].query("metric == @metric")) for when, metric in EFFECT}
-        row |= {f"verdict, {when}": in_words(tables["verdicts"].iloc[0], tables["comparisons"]) for when, tables in mine.items()}
+        row |= {
+            f"{metric}, {when}": score(mine[when]["benchmark"].query("metric == @metric")) for when, metric in EFFECT
+        }
+        row |= {
+            f"verdict, {when}": in_words(tables["verdicts"].iloc[0], tables["comparisons"])
+            for when, tables in mine.items()
+        }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -84,7 +105,9 @@ def counts(both: dict[str, pd.DataFrame]) -> pd.DataFrame:
                 if name in of_them
             }
             found[f"by one metric, {who}, {when}"] = pd.Series(single)
-    table = pd.DataFrame(found).T.reindex(columns=[*WORDS[:-1], "undecided", WORDS[-1]]).fillna(0).astype(int).astype(str)
+    table = (
+        pd.DataFrame(found).T.reindex(columns=[*WORDS[:-1], "undecided", WORDS[-1]]).fillna(0).astype(int).astype(str)
+    )
     return table.loc[sorted(table.index, key=lambda name: (name.split(",")[:2], name))]
 
 
@@ -92,14 +115,19 @@ def changed(more: pd.DataFrame, fewer: pd.DataFrame, column: str, by: list[str])
     """Return of how many rows an entry differs, and where."""
     merged = more.merge(fewer, on=by, suffixes=("", "_fewer"))
     differs = merged[merged[column].astype(str) != merged[f"{column}_fewer"].astype(str)]
-    where = "; ".join(f"{', '.join(row[name] for name in by)}: {row[f'{column}_fewer']} → {row[column]}" for _, row in differs.iterrows())
+    where = "; ".join(
+        f"{', '.join(row[name] for name in by)}: {row[f'{column}_fewer']} → {row[column]}"
+        for _, row in differs.iterrows()
+    )
     return f"{len(differs)} of {len(merged)}{': ' + where if where else ''}"
 
 
 def telling(calibration: pd.DataFrame) -> pd.DataFrame:
     """Return per headline metric whether it tells: one of the positive controls beats every negative one, as verdicts have it."""
     headline = calibration[calibration["headline"]]
-    beaten = (headline["verdict"] == "tells").groupby([headline[name] for name in ("dataset", "split", "metric", "positive")], sort=False)
+    beaten = (headline["verdict"] == "tells").groupby(
+        [headline[name] for name in ("dataset", "split", "metric", "positive")], sort=False
+    )
     tells = beaten.all().groupby(level=["dataset", "split", "metric"], sort=False).any()
     return tells.map({True: "tells", False: "cannot tell"}).rename("verdict").reset_index()
 
@@ -120,9 +148,13 @@ def main() -> None:
         if not folders:
             continue
         fewer = tables_of(folders)
-        said = changed(telling(both[when]["calibration"]), telling(fewer["calibration"]), "verdict", ["dataset", "split", "metric"])
+        said = changed(
+            telling(both[when]["calibration"]), telling(fewer["calibration"]), "verdict", ["dataset", "split", "metric"]
+        )
         print(f"* {when}: of headline metrics another power to tell, {said}")
-        print(f"* {when}: of models another verdict, {changed(both[when]['verdicts'], fewer['verdicts'], 'verdict', KEYS)}")
+        print(
+            f"* {when}: of models another verdict, {changed(both[when]['verdicts'], fewer['verdicts'], 'verdict', KEYS)}"
+        )
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests/benchmarks")]
 
 from leaderboard import markdown_of  # noqa: E402
 
-from perturbflow.artefacts import load_artefact  # noqa: E402
-from perturbflow.bootstrap import estimate, share_interval  # noqa: E402
 from perturbflow.counterfactuals.search import scores  # noqa: E402
-from perturbflow.files import read_json  # noqa: E402
+from perturbflow.evaluation.bootstrap import estimate, share_interval  # noqa: E402
+from perturbflow.genes.symbols import members_of  # noqa: E402
+from perturbflow.io.artefacts import load_artefact  # noqa: E402
+from perturbflow.io.files import read_json  # noqa: E402
 from perturbflow.models.base import build  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
-from perturbflow.symbols import members_of  # noqa: E402
 
 REPRODUCIBLE = 0.5
 TENTH = 0.1
@@ -44,7 +44,9 @@ def warranty_row(place: str, model: str, shown: list[dict]) -> dict[str, object]
     """Return one row of the first table: means over seeds, intervals over perturbations."""
 
     def of(*keys: str) -> np.ndarray:
-        return np.mean([[reduce(getitem, keys, row) for row in content["perturbations"]] for content in shown], axis=0).astype(float)
+        return np.mean(
+            [[reduce(getitem, keys, row) for row in content["perturbations"]] for content in shown], axis=0
+        ).astype(float)
 
     def agreed(kind: str) -> str:
         return f"{interval(of('agreement', kind, 'model'))} of {np.nanmean(of('agreement', kind, 'ceiling')):.3f}"
@@ -81,7 +83,10 @@ def places(folder: Path, pairs: Pairs) -> dict[str, float]:
     found = {}
     for label in test.perturbations:
         rows = test.cells_of(label)
-        a, b = (test.mean_of(rows[half[rows] == name]) - test.control_mean_for(rows[half[rows] == name]) for name in ("a", "b"))
+        a, b = (
+            test.mean_of(rows[half[rows] == name]) - test.control_mean_for(rows[half[rows] == name])
+            for name in ("a", "b")
+        )
         kept = ~np.isin(pairs.genes, members_of(label))
         if label not in candidates or np.corrcoef(a[kept], b[kept])[0, 1] <= REPRODUCIBLE:
             continue

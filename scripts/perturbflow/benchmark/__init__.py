@@ -14,7 +14,7 @@ from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
 from perturbflow.benchmark.verdicts import judge
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS
-from perturbflow.files import atomic, read_json
+from perturbflow.io.files import atomic, read_json
 from perturbflow.registry.families import FAMILIES
 
 logger = logging.getLogger(__name__)
@@ -41,16 +41,23 @@ def _caveats(audits: list[Path], harmonizations: list[Path]) -> dict[tuple[str, 
         found.setdefault((dataset, split), []).extend(said)
         if fold := FOLD.match(split):
             found.setdefault((dataset, fold["name"]), []).extend(f"{split}: {caveat}" for caveat in said)
-    return {place: said + [f"{text[0].upper()}{text[1:]}" for text in warnings.get(place[0], [])] for place, said in found.items()}
+    return {
+        place: said + [f"{text[0].upper()}{text[1:]}" for text in warnings.get(place[0], [])]
+        for place, said in found.items()
+    }
 
 
 def _with_quality(scores: pd.DataFrame, paths: list[Path]) -> pd.DataFrame:
     """Return scores with what is known of their perturbations (columns `QUALITY` of quality.tsv); without a table it is missing."""
     words = {"perturbation": str, "responds": str}
     tables = [
-        pd.read_csv(path, sep="\t", dtype=words, keep_default_na=False, na_values={name: [""] for name in ("efficacy", "responds")}).assign(
-            dataset=path.parent.name
-        )[["dataset", "perturbation", *QUALITY]]
+        pd.read_csv(
+            path,
+            sep="\t",
+            dtype=words,
+            keep_default_na=False,
+            na_values={name: [""] for name in ("efficacy", "responds")},
+        ).assign(dataset=path.parent.name)[["dataset", "perturbation", *QUALITY]]
         for path in paths
     ]
     if not tables:
@@ -108,8 +115,12 @@ def benchmark(
     scores = _with_quality(pd.concat([_read(path) for path in metrics], ignore_index=True), qualities)
     for model in scores["model"].unique():
         if families.get(model) not in FAMILIES:
-            raise InputError(f"families: '{families.get(model)}' of model '{model}' is no family; known: {', '.join(FAMILIES)}.")
-    tables: dict[Path, list[pd.DataFrame]] = {path: [] for path in (benchmark, calibration, comparisons, strata, verdicts)}
+            raise InputError(
+                f"families: '{families.get(model)}' of model '{model}' is no family; known: {', '.join(FAMILIES)}."
+            )
+    tables: dict[Path, list[pd.DataFrame]] = {
+        path: [] for path in (benchmark, calibration, comparisons, strata, verdicts)
+    }
     caveats = _caveats(audits, harmonizations)
     for panel in panels(scores):
         compared, calibrated = compare(panel, families, least_difference), calibrate(panel, families)
@@ -117,7 +128,13 @@ def benchmark(
         judged = judge(summary, calibrated, compared, least_difference, caveats.get((panel.dataset, panel.split), ()))
         for path, table in zip(tables, (summary, calibrated, compared, stratify(panel, families), judged), strict=True):
             tables[path].append(table)
-        logger.info("%s × %s: %d models, %d perturbations", panel.dataset, panel.split, len(panel.models), len(panel.perturbations))
+        logger.info(
+            "%s × %s: %d models, %d perturbations",
+            panel.dataset,
+            panel.split,
+            len(panel.models),
+            len(panel.perturbations),
+        )
         for row in judged.itertuples():
             logger.info("  %s: %s", row.model, row.sentence)
     for path, parts in tables.items():

@@ -40,7 +40,9 @@ class Panel:
     @cached_property
     def losses(self) -> np.ndarray:
         """How far from perfect every value is, (K, M, S, P)."""
-        return np.stack([METRICS[metric].loss(values) for metric, values in zip(self.metrics, self.values, strict=True)])
+        return np.stack(
+            [METRICS[metric].loss(values) for metric, values in zip(self.metrics, self.values, strict=True)]
+        )
 
     @property
     def keys(self) -> dict[str, str]:

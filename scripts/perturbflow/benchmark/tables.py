@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.benchmark.panel import Panel
-from perturbflow.bootstrap import (
+from perturbflow.evaluation import METRICS
+from perturbflow.evaluation.bootstrap import (
     MIN_PERTURBATIONS,
     Estimates,
     estimate,
@@ -14,14 +15,16 @@ from perturbflow.bootstrap import (
     resampled_means,
     share_interval,
 )
-from perturbflow.evaluation import METRICS
 from perturbflow.registry.families import FAMILIES
 
 # Families that scales and calibrations refer to.
 FLOORS = ("no_change", "perturbed_mean", "additive", "matching_mean", "transfer", "dose_interpolation")
 CEILINGS = ("perfect_mean", "technical_duplicate", "interpolated_duplicate")
 PRIMARY = ("no_change", "perfect_mean")
-POSITIVES = ("technical_duplicate", "interpolated_duplicate")  # real predictions: whether a metric can tell is asked of these
+POSITIVES = (
+    "technical_duplicate",
+    "interpolated_duplicate",
+)  # real predictions: whether a metric can tell is asked of these
 NEGATIVES = ("no_change", "perturbed_mean")
 
 # Columns, in the order of the files.
@@ -93,7 +96,9 @@ def summarize(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
                 if b is not None and r is not None:
                     scaled, gain, whole = _scaled(losses, b, r)
                     if (floor, ceiling) == PRIMARY:
-                        low, high = interval(_ratio(resampled_means(gain), resampled_means(whole)), n_perturbations(gain))
+                        low, high = interval(
+                            _ratio(resampled_means(gain), resampled_means(whole)), n_perturbations(gain)
+                        )
                 columns[f"scaled_{floor}_{ceiling}"] = scaled
         columns |= {"scaled_ci_low": low, "scaled_ci_high": high}
         index = pd.MultiIndex.from_product([panel.metrics, panel.models], names=["metric", "model"])
@@ -194,7 +199,12 @@ def _ways(panel: Panel, families: dict[str, str]) -> np.ndarray:
 def _words(found: Estimates, margin: float) -> np.ndarray:
     """Return what the intervals of differences show: all beyond a margin, all within it, or neither."""
     words = np.select(
-        [found.n < MIN_PERTURBATIONS, found.low > margin, found.high < -margin, (found.low >= -margin) & (found.high <= margin)],
+        [
+            found.n < MIN_PERTURBATIONS,
+            found.low > margin,
+            found.high < -margin,
+            (found.low >= -margin) & (found.high <= margin),
+        ],
         [TOO_FEW, BETTER, WORSE, LEVEL],
         UNDECIDED,
     )
@@ -223,7 +233,9 @@ def compare(panel: Panel, families: dict[str, str], least_difference: float) -> 
         for reference in references:
             gain = losses[reference] - losses  # (M, S, P)
             means = resampled[reference] - resampled
-            is_other = (missing != missing[reference]).any(axis=(1, 2))  # only there the means rest on other perturbations
+            is_other = (missing != missing[reference]).any(
+                axis=(1, 2)
+            )  # only there the means rest on other perturbations
             means[is_other] = resampled_means(gain[is_other])
             n = n_perturbations(gain)
             found = Estimates(mean(gain), *interval(means, n), n)
@@ -251,7 +263,9 @@ def compare(panel: Panel, families: dict[str, str], least_difference: float) -> 
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COMPARISONS)
     table["metric_family"] = [METRICS[metric].family for metric in table["metric"]]
     table["headline"] = [METRICS[metric].headline for metric in table["metric"]]
-    return table.assign(**panel.keys)[COMPARISONS].astype({"headline": bool, "is_best_baseline": bool})  # in an empty table, too
+    return table.assign(**panel.keys)[COMPARISONS].astype(
+        {"headline": bool, "is_best_baseline": bool}
+    )  # in an empty table, too
 
 
 # --- strata ---------------------------------------------------------------------------------------------------------
@@ -289,7 +303,9 @@ def stratify(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
             columns = np.flatnonzero(bins == name)
             values = panel.values[headlines][..., columns]
             found = estimate(values.reshape(-1, *values.shape[2:]))
-            index = pd.MultiIndex.from_product([[panel.metrics[k] for k in headlines], panel.models], names=["metric", "model"])
+            index = pd.MultiIndex.from_product(
+                [[panel.metrics[k] for k in headlines], panel.models], names=["metric", "model"]
+            )
             limits = facts[stratum].iloc[columns]
             part = {"stratum": stratum, "bin": name, "from": limits.min(), "to": limits.max(),
                     "value": found.mean, "ci_low": found.low, "ci_high": found.high, "n_perturbations": found.n}  # fmt: skip

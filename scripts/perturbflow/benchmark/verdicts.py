@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.benchmark.tables import BETTER, CANNOT_TELL, LEVEL, TELLS, TOO_FEW, UNDECIDED, WORSE
-from perturbflow.bootstrap import MIN_PERTURBATIONS
+from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
 
 STRONGEST = ("gaussian_process", "stacked")  # families of the closed form to beat
 RANK = "rank_cosine_off_target"
@@ -31,7 +31,9 @@ def telling(calibration: pd.DataFrame) -> dict[str, bool]:
     calibration
         Rows of one dataset × split.
     """
-    beaten = (calibration["verdict"] == TELLS).groupby([calibration["metric"], calibration["positive"]], sort=False).all()
+    beaten = (
+        (calibration["verdict"] == TELLS).groupby([calibration["metric"], calibration["positive"]], sort=False).all()
+    )
     return beaten.groupby("metric", sort=False).any().to_dict() if len(beaten) else {}
 
 
@@ -67,7 +69,8 @@ def _named(rows: pd.DataFrame, *, with_baseline: bool) -> str:
     """Return families of metrics with their differences and intervals."""
     over = [f", over {row.baseline}" * with_baseline for row in rows.itertuples()]
     return ", ".join(
-        f"{row.metric_family.replace('_', ' ')} ({_size(row)}{name})" for row, name in zip(rows.itertuples(), over, strict=True)
+        f"{row.metric_family.replace('_', ' ')} ({_size(row)}{name})"
+        for row, name in zip(rows.itertuples(), over, strict=True)
     )
 
 
@@ -75,11 +78,26 @@ def _comparison(rows: pd.DataFrame, least_difference: float) -> str:
     """Return what headline metrics say of a model against its references, as a clause."""
     names = list(rows["baseline"].unique())
     name = names[0] if len(names) == 1 else "the best baselines"
-    start = {BETTER: "better than", TRADES: "trades against", WORSE: "worse than", LEVEL: "level with", CANNOT_TELL: "cannot be told from"}
-    words = {BETTER: "wins", WORSE: "loses", LEVEL: f"level within {100 * least_difference:g} % on", UNDECIDED: "undecided on"}
+    start = {
+        BETTER: "better than",
+        TRADES: "trades against",
+        WORSE: "worse than",
+        LEVEL: "level with",
+        CANNOT_TELL: "cannot be told from",
+    }
+    words = {
+        BETTER: "wins",
+        WORSE: "loses",
+        LEVEL: f"level within {100 * least_difference:g} % on",
+        UNDECIDED: "undecided on",
+    }
     parts = {said: rows[rows["verdict"] == word] for word, said in words.items()}
-    said = "; ".join(f"{said} {_named(part, with_baseline=len(names) > 1)}" for said, part in parts.items() if len(part))
-    said = said.replace(" %, ", " % of the way from no change to the ceiling, ", 1)  # once: the other shares are of the same kind
+    said = "; ".join(
+        f"{said} {_named(part, with_baseline=len(names) > 1)}" for said, part in parts.items() if len(part)
+    )
+    said = said.replace(
+        " %, ", " % of the way from no change to the ceiling, ", 1
+    )  # once: the other shares are of the same kind
     return f"{start[outcome(rows['verdict'])]} {name}: {said}"
 
 
@@ -106,7 +124,9 @@ def _clauses(best: pd.DataFrame, all_mine: pd.DataFrame, n_telling: int, least_d
         said.append(f"cannot be judged: {_why_not(all_mine, n_telling)}")
     if len(best):
         mute = _mute(best, all_mine)
-        said.append(_comparison(best, least_difference) + (f"; cannot tell here: {_families(mute)}" if len(mute) else ""))
+        said.append(
+            _comparison(best, least_difference) + (f"; cannot tell here: {_families(mute)}" if len(mute) else "")
+        )
     return said
 
 
@@ -123,7 +143,11 @@ def _caveats(n_perturbations: int, n_seeds: int, kind: str) -> list[str]:
 
 
 def judge(
-    summary: pd.DataFrame, calibration: pd.DataFrame, comparisons: pd.DataFrame, least_difference: float, caveats: Iterable[str] = ()
+    summary: pd.DataFrame,
+    calibration: pd.DataFrame,
+    comparisons: pd.DataFrame,
+    least_difference: float,
+    caveats: Iterable[str] = (),
 ) -> pd.DataFrame:
     """Return one row per model but ceilings: the verdict on the headline metric of every family of metrics.
 
@@ -139,7 +163,7 @@ def judge(
     least_difference
         The share of the way from no change to the ceiling that `comparisons` was made with.
     caveats
-        Sentences on its data that hold for every verdict (`perturbflow.caveats`).
+        Sentences on its data that hold for every verdict (`perturbflow.audit.caveats`).
     """
     tells = telling(calibration)
     headlines = comparisons[comparisons["headline"]]
@@ -167,8 +191,12 @@ def judge(
             said.append(_comparison(against_set_gp, least_difference))
         said += [f"no better than {name}: its scores need no perturbation label" for name in no_better]
         if is_collapsed:
-            said.append(f"mode collapse: {RANK} {ranks[model.model]:.2f} (chance 0.5), its predictions hardly tell perturbations apart")
-        by_word = {word: ",".join(best.loc[best["verdict"] == word, "metric"]) for word in (BETTER, WORSE, LEVEL, UNDECIDED)}
+            said.append(
+                f"mode collapse: {RANK} {ranks[model.model]:.2f} (chance 0.5), its predictions hardly tell perturbations apart"
+            )
+        by_word = {
+            word: ",".join(best.loc[best["verdict"] == word, "metric"]) for word in (BETTER, WORSE, LEVEL, UNDECIDED)
+        }
         rows.append(
             {
                 "dataset": model.dataset,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from perturbflow.bootstrap import MIN_PERTURBATIONS, Estimates, estimate
+from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS, Estimates, estimate
 
 FLOORS = {"no_change": "predicting no change", "perturbed_mean": "the mean effect of training"}
 KINDS = ("whole", "specific")
@@ -46,7 +46,9 @@ def ceiling(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(2 * r / (1 + r)))
 
 
-def agreement(predicted: np.ndarray, measured: np.ndarray, halves: list[np.ndarray], mean: np.ndarray) -> dict[str, dict[str, float]]:
+def agreement(
+    predicted: np.ndarray, measured: np.ndarray, halves: list[np.ndarray], mean: np.ndarray
+) -> dict[str, dict[str, float]]:
     """Return both kinds of agreement of a perturbation's prediction, of the floors and of the truth.
 
     Parameters
@@ -82,7 +84,9 @@ def summary(rows: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     for kind in KINDS:
         of = [row[kind] for row in rows]
         found[kind] = {name: numbers(_estimate([row[name] for row in of])) for name in ("model", *FLOORS, "ceiling")}
-        found[kind]["above"] = {floor: numbers(_estimate([row["model"] - row[floor] for row in of])) for floor in FLOORS}
+        found[kind]["above"] = {
+            floor: numbers(_estimate([row["model"] - row[floor] for row in of])) for floor in FLOORS
+        }
     return found
 
 
@@ -104,7 +108,9 @@ def verdict(summed: dict[str, Any], n: int) -> str:
 
 def sentence(summed: dict[str, Any]) -> str:
     """Return both kinds of agreement in words, each with its floors and its ceiling."""
-    whole, specific = ({name: found["mean"] for name, found in summed[kind].items() if name != "above"} for kind in KINDS)
+    whole, specific = (
+        {name: found["mean"] for name, found in summed[kind].items() if name != "above"} for kind in KINDS
+    )
     return (
         f"Agreement of whole effects {whole['model']:.2f}: no change {whole['no_change']:.0f}, the mean effect of training "
         f"{whole['perturbed_mean']:.2f}, ceiling {whole['ceiling']:.2f}. Beyond that mean {specific['model']:.2f}: both floors "

@@ -11,19 +11,19 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
 
-from perturbflow.artefacts import load_artefact
 from perturbflow.counterfactuals.contexts import Place, Places, contexts_of
 from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes
 from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import fitting, was_checked
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.files import atomic, read_json
+from perturbflow.genes.symbols import CONTROL, entities_of, entity_of, members_of
+from perturbflow.io.artefacts import load_artefact
+from perturbflow.io.files import atomic, read_json
 from perturbflow.models.base import Model, build
-from perturbflow.models.conformal import Calibration, Scale, case_of
+from perturbflow.models.calibration import Calibration, Scale, case_of
 from perturbflow.pairs import Context, Pairs
 from perturbflow.progress import Progress
-from perturbflow.symbols import CONTROL, entities_of, entity_of, members_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,9 @@ def selected_cells(cells: Pairs, selection: str | dict) -> Pairs:
     if isinstance(selection, dict):
         mask &= holding(test.obs, selection, "cells")
     if not mask.any():
-        raise InputError(f"cells: {selection} selects no test control; what-if questions start from controls that no model was trained on.")
+        raise InputError(
+            f"cells: {selection} selects no test control; what-if questions start from controls that no model was trained on."
+        )
     return test.select(mask)
 
 
@@ -93,7 +95,9 @@ class Knowledge:
         self.labels = set(training.perturbations)
         self.seen = sorted({gene for other in training.perturbations for gene in entities_of(other)})
         table = vectors.standardized(sorted({gene for other in training.perturbations for gene in members_of(other)}))
-        self.table = table.groupby(list(map(entity_of, table.index))).first()  # a compound has one vector, whatever its dose
+        self.table = table.groupby(
+            list(map(entity_of, table.index))
+        ).first()  # a compound has one vector, whatever its dose
         self.without_vector = set(map(entity_of, vectors.without_vector))
         own = self.table.reindex(self.seen).dropna().to_numpy()
         among = cdist(own, own)
@@ -113,7 +117,13 @@ class Knowledge:
         unseen = [gene for gene in entities_of(label) if gene not in self.seen]
         if not unseen:
             is_single = len(members_of(label)) == 1
-            words = "measured" if case == "measured" else "measured at other doses" if is_single else "composed of measured genes"
+            words = (
+                "measured"
+                if case == "measured"
+                else "measured at other doses"
+                if is_single
+                else "composed of measured genes"
+            )
             return Known(words + where, case, 0.0, is_elsewhere)
         without = [gene for gene in unseen if gene not in self.table.index or gene in self.without_vector]
         words = f"extrapolation{',' if where else ''}{where}: {len(unseen)} gene(s) never perturbed in training"
@@ -156,7 +166,9 @@ class Answer:
         return self.effects @ mean / max(float(mean @ mean), 1e-12)
 
 
-def blocks_of(model: Model, start: np.ndarray, context: Context, label: str, samples: int, seed: int) -> Iterator[tuple[slice, np.ndarray]]:
+def blocks_of(
+    model: Model, start: np.ndarray, context: Context, label: str, samples: int, seed: int
+) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield outcomes of a few cells at a time, (cells, samples, genes)."""
     for first in range(0, len(start), CELLS_PER_BLOCK):
         block = slice(first, min(first + CELLS_PER_BLOCK, len(start)))
@@ -177,7 +189,9 @@ class Writer:
         self.tables = {"X": file.create_dataset("X", shape, chunks=chunks, **of)}
         self.tables |= {name: file["layers"].create_dataset(name, shape, chunks=chunks, **of) for name in LAYERS}
         if samples:
-            self.tables["samples"] = file["obsm"].create_dataset("samples", (n, samples, len(genes)), chunks=(1, samples, len(genes)), **of)
+            self.tables["samples"] = file["obsm"].create_dataset(
+                "samples", (n, samples, len(genes)), chunks=(1, samples, len(genes)), **of
+            )
         for table in self.tables.values():
             table.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
@@ -219,7 +233,13 @@ def _quantiles(outcomes: np.ndarray) -> list[np.ndarray]:
 
 
 def effect_table(
-    answer: Answer, genes: list[str], groups: pd.Series, calibration: Calibration, scale: Scale, known: dict[str, Known], warranty: dict
+    answer: Answer,
+    genes: list[str],
+    groups: pd.Series,
+    calibration: Calibration,
+    scale: Scale,
+    known: dict[str, Known],
+    warranty: dict,
 ) -> pd.DataFrame:
     """Return one row per group of cells × gene, strongest first, see `counterfactual`; no interval where the warranty checked no such answer."""
     own = calibration.for_case(answer.known.case)
@@ -321,21 +341,44 @@ def counterfactual(
     found, scale = Calibration.from_arrays(stored), Scale(stored["variance"], stored["spread"])
     start, context = chosen.X[:].toarray(), chosen.context_of(np.arange(len(chosen.rows)))
     tables, rows, observed, means = [], [], [], {}
-    logger.info("%d perturbations are asked in %d cells, %d outcomes each", len(labels), len(start), query["samples_per_cell"])
+    logger.info(
+        "%d perturbations are asked in %d cells, %d outcomes each", len(labels), len(start), query["samples_per_cell"]
+    )
     progress = Progress(f"blocks of {CELLS_PER_BLOCK} cells", len(labels) * -(-len(start) // CELLS_PER_BLOCK))
     with atomic(cells) as partial, h5py.File(partial, "w") as file:
-        writer = Writer(file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None)
+        writer = Writer(
+            file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None
+        )
         for i, label in enumerate(labels):
             answer = answered(
-                family, start, context, label, knowledge.of(label), query["samples_per_cell"], seed, writer, i * len(start), progress
+                family,
+                start,
+                context,
+                label,
+                knowledge.of(label),
+                query["samples_per_cell"],
+                seed,
+                writer,
+                i * len(start),
+                progress,
             )
             response = answer.response(np.isin(chosen.genes, entities_of(label)))
             in_context = {context: knowledge.of(label, {context}).words for context in knowledge.asked}
             known = [in_context[context] for context in contexts_of(chosen.obs)]
-            obs = chosen.obs[["cell_type", "batch"]].astype(str).assign(perturbation=label, cell=chosen.obs.index, known=known)
+            obs = (
+                chosen.obs[["cell_type", "batch"]]
+                .astype(str)
+                .assign(perturbation=label, cell=chosen.obs.index, known=known)
+            )
             observed.append(obs.assign(response=response).set_axis([f"{label}:{cell}" for cell in chosen.obs.index]))
-            table = effect_table(answer, chosen.genes, groups, found, scale, knowledge.by_group(label, chosen, groups), shown)
-            table.insert(1, "verdict", table["in_other_contexts"].map({elsewhere: words[0] for elsewhere, words in checked.items()}))
+            table = effect_table(
+                answer, chosen.genes, groups, found, scale, knowledge.by_group(label, chosen, groups), shown
+            )
+            table.insert(
+                1,
+                "verdict",
+                table["in_other_contexts"].map({elsewhere: words[0] for elsewhere, words in checked.items()}),
+            )
             means[label] = answer.effects.mean(axis=0)
             rows.append(_row(answer, table, response))
             tables.append(table[table["rank"] <= GENES_OF_MANY] if len(labels) > MANY else table)
@@ -361,9 +404,13 @@ def _check_answerable(model: Model, labels: list[str], knowledge: Knowledge, cel
             and knowledge.of(label).case.startswith("unseen")
             and not model.individual_effects(cells, label, seed).any()
         ):
-            refused[label] = "it never saw it perturbed, and what it says of it is no change at all. Ask another model, such as set_gp"
+            refused[label] = (
+                "it never saw it perturbed, and what it says of it is no change at all. Ask another model, such as set_gp"
+            )
     if refused:
-        raise InputError(" ".join(f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items()))
+        raise InputError(
+            " ".join(f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items())
+        )
 
 
 def _warranty_words(checked: dict[bool, tuple[str, str]], is_elsewhere: dict[str, bool]) -> dict[str, str]:
@@ -378,7 +425,10 @@ def _warranty_words(checked: dict[bool, tuple[str, str]], is_elsewhere: dict[str
     verdict, words = checked[len(labels) == len(is_elsewhere)]
     if len(labels) not in (0, len(is_elsewhere)):
         named = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
-        verdict, words = (f"{own}. Of {named}, measured in other contexts: {other}" for own, other in zip(*checked.values(), strict=True))
+        verdict, words = (
+            f"{own}. Of {named}, measured in other contexts: {other}"
+            for own, other in zip(*checked.values(), strict=True)
+        )
     return {"verdict": verdict, "warranty": words}
 
 

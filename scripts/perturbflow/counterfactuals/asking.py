@@ -10,7 +10,7 @@ from perturbflow.counterfactuals.figures import draw
 from perturbflow.counterfactuals.questions import check_question
 from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.errors import InputError
-from perturbflow.files import read_json
+from perturbflow.io.files import read_json
 
 logger = logging.getLogger(__name__)
 

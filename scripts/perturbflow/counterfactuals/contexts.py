@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from perturbflow.genes.symbols import CONTROL, entities_of
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import CONTROL, entities_of
 
 CONTEXT = ["dataset", "batch", "cell_type"]
 ELSEWHERE = "in other contexts"
@@ -51,9 +51,13 @@ class Places:
         if self.is_elsewhere(label, asked):
             return f" {ELSEWHERE}"
         kinds = {(dataset, cell_type) for dataset, _, cell_type in asked}
-        met = set.intersection(*({(dataset, cell_type) for dataset, _, cell_type in places} for places in self.needed(label)))
+        met = set.intersection(
+            *({(dataset, cell_type) for dataset, _, cell_type in places} for places in self.needed(label))
+        )
         if not kinds <= met:
             return f" in {len(kinds & met)} of the {len(kinds)} kinds of cells that are asked"
         # A batch that lacks it may be chance; half of them are none: such batches may be lines.
         measured = asked.intersection(*self.needed(label))
-        return f" in {len(measured)} of the {len(asked)} batches that are asked" if 2 * len(measured) <= len(asked) else ""
+        return (
+            f" in {len(measured)} of the {len(asked)} batches that are asked" if 2 * len(measured) <= len(asked) else ""
+        )

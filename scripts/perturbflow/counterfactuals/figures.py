@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from perturbflow.colours import COLOURS
-from perturbflow.files import atomic
-from perturbflow.symbols import entities_of
+from perturbflow.genes.symbols import entities_of
+from perturbflow.io.files import atomic
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,9 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def draw(cells: Path, effects: Path, ranking: Path, effects_figure: Path, responders: Path, map: Path, heatmap: Path) -> None:
+def draw(
+    cells: Path, effects: Path, ranking: Path, effects_figure: Path, responders: Path, map: Path, heatmap: Path
+) -> None:
     """Draw the answer to one query.
 
     Parameters
@@ -45,12 +47,17 @@ def draw(cells: Path, effects: Path, ranking: Path, effects_figure: Path, respon
         Effects of all perturbations on the genes that any of them moves most, in the order of the ranking.
     """
     answer = ad.read_h5ad(cells)
-    table = pd.read_csv(effects, sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str, "group": str})
+    table = pd.read_csv(
+        effects, sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str, "group": str}
+    )
     order = pd.read_csv(ranking, sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str})
     shown = order["perturbation"].tolist()[:PANELS]
     with mpl.rc_context(STYLE):
         for path, figure in (
-            (effects_figure, _effects(table[table["group"] == "all"], shown, str(answer.uns["perturbflow"]["verdict"]))),
+            (
+                effects_figure,
+                _effects(table[table["group"] == "all"], shown, str(answer.uns["perturbflow"]["verdict"])),
+            ),
             (responders, _responders(answer, shown)),
             (map, _map(answer, shown)),
             (heatmap, _heatmap(answer, order)),
@@ -75,8 +82,12 @@ def _effects(table: pd.DataFrame, shown: list[str], verdict: str) -> Figure:
         top = table[table["perturbation"] == label].sort_values("rank").head(GENES)
         rows = np.arange(len(top))
         panel.axvline(0, color="#888888", linewidth=0.6)
-        panel.hlines(rows, top["low"], top["high"], color=COLOURS[0], linewidth=4, alpha=0.3, label="90 % interval of the mean")
-        panel.hlines(rows, top["cells_low"], top["cells_high"], color=COLOURS[1], linewidth=1, label="middle 90 % of cells")
+        panel.hlines(
+            rows, top["low"], top["high"], color=COLOURS[0], linewidth=4, alpha=0.3, label="90 % interval of the mean"
+        )
+        panel.hlines(
+            rows, top["cells_low"], top["cells_high"], color=COLOURS[1], linewidth=1, label="middle 90 % of cells"
+        )
         panel.plot(top["effect"], rows, "o", color=COLOURS[0], markersize=3.5, label="mean effect")
         genes = [f"{gene} *" if own else gene for gene, own in zip(top["gene"], top["is_perturbed_gene"], strict=True)]
         panel.set_yticks(rows, genes)
@@ -84,7 +95,9 @@ def _effects(table: pd.DataFrame, shown: list[str], verdict: str) -> Figure:
         panel.set_title(f"{label}\n{_cut(top['known'].iloc[0])}", fontsize=7)
         panel.set_xlabel("effect on log1p expression")
     figure.suptitle(f"Verdict on this model: {verdict}", fontsize=7, wrap=True)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=7
+    )
     return figure
 
 
@@ -101,7 +114,9 @@ def _responders(answer: ad.AnnData, shown: list[str]) -> Figure:
         response = answer.obs["response"].to_numpy(float)[rows]
         histogram.hist(response, bins=40, range=_range(response), color=COLOURS[0], alpha=0.8)
         histogram.axvline(0.5, color="#888888", linewidth=0.8, linestyle="--")
-        histogram.set_title(f"{label}: {100 * (response < 0.5).mean():.0f} % of cells respond less than half", fontsize=7)
+        histogram.set_title(
+            f"{label}: {100 * (response < 0.5).mean():.0f} % of cells respond less than half", fontsize=7
+        )
         histogram.set_xlabel("response (mean effect = 1)")
         histogram.set_ylabel("cells")
         effect = np.asarray(answer.layers["effect"][rows])
@@ -118,7 +133,9 @@ def _responders(answer: ad.AnnData, shown: list[str]) -> Figure:
         genes.invert_yaxis()
         genes.axvline(0, color="#888888", linewidth=0.6)
         genes.set_xlabel("effect on log1p expression")
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    figure.legend(
+        *panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=7
+    )
     return figure
 
 
@@ -143,12 +160,26 @@ def _map(answer: ad.AnnData, shown: list[str]) -> Figure:
         panel.scatter(*start.T, s=4, color=COLOURS[6], alpha=0.5, linewidths=0, label="before")
         panel.scatter(*end.T, s=4, color=COLOURS[0], alpha=0.5, linewidths=0, label="after")
         panel.quiver(
-            *start[chosen].T, *(end - start)[chosen].T, angles="xy", scale_units="xy", scale=1, width=0.003, color="#333333", alpha=0.35
+            *start[chosen].T,
+            *(end - start)[chosen].T,
+            angles="xy",
+            scale_units="xy",
+            scale=1,
+            width=0.003,
+            color="#333333",
+            alpha=0.35,
         )
         panel.set_title(label, fontsize=8)
         panel.set_xlabel("component 1")
         panel.set_ylabel("component 2")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=7, markerscale=3)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=7,
+        markerscale=3,
+    )
     return figure
 
 
@@ -166,7 +197,9 @@ def _heatmap(answer: ad.AnnData, order: pd.DataFrame) -> Figure:
     axes.set_xticks(np.arange(len(top)), answer.var_names[top], rotation=90, fontsize=6)
     names = shown
     if "score" in order:
-        names = [f"{row.search_rank}. {row.perturbation} ({row.score:+.2f})" for row in order.head(len(shown)).itertuples()]
+        names = [
+            f"{row.search_rank}. {row.perturbation} ({row.score:+.2f})" for row in order.head(len(shown)).itertuples()
+        ]
     axes.set_yticks(np.arange(len(shown)), names, fontsize=6)
     figure.colorbar(image, ax=axes, label="effect on log1p expression", shrink=min(1.0, 6 / (1 + len(shown)) + 0.4))
     return figure

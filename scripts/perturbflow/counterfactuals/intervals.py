@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from perturbflow.bootstrap import MIN_PERTURBATIONS
 from perturbflow.counterfactuals.agreement import FLOORS
-from perturbflow.models.conformal import Calibration
+from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
+from perturbflow.models.calibration import Calibration
 
 RESAMPLES = 300
 
@@ -21,7 +21,10 @@ def relative_widths(calibrations: dict[str, Calibration], level: float) -> dict[
     """
     labels = sorted({label for calibration in calibrations.values() for label in calibration.labels})
     place = {label: i for i, label in enumerate(labels)}
-    rows = {name: np.array([place[label] for label in calibration.labels], dtype=int) for name, calibration in calibrations.items()}
+    rows = {
+        name: np.array([place[label] for label in calibration.labels], dtype=int)
+        for name, calibration in calibrations.items()
+    }
     rng = np.random.default_rng(0)
     drawn = {name: np.full(RESAMPLES, np.nan) for name in calibrations}
     for i in range(RESAMPLES if len(set(calibrations["model"].labels)) >= MIN_PERTURBATIONS else 0):
@@ -35,5 +38,9 @@ def relative_widths(calibrations: dict[str, Calibration], level: float) -> dict[
         ratios = ratios[np.isfinite(ratios)]
         low, high = np.quantile(ratios, [0.025, 0.975]) if len(ratios) else (np.nan, np.nan)
         reach = [calibrations[name].reach(level) for name in ("model", floor)]
-        found[floor] = {"mean": float(reach[0] / reach[1]) if np.isfinite(reach).all() else np.nan, "low": float(low), "high": float(high)}
+        found[floor] = {
+            "mean": float(reach[0] / reach[1]) if np.isfinite(reach).all() else np.nan,
+            "low": float(low),
+            "high": float(high),
+        }
     return found

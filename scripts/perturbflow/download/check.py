@@ -11,7 +11,7 @@ import pandas as pd
 import requests
 
 from perturbflow.download.transfer import HEADERS, PATIENCE, REDIRECTS, reason, total_bytes
-from perturbflow.files import atomic
+from perturbflow.io.files import atomic
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +78,14 @@ def download_check(table: Path, datasets: dict) -> None:
         for role, file in files.items()
         for url in file.get("url", [file.get("pypi")])
     ]
-    rows = [{"dataset": dataset, "role": role, "url": url, "declared": declared} for dataset, role, url, declared in asked]
+    rows = [
+        {"dataset": dataset, "role": role, "url": url, "declared": declared} for dataset, role, url, declared in asked
+    ]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         is_url = [bool(urlparse(url).scheme) for _, _, url, _ in asked]
-        answers = pool.map(lambda row, url: ask(row["url"], row["declared"]) if url else ask_index(row["url"]), rows, is_url)
+        answers = pool.map(
+            lambda row, url: ask(row["url"], row["declared"]) if url else ask_index(row["url"]), rows, is_url
+        )
         rows = [{**row, "status": None, "found": None, **answer} for row, answer in zip(rows, answers, strict=True)]
     found = pd.DataFrame(rows).astype(dict.fromkeys(("declared", "status", "found"), "Int64"))
     with atomic(table) as partial:

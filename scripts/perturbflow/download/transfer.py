@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from perturbflow import __version__
 from perturbflow.download.verification import A_WEB_PAGE, BLOCK_BYTES, HEAD_BYTES, is_web_page
-from perturbflow.files import full_disk, write_json
+from perturbflow.io.files import full_disk, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,9 @@ class Partial:
 def _bar(name: str, total: int | None, n_bytes: int) -> Iterator[tqdm]:
     """Draw a bar, on a terminal."""
     is_terminal = sys.stderr.isatty()
-    bar = tqdm(desc=name, total=total, initial=n_bytes, unit="B", unit_scale=True, disable=not is_terminal, dynamic_ncols=True)
+    bar = tqdm(
+        desc=name, total=total, initial=n_bytes, unit="B", unit_scale=True, disable=not is_terminal, dynamic_ncols=True
+    )
     with logging_redirect_tqdm() if is_terminal else contextlib.nullcontext(), bar:
         yield bar
 
@@ -142,9 +144,15 @@ class _Report:
         if now - self.last < PATIENCE.report_every:
             return
         self.last = now
-        form = "{percentage:.0f} %, {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left" if self.total else "{n_fmt}, {rate_fmt}"
+        form = (
+            "{percentage:.0f} %, {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
+            if self.total
+            else "{n_fmt}, {rate_fmt}"
+        )
         elapsed = now - self.start
-        line = tqdm.format_meter(n_bytes, self.total, elapsed, unit="B", unit_scale=True, initial=self.initial, bar_format=form)
+        line = tqdm.format_meter(
+            n_bytes, self.total, elapsed, unit="B", unit_scale=True, initial=self.initial, bar_format=form
+        )
         logger.info("%s: %s", self.name, line)
 
 
@@ -209,7 +217,11 @@ def _asked(session: requests.Session, url: str, headers: dict) -> requests.Respo
         return session.get(url, headers=headers, stream=True, timeout=(PATIENCE.connect, PATIENCE.stall))
     except requests.TooManyRedirects as error:
         raise RefusedError("it redirects in a circle") from error
-    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema) as error:
+    except (
+        requests.exceptions.InvalidURL,
+        requests.exceptions.InvalidSchema,
+        requests.exceptions.MissingSchema,
+    ) as error:
         raise RefusedError(f"it redirects to an address that cannot be: {error}") from error
     except requests.RequestException as error:
         raise LaterError(reason(error)) from error
@@ -230,7 +242,9 @@ def _check_size(response: requests.Response, file: dict) -> None:
     """Raise if a host announces another size than is declared; that of an encoded body says nothing."""
     total, declared = total_bytes(response), file.get("bytes")
     if _encoding(response) is None and None not in (total, declared) and total != declared:
-        raise RefusedError(f"it announces {total:,} bytes, {declared:,} are declared: the file is truncated or has changed at the source")
+        raise RefusedError(
+            f"it announces {total:,} bytes, {declared:,} are declared: the file is truncated or has changed at the source"
+        )
 
 
 def _encoding(response: requests.Response) -> str | None:
@@ -299,7 +313,9 @@ def _attempt(session: requests.Session, url: str, partial: Partial, file: dict) 
             is_other = note.get("url") == url and None is not _validator(response) != note["validator"]
             if content_range(response.headers.get("Content-Range", ""))[0] != have or is_other:
                 partial.discard()
-                raise LaterError("it went on with another part or another version of the file; what had arrived is dropped")
+                raise LaterError(
+                    "it went on with another part or another version of the file; what had arrived is dropped"
+                )
         else:
             if have:
                 logger.info("%s starts from the first byte again", url)
@@ -355,7 +371,9 @@ def fetch(url: str, partial: Partial, file: dict) -> bool:
                 most = max(most, partial.size)
                 if fruitless == PATIENCE.fruitless_attempts or attempt == PATIENCE.attempts:
                     raise RefusedError(f"{error}, after {attempt} attempts") from error
-                wait = min(PATIENCE.first_wait * 2 ** max(fruitless - 1, 0), PATIENCE.longest_wait) * random.uniform(0.5, 1)
+                wait = min(PATIENCE.first_wait * 2 ** max(fruitless - 1, 0), PATIENCE.longest_wait) * random.uniform(
+                    0.5, 1
+                )
                 wait = wait if error.wait is None else error.wait
                 logger.warning("%s: %s; again in %.0f s", url, error, wait)
                 time.sleep(wait)

@@ -15,7 +15,8 @@ BLOCK_BYTES = 2**20
 # Where a web page gives itself away, be it from a login, a firewall or a portal.
 HEAD_BYTES = 1024
 WEB_PAGE = re.compile(
-    rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|script|title)\b", re.I | re.S
+    rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|script|title)\b",
+    re.I | re.S,
 )
 A_WEB_PAGE = "the host answered with a web page instead of the file"
 
@@ -83,7 +84,16 @@ ZIP: Format = ("a zip archive", _starts_with(b"PK"), _read_zip)
 TAR: Format = ("a tar archive", tarfile.is_tarfile, _read_tar)
 ANYTHING: Format = ("a file of any kind", lambda path: True, lambda path: None)
 # Suffix → what it is, whether a file starts like one, and a reader that fails on a truncated one.
-FORMATS = {".h5ad": HDF5, ".h5mu": HDF5, ".h5": HDF5, ".hdf5": HDF5, ".gz": GZIP, ".tgz": GZIP, ".zip": ZIP, ".tar": TAR}
+FORMATS = {
+    ".h5ad": HDF5,
+    ".h5mu": HDF5,
+    ".h5": HDF5,
+    ".hdf5": HDF5,
+    ".gz": GZIP,
+    ".tgz": GZIP,
+    ".zip": ZIP,
+    ".tar": TAR,
+}
 
 
 # --- the check ------------------------------------------------------------------------------------------------------
@@ -114,7 +124,9 @@ def verify(path: Path, file: dict, recorded: dict | None = None) -> str:
     if is_web_page(start):
         raise UnfitError(A_WEB_PAGE)
     if "bytes" in file and n_bytes != file["bytes"]:
-        raise UnfitError(f"{n_bytes:,} bytes arrived, {file['bytes']:,} are declared: the download is truncated or the file has changed")
+        raise UnfitError(
+            f"{n_bytes:,} bytes arrived, {file['bytes']:,} are declared: the download is truncated or the file has changed"
+        )
     what, looks_so, read = FORMATS.get(Path(file["name"]).suffix.lower(), ANYTHING)
     if not looks_so(path):
         raise UnfitError(f"it is not {what}, as its name says: it starts with {start[:8]!r}")

@@ -47,7 +47,9 @@ class Controls:
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and sampling variance of log1p-normalized controls, (pools, genes) each."""
         found = [(*mean_and_variance(self.X[rows]), len(rows)) for rows in self.rows.values()]
-        return np.stack([mean for mean, _, _ in found]), np.stack([np.nan_to_num(variance) / n for _, variance, n in found])
+        return np.stack([mean for mean, _, _ in found]), np.stack(
+            [np.nan_to_num(variance) / n for _, variance, n in found]
+        )
 
     @cached_property
     def profiles(self) -> tuple[np.ndarray, Spread]:
@@ -58,7 +60,9 @@ class Controls:
 
     def sorted(self, pools: np.ndarray) -> SortedCells:
         """Return the controls of these pools, each gene's values in order."""
-        return SortedCells(self.X, [rows if pool in pools else rows[:0] for pool, rows in enumerate(self.rows.values())])
+        return SortedCells(
+            self.X, [rows if pool in pools else rows[:0] for pool, rows in enumerate(self.rows.values())]
+        )
 
     def halves(self, obs: pd.DataFrame) -> list[Controls]:
         """Divide the controls, whose obs this is, in two, evenly over strata."""

@@ -19,7 +19,10 @@ def _per_perturbation(scored: Scored, function: Callable[..., float]) -> np.ndar
     values = []
     for i in range(len(scored.labels)):
         genes = np.isfinite(scored.measured_test.z[i])
-        sides = [(t.z[i, genes], t.lfc[i, genes], t.is_significant[i, genes]) for t in (scored.predicted_test, scored.measured_test)]
+        sides = [
+            (t.z[i, genes], t.lfc[i, genes], t.is_significant[i, genes])
+            for t in (scored.predicted_test, scored.measured_test)
+        ]
         values.append(function(*(argument for pair in zip(*sides, strict=True) for argument in pair)))
     return np.array(values, dtype=float)
 
@@ -39,7 +42,9 @@ def _average_precision(is_real: np.ndarray, score: np.ndarray) -> float:
 def sig_jaccard(scored: Scored) -> np.ndarray:
     """abs(R ∩ R̂) / abs(R ∪ R̂) of the genes with q < 0.05; 1 where both are empty."""
 
-    def one(z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray) -> float:
+    def one(
+        z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray
+    ) -> float:
         union = (called | real).sum()
         return (called & real).sum() / union if union else 1.0
 
@@ -52,7 +57,9 @@ def direction_fidelity(scored: Scored) -> np.ndarray:
     NaN where nothing is called.
     """
 
-    def one(z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray) -> float:
+    def one(
+        z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray
+    ) -> float:
         n = max(called.sum(), real.sum())
         return (called & (np.sign(lfc_hat) == np.sign(lfc))).sum() / n if n else np.nan
 
@@ -65,7 +72,9 @@ def direction_reach(scored: Scored) -> np.ndarray:
     NaN where n is 0.
     """
 
-    def one(z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray) -> float:
+    def one(
+        z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray
+    ) -> float:
         if not real.any():
             return np.nan
         is_right = (np.sign(lfc_hat) == np.sign(lfc))[real][_descending(np.abs(z_hat[real]))]
@@ -81,8 +90,12 @@ def lfc_nmae(scored: Scored) -> np.ndarray:
     lfc = log2((m + 10⁻⁹)/(m_c + 10⁻⁹)) of mean normalized counts, not of logarithms.
     """
 
-    def one(z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray) -> float:
-        return np.abs(lfc_hat - lfc)[real].sum() / np.abs(lfc[real]).sum() if real.sum() >= MIN_GENES_OF_NMAE else np.nan
+    def one(
+        z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray
+    ) -> float:
+        return (
+            np.abs(lfc_hat - lfc)[real].sum() / np.abs(lfc[real]).sum() if real.sum() >= MIN_GENES_OF_NMAE else np.nan
+        )
 
     return _per_perturbation(scored, one)
 
@@ -93,7 +106,9 @@ def overlap_at_n(scored: Scored) -> np.ndarray:
     NaN where n is 0.
     """
 
-    def one(z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray) -> float:
+    def one(
+        z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray
+    ) -> float:
         n = real.sum()
         strongest = _descending(np.where(called, np.abs(lfc_hat), -1.0))[: min(n, called.sum())]
         return real[strongest].sum() / n if n else np.nan
@@ -107,7 +122,9 @@ def auprc(scored: Scored) -> np.ndarray:
     p orders genes as the standardized rank sum does, which does not run out of digits. NaN where none or all are significant.
     """
 
-    def one(z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray) -> float:
+    def one(
+        z_hat: np.ndarray, z: np.ndarray, lfc_hat: np.ndarray, lfc: np.ndarray, called: np.ndarray, real: np.ndarray
+    ) -> float:
         return _average_precision(real, np.abs(z_hat)) if 0 < real.sum() < len(real) else np.nan
 
     return _per_perturbation(scored, one)

@@ -28,7 +28,9 @@ def _two_samples(
     start: list[np.ndarray],
 ) -> np.ndarray:
     """Return a distance per perturbation of predicted and measured cells, by their components."""
-    return np.array([function(x, y, _independent(from_)) for x, y, from_ in zip(predicted, measured, start, strict=True)])
+    return np.array(
+        [function(x, y, _independent(from_)) for x, y, from_ in zip(predicted, measured, start, strict=True)]
+    )
 
 
 def _mean(values: np.ndarray) -> float:
@@ -46,7 +48,9 @@ def energy_distance(scored: Scored) -> np.ndarray:
 
     It can fall below 0. NaN for a single cell.
     """
-    return _two_samples(_energy_distance, scored.predicted_components, scored.measured_components, scored.predicted_start)
+    return _two_samples(
+        _energy_distance, scored.predicted_components, scored.measured_components, scored.predicted_start
+    )
 
 
 def energy_distance_off_target(scored: Scored) -> np.ndarray:
@@ -100,7 +104,9 @@ def sinkhorn_divergence(x: np.ndarray, y: np.ndarray) -> float:
     for epsilon in schedule:
         updated = [_softmin(epsilon, cost, potentials[other]) for cost, other in zip(costs, partner, strict=True)]
         potentials = [(old + new) / 2 for old, new in zip(potentials, updated, strict=True)]
-    f, g, f_own, g_own = (_softmin(schedule[-1], cost, potentials[other]) for cost, other in zip(costs, partner, strict=True))
+    f, g, f_own, g_own = (
+        _softmin(schedule[-1], cost, potentials[other]) for cost, other in zip(costs, partner, strict=True)
+    )
     return float((f - f_own).mean() + (g - g_own).mean())
 
 
@@ -123,7 +129,9 @@ def variance_ratio(scored: Scored) -> np.ndarray:
     Below 1 predicted cells are too alike. NaN for a single cell.
     """
     genes = scored.highly_expressed
-    predicted, measured = (variance[:, genes].sum(axis=1) for variance in (scored.predicted_variance, scored.measured_variance))
+    predicted, measured = (
+        variance[:, genes].sum(axis=1) for variance in (scored.predicted_variance, scored.measured_variance)
+    )
     return np.divide(predicted, measured, out=np.full(len(measured), np.nan), where=measured > 0)
 
 

@@ -16,7 +16,7 @@ from perturbflow.evaluation.measured import ROWS_AT_ONCE, Measured, run_of_rows
 from perturbflow.evaluation.profiles import bulk, mean_and_variance, mean_profile
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.evaluation.scored import NEEDED, NO_EFFECT, Differential, Scored
-from perturbflow.symbols import entities_of
+from perturbflow.genes.symbols import entities_of
 
 if TYPE_CHECKING:  # seconds to import, and the report takes METRICS alone from this package
     import anndata as ad
@@ -51,7 +51,9 @@ class Predictions:
         self.rows = predictions.obs.groupby("perturbation", observed=True).indices
         # A ceiling's cells are measured ones: they started from nothing.
         declared = predictions.uns.get("perturbflow", {}).get("starts_from_controls")
-        self.has_set_mean = bool(declared)  # as `predict` writes it, whose cells have the mean of all controls plus the effect
+        self.has_set_mean = bool(
+            declared
+        )  # as `predict` writes it, whose cells have the mean of all controls plus the effect
         self.starts_from_controls = declared in (None, True) and "control_index" in predictions.obs
         if self.starts_from_controls:
             self._index = predictions.obs["control_index"].to_numpy()
@@ -64,21 +66,33 @@ class Predictions:
             stratum, strata = measured.stratum[self._index], measured.strata
         elif {"batch", "cell_type"} <= set(predictions.obs):
             stratum, strata = stratify(predictions.obs)
-            if missing := {cell_type for (_, cell_type), pool in zip(strata, measured.controls.pools(strata), strict=True) if pool < 0}:
+            if missing := {
+                cell_type
+                for (_, cell_type), pool in zip(strata, measured.controls.pools(strata), strict=True)
+                if pool < 0
+            }:
                 raise InputError(
                     f"predictions: no control of the scored role has the cell type {', '.join(sorted(missing))}, which obs.cell_type holds."
                 )
         else:
-            raise InputError("predictions: obs needs control_index, or batch and cell_type, to be compared with controls of the same kind.")
+            raise InputError(
+                "predictions: obs needs control_index, or batch and cell_type, to be compared with controls of the same kind."
+            )
         self.pool = measured.controls.pools(strata)[stratum]  # of controls that serves each cell
 
     def cells(self, label: str) -> sparse.csr_matrix:
         """Return the predicted cells of a perturbation."""
         rows = self.rows[label]
-        is_run = rows[-1] - rows[0] == len(rows) - 1  # as `predict` writes them; rows here and there take longer to read
-        X = sparse.csr_matrix(self._run(rows[0], rows[-1] + 1) if is_run else self._X[rows]).astype(np.float32, copy=False)
+        is_run = (
+            rows[-1] - rows[0] == len(rows) - 1
+        )  # as `predict` writes them; rows here and there take longer to read
+        X = sparse.csr_matrix(self._run(rows[0], rows[-1] + 1) if is_run else self._X[rows]).astype(
+            np.float32, copy=False
+        )
         if not np.isfinite(X.data).all() or (X.data < 0).any():
-            raise InputError(f"predictions of {label} hold negative or missing values; X is log1p-normalized expression, 0 or more.")
+            raise InputError(
+                f"predictions of {label} hold negative or missing values; X is log1p-normalized expression, 0 or more."
+            )
         X.eliminate_zeros()
         return X
 
@@ -132,13 +146,19 @@ class _Comparison:
     def _components(self, X: sparse.csr_matrix, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the components of at most MAX_CELLS_OF_DISTANCE cells, these without the own genes, and which cells these are."""
         n = X.shape[0]
-        chosen = np.arange(n) if n <= MAX_CELLS_OF_DISTANCE else np.sort(self._rng.choice(n, MAX_CELLS_OF_DISTANCE, replace=False))
+        chosen = (
+            np.arange(n)
+            if n <= MAX_CELLS_OF_DISTANCE
+            else np.sort(self._rng.choice(n, MAX_CELLS_OF_DISTANCE, replace=False))
+        )
         cells = X[chosen].toarray()
         components = self._pca.transform(cells)
         off_target = components - cells[:, own] @ self._pca.components_[:, own].T if own.any() else components
         return components, off_target, chosen
 
-    def _differential(self, X: sparse.csr_matrix, profile: np.ndarray, pool: np.ndarray, is_tested: np.ndarray) -> np.ndarray:
+    def _differential(
+        self, X: sparse.csr_matrix, profile: np.ndarray, pool: np.ndarray, is_tested: np.ndarray
+    ) -> np.ndarray:
         """Return what `Differential` holds of cells with this mean profile, tested against the controls of their pools, (3, genes)."""
         control = self.controls.shares(pool) @ self.controls.profiles[0]
         z = np.where(is_tested, self._sorted.rank_sum(X, pool), np.nan)
@@ -215,7 +235,11 @@ def _check_table(predictions: ad.AnnData, genes: list[str]) -> None:
     found = list(predictions.var_names)
     if found != genes:
         missing, strange = [sorted(set(these) - set(others)) for these, others in ((genes, found), (found, genes))]
-        told = [f"{len(them)} {what} ({', '.join(them[:5])})" for them, what in ((missing, "missing"), (strange, "unknown")) if them]
+        told = [
+            f"{len(them)} {what} ({', '.join(them[:5])})"
+            for them, what in ((missing, "missing"), (strange, "unknown"))
+            if them
+        ]
         raise InputError(
             f"predictions and pairs differ in their genes or gene order: {', '.join(told) or 'the same genes in another order'}. "
             "var_names must be those of pairs.h5ad, in its order."

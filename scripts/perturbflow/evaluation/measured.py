@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.divisions import KNOWN
 from perturbflow.evaluation.controls import Controls, stratify
 from perturbflow.evaluation.profiles import add_sums
-from perturbflow.symbols import CONTROL
+from perturbflow.genes.symbols import CONTROL
+from perturbflow.splits.divisions import KNOWN
 
 if TYPE_CHECKING:
     from perturbflow.pairs import Pairs
@@ -89,7 +89,9 @@ class Measured:
         self._kept = np.flatnonzero(is_kept)
         is_training = is_train & ~cells.is_control
         code, _ = pd.factorize(cells.labels[is_training])
-        shares = np.bincount(code * len(self.strata) + self.stratum[is_training], minlength=(code.max() + 1) * len(self.strata))
+        shares = np.bincount(
+            code * len(self.strata) + self.stratum[is_training], minlength=(code.max() + 1) * len(self.strata)
+        )
         shares = shares.reshape(-1, len(self.strata))
         self._training_shares = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)  # (strata,)
         self.controls = Controls(self.at(np.flatnonzero(self.is_control)), cells.obs[self.is_control])
@@ -115,7 +117,9 @@ class Measured:
             here = slice(n, n := n + X.nnz)
             data[here], indices[here] = X.data, X.indices
             sizes.append(np.diff(X.indptr))
-        return sums, sparse.csr_matrix((data[:n], indices[:n], np.cumsum(np.concatenate(sizes))), shape=(is_kept.sum(), len(self.genes)))
+        return sums, sparse.csr_matrix(
+            (data[:n], indices[:n], np.cumsum(np.concatenate(sizes))), shape=(is_kept.sum(), len(self.genes))
+        )
 
     def at(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return kept cells by their rows in pairs.h5ad."""
@@ -136,7 +140,9 @@ class Measured:
         stratum that is mean_q x̄_q, as published. Where training has no controls of a stratum (a context that was held
         out), k_s is the mean of the scored role's.
         """
-        trained = [groups for label in self._of_label if label != CONTROL and len(groups := self._groups_of(label, "train"))]
+        trained = [
+            groups for label in self._of_label if label != CONTROL and len(groups := self._groups_of(label, "train"))
+        ]
         controls = self._groups.iloc[self._groups_of(CONTROL, "train")]
         exact = {stratum: self._mean(rows.index) for stratum, rows in controls.groupby("stratum")}
         cell_type = controls["stratum"].map(lambda stratum: self.strata[stratum][1])
@@ -147,8 +153,15 @@ class Measured:
                 of_training[stratum] = exact.get(stratum, relaxed.get(name))
             if stratum in exact or pool >= 0:  # other strata hold no scored cell
                 of_scored[stratum] = exact.get(stratum, self.controls.means[0][pool])
-        shares = [np.bincount(self.stratum[self.rows[label]], minlength=len(self.strata)) / len(self.rows[label]) for label in self.labels]
-        return np.mean([self._mean(groups) for groups in trained], axis=0) - self._training_shares @ of_training + shares @ of_scored
+        shares = [
+            np.bincount(self.stratum[self.rows[label]], minlength=len(self.strata)) / len(self.rows[label])
+            for label in self.labels
+        ]
+        return (
+            np.mean([self._mean(groups) for groups in trained], axis=0)
+            - self._training_shares @ of_training
+            + shares @ of_scored
+        )
 
     def reliability(self, label: str, mean: np.ndarray) -> float:
         """Return Pearson's r of the effects of both halves, each against its own half of the controls; NaN where a half is empty.
@@ -162,7 +175,9 @@ class Measured:
         if not len(groups):
             return np.nan
         effects = []
-        for half, rows, profile in zip(self.halves, (self.duplicates[label], self.rows[label]), (self._mean(groups), mean), strict=True):
+        for half, rows, profile in zip(
+            self.halves, (self.duplicates[label], self.rows[label]), (self._mean(groups), mean), strict=True
+        ):
             pool = half.pools(self.strata)[self.stratum[rows]]
             if (pool < 0).any():
                 return np.nan

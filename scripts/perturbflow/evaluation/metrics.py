@@ -22,7 +22,9 @@ MEJIA = "Mejia et al., arXiv:2506.22641"
 SCPERTEVAL = "scPertEval 0.2"
 OURS = "this repository"
 
-Family = Literal["error", "effect", "ranking", "discrimination", "weighted", "differential_expression", "distribution", "on_target"]
+Family = Literal[
+    "error", "effect", "ranking", "discrimination", "weighted", "differential_expression", "distribution", "on_target"
+]
 Direction = Literal["higher", "lower", "target"]
 Needs = Literal["pseudobulk", "cells", "counts", "de"]
 Correction = Callable[[np.ndarray, Scored], np.ndarray]
@@ -89,7 +91,19 @@ def _metric(function: Callable[[Scored], np.ndarray], family: Family, source: st
             needs: Needs, perfect: float, useless: float | None, *, headline: bool = False, correction: Correction | None = None) -> Metric:  # fmt: skip
     formula = " ".join((function.__doc__ or "").split())
     return Metric(
-        function.__name__, function, family, formula, source, direction, unit, range_, needs, perfect, useless, headline, correction
+        function.__name__,
+        function,
+        family,
+        formula,
+        source,
+        direction,
+        unit,
+        range_,
+        needs,
+        perfect,
+        useless,
+        headline,
+        correction,
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from perturbflow.compiled import compiled
 from perturbflow.evaluation.scored import BULK_TOTAL
+from perturbflow.io.compiled import compiled
 
 
 @compiled
@@ -30,7 +30,9 @@ def _sums(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_genes: 
 
 
 @compiled
-def _products(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, total: np.ndarray, n_genes: int) -> np.ndarray:
+def _products(
+    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, total: np.ndarray, n_genes: int
+) -> np.ndarray:
     """Return Σ x·t over cells, t the total of the cell, (genes,)."""
     products = np.zeros(n_genes)
     for cell in range(len(total)):
@@ -53,7 +55,9 @@ class Spread:
     of_total: np.ndarray
 
     def __add__(self, other: Spread) -> Spread:
-        return Spread(self.variance + other.variance, self.covariance + other.covariance, self.of_total + other.of_total)
+        return Spread(
+            self.variance + other.variance, self.covariance + other.covariance, self.of_total + other.of_total
+        )
 
     def weighted(self, weight: np.ndarray) -> Spread:
         """Return the spread of a weighted sum of independent profiles, the first axis."""

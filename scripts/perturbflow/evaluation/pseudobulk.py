@@ -20,7 +20,9 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _correlation_over(genes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return `_correlation` of each row over its own genes, a mask (P, genes)."""
-    return np.array([_correlation(x[None, of_row], y[None, of_row])[0] for x, y, of_row in zip(a, b, genes, strict=True)])
+    return np.array(
+        [_correlation(x[None, of_row], y[None, of_row])[0] for x, y, of_row in zip(a, b, genes, strict=True)]
+    )
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -89,7 +91,11 @@ def expr_mse_unbiased_norm(scored: Scored) -> np.ndarray:
     genes = ~scored.own_target
     noise = np.minimum(scored.predicted_bulk_variance, scored.measured_bulk_variance) + scored.measured_bulk_variance
     error = np.square(scored.predicted_bulk - scored.measured_bulk) - noise
-    effect = np.square(scored.measured_bulk - scored.control_bulk) - scored.measured_bulk_variance - scored.control_bulk_variance
+    effect = (
+        np.square(scored.measured_bulk - scored.control_bulk)
+        - scored.measured_bulk_variance
+        - scored.control_bulk_variance
+    )
     numerator, denominator = ((part * genes).sum(axis=1) / genes.sum(axis=1) for part in (error, effect))
     is_known = np.isfinite(denominator)
     mean = denominator[is_known].mean() if is_known.any() else np.nan
@@ -126,7 +132,9 @@ def pearson_delta_pert(scored: Scored) -> np.ndarray:
 
 def pearson_delta_pert_off_target(scored: Scored) -> np.ndarray:
     """pearson_delta_pert without the perturbed genes themselves."""
-    return _correlation_over(~scored.own_target, scored.predicted - scored.reference, scored.measured - scored.reference)
+    return _correlation_over(
+        ~scored.own_target, scored.predicted - scored.reference, scored.measured - scored.reference
+    )
 
 
 def cosine_logfc(scored: Scored) -> np.ndarray:

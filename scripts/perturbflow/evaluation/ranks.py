@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 from scipy.special import ndtr
 
-from perturbflow.compiled import compiled
+from perturbflow.io.compiled import compiled
 
 STEPS = 20  # to the next value, above which halving finds it sooner
 
@@ -199,7 +199,9 @@ class SortedCells:
         A cell that ties with sorted ones stands on each of their ranks with equal probability (randomized probability integral
         transform, Smith 1985), in expectation: the sorted cells themselves are covered by exactly high − low, whatever the ties.
         """
-        return _coverage(X.indptr, X.indices, X.data.view(np.uint32), X.shape[1], self._values, self._start, self.size[0], low, high)
+        return _coverage(
+            X.indptr, X.indices, X.data.view(np.uint32), X.shape[1], self._values, self._start, self.size[0], low, high
+        )
 
 
 def p_value(z: np.ndarray) -> np.ndarray:

@@ -11,8 +11,8 @@ import pandas as pd
 
 from perturbflow.evaluation.inputs import score_inputs
 from perturbflow.evaluation.metrics import METRICS
-from perturbflow.files import atomic, read_json
-from perturbflow.symbols import members_of
+from perturbflow.genes.symbols import members_of
+from perturbflow.io.files import atomic, read_json
 
 if TYPE_CHECKING:  # seconds to import, and the report takes METRICS alone from this package
     import anndata as ad
@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # seconds to import, and the report takes METRICS alone from 
 logger = logging.getLogger(__name__)
 
 
-def scores(predictions: ad.AnnData, cells: Pairs, members_seen: Mapping[str, int], provenance: dict | None = None) -> pd.DataFrame:
+def scores(
+    predictions: ad.AnnData, cells: Pairs, members_seen: Mapping[str, int], provenance: dict | None = None
+) -> pd.DataFrame:
     """Return one row per metric × perturbation.
 
     Parameters

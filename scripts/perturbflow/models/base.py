@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from perturbflow.embeddings import Embeddings
-from perturbflow.models.conformal import Calibration
+from perturbflow.models.calibration import Calibration
 from perturbflow.pairs import Context, Pairs
 
 # What training leaves behind: arrays of a closed form, tensors and plain values of a network.
@@ -73,7 +73,9 @@ class Model(ABC):
         """Become the model that an earlier `fit` returned."""
 
     @abstractmethod
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None) -> np.ndarray:
+    def predict(
+        self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
         """Predict perturbed cells.
 
         Parameters
@@ -103,7 +105,9 @@ class Model(ABC):
         predicted = self.predict(repeated, perturbations, len(repeated), seed, context)
         return predicted.reshape(len(perturbations), len(cells), samples, cells.shape[1])
 
-    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None) -> np.ndarray:
+    def individual_effects(
+        self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None
+    ) -> np.ndarray:
         """Return what the perturbation is expected to change in each of these cells, (cells, genes): the mean over what is not known of it."""
         return self.predict(cells, [perturbation], len(cells), seed, context)[0] - cells
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from perturbflow.genes.symbols import entities_of, members_of
 from perturbflow.pairs import Pairs
-from perturbflow.symbols import entities_of, members_of
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,17 @@ class Effects:
     @property
     def single(self) -> dict[str, np.ndarray]:
         """Effects of genes perturbed alone."""
-        return {label: value for label, value in zip(self.labels, self.values, strict=True) if len(members_of(label)) == 1}
+        return {
+            label: value for label, value in zip(self.labels, self.values, strict=True) if len(members_of(label)) == 1
+        }
 
     def by_gene(self) -> dict[str, np.ndarray]:
         """Return the effect of each gene: alone, or where training holds combinations only, the mean of all it takes part in."""
         return self.single or {
-            gene: np.mean([value for label, value in zip(self.labels, self.values, strict=True) if gene in members_of(label)], axis=0)
+            gene: np.mean(
+                [value for label, value in zip(self.labels, self.values, strict=True) if gene in members_of(label)],
+                axis=0,
+            )
             for gene in self.genes
         }
 

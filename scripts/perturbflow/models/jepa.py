@@ -6,35 +6,642 @@ nothing of a perturbation's label is in the embedding.
 
 With `mean: closed_form` the mean effect is that of `set_gp`, with the world model's as one more term: trained anew without the perturbations that a
 fold holds out, it is believed as far as it predicts those. With `mean: learned` it is the world model's alone.
+
+
+What can be told from an embedding of cells that was never told it: batches, cell types, perturbations; beside as many principal components.
+
+Stage B of the JEPA: a world model from control embedding and perturbation to a distribution of perturbed embeddings.
+
+Action-conditioned as in V-JEPA 2-AC (Assran et al. 2025, arXiv 2506.09985); the action is a set of gene vectors. Cells are not truly paired, so
+that predictions are compared with groups of cells that share perturbation, batch and cell type: by their mean, in the units of what it does
+to genes, and by the likelihood of a Gaussian with the group's predicted mean and spread. The perturbation is withheld at random and a
+learned null stands in, so that what the action adds can be read off (BioJEPA's predictor ignored it, unseen).
+
+
+Stages A and C of the JEPA: an embedding of cells that learns without labels, and the way back to genes.
+
+Stage A (Assran et al. 2023, arXiv 2301.08243, with cells for images and genes for patches): the embedding of one part of a cell predicts the
+embedding that a moving average of the encoder gives the other part. The parts are of its counts, each molecule falling to one of them by
+chance: if counts are Poisson given the cell's rates, the parts share the rates and no noise (count splitting, Neufeld et al. 2024), so that
+what one tells of the other is what the cell is. In the first part genes are hidden besides. The share of hidden genes falls to zero and that of
+molecules kept rises to nearly all, so that training ends where inference starts; were the target the whole cell, as it is with images, the
+task would end in copying noise. Variance and covariance terms (VICReg, Bardes, Ponce & LeCun 2022, arXiv 2105.04906) keep the embedding from
+collapsing. Cells come from the training role; no label is looked at.
+
+Stage C: shares of genes from the embedding, by a negative binomial likelihood with the cell's library size, as in `autoencoder`; and a linear
+map from mean shifts of the embedding to mean effects on log1p expression, fitted to cells and to measured effects at once, so that
+effects come back in their true size and not only states.
 """
 
+import copy
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
 
-from perturbflow.artefacts import save_checkpoint
+from perturbflow.errors import InputError
+from perturbflow.genes.symbols import members_of
+from perturbflow.io.artefacts import save_checkpoint
 from perturbflow.models.base import Run
-from perturbflow.models.batches import PairedCells, encoded
-from perturbflow.models.conditions import Conditions
+from perturbflow.models.closed_form.base import Training
 from perturbflow.models.effects import Effects
+from perturbflow.models.gaussian_process.set_gp import FitPart
+from perturbflow.models.latents.pca import Latent
+from perturbflow.models.latents.vae import WIDTH, Cells, DrawnCells, NetworkLatent, negative_binomial
 from perturbflow.models.learned import LearnedModel, unseen_among
 from perturbflow.models.neighbours import Neighbours
-from perturbflow.models.optimization import Learner, optimize_briefly, resumable
-from perturbflow.models.probes import separability
-from perturbflow.models.representation import JepaLatent, Recipe
-from perturbflow.models.set_gp import FitPart
-from perturbflow.models.shift import Training
-from perturbflow.models.world import World
+from perturbflow.models.training.batches import N_WATCHED, WATCHED, Batch, Batches, PairedCells, encoded
+from perturbflow.models.training.conditions import Conditions
+from perturbflow.models.training.loop import Learner, Optimization, optimize, optimize_briefly, resumable
+from perturbflow.models.training.networks import GeneEncoder, mlp
 from perturbflow.pairs import Pairs
-from perturbflow.records import digest
-from perturbflow.symbols import members_of
+from perturbflow.provenance.records import digest
+
+# --- representation ---
 
 logger = logging.getLogger(__name__)
+
+HIDDEN = 256
+LARGEST = 6.0  # standard deviations of a gene's input
+LEAST_SPREAD = 0.05  # of the most variable gene's deviation: less variable genes are not blown up further
+FULL_FROM = 0.8  # of the training: no gene is hidden any more, and most molecules are kept
+KEPT_AT_FIRST, KEPT_AT_LAST = 0.5, 0.9  # share of molecules in the part that is embedded
+RIDGE = 1e-3  # of the effect map, in units of the embedding's variance
+LEAST_RANK, LEAST_SD = (
+    0.25,
+    0.1,
+)  # below: collapsed; share of the dimensions, and of the standard deviation that VICReg asks for
+
+
+def variance_term(h: Tensor) -> Tensor:
+    """Mean hinge on the standard deviation of every dimension, max(0, 1 − sd) (VICReg, eq. 1), (B, D) → ()."""
+    return torch.relu(1.0 - torch.sqrt(h.var(dim=0) + 1e-4)).mean()
+
+
+def covariance_term(h: Tensor) -> Tensor:
+    """Sum of squared off-diagonal covariances over D (VICReg, eq. 4), (B, D) → ()."""
+    centred = h - h.mean(dim=0)
+    covariance = centred.T @ centred / (len(h) - 1)
+    return (covariance.pow(2).sum() - covariance.diagonal().pow(2).sum()) / h.shape[1]
+
+
+def effective_rank(h: Tensor) -> Tensor:
+    """Exponential of the entropy of normalized singular values (Roy & Vetterli 2007), (B, D) → ()."""
+    values = torch.linalg.svdvals(h - h.mean(dim=0))
+    share = values / values.sum().clamp(min=1e-12)
+    return torch.exp(-(share * torch.log(share.clamp(min=1e-12))).sum())
+
+
+def watched_embedding(h: Tensor) -> dict[str, Tensor]:
+    """Return what tells a collapse, (B, D): mean standard deviation and effective rank."""
+    return {"embedding_sd": h.std(dim=0).mean(), "effective_rank": effective_rank(h)}
+
+
+def collapse(watched: dict[str, float], n_embedding: int, remedy: str) -> str | None:
+    """Return what is wrong with the numbers of `watched_embedding`, and what helps, or None."""
+    if watched["embedding_sd"] >= LEAST_SD and watched["effective_rank"] >= LEAST_RANK * n_embedding:
+        return None
+    return (
+        f"the embedding has collapsed: its mean standard deviation is {watched['embedding_sd']:.3g} and its effective rank "
+        f"{watched['effective_rank']:.1f} of {n_embedding}; {remedy} in the model's params."
+    )
+
+
+def count_split(cells: Cells, kept: float) -> tuple[Tensor, Tensor]:
+    """Return two parts of every cell, log1p expression on the cells' own scale, (B, genes) each: a share of its molecules, and the others."""
+    first = torch.zeros_like(cells.k)
+    is_there = cells.k.nonzero(as_tuple=True)
+    counts = cells.k[is_there]
+    first[is_there] = torch.binomial(counts, torch.full_like(counts, kept))
+    return torch.log1p(first * (cells.unit / kept)), torch.log1p((cells.k - first) * (cells.unit / (1.0 - kept)))
+
+
+class Encoder(nn.Module):
+    """Log1p expression to an embedding; every gene in units of its own standard deviation in training cells."""
+
+    def __init__(self, n_genes: int, n_embedding: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_genes))
+        self.register_buffer("sd", torch.ones(n_genes))
+        self.layers = mlp(n_genes, HIDDEN, n_embedding)
+
+    def fit_scale(self, training: Pairs) -> None:
+        """Take over means and deviations of genes over cells."""
+        sums, squares = (table.sum(axis=0) / len(training.rows) for table in training.sums)
+        sd = np.sqrt(np.maximum(squares - sums**2, 0.0))
+        self.mean.copy_(torch.from_numpy(sums))
+        self.sd.copy_(torch.from_numpy(np.maximum(sd, max(LEAST_SPREAD * sd.max(), 1e-6))))
+
+    def standardized(self, x: Tensor) -> Tensor:
+        """(B, genes) → (B, genes)."""
+        return ((x - self.mean) / self.sd).clamp(-LARGEST, LARGEST)
+
+    def forward(self, x: Tensor, hidden: float = 0.0) -> Tensor:
+        """(B, genes) → (B, n_embedding).
+
+        Parameters
+        ----------
+        hidden
+            Share of genes to be hidden at random, by their mean; the others are scaled up for it.
+        """
+        x = self.standardized(x)
+        if hidden > 0.0:
+            x = x * (torch.rand_like(x) >= hidden) / (1.0 - hidden)
+        return self.layers(x)
+
+
+class MaskedPrediction(nn.Module):
+    """Stage A: context encoder, target encoder and the predictor between their embeddings.
+
+    Parameters
+    ----------
+    mask_rate
+        Share of hidden genes at the start.
+    target_decay
+        Of the moving average, per step.
+    weights
+        Of the terms `invariance`, `variance` and `covariance`.
+    """
+
+    def __init__(
+        self, encoder: Encoder, n_embedding: int, mask_rate: float, target_decay: float, weights: dict[str, float]
+    ) -> None:
+        super().__init__()
+        self.mask_rate, self.target_decay, self.weights = mask_rate, target_decay, weights
+        self.register_buffer("progress", torch.zeros(()))
+        self.encoder = encoder
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(requires_grad=False)
+        self.predictor = mlp(n_embedding, WIDTH, n_embedding)
+
+    def losses(self, cells: Cells) -> dict[str, Tensor]:
+        """Invariance, variance and covariance terms."""
+        done = min(1.0, float(self.progress) / FULL_FROM)
+        seen, other = count_split(cells, KEPT_AT_FIRST + (KEPT_AT_LAST - KEPT_AT_FIRST) * done)
+        with torch.no_grad():
+            target = self.target_encoder(other)
+        context = self.encoder(seen, self.mask_rate * (1.0 - done))
+        terms = {
+            "invariance": (self.predictor(context) - target).pow(2).mean(),
+            "variance": variance_term(context),
+            "covariance": covariance_term(context),
+        }
+        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
+
+    def watch(self, cells: Cells) -> dict[str, Tensor]:
+        """Watch the target embedding."""
+        return watched_embedding(self.target_encoder(cells.x))
+
+    def complaint(self, watched: dict[str, float]) -> str | None:
+        """Tell a collapse."""
+        return collapse(watched, self.predictor[-1].out_features, "raise weights.variance or weights.covariance")
+
+    def after_step(self, progress: float) -> None:
+        """Move the target encoder: θ̄ ← d θ̄ + (1 − d) θ."""
+        self.progress.fill_(progress)
+        with torch.no_grad():
+            for average, parameter in zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True):
+                average.lerp_(parameter, 1.0 - self.target_decay)
+
+
+class Representation(nn.Module):
+    """Encoder and decoder to counts: stage C.
+
+    Parameters
+    ----------
+    encoder
+        Of stage A; one whose parameters ask for gradients learns from the likelihood.
+    """
+
+    def __init__(self, encoder: Encoder, n_embedding: int, n_genes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = mlp(n_embedding, WIDTH, n_genes)
+        self.log_shape = nn.Parameter(torch.zeros(n_genes))
+        self.register_buffer("centre", torch.zeros(n_embedding))
+        self.register_buffer("scale", torch.ones(n_embedding))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """log1p expression, (B, genes) → (B, n_embedding)."""
+        return self.encoder(x)
+
+    def log_share(self, h: Tensor) -> Tensor:
+        """(B, n_embedding) → log share of every gene, (B, genes)."""
+        return torch.log_softmax(self.decoder(h), dim=-1)
+
+    def losses(self, cells: Cells) -> dict[str, Tensor]:
+        """Negative log likelihood of the counts, per gene."""
+        library = cells.k.sum(dim=1, keepdim=True)
+        mean = library * torch.exp(self.log_share(self.embed(cells.x)))
+        return {"loss": -negative_binomial(cells.k, mean, torch.exp(self.log_shape)).mean()}
+
+    def watch(self, cells: Cells) -> dict[str, Tensor]:
+        """Watch the embedding, where it is learned here."""
+        is_learned = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        return watched_embedding(self.embed(cells.x)) if is_learned else {}
+
+    def complaint(self, watched: dict[str, float]) -> str | None:
+        """Tell a collapse."""
+        return (
+            collapse(watched, self.decoder[0].in_features, "lower learning_rate")
+            if "effective_rank" in watched
+            else None
+        )
+
+
+def shared_map(inner: np.ndarray, across: np.ndarray, shifts: np.ndarray, effects: np.ndarray) -> np.ndarray:
+    """Return a linear map that cells and perturbations share, (dimensions, genes).
+
+    With H and X embeddings and expression of n cells less the means of their groups, D and E shifts and effects of the perturbations, M minimizes
+    ‖X − H M‖²/n + w ‖E − D M‖² + λ‖M‖², and w gives cells and perturbations the same total variance of the embedding. Effects alone would
+    leave most directions open; cells alone give them the size of what cells differ in.
+
+    Parameters
+    ----------
+    inner, across
+        H'H/n, (dimensions, dimensions), and H'X/n, (dimensions, genes).
+    shifts, effects
+        D, (perturbations, dimensions), and E, (perturbations, genes).
+    """
+    weight = np.trace(inner) / max((shifts**2).sum(), 1e-12)
+    inner, across = inner + weight * shifts.T @ shifts, across + weight * shifts.T @ effects
+    ridge = RIDGE * np.trace(inner) / len(inner) * np.eye(len(inner))
+    return np.linalg.solve(inner + ridge, across).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an embedding is learned.
+
+    Attributes
+    ----------
+    is_self_supervised
+        If not, stage A is left out, and the encoder learns with the decoder, in as many steps as both have.
+    n_embedding
+        Dimensions.
+    n_steps
+        Of stages A and C.
+    batch_size
+        Cells per step.
+    optimization
+        Of all stages.
+    masked
+        Params of `MaskedPrediction`.
+    stops
+        Whether a collapse is an error; else it is a fact of the run.
+    """
+
+    is_self_supervised: bool
+    n_embedding: int
+    n_steps: tuple[int, int]
+    batch_size: int
+    optimization: Optimization
+    masked: dict[str, Any]
+    stops: bool
+
+    def learner(self, network: nn.Module, seed: int, n_steps: int) -> Learner:
+        """Return how a stage's network is optimized."""
+        return Learner(network, seed, n_steps, self.optimization, stops=self.stops)
+
+    def trained(self, run: Run, network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
+        """Return the averaged network after its training; what was watched goes into the run's history, and what is wrong into its facts."""
+        own = replace(run, checkpoints=run.checkpoints / stage, history=[], facts={})
+        learner = self.learner(network, run.seed, n_steps)
+        optimize(learner, Batches(cells, None, self.batch_size, run.seed), own, f"jepa {stage}")
+        run.facts[stage] = {key: own.facts[key] for key in ("n_parameters", "complaint") if key in own.facts} | {
+            "history": own.history
+        }
+        return learner.average.module.cpu().eval()
+
+    def trained_briefly(self, seed: int, network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
+        """Return the same without checkpoints and history; watched at its end alone, and not trained at all if the embedding does not ask for it."""
+        if stage == "stage_c" and self.is_self_supervised:
+            return network
+        network = optimize_briefly(self.learner(network, seed, n_steps), cells, self.batch_size)
+        with torch.no_grad():
+            watched = {
+                name: float(value) for name, value in network.watch(cells.batch(N_WATCHED, (seed, WATCHED, 0))).items()
+            }
+        if complaint := network.complaint(watched):
+            if self.stops:
+                raise InputError(f"training was stopped in an inner fold: {complaint}")
+            logger.warning("jepa, inner fold, %s: %s", stage, complaint)
+        return network
+
+
+# Trains the network of a stage: from the network, cells to draw from, steps and the stage's name.
+Optimized = Callable[[nn.Module, DrawnCells, int, str], nn.Module]
+
+
+class JepaLatent(NetworkLatent):
+    """Cells in the embedding of stage A, standardized, and what moves there mean for their genes.
+
+    Parameters
+    ----------
+    network
+        A trained encoder and decoder.
+    effect_map
+        M, (dimensions, genes), see `fit_effect_map`.
+    """
+
+    def __init__(self, network: Representation, effect_map: np.ndarray | None = None) -> None:
+        super().__init__(network)
+        if effect_map is not None:  # else `fit_effect_map` makes it
+            self.effect_map = effect_map
+
+    @classmethod
+    def learned(cls, pairs: Pairs, run: Run, recipe: Recipe) -> "JepaLatent":
+        """Train stages A and C on the cells of the training role; goes on from checkpoints of the same training."""
+        return cls._learned(pairs.roles("train"), run.seed, recipe, partial(recipe.trained, run))
+
+    @classmethod
+    def learned_briefly(cls, training: Pairs, seed: int, recipe: Recipe) -> "JepaLatent":
+        """Train the same embedding on these cells, on the CPU, without checkpoints, and without a decoder where the embedding does not need it."""
+        return cls._learned(training, seed, recipe, partial(recipe.trained_briefly, seed))
+
+    @classmethod
+    def _learned(cls, training: Pairs, seed: int, recipe: Recipe, optimized: Optimized) -> "JepaLatent":
+        cells, n_genes = DrawnCells(training.X), training.X.shape[1]
+        torch.manual_seed(seed)
+        encoder = Encoder(n_genes, recipe.n_embedding)
+        encoder.fit_scale(training)
+        n_steps = sum(recipe.n_steps)
+        if recipe.is_self_supervised:
+            n_first, n_steps = recipe.n_steps
+            encoder = optimized(
+                MaskedPrediction(encoder, recipe.n_embedding, **recipe.masked), cells, n_first, "stage_a"
+            ).target_encoder
+        torch.manual_seed(seed + 1)
+        latent = cls(optimized(Representation(encoder.train(), recipe.n_embedding, n_genes), cells, n_steps, "stage_c"))
+        latent.fit_effect_map(training)
+        return latent
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> "JepaLatent":
+        """Rebuild encoder and decoder around their weights."""
+        weights = dict(state)
+        effect_map = weights.pop("effect_map").numpy()
+        network = Representation(Encoder(effect_map.shape[1], len(effect_map)), *effect_map.shape)
+        network.load_state_dict(weights)
+        return cls(network, effect_map)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights and effect map."""
+        return {**super().state(), "effect_map": torch.from_numpy(self.effect_map)}
+
+    def fit_effect_map(self, training: Pairs) -> None:
+        """Centre and scale the embedding and fit M: mean effects ≈ mean shifts · M, by ridge regression. One pass over the cells.
+
+        See `shared_map`; what cells are less is the mean of their perturbation, of controls that of their batch and cell type.
+        """
+        groups, n = training.groups, len(training.rows)
+        sums = np.zeros((len(groups.n_cells), self.n_dimensions))
+        inner, across = (
+            np.zeros((self.n_dimensions, self.n_dimensions)),
+            np.zeros((self.n_dimensions, len(training.genes))),
+        )
+        for rows, X in training.blocks():
+            h = self.encode(X).astype(np.float64)  # centre 0 and scale 1 as yet
+            sums += groups.indicator(rows) @ h
+            inner += h.T @ h
+            across += (X.T @ h).T
+        centre = sums.sum(axis=0) / n
+        scale = np.sqrt(np.maximum(np.diag(inner) / n - centre**2, 1e-6))
+        self.network.centre.copy_(torch.from_numpy(centre))
+        self.network.scale.copy_(torch.from_numpy(scale))
+        means = sums / np.maximum(groups.n_cells, 1)[:, None]
+        within = (inner - means.T @ sums) / n, (across - means.T @ training.sums[0]) / n
+        shifts = groups.effects((sums - groups.n_cells[:, None] * centre) / scale)
+        self._of_cells = within[0] / np.outer(scale, scale), within[1] / scale[:, None]
+        self.effect_map = shared_map(*self._of_cells, shifts, Effects.of_training(training).values)
+
+    def with_effects(self, shifts: np.ndarray, effects: np.ndarray) -> "JepaLatent":
+        """Return the same embedding with an effect map fitted to the same cells and to these perturbations, see `shared_map`."""
+        return JepaLatent(self.network, shared_map(*self._of_cells, shifts, effects))
+
+    def mean_change(self, moved: np.ndarray) -> np.ndarray:
+        """Return mean shift · M, (genes,)."""
+        return moved.mean(axis=0) @ self.effect_map
+
+
+# --- world ---
+
+LEAST_ACTION = 1e-3  # below: ignored; squared distance of predictions with right and wrong action, of their squared distance to the start
+LOG_VARIANCES = (-6.0, 3.0)
+
+
+class Groups:
+    """Cells that share perturbation, batch and cell type: not truly paired, so only their distributions can be compared.
+
+    Parameters
+    ----------
+    group
+        (B,) of group codes.
+    """
+
+    def __init__(self, group: Tensor) -> None:
+        codes, self.member = group.unique(return_inverse=True)
+        self.n = len(codes)
+        self.size = torch.bincount(self.member, minlength=self.n)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return group means, (B, D) → (groups, D)."""
+        summed = torch.zeros(self.n, values.shape[1], dtype=values.dtype, device=values.device)
+        return summed.index_add(0, self.member, values) / self.size[:, None]
+
+
+class World(nn.Module):
+    """Predictor of the embedding after a perturbation.
+
+    The shift is f(h, Σ vectors) for a combination's interaction plus f(h, vector) of every member, and nothing without a member.
+
+    Parameters
+    ----------
+    width, dropout
+        Of the layers.
+    own_dropout
+        See `GeneEncoder`.
+    action_dropout
+        How often the perturbation is withheld in training.
+    is_withheld
+        Whether it always is.
+    weights
+        Of the terms `effect`, `world` and `steadiness`.
+    """
+
+    def __init__(
+        self,
+        latent: JepaLatent,
+        conditions: Conditions,
+        width: int,
+        dropout: float,
+        own_dropout: float,
+        action_dropout: float,
+        weights: dict[str, float],
+        *,
+        is_withheld: bool,
+    ) -> None:
+        super().__init__()
+        self.action_dropout, self.is_withheld, self.weights = action_dropout, is_withheld, weights
+        n = latent.n_dimensions
+        # Shifts times this have the squared norm of their effects on genes, up to one factor for all.
+        U, s, _ = np.linalg.svd(latent.effect_map, full_matrices=False)
+        in_genes = U * s * np.sqrt(n / max((s**2).sum(), 1e-12))
+        self.register_buffer("in_genes", torch.from_numpy(in_genes.astype(np.float32)), persistent=False)
+        self.gene_encoder = GeneEncoder(conditions, width, own_dropout, drops_together=True)
+        self.direct = nn.Linear(width, 2 * n, bias=False)
+        self.of_member = mlp(n + width, width, width, 2 * n, dropout=dropout)
+        self.of_combination = mlp(n + width, width, 2 * n, dropout=dropout)
+        with torch.no_grad():
+            self.of_combination[-1].weight.mul_(0.1)
+            self.of_combination[-1].bias.zero_()
+        self.null_action = nn.Parameter(torch.zeros(width))
+        self.own_log_variance = nn.Parameter(torch.full((n,), -2.0))
+
+    def predicted(self, h: Tensor, genes: Tensor, has_action: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance of the embedding after a perturbation, (B, D) each.
+
+        No perturbation is no change. A withheld action is one member, the learned null.
+
+        Parameters
+        ----------
+        h
+            Embedding of control cells, (B, D).
+        genes
+            (B, members), -1 for none.
+        has_action
+            (B,), False where the perturbation is withheld; None withholds none, or all where they always are.
+        """
+        tokens, is_member = self.gene_encoder(genes), genes >= 0  # (B, members, width), (B, members)
+        if has_action is None:
+            has_action = torch.full((len(h),), not self.is_withheld, device=h.device)
+        withheld = ~has_action & is_member.any(dim=1)
+        tokens = torch.cat(
+            [torch.where(withheld[:, None], self.null_action, tokens[:, 0])[:, None], tokens[:, 1:]], dim=1
+        )
+        is_member = torch.cat([is_member[:, :1], is_member[:, 1:] & ~withheld[:, None]], dim=1)
+        joint = torch.cat([h[:, None].expand(-1, tokens.shape[1], -1), tokens], dim=-1)
+        out = ((self.of_member(joint) + self.direct(tokens)) * is_member[..., None]).sum(dim=1)
+        action = (tokens * is_member[..., None]).sum(dim=1)
+        out = out + self.of_combination(torch.cat([h, action], dim=-1)) * (is_member.sum(dim=1, keepdim=True) > 1)
+        shift, log_variance = out.chunk(2, dim=-1)
+        return h + shift, (self.own_log_variance + log_variance).clamp(*LOG_VARIANCES)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Error of group means in units of genes, likelihood of the groups' cells, and how much shifts of one action differ."""
+        groups = Groups(batch.group)
+        withheld = 1.0 if self.is_withheld else self.action_dropout if self.training else 0.0
+        has_action = torch.rand(groups.n, device=batch.start.device)[groups.member] >= withheld
+        mean, log_variance = self.predicted(batch.start, batch.genes, has_action)
+        centre, shift = groups.mean(mean), mean - batch.start
+        of_actions = Groups(batch.genes.unique(dim=0, return_inverse=True)[1])
+        error = (centre - groups.mean(batch.target)) @ self.in_genes
+        spread = groups.mean((mean - centre[groups.member]).pow(2) + torch.exp(log_variance))[groups.member]
+        terms = {
+            "effect": error.pow(2)[groups.member].mean(),
+            "world": 0.5 * ((batch.target - centre[groups.member]).pow(2) / spread + spread.log()).mean(),
+            "steadiness": (shift - of_actions.mean(shift)[of_actions.member]).pow(2).mean(),
+        }
+        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
+
+    def watch(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what tells whether the action is used.
+
+        Share of the variance of predicted shifts that lies between actions; mean squared distance of measured group means to those predicted
+        with the right, a wrong and the null action; and the squared distance of predictions with right and wrong action, of that to the start.
+        Where there is one action alone, no other can be wrong.
+        """
+        is_perturbed = (batch.genes >= 0).any(dim=1)
+        start, target, genes, group = (
+            getattr(batch, name)[is_perturbed] for name in ("start", "target", "genes", "group")
+        )
+        groups, told = Groups(group), torch.full((len(start),), not self.is_withheld, device=start.device)
+        predicted = {
+            "right": self.predicted(start, genes, told)[0],
+            "null": self.predicted(start, genes, torch.zeros_like(told))[0],
+        }
+        watched = {}
+        actions, action = genes.unique(dim=0, return_inverse=True)
+        if len(actions) > 1:
+            predicted["wrong"] = self.predicted(start, actions[(action + 1) % len(actions)], told)[0]
+            shift, of_actions = predicted["right"] - start, Groups(action)
+            between = of_actions.mean(shift)[of_actions.member] - shift.mean(dim=0)
+            watched = {
+                "action_share": between.pow(2).sum() / (shift - shift.mean(dim=0)).pow(2).sum().clamp(min=1e-12),
+                "action_effect": (predicted["right"] - predicted["wrong"]).pow(2).mean()
+                / shift.pow(2).mean().clamp(min=1e-12),
+            }
+        measured = groups.mean(target)
+        return watched | {
+            f"distance_{name}_action": (groups.mean(cells) - measured).pow(2).mean()
+            for name, cells in predicted.items()
+        }
+
+    def complaint(self, watched: dict[str, float]) -> str | None:
+        """Return what is wrong with these numbers, or None."""
+        if watched.get("action_effect", np.inf) >= LEAST_ACTION:
+            return None
+        return (
+            "the world model ignores its action: with another perturbation it predicts the same "
+            f"(action_effect {watched['action_effect']:.2g}); train longer, or lower action_dropout in the model's params."
+        )
+
+
+# --- probes ---
+
+MAX_CELLS = 4000
+MAX_LABELS = 30  # the commonest
+N_NEIGHBOURS = 15
+N_FOLDS = 3
+
+
+def separability(pairs: Pairs, latent: Latent, seed: int) -> dict[str, dict[str, float]]:
+    """Return how well classifiers tell cells apart, by obs column.
+
+    Balanced accuracy of a logistic regression (linear probe) and of the 15 nearest neighbours, cross-validated over cells, in the latent space and
+    in principal components of the same number and cells; beside it chance, 1 / number of labels. At most 30 labels and 4,000 cells, controls
+    left out of perturbations. A column with one label is left out.
+    """
+    found = {}
+    for column in ("batch", "cell_type", "perturbation"):
+        labels = pairs.obs[column].to_numpy(str)
+        usable = np.flatnonzero(~pairs.is_control) if column == "perturbation" else np.arange(len(labels))
+        rows = np.random.default_rng(seed).permutation(usable)
+        shown = pd.Series(labels[rows]).value_counts().index[:MAX_LABELS]
+        rows = np.sort(rows[np.isin(labels[rows], shown.to_numpy(str))][:MAX_CELLS])
+        n_cells = pd.Series(labels[rows]).value_counts()
+        commonest = n_cells.index[n_cells >= N_NEIGHBOURS].to_numpy(str)
+        if len(commonest) < 2:
+            continue
+        rows = rows[np.isin(labels[rows], commonest)]
+        X = pairs.X[rows].toarray()
+        n_components = min(latent.n_dimensions, X.shape[1], len(X) - 1)
+        spaces = {"embedding": latent.encode(X), "pca": PCA(n_components, random_state=0).fit_transform(X)}
+        found[column] = {"n_labels": len(commonest), "n_cells": len(rows), "chance": round(1 / len(commonest), 4)}
+        for space, z in spaces.items():
+            for name, classifier in (
+                ("linear", LogisticRegression(max_iter=200)),
+                ("knn", KNeighborsClassifier(N_NEIGHBOURS)),
+            ):
+                folds = StratifiedKFold(N_FOLDS, shuffle=True, random_state=0)
+                told = cross_val_predict(make_pipeline(StandardScaler(), classifier), z, labels[rows], cv=folds)
+                found[column][f"{space}_{name}"] = round(float(balanced_accuracy_score(labels[rows], told)), 4)
+    return found
+
+
+# --- jepa ---
 
 STARTS = 512  # control cells that a mean effect is the mean over
 INNER_CELLS = 200_000  # perturbed ones of an inner fold
@@ -135,7 +742,9 @@ class Jepa(LearnedModel):
         """Return the world model, to be trained anew for inner folds of a mean in closed form."""
         return {"world": partial(self._inner_world, cells, run)}
 
-    def _inner_world(self, cells: PairedCells, run: Run, inner: Training, start: np.ndarray) -> Callable[[str], np.ndarray]:
+    def _inner_world(
+        self, cells: PairedCells, run: Run, inner: Training, start: np.ndarray
+    ) -> Callable[[str], np.ndarray]:
         """Train on what an inner training knows and on its half of the controls, and return mean effects by label.
 
         Parameters
@@ -153,7 +762,9 @@ class Jepa(LearnedModel):
         table = inner.embeddings.standardized(inner.effects.genes)
         conditions = Conditions(list(table.index), table.to_numpy())
         neighbours = Neighbours.fit(*inner.halves, dict(zip(table.index, table.to_numpy(float), strict=True)))
-        embedding = None if self.embeds_folds_anew else self.latent.network.centre.tolist()  # what was trained in another is of no use
+        embedding = (
+            None if self.embeds_folds_anew else self.latent.network.centre.tolist()
+        )  # what was trained in another is of no use
         kept = run.checkpoints / run.identity / f"inner_{digest(inner.effects.labels, start.tolist(), embedding)}.ckpt"
         if trained := resumable(kept, "jepa, inner fold"):
             latent = JepaLatent.restored(trained["latent"])
@@ -179,17 +790,30 @@ class Jepa(LearnedModel):
             return latent, encoded(known, latent)
         pairs, row = inner.pairs, cells.pairs.rows.searchsorted
         z = cells.z if pairs is cells.pairs else cells.z[row(pairs.rows)]
-        shifts = pairs.groups.effects(pairs.groups.sums(z.numpy()), inner.half)[np.isin(pairs.groups.labels, inner.effects.labels)]
+        shifts = pairs.groups.effects(pairs.groups.sums(z.numpy()), inner.half)[
+            np.isin(pairs.groups.labels, inner.effects.labels)
+        ]
         return self.latent.with_effects(shifts, inner.effects.values), cells.z[row(known.rows)]
 
     def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, Callable[[], np.ndarray]]:
         """Return how to get the world model's mean effect on cells."""
         start = torch.from_numpy(z[:: -(-len(z) // STARTS)])
         return {
-            "world": partial(_mean_effect, self.latent, self.net, self.conditions, self.neighbours, set(self.seen), start, perturbation)
+            "world": partial(
+                _mean_effect,
+                self.latent,
+                self.net,
+                self.conditions,
+                self.neighbours,
+                set(self.seen),
+                start,
+                perturbation,
+            )
         }
 
-    def mean_change(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
+    def mean_change(
+        self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator
+    ) -> np.ndarray:
         """Return the world model's mean effect: what its noise and the draw of neighbours would add is left out."""
         return self.other_effects(z, perturbation)["world"]()
 
@@ -208,15 +832,25 @@ class Jepa(LearnedModel):
 
 @torch.no_grad()
 def _mean_effect(
-    latent: JepaLatent, net: World, conditions: Conditions, neighbours: Neighbours, seen: set[str], z: Tensor, perturbation: str
+    latent: JepaLatent,
+    net: World,
+    conditions: Conditions,
+    neighbours: Neighbours,
+    seen: set[str],
+    z: Tensor,
+    perturbation: str,
 ) -> np.ndarray:
     """Return the mean effect on cells, (genes,): an unseen member has the mean of those that it borrows from, by weight and strength."""
 
     def shifts(labels: list[list[str]], start: Tensor) -> np.ndarray:
         """(labels, dimensions), means over start cells."""
         width = max(2, *map(len, labels))
-        genes = torch.tensor([[*map(conditions.genes.index, members), *[-1] * (width - len(members))] for members in labels])
-        moved = net.predicted(start.repeat(len(labels), 1), genes.repeat_interleave(len(start), dim=0))[0] - start.repeat(len(labels), 1)
+        genes = torch.tensor(
+            [[*map(conditions.genes.index, members), *[-1] * (width - len(members))] for members in labels]
+        )
+        moved = net.predicted(start.repeat(len(labels), 1), genes.repeat_interleave(len(start), dim=0))[
+            0
+        ] - start.repeat(len(labels), 1)
         return moved.reshape(len(labels), len(start), -1).mean(dim=1).numpy()
 
     members = members_of(perturbation)

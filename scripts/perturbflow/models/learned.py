@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import CONTROL, entity_of, members_of
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
-from perturbflow.models.batches import Batches, PairedCells, encoded
-from perturbflow.models.conditions import Conditions
-from perturbflow.models.conformal import Calibration
+from perturbflow.models.calibration import Calibration
+from perturbflow.models.closed_form.base import Training
 from perturbflow.models.effects import Effects
-from perturbflow.models.latent import Latent, LatentSpace
+from perturbflow.models.gaussian_process.own_gene import OwnGene
+from perturbflow.models.gaussian_process.set_gp import FitPart, SetGP
+from perturbflow.models.latents.pca import Latent, LatentSpace
 from perturbflow.models.neighbours import Neighbours
-from perturbflow.models.networks import GeneEncoder
-from perturbflow.models.optimization import Learner, Optimization, optimize
-from perturbflow.models.own_gene import OwnGene
-from perturbflow.models.recount import Change, change_of, changed, drawn_mean_change, recounted
-from perturbflow.models.set_gp import FitPart, SetGP
-from perturbflow.models.shift import Training
+from perturbflow.models.thinning import Change, change_of, changed, drawn_mean_change, recounted
+from perturbflow.models.training.batches import Batches, PairedCells, encoded
+from perturbflow.models.training.conditions import Conditions
+from perturbflow.models.training.loop import Learner, Optimization, optimize
+from perturbflow.models.training.networks import GeneEncoder
 from perturbflow.pairs import Context, Pairs
-from perturbflow.symbols import CONTROL, entity_of, members_of
 
 CELLS_PER_BLOCK = 2048
 CENTRED_FROM = 16  # cells: fewer say little of where their mean is
@@ -123,7 +123,9 @@ class LearnedModel(Model):
         self.own_gene = OwnGene.fit(pairs.roles("train"), effects)
         table = embeddings.standardized(effects.genes)
         self.conditions = Conditions(list(table.index), table.to_numpy())
-        self.neighbours = Neighbours.fit(*Effects.with_disjoint_controls(pairs), dict(zip(table.index, table.to_numpy(float), strict=True)))
+        self.neighbours = Neighbours.fit(
+            *Effects.with_disjoint_controls(pairs), dict(zip(table.index, table.to_numpy(float), strict=True))
+        )
         self.genes = pairs.genes
         self.seen = effects.genes
         self.population, self._last = _population(pairs.roles("train")), None
@@ -135,9 +137,16 @@ class LearnedModel(Model):
             if len(pairs.roles(role).perturbations)
         }
         learner = Learner(self.net, run.seed, self.n_steps, self.optimization, stops=self.stops_when_broken)
-        optimize(learner, Batches(cells["train"], cells.get("validation"), self.batch_size, run.seed), run, type(self).__name__.lower())
+        optimize(
+            learner,
+            Batches(cells["train"], cells.get("validation"), self.batch_size, run.seed),
+            run,
+            type(self).__name__.lower(),
+        )
         self.net = learner.average.module.cpu().eval()
-        run.facts["unseen_genes"] = {name: str(getattr(self.neighbours, name)) for name in ("bandwidth", "tempering", "strength")}
+        run.facts["unseen_genes"] = {
+            name: str(getattr(self.neighbours, name)) for name in ("bandwidth", "tempering", "strength")
+        }
         artefact: Artefact = {
             "state": self.net.state_dict(),
             "latent": {name: torch.as_tensor(value) for name, value in self.latent.state().items()},
@@ -180,7 +189,12 @@ class LearnedModel(Model):
         if self.has_closed_mean:
             self.mean = SetGP()
             values = artefact["mean"].items()
-            self.mean.restore({name: np.array(value, dtype=str) if isinstance(value, list) else value.numpy() for name, value in values})
+            self.mean.restore(
+                {
+                    name: np.array(value, dtype=str) if isinstance(value, list) else value.numpy()
+                    for name, value in values
+                }
+            )
 
     def refusal(self, perturbation: str) -> str | None:
         """A gene that no cell was perturbed in has no place among the vectors that the network was built around; a new dose gets one."""
@@ -194,7 +208,9 @@ class LearnedModel(Model):
         return f"{', '.join(unknown)} has no embedding: no cell of this screen was perturbed in it. Ask a closed form, such as set_gp"
 
     @torch.no_grad()
-    def predict(self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None) -> np.ndarray:
+    def predict(
+        self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
         """Move start cells in latent space and bring them back to expression, a block at a time."""
         start = start_cells(cells, n)
         z = self.latent.encode(start)
@@ -258,7 +274,11 @@ class LearnedModel(Model):
     def _said(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray] | None:
         """Return what the network itself says of the mean effect, where the closed form hears it."""
         names = self.mean.artefact["others"].tolist()
-        return {name: effect() for name, effect in self.other_effects(z, perturbation).items() if name in names} if names else None
+        return (
+            {name: effect() for name, effect in self.other_effects(z, perturbation).items() if name in names}
+            if names
+            else None
+        )
 
     def uncertainty(self, perturbation: str, context: Context | None = None) -> np.ndarray | None:
         """Return the posterior variance of a mean in closed form, (genes,)."""
@@ -294,7 +314,9 @@ class LearnedModel(Model):
         return outcomes
 
     @torch.no_grad()
-    def individual_effects(self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None) -> np.ndarray:
+    def individual_effects(
+        self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None
+    ) -> np.ndarray:
         """Return the mean effect of the population and what each cell's own differs from it by, (cells, genes)."""
         if perturbation == CONTROL:
             return np.zeros_like(cells)
@@ -322,7 +344,9 @@ class LearnedModel(Model):
         """Return what inner folds of a mean in closed form have shown; nothing where the network owns the mean."""
         return self.mean.held_out(pairs, embeddings, seed) if self.has_closed_mean else Calibration.none()
 
-    def mean_change(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator) -> np.ndarray:
+    def mean_change(
+        self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator
+    ) -> np.ndarray:
         """Return what displacements change in the mean of the cells, (genes,)."""
         told = self.latent.mean_change(moved)
         return drawn_mean_change(start, self.latent.fold(z, moved), rng) if told is None else told
@@ -336,7 +360,9 @@ class LearnedModel(Model):
                 shift[row[gene]] += self.own_gene.shift(float(start[:, row[gene]].mean()))
         return shift
 
-    def _displacement(self, z: Tensor, perturbation: str, rng: np.random.Generator, generator: torch.Generator | None) -> Tensor:
+    def _displacement(
+        self, z: Tensor, perturbation: str, rng: np.random.Generator, generator: torch.Generator | None
+    ) -> Tensor:
         """Return the latent displacement of cells; the part of unseen members is borrowed and scaled by its strength.
 
         Without a generator that is the expected one, of what is borrowed the mean over `BORROWED` draws.
@@ -349,7 +375,9 @@ class LearnedModel(Model):
         known[:, [members.index(gene) for gene in unseen]] = -1
         noise = generator and generator.get_state()
         if generator is None:
-            borrowed = self.mean_displacement(z, [self._drawn(perturbation, unseen, known, rng) for _ in range(BORROWED)])
+            borrowed = self.mean_displacement(
+                z, [self._drawn(perturbation, unseen, known, rng) for _ in range(BORROWED)]
+            )
         else:
             borrowed = self.displace(z, self._drawn(perturbation, unseen, known, rng), generator)
         if len(unseen) == len(members):
@@ -394,7 +422,9 @@ class _OfPopulation:
     def moved(self) -> np.ndarray:
         """Its displacements, (cells, dimensions)."""
         generator = torch.Generator().manual_seed(0)
-        return self.model._displacement(torch.from_numpy(self.z), self.perturbation, np.random.default_rng(0), generator).numpy()
+        return self.model._displacement(
+            torch.from_numpy(self.z), self.perturbation, np.random.default_rng(0), generator
+        ).numpy()
 
     @cached_property
     def centre(self) -> np.ndarray:
@@ -415,7 +445,9 @@ class _OfPopulation:
             )
         return self._means[name]
 
-    def outcome(self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, place: Context | None, rng: np.random.Generator) -> np.ndarray:
+    def outcome(
+        self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, place: Context | None, rng: np.random.Generator
+    ) -> np.ndarray:
         """Return what cells of one batch and cell type become, (cells, genes); z and moved are where they are in latent space, and go."""
         if self.model.cells == "counts":
             if (name := self._name(place)) not in self._changes:
@@ -427,7 +459,9 @@ class _OfPopulation:
 
     def _name(self, place: Context | None) -> str:
         """Return the place, where the mean depends on it."""
-        return str(place.strata[0]) if place and self.model.has_closed_mean and self.model.mean.looks_at_contexts else ""
+        return (
+            str(place.strata[0]) if place and self.model.has_closed_mean and self.model.mean.looks_at_contexts else ""
+        )
 
 
 def _population(training: Pairs) -> np.ndarray:

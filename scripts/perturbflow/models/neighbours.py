@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
 
+from perturbflow.genes.symbols import entity_of
 from perturbflow.models.effects import Effects
-from perturbflow.symbols import entity_of
 
 BANDWIDTHS = (np.inf, 1.0, 0.5, 0.25)
 TEMPERINGS = (0.0, 1.0)
@@ -62,7 +62,9 @@ class Neighbours:
         by_gene = first.by_gene(), second.by_gene()
         genes = [gene for gene in by_gene[0] if gene in vectors]
         moved = [np.stack([effects[gene] for gene in genes]) for effects in by_gene]
-        best = cls(genes, np.stack([vectors[gene] for gene in genes]), np.linalg.norm((moved[0] + moved[1]) / 2, axis=1))
+        best = cls(
+            genes, np.stack([vectors[gene] for gene in genes]), np.linalg.norm((moved[0] + moved[1]) / 2, axis=1)
+        )
         if len(set(map(entity_of, genes))) < LEAST_GENES:
             return best
         lowest, chosen = np.inf, best
@@ -81,7 +83,11 @@ class Neighbours:
         distances = cdist(vectors, self.vectors)
         among = pdist(self.vectors)
         scale = float(np.median(among[among > 0])) if (among > 0).any() else 1.0
-        logits = -0.5 * (distances / (self.bandwidth * scale)) ** 2 if np.isfinite(self.bandwidth) else np.zeros_like(distances)
+        logits = (
+            -0.5 * (distances / (self.bandwidth * scale)) ** 2
+            if np.isfinite(self.bandwidth)
+            else np.zeros_like(distances)
+        )
         logits = logits - self.tempering * np.log(np.maximum(self.sizes, 1e-12))
         if leave_out_self:
             names = np.array(list(map(entity_of, self.genes)))

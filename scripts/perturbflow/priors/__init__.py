@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from perturbflow.files import atomic, manifest_files
+from perturbflow.io.files import atomic, manifest_files
 from perturbflow.priors.annotations import annotation_vectors as go
 from perturbflow.priors.interactions import association_vectors as associations
 from perturbflow.priors.interactions import interaction_vectors as ppi

@@ -23,7 +23,9 @@ LEFT_OUT_EVIDENCE = ("ND", "IEP", "HEP")
 SQLITE = b"SQLite format 3\0"
 
 
-def annotation_vectors(files: dict[str, Path], organism: str = "human", n_dimensions: int = N_DIMENSIONS) -> pd.DataFrame:
+def annotation_vectors(
+    files: dict[str, Path], organism: str = "human", n_dimensions: int = N_DIMENSIONS
+) -> pd.DataFrame:
     """Return one vector per annotated gene: the leading factors of gene × term, terms weighted by their information.
 
     A term that n of N genes have, itself or by a more special one, weighs ln(N/n) (Resnik 1995); genes are scaled to unit length, so that
@@ -113,7 +115,9 @@ def _kept(table: pd.DataFrame) -> pd.DataFrame:
 
 def _from_gaf(path: Path) -> pd.DataFrame:
     """Read GAF 2.x (geneontology.org/docs/go-annotation-file-gaf-format-2.2): columns 3 symbol, 4 qualifier, 5 term, 7 evidence."""
-    table = read_table(path, header=None, comment="!", usecols=[2, 3, 4, 6], names=["gene", "qualifier", "term", "evidence"])
+    table = read_table(
+        path, header=None, comment="!", usecols=[2, 3, 4, 6], names=["gene", "qualifier", "term", "evidence"]
+    )
     if not table["term"].str.match(r"GO:\d{7}$").all():
         raise InputError(f"{path} is no GAF file: its fifth column must hold GO terms such as GO:0006915.")
     return _kept(table)
@@ -147,11 +151,17 @@ def with_ancestors(table: pd.DataFrame, ontology: Path) -> pd.DataFrame:
                 waiting += parents.get(here, [])
         return sorted(above)
 
-    terms = pd.Series({term: with_all_above(primary[term]) for term in table["term"].unique() if term in primary}, dtype=object)
+    terms = pd.Series(
+        {term: with_all_above(primary[term]) for term in table["term"].unique() if term in primary}, dtype=object
+    )
     known = table[table["term"].isin(terms.index)]
     if known.empty:
         raise InputError(f"{ontology} has none of the annotated terms; is it the gene ontology (go-basic.obo)?")
-    return known.assign(term=known["term"].map(terms)).explode("term", ignore_index=True).drop_duplicates(ignore_index=True)
+    return (
+        known.assign(term=known["term"].map(terms))
+        .explode("term", ignore_index=True)
+        .drop_duplicates(ignore_index=True)
+    )
 
 
 def _read_obo(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -161,7 +171,11 @@ def _read_obo(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     parents: dict[str, list[str]] = {}
     primary: dict[str, str] = {}
     for stanza in text.split("\n[")[1:]:
-        tags = [(key, value.split()) for key, _, value in (line.partition(": ") for line in stanza.splitlines()[1:]) if value.strip()]
+        tags = [
+            (key, value.split())
+            for key, _, value in (line.partition(": ") for line in stanza.splitlines()[1:])
+            if value.strip()
+        ]
         if not stanza.startswith("Term]") or ("is_obsolete", ["true"]) in tags:
             continue
         ids = [words[0] for key, words in tags if key in ("id", "alt_id")]

@@ -33,7 +33,9 @@ N_COMPONENTS = 128
 KNOWS = "the literature (text mining, co-expression), so they may know the screen"
 
 
-def interaction_vectors(files: dict[str, Path], organism: str = "human", n_dimensions: int = N_DIMENSIONS) -> pd.DataFrame:
+def interaction_vectors(
+    files: dict[str, Path], organism: str = "human", n_dimensions: int = N_DIMENSIONS
+) -> pd.DataFrame:
     """Return one vector per gene that has an interaction.
 
     Leading factors of the positive pointwise mutual information between neighbours, every gene its own neighbour too (one step of a
@@ -66,7 +68,9 @@ def interaction_vectors(files: dict[str, Path], organism: str = "human", n_dimen
     return pd.DataFrame(spread, index=genes)
 
 
-def association_vectors(files: dict[str, Path], organism: str = "human", n_dimensions: int = N_COMPONENTS) -> pd.DataFrame:
+def association_vectors(
+    files: dict[str, Path], organism: str = "human", n_dimensions: int = N_COMPONENTS
+) -> pd.DataFrame:
     """Return one vector per gene that has an association of any kind: its spectral coordinates, with τ the mean degree (`spectral_coordinates`).
 
     Parameters
@@ -139,7 +143,10 @@ def _steps(network: sparse.csr_array) -> sparse.csr_array:
 
 
 def read_edges(
-    files: dict[str, Path], organism: str = "human", channels: tuple[str, ...] = CHANNELS, least_score: float = LEAST_SCORE
+    files: dict[str, Path],
+    organism: str = "human",
+    channels: tuple[str, ...] = CHANNELS,
+    least_score: float = LEAST_SCORE,
 ) -> pd.DataFrame:
     """Return the rows a, b (approved symbols, a before b) and weight, each pair once with its greatest weight.
 
@@ -157,7 +164,9 @@ def read_edges(
     elif "file" in files:
         names, ends, weight = _from_list(files["file"])
     else:
-        raise InputError(f"Interactions: files of the roles 'links' and 'info' are needed, or one list of edges; found {', '.join(files)}.")
+        raise InputError(
+            f"Interactions: files of the roles 'links' and 'info' are needed, or one list of edges; found {', '.join(files)}."
+        )
     symbols = approved(names, organism)
     genes = pd.Index(sorted(set(symbols)))
     low, high = np.sort(genes.get_indexer(symbols)[ends], axis=0)
@@ -182,7 +191,9 @@ def _from_string(links: Path, info: Path, channels: tuple[str, ...], least_score
     names = read_table(info, usecols=[0, 1], names=["protein", "symbol"], header=0).drop_duplicates("protein")
     missing = {"protein1", "protein2", *channels} - set(first_line(links).split())
     if missing:
-        raise InputError(f"{links} lacks the columns {', '.join(sorted(missing))}: a file *.links.detailed of STRING is expected.")
+        raise InputError(
+            f"{links} lacks the columns {', '.join(sorted(missing))}: a file *.links.detailed of STRING is expected."
+        )
     ends = ["protein1", "protein2"]
     types = {**dict.fromkeys(ends, pd.CategoricalDtype(names["protein"])), **dict.fromkeys(channels, float)}
     kept = []
@@ -194,7 +205,9 @@ def _from_string(links: Path, info: Path, channels: tuple[str, ...], least_score
         kept.append((codes[:, is_kept], combined[is_kept]))
     codes, weight = np.concatenate([codes for codes, _ in kept], axis=1), np.concatenate([weight for _, weight in kept])
     if not len(weight):
-        raise InputError(f"{links} has no interaction of score {least_score} between proteins that {info} names; are both of one organism?")
+        raise InputError(
+            f"{links} has no interaction of score {least_score} between proteins that {info} names; are both of one organism?"
+        )
     return names["symbol"].reset_index(drop=True), codes, weight
 
 
@@ -202,8 +215,12 @@ def _from_list(path: Path) -> Edges:
     """Read a table with a header: two columns of symbols, and a weight above zero if it has a third."""
     table = read_table(path)
     if table.shape[1] not in (2, 3):
-        raise InputError(f"{path}: a list of edges has two columns of symbols and perhaps a weight, this has {table.shape[1]} columns.")
-    weight = pd.to_numeric(table.iloc[:, 2], errors="coerce") if table.shape[1] == 3 else pd.Series(1.0, index=table.index)
+        raise InputError(
+            f"{path}: a list of edges has two columns of symbols and perhaps a weight, this has {table.shape[1]} columns."
+        )
+    weight = (
+        pd.to_numeric(table.iloc[:, 2], errors="coerce") if table.shape[1] == 3 else pd.Series(1.0, index=table.index)
+    )
     if not (weight > 0).all():
         row = int(np.argmin((weight > 0).to_numpy()))
         raise InputError(f"{path}, line {row + 2}: the weight '{table.iloc[row, 2]}' must be a number above zero.")

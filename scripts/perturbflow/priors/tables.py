@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.sparse.linalg import svds
 
 from perturbflow.errors import InputError
-from perturbflow.symbols import approved_symbol
+from perturbflow.genes.symbols import approved_symbol
 
 # Of every prior's vectors; chosen by inner folds over training genes (workflow_tests/benchmarks/README.md, "Priors").
 N_DIMENSIONS = 64
@@ -29,8 +29,17 @@ def opened(path: Path) -> Iterator[io.BufferedIOBase]:
             is_gzipped = file.read(2) == b"\x1f\x8b"
         with gzip.open(path, "rb") if is_gzipped else path.open("rb") as file:
             yield file
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{path} cannot be read: {error}. Is it the file that the configuration says it is?") from error
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        UnicodeDecodeError,
+        pd.errors.ParserError,
+        pd.errors.EmptyDataError,
+    ) as error:
+        raise InputError(
+            f"{path} cannot be read: {error}. Is it the file that the configuration says it is?"
+        ) from error
 
 
 def first_line(path: Path) -> str:
@@ -47,7 +56,10 @@ def read_table(path: Path, **options: object) -> pd.DataFrame:
 
 def blocks_of(path: Path, **options: object) -> Iterator[pd.DataFrame]:
     """Yield a table of text in blocks of at most a million rows, so that a file of any size fits in memory; at least one, however few rows."""
-    with opened(path) as file, pd.read_csv(file, **{"keep_default_na": False, "quoting": 3, "chunksize": BLOCK_ROWS, **options}) as reader:
+    with (
+        opened(path) as file,
+        pd.read_csv(file, **{"keep_default_na": False, "quoting": 3, "chunksize": BLOCK_ROWS, **options}) as reader,
+    ):
         yield from reader
 
 

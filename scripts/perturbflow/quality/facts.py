@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from perturbflow.bootstrap import MIN_PERTURBATIONS
+from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
 from perturbflow.quality.response import ALPHA, LEAST_CELLS, N_PERMUTATIONS
 from perturbflow.quality.sample import CELLS_PER_PERTURBATION
 
@@ -32,9 +32,9 @@ def own_genes(efficacy: dict) -> pd.DataFrame:
         if told:
             changed, member, found = min(told, key=lambda row: row[:2])
             rows.append((label, member, found["ratio"], found["low"], found["high"], changed))
-    return pd.DataFrame(rows, columns=["perturbation", "own_gene", "ratio", "ratio_low", "ratio_high", "efficacy"]).set_index(
-        "perturbation"
-    )
+    return pd.DataFrame(
+        rows, columns=["perturbation", "own_gene", "ratio", "ratio_low", "ratio_high", "efficacy"]
+    ).set_index("perturbation")
 
 
 def batch_table(obs: pd.DataFrame) -> pd.DataFrame:
@@ -46,7 +46,9 @@ def batch_table(obs: pd.DataFrame) -> pd.DataFrame:
     return found.fillna({"perturbations": 0}).astype(int).reset_index()
 
 
-def perturbation_facts(obs: pd.DataFrame, batches: pd.DataFrame, efficacy: dict, responses: pd.DataFrame) -> pd.DataFrame:
+def perturbation_facts(
+    obs: pd.DataFrame, batches: pd.DataFrame, efficacy: dict, responses: pd.DataFrame
+) -> pd.DataFrame:
     """Return quality.tsv: one row per perturbation, by label.
 
     Returns
@@ -62,9 +64,9 @@ def perturbation_facts(obs: pd.DataFrame, batches: pd.DataFrame, efficacy: dict,
     has_controls.index = has_controls.index.map(lambda key: tuple(map(str, key)))
     matched = size.set_index(["batch", "cell_type"]).index.map(has_controls).to_numpy(bool)
     comparable = size["cell_type"].map({str(name): bool(has) for name, has in of_type.items()}).to_numpy(bool)
-    grouped = size.assign(n_cells_without_controls=size["n"].where(~matched, 0), comparable=size["n"].where(comparable, 0)).groupby(
-        "perturbation"
-    )
+    grouped = size.assign(
+        n_cells_without_controls=size["n"].where(~matched, 0), comparable=size["n"].where(comparable, 0)
+    ).groupby("perturbation")
     table = grouped.agg(
         n_cells=("n", "sum"), n_batches=("batch", "nunique"), n_cells_without_controls=("n_cells_without_controls", "sum"),
         comparable=("comparable", "sum"),

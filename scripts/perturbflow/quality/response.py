@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from perturbflow.genes.symbols import CONTROL
 from perturbflow.quality.sample import Sample
-from perturbflow.symbols import CONTROL
 
 N_PERMUTATIONS = 500
 ENOUGH = 20
@@ -211,7 +211,16 @@ def responses(sample: Sample) -> pd.DataFrame:
             rows.append((label, 0, False, np.nan, np.nan, np.nan))
             continue
         distance, p = test_response(cells, rng)
-        rows.append((label, int(cells.is_perturbed.sum()), cells.is_relaxed, distance, p, escaping(cells, rng) if p < ALPHA else np.nan))
+        rows.append(
+            (
+                label,
+                int(cells.is_perturbed.sum()),
+                cells.is_relaxed,
+                distance,
+                p,
+                escaping(cells, rng) if p < ALPHA else np.nan,
+            )
+        )
     columns = ["perturbation", "n_tested", "is_relaxed", "energy_distance", "p_value", "escaping"]
     table = pd.DataFrame(rows, columns=columns).set_index("perturbation")
     table["p_adjusted"] = holm(table["p_value"].to_numpy(float))

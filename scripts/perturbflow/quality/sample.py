@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.hdf5 import CsrRows
+from perturbflow.io.hdf5 import CsrRows
 
 logger = logging.getLogger(__name__)
 
@@ -106,5 +106,11 @@ class Sample:
         components = np.empty((n, n_components), np.float32)
         for here, block in self._blocks():
             components[here] = pca.transform(block[:, genes].toarray())
-        logger.info("%s cells of %s sampled, %d components of %s genes", f"{n:,}", f"{len(self.obs):,}", n_components, f"{len(genes):,}")
+        logger.info(
+            "%s cells of %s sampled, %d components of %s genes",
+            f"{n:,}",
+            f"{len(self.obs):,}",
+            n_components,
+            f"{len(genes):,}",
+        )
         return components

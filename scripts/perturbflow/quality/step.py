@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from perturbflow.files import atomic, read_json, write_json
+from perturbflow.io.files import atomic, read_json, write_json
 from perturbflow.quality.facts import batch_table, perturbation_facts, summary
 from perturbflow.quality.response import responses
 from perturbflow.quality.sample import Sample

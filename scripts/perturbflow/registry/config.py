@@ -5,9 +5,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from perturbflow.errors import InputError
-from perturbflow.origins import labels_file, own_files, problem_of, problem_of_folder, resolved
 from perturbflow.registry.families import FAMILIES, REFERENCES
-from perturbflow.registry.schemas import Places, check_schema, holding_file, schema_of, suggestion, with_defaults, with_texts, with_values
+from perturbflow.registry.origins import labels_file, own_files, problem_of, problem_of_folder, resolved
+from perturbflow.registry.schemas import (
+    Places,
+    check_schema,
+    holding_file,
+    schema_of,
+    suggestion,
+    with_defaults,
+    with_texts,
+    with_values,
+)
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
@@ -38,7 +47,9 @@ def _check_source(where: list[str], block: dict, files: Places) -> None:
 
 def _check_patterns(name: str, block: dict, files: Places) -> None:
     """Check that the regular expressions of a block can be read, and that the one that finds members has a group."""
-    patterns: dict[tuple[str, ...], str | None] = {("exclude", column): pattern for column, pattern in block.get("exclude", {}).items()}
+    patterns: dict[tuple[str, ...], str | None] = {
+        ("exclude", column): pattern for column, pattern in block.get("exclude", {}).items()
+    }
     patterns |= {("perturbation", key): block["perturbation"].get(key) for key in ("pattern", "control_pattern")}
     patterns[("gene_pattern",)] = block.get("gene_pattern")
     for keys, pattern in patterns.items():
@@ -54,7 +65,9 @@ def _check_patterns(name: str, block: dict, files: Places) -> None:
             problem = f"{error} at position {error.pos}"
         if problem:
             where = ["datasets", name, *keys]
-            raise InputError(f"{holding_file(files, where)}{'.'.join(where)}: '{pattern}' cannot serve as a regular expression: {problem}.")
+            raise InputError(
+                f"{holding_file(files, where)}{'.'.join(where)}: '{pattern}' cannot serve as a regular expression: {problem}."
+            )
 
 
 def _check_path(where: list[str], block: dict, files: Places) -> None:
@@ -82,7 +95,9 @@ def _check_priors(config: dict, files: Places) -> None:
         _check_source(["priors", name], block, files)
         if name == COEXPRESSION:
             file = holding_file(files, ["priors", name])
-            raise InputError(f"{file}priors.{name}: this is what training cells tell, in embeddings.sources; give the prior another name.")
+            raise InputError(
+                f"{file}priors.{name}: this is what training cells tell, in embeddings.sources; give the prior another name."
+            )
         if name in config["datasets"]:
             file = holding_file(files, ["datasets", name])
             raise InputError(
@@ -109,7 +124,9 @@ def _check_embeddings(config: dict, datasets: Sequence[str], files: Places) -> N
                 )
     names = [_source_name(source) for source in config["embeddings"]["sources"]]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{file}embeddings.sources: '{twice[0]}' is there twice; a table goes by the name of its file.")
+        raise InputError(
+            f"{file}embeddings.sources: '{twice[0]}' is there twice; a table goes by the name of its file."
+        )
 
 
 def model_files(block: dict) -> list[str]:
@@ -150,14 +167,20 @@ def _check_split(name: str, block: dict, datasets: dict, files: Places) -> None:
     for key, kinds in SPLIT_KEYS.items():
         if key in block and block["kind"] not in kinds:
             file = holding_file(files, ["splits", name, key])
-            raise InputError(f"{file}splits.{name}.{key}: kind {block['kind']} has no use for it; it belongs to {' and '.join(kinds)}.")
+            raise InputError(
+                f"{file}splits.{name}.{key}: kind {block['kind']} has no use for it; it belongs to {' and '.join(kinds)}."
+            )
     if "folds" in block and (others := [key for key in ("test_fraction", "held_out") if key in block]):
         file = holding_file(files, ["splits", name, "folds"])
-        raise InputError(f"{file}splits.{name}: folds say what is held out in turn, so {others[0]} has no meaning; remove one of them.")
+        raise InputError(
+            f"{file}splits.{name}: folds say what is held out in turn, so {others[0]} has no meaning; remove one of them."
+        )
     for dataset in datasets_named(block.get("held_out", {})):
         if dataset not in datasets:
             file = holding_file(files, ["splits", name, "held_out"])
-            raise InputError(f"{file}splits.{name}.held_out: there is no dataset '{dataset}'.{suggestion(str(dataset), list(datasets))}")
+            raise InputError(
+                f"{file}splits.{name}.held_out: there is no dataset '{dataset}'.{suggestion(str(dataset), list(datasets))}"
+            )
 
 
 def _expand_folds(splits: dict, files: Places) -> tuple[dict, dict[str, list[str]]]:
@@ -171,7 +194,9 @@ def _expand_folds(splits: dict, files: Places) -> tuple[dict, dict[str, list[str
             folds[name] = list(blocks)
             if taken := [fold for fold in blocks if fold in splits]:
                 file = holding_file(files, ["splits", taken[0]])
-                raise InputError(f"{file}splits.{taken[0]}: this is a fold of splits.{name}; give the block another name.")
+                raise InputError(
+                    f"{file}splits.{taken[0]}: this is a fold of splits.{name}; give the block another name."
+                )
         expanded |= blocks
     return expanded, folds
 
@@ -228,7 +253,9 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
         for name, block in config["splits"].items()
     }
     config["splits"], folds = _expand_folds(config["splits"], files)
-    config["select"]["splits"] = list(dict.fromkeys(fold for name in config["select"]["splits"] for fold in folds.get(name, [name])))
+    config["select"]["splits"] = list(
+        dict.fromkeys(fold for name in config["select"]["splits"] for fold in folds.get(name, [name]))
+    )
     config["models"] = _with_references(config["models"], files)
     params = schema_of("models")["$defs"]
     for name, block in config["models"].items():
@@ -251,7 +278,9 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
         family = config["models"][query["model"]]["family"]
         if not FAMILIES[family].answers_counterfactuals:
             file = holding_file(files, ["counterfactuals", name, "model"])
-            raise InputError(f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions.")
+            raise InputError(
+                f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions."
+            )
     queries = [config["counterfactuals"][name] for name in config["select"]["counterfactuals"]]
     datasets = list(dict.fromkeys([*config["select"]["datasets"], *[query["dataset"] for query in queries]]))
     _check_embeddings(config, datasets, files)
@@ -262,7 +291,9 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
     return config
 
 
-def _check_own_files(config: dict, datasets: Iterable[str], splits: Iterable[str], models: Iterable[str], files: Places) -> None:
+def _check_own_files(
+    config: dict, datasets: Iterable[str], splits: Iterable[str], models: Iterable[str], files: Places
+) -> None:
     """Check that the user's own files are there that are selected."""
     for name in datasets:
         _check_path(["datasets", name], config["datasets"][name], files)
@@ -270,7 +301,9 @@ def _check_own_files(config: dict, datasets: Iterable[str], splits: Iterable[str
         path = config["splits"][name].get("path")
         if path is not None and not Path(path).is_file():
             file = holding_file(files, ["splits", name, "path"])
-            raise InputError(f"{file}splits.{name}.path: there is no file '{path}' (looked for {Path(path).absolute()}).")
+            raise InputError(
+                f"{file}splits.{name}.path: there is no file '{path}' (looked for {Path(path).absolute()})."
+            )
     for source in config["embeddings"]["sources"]:
         if isinstance(source, dict) and not Path(source["file"]).is_file():
             file = holding_file(files, ["embeddings", "sources"])

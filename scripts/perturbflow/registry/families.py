@@ -17,7 +17,9 @@ class Family:
     rule: str = "train_closed_form"  # which rule trains it
     answers_counterfactuals: bool = False
     split_kinds: tuple[str, ...] = ()  # the only ones that the family can serve; empty: all
-    losses: Mapping[str, str] = field(default_factory=dict)  # stage of training, empty for the last → what its loss means, for the report
+    losses: Mapping[str, str] = field(
+        default_factory=dict
+    )  # stage of training, empty for the last → what its loss means, for the report
 
     @property
     def artefact(self) -> str:
@@ -28,8 +30,10 @@ class Family:
     def description(self) -> str:
         """Return the first paragraph of the docstring of the family's class, read without importing it."""
         module, name = self.implementation.split(":")
-        tree = ast.parse((MODELS / f"{module}.py").read_text(encoding="utf-8"))
-        documented = (ast.get_docstring(node) for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        tree = ast.parse((MODELS / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+        documented = (
+            ast.get_docstring(node) for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name
+        )
         return " ".join((next(documented, None) or "").split("\n\n")[0].split())
 
 
@@ -38,28 +42,28 @@ def _baseline(implementation: str) -> Family:
 
 
 FAMILIES = {
-    "no_change": _baseline("baselines:NoChange"),
-    "perturbed_mean": _baseline("baselines:PerturbedMean"),
-    "dose_interpolation": _baseline("baselines:DoseInterpolation"),
-    "matching_mean": _baseline("baselines:MatchingMean"),
-    "additive": _baseline("baselines:Additive"),
-    "shrunken_additive": _baseline("baselines:ShrunkenAdditive"),
-    "latent_additive": _baseline("baselines:LatentAdditive"),
-    "linear": _baseline("baselines:Linear"),
-    "transfer": Family("baselines:Transfer", "baseline", answers_counterfactuals=True, split_kinds=("unseen_context",)),
-    "ridge": _baseline("regressions:Ridge"),
-    "random_forest": _baseline("regressions:RandomForest"),
-    "nearest_perturbation": _baseline("regressions:NearestPerturbation"),
-    "covariance_response": _baseline("regressions:CovarianceResponse"),
-    "gaussian_process": _baseline("set_gp:SetGP"),
-    "stacked": _baseline("set_gp:SetGP"),  # the stack of closed forms that this model replaced: its name stays valid
-    "shuffled_labels": Family("ablations:ShuffledLabels", "ablation"),
-    "batch_only": Family("ablations:BatchOnly", "ablation"),
-    "technical_duplicate": Family("ceilings:TechnicalDuplicate", "ceiling"),
-    "perfect_mean": Family("ceilings:PerfectMean", "ceiling"),
-    "interpolated_duplicate": Family("ceilings:InterpolatedDuplicate", "ceiling"),
+    "no_change": _baseline("closed_form.baselines:NoChange"),
+    "perturbed_mean": _baseline("closed_form.baselines:PerturbedMean"),
+    "dose_interpolation": _baseline("closed_form.baselines:DoseInterpolation"),
+    "matching_mean": _baseline("closed_form.baselines:MatchingMean"),
+    "additive": _baseline("closed_form.baselines:Additive"),
+    "shrunken_additive": _baseline("closed_form.baselines:ShrunkenAdditive"),
+    "latent_additive": _baseline("closed_form.baselines:LatentAdditive"),
+    "linear": _baseline("closed_form.baselines:Linear"),
+    "transfer": Family("closed_form.baselines:Transfer", "baseline", answers_counterfactuals=True, split_kinds=("unseen_context",)),
+    "ridge": _baseline("closed_form.regressions:Ridge"),
+    "random_forest": _baseline("closed_form.regressions:RandomForest"),
+    "nearest_perturbation": _baseline("closed_form.regressions:NearestPerturbation"),
+    "covariance_response": _baseline("closed_form.regressions:CovarianceResponse"),
+    "gaussian_process": _baseline("gaussian_process.set_gp:SetGP"),
+    "stacked": _baseline("gaussian_process.set_gp:SetGP"),  # the stack of closed forms that this model replaced: its name stays valid
+    "shuffled_labels": Family("closed_form.ablations:ShuffledLabels", "ablation"),
+    "batch_only": Family("closed_form.ablations:BatchOnly", "ablation"),
+    "technical_duplicate": Family("closed_form.ceilings:TechnicalDuplicate", "ceiling"),
+    "perfect_mean": Family("closed_form.ceilings:PerfectMean", "ceiling"),
+    "interpolated_duplicate": Family("closed_form.ceilings:InterpolatedDuplicate", "ceiling"),
     "diffusion": Family(
-        "diffusion:Diffusion", "learned", "train_diffusion", answers_counterfactuals=True,
+        "scppdm:Diffusion", "learned", "train_diffusion", answers_counterfactuals=True,
         losses={
             "": "Loss: squared error of what is denoised, at random levels of noise. A guess of zero has about 1. Most of it is noise that nothing "
             "can tell, so small differences count."

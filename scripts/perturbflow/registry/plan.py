@@ -3,9 +3,9 @@
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.origins import CONTENT_KEYS, content_of, files_of
 from perturbflow.registry.config import COEXPRESSION, complete, held_out_of
 from perturbflow.registry.families import FAMILIES, REFERENCES, Family
+from perturbflow.registry.origins import CONTENT_KEYS, content_of, files_of
 from perturbflow.registry.schemas import Places
 
 # Keys of a dataset's `perturbation` that say how a label is read.
@@ -54,14 +54,25 @@ class Plan:
                     continue
                 possible.append((dataset, split))
                 reasons = {model: self._why_unfit(model, split) for model in select["models"]}
-                left_out += [f"{model} × {self._base(split)} is left out: {reason}." for model, reason in reasons.items() if reason]
+                left_out += [
+                    f"{model} × {self._base(split)} is left out: {reason}."
+                    for model, reason in reasons.items()
+                    if reason
+                ]
                 for model in self._with_references([model for model, reason in reasons.items() if not reason]):
-                    rows += [(dataset, split, model, seed, self.config["models"][model]["family"]) for seed in select["seeds"]]
+                    rows += [
+                        (dataset, split, model, seed, self.config["models"][model]["family"])
+                        for seed in select["seeds"]
+                    ]
         self.left_out = list(dict.fromkeys(left_out))
         if not rows and ((select["models"] and select["seeds"]) or not possible) and select["splits"]:
             raise InputError("Nothing is left to run. " + " ".join(self.left_out))
         self.runs = pd.DataFrame(rows, columns=["dataset", "split", "model", "seed", "family"])
-        made = self.runs[["dataset", "split"]] if rows or not select["splits"] else pd.DataFrame(possible, columns=["dataset", "split"])
+        made = (
+            self.runs[["dataset", "split"]]
+            if rows or not select["splits"]
+            else pd.DataFrame(possible, columns=["dataset", "split"])
+        )
         self.divisions = made.drop_duplicates(ignore_index=True)
         self.datasets = list(dict.fromkeys(self.divisions["dataset"] if select["splits"] else select["datasets"]))
         if not rows:
@@ -69,14 +80,18 @@ class Plan:
         queries = []
         for name in select["counterfactuals"]:
             query = self.config["counterfactuals"][name]
-            if reason := self._why_impossible(query["dataset"], query["split"]) or self._why_unfit(query["model"], query["split"]):
+            if reason := self._why_impossible(query["dataset"], query["split"]) or self._why_unfit(
+                query["model"], query["split"]
+            ):
                 self.left_out.append(f"counterfactual {name} is left out: {reason}.")
             else:
                 queries += [(query["dataset"], query["split"], query["model"], seed, name) for seed in select["seeds"]]
         self.queries = pd.DataFrame(queries, columns=["dataset", "split", "model", "seed", "query"])
         key = ["dataset", "split", "model", "seed"]
         is_learned = self.runs["model"].map(lambda name: self.family(name).kind == "learned").astype(bool)
-        self.warranties = pd.concat([self.runs.loc[is_learned, key], self.queries[key]]).drop_duplicates(ignore_index=True)
+        self.warranties = pd.concat([self.runs.loc[is_learned, key], self.queries[key]]).drop_duplicates(
+            ignore_index=True
+        )
 
     def _with_references(self, models: list[str]) -> list[str]:
         """Return models, if there are any, followed by a floor or ceiling of every family of REFERENCES that is not among them."""
@@ -112,7 +127,11 @@ class Plan:
     def _why_unfit(self, model: str, split: str) -> str | None:
         """Return why a model cannot serve a split, or None."""
         kind, kinds = self.config["splits"][split]["kind"], self.family(model).split_kinds
-        return f"family {self.config['models'][model]['family']} serves {', '.join(kinds)} only" if kinds and kind not in kinds else None
+        return (
+            f"family {self.config['models'][model]['family']} serves {', '.join(kinds)} only"
+            if kinds and kind not in kinds
+            else None
+        )
 
     def _base(self, split: str) -> str:
         """Return the name that a split was selected by: folds share one."""
@@ -150,7 +169,9 @@ class Plan:
         unread = ("reference", "licence", "qc", "combinations", *CONTENT_KEYS)
         block = {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
         # Where a download came from is in its manifest; a mirror more makes nothing stale.
-        block["source"] = {key: value for key, value in block["source"].items() if key in ("path", "member", "labels", "modality")}
+        block["source"] = {
+            key: value for key, value in block["source"].items() if key in ("path", "member", "labels", "modality")
+        }
         return block
 
     def files(self, name: str) -> dict[str, dict]:
@@ -168,7 +189,11 @@ class Plan:
     @property
     def priors(self) -> list[str]:
         """Names of the priors among the sources of embeddings, in their order."""
-        return [source for source in self.config["embeddings"]["sources"] if isinstance(source, str) and source != COEXPRESSION]
+        return [
+            source
+            for source in self.config["embeddings"]["sources"]
+            if isinstance(source, str) and source != COEXPRESSION
+        ]
 
     @property
     def embedding_tables(self) -> list[str]:
@@ -199,4 +224,8 @@ class Plan:
 def _may_have_doses(screen: dict) -> bool:
     """Tell whether a screen can have doses: declared ones, or compounds, whose labels may hold them."""
     declared = screen["perturbation"]
-    return "dose" in declared or "(?P<dose>" in declared.get("pattern", "") or screen["perturbation_type"] in ("drug", "unknown")
+    return (
+        "dose" in declared
+        or "(?P<dose>" in declared.get("pattern", "")
+        or screen["perturbation_type"] in ("drug", "unknown")
+    )

@@ -15,7 +15,7 @@ from referencing import Resource
 from referencing.jsonschema import DRAFT202012
 
 from perturbflow.errors import InputError
-from perturbflow.places import config_folder
+from perturbflow.registry.places import config_folder
 
 SCHEMAS = config_folder() / "schemas"
 # Names in a message; of more, the nearest ones.
@@ -80,7 +80,11 @@ def with_texts(schema: dict, value: Any) -> Any:
     if isinstance(value, dict):
         of_key, others = schema.get("properties", {}), schema.get("additionalProperties")
         others = others if isinstance(others, dict) else {}
-        return {_text_of(key): with_texts(of_key.get(key, others), item) for key, item in value.items()} if of_key or others else value
+        return (
+            {_text_of(key): with_texts(of_key.get(key, others), item) for key, item in value.items()}
+            if of_key or others
+            else value
+        )
     if isinstance(value, list):
         branches = [schema, *(branch for branch in schema.get("oneOf", ()) if branch.get("type") == "array")]
         items: dict = next((branch["items"] for branch in branches if "items" in branch), {})
@@ -161,7 +165,9 @@ def _explain(error: ValidationError, path: list[str]) -> str:
     if error.validator == "type":
         return f"{place}: {error.instance!r} must be of type {error.validator_value}."
     if error.validator == "oneOf":
-        described = [branch.get("enum") or branch.get("const") or branch.get("properties") for branch in error.validator_value]
+        described = [
+            branch.get("enum") or branch.get("const") or branch.get("properties") for branch in error.validator_value
+        ]
         return f"{place}: {error.instance!r} is not possible. Possible: {described}."
     return f"{place}: {error.message}."
 

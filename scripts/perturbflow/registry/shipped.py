@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 from perturbflow.errors import InputError
-from perturbflow.places import config_folder
 from perturbflow.registry.config import REGISTRIES, complete
+from perturbflow.registry.places import config_folder
 from perturbflow.registry.schemas import read_yaml
 
 

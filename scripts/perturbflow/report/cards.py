@@ -33,14 +33,19 @@ def place_of(path: Path, n: int) -> tuple[str, ...]:
 def read_table(paths: Iterable[Path]) -> pd.DataFrame:
     """Return tables below each other; a dataset called 2023 and a gene called NA stay words."""
     words = dict.fromkeys(("dataset", "split", "model", "perturbation", "gene", "metric"), str)
-    return pd.concat([pd.read_csv(path, sep="\t", dtype=words, keep_default_na=False, na_values=[""]) for path in paths], ignore_index=True)
+    return pd.concat(
+        [pd.read_csv(path, sep="\t", dtype=words, keep_default_na=False, na_values=[""]) for path in paths],
+        ignore_index=True,
+    )
 
 
 def _family(run: dict) -> Family:
     for family in FAMILIES.values():
         if family.implementation == run["implementation"]:
             return family
-    raise InputError(f"run.json of {run['provenance']} names {run['implementation']}, which is no family of this version; train it again.")
+    raise InputError(
+        f"run.json of {run['provenance']} names {run['implementation']}, which is no family of this version; train it again."
+    )
 
 
 def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
@@ -56,7 +61,12 @@ def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
     }  # fmt: skip
     return {
         model: ModelCard(
-            model, kinds[model], families[model].description, run["params"], *looks.get(model, (INK, "|")), families[model].losses
+            model,
+            kinds[model],
+            families[model].description,
+            run["params"],
+            *looks.get(model, (INK, "|")),
+            families[model].losses,
         )
         for model, run in first.items()
     }

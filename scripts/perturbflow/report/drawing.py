@@ -51,7 +51,11 @@ class Drawings:
             return None
         buffer = io.StringIO()
         draw(*arguments).savefig(
-            buffer, format="svg", transparent=True, dpi=144, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            buffer,
+            format="svg",
+            transparent=True,
+            dpi=144,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
         )
         text = buffer.getvalue()
         text = text[text.index("<svg") :]  # no XML declaration and no DTD within HTML
@@ -78,10 +82,14 @@ class Drawings:
         return f"data:image/png;base64,{data}"
 
 
-def new_axes(width: float, height: float, left: float, bottom: float = 0.45, top: float = 0.12, right: float = 0.15) -> tuple[Figure, Axes]:
+def new_axes(
+    width: float, height: float, left: float, bottom: float = 0.45, top: float = 0.12, right: float = 0.15
+) -> tuple[Figure, Axes]:
     """Return a new figure and its axes; all in inches."""
     figure = Figure(figsize=(width, height))
-    return figure, figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
+    return figure, figure.add_axes(
+        (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+    )
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:

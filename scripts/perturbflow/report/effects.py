@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from perturbflow.evaluation import score_inputs
+from perturbflow.genes.symbols import entities_of
 from perturbflow.pairs import Pairs
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.drawing import INK, STYLE, Drawings, new_axes, number
-from perturbflow.symbols import entities_of
 
 # What the page holds of this section, besides its bytes of figures.
 LEARNED_MODELS_OF_EFFECTS = 5
@@ -35,7 +35,10 @@ class Chosen:
     def rest(self) -> "Chosen":
         """Return the other perturbations, of the best learned model and the best baseline."""
         return replace(
-            self, perturbations=dict.fromkeys(self.others, ""), models=list(dict.fromkeys([self.models[0], self.models[-1]])), others=[]
+            self,
+            perturbations=dict.fromkeys(self.others, ""),
+            models=list(dict.fromkeys([self.models[0], self.models[-1]])),
+            others=[],
         )
 
 
@@ -82,7 +85,9 @@ def _label_points(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str], la
             low = points[i, 1] + dy * 7 * scale - height / 2
             place = (left, low, left + width, low + height)
             is_inside = place[0] >= box.x0 and place[2] <= box.x1 and place[1] >= box.y0 and place[3] <= box.y1
-            if is_inside and all(place[2] < o[0] or place[0] > o[2] or place[3] < o[1] or place[1] > o[3] for o in taken):
+            if is_inside and all(
+                place[2] < o[0] or place[0] > o[2] or place[3] < o[1] or place[1] > o[3] for o in taken
+            ):
                 covered = ((points > place[:2]) & (points < place[2:])).all(axis=1).sum()
                 places.append((int(covered), len(places), place))
         if places:
@@ -111,7 +116,10 @@ def _effect_figure(
     reach = np.maximum(np.abs(measured), np.abs(predicted))
     is_beyond = is_target & (reach > edge)
     shrink = np.where(is_beyond, edge / np.maximum(reach, edge), 1)
-    names = [f"{gene} ({x:.2g}, {y:.2g})" if far else gene for gene, x, y, far in zip(genes, measured, predicted, is_beyond, strict=True)]
+    names = [
+        f"{gene} ({x:.2g}, {y:.2g})" if far else gene
+        for gene, x, y, far in zip(genes, measured, predicted, is_beyond, strict=True)
+    ]
     measured, predicted = measured * shrink, predicted * shrink
     axes.plot(measured[is_target], predicted[is_target], "*", color=INK, markersize=9, markeredgewidth=0)
     strongest = [i for i in np.argsort(-np.abs(measured), kind="stable") if not is_target[i]][:LABELLED_GENES]
@@ -153,10 +161,19 @@ def effect_figures(
                 row = inputs.labels.index(label)
                 mask = inputs.highly_expressed | np.isin(genes, targets)
                 control = inputs.control[row]
-                effects[model] = ((inputs.measured[row] - control)[mask], (inputs.predicted[row] - control)[mask], genes[mask].tolist())
+                effects[model] = (
+                    (inputs.measured[row] - control)[mask],
+                    (inputs.predicted[row] - control)[mask],
+                    genes[mask].tolist(),
+                )
         # One scale per perturbation, so that the models' panels can be compared by eye.
         limit = 1.12 * max(
-            (np.abs(values[~np.isin(names, targets)]).max(initial=0) for *both, names in effects.values() for values in both), default=1
+            (
+                np.abs(values[~np.isin(names, targets)]).max(initial=0)
+                for *both, names in effects.values()
+                for values in both
+            ),
+            default=1,
         )
         for model, (measured, predicted, names) in effects.items():
             r = correlations.get((model, label), float("nan"))

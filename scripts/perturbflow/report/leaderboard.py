@@ -48,7 +48,9 @@ def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[s
         value=("value", "mean"), low=("ci_low", "min"), high=("ci_high", "max"), n_perturbations=("n_perturbations", "max"),
         scaled=(SCALED, "mean"),
     )  # fmt: skip
-    loss = pd.Series([float(METRICS[metric].loss(value)) for (_, metric), value in means["value"].items()], index=means.index)
+    loss = pd.Series(
+        [float(METRICS[metric].loss(value)) for (_, metric), value in means["value"].items()], index=means.index
+    )
     loss[[cards[model].kind == "ceiling" for model in means.index.get_level_values("model")]] = np.nan
     best = loss.groupby("metric").transform("min")
     table: dict[str, dict[str, Score]] = {}
@@ -61,12 +63,16 @@ def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[s
 
 
 @mpl.rc_context(STYLE)
-def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[str, Score], cards: dict[str, ModelCard]) -> Figure:
+def _leaderboard_figure(
+    metric: str, models: dict[str, Score], ceilings: dict[str, Score], cards: dict[str, ModelCard]
+) -> Figure:
     figure, axes = new_axes(3.6, 0.62 + 0.24 * len(models), left=room_for(models), top=0.17)
     for y, (model, score) in enumerate(models.items()):
         card = cards[model]
         if np.isfinite(score.low):
-            axes.plot([score.low, score.high], [y, y], color=card.colour, linewidth=4, alpha=0.35, solid_capstyle="butt")
+            axes.plot(
+                [score.low, score.high], [y, y], color=card.colour, linewidth=4, alpha=0.35, solid_capstyle="butt"
+            )
         axes.plot(score.value, y, card.marker, color=card.colour, markersize=5)
     for score in list(ceilings.values())[:1]:  # one line: two of them could not be told apart
         if np.isfinite(score.low):
@@ -79,7 +85,9 @@ def _leaderboard_figure(metric: str, models: dict[str, Score], ceilings: dict[st
     return figure
 
 
-def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawings, mute: Collection[str] = ()) -> Leaderboard:
+def leaderboard(
+    rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawings, mute: Collection[str] = ()
+) -> Leaderboard:
     """Return the scores of one dataset × split, drawn and put in sentences.
 
     Parameters
@@ -90,7 +98,9 @@ def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawi
     scores = _scores(rows, cards)
     models = {model: row for model, row in scores.items() if cards[model].kind != "ceiling"}
     families = rows.drop_duplicates("model").set_index("model")["family"]
-    in_order = sorted((model for model in scores if cards[model].kind == "ceiling"), key=lambda model: CEILINGS.index(families[model]))
+    in_order = sorted(
+        (model for model in scores if cards[model].kind == "ceiling"), key=lambda model: CEILINGS.index(families[model])
+    )
     ceilings = {model: scores[model] for model in in_order}
     metrics = [metric for metric in METRICS if any(metric in row for row in scores.values())]
     headlines = [metric for metric in metrics if METRICS[metric].headline]
@@ -98,11 +108,14 @@ def leaderboard(rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawi
     best = rows[rows["is_best_baseline"] & rows["headline"] & ~rows["metric"].isin(mute)].drop_duplicates("metric")
     figures = []
     for metric in headlines:
-        shown, limits = ({model: row[metric] for model, row in some.items() if metric in row} for some in (models, ceilings))
+        shown, limits = (
+            {model: row[metric] for model, row in some.items() if metric in row} for some in (models, ceilings)
+        )
         if not shown:
             continue
         alt = "; ".join(
-            f"{model} {number(score.value)} ({interval(score.low, score.high)})" for model, score in {**shown, **limits}.items()
+            f"{model} {number(score.value)} ({interval(score.low, score.high)})"
+            for model, score in {**shown, **limits}.items()
         )
         alt = f"{metric}, {METRICS[metric].reading}, 95 % intervals in brackets: {alt}."
         if svg := drawings.svg(alt, _leaderboard_figure, metric, shown, limits, cards):

@@ -26,7 +26,9 @@ def by_heart(training: Points, validation: Points) -> str:
     the training loss falls from there on.
     """
     if len(validation) < LEAST_POINTS:
-        return f"Whether it learned by heart is not told: {len(validation) or 'no'} points of validation loss were logged."
+        return (
+            f"Whether it learned by heart is not told: {len(validation) or 'no'} points of validation loss were logged."
+        )
     steps, values = np.array(validation).T
     width = max(2, len(values) // 5)
     smooth = _smoothed(values, width)

@@ -14,7 +14,9 @@ class Overview:
     counts: list[str]
     columns: list  # boards, without single folds
     rows: dict[str, list[dict | None]]  # model → row of verdicts.tsv per column
-    n_telling: list[tuple[int, int] | None]  # per column, of so many headline metrics; None where nothing was calibrated
+    n_telling: list[
+        tuple[int, int] | None
+    ]  # per column, of so many headline metrics; None where nothing was calibrated
 
 
 def _n(count: int, word: str) -> str:
@@ -43,7 +45,9 @@ def overview(boards: list, runs: Iterable[tuple[str, ...]], cards: dict[str, Mod
         _n(len({seed for *_, seed in runs}), "seed"),
         f"{_n(len(runs), 'run')} in all",
     ]
-    learned = [name for name, card in cards.items() if card.kind == "learned"] or [n for n, card in cards.items() if card.kind != "ceiling"]
+    learned = [name for name, card in cards.items() if card.kind == "learned"] or [
+        n for n, card in cards.items() if card.kind != "ceiling"
+    ]
     by_model = [{row["model"]: row for row in board.verdicts.rows} for board in columns]
     telling = []
     for board in columns:

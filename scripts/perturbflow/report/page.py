@@ -14,12 +14,11 @@ import matplotlib as mpl
 import pandas as pd
 
 from perturbflow import __version__
-from perturbflow.audit import CHECKS
+from perturbflow.audit.audit import CHECKS
 from perturbflow.benchmark.panel import FOLD
-from perturbflow.bootstrap import MIN_PERTURBATIONS
-from perturbflow.divisions import ROLES
 from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
-from perturbflow.files import atomic, read_json
+from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
+from perturbflow.io.files import atomic, read_json
 from perturbflow.report.cards import ModelCard, model_cards, place_of, read_table
 from perturbflow.report.drawing import Drawings
 from perturbflow.report.effects import Chosen, choose, effect_figures
@@ -43,7 +42,15 @@ from perturbflow.report.sections import (
     training_curves,
     warranty_rows,
 )
-from perturbflow.report.verdicts import CalibrationTable, StrataTable, VerdictTable, calibration_table, strata_tables, verdict_table
+from perturbflow.report.verdicts import (
+    CalibrationTable,
+    StrataTable,
+    VerdictTable,
+    calibration_table,
+    strata_tables,
+    verdict_table,
+)
+from perturbflow.splits.divisions import ROLES
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +58,13 @@ TEMPLATE = "report_template.html"
 
 # What a page of less than 10 MB holds, whatever was selected: bytes of figures per section, and rows
 # of the table of perturbations. `effects` and `sections` bound their lists beside what they list.
-FIGURE_BYTES = {"leaderboard": 1_400_000, "effects": 1_500_000, "training": 600_000, "counterfactuals": 2_000_000, "screens": 350_000}
+FIGURE_BYTES = {
+    "leaderboard": 1_400_000,
+    "effects": 1_500_000,
+    "training": 600_000,
+    "counterfactuals": 2_000_000,
+    "screens": 350_000,
+}
 PERTURBATION_ROWS = 4000
 SCREEN_ROWS = 300  # of tables of screens
 
@@ -129,7 +142,10 @@ class Board(OfSplit):
 
 
 def _boards(
-    tables: dict[str, pd.DataFrame], generalizations: dict[tuple[str, ...], str], cards: dict[str, ModelCard], drawings: Drawings
+    tables: dict[str, pd.DataFrame],
+    generalizations: dict[tuple[str, ...], str],
+    cards: dict[str, ModelCard],
+    drawings: Drawings,
 ) -> list[Board]:
     """Return a board per dataset × split of benchmark.tsv.
 
@@ -149,7 +165,9 @@ def _boards(
     boards = []
     for (dataset, whole), members in pools.items():
         for split in sorted(members, key=whole.__ne__):  # what pools the folds comes first
-            of = {name: table[(table["dataset"] == dataset) & (table["split"] == split)] for name, table in tables.items()}
+            of = {
+                name: table[(table["dataset"] == dataset) & (table["split"] == split)] for name, table in tables.items()
+            }
             told = calibration_table(of["calibration"])
             board = leaderboard(of["benchmark"], cards, drawings, told.mute)
             boards.append(
@@ -158,7 +176,9 @@ def _boards(
                     split,
                     n_folds=len(members) - 1 if split == whole else 0,
                     is_fold=split != whole,
-                    generalization=generalizations[dataset, split if split != whole or len(members) == 1 else members[0]],
+                    generalization=generalizations[
+                        dataset, split if split != whole or len(members) == 1 else members[0]
+                    ],
                     verdicts=verdict_table(of["verdicts"], of["comparisons"], cards),
                     leaderboard=board,
                     calibration=told,
@@ -189,13 +209,19 @@ def _effects(
     if drawings.bytes_left <= 0:
         return []
     here = scores[(scores["dataset"] == group.dataset) & (scores["split"] == group.split)]
-    of_model = {model: predictions[group.dataset, group.split, model, f"seed_{here['seed'].iloc[0]}"] for model in chosen.models}
+    of_model = {
+        model: predictions[group.dataset, group.split, model, f"seed_{here['seed'].iloc[0]}"] for model in chosen.models
+    }
     correlations = here.set_index(["model", "perturbation"])["value"].to_dict()
     return effect_figures(chosen, pairs[group.dataset, group.split], of_model, correlations, cards, drawings)
 
 
 def _versions(runs: Iterable[dict]) -> Iterator[tuple[str, list[str]]]:
-    found: dict[str, set[str]] = {"python": {platform.python_version()}, "perturbflow": {__version__}, "matplotlib": {mpl.__version__}}
+    found: dict[str, set[str]] = {
+        "python": {platform.python_version()},
+        "perturbflow": {__version__},
+        "matplotlib": {mpl.__version__},
+    }
     for run in runs:
         for name, version in run["versions"].items():
             found.setdefault(name, set()).add(str(version))
@@ -252,7 +278,13 @@ def report(
     accounts = {place_of(path, 1)[0]: data_account(read_json(path)) for path in harmonizations}
     roles, checked, paired = ({place_of(path, 2): path for path in paths} for paths in (splits, audits, pairs))
     scores = read_table(metrics)
-    files = {"benchmark": benchmark, "calibration": calibration, "comparisons": comparisons, "strata": strata, "verdicts": verdicts}
+    files = {
+        "benchmark": benchmark,
+        "calibration": calibration,
+        "comparisons": comparisons,
+        "strata": strata,
+        "verdicts": verdicts,
+    }
     tables = {name: read_table([path]) for name, path in files.items()}
     divisions = {place: read_json(path) for place, path in roles.items()}
     drawings = {section: Drawings(section, n) for section, n in FIGURE_BYTES.items()}
@@ -297,11 +329,15 @@ def report(
             group.effects = _effects(group, group.chosen, paired, predicted, of_seed, cards, drawings["effects"])
     for group in groups:
         if group.chosen and group.chosen.others:
-            group.other_effects = _effects(group, group.chosen.rest(), paired, predicted, of_seed, cards, drawings["effects"])
+            group.other_effects = _effects(
+                group, group.chosen.rest(), paired, predicted, of_seed, cards, drawings["effects"]
+            )
 
     warranted = warranty_rows(warranties)
     coverage = coverage_figures(warranted, cards, drawings["counterfactuals"])
-    answers, n_tables_left_out = counterfactual_answers(counterfactuals, figures, warranted, cards, drawings["counterfactuals"])
+    answers, n_tables_left_out = counterfactual_answers(
+        counterfactuals, figures, warranted, cards, drawings["counterfactuals"]
+    )
     page = render(
         TEMPLATE,
         overview=overview(boards, facts, cards),
@@ -335,4 +371,9 @@ def report(
     )
     with atomic(report) as partial:
         partial.write_text(page, encoding="utf-8")
-    logger.info("%s: %.1f MB, %d figures", report, len(page.encode()) / 1e6, sum(drawing.n_drawn for drawing in drawings.values()))
+    logger.info(
+        "%s: %.1f MB, %d figures",
+        report,
+        len(page.encode()) / 1e6,
+        sum(drawing.n_drawn for drawing in drawings.values()),
+    )

@@ -32,7 +32,9 @@ def _plain(value: Any) -> str:
 def render(template: str, **content: object) -> str:
     """Return the page of a template in this folder."""
     loader = jinja2.DictLoader({name: (FOLDER / name).read_text(encoding="utf-8") for name in (template, *PARTS)})
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {
         "number": number,
         "interval": lambda score: interval(score.low, score.high),

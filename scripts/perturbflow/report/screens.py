@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from perturbflow.colours import COLOURS
-from perturbflow.files import read_json
+from perturbflow.io.files import read_json
 from perturbflow.report.drawing import INK, STYLE, Drawings, new_axes, number
 
 POINTS = 400
@@ -26,7 +26,11 @@ PERTURBED, CONTROLS, MUTED = COLOURS[0], COLOURS[4], COLOURS[6]
 def _spread(table: pd.DataFrame, by: str) -> pd.DataFrame:
     """Return rows that have a value, in its order; of too many, some in even steps."""
     table = table[table[by].notna()].sort_values(by, kind="stable")
-    return table.iloc[np.unique(np.linspace(0, len(table) - 1, min(len(table), POINTS)).astype(int))] if len(table) else table
+    return (
+        table.iloc[np.unique(np.linspace(0, len(table) - 1, min(len(table), POINTS)).astype(int))]
+        if len(table)
+        else table
+    )
 
 
 def _logarithmic(axes: Axes, which: Literal["x", "y"], low: float, high: float) -> None:
@@ -58,11 +62,20 @@ def _batches_figure(batches: pd.DataFrame) -> Figure:
     axes.bar(x, batches["perturbed"], color=PERTURBED, alpha=0.8, label="perturbed")
     axes.bar(x, batches["controls"], bottom=batches["perturbed"], color=CONTROLS, label="control")
     lone = batches["controls"].to_numpy() == 0
-    axes.plot(x[lone], batches["perturbed"].to_numpy()[lone], "v", color=INK, markersize=4, label="no controls" if lone.any() else "_")
+    axes.plot(
+        x[lone],
+        batches["perturbed"].to_numpy()[lone],
+        "v",
+        color=INK,
+        markersize=4,
+        label="no controls" if lone.any() else "_",
+    )
     axes.set_xticks([])
     axes.set_ylim(0, 1.25 * float((batches["perturbed"] + batches["controls"]).max()))
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("one batch and cell type" if len(batches) == 1 else f"{len(batches)} batches × cell types, largest first")
+    axes.set_xlabel(
+        "one batch and cell type" if len(batches) == 1 else f"{len(batches)} batches × cell types, largest first"
+    )
     axes.set_ylabel("cells")
     axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper right", handlelength=1, columnspacing=1)
     return figure
@@ -84,7 +97,9 @@ def _own_genes_figure(table: pd.DataFrame) -> Figure:
     figure, axes = new_axes(3.6, 2.2, left=0.55)
     x = np.linspace(0, 100, len(table)) if len(table) > 1 else np.array([50.0])
     lowest = max(float(table["ratio"][table["ratio"] > 0].min()) / 2, 1e-3) if (table["ratio"] > 0).any() else 1e-3
-    axes.vlines(x, table["ratio_low"].clip(lower=lowest), table["ratio_high"], color=PERTURBED, alpha=0.35, linewidth=1.2)
+    axes.vlines(
+        x, table["ratio_low"].clip(lower=lowest), table["ratio_high"], color=PERTURBED, alpha=0.35, linewidth=1.2
+    )
     axes.plot(x, table["ratio"].clip(lower=lowest), "o", color=PERTURBED, markersize=2.5)
     axes.axhline(1, color=INK, linewidth=1, linestyle="--")
     _logarithmic(axes, "y", min(lowest, 0.9), max(float(table["ratio_high"].max()), 1.1))
@@ -98,7 +113,15 @@ def _response_figure(table: pd.DataFrame) -> Figure:
     figure, axes = new_axes(3.6, 2.2, left=0.55)
     responds = table["responds"].eq(True).to_numpy()
     for is_shown, colour, name in ((~responds, MUTED, "like controls"), (responds, COLOURS[2], "responds")):
-        axes.plot(table["n_cells"][is_shown], table["energy_distance"][is_shown], "o", color=colour, markersize=3, alpha=0.7, label=name)
+        axes.plot(
+            table["n_cells"][is_shown],
+            table["energy_distance"][is_shown],
+            "o",
+            color=colour,
+            markersize=3,
+            alpha=0.7,
+            label=name,
+        )
     _logarithmic(axes, "x", table["n_cells"].min(), table["n_cells"].max())
     middle, highest = (float(value) for value in table["energy_distance"].abs().quantile([0.5, 1]))
     if highest > 20 * middle > 0:
@@ -140,11 +163,19 @@ def screen_section(path: Path, drawings: Drawings, n_rows: int) -> dict[str, Any
     told = read_json(path)
     # A gene called NA stays a word.
     table = pd.read_csv(
-        path.with_suffix(".tsv"), sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str, "own_gene": str}
+        path.with_suffix(".tsv"),
+        sep="\t",
+        keep_default_na=False,
+        na_values=[""],
+        dtype={"perturbation": str, "own_gene": str},
     )
     table["responds"] = table["responds"].map({True: True, False: False, "True": True, "False": False})
     batches = pd.DataFrame(told["batches"])
-    by_size = batches.assign(n=batches["controls"] + batches["perturbed"]).sort_values("n", ascending=False, kind="stable").head(BATCHES)
+    by_size = (
+        batches.assign(n=batches["controls"] + batches["perturbed"])
+        .sort_values("n", ascending=False, kind="stable")
+        .head(BATCHES)
+    )
     own, tested, escaping = (_spread(table, column) for column in ("ratio", "energy_distance", "escaping"))
     multiplicity = told["cells_by_n_perturbations"]
     drawn: list[tuple[str, str, Callable[..., Figure], object, int]] = [
@@ -161,7 +192,11 @@ def screen_section(path: Path, drawings: Drawings, n_rows: int) -> dict[str, Any
         ("Escaping cells, of perturbations that respond", f"Share of cells like controls: {_quantiles(table['escaping'])}.",
          _escaping_figure, table["escaping"].dropna().to_numpy(), len(escaping)),
     ]  # fmt: skip
-    figures = [{"title": title, "svg": svg} for title, alt, draw, content, n in drawn if n and (svg := drawings.svg(alt, draw, content))]
+    figures = [
+        {"title": title, "svg": svg}
+        for title, alt, draw, content, n in drawn
+        if n and (svg := drawings.svg(alt, draw, content))
+    ]
     order = table.sort_values("n_cells", kind="stable")
     shown = order.head(n_rows)
     return {

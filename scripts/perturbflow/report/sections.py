@@ -11,15 +11,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from perturbflow.bootstrap import MIN_PERTURBATIONS
 from perturbflow.colours import COLOURS, MARKERS
-from perturbflow.controls import declaration
 from perturbflow.counterfactuals.warranty import fitting
 from perturbflow.evaluation import METRICS
-from perturbflow.files import read_json
+from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
+from perturbflow.io.files import read_json
 from perturbflow.report.cards import ModelCard, place_of, read_table
 from perturbflow.report.drawing import INK, STYLE, Drawings, interval, name_rows, new_axes, number, room_for
 from perturbflow.report.learning import Points, by_heart
+from perturbflow.screens.control_labels import declaration
 
 CORRELATION = METRICS["pearson_delta_ctrl_off_target"].name
 
@@ -64,7 +64,9 @@ class PerturbationTable:
 def perturbation_table(scores: pd.DataFrame, models: list[str], n_rows: int) -> PerturbationTable:
     """Return the headline metrics of every model × perturbation, averaged over seeds; where there are too many, the best and worst."""
     keys = ["model", "perturbation", "members_seen", "n_cells"]
-    table = scores.pivot_table(index=keys, columns="metric", values="value", aggfunc="mean", dropna=False, observed=True)
+    table = scores.pivot_table(
+        index=keys, columns="metric", values="value", aggfunc="mean", dropna=False, observed=True
+    )
     table = table.loc[scores.drop_duplicates(keys).set_index(keys).index].reset_index()
     n_all = len(table)
     share = max(2, n_rows // max(1, len(models)))
@@ -95,7 +97,10 @@ def history_of(run: dict) -> list[dict]:
     rows = list(run["history"])
     for stage, fact in run["facts"].items():
         if isinstance(fact, dict) and "history" in fact:
-            rows += [{name if name == "step" else f"{stage}: {name}": value for name, value in row.items()} for row in fact["history"]]
+            rows += [
+                {name if name == "step" else f"{stage}: {name}": value for name, value in row.items()}
+                for row in fact["history"]
+            ]
     return rows
 
 
@@ -125,9 +130,15 @@ def _curves(history: list[dict]) -> dict[str, dict[str, Points]]:
         for key, value in row.items():
             if key not in ("step", "epoch") and isinstance(value, int | float) and np.isfinite(value):
                 role = "validation" if VALIDATION.match(key) else "training"
-                curves.setdefault(VALIDATION.sub("", key).removeprefix("train_"), {}).setdefault(role, []).append((step, value))
-    drawable = {name: by_role for name, by_role in curves.items() if any(len(points) > 1 for points in by_role.values())}
-    return dict(sorted(drawable.items(), key=lambda item: (":" in item[0], "loss" not in item[0], "validation" not in item[1])))
+                curves.setdefault(VALIDATION.sub("", key).removeprefix("train_"), {}).setdefault(role, []).append(
+                    (step, value)
+                )
+    drawable = {
+        name: by_role for name, by_role in curves.items() if any(len(points) > 1 for points in by_role.values())
+    }
+    return dict(
+        sorted(drawable.items(), key=lambda item: (":" in item[0], "loss" not in item[0], "validation" not in item[1]))
+    )
 
 
 @mpl.rc_context(STYLE)
@@ -154,14 +165,22 @@ def _notes(curves: list[dict[str, dict[str, Points]]], card: ModelCard) -> list[
     notes = []
     for name in dict.fromkeys(name for by_name in curves for name in by_name if name.split(": ")[-1] == "loss"):
         stage = name.removesuffix("loss").removesuffix(": ")
-        told = [by_heart(by_name[name].get("training", []), by_name[name].get("validation", [])) for by_name in curves if name in by_name]
+        told = [
+            by_heart(by_name[name].get("training", []), by_name[name].get("validation", []))
+            for by_name in curves
+            if name in by_name
+        ]
         told = told if len(set(told)) > 1 else told[:1]
         of_seed = [f"Training {i}: {sentence}" for i, sentence in enumerate(told, 1)] if len(told) > 1 else told
-        notes.append(" ".join([f"{stage.replace('_', ' ')}:" if stage else "", *of_seed, card.losses.get(stage, "")]).strip())
+        notes.append(
+            " ".join([f"{stage.replace('_', ' ')}:" if stage else "", *of_seed, card.losses.get(stage, "")]).strip()
+        )
     return notes
 
 
-def training_curves(histories: dict[str, list[list[dict]]], where: str, cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:
+def training_curves(
+    histories: dict[str, list[list[dict]]], where: str, cards: dict[str, ModelCard], drawings: Drawings
+) -> list[dict]:
     """Return the curves of the models of one dataset × split, and what they tell; seeds share a panel."""
     shown = []
     for model, of_seeds in histories.items():
@@ -170,7 +189,9 @@ def training_curves(histories: dict[str, list[list[dict]]], where: str, cards: d
         panels = []
         for name in names[:CURVES_PER_MODEL]:
             points = [by_name[name] for by_name in curves if name in by_name]
-            ends = "; ".join(f"{role} from {number(line[0][1])} to {number(line[-1][1])}" for role, line in points[0].items())
+            ends = "; ".join(
+                f"{role} from {number(line[0][1])} to {number(line[-1][1])}" for role, line in points[0].items()
+            )
             alt = f"{name} of {model} on {where} by training step: {ends}."
             if svg := drawings.svg(alt, _curve_figure, points, cards[model]):
                 panels.append({"svg": svg, "name": name, "roles": list(points[0])})
@@ -185,7 +206,11 @@ def training_curves(histories: dict[str, list[list[dict]]], where: str, cards: d
 
 def _reason(reason: str, qc: dict) -> str:
     limit = qc.get(reason.removeprefix("qc."))
-    return REASONS[reason].format(limit=limit) if reason in REASONS and ("{" not in REASONS[reason] or limit is not None) else reason
+    return (
+        REASONS[reason].format(limit=limit)
+        if reason in REASONS and ("{" not in REASONS[reason] or limit is not None)
+        else reason
+    )
 
 
 @dataclass(frozen=True)
@@ -286,7 +311,9 @@ def coverage_figures(warranties: list[dict], cards: dict[str, ModelCard], drawin
             for row in rows
             for nominal, covered in row["covered"].items()
         )
-        if svg := drawings.svg(f"Coverage of predictive intervals on {where}, in percent: {said}.", _coverage_figure, rows, cards):
+        if svg := drawings.svg(
+            f"Coverage of predictive intervals on {where}, in percent: {said}.", _coverage_figure, rows, cards
+        ):
             figures.append({"svg": svg, "where": where})
     return figures
 
@@ -352,7 +379,11 @@ def source_rows(runs: dict[tuple, dict]) -> tuple[list[str], list[dict]]:
             if name.endswith((" near", " linear")):
                 source = name.rsplit(" ", 1)[0]
                 of_source[source] = of_source.get(source, 0.0) + weight
-        parts = {"a gene's own": weights["own"], **({"its dose": weights["dose"]} if "dose" in weights else {}), **of_source}
+        parts = {
+            "a gene's own": weights["own"],
+            **({"its dose": weights["dose"]} if "dose" in weights else {}),
+            **of_source,
+        }
         shares = {name: weight / sum(parts.values()) for name, weight in parts.items()}
         row = {"dataset": place[0], "split": place[1], "seed": place[3], "shares": shares}
         same = next((other for other in rows if {**other, "models": 0} == {**row, "models": 0}), None)
@@ -391,10 +422,16 @@ def counterfactual_answers(
             n_tables += 1
             rows = rows[rows["group"] == "all"]
             top = rows.sort_values("rank", kind="stable").head(GENES_OF_COUNTERFACTUAL)
-            listed = "; ".join(f"{row.gene} {number(row.effect)} ({interval(row.low, row.high)})" for row in top.itertuples())
+            listed = "; ".join(
+                f"{row.gene} {number(row.effect)} ({interval(row.low, row.high)})" for row in top.itertuples()
+            )
             card = cards.get(model) or ModelCard(model, "learned", "", {}, COLOURS[0], MARKERS[0])
             svg = drawings.svg(f"Effects of {label} with their intervals: {listed}.", _counterfactual_figure, top, card)
-            columns = [column for column in top if column not in ("perturbation", "verdict", "known", "group", "in_other_contexts")]
+            columns = [
+                column
+                for column in top
+                if column not in ("perturbation", "verdict", "known", "group", "in_other_contexts")
+            ]
             known = rows["known"].iloc[0]
             blocks.append(
                 {
@@ -407,7 +444,9 @@ def counterfactual_answers(
                     "n_genes": len(rows),
                 }
             )
-        shown = [figure for figure in figures if figure.parent == path.parent and figure.name.startswith(f"{path.stem}.")]
+        shown = [
+            figure for figure in figures if figure.parent == path.parent and figure.name.startswith(f"{path.stem}.")
+        ]
         answers.append(
             {
                 "query": path.stem,

@@ -50,7 +50,12 @@ def verdict_table(verdicts: pd.DataFrame, comparisons: pd.DataFrame, cards: dict
     for row in in_order:
         mute = row["cannot_tell"].split(",")
         by_metric = {metric: cells.get((row["model"], metric)) for metric in metrics}
-        rows.append({**row, "cells": {metric: cell and {**cell, "is_mute": metric in mute} for metric, cell in by_metric.items()}})
+        rows.append(
+            {
+                **row,
+                "cells": {metric: cell and {**cell, "is_mute": metric in mute} for metric, cell in by_metric.items()},
+            }
+        )
     return VerdictTable(metrics, rows, [row for row in rows if cards[row["model"]].kind == "learned"])
 
 
@@ -81,7 +86,10 @@ def calibration_table(calibration: pd.DataFrame) -> CalibrationTable:
     rows = calibration.fillna({"reason": ""}).itertuples(index=False)
     cells = {(row.metric, row.positive, row.negative): row._asdict() for row in rows}
     metrics = sorted((metric for metric in METRICS if metric in tells), key=lambda metric: not METRICS[metric].headline)
-    rows = [{"metric": metric, "tells": tells[metric], "cells": [cells.get((metric, *pair)) for pair in pairs]} for metric in metrics]
+    rows = [
+        {"metric": metric, "tells": tells[metric], "cells": [cells.get((metric, *pair)) for pair in pairs]}
+        for metric in metrics
+    ]
     return CalibrationTable(pairs, rows)
 
 

@@ -1,0 +1,307 @@
+"""Look for anything of held-out cells in what a model is trained on. A leak fails the run and is named."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scanpy as sc
+from scipy import sparse
+from scipy.stats import poisson
+
+from perturbflow.audit.caveats import caveats_of, matched_across_batches
+from perturbflow.audit.evidence import (
+    Evidence,
+    Findings,
+    guides_of_a_gene_stay_together,
+    held_out_combinations_are_unseen,
+    held_out_contexts_are_unseen,
+    held_out_doses_lie_among_others,
+    held_out_genes_are_unseen,
+    labels_are_canonical,
+    members_seen_are_told,
+    roles_are_disjoint,
+    roles_of_cells_agree,
+)
+from perturbflow.embeddings import Embeddings, coexpression
+from perturbflow.errors import InputError
+from perturbflow.genes.symbols import members_of
+from perturbflow.io.files import file_digest, read_json, write_json
+from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.progress import progressed
+from perturbflow.splits.split import names_digest
+
+logger = logging.getLogger(__name__)
+
+# How many cells of a whole screen may look like copies by chance, in expectation, before copies are spoken of.
+CHANCE_COPIES = 1e-3
+PLACES = {"uns": {"perturbflow"}, "obsm": set(), "varm": set(), "obsp": set(), "varp": set(), "layers": set()}
+PLACES_OF_PAIRS = {**PLACES, "obsm": {"control_index"}, "layers": {"counts"}, "obs": {*CARRIED_OBS, "role", "half"},
+                   "var": {"gene_name", "gene_id", "original_name", "highly_variable", "is_perturbed_gene"}}  # fmt: skip
+
+# --- cells ---------------------------------------------------------------------------------------------------------
+
+
+def no_cell_twice(evidence: Evidence) -> Findings:
+    """No held-out cell has the counts of a training cell in every gene: one experiment under two names, or cells copied.
+
+    UMI counts vary at least as Poisson draws around a cell's rates (Sarkar & Stephens 2021), whatever the rates: another cell
+    has the count x > 0 of a gene with probability Poisson(x; x) ≤ 1/e at most, and all counts of a cell with the product of
+    these over its expressed genes at most. Cells of which chance copies are expected in the screen, shallow ones, are
+    passed over: those where product × held-out × training cells exceeds `CHANCE_COPIES`.
+    """
+    counts = evidence.counts
+    rows = [
+        hashlib.blake2b(counts.indices[start:end].tobytes() + counts.data[start:end].tobytes(), digest_size=16).digest()
+        for start, end in zip(counts.indptr[:-1], counts.indptr[1:], strict=True)
+    ]
+    trained = {rows[i]: i for i in np.flatnonzero(evidence.is_train).tolist()}
+    copies = [i for i in np.flatnonzero(~evidence.is_train).tolist() if rows[i] in trained]
+    least = np.log(evidence.is_train.sum() * max((~evidence.is_train).sum(), 1) / CHANCE_COPIES)
+    copies = [i for i in copies if -poisson.logpmf(counts[i].data, counts[i].data).sum() > least]
+    if not copies:
+        return []
+    obs = evidence.screen.obs
+
+    def place(i: int) -> str:
+        return f"{obs.index[i]} ({obs['perturbation'].iloc[i]}, {obs['dataset'].iloc[i]}, {obs['batch'].iloc[i]})"
+
+    return [
+        f"{len(copies)} held-out cells have the counts of a training cell in every gene, for example {place(copies[0])} and "
+        f"{place(trained[rows[copies[0]]])}; keep one of the copies through subset in the dataset's block"
+    ]
+
+
+# --- controls -------------------------------------------------------------------------------------------------------
+
+
+def controls_are_of_the_role(evidence: Evidence) -> Findings:
+    """Matched controls are controls, and of the cell's own role and cell type."""
+    obs = evidence.pairs.obs
+    is_control = obs["is_control"].to_numpy(bool)
+    perturbed = np.flatnonzero(~is_control)
+    matched = np.asarray(evidence.pairs.obsm["control_index"])[perturbed]
+    found = []
+    if (matched < 0).any():
+        return ["perturbed cells without a matched control"]
+    if not is_control[matched].all():
+        found.append("matched controls that are perturbed cells")
+    for column in ("role", "cell_type"):
+        codes = obs[column].astype("category").cat.codes.to_numpy()
+        n_wrong = int((codes[matched] != codes[perturbed][:, None]).any(axis=1).sum())
+        if n_wrong:
+            found.append(f"{n_wrong} cells are matched with controls of another {column}")
+    return found
+
+
+def controls_are_matched_by_seed(evidence: Evidence) -> Findings:
+    """The matching is what the split's seed gives, so that a pairing can be made again and none was chosen by its outcome."""
+    try:
+        expected, _ = match_controls(evidence.pairs.obs, CONTROLS_PER_CELL, evidence.split["spec"]["seed"])
+    except InputError as error:
+        return [str(error)]
+    differs = (np.asarray(evidence.pairs.obsm["control_index"]) != expected).any(axis=1)
+    return (
+        [f"{differs.sum()} cells are matched with other controls than the split's seed gives"] if differs.any() else []
+    )
+
+
+# --- what is fitted -------------------------------------------------------------------------------------------------
+
+
+def nothing_else_is_carried(evidence: Evidence) -> Findings:
+    """The files hold what this workflow computes and no result of the source: DE lists, coordinates, outcome-derived columns.
+
+    harmonized.h5ad keeps the source's obs; of these, only `CARRIED_OBS` reach what models read.
+    """
+    found = []
+    # Guides and antibodies of the same cells, which pairs.h5ad does not carry.
+    apart = set(evidence.screen.uns.get("perturbflow", {}).get("features_apart", {}))
+    screen = {**PLACES, "obsm": apart}
+    for name, adata, places in (
+        ("harmonized.h5ad", evidence.screen, screen),
+        ("pairs.h5ad", evidence.pairs, PLACES_OF_PAIRS),
+    ):
+        for place, known in places.items():
+            if unknown := sorted(map(str, set(getattr(adata, place)) - known)):
+                found.append(f"{name} carries {place} {', '.join(unknown[:5])}, which this workflow does not make")
+    return found
+
+
+def cells_are_those_of_the_screen(evidence: Evidence) -> Findings:
+    """Labels and covariates are those of harmonized.h5ad, cell by cell."""
+    pairs, screen = evidence.pairs.obs, evidence.screen.obs
+    columns = [
+        column
+        for column in CARRIED_OBS
+        if (pairs[column].astype(str).to_numpy() != screen[column].astype(str).to_numpy()).any()
+    ]
+    return [f"pairs.h5ad and harmonized.h5ad differ in obs {', '.join(columns)}"] if columns else []
+
+
+def normalization_is_of_training(evidence: Evidence) -> Findings:
+    """The normalization target is the median of training cells' totals, over all genes of the screen."""
+    expected = float(np.median(evidence.totals[evidence.is_train]))
+    found = float(evidence.pairs.uns["perturbflow"]["target_sum"])
+    return (
+        []
+        if np.isclose(found, expected, rtol=1e-5)
+        else [f"target sum {found:g} is not the training cells' median {expected:g}"]
+    )
+
+
+def expression_is_normalized(evidence: Evidence) -> Findings:
+    """X is log1p of the screen's counts scaled to the recorded target sum, cell by cell."""
+    pairs, totals = evidence.pairs, evidence.totals.astype(float)
+    scale = np.divide(
+        float(pairs.uns["perturbflow"]["target_sum"]), totals, out=np.zeros_like(totals), where=totals > 0
+    )
+    counts = evidence.counts[:, evidence.screen.var_names.get_indexer(pairs.var_names)]
+    expected = sparse.csr_matrix(sparse.diags(scale) @ counts).log1p()
+    worst = abs(expected - sparse.csr_matrix(pairs.X)).max() if pairs.n_obs else 0.0
+    return [] if worst < 1e-3 else [f"X is not the counts normalized to the target sum: it differs by up to {worst:g}"]
+
+
+def genes_are_of_training(evidence: Evidence) -> Findings:
+    """The highly variable genes are those that training cells alone select."""
+    pairs, screen = evidence.pairs, evidence.screen
+    if pairs.n_vars == screen.n_vars and pairs.var["highly_variable"].all():
+        return []
+    n_hvg = int(pairs.uns["perturbflow"]["n_hvg"])
+    training = ad.AnnData(X=evidence.counts[evidence.is_train], var=pd.DataFrame(index=screen.var_names))
+    sc.pp.normalize_total(training, target_sum=float(np.median(evidence.totals[evidence.is_train])))
+    sc.pp.log1p(training)
+    sc.pp.highly_variable_genes(training, n_top_genes=n_hvg, flavor="seurat")
+    expected = set(training.var_names[training.var["highly_variable"]])
+    found = set(pairs.var_names[pairs.var["highly_variable"]])
+    return (
+        []
+        if found == expected
+        else [f"{len(found - expected)} of {n_hvg} highly variable genes are not those of the training cells"]
+    )
+
+
+def embeddings_are_of_training(evidence: Evidence) -> Findings:
+    """The co-expression part of the embeddings is what training cells alone give."""
+    table = evidence.embeddings.filter(like="coexpression:")
+    if table.empty:
+        return []
+    pairs = evidence.pairs
+    cells = Pairs(
+        sparse.csr_matrix(pairs.X),
+        pairs.obs,
+        list(pairs.var_names),
+        pairs.obsm["control_index"],
+        np.arange(pairs.n_obs),
+    )
+    expected = coexpression(cells, table.index.tolist())
+    if not np.allclose(table, expected[table.columns], atol=1e-3, equal_nan=True):
+        return ["co-expression embeddings differ from those of the training cells alone"]
+    return []
+
+
+CHECKS: tuple[Callable[[Evidence], Findings], ...] = (
+    roles_are_disjoint,
+    labels_are_canonical,
+    roles_of_cells_agree,
+    held_out_genes_are_unseen,
+    held_out_combinations_are_unseen,
+    held_out_doses_lie_among_others,
+    members_seen_are_told,
+    guides_of_a_gene_stay_together,
+    held_out_contexts_are_unseen,
+    no_cell_twice,
+    controls_are_of_the_role,
+    controls_are_matched_by_seed,
+    nothing_else_is_carried,
+    cells_are_those_of_the_screen,
+    normalization_is_of_training,
+    expression_is_normalized,
+    genes_are_of_training,
+    embeddings_are_of_training,
+)
+
+
+# --- the step -------------------------------------------------------------------------------------------------------
+
+
+def fitted_digests(evidence: Evidence) -> dict[str, str]:
+    """Return the SHA-256 of the training cells and of each thing fitted on them: equal where two runs learned from the same."""
+    pairs = evidence.pairs
+    table = evidence.embeddings.filter(like="coexpression:")
+    vectors = [names_digest(list(table.index)).encode(), np.ascontiguousarray(table.to_numpy("<f4")).tobytes()]
+    return {
+        "training_cells": names_digest(pairs.obs_names[evidence.is_train].tolist()),
+        "target_sum": hashlib.sha256(repr(float(pairs.uns["perturbflow"]["target_sum"])).encode()).hexdigest(),
+        "highly_variable_genes": names_digest(pairs.var_names[pairs.var["highly_variable"]].tolist()),
+        "coexpression": hashlib.sha256(b"".join(vectors)).hexdigest(),
+    }
+
+
+def passed(evidence: Evidence, place: str) -> dict[str, str]:
+    """Return every check by name, with "passed".
+
+    Parameters
+    ----------
+    evidence
+        What is looked at.
+    place
+        Where the pairs are, for the message.
+
+    Raises
+    ------
+    InputError
+        If anything leaked: one line for every finding.
+    """
+    results = {check.__name__: check(evidence) for check in progressed(CHECKS, "checks")}
+    leaks = [f"{name}: {finding}" for name, findings in results.items() for finding in findings]
+    if leaks:
+        raise InputError(f"Leak in {place}: training would see what it is tested on.\n" + "\n".join(leaks))
+    logger.info("%d checks, no leak", len(results))
+    return dict.fromkeys(results, "passed")
+
+
+def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: Path) -> None:
+    """Check one split for leaks and write what was checked.
+
+    Parameters
+    ----------
+    harmonized, split, pairs, embeddings
+        The screen, the roles, the pairs and the gene vectors of one split.
+    audit
+        JSON to be written: every check by name, the SHA-256 of every file that training reads, of training cells, and of each
+        thing fitted on them; the perturbed genes that each source of vectors has no row for, and those that none has; the cells that are
+        compared with controls of other batches, and what has to be said with every verdict.
+
+    Raises
+    ------
+    InputError
+        If anything leaked; nothing is written then.
+    """
+    roles = read_json(split)
+    cells = ad.read_h5ad(pairs)
+    vectors = Embeddings.read(embeddings)
+    evidence = Evidence(roles, cells, ad.read_h5ad(harmonized)[cells.obs_names].copy(), vectors.table)
+    checks = passed(evidence, str(pairs.parent))
+    perturbed = {member for label in cells.obs["perturbation"].unique() for member in members_of(label)}
+    of_perturbed = Embeddings(vectors.table[vectors.table.index.isin(perturbed)])
+    matched = matched_across_batches(cells.obs, np.asarray(cells.obsm["control_index"]))
+    caveats = caveats_of(cells.obs, matched, vectors.knows)
+    for caveat in caveats:
+        logger.warning("%s", caveat)
+    write_json(
+        audit,
+        {
+            "checks": checks,
+            "sha256": {path.name: file_digest(path) for path in (split, pairs, embeddings)},
+            "split_sha256": roles["sha256"],
+            "fitted_sha256": fitted_digests(evidence),
+            "without_row": of_perturbed.without_row(),
+            "without_vector": of_perturbed.without_vector,
+            "matched_across_batches": matched,
+            "caveats": caveats,
+        },
+    )

@@ -1,0 +1,129 @@
+"""The bootstrap: how much a mean would vary with other perturbations of the same kind, and other seeds.
+
+Perturbations are drawn with replacement, and so are seeds where there are several; a model keeps the score that it has for a
+drawn perturbation and seed, and all models get the same draws, so that differences between them are paired. Intervals are
+expanded percentile intervals (Hesterberg 2015, Am. Stat. 69, 371, section 5.3): the percentiles are moved out by as much
+as Student's t and the n of the plug-in variance ask for, without which intervals over few perturbations are too narrow.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import beta, norm, t
+
+N_RESAMPLES = 5_000
+CONFIDENCE = 0.95
+
+# Fewer tell nothing at 95 %: five coins fall on one side by chance in 1 of 16 throws, six in 1 of 32.
+MIN_PERTURBATIONS = 6
+
+
+class Estimates(NamedTuple):
+    """N means with their intervals, each (N,); NaN bounds for fewer than two perturbations."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    n: np.ndarray  # perturbations
+
+    @property
+    def sign(self) -> np.ndarray:
+        """1 where the mean is told to be above zero, -1 below, 0 where it is not told."""
+        is_told = self.n >= MIN_PERTURBATIONS
+        return np.where(is_told & (self.low > 0), 1, np.where(is_told & (self.high < 0), -1, 0))
+
+
+@lru_cache(maxsize=4)
+def _draws(n: int, seed: int) -> np.ndarray:
+    """Return how often each of n was drawn in every resample, (resamples, n)."""
+    drawn = np.random.default_rng(seed).integers(0, n, (N_RESAMPLES, n)) + n * np.arange(N_RESAMPLES)[:, None]
+    return np.bincount(drawn.ravel(), minlength=N_RESAMPLES * n).reshape(N_RESAMPLES, n).astype(float)
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Return the means over seeds and perturbations of what is defined, (N, S, P) → (N,); NaN where nothing is."""
+    n = (~np.isnan(values)).sum(axis=(1, 2))
+    return np.divide(np.nansum(values, axis=(1, 2)), n, out=np.full(len(values), np.nan), where=n > 0)
+
+
+def n_perturbations(values: np.ndarray) -> np.ndarray:
+    """Return for how many perturbations anything is defined, (N, S, P) → (N,)."""
+    return (~np.isnan(values)).any(axis=1).sum(axis=1)
+
+
+def resampled_means(values: np.ndarray) -> np.ndarray:
+    """Return the means of all resamples.
+
+    Rows that are defined for the same perturbations get the same draws. What is undefined is not drawn.
+
+    Parameters
+    ----------
+    values
+        N rows × S seeds × P perturbations.
+
+    Returns
+    -------
+    (N, resamples); NaN for rows with fewer than two perturbations.
+    """
+    n_rows, n_seeds, _ = values.shape
+    defined = ~np.isnan(values)
+    patterns, pattern_of = np.unique(
+        np.concatenate([defined.any(axis=2), defined.any(axis=1)], axis=1), axis=0, return_inverse=True
+    )
+    means = np.full((n_rows, N_RESAMPLES), np.nan)
+    for i, pattern in enumerate(patterns):
+        seeds, columns = np.flatnonzero(pattern[:n_seeds]), np.flatnonzero(pattern[n_seeds:])
+        if len(columns) < 2:
+            continue
+        rows = np.flatnonzero(pattern_of.ravel() == i)
+        block, is_defined = (array[np.ix_(rows, seeds, columns)] for array in (values, defined))
+        n = len(seeds) * len(columns) if is_defined.all() else _weighted_sums(is_defined.astype(float))
+        total = _weighted_sums(np.where(is_defined, block, 0.0))
+        means[rows] = np.divide(total, n, out=np.full(total.shape, np.nan), where=np.asarray(n) > 0)
+    return means
+
+
+def _weighted_sums(block: np.ndarray) -> np.ndarray:
+    """Return the sums of every resample, (N, S, P) → (N, resamples)."""
+    _, n_seeds, n_columns = block.shape
+    perturbations = _draws(n_columns, seed=0).T
+    if n_seeds == 1:
+        return block[:, 0] @ perturbations
+    seeds = _draws(n_seeds, seed=1)
+    return sum((block[:, s] @ perturbations) * seeds[:, s] for s in range(n_seeds))
+
+
+def interval(resampled: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both bounds of every row.
+
+    Parameters
+    ----------
+    resampled
+        (N, resamples).
+    n
+        How many perturbations each row rests on, (N,).
+    """
+    bounds = np.full((2, len(resampled)), np.nan)
+    quantile = np.nanquantile if np.isnan(resampled[n > 1]).any() else np.quantile  # the former takes many times longer
+    for size in np.unique(n[n > 1]):
+        tail = norm.cdf(-np.sqrt(size / (size - 1)) * t.ppf((1 + CONFIDENCE) / 2, size - 1))
+        bounds[:, n == size] = quantile(resampled[n == size], [tail, 1 - tail], axis=1)
+    return bounds[0], bounds[1]
+
+
+def estimate(values: np.ndarray) -> Estimates:
+    """Return means over seeds and perturbations with their intervals, (N, S, P) → N rows."""
+    n = n_perturbations(values)
+    return Estimates(mean(values), *interval(resampled_means(values), n), n)
+
+
+def share_interval(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the exact interval of a share of n perturbations (Clopper & Pearson 1934), ties having counted half.
+
+    The bootstrap has no spread where all perturbations agree, however few they are.
+    """
+    tail = (1 - CONFIDENCE) / 2
+    k = share * n
+    low, high = beta.ppf(tail, k, n - k + 1), beta.ppf(1 - tail, k + 1, n - k)
+    return np.where(k > 0, low, 0.0), np.where(k < n, high, 1.0)

@@ -1,0 +1,1 @@
+"""Symbols of genes and where genes start."""

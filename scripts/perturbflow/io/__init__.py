@@ -1,0 +1,1 @@
+"""Files, HDF5, streams and compiled loops."""

@@ -1,0 +1,1 @@
+"""Baselines, ablations and ceilings: one effect per perturbation, without a network."""

@@ -1,0 +1,74 @@
+"""Ablations: models from which one thing is taken away. What they still score needs no more than what they have left."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from perturbflow.embeddings import Embeddings
+from perturbflow.genes.symbols import CONTROL, members_of
+from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
+from perturbflow.models.effects import Effects
+from perturbflow.models.gaussian_process.set_gp import SetGP
+from perturbflow.models.thinning import recounted
+from perturbflow.pairs import Context, Pairs
+
+
+class ShuffledLabels(SetGP):
+    """`SetGP` on training cells whose perturbations were exchanged at random, singles with singles, combinations with combinations."""
+
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Exchange labels, then learn."""
+        rng = np.random.default_rng(run.seed)
+        new_label = {CONTROL: CONTROL}
+        for order in sorted({len(members_of(label)) for label in pairs.perturbations}):
+            labels = [label for label in pairs.perturbations if len(members_of(label)) == order]
+            drawn = [str(label) for label in rng.permutation(labels)]
+            new_label |= dict(
+                zip(drawn, [*drawn[1:], drawn[0]], strict=True)
+            )  # a cycle: none keeps its own, unless it is alone
+        obs = pairs.obs.assign(perturbation=[new_label[label] for label in pairs.labels])
+        return super().fit(replace(pairs, obs=obs), embeddings, run)
+
+
+class BatchOnly(Model):
+    """The mean effect of all training perturbations in the cell's batch and cell type: the perturbation is not looked at."""
+
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Average effects over perturbations, per batch × cell type."""
+        training = pairs.roles("train")
+        strata = training.strata
+        overall = Effects.of_training(training).values.mean(axis=0)
+        of_label: dict[str, list[np.ndarray]] = {}
+        perturbed = pd.DataFrame({"stratum": strata, "label": training.labels})[~training.is_control]
+        for (stratum, _), index in perturbed.groupby(["stratum", "label"]).groups.items():
+            rows = index.to_numpy()
+            of_label.setdefault(stratum, []).append(training.mean_of(rows) - training.control_mean_for(rows))
+        effects = {stratum: np.mean(values, axis=0) for stratum, values in of_label.items()}
+        self.artefact = {
+            "strata": np.array(list(effects), dtype=str),
+            "effects": np.stack(list(effects.values())),
+            "overall": overall,
+        }
+        return self.artefact
+
+    def restore(self, artefact: Artefact) -> None:
+        """Take over the arrays."""
+        self.artefact = artefact
+
+    def predict(
+        self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Change control cells by the mean effect of their strata; by that of all where a stratum is new or not told."""
+        known = self.artefact["strata"].tolist()
+        told = [""] if context is None else list(context.strata)
+        effects = [
+            self.artefact["effects"][known.index(stratum)] if stratum in known else self.artefact["overall"]
+            for stratum in told
+        ]
+        start = start_cells(cells, n)
+        changed = recounted(
+            start, np.mean(effects, axis=0) + off_level(start, context), None, np.random.default_rng(seed)
+        )
+        return np.repeat(changed[None], len(perturbations), axis=0)

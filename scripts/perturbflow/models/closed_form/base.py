@@ -1,0 +1,230 @@
+"""What closed forms share: one effect per perturbation, added to control cells, and inner cross-validation over perturbations."""
+
+import copy
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self, TypeVar
+
+import numpy as np
+
+from perturbflow.embeddings import Embeddings
+from perturbflow.genes.symbols import CONTROL, SEPARATOR, entities_of, members_of
+from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
+from perturbflow.models.calibration import Calibration, Scale, case_of, measured_by
+from perturbflow.models.effects import Effects
+from perturbflow.models.thinning import recounted
+from perturbflow.pairs import Context, Pairs
+
+N_FOLDS = 5
+MAX_GENES_ONE_BY_ONE = 20  # few genes are held out one by one
+MAX_CONTEXTS = 8  # held out
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a closed form learns from.
+
+    Attributes
+    ----------
+    pairs
+        Training cells and their controls.
+    embeddings
+        Vectors of the perturbed genes.
+    seed
+        Governs folds and whatever is drawn.
+    effects
+        Mean effects of the training perturbations.
+    halves
+        The same, each against half of the controls: what is learned from one is judged on the other, so that the noise of
+        shared controls does not pass for skill.
+    half
+        Which half of the controls `effects` are measured against; None is all.
+    """
+
+    pairs: Pairs
+    embeddings: Embeddings
+    seed: int
+    effects: Effects
+    halves: tuple[Effects, Effects]
+    half: int | None = None
+
+    @classmethod
+    def of(cls, pairs: Pairs, embeddings: Embeddings, seed: int) -> "Training":
+        """Measure the effects of all training perturbations."""
+        training = pairs.roles("train")
+        return cls(training, embeddings, seed, Effects.of_training(training), Effects.with_disjoint_controls(training))
+
+    @property
+    def genes(self) -> list[str]:
+        """Measured genes, the columns of an effect."""
+        return self.pairs.genes
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """Column of an effect for every measured gene."""
+        return {gene: i for i, gene in enumerate(self.genes)}
+
+    @property
+    def controls(self) -> np.ndarray:
+        """Mask of the controls that `effects` are measured against, (cells,)."""
+        return self.pairs.is_control if self.half is None else self.pairs.groups.is_of_half(self.half)
+
+    def folds(self, *, of_genes: bool, one_by_one: bool = True) -> list[set[str]]:
+        """Return sets of perturbations to be held out: all that involve some of the genes or compounds, at whatever dose, or combinations alone."""
+        rng = np.random.default_rng(self.seed)
+        labels = self.effects.labels
+        if of_genes:
+            genes = rng.permutation(self.effects.entities)
+            parts = np.array_split(genes, len(genes) if one_by_one and len(genes) <= MAX_GENES_ONE_BY_ONE else N_FOLDS)
+            folds = [{label for label in labels if not set(part).isdisjoint(entities_of(label))} for part in parts]
+        else:
+            names = {label: SEPARATOR.join(entities_of(label)) for label in labels if len(members_of(label)) > 1}
+            combinations = rng.permutation(list(dict.fromkeys(names.values())))
+            dealt = {str(name): i % N_FOLDS for i, name in enumerate(combinations)}
+            folds = [{label for label, name in names.items() if dealt[name] == i} for i in range(N_FOLDS)]
+        return [fold for fold in folds if fold and len(fold) < len(labels)]
+
+    def rounds(self, *, of_genes: bool, one_by_one: bool = True) -> Iterator[tuple["Training", Effects]]:
+        """Yield inner training sets and the effects held out from them, measured against controls that they do not hold."""
+        for held_out in self.folds(of_genes=of_genes, one_by_one=one_by_one):
+            rest = [half.without(held_out) for half in self.halves]
+            known = set(rest[0].labels)
+            for seen, judged in ((0, 1), (1, 0)):
+                inner = replace(
+                    self, effects=rest[seen], halves=(rest[0], rest[1]), half=judged
+                )  # halves[0] is against half 1
+                yield inner, self.halves[judged].without(known)
+
+    def rounds_of_contexts(self) -> Iterator[tuple["Training", Effects, Context]]:
+        """Yield trainings without the cells of one context, the effects in it of perturbations that the others hold too, and the context."""
+        by_context = self.effects_by_context
+        names = list(by_context) if len(by_context) > 1 else []
+        drawn = np.random.default_rng(self.seed).permutation(len(names))[:MAX_CONTEXTS]
+        for name in (names[i] for i in sorted(drawn)):
+            inner = Training.of(self.pairs.without_context(name), self.embeddings, self.seed)
+            labels = [label for label in by_context[name] if label in inner.effects.labels]
+            if labels:
+                values = np.stack([by_context[name][label] for label in labels])
+                here = np.flatnonzero(self.pairs.is_of_context(name) & self.pairs.is_control)
+                yield inner, Effects(labels, values, np.zeros_like(values)), self.pairs.context_of(here)
+
+    @property
+    def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+        """Per batch × cell type, the effects of the training perturbations that have enough cells in it."""
+        known = set(self.effects.labels)
+        of_known = {
+            context: {label: effect for label, effect in effects.items() if label in known}
+            for context, effects in self.pairs.effects_by_context.items()
+        }
+        return {context: effects for context, effects in of_known.items() if effects}
+
+
+class MeanShift(Model):
+    """A model that says one mean effect per perturbation, and nothing of how cells differ in it."""
+
+    artefact: Artefact
+
+    @abstractmethod
+    def learn(self, training: Training) -> Artefact:
+        """Return the arrays that `effect` needs."""
+
+    @abstractmethod
+    def effect(self, perturbation: str) -> np.ndarray:
+        """Return the predicted mean effect, (genes,)."""
+
+    def effect_in(self, perturbation: str, context: Context | None) -> np.ndarray:
+        """Return the predicted mean effect in a context, (genes,); most closed forms do not look at it."""
+        return self.effect(perturbation)
+
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Measure training effects and learn from them."""
+        return self.learned(Training.of(pairs, embeddings, run.seed)).artefact
+
+    def learned(self, training: Training) -> Self:
+        """Learn, and return the model itself."""
+        self.restore(self.learn(training))
+        return self
+
+    def restore(self, artefact: Artefact) -> None:
+        """Take over the arrays."""
+        self.artefact = artefact
+
+    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
+        """Fit anew without combinations, genes and contexts, in turn, and score what is said of them."""
+        training = Training.of(pairs, embeddings, seed)
+        scale, found = Scale.of(training.pairs, training.effects), Calibration.none()
+        # Against one half of the controls.
+        of_labels = (training.rounds(of_genes=of_genes, one_by_one=False) for of_genes in (False, True))
+        rounds = [(*one, None) for of in of_labels for one in itertools.islice(of, 0, None, 2)]
+        for inner, held, context in itertools.chain(rounds, training.rounds_of_contexts()):
+            fitted = copy.copy(self).learned(inner)
+            measured, known = set(inner.effects.labels), set(inner.effects.entities)
+            sampling = [
+                measured_by(training.pairs, label, share=0.5) if context is None
+                else measured_by(training.pairs, label, training.pairs.cells_in(label, context.strata[0]))
+                for label in held.labels
+            ]  # fmt: skip
+            found += Calibration.of(
+                held.labels, [case_of(label, measured, known) for label in held.labels],
+                np.stack([fitted.effect_in(label, context) for label in held.labels]), held.values, sampling, scale, training.genes,
+                [fitted.uncertainty(label, context) for label in held.labels],
+            )  # fmt: skip
+        return found
+
+    def predict(
+        self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Change the counts of control cells until their mean has moved by the effect. No perturbation leaves them as they are."""
+        start = start_cells(cells, n)
+        predicted = np.empty((len(perturbations), *start.shape), dtype=np.float32)
+        for p, perturbation in enumerate(perturbations):
+            if perturbation == CONTROL:
+                predicted[p] = start
+            else:
+                change = self.effect_in(perturbation, context) + off_level(start, context)
+                predicted[p] = recounted(start, change, None, np.random.default_rng((seed, p)))
+        return predicted
+
+    def counterfactual(
+        self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Shift every cell by the effect: what it becomes does not depend on who else is asked. No perturbation shifts nothing."""
+        effects = np.stack(
+            [
+                np.zeros_like(cells)
+                if perturbation == CONTROL
+                else self.individual_effects(cells, perturbation, seed, context)
+                for perturbation in perturbations
+            ]
+        )
+        return np.repeat((cells + effects)[:, :, None], samples, axis=2).astype(np.float32)
+
+    def individual_effects(
+        self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Return the effect, the same for every cell of a batch and cell type, (cells, genes)."""
+        effects = np.empty(cells.shape)
+        for rows, place in [(slice(None), None)] if context is None else context.places():
+            effects[rows] = self.effect_in(perturbation, place)
+        return effects
+
+
+Candidate = TypeVar("Candidate", bound=MeanShift)
+
+
+def least_error(
+    candidates: Sequence[Candidate], training: Training, *, of_genes: bool, one_by_one: bool = True
+) -> Candidate:
+    """Return the candidate that predicts held-out training perturbations with the least squared error; the first where none can be held out."""
+    errors = np.zeros(len(candidates))
+    for inner, held_out in training.rounds(of_genes=of_genes, one_by_one=one_by_one):
+        for i, candidate in enumerate(candidates):
+            candidate.learned(inner)
+            errors[i] += sum(
+                ((candidate.effect(label) - value) ** 2).sum()
+                for label, value in zip(held_out.labels, held_out.values, strict=True)
+            )
+    return candidates[int(errors.argmin())]

@@ -1,0 +1,474 @@
+"""The kernel of `set_gp`: what makes the effects of two sets of perturbed genes in two contexts alike (section 3 of its page of maths)."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.spatial.distance import cdist, pdist
+
+from perturbflow.genes.symbols import CONTROL, entity_of, members_of, without_dose
+from perturbflow.models.base import Artefact
+from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.doses import Doses
+from perturbflow.pairs import LEAST_CELLS, Context, Groups, Pairs
+
+MOST_CONTEXTS = 8
+MOST_ROWS = 3000  # rows of their own for contexts are no more than this: kernels are rows × rows
+LEAST_VARIANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class EffectRows:
+    """Mean effects of training perturbations against matched controls.
+
+    A row is a perturbation in one context (batch × cell type) where it has at least ten cells; where contexts are many, all its cells.
+
+    Attributes
+    ----------
+    labels
+        Perturbation of every row.
+    contexts
+        Batch × cell type, as `Pairs.strata` writes them; `all`, where rows are over all of them.
+    shares
+        Share of a row's cells in each context, (rows, contexts).
+    population
+        Share of the controls in each context, (contexts,).
+    levels
+        Mean control of each context, (contexts, genes), log1p.
+    values
+        Effects, (rows, genes), log1p.
+    sampling
+        Their sampling covariance in units of a gene's variance, (rows, rows): 1/n on the diagonal for the perturbed cells, and 1/n₀ between rows
+        for the controls that they share.
+    variance
+        Variance of a gene over cells of one row, (genes,).
+    """
+
+    labels: list[str]
+    contexts: list[str]
+    shares: np.ndarray
+    population: np.ndarray
+    levels: np.ndarray
+    values: np.ndarray
+    sampling: np.ndarray
+    variance: np.ndarray
+
+    @classmethod
+    def of(cls, training: Training) -> "EffectRows":
+        """Measure what a training knows, against its controls."""
+        groups, labels, sums, squares = _sums(training.pairs)
+        is_known = np.isin(labels, training.effects.labels)
+        n_controls, first = groups.n_controls(training.half), len(labels)
+        has_controls, n = n_controls > 0, groups.n_cells[:first]
+        levels = groups.control_means(sums, training.half)[has_controls]
+        within = (squares[:first] - sums[:first] ** 2 / n[:, None])[is_known].sum(axis=0) / max(
+            1, (n[is_known] - 1).sum()
+        )
+        shares, n0 = groups.control_weights(training.half)[is_known][:, has_controls], n_controls[has_controls]
+        sampling, population = np.diag(1.0 / n[is_known]) + (shares / n0) @ shares.T, n0 / n0.sum()
+        contexts = [stratum for stratum, has in zip(groups.strata, has_controls, strict=True) if has]
+        if (
+            groups is training.pairs.groups and len(contexts) > 1
+        ):  # rows hold cells of many contexts: there is one, for all
+            contexts, shares, population, levels = (
+                ["all"],
+                np.ones((len(shares), 1)),
+                np.ones(1),
+                (population @ levels)[None],
+            )
+        return cls(
+            labels=[label for label, known in zip(labels, is_known, strict=True) if known],
+            contexts=contexts,
+            shares=shares,
+            population=population,
+            levels=levels,
+            values=groups.effects(sums, training.half)[is_known],
+            sampling=sampling,
+            variance=np.maximum(within, LEAST_VARIANCE),
+        )
+
+
+def _sums(pairs: Pairs) -> tuple[Groups, list[str], np.ndarray, np.ndarray]:
+    """Return the groups of cells whose means are rows, the label of each, and sums of expression and its squares, (groups, genes) each."""
+    if (found := vars(pairs).get("_rows")) is None:
+        found = vars(pairs)["_rows"] = _measured(pairs)
+    return found
+
+
+def _measured(pairs: Pairs) -> tuple[Groups, list[str], np.ndarray, np.ndarray]:
+    cells = pd.DataFrame({"label": pairs.labels, "context": pairs.strata})
+    perturbed = cells[~pairs.is_control]
+    sizes = perturbed.groupby(["label", "context"]).size()
+    own = sizes[(sizes >= LEAST_CELLS) & sizes.index.isin(sorted(set(pairs.strata[pairs.is_control])), level="context")]
+    if not 1 < own.index.get_level_values("context").nunique() <= MOST_CONTEXTS or len(own) > MOST_ROWS:
+        return pairs.groups, pairs.groups.labels, *pairs.sums
+    # Cells of a perturbation outside of these have no row, unless there is no other.
+    names = pd.Series([f"{label}\n{context}" for label, context in own.index], index=own.index)
+    row = names.reindex(pd.MultiIndex.from_frame(cells)).to_numpy(object)
+    is_alone = ~np.isin(pairs.labels, own.index.get_level_values("label"))
+    row = np.where(is_alone, pairs.labels.astype(object), row)
+    is_row = (pd.notna(row) & ~pairs.is_control) | pairs.is_control
+    row = np.where(pairs.is_control, CONTROL, row)[is_row].astype(str)
+    rows = sorted(set(row) - {CONTROL})
+    groups = Groups(rows, row, pairs.is_control[is_row], pairs.obs[is_row])
+    return groups, [name.split("\n")[0] for name in rows], *pairs.sums_over(groups.of_cell, is_row, len(groups.n_cells))
+
+
+STARTS = {
+    "own": -0.5,
+    "dose": -0.5,
+    "source": -3.0,
+    "context": -1.0,
+    "interaction": -3.0,
+    "nugget": -3.0,
+}  # of the logarithms of weights
+START_OF_MEMBERS = 1.0  # logit of ω / 1.5
+STRENGTH = 0.25  # power of the squared norm of a gene's effect that its strength is
+LEAST_STRENGTH = 0.1  # of the median
+DOSE_WIDTH = 0.5  # decades
+N_FEATURES = 10  # directions in which combinations are compared
+N_DRAWS = 32  # genes that stand for one never measured alone
+LEAST_COMBINATIONS = 6  # with fewer there is no interaction
+LEAST_GENES = 4  # with a vector: with fewer, a source says nothing
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Perturbations in contexts.
+
+    Attributes
+    ----------
+    labels
+        Perturbations.
+    shares
+        Share of each context of training in them, (questions, contexts); what is left is of a new context.
+    alike
+        How alike the new context is to those of training, (contexts,).
+    kept
+        What a kernel made of them, to be made once.
+    """
+
+    labels: list[str]
+    shares: np.ndarray
+    alike: np.ndarray
+    kept: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def part(self, rows: slice | np.ndarray) -> "Questions":
+        """Return some of the questions."""
+        return Questions(np.asarray(self.labels, dtype=str)[rows].tolist(), self.shares[rows], self.alike)
+
+    @cached_property
+    def is_combination(self) -> np.ndarray:
+        """1 for combinations, 0 for singles, (questions,)."""
+        return np.array([float(len(members_of(label)) > 1) for label in self.labels])
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The parts of K between two lists of questions, without their weights, each (questions, questions)."""
+
+    members: list[np.ndarray]
+    contexts: list[np.ndarray]
+    interactions: list[np.ndarray]
+    is_combination: tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The shared hyper-parameters, and where each stands in one vector of logarithms (of ω: the logit of ω / 1.5).
+
+    Attributes
+    ----------
+    members, contexts, interactions, nuggets
+        Names of a and a', c, e and ν.
+    values
+        All of them, ω after the members.
+    """
+
+    members: list[str]
+    contexts: list[str]
+    interactions: list[str]
+    nuggets: list[str]
+    values: np.ndarray
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all, in order."""
+        return [*self.members, "member", *self.contexts, *self.interactions, *self.nuggets]
+
+    @property
+    def groups(self) -> list[np.ndarray]:
+        """Weights of members, contexts, interactions and nuggets, and between the first two (1,) of ω."""
+        ends = np.cumsum([len(self.members), 1, len(self.contexts), len(self.interactions)])
+        a, omega, c, e, nu = np.split(self.values, ends)
+        return [np.exp(a), 1.5 / (1.0 + np.exp(-omega)), np.exp(c), np.exp(e), np.exp(nu)]
+
+    def starts(self, of_weights: Mapping[str, float] = STARTS) -> np.ndarray:
+        """Return where they start, (weights,)."""
+        of_members = [of_weights.get(name, of_weights["source"]) for name in self.members]
+        others = [(self.contexts, "context"), (self.interactions, "interaction"), (self.nuggets, "nugget")]
+        return np.array([*of_members, START_OF_MEMBERS, *(of_weights[kind] for names, kind in others for _ in names)])
+
+    def covariance(self, terms: Terms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return K but for nuggets, its part of members alone, and the factor of contexts."""
+        a, omega, c, e, _ = self.groups
+        left, right = (np.where(is_combination > 0, omega[0], 1.0) for is_combination in terms.is_combination)
+        of_members = _weighted(a, terms.members)
+        of_contexts = 1.0 + _weighted(c, terms.contexts) if terms.contexts else np.ones((1, 1))
+        K = left[:, None] * right * of_members * of_contexts
+        return K + _weighted(e, terms.interactions) if terms.interactions else K, of_members, of_contexts
+
+
+def _weighted(weights: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+    total = weights[0] * parts[0]
+    for weight, part in zip(weights[1:], parts[1:], strict=True):
+        total += weight * part
+    return total
+
+
+class SetKernel:
+    """K: what of two questions makes their effects alike.
+
+    Parameters
+    ----------
+    state
+        Arrays that `of` makes of training, as they are stored.
+    """
+
+    def __init__(self, state: Artefact) -> None:
+        self.state = state
+        self.sources: dict[str, np.ndarray] = {str(name): state[f"vectors.{name}"] for name in state["sources"]}
+        self.place = {str(name): i for i, name in enumerate(state["entities"])}
+        known = state["known"].tolist()
+        self.known = {name: i for i, name in enumerate(known)}
+        self.doses = Doses(known)
+        self.has_doses = any(without_dose(name)[1] is not None for name in known)
+        self.contexts = state["contexts"].tolist()
+
+    @classmethod
+    def of(cls, rows: EffectRows, training: Training, values: np.ndarray, noise: np.ndarray) -> "SetKernel":
+        """Prepare what a kernel needs.
+
+        Parameters
+        ----------
+        values, noise
+            Effects in directions, (rows, directions), and the expected squared norm of a row's sampling error, (rows,).
+        """
+        singles = places_of([label if len(members_of(label)) == 1 else "" for label in rows.labels])
+        singles.pop("", None)
+        strength, features = np.ones(0), np.zeros((0, min(N_FEATURES, values.shape[1])))
+        if singles:
+            of_single = list(singles.values())
+            features = np.stack([values[i, :N_FEATURES].mean(axis=0) for i in of_single])
+            size = np.array([((values[i] ** 2).sum(axis=1) - noise[i]).mean() for i in of_single])
+            size = np.maximum(size, max(LEAST_STRENGTH * np.median(np.maximum(size, 0.0)), 1e-12)) ** STRENGTH
+            strength = np.sqrt(size / size.mean())
+        members = sorted({member for label in rows.labels for member in members_of(label)})
+        table = (
+            training.embeddings.standardized(members)
+            if len(training.embeddings.table.columns)
+            else training.embeddings.table
+        )
+        table = table.groupby([entity_of(name) for name in table.index]).first()
+        trained = table.index.isin(sorted(set(map(entity_of, members))))
+        state: Artefact = {
+            "entities": np.array(table.index, dtype=str), "known": np.array(list(singles), dtype=str), "strength": strength,
+            "features": features, "contexts": np.array(rows.contexts, dtype=str), "population": rows.population,
+        }  # fmt: skip
+        raw = training.embeddings.table
+        for source in training.embeddings.sources:
+            columns = [column for column in raw if column.split(":")[0] == source]
+            has = set(map(entity_of, raw.index[raw[columns].notna().any(axis=1)]))
+            X = table[columns].to_numpy(float)
+            X[~table.index.isin(sorted(has))] = np.nan
+            own = X[trained & ~np.isnan(X).any(axis=1)]
+            distances = pdist(own) ** 2
+            if len(own) >= LEAST_GENES and (distances > 1e-9).any():
+                state[f"vectors.{source}"] = X.astype(np.float32)
+                state[f"widths.{source}"] = np.array(
+                    [np.median(distances[distances > 1e-9]), (own**2).sum(axis=1).mean()]
+                )
+        state["sources"] = np.array(
+            [name.removeprefix("vectors.") for name in state if name.startswith("vectors.")], dtype=str
+        )
+        if len(rows.contexts) > 1:
+            between = cdist(rows.levels, rows.levels, "sqeuclidean")
+            state["levels"], state["apart"] = (
+                rows.levels,
+                np.array(max(np.median(between[between > 0]) if between.any() else 1.0, 1e-12)),
+            )
+        kernel = cls(state)
+        combinations = [label for label in dict.fromkeys(rows.labels) if len(members_of(label)) > 1]
+        if len(combinations) >= LEAST_COMBINATIONS and len(features) > 1:
+            whole = [label for label in combinations if all(map(kernel.doses.holds, members_of(label)))]
+            of_whole, _ = kernel._features(whole if len(whole) > 2 else combinations)
+            state["apart.interactions"] = np.array([max(np.median(pdist(X) ** 2), 1e-12) for X in of_whole])
+        return cls(state)
+
+    @property
+    def weights(self) -> Weights:
+        """The hyper-parameters that it has, at their starts."""
+        members = [
+            "own",
+            *(["dose"] if self.has_doses else []),
+            *(f"{name} {form}" for name in self.sources for form in ("near", "linear")),
+        ]
+        contexts = ["own context", "alike contexts"] if "levels" in self.state else []
+        interactions = (
+            ["interaction of sums", "interaction of sums and differences"] if "apart.interactions" in self.state else []
+        )
+        interactions += ["mean of a context", "mean of alike contexts"] if contexts else []
+        weights = Weights(members, contexts, interactions, ["single", "combination"], np.zeros(0))
+        return replace(weights, values=weights.starts())
+
+    def questions(self, labels: Sequence[str], context: Context | None = None) -> Questions:
+        """Return perturbations asked in one context; without one, in contexts as training's controls are."""
+        shares, alike = self.state["population"], np.zeros(len(self.contexts))
+        if context is not None and "levels" in self.state:
+            shares = np.array([context.shares.get(name, 0.0) for name in self.contexts])
+            if new := {name: share for name, share in context.shares.items() if name not in self.contexts}:
+                alike = np.average(
+                    self._alike(np.stack([context.levels[name] for name in new])), axis=0, weights=list(new.values())
+                )
+        return Questions(list(labels), np.tile(shares, (len(labels), 1)), alike)
+
+    def _alike(self, levels: np.ndarray) -> np.ndarray:
+        return np.exp(-cdist(levels, self.state["levels"], "sqeuclidean") / self.state["apart"])
+
+    def strengths(self, members: Sequence[str]) -> np.ndarray:
+        """Return √h of members; between doses by interpolation, of a member never measured alone the mean, (members,)."""
+        strength = self.state["strength"]
+        typical = strength.mean() if len(strength) else 1.0
+        found = np.full(len(members), typical)
+        for i, member in enumerate(members):
+            if member in self.known:
+                found[i] = strength[self.known[member]]
+            elif without_dose(member)[1] is not None and self.doses.holds(member):
+                found[i] = sum(
+                    weight * strength[self.known[name]] for name, weight in self.doses.weights(member).items()
+                )
+        return found
+
+    def terms(self, a: Questions, b: Questions) -> Terms:
+        """Return the parts of K."""
+        (of_a, A), (of_b, B) = self._incidence(a), self._incidence(b)
+        members = [np.asarray(A @ np.asarray(B @ part.T).T) for part in self._of_members(of_a, of_b)]
+        contexts = []
+        if "levels" in self.state:
+            new = [1.0 - question.shares.sum(axis=1) for question in (a, b)]
+            same = a.shares @ b.shares.T
+            alike = a.shares @ self._alike(self.state["levels"]) @ b.shares.T
+            alike += np.outer(new[0], b.shares @ a.alike) + np.outer(a.shares @ b.alike, new[1])
+            is_one = np.array_equal(a.alike, b.alike)
+            contexts = [same + is_one * np.outer(*new), alike + is_one * np.outer(*new)]
+        return Terms(members, contexts, [*self._interactions(a, b), *contexts], (a.is_combination, b.is_combination))
+
+    def strength_of(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean over members of √h and of h, (labels,) each."""
+        found = [self.strengths(members_of(label)) for label in labels]
+        return np.array([of.mean() for of in found]), np.array([(of**2).mean() for of in found])
+
+    def _incidence(self, questions: Questions) -> tuple[list[str], sparse.csr_matrix]:
+        """Return all members, and √h where a question holds one, (questions, members)."""
+        if "incidence" in questions.kept:
+            return questions.kept["incidence"]
+        of = [members_of(label) for label in questions.labels]
+        members = sorted({member for names in of for member in names})
+        column = {member: i for i, member in enumerate(members)}
+        rows, columns = (
+            np.repeat(np.arange(len(of)), [len(names) for names in of]),
+            [column[name] for names in of for name in names],
+        )
+        strength = self.strengths(members)
+        table = sparse.csr_matrix((strength[columns], (rows, columns)), shape=(len(of), len(members)))
+        return questions.kept.setdefault("incidence", (members, table))
+
+    def _of_members(self, a: list[str], b: list[str]) -> list[np.ndarray]:
+        """Return the parts of κ, (members of a, members of b) each."""
+        (names_a, doses_a), (names_b, doses_b) = (zip(*map(without_dose, members), strict=True) for members in (a, b))
+        same = np.equal.outer(np.array(names_a, dtype=object), np.array(names_b, dtype=object)).astype(float)
+        parts = [same]
+        if self.has_doses:
+            logs = [
+                np.array([np.nan if not dose else np.log10(dose) for dose in doses]) for doses in (doses_a, doses_b)
+            ]
+            apart = np.nan_to_num(np.subtract.outer(*logs))
+            parts.append(same * np.exp(-0.5 * (apart / DOSE_WIDTH) ** 2))
+        places = [np.array([self.place.get(name, -1) for name in names]) for names in (names_a, names_b)]
+        for source, vectors in self.sources.items():
+            width, size = self.state[f"widths.{source}"]
+            X, Y = (np.where((place >= 0)[:, None], vectors[place], np.nan).astype(float) for place in places)
+            both = np.outer(~np.isnan(X[:, 0]), ~np.isnan(Y[:, 0]))
+            alone = np.where(both, 0.0, same)  # without a vector a gene is as uncertain, and like no other
+            X, Y = np.nan_to_num(X), np.nan_to_num(Y)
+            parts += [np.exp(-cdist(X, Y, "sqeuclidean") / width) * both + alone, X @ Y.T / size + alone]
+        return parts
+
+    def _features(self, labels: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return where combinations stand: sums of members' effects, and these and mean differences, and the label that each row is of.
+
+        A label with a member never measured alone has as many rows as members stand for it.
+        """
+        F, n_known = self.state["features"], len(self.known)
+        draws = (
+            np.random.default_rng(0).permuted(np.tile(np.arange(n_known), (8, 1)), axis=1)[:, :N_DRAWS]
+            if n_known
+            else np.zeros((8, 0), int)
+        )
+        sums, differences, owner = [], [], []
+        for i, label in enumerate(labels):
+            members = members_of(label)
+            if len(members) < 2:
+                continue
+            nearest = [self.doses.nearest(member) for member in members]
+            unknown = nearest.count(None)
+            stand_ins = itertools.cycle(draws)
+            of = np.stack(
+                [
+                    F[[self.known[name]]].repeat(draws.shape[1] if unknown else 1, axis=0)
+                    if name
+                    else F[next(stand_ins)]
+                    for name in nearest
+                ]
+            )
+            total = of.sum(axis=0)
+            pairs = [np.abs(of[j] - of[k]) for j in range(len(of)) for k in range(j)]
+            sums.append(total)
+            differences.append(np.hstack([total, np.mean(pairs, axis=0)]))
+            owner += [i] * len(total)
+        width = F.shape[1]
+        return [
+            np.vstack(sums or [np.zeros((0, width))]),
+            np.vstack(differences or [np.zeros((0, 2 * width))]),
+        ], np.array(owner, dtype=int)
+
+    def _interactions(self, a: Questions, b: Questions) -> list[np.ndarray]:
+        if "apart.interactions" not in self.state:
+            return []
+        for questions in (a, b):
+            if "features" not in questions.kept:
+                questions.kept["features"] = self._features(questions.labels)
+        (of_a, owner_a), (of_b, owner_b) = a.kept["features"], b.kept["features"]
+        A, B = _averages(owner_a, len(a.labels)), _averages(owner_b, len(b.labels))
+        widths = self.state["apart.interactions"]
+        return [
+            A @ np.asarray(B @ np.exp(-cdist(X, Y, "sqeuclidean") / width).T).T
+            for X, Y, width in zip(of_a, of_b, widths, strict=True)
+        ]
+
+
+def places_of(names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the places of every name, names in order."""
+    order = np.array(names, dtype=str)
+    return {str(name): np.flatnonzero(order == name) for name in np.unique(order)}
+
+
+def _averages(owner: np.ndarray, n: int) -> sparse.csr_matrix:
+    """Return the matrix that takes the mean over rows of one owner, (owners, rows)."""
+    size = np.bincount(owner, minlength=n)
+    return sparse.csr_matrix((1.0 / size[owner], (owner, np.arange(len(owner)))), shape=(n, len(owner)))

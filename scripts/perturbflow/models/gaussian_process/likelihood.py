@@ -1,0 +1,289 @@
+"""How `set_gp` learns its hyper-parameters, with one factorization for all directions (sections 4 and 5 of its page of maths)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from scipy.linalg import cholesky, eigh, solve_triangular
+from scipy.optimize import minimize
+
+from perturbflow.models.gaussian_process.kernel import STARTS, Questions, SetKernel, Terms, Weights
+
+# Sources may stay where they start: they start low, and high beside little that is a gene's own.
+SECOND_STARTS = {"own": -6.0, "source": -0.5, "nugget": -6.0}
+WIDTH = 3.0  # of priors on logarithms of shared weights
+WIDTH_OF_DIRECTIONS = 1.0  # of priors on logarithms of a direction's own σ², b and τ
+WIDTH_OF_MEANS = 4.0  # of the prior on the mean of log τ
+SPARSITY = 10.0  # −log p per √a of a source
+ROWS_AT_ONCE = 512
+N_STEPS = 80  # of L-BFGS
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What is each direction's own: signal, noise and the variances of means, as logarithms.
+
+    Attributes
+    ----------
+    signal, noise
+        log σ_k² and log b_k, (directions,).
+    means
+        log τ_kj, (columns of M, directions).
+    """
+
+    signal: np.ndarray
+    noise: np.ndarray
+    means: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """All of them in one row."""
+        return np.concatenate([self.signal, self.noise, self.means.ravel()])
+
+    def like(self, values: np.ndarray) -> "Directions":
+        """Return others of the same shape."""
+        n = len(self.signal)
+        return Directions(values[:n], values[n : 2 * n], values[2 * n :].reshape(self.means.shape))
+
+    def part(self, directions: np.ndarray) -> "Directions":
+        """Return those of some directions."""
+        return Directions(self.signal[directions], self.noise[directions], self.means[:, directions])
+
+    def around(self, found: "Directions", directions: np.ndarray) -> "Directions":
+        """Return starts that are what was found for some directions, and for the others have its mean change of τ."""
+        means = self.means + (found.means - self.means[:, directions]).mean(axis=1, keepdims=True)
+        moved = Directions(self.signal.copy(), self.noise.copy(), means)
+        moved.signal[directions], moved.noise[directions], moved.means[:, directions] = (
+            found.signal,
+            found.noise,
+            found.means,
+        )
+        return moved
+
+
+class Diagonal:
+    """The data where K and S are diagonal, section 5; Z and M are U ᵀ L⁻¹ of Y and of M.
+
+    Attributes
+    ----------
+    T
+        L⁻ᵀ U, (rows, rows).
+    eigenvalues
+        Λ, (rows,).
+    Z
+        (rows, directions).
+    M
+        (rows, directions, columns).
+    """
+
+    def __init__(self, K: np.ndarray, root: np.ndarray, Y: np.ndarray, M: np.ndarray) -> None:
+        # Each of these may be the size of the memory that is left: what is no longer needed goes.
+        K = solve_triangular(root, K, lower=True, check_finite=False).T
+        K = solve_triangular(root, K, lower=True, overwrite_b=True, check_finite=False)
+        eigenvalues, U = eigh(K, overwrite_a=True, check_finite=False)
+        del K
+        self.eigenvalues = np.maximum(eigenvalues, 0.0)
+        self.T = solve_triangular(root, U, lower=True, trans=1, overwrite_b=True, check_finite=False)
+        self.Z = self.T.T @ Y  # Uᵀ L⁻¹ = Tᵀ
+        self.M = np.tensordot(self.T.T, M, axes=1) if M.shape[1] > 1 else (self.T.T @ M[:, 0])[:, None]
+
+    def solved(self, of: Directions) -> "Solved":
+        """Return C⁻¹ and what follows from it, for all directions at once."""
+        variance, tau = np.exp(of.signal), np.exp(of.means)
+        inverse = 1.0 / (variance * self.eigenvalues[:, None] + np.exp(of.noise))  # D⁻¹, (rows, directions)
+        scaled = inverse[:, :, None] * self.M
+        gram = np.einsum("iko,ikp->kop", np.broadcast_to(self.M, scaled.shape), scaled)
+        precision = gram.copy()
+        columns = np.arange(len(tau))
+        precision[:, columns, columns] += 1.0 / tau.T
+        B = np.linalg.inv(precision)  # covariance of β given the data
+        beta = np.einsum("kop,ikp,ik->ko", B, scaled, self.Z)
+        p = inverse * self.Z - np.einsum("iko,ko->ik", scaled, beta)
+        determinant = -np.log(inverse).sum() + np.log(tau).sum() + np.linalg.slogdet(precision)[1].sum()
+        return Solved(inverse, scaled, gram, B, beta, p, 0.5 * ((self.Z * p).sum() + determinant))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """C⁻¹ in diagonal coordinates: D⁻¹, D⁻¹ M, Mᵀ D⁻¹ M, the covariance and mean of β, p = C⁻¹ Y, and −log likelihood but for constants."""
+
+    inverse: np.ndarray
+    scaled: np.ndarray
+    gram: np.ndarray
+    B: np.ndarray
+    beta: np.ndarray
+    p: np.ndarray
+    loss: float
+
+    def gradient(self, data: Diagonal, of: Directions) -> tuple[Directions, np.ndarray]:
+        """Return the gradient by what is a direction's own, and H, (rows, directions, columns)."""
+        H = np.einsum("iko,kop->ikp", self.scaled, np.linalg.cholesky(self.B))
+        core = self.inverse - (H**2).sum(axis=2) - self.p**2
+        of_means = np.einsum("koo->ok", self.gram) - np.einsum("kop,kpq,kqo->ok", self.gram, self.B, self.gram)
+        along = np.einsum("iko,ik->ok", np.broadcast_to(data.M, self.scaled.shape), self.p)
+        signal = 0.5 * np.exp(of.signal) * (data.eigenvalues[:, None] * core).sum(axis=0)
+        return Directions(
+            signal, 0.5 * np.exp(of.noise) * core.sum(axis=0), 0.5 * np.exp(of.means) * (of_means - along**2)
+        ), H
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What hyper-parameters are learned from, and what answers are conditioned on.
+
+    Attributes
+    ----------
+    kernel, asked
+        The kernel, and the rows as questions to it.
+    sampling
+        S, (rows, rows), with a mean of 1 on the diagonal.
+    Y, M
+        Effects in directions, (rows, directions), and the columns of means, (rows, directions or 1, columns).
+    strength
+        h of rows, (rows,).
+    start
+        Where a direction's own start.
+    n_means
+        Columns of M that are means of singles and combinations; the others are what another model says.
+    """
+
+    kernel: SetKernel
+    asked: Questions
+    sampling: np.ndarray
+    Y: np.ndarray
+    M: np.ndarray
+    strength: np.ndarray
+    start: Directions
+    n_means: int
+
+    def part(self, rows: np.ndarray, directions: np.ndarray) -> "Problem":
+        """Return the problem of some rows and directions."""
+        M = self.M[rows][:, directions] if self.M.shape[1] > 1 else self.M[rows]
+        return replace(
+            self, asked=self.asked.part(rows), sampling=self.sampling[np.ix_(rows, rows)], Y=self.Y[np.ix_(rows, directions)], M=M,
+            strength=self.strength[rows], start=self.start.part(directions),
+        )  # fmt: skip
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """L of S = L Lᵀ, (rows, rows)."""
+        return cholesky(self.sampling, lower=True)
+
+    @cached_property
+    def terms(self) -> Terms:
+        """Parts of K between all rows."""
+        return self.kernel.terms(self.asked, self.asked)
+
+    @cached_property
+    def of_nuggets(self) -> list[np.ndarray]:
+        """Return h of singles and of combinations, 0 for the others, (rows,) each."""
+        is_combination = self.asked.is_combination
+        return [self.strength * (1.0 - is_combination), self.strength * is_combination]
+
+    def diagonal(self, weights: Weights) -> "Diagonal":
+        """Return the data where K and S are diagonal."""
+        if "terms" in vars(self):
+            K = weights.covariance(self.terms)[0]
+        else:  # of many rows all parts together would not fit
+            K = np.empty(self.sampling.shape)
+            for first in range(0, len(K), ROWS_AT_ONCE):
+                block = slice(first, first + ROWS_AT_ONCE)
+                K[block] = weights.covariance(self.kernel.terms(self.asked.part(block), self.asked))[0]
+        K[np.diag_indices(len(K))] += sum(nu * of for nu, of in zip(weights.groups[4], self.of_nuggets, strict=True))
+        return Diagonal(K, self.root, self.Y, self.M)
+
+    def learned(self, weights: Weights) -> tuple[Weights, Directions]:
+        """Return shared weights and a direction's own of greatest posterior density."""
+        self.terms  # noqa: B018 (they are needed at every step)
+        n, starts, has_sources = (
+            len(weights.values),
+            weights.values,
+            any(name not in STARTS for name in weights.members),
+        )
+
+        def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+            shared, of = replace(weights, values=values[:n]), self.start.like(values[n:])
+            data = self.diagonal(shared)
+            solved = data.solved(of)
+            own, H = solved.gradient(data, of)
+            root = np.sqrt(np.exp(of.signal))
+            P, Q = solved.p * root, (H * root[:, None]).reshape(len(H), -1)
+            inner = -(P @ P.T) - Q @ Q.T
+            inner[np.diag_indices(len(inner))] += solved.inverse @ np.exp(of.signal)
+            by_K = 0.5 * data.T @ inner @ data.T.T
+            penalty, slope = _prior_of_shared(shared, starts)
+            of_own, slope_of_own = _prior_of_directions(of, self.start, self.n_means)
+            gradient = np.concatenate([self._by_weights(shared, by_K) + slope, own.values + slope_of_own])
+            return solved.loss + penalty + of_own, gradient
+
+        tried = [
+            np.concatenate([first, self.start.values])
+            for first in (starts, *([weights.starts(STARTS | SECOND_STARTS)] if has_sources else []))
+        ]
+        found = min((minimized(loss, first, N_STEPS) for first in tried), key=lambda values: loss(values)[0])
+        return replace(weights, values=found[:n]), self.start.like(found[n:])
+
+    @staticmethod
+    def conditioned(data: "Diagonal", start: Directions) -> Directions:
+        """Return a direction's own of greatest posterior density, given shared weights."""
+
+        def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+            of = start.like(values)
+            solved = data.solved(of)
+            penalty, slope = _prior_of_directions(of, start)
+            return solved.loss + penalty, solved.gradient(data, of)[0].values + slope
+
+        return start.like(minimized(loss, start.values, N_STEPS))
+
+    def _by_weights(self, weights: Weights, by_K: np.ndarray) -> np.ndarray:
+        """Return the gradient by shared weights from that by K."""
+        a, omega, c, e, nu = weights.groups
+        is_combination = self.asked.is_combination
+        _, of_members, of_contexts = weights.covariance(self.terms)
+        factor = np.where(is_combination > 0, omega[0], 1.0)
+        outer = by_K * np.outer(factor, factor)
+        times_contexts = outer * of_contexts
+        by_omega = (
+            2.0
+            * omega
+            * (1.0 - omega / 1.5)
+            * (by_K * np.outer(is_combination, factor) * of_members * of_contexts).sum()
+        )
+        diagonal = by_K.diagonal()
+        return np.concatenate([
+            a * [(times_contexts * part).sum() for part in self.terms.members], by_omega,
+            c * [(outer * of_members * part).sum() for part in self.terms.contexts], e * [(by_K * part).sum() for part in self.terms.interactions],
+            nu * [(diagonal * of).sum() for of in self.of_nuggets],
+        ])  # fmt: skip
+
+
+def _prior_of_shared(weights: Weights, starts: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return −log p of shared weights and its gradient."""
+    apart = weights.values - starts
+    slope, loss = apart / WIDTH**2, 0.5 * float((apart**2).sum()) / WIDTH**2
+    for i, name in enumerate(weights.members):
+        if name not in STARTS:
+            pull = SPARSITY * np.exp(weights.values[i] / 2)
+            loss, slope[i] = loss + pull, slope[i] + pull / 2
+    return loss, slope
+
+
+def _prior_of_directions(of: Directions, start: Directions, n_free: int = 0) -> tuple[float, np.ndarray]:
+    """Return −log p of a direction's own and its gradient; of the first `n_free` columns of M, log τ varies around a mean that is free."""
+    own = [(of.signal - start.signal) / WIDTH_OF_DIRECTIONS**2, (of.noise - start.noise) / WIDTH_OF_DIRECTIONS**2]
+    loss = 0.5 * WIDTH_OF_DIRECTIONS**2 * sum(float((slope**2).sum()) for slope in own)
+    apart = of.means - start.means
+    slope = apart / WIDTH_OF_DIRECTIONS**2
+    # The mean is integrated out: (w² I + W² 1 1ᵀ)⁻¹.
+    common = WIDTH_OF_DIRECTIONS**2 / WIDTH_OF_MEANS**2 + apart.shape[1]
+    slope[:n_free] -= apart[:n_free].sum(axis=1, keepdims=True) / common / WIDTH_OF_DIRECTIONS**2
+    return loss + 0.5 * float((apart * slope).sum()), np.concatenate([*own, slope.ravel()])
+
+
+def minimized(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray, n_steps: int) -> np.ndarray:
+    """Return where a function, that gives value and gradient, is least (L-BFGS-B), within e⁻¹² to e⁸ times the start."""
+    bounds = np.column_stack([start - 12.0, start + 8.0])
+    return minimize(
+        loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": n_steps, "maxcor": 20}
+    ).x

@@ -1,0 +1,151 @@
+"""How far a perturbation moves the level of the perturbed gene itself.
+
+A gene that was never perturbed in training still has a level that its perturbation will move: a knock-out lowers it,
+an activation raises it. That is known from the other targets, and on small panels it is most of what can be known.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from perturbflow.genes.gene_starts import TABLES, neighbours, starts
+from perturbflow.genes.symbols import entities_of, entity_of
+from perturbflow.models.base import Artefact
+from perturbflow.models.closed_form.base import Training
+from perturbflow.models.effects import Effects
+from perturbflow.models.gaussian_process.kernel import EffectRows
+from perturbflow.pairs import Context, Pairs
+
+LEAST_TARGETS = 4
+RIDGE = 0.1
+
+
+class OwnGene:
+    """Ridge regression of the own-gene effect on the gene's level in controls, over training single perturbations.
+
+    Parameters
+    ----------
+    coefficients
+        (2,): intercept and slope. Zeros where fewer than four training targets are measured.
+    """
+
+    def __init__(self, coefficients: np.ndarray) -> None:
+        self.coefficients = np.asarray(coefficients, dtype=float)
+
+    @classmethod
+    def fit(cls, pairs: Pairs, effects: Effects) -> "OwnGene":
+        """Fit on the targets that are measured; pairs are the training cells."""
+        row = {gene: i for i, gene in enumerate(pairs.genes)}
+        single = [(entity_of(label), effect) for label, effect in effects.single.items()]
+        targets = [(pairs.control_level[row[gene]], effect[row[gene]]) for gene, effect in single if gene in row]
+        if len(targets) < LEAST_TARGETS:
+            return cls(np.zeros(2))
+        level, moved = np.array(targets).T
+        design = np.column_stack([np.ones_like(level), level])
+        penalty = RIDGE * len(level) * np.diag([0.1, max(level.var(), 1e-6)])
+        return cls(np.linalg.solve(design.T @ design + penalty, design.T @ moved))
+
+    def shift(self, level: float) -> float:
+        """Return the expected effect on a gene of this control level; no gene falls below zero."""
+        return max(float(self.coefficients @ [1.0, level]), -level)
+
+
+@dataclass(frozen=True)
+class OwnLevels:
+    """How far perturbations move the levels of the perturbed genes themselves, which directions do not tell.
+
+    A gene perturbed in training has the mean of its effects on itself, one that is not follows the others' (`OwnGene`). By CRISPRi, genes that start
+    within 5 kb of an unseen target get a share of its effect: that which neighbours of training's targets had, by least squares, drawn to
+    none as by one target more.
+
+    Attributes
+    ----------
+    genes, values, variances
+        Measured genes that training perturbs, their mean effect on themselves and its sampling variance, (genes,) each.
+    coefficients, spread
+        Of `OwnGene`, and the variance that it leaves over.
+    level
+        Mean control, (measured genes,).
+    share
+        What neighbours have of an effect; 0 where perturbations are not by CRISPRi.
+    """
+
+    genes: np.ndarray
+    values: np.ndarray
+    variances: np.ndarray
+    coefficients: np.ndarray
+    spread: float
+    level: np.ndarray
+    share: float = 0.0
+
+    @classmethod
+    def of(cls, rows: EffectRows, training: Training) -> "OwnLevels":
+        """Measure them."""
+        own, level = OwnGene.fit(training.pairs, training.effects), rows.population @ rows.levels
+        found: dict[str, list[tuple[float, float]]] = {}
+        for i, label in enumerate(rows.labels):
+            for gene in entities_of(label):
+                if (column := training.row.get(gene)) is not None:
+                    found.setdefault(gene, []).append((rows.values[i, column], 1.0 / rows.sampling[i, i]))
+        values, variances, left = [], [], []
+        for gene, measured in found.items():
+            effects, weights = np.array(measured).T
+            values.append(np.average(effects, weights=weights))
+            variances.append(rows.variance[training.row[gene]] / weights.sum())
+            left.append((values[-1] - own.shift(float(level[training.row[gene]]))) ** 2 - variances[-1])
+        spread = max(float(np.mean(left)), 0.0) if left else 0.0
+        levels = cls(
+            np.array(list(found), dtype=str), np.array(values), np.array(variances), own.coefficients, spread, level
+        )
+        is_interference = set(training.pairs.obs.get("perturbation_type", [])) == {"CRISPRi"}
+        return replace(levels, share=levels._share_of_neighbours(rows, training)) if is_interference else levels
+
+    def _share_of_neighbours(self, rows: EffectRows, training: Training) -> float:
+        near = neighbours(self.genes.tolist(), training.genes, _organism(training.genes))
+        crossed, squared = 0.0, [0.0]
+        for i, label in enumerate(rows.labels):
+            own = rows.values[i, training.row[label]] if label in near and label in training.row else 0.0
+            for other, _ in near.get(label, []):
+                crossed += own * rows.values[i, training.row[other]]
+                squared.append(own**2)
+        return max(0.0, crossed / max(sum(squared) + max(squared), 1e-12))
+
+    def neighbours_of(self, gene: str, genes: list[str]) -> list[str]:
+        """Return the measured genes that an unseen target takes with it."""
+        if not self.share or gene in self.genes:
+            return []
+        return [name for name, _ in neighbours([gene], genes, _organism(genes))[gene]]
+
+    @staticmethod
+    def replaced(rows: EffectRows, genes: list[str]) -> np.ndarray:
+        """Return effects with the mean of the other rows where a gene is the perturbed one, (rows, genes)."""
+        values = rows.values.astype(float)
+        is_own = np.zeros(values.shape, dtype=bool)
+        column = {gene: i for i, gene in enumerate(genes)}
+        for i, label in enumerate(rows.labels):
+            is_own[i, [column[gene] for gene in entities_of(label) if gene in column]] = True
+        for j in np.flatnonzero(is_own.any(axis=0)):
+            others = values[~is_own[:, j], j]
+            values[is_own[:, j], j] = others.mean() if len(others) else 0.0
+        return values
+
+    def at(self, gene: str, column: int, context: Context | None) -> tuple[float, float]:
+        """Return the expected effect on a gene's own level, and its variance."""
+        if len(place := np.flatnonzero(self.genes == gene)):
+            return float(self.values[place[0]]), float(self.variances[place[0]])
+        level = self.level if context is None else context.level
+        return OwnGene(self.coefficients).shift(float(level[column])), self.spread
+
+    def arrays(self) -> Artefact:
+        """Return what is to be stored."""
+        return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Artefact) -> "OwnLevels":
+        """Rebuild what `arrays` returned."""
+        return cls(**{**arrays, **{name: float(arrays[name]) for name in ("spread", "share")}})
+
+
+def _organism(genes: list[str]) -> str:
+    """Return the organism whose table of gene starts knows most of these genes."""
+    return max(TABLES, key=lambda organism: len(starts(organism).keys() & set(genes)))

@@ -1,0 +1,1 @@
+"""How networks are trained: the loop, batches, conditions and building blocks."""

@@ -1,0 +1,247 @@
+"""Batches of matched control and perturbed cells in latent coordinates, the same for the same seed and step."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from perturbflow.genes.symbols import members_of
+from perturbflow.models.latents.pca import Latent
+from perturbflow.models.training.conditions import Conditions
+from perturbflow.pairs import Pairs
+
+STEPS_PER_EPOCH = 100
+N_WATCHED = 1024
+WATCHED, VALIDATED = 2**30, 2**31  # in place of an epoch: no training has as many
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Matched cells, in latent coordinates: B start cells, what perturbation they got, and cells that did get it.
+
+    Attributes
+    ----------
+    start, target
+        (B, dimensions).
+    genes
+        (B, members) of gene indices, -1 for none; all -1 for control.
+    group
+        (B,): equal where cells share perturbation, batch and cell type, so that any start goes with any target.
+    """
+
+    start: Tensor
+    target: Tensor
+    genes: Tensor
+    group: Tensor
+
+    def __len__(self) -> int:
+        return len(self.genes)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move all tensors."""
+        return Batch(*(getattr(self, name).to(device) for name in ("start", "target", "genes", "group")))
+
+    def part(self, i: int, n: int) -> "Batch":
+        """Return the i-th of n parts of about the same size."""
+        return Batch(*(getattr(self, name).tensor_split(n)[i] for name in ("start", "target", "genes", "group")))
+
+
+def encoded(pairs: Pairs, latent: Latent) -> Tensor:
+    """Return latent coordinates of all cells, (cells, dimensions), from one pass over them."""
+    z = torch.empty(len(pairs.rows), latent.n_dimensions)
+    for rows, X in pairs.blocks():
+        z[rows] = torch.from_numpy(latent.encode(X))
+    return z
+
+
+class Drawn(Protocol):
+    """Cells that batches are drawn from."""
+
+    def batch(self, size: int, seed: tuple[int, ...]) -> Any:
+        """Return a batch that depends on the seed alone."""
+
+
+class PairedCells:
+    """Draws batches of matched cells, the same for the same seed and step.
+
+    Every training perturbation is drawn equally often, controls with a share of their own: a control cell's target is
+    another control of its stratum, which teaches what no perturbation does.
+
+    Parameters
+    ----------
+    pairs
+        Cells of one role.
+    z
+        Their latent coordinates, (cells, dimensions).
+    conditions
+        Gene indices.
+    control_share
+        Share of controls in a batch.
+    synthetic_share
+        Share of targets to which the mean effect of another single perturbation is added: composed combinations, an
+        assumption of additivity that measured combinations can correct. Used only where training holds combinations.
+    shifted_share
+        Share of start cells that are no controls but perturbed training cells of the same batch and cell type less the mean
+        effect of their perturbation. Screens with a hundred controls have thousands of these; without them a network learns
+        its few controls by heart.
+    cells_per_draw
+        Cells of one perturbation that are drawn together: 1 mixes best, more gives groups to couple within.
+    residual
+        Whether targets are perturbed cells less the mean effect of their perturbation: what is left for a model whose mean is given.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        z: Tensor,
+        conditions: Conditions,
+        control_share: float,
+        synthetic_share: float,
+        shifted_share: float,
+        cells_per_draw: int,
+        *,
+        residual: bool = False,
+    ) -> None:
+        self.cells_per_draw = cells_per_draw
+        self.pairs, self.z = pairs, z
+        groups = pairs.groups
+        self.labels = pairs.perturbations
+        self.genes = conditions.index(self.labels)
+        cells = [pairs.cells_of(label) for label in self.labels]
+        self.cells = np.concatenate(cells)
+        self.n_cells = np.array([len(rows) for rows in cells])
+        self.first_cell = np.concatenate([[0], np.cumsum(self.n_cells)[:-1]])
+        self.control_index = pairs.control_index
+        self.control_share = control_share
+        strata = pairs.obs.groupby(["role", "batch", "cell_type"], observed=True)
+        self.stratum = strata.ngroup().to_numpy()
+        self.controls = [
+            rows[pairs.is_control[rows]] for rows in strata.indices.values() if pairs.is_control[rows].any()
+        ]
+        effects = torch.from_numpy(groups.effects(groups.sums(z.numpy())).astype(np.float32))
+        # What is taken off a cell: the mean effect of its perturbation, in the last row that of none.
+        self.effect = torch.cat([effects, torch.zeros(1, z.shape[1])])
+        self.perturbation = np.where(pairs.is_control, len(self.labels), groups.of_cell)
+        self.residual = residual
+        # In validation all starts are controls, and no combination is composed.
+        is_training = bool((pairs.obs["role"] == "train").all())
+        self.shifted_share = shifted_share if is_training else 0.0
+        self.by_stratum = np.argsort(self.stratum, kind="stable")
+        self.stratum_size = np.bincount(self.stratum)
+        self.stratum_first = np.concatenate([[0], np.cumsum(self.stratum_size)[:-1]])
+        is_single = np.array([len(members_of(label)) == 1 for label in self.labels])
+        single = [label for label, alone in zip(self.labels, is_single, strict=True) if alone]
+        self.has_combinations = len(single) < len(self.labels)
+        self.synthetic_share = synthetic_share if is_training and self.has_combinations and len(single) > 1 else 0.0
+        self.single_effects = torch.zeros_like(effects[is_single]) if residual else effects[is_single]
+        self.single_genes = conditions.index(single)[:, 0] if single else torch.zeros(0, dtype=torch.long)
+        self.base = conditions.base
+
+    def shifted(self, rows: np.ndarray) -> Tensor:
+        """Return cells less the mean effect of their perturbation, (rows, dimensions)."""
+        return self.z[rows] - self.effect[self.perturbation[rows]]
+
+    def batch(self, size: int, seed: tuple[int, ...]) -> Batch:
+        """Return a batch that depends on the seed alone."""
+        rng = np.random.default_rng(seed)
+        draw = np.arange(size) // self.cells_per_draw
+        n_draws = int(draw[-1]) + 1
+        drawn = rng.integers(0, len(self.labels), n_draws)[draw]
+        target = self.cells[self.first_cell[drawn] + rng.integers(0, self.n_cells[drawn])]
+        start = self.control_index[target, rng.integers(0, self.control_index.shape[1], size)]
+        genes = self.genes[drawn].clone()
+        is_control = np.flatnonzero(rng.random(size) < self.control_share)
+        for i in is_control:
+            pool = self.controls[rng.integers(len(self.controls))]
+            start[i], target[i] = pool[rng.integers(0, len(pool), 2)]
+        genes[is_control] = -1
+        before = self.z[start]
+        is_shifted = np.flatnonzero(rng.random(size) < self.shifted_share)
+        stratum = self.stratum[target[is_shifted]]
+        any_cell = self.by_stratum[self.stratum_first[stratum] + rng.integers(0, self.stratum_size[stratum])]
+        before[is_shifted] = self.shifted(any_cell)
+        z = self.shifted(target) if self.residual else self.z[target]
+        if self.synthetic_share:
+            other = rng.integers(0, len(self.single_genes), n_draws)[draw]
+            is_composed = (rng.random(n_draws) < self.synthetic_share)[draw]
+            is_composed &= ((genes >= 0).sum(dim=1) == 1).numpy() & (
+                self.base[self.single_genes[other]] != self.base[genes[:, 0]]
+            ).numpy()
+            z[is_composed] += self.single_effects[other[is_composed]]
+            genes[is_composed, 1] = self.single_genes[other[is_composed]]
+        group = draw * (self.stratum.max() + 1) + self.stratum[target]
+        group[is_control] = -1 - self.stratum[target[is_control]]
+        return Batch(before, z, genes, torch.from_numpy(group))
+
+
+def drawn_ahead(cells: Drawn, size: int, seeds: Iterable[tuple[int, ...]]) -> Iterator[Any]:
+    """Yield a batch per seed, each drawn in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as drawing:
+        ahead: Future | None = None
+        for seed in seeds:
+            last, ahead = ahead, drawing.submit(cells.batch, size, seed)
+            if last is not None:
+                yield last.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
+class _Stream(IterableDataset):
+    """One epoch of batches, or of the i-th of n parts of each."""
+
+    def __init__(
+        self, cells: Drawn, size: int, seed: int, epoch: int, n_batches: int, part: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.cells, self.size, self.seed, self.epoch, self.n_batches, self.part = (
+            cells,
+            size,
+            seed,
+            epoch,
+            n_batches,
+            part,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in drawn_ahead(self.cells, self.size, ((self.seed, self.epoch, i) for i in range(self.n_batches))):
+            yield batch if self.part == (0, 1) else batch.part(*self.part)
+
+
+class Batches(pl.LightningDataModule):
+    """Batches that depend on seed and epoch, so that a resumed training sees what it would have seen."""
+
+    def __init__(self, training: Drawn, validation: Drawn | None, size: int, seed: int) -> None:
+        super().__init__()
+        self.training, self.validation, self.size, self.seed = training, validation, size, seed
+        self._watched: list[Batch] | None = None
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the batches of the current epoch.
+
+        Counted in steps: when a training is resumed, Lightning asks for batches before it has counted its epoch on.
+        """
+        epoch = self.trainer.global_step // STEPS_PER_EPOCH
+        part = self.trainer.global_rank, self.trainer.world_size
+        return DataLoader(_Stream(self.training, self.size, self.seed, epoch, STEPS_PER_EPOCH, part), batch_size=None)
+
+    def watched(self) -> list[Batch]:
+        """Return a batch of training cells and, where there are any, one of validation cells: always the same."""
+        if self._watched is None:
+            kinds = [cells for cells in (self.training, self.validation) if cells is not None]
+            self._watched = [cells.batch(N_WATCHED, (self.seed, WATCHED, 0)) for cells in kinds]
+        return self._watched
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Return four fixed batches of validation perturbations."""
+        if self.validation is None:
+            return []
+        return DataLoader(_Stream(self.validation, self.size, self.seed, VALIDATED, 4), batch_size=None)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch."""
+        return batch.to(device)

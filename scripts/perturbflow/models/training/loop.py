@@ -1,0 +1,337 @@
+"""A training loop that survives being killed: PyTorch Lightning's Trainer, an average of weights, and a history."""
+
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from perturbflow.errors import InputError
+from perturbflow.io.artefacts import DAMAGED, load_checkpoint, save_checkpoint
+from perturbflow.models.base import Run
+from perturbflow.models.training.batches import STEPS_PER_EPOCH, Batch, Batches, Drawn, drawn_ahead
+from perturbflow.models.training.devices import placement
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+MAX_GRADIENT = 1.0  # norm
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {
+    "float32": "32-true",
+    "bfloat16": "bf16-mixed",
+}  # in Lightning's words
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How weights are found.
+
+    Attributes
+    ----------
+    learning_rate, weight_decay
+        Of AdamW.
+    ema_decay
+        Of the moving average of weights, which is what predicts.
+    precision
+        float32, or bfloat16: layers compute in it, while weights, losses and the averaged network stay float32.
+    compiled
+        Whether losses are compiled (`torch.compile`), which draws the same noise and rounds differently; a training that was resumed, whose compiler
+        meets batches in another order, too.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    ema_decay: float
+    precision: str = "float32"
+    compiled: bool = False
+
+
+class Learner(pl.LightningModule):
+    """A network, its exponential moving average, and the optimization of a loss.
+
+    Parameters
+    ----------
+    network
+        With a method `losses(batch) -> dict of tensors`; the entry "loss" is minimized, the others are reported. It may have `after_step(progress)`;
+        and `watch(batch) -> dict of tensors` with `complaint(watched) -> text or None`, which tell whether its training makes sense.
+    stops
+        Whether a complaint in the second half of the training is an error; else that of the end is a fact of the run.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        seed: int,
+        n_steps: int,
+        optimization: Optimization,
+        *,
+        stops: bool = True,
+    ) -> None:
+        super().__init__()
+        self.optimization, self.stops = optimization, stops
+        self.totals: dict[str, Tensor] = {}
+        self.n_in_totals = 0
+        self.network = network
+        self.average = AveragedModel(
+            network, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay), use_buffers=False
+        )
+        self.losses = _compiled(network.losses) if optimization.compiled else network.losses
+        self.seed, self.n_steps = seed, n_steps
+
+    def configure_optimizers(self) -> dict:
+        """AdamW with a linear warm-up and a cosine decay."""
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self.optimization.learning_rate, weight_decay=self.optimization.weight_decay
+        )
+        warm_up = min(100, self.n_steps // 10)
+
+        def factor(step: int) -> float:
+            return (
+                min(1.0, (step + 1) / max(1, warm_up)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.n_steps)))
+            )
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Tie noise and dropout to the step, so that a resumed training draws what it would have drawn."""
+        _tie_noise(self.seed, self.global_step, self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Minimize the network's loss."""
+        losses = _finite(self.losses(batch), self.global_step)
+        for name, value in losses.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value.detach()
+        self.n_in_totals += 1
+        return losses["loss"]
+
+    def mean_losses(self) -> dict[str, float]:
+        """Return the means since the last call: Lightning's own log does the same, at a cost that small networks feel."""
+        reduce = self.trainer.strategy.reduce
+        means = {name: float(reduce(total, reduce_op="mean")) / self.n_in_totals for name, total in self.totals.items()}
+        self.totals, self.n_in_totals = {}, 0
+        return means
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        """Move the average, and let the network do what it does after a step."""
+        self.after_step(self.global_step)
+
+    def after_step(self, n_done: int) -> None:
+        """Move the average, and let the network do what it does after so many steps."""
+        self.average.update_parameters(self.network)
+        if hasattr(self.network, "after_step"):
+            self.network.after_step(n_done / self.n_steps)
+
+    @torch.no_grad()
+    def watched(self) -> dict[str, float]:
+        """Return what the averaged network says of itself on fixed cells: of the training role and, with a prefix, of validation.
+
+        Raises
+        ------
+        InputError
+            If something is wrong with it in the second half of the training.
+        """
+        network, cells = self.average.module, self.trainer.datamodule
+        if not hasattr(network, "watch"):
+            return {}
+        network.eval()
+        watched = {
+            f"{prefix}{name}": float(value)
+            for prefix, batch in zip(("", "validation_"), cells.watched(), strict=False)
+            for name, value in network.watch(batch.to(self.device)).items()
+        }
+        complaint = network.complaint(watched)
+        if complaint and self.stops and self.global_step >= self.n_steps / 2:
+            raise InputError(f"training was stopped at step {self.global_step} of {self.n_steps}: {complaint}")
+        return watched
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Report the averaged network's loss on validation perturbations, with noise tied to the batch."""
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.autocast(self.device.type, enabled=False),
+        ):  # in float32, as it predicts
+            torch.manual_seed(batch_idx)
+            losses = self.average.module.losses(batch)
+        values = {f"validation_{name}": value for name, value in losses.items()}
+        self.log_dict(values, on_epoch=True, batch_size=len(batch), sync_dist=self.trainer.world_size > 1)
+
+
+def _tie_noise(seed: int, step: int, rank: int = 0) -> None:
+    """Seed what is random in a step; processes that share a batch draw each their own. Of a seed torch uses 32 bits.
+
+    Without an accelerator the CPU's generator is asked itself: `torch.manual_seed` would keep a traceback for devices to come, at a tenth of a small step.
+    """
+    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seed_all(seed * 1_000_003 + step + rank * 0x9E3779B1)
+
+
+def _compiled(losses: Callable) -> Callable:
+    """Return losses that torch compiles when they are first asked for, with the noise that they would draw otherwise."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise InputError(
+            f"compiled: true in the model's params needs a C++ compiler, and {compiler} is not there; install one, name yours in CXX, or set compiled: false."
+        )
+    return torch.compile(losses, options={"fallback_random": True})
+
+
+def _finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    if not torch.isfinite(losses["loss"]):
+        raise InputError(f"the loss is no number at step {step}; lower learning_rate in the model's params.")
+    return losses
+
+
+class _History(Callback):
+    """Keeps one row per epoch and writes a line every few seconds."""
+
+    def __init__(self, name: str, n_steps: int) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.name, self.n_steps = name, n_steps
+        self.started = self.last_line = time.monotonic()
+        self.first_step: int | None = None
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.rows = state_dict["rows"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first_step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = trainer.global_step
+        if self.rows and self.rows[-1]["step"] >= step:
+            return  # a resumed training ends the epoch of its checkpoint once more
+        found = {**pl_module.mean_losses(), **trainer.callback_metrics, **pl_module.watched()}
+        row = {"step": step, **{name: round(float(value), 6) for name, value in found.items()}}
+        self.rows.append(row)
+        now = time.monotonic()
+        if now - self.last_line >= SECONDS_BETWEEN_LINES or step >= self.n_steps:
+            self.last_line = now
+            rate = (step - self.first_step) / max(now - self.started, 1e-9)
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+            left = (self.n_steps - step) / max(rate, 1e-9)
+            logger.info("%s: step %d of %d, %s; about %.0f s left", self.name, step, self.n_steps, numbers, left)
+
+
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all; Lightning's own are copied from the system's temporary folder to their final name."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object | None = None) -> None:
+        save_checkpoint(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: str, map_location: object = None, weights_only: bool | None = None) -> dict:
+        return load_checkpoint(Path(path))
+
+
+def resumable(last: Path, name: str) -> dict | None:
+    """Return what is in the last checkpoint if training can go on from it; a damaged one is soon replaced."""
+    if not last.exists():
+        return None
+    try:
+        found = load_checkpoint(last)
+    except DAMAGED as error:
+        logger.warning("%s: %s is damaged (%s); training starts from its first step", name, last, error)
+        return None
+    logger.info("%s: resuming from %s", name, last)
+    return found
+
+
+def optimize_briefly(learner: Learner, cells: Drawn, batch_size: int) -> nn.Module:
+    """Return the averaged network after the same steps as `optimize` takes, on the CPU in float32, without checkpoints and history."""
+    configured = learner.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    learner.network.train()
+    seeds = ((learner.seed, *divmod(step, STEPS_PER_EPOCH)) for step in range(learner.n_steps))
+    for step, batch in enumerate(drawn_ahead(cells, batch_size, seeds)):
+        _tie_noise(learner.seed, step)
+        optimizer.zero_grad()
+        _finite(learner.network.losses(batch), step)["loss"].backward()
+        nn.utils.clip_grad_norm_(learner.network.parameters(), MAX_GRADIENT)
+        optimizer.step()
+        schedule.step()
+        learner.after_step(step + 1)
+    return learner.average.module.eval()
+
+
+def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
+    """Train a learner to its last step, from the last checkpoint of the same training where there is one.
+
+    Checkpoints of another identity (other params, data, code or seed) are left alone and not resumed. With several devices every step's batch is
+    shared among them: the gradient is that of the whole batch, whose noise is drawn anew.
+    """
+    torch.set_num_threads(max(1, run.threads))
+    folder = run.checkpoints / run.identity
+    history = _History(name, learner.n_steps)
+    callbacks: list[Callback] = [
+        history,
+        ModelCheckpoint(
+            dirpath=folder,
+            filename="last",
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+    ]
+    if sys.stderr.isatty():
+        callbacks.append(TQDMProgressBar(refresh_rate=20))
+    for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    where, environment = placement(run)
+    last = folder / "last.ckpt"
+    with warnings.catch_warnings():
+        # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # `placement` says who starts the processes.
+        warnings.filterwarnings("ignore", message="The `srun` command is available")
+        trainer = pl.Trainer(
+            max_steps=learner.n_steps,
+            **where,
+            precision=PRECISIONS[learner.optimization.precision],
+            plugins=[environment, _WholeCheckpoints()],
+            logger=False,
+            callbacks=callbacks,
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_model_summary=False,
+            gradient_clip_val=MAX_GRADIENT,
+            num_sanity_val_steps=0,
+            limit_val_batches=0 if batches.validation is None else 1.0,
+            reload_dataloaders_every_n_epochs=1,
+            check_val_every_n_epoch=1,
+            default_root_dir=str(run.checkpoints),
+        )
+        try:
+            trainer.fit(
+                learner, datamodule=batches, ckpt_path=last if resumable(last, name) else None, weights_only=True
+            )
+        except SIGTERMException:
+            logger.warning(
+                "%s: told to end (cancelled, or its run time is over); the next attempt goes on from the last checkpoint",
+                name,
+            )
+            sys.exit(128 + signal.SIGTERM)
+    run.history.extend(history.rows)
+    run.facts["device"], run.facts["n_devices"] = str(trainer.strategy.root_device), trainer.world_size
+    run.is_first_process = trainer.is_global_zero
+    if hasattr(learner.network, "complaint") and (complaint := learner.network.complaint(history.rows[-1])):
+        run.facts["complaint"] = complaint
+        logger.warning("%s: %s", name, complaint)
+    run.facts["n_parameters"] = sum(parameter.numel() for parameter in learner.network.parameters())
+    run.facts["versions"] = {"torch": torch.__version__, "pytorch_lightning": pl.__version__}

@@ -1,0 +1,86 @@
+"""Building blocks that the learned families share."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from perturbflow.models.training.conditions import Conditions
+
+
+def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
+    """Return linear layers with SiLU between them."""
+    layers: list[nn.Module] = []
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
+        layers.append(nn.Linear(n_in, n_out))
+        if i < len(sizes) - 2:
+            layers += [nn.SiLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t ∈ [0, 1] through two layers (Vaswani et al. 2017, section 3.5)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.register_buffer("frequencies", torch.exp(torch.linspace(0.0, math.log(1000.0), half)))
+        self.layers = mlp(2 * half, width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) → (B, width)."""
+        angles = t[:, None] * self.frequencies
+        return self.layers(torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+
+class GeneEncoder(nn.Module):
+    """A vector per perturbed gene or drug: from its embedding, plus what training learned of this very one, scaled by its dose.
+
+    The own part is dropped at random in training, so that the embedding part has to stand alone for genes that
+    training never saw perturbed: for them the own part is zero. The vector of a drug at a dose d is that of the drug times
+    2 sigmoid(a (log(1 + d) − m) / s), m and s mean and deviation of the screen's doses and a learned (scPPDM, eq. 16: strength rises
+    with log dose and saturates); without a dose the factor is 1.
+
+    Parameters
+    ----------
+    conditions
+        The entries that an index means.
+    width
+        Size of the vector.
+    own_dropout
+        Probability that a gene's own part is dropped in a training step.
+    drops_together
+        Whether it is dropped for all cells of the step or none. For a loss on means over cells, a part that is dropped in some of them is
+        learned too large by as much.
+    """
+
+    def __init__(self, conditions: Conditions, width: int, own_dropout: float, *, drops_together: bool = False) -> None:
+        super().__init__()
+        self.drops_together = drops_together
+        self.register_buffer("vectors", conditions.vectors)
+        self.register_buffer("base", conditions.base, persistent=False)
+        self.register_buffer("log_dose", conditions.log_dose, persistent=False)
+        self.project = nn.Linear(conditions.vectors.shape[1], width)
+        self.own = nn.Parameter(torch.zeros(int(conditions.base.max()) + 1, width))
+        self.dose_slope = nn.Parameter(torch.ones(()))
+        self.own_dropout = own_dropout
+
+    def follow(self, conditions: Conditions) -> None:
+        """Take over entries that were added: new doses of known drugs."""
+        self.vectors, self.base, self.log_dose = conditions.vectors, conditions.base, conditions.log_dose
+
+    def strength(self, genes: Tensor) -> Tensor:
+        """(B, members) of indices → (B, members), 1 without a dose."""
+        return 2.0 * torch.sigmoid(self.dose_slope * self.log_dose[genes.clamp(min=0)])
+
+    def forward(self, genes: Tensor) -> Tensor:
+        """(B, members) of indices, -1 for none → (B, members, width), zero where there is none."""
+        index = genes.clamp(min=0)
+        own = self.own[self.base[index]]
+        if self.training:
+            shape = (len(self.own),) if self.drops_together else genes.shape
+            kept = torch.rand(shape, device=genes.device) >= self.own_dropout
+            own = own * (kept[self.base[index]] if self.drops_together else kept)[..., None]
+        scale = self.strength(genes) * (genes >= 0)
+        return (self.project(self.vectors[index]) + own) * scale[..., None]

@@ -1,0 +1,11 @@
+"""Where the files lie that come with the package: in a clone beside the scripts, in an installed package within it."""
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def config_folder() -> Path:
+    """Return the folder with the registries and their schemas: that of an installed package, or config/ of the clone."""
+    own = PACKAGE / "config"
+    return own if own.is_dir() else PACKAGE.parents[1] / "config"

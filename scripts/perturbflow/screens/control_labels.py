@@ -1,0 +1,187 @@
+"""Which labels are controls: those that a dataset's block declares. Labels that only look like controls are found and told, never folded in."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from perturbflow.genes.symbols import CONTROL, GUIDE, human_symbols
+
+# What may stand before a control's name: a guide's or a library's mark.
+_PREFIX = r"(?:[mh][\W_]+|(?:p|px|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
+_CONTROL = r"(?:ctrl|ctl|control|cntl|contrl|contr)s?"
+# Names that mean a control whatever follows them.
+_NAMES = "|".join(
+    (
+        r"non[\W_]*(?:target|human[\W_]*target|silenc|cut|edit|infect|transduc|transfect|treat|perturb|stimulat|gene(?!sis))[a-z]*",
+        r"no[\W_]*(?:target|guide|gRNA|sgRNA|site|perturb|treat|transduc|drug|stim|cut|crispr|cas9|virus)[a-z]*",
+        rf"neg(?:ative)?[\W_]*(?:{_CONTROL}|con|guide)s?", rf"ntc?[\W_]*(?:{_CONTROL}|sgrnas?|grnas?|guides?)",
+        r"safe[\W_]*(?:target|harbou?r|cut|guide|site|region)[a-z]*", r"scram(?:bled?)?", r"(?:inter|non)genic(?:[\W_]*(?:site|region))?",
+        r"(?:untreat|unperturb|untransduc|untransfect|uninfect|unstimulat|unedit|unmodifi|untarget)(?:ed)?", _CONTROL, r"aavs(?:[\W_]*1)?",
+        r"(?:gt[\W_]*|h)?rosa(?:[\W_]*26)?", r"[fr]?luciferase", r"h?renilla", r"lac[\W_]*z", r"gal[\W_]*4", r"[et]?[gry]fp", r"[et]?bfp2?",
+        r"m?tag[\W_]*[bgry]fp2?", r"(?:td|m)[\W_]*tomato2?", r"mcherry",
+        r"ds[\W_]*red2?", r"zs[\W_]*green1?", r"m[\W_]*neon[\W_]*green", r"irfp\d*", r"gene[\W_]*deserts?", r"n[\W_]*ctrl",
+        r"olfactory[\W_]*receptor", rf"ef1a[\W_]*{_CONTROL}", r"mock(?:infected|transduced|transfected|treated)?", r"parental",
+        r"(?:empty(?:[\W_]*(?:vector|plasmid|guide|control))?|vector|backbone)", r"dmso", r"veh(?:icle)?s?", r"placebo",
+        r"wild[\W_]*types?", r"pbs", r"solvent", r"h2o", r"saline", r"d?cas(?:9|12a?|13d?)[\W_]*(?:only|alone)",
+    )
+)  # fmt: skip
+# Words that other names begin with: only numbers and letters of guides may follow.
+_WORDS = (
+    r"safe|dummy|random|neutral|inert|irrelevant|decoy|unstim|uninf|resting|baseline|water|medium|media|sham|blank|isotype|reference|bystander"
+    r"|filler|desert|negative[\W_]*\d+|d?cas9"
+)
+# Words that are symbols of genes in capitals alone.
+MIXED = ("rest", "Rest", "cntrl", "Cntrl")
+# Short words are parts of symbols too.
+_SHORT = r"ntc?|nc|wt|unt?|ut|rand|con|neg|scr|ctr|ev|[fnr]?luc2?|h[fnr]luc2?"
+_NUMBERS = r"(?:[\W_]*(?:(?:sg|g|guide)[\W_]*)?\d+(?!\d)|[\W_]+[a-z](?![a-z]))*[\W_]*"
+NAMED = re.compile(
+    rf"{_PREFIX}(?:(?:{_NAMES})(?:[\W_\d].*|(?:guide|grna|sgrna|control|ctrl|cell|g\d).*)?|(?:{_WORDS}){_NUMBERS})",
+    re.IGNORECASE,
+)
+SHORT = re.compile(rf"{_PREFIX}(?:{_SHORT}){_NUMBERS}", re.IGNORECASE)
+# What may follow the name of a control without making a treatment of it.
+_QUALIFIERS = re.compile(
+    rf"(?:{_CONTROL}|guides?|grnas?|sgrnas?|cells?|sites?|regions?|human|mouse|rep(?:licate)?|lane|batch|plate|pool|well|day|hours?|time|only|mod"
+    r"|vector|plasmid|vehicle|untreated|treated|[a-z]{1,3}|[a-z]{0,4}\d+[a-z\d]*|\d+[a-z]*)",
+    re.IGNORECASE,
+)
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The labels, and members of labels, that a dataset's block declares to be controls.
+
+    Attributes
+    ----------
+    names
+        As written.
+    pattern
+        A regular expression that fully matches others.
+    """
+
+    names: frozenset[str]
+    pattern: re.Pattern[str] | None = None
+
+    @classmethod
+    def of(cls, declared: Mapping) -> "Controls":
+        """Read `control` and `control_pattern` of a block's `perturbation`; of `0|0` under the separator `|`, the member 0 is a control."""
+        names = {CONTROL, *declared.get("control", [])}
+        if separator := declared.get("separator"):
+            parts = [{part.strip() for part in name.split(separator)} - {""} for name in names if separator in name]
+            names |= {part for of in parts if len(of) == 1 for part in of}
+        # A column of whole numbers in which some are missing holds 6.0 where 6 is meant.
+        names |= {f"{name}.0" for name in names if name.isdigit()}
+        pattern = declared.get("control_pattern")
+        return cls(frozenset(names), None if pattern is None else re.compile(pattern))
+
+    def __contains__(self, text: str) -> bool:
+        """Return whether a label or a member is declared a control."""
+        return text in self.names or (self.pattern is not None and self.pattern.fullmatch(text) is not None)
+
+    def resembles(self, text: str, *, is_drug: bool = False) -> bool:
+        """Return whether a label that is not declared a control looks like one.
+
+        It does by the field's names for controls, and where it is a declared one in other letters, or starts with one and goes on
+        with a separator or a digit. A gene's approved symbol (NT5E, WT1) does not, but for the few that name a control.
+        """
+        if NAMED.fullmatch(text) or text in MIXED:
+            return True
+        guide = GUIDE.fullmatch(text)
+        if {text.upper(), guide["gene"].upper() if guide else ""} & human_symbols().approved:
+            return False
+        return (not is_drug and SHORT.fullmatch(text) is not None) or any(_is_form(text, name) for name in self.names)
+
+    def joined(self, text: str, is_name: Callable[[str], bool], *, is_drug: bool = False) -> str | None:
+        """Return the perturbation that a label joins to the name of a control (ctrl_KLF1, Erlotinib-DMSO); None where it joins none.
+
+        It is what `is_name` knows. Of drugs it is any word beside a declared control that says nothing of controls (rep, lane, 24h).
+        """
+        for sign in re.finditer(r"[\W_]+", text):
+            halves = text[: sign.start()], text[sign.end() :]
+            for control, other in (halves, halves[::-1]):
+                if (
+                    (control in self or self.resembles(control, is_drug=is_drug))
+                    and other not in self
+                    and not self.resembles(other, is_drug=is_drug)
+                ):
+                    words = [word for word in re.split(r"[\W_]+", other) if word]
+                    if is_name(other) or (
+                        is_drug and control in self and words and not all(map(_QUALIFIERS.fullmatch, words))
+                    ):
+                        return other
+        return None
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text.casefold())
+
+
+def _is_form(text: str, name: str) -> bool:
+    """Return whether a text is a name in other letters or separators, or goes on after it with a separator or a digit."""
+    if len(_plain(name)) < 2:
+        return False
+    if _plain(text) == _plain(name):
+        return True
+    rest = text[len(name) :] if text.casefold().startswith(name.casefold()) else ""
+    return bool(re.match(r"[\W_]", rest)) or (rest[:1].isdigit() and not name[-1].isdigit())
+
+
+def look_alikes(
+    n_cells: Mapping[str, int], controls: Controls, members: Callable[[str], Iterable[str]], *, is_drug: bool = False
+) -> dict[str, int]:
+    """Return members that look like controls and are declared none → their cells, most cells first.
+
+    Parameters
+    ----------
+    n_cells
+        Label as in the file → cells.
+    members
+        What a label names, in the words of the block.
+    """
+    found: dict[str, int] = {}
+    for label, n in n_cells.items():
+        if label not in controls:
+            for member in {member for member in members(label) if member and member not in controls}:
+                found[member] = found.get(member, 0) + n
+    alike = {member: n for member, n in found.items() if controls.resembles(member, is_drug=is_drug)}
+    return dict(sorted(alike.items(), key=lambda item: (-item[1], item[0])))
+
+
+def counted(n_cells: Mapping[str, int]) -> str:
+    """Return labels, each with its number of cells, as many as a message holds."""
+    shown = ", ".join(f"'{label}' ({n:,})" for label, n in list(n_cells.items())[:SHOWN])
+    return f"{shown}, {len(n_cells) - SHOWN:,} more" if len(n_cells) > SHOWN else shown
+
+
+def declaration(alike: Iterable[str], declared: Iterable[str] = ()) -> str:
+    """Return the line of a block that makes controls of these labels: a list, or a pattern where they differ by numbers alone.
+
+    Parameters
+    ----------
+    declared
+        What perturbation.control holds already: a list replaces it.
+    """
+    names = list(alike)
+    patterns = list(dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name).replace(r"\-", "-")) for name in names))
+    if len(names) > SHOWN and len(patterns) <= len(names) // 2:
+        pattern = "|".join(patterns).replace("'", "''")
+        return f"perturbation.control_pattern: '{pattern}'"
+    return f"perturbation.control: [{', '.join(map(quoted, [*declared, *names]))}]"
+
+
+def quoted(text: str) -> str:
+    """Return a text as YAML has it between quotation marks."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+def warning(alike: Mapping[str, int], declared: Iterable[str]) -> str:
+    """Return the sentences that tell of labels that look like controls, with the fix; `declared` as in `declaration`."""
+    one = len(alike) == 1
+    return (
+        f"{len(alike):,} {'label looks like a control' if one else 'labels look like controls'} and {'is' if one else 'are'} declared as none "
+        f"(cells): {counted(alike)}. {'It stays a perturbation' if one else 'They stay perturbations'}. If {'it is a control' if one else 'they are controls'}, "
+        f"declare {'it' if one else 'them'}: {declaration(alike, declared)}."
+    )

@@ -1,0 +1,1 @@
+"""Which perturbations and cells train, validate and test."""

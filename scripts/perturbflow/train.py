@@ -1,0 +1,167 @@
+"""Train one model and leave behind what prediction and readers of the run need."""
+
+import logging
+import platform
+import resource
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from perturbflow import __version__
+from perturbflow.embeddings import Embeddings
+from perturbflow.io.artefacts import save_artefact
+from perturbflow.io.files import atomic, read_json, write_json
+from perturbflow.models.base import Ceiling, Run, build
+from perturbflow.pairs import Pairs
+from perturbflow.provenance.code_version import code_version
+from perturbflow.provenance.records import FOLDER, content_digest, digest, read_record, write_records
+
+logger = logging.getLogger(__name__)
+
+# Finished trainings of a network that stay beside its checkpoint: going back to a configuration repeats none.
+KEPT = 3
+
+
+class Finished:
+    """The finished trainings of one network, by all that went in.
+
+    A job runs again when its inputs were made again, though they may hold what they held before. A training takes minutes to
+    days, so the same training is not repeated. To repeat it all the same, delete the folder of the run.
+    """
+
+    def __init__(self, model: Path, identity: str) -> None:
+        self.model = model
+        self.folder = model.parent / FOLDER / "finished" / identity
+
+    def restore(self) -> dict | None:
+        """Bring the checkpoint back and return what run.json said of it; None where it is not there, or damaged."""
+        files = self.folder / self.model.name, self.folder / "run.json"
+        for file in files:
+            record = read_record(file)
+            if record is None or not file.is_file() or content_digest(file) != record["content"]:
+                return None
+        with atomic(self.model) as partial:
+            shutil.copyfile(files[0], partial)
+        self.folder.touch()
+        return read_json(files[1])
+
+    def keep(self, content: dict) -> None:
+        """Keep the checkpoint and what run.json says of it; the oldest of too many go."""
+        with atomic(self.folder / self.model.name) as partial:
+            shutil.copyfile(self.model, partial)
+        write_json(self.folder / "run.json", content)
+        write_records([self.folder / self.model.name, self.folder / "run.json"], {}, {})
+        others = sorted(self.folder.parent.iterdir(), key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
+        for folder in others[KEPT:]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def train(
+    pairs: Path,
+    embeddings: Path,
+    audit: Path,
+    model: Path,
+    run: Path,
+    implementation: str,
+    params: dict,
+    seed: int,
+    device: str = "auto",
+    devices: int = 1,
+    threads: int = 1,
+    scored: str = "test",
+    provenance: dict | None = None,
+) -> None:
+    """Train one model.
+
+    Parameters
+    ----------
+    pairs, embeddings
+        The pairs and gene vectors of one split. A ceiling gets all cells.
+    audit
+        The leak audit of this split, which must have passed.
+    model, run
+        To be written: the artefact, and JSON with params, seed, digests, versions, device, time, memory and training history.
+    implementation, params
+        "module:Class" below perturbflow.models, and what it is built from.
+    seed
+        Governs all that is random in training.
+    device, devices
+        auto, cpu, cuda or mps; and how many of them a network's training is to be shared among.
+    scored
+        Role that predictions are scored on: for test a model learns from training and validation cells, for validation from training alone.
+    """
+    family = build(implementation, params)
+    digests = {path.name: content_digest(path) for path in (pairs, embeddings)} | {
+        f"params/{path.name}": content_digest(path) for path in family.files
+    }
+    code = code_version("perturbflow.train:train", f"perturbflow.models.{implementation}")
+    circumstances = Run(
+        seed=seed,
+        device=device,
+        devices=devices,
+        threads=threads,
+        checkpoints=model.parent / "checkpoints",
+        identity=digest(implementation, params, seed, scored, digests, code),
+    )
+    about = {
+        "provenance": provenance or {},
+        "inputs_sha256": {**digests, "audit.json": content_digest(audit)},
+        "split_sha256": read_json(audit)["split_sha256"],
+    }
+    # Closed forms take seconds.
+    finished = Finished(model, digest(circumstances.identity, device, devices)) if model.suffix == ".ckpt" else None
+    if finished and (content := finished.restore()):
+        write_json(run, {**content, **about})
+        logger.info("this very training was finished before and is not repeated; to repeat it, delete %s", model.parent)
+        return
+    started = time.perf_counter()
+    cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
+    cells = cells if isinstance(family, Ceiling) else cells.fitted_on(scored)
+    artefact = family.fit(cells, Embeddings.read(embeddings), circumstances)
+    seconds = time.perf_counter() - started
+    if not circumstances.is_first_process:
+        return
+    save_artefact(model, artefact)
+    content = {
+        "implementation": implementation,
+        "params": params,
+        "seed": seed,
+        "scored": scored,
+        **about,
+        **_account(circumstances, artefact, seconds),
+    }
+    write_json(run, content)
+    if finished:
+        finished.keep(content)
+    # Only now is the state of the training of no more use.
+    shutil.rmtree(circumstances.checkpoints, ignore_errors=True)
+    logger.info("trained in %.1f s, %s parameters", seconds, f"{content['n_parameters']:,}")
+
+
+def _account(circumstances: Run, artefact: dict, seconds: float) -> dict:
+    """Return what run.json says of how a training went."""
+    facts = dict(circumstances.facts)
+    n_parameters = facts.pop("n_parameters", None)
+    if n_parameters is None:
+        n_parameters = int(
+            sum(
+                np.size(value)
+                for value in artefact.values()
+                if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+            )
+        )
+    return {
+        "versions": {"python": platform.python_version(), "perturbflow": __version__, "numpy": np.__version__, "anndata": version("anndata"),
+                     **facts.pop("versions", {})},
+        "device": facts.pop("device", "cpu"),
+        "n_devices": facts.pop("n_devices", 1),
+        "threads": circumstances.threads,
+        "seconds": round(seconds, 2),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "n_parameters": n_parameters,
+        "facts": facts,
+        "history": circumstances.history,
+    }  # fmt: skip
