@@ -25,7 +25,7 @@ from perturbflow.train import train
 EMPTY = Embeddings(pd.DataFrame())
 CLOSED_FORMS = [family for family in FAMILIES.values() if family.rule == "train_closed_form"]
 IMPLEMENTATIONS = {family.implementation: {} for family in CLOSED_FORMS} | {
-    "baselines:Linear": {"n_components": 10, "ridge": 0.1}
+    "closed_form.baselines:Linear": {"n_components": 10, "ridge": 0.1}
 }
 SHIFTS = [family.implementation for family in CLOSED_FORMS if family.kind == "baseline"]
 GENES = [f"G{i}" for i in range(12)]
@@ -71,14 +71,14 @@ def predicted_effect(model: Model, label: str) -> np.ndarray:
 
 
 def test_additive_is_exact_on_additive_data(effects: dict[str, np.ndarray]) -> None:
-    model = fitted("baselines:Additive", planted(effects, CONTROL))
+    model = fitted("closed_form.baselines:Additive", planted(effects, CONTROL))
     for a, b in (("G0", "G2"), ("G1", "G2"), ("G0", "G1")):
         assert np.allclose(predicted_effect(model, f"{a}+{b}"), effects[a] + effects[b], atol=1e-5)
     assert np.allclose(predicted_effect(model, "G2"), effects["G2"], atol=1e-5)
 
 
 def test_additive_gives_an_unseen_member_the_mean_single_effect(effects: dict[str, np.ndarray]) -> None:
-    model = fitted("baselines:Additive", planted(effects, CONTROL))
+    model = fitted("closed_form.baselines:Additive", planted(effects, CONTROL))
     mean = np.mean([effects[gene] for gene in ("G0", "G1", "G2")], axis=0)
     assert np.allclose(predicted_effect(model, "G0+G9"), effects["G0"] + mean, atol=1e-5)
     assert np.allclose(predicted_effect(model, "G8+G9"), 2 * mean, atol=1e-5)
@@ -86,17 +86,17 @@ def test_additive_gives_an_unseen_member_the_mean_single_effect(effects: dict[st
 
 
 def test_additive_without_singles_falls_back_on_the_mean_effect(effects: dict[str, np.ndarray]) -> None:
-    model = fitted("baselines:Additive", planted({"G0+G1": effects["G0+G1"]}, CONTROL))
+    model = fitted("closed_form.baselines:Additive", planted({"G0+G1": effects["G0+G1"]}, CONTROL))
     assert np.allclose(predicted_effect(model, "G5"), effects["G0+G1"] / 2, atol=1e-5)
 
 
 def test_perturbed_mean_averages_over_perturbations(effects: dict[str, np.ndarray]) -> None:
-    model = fitted("baselines:PerturbedMean", planted(effects, CONTROL))
+    model = fitted("closed_form.baselines:PerturbedMean", planted(effects, CONTROL))
     assert np.allclose(predicted_effect(model, "G9"), np.mean(list(effects.values()), axis=0), atol=1e-5)
 
 
 def test_no_change_changes_nothing(effects: dict[str, np.ndarray]) -> None:
-    model = fitted("baselines:NoChange", planted(effects, CONTROL))
+    model = fitted("closed_form.baselines:NoChange", planted(effects, CONTROL))
     assert not predicted_effect(model, "G0+G9").any()
 
 
@@ -128,24 +128,24 @@ def literal_linear(effects: dict[str, np.ndarray], genes: list[str], k: int, pen
 @pytest.mark.parametrize(("k", "penalty"), [(10, 0.1), (2, 0.1), (3, 5.0)])
 @pytest.mark.parametrize("label", ["G0", "G7", "G0+G1", "G2+G9"])
 def test_linear_is_the_published_formula(k: int, penalty: float, label: str, effects: dict[str, np.ndarray]) -> None:
-    model = fitted("baselines:Linear", planted(effects, CONTROL), {"n_components": k, "ridge": penalty})
+    model = fitted("closed_form.baselines:Linear", planted(effects, CONTROL), {"n_components": k, "ridge": penalty})
     assert np.allclose(predicted_effect(model, label), literal_linear(effects, GENES, k, penalty, label), atol=1e-4)
 
 
 def test_linear_predicts_a_gene_that_is_not_measured_by_the_row_means(effects: dict[str, np.ndarray]) -> None:
-    model = fitted("baselines:Linear", planted(effects, CONTROL))
+    model = fitted("closed_form.baselines:Linear", planted(effects, CONTROL))
     b = np.mean([np.zeros(12), *effects.values()], axis=0)
     assert np.allclose(predicted_effect(model, "not_measured"), b, atol=1e-5)
 
 
 def test_linear_leaves_conditions_of_unmeasured_genes_out_of_the_fit(effects: dict[str, np.ndarray]) -> None:
     more = {**effects, "absent": np.full(12, 50.0)}
-    with_it, without = (fitted("baselines:Linear", planted(e, CONTROL)) for e in (more, effects))
+    with_it, without = (fitted("closed_form.baselines:Linear", planted(e, CONTROL)) for e in (more, effects))
     assert np.allclose(predicted_effect(with_it, "G7"), predicted_effect(without, "G7"), atol=1e-4)
 
 
 def test_linear_without_any_effect_predicts_none() -> None:
-    model = fitted("baselines:Linear", planted({"G0": np.zeros(12), "G1": np.zeros(12)}, CONTROL))
+    model = fitted("closed_form.baselines:Linear", planted({"G0": np.zeros(12), "G1": np.zeros(12)}, CONTROL))
     assert np.allclose(predicted_effect(model, "G5"), 0.0, atol=1e-5)
 
 
@@ -192,7 +192,7 @@ def test_predicted_cells_have_the_mean_that_is_predicted(implementation: str, pr
 
 
 def test_a_counterfactual_is_one_answer_per_cell_and_sample(effects: dict[str, np.ndarray]) -> None:
-    model = fitted("baselines:Additive", planted(effects, CONTROL))
+    model = fitted("closed_form.baselines:Additive", planted(effects, CONTROL))
     start = np.stack([CONTROL, CONTROL + 1])
     answers = model.counterfactual(start, ["G0", "G1"], 3, 0)
     assert answers.shape == (2, 2, 3, 12)
@@ -219,9 +219,12 @@ def test_a_model_never_sees_test_cells(
         paths = (tmp_path / "model.npz", tmp_path / "run.json")
         train(here.pairs, here.embeddings, here.audit, *paths, implementation, IMPLEMENTATIONS[implementation], 0)
 
-    watch("baselines:Additive")
-    watch("ceilings:TechnicalDuplicate")
-    assert seen == {"baselines:Additive": {"train"}, "ceilings:TechnicalDuplicate": {"train", "validation", "test"}}
+    watch("closed_form.baselines:Additive")
+    watch("closed_form.ceilings:TechnicalDuplicate")
+    assert seen == {
+        "closed_form.baselines:Additive": {"train"},
+        "closed_form.ceilings:TechnicalDuplicate": {"train", "validation", "test"},
+    }
 
 
 def test_run_json_tells_what_went_in(prepared: dict[str, Prepared], tmp_path: Path) -> None:
@@ -233,7 +236,7 @@ def test_run_json_tells_what_went_in(prepared: dict[str, Prepared], tmp_path: Pa
         here.embeddings,
         here.audit,
         *paths,
-        "baselines:Linear",
+        "closed_form.baselines:Linear",
         params,
         7,
         provenance={"model": "linear", "code_version": "abc"},
@@ -315,11 +318,13 @@ def predictions(prepared: dict[str, Prepared], tmp_path: Path) -> tuple[ad.AnnDa
         here.audit,
         tmp_path / "model.npz",
         tmp_path / "run.json",
-        "baselines:Additive",
+        "closed_form.baselines:Additive",
         {},
         0,
     )
-    predict(here.pairs, tmp_path / "model.npz", tmp_path / "predictions.h5ad", "baselines:Additive", {}, 0, 1000)
+    predict(
+        here.pairs, tmp_path / "model.npz", tmp_path / "predictions.h5ad", "closed_form.baselines:Additive", {}, 0, 1000
+    )
     return ad.read_h5ad(tmp_path / "predictions.h5ad"), ad.read_h5ad(here.pairs)
 
 
@@ -403,9 +408,9 @@ def test_validation_is_learned_from_unless_it_is_scored(prepared: dict[str, Prep
     off = {}
     for scored in ("test", "validation"):
         files = tmp_path / f"{scored}.npz", tmp_path / f"{scored}.json"
-        train(here.pairs, here.embeddings, here.audit, *files, "baselines:Additive", {}, 0, scored=scored)
+        train(here.pairs, here.embeddings, here.audit, *files, "closed_form.baselines:Additive", {}, 0, scored=scored)
         assert json.loads(files[1].read_text())["scored"] == scored
-        model = build("baselines:Additive", {})
+        model = build("closed_form.baselines:Additive", {})
         model.restore(load_artefact(files[0]))
         off[scored] = np.abs(model.effect(label) - validation.effect_of(label)).mean()
     assert off["test"] < 0.5 * off["validation"]
@@ -419,13 +424,13 @@ def test_the_number_of_predicted_cells_is_capped(prepared: dict[str, Prepared], 
         here.audit,
         tmp_path / "model.npz",
         tmp_path / "run.json",
-        "baselines:NoChange",
+        "closed_form.baselines:NoChange",
         {},
         0,
     )
     paths = [tmp_path / f"{name}.h5ad" for name in ("first", "second", "validation")]
     for path, role in zip(paths, ("test", "test", "validation"), strict=True):
-        predict(here.pairs, tmp_path / "model.npz", path, "baselines:NoChange", {}, 0, 13, role)
+        predict(here.pairs, tmp_path / "model.npz", path, "closed_form.baselines:NoChange", {}, 0, 13, role)
     first, second, validation = (ad.read_h5ad(path) for path in paths)
     assert set(first.obs["perturbation"].value_counts()) == {13}
     assert (first.X != second.X).nnz == 0

@@ -12,7 +12,7 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import members_of
 from perturbflow.models.base import Run, build
 from perturbflow.models.closed_form.ablations import BatchOnly, ShuffledLabels
-from perturbflow.models.closed_form.base import MeanShift, Training, least_error
+from perturbflow.models.closed_form.base import MeanShift, TrainingSet, least_error
 from perturbflow.models.closed_form.baselines import Additive, LatentSum, Transfer
 from perturbflow.models.closed_form.ceilings import InterpolatedDuplicate
 from perturbflow.models.closed_form.regressions import KernelRidge
@@ -32,7 +32,7 @@ def make_training(
     noise: float = 0.2,
     batches: int = 1,
     seed: int = 0,
-) -> Training:
+) -> TrainingSet:
     """Return training cells with these effects, n per perturbation and batch, around controls of level 3."""
     rng = np.random.default_rng(seed)
     blocks, rows = [], []
@@ -46,7 +46,7 @@ def make_training(
     )
     index = np.full((len(obs), 1), -1, dtype=np.int32)
     genes = [f"G{i}" for i in range(N_GENES)]
-    return Training.of(
+    return TrainingSet.of(
         Pairs(sparse.csr_matrix(np.vstack(blocks)), obs, genes, index, np.arange(len(obs))), embeddings, 0
     )
 
@@ -220,7 +220,7 @@ def test_a_target_moves_what_covaries_with_it() -> None:
     controls = np.flatnonzero(training.pairs.is_control)
     X = training.pairs.X.toarray()
     X[controls] = 3.0 + rng.normal(size=(len(controls), 15)) @ loadings
-    training = Training.of(replace(training.pairs, X=sparse.csr_matrix(X)), training.embeddings, 0)
+    training = TrainingSet.of(replace(training.pairs, X=sparse.csr_matrix(X)), training.embeddings, 0)
     effect = family("covariance_response").learned(training).effect("G13")
     assert effect[13] == pytest.approx(-1.0, abs=0.3)
     assert effect[53] == pytest.approx(effect[13] / 2, abs=0.1)
@@ -246,7 +246,7 @@ def test_transfer_weighs_contexts_alike(singles: dict[str, np.ndarray]) -> None:
     X = training.pairs.X.toarray()
     X[in_second] += 1.0
     pairs = replace(training.pairs, X=sparse.csr_matrix(X)).select(keep)
-    model = Transfer().learned(Training.of(pairs, NO_VECTORS, 0))
+    model = Transfer().learned(TrainingSet.of(pairs, NO_VECTORS, 0))
     # Means of contexts: half of the extra in the second; centred: half of it again, in one of two contexts; of that a half.
     mean = (singles["G0"] + singles["G1"]).mean() / 2
     np.testing.assert_allclose(model.effect("G77").mean(), mean + 0.25, atol=0.05)
@@ -261,7 +261,7 @@ def test_contexts_with_few_cells_or_no_controls_do_not_count(singles: dict[str, 
     few = (obs["perturbation"] == "G0").to_numpy() & (obs["batch"] == "b1").to_numpy()
     no_controls = (obs["perturbation"] == "control").to_numpy() & (obs["batch"] == "b2").to_numpy()
     pairs = training.pairs.select(~(few & (np.cumsum(few) > 9)) & ~no_controls)
-    assert set(Training.of(pairs, NO_VECTORS, 0).effects_by_context) == {("b0", "t")}
+    assert set(TrainingSet.of(pairs, NO_VECTORS, 0).effects_by_context) == {("b0", "t")}
 
 
 def test_a_context_that_is_held_out_takes_nothing_else_with_it(singles: dict[str, np.ndarray]) -> None:

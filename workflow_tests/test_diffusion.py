@@ -20,7 +20,7 @@ from perturbflow.models import scppdm as denoiser
 from perturbflow.models import scppdm as diffusion
 from perturbflow.models import scppdm as samplers
 from perturbflow.models.base import Run, build
-from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.models.latents.pca import LatentSpace
@@ -31,6 +31,7 @@ from perturbflow.models.training.conditions import Conditions
 from perturbflow.models.training.loop import Optimization
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import model_files
+from perturbflow.registry.families import DiffusionParams
 from perturbflow.registry.plan import Plan
 from perturbflow.train import train
 
@@ -55,19 +56,9 @@ def test_cosine_schedule_preserves_variance_and_ends_in_noise() -> None:
 
 def small_denoiser(condition_dropout: float = 0.2, **changes: object) -> denoiser.Denoiser:
     torch.manual_seed(0)
-    architecture = {
-        "width": 16,
-        "n_tokens": 2,
-        "n_blocks": 1,
-        "n_heads": 2,
-        "dropout": 0.0,
-        "own_dropout": 0.0,
-        "objective": "v",
-        "alignment": 0.0,
-    }
-    net = denoiser.Denoiser(
-        6, small_conditions(), condition_dropout=condition_dropout, **{**architecture, **changes}
-    ).eval()
+    small = {"width": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0, "own_dropout": 0.0}
+    params = DiffusionParams(**{**small, "condition_dropout": condition_dropout, **changes})
+    net = denoiser.Denoiser(6, small_conditions(), params).eval()
     torch.nn.init.normal_(net.out.weight, std=0.2)
     torch.nn.init.normal_(net.gene_encoder.own)
     return net
@@ -146,7 +137,7 @@ def test_guidance_strengths_combine_the_four_predictions() -> None:
     )
     expected = none + 1.5 * (state_only - none) + 3.0 * (both - state_only)
     torch.testing.assert_close(model.guided(z, t, state, genes), samplers.split("v", z, t, expected))
-    model.guidance_state = model.guidance_perturbation = 1.0
+    model.params = replace(model.params, guidance_state=1.0, guidance_perturbation=1.0)
     torch.testing.assert_close(model.guided(z, t, state, genes), samplers.split("v", z, t, both))
 
 
@@ -251,7 +242,11 @@ def test_each_guidance_strength_scales_its_own_condition(s_state: float, s_pertu
 def test_a_trained_network_samples_known_conditionals(objective: str) -> None:
     torch.manual_seed(0)
     conditions = Conditions(["A", "B"], np.eye(2))
-    net = denoiser.Denoiser(2, conditions, 32, 1, 1, 2, 0.0, 0.0, 0.1, objective, 0.0)
+    net = denoiser.Denoiser(
+        2,
+        conditions,
+        DiffusionParams(width=32, n_tokens=1, n_blocks=1, n_heads=2, dropout=0.0, own_dropout=0.0, objective=objective),
+    )
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     moves = torch.tensor([[2.0, 0.0], [0.0, -2.0]])
     for _ in range(1500):
@@ -308,16 +303,6 @@ def test_doses_of_one_drug_share_a_vector_and_differ_in_strength() -> None:
     torch.testing.assert_close(vectors[0] / strength[0], vectors[2] / strength[2])
 
 
-def test_guidance_rises_with_the_dose_where_it_is_to() -> None:
-    for dose_guidance, rises in ((0.0, False), (2.0, True)):
-        implementation, params = registered("scppdm", guidance_perturbation=1.5, dose_guidance=dose_guidance)
-        model = build(implementation, params)
-        model.conditions = Conditions(["D@1", "D@100", "G"], np.ones((3, 1)))
-        s = model.strength(torch.tensor([[0, -1], [1, -1], [2, -1], [-1, -1]]))[:, 0]
-        assert bool(s[0] < 1.5 < s[1]) is rises
-        assert s[2:].tolist() == [1.5, 1.5]
-
-
 def test_a_drug_at_a_dose_finds_the_row_of_the_drug() -> None:
     table = pd.DataFrame({"a": [1.0, 2.0]}, index=["Aspirin", "JQ@5"])
     assert rows_of(table, ["Aspirin@10", "JQ@5", "Other@1"])["a"].tolist()[:2] == [1.0, 2.0]
@@ -346,9 +331,7 @@ def test_a_screen_of_doses_is_learned_and_asked_for_another_dose(tmp_path: Path)
         pairs,
         obs=pairs.obs.assign(role=pairs.obs["role"].astype(object).where(pairs.obs["role"] != "validation", "train")),
     )
-    model, _, _ = trained(
-        "scppdm", spec, embeddings, tmp_path, n_steps=400, batch_size=64, n_latent=12, latent="pca", cells="shifted"
-    )
+    model, _, _ = trained("scppdm", spec, embeddings, tmp_path, n_steps=400, batch_size=64, n_latent=12, latent="pca")
     cells = pairs.roles("test")
     start = cells.X[np.flatnonzero(cells.is_control)].toarray()
     sizes = [
@@ -388,9 +371,9 @@ def test_the_latent_of_counts_tells_states_apart_and_moves_between_them(tmp_path
     z = latent.encode(pairs.X)
     np.testing.assert_allclose(z.std(axis=0), 1.0, atol=0.02)
     move = np.tile(z[state == 1].mean(axis=0) - z[state == 0].mean(axis=0), (int((state == 0).sum()), 1))
-    fold = latent.fold(z[state == 0], move).mean(axis=0)
+    fold = latent.log_fold_change(z[state == 0], move).mean(axis=0)
     assert np.corrcoef(fold, np.log(shares[1] / shares[0]))[0, 1] > 0.95
-    assert np.abs(latent.fold(z, 0 * z)).max() < 1e-5
+    assert np.abs(latent.log_fold_change(z, 0 * z)).max() < 1e-5
     restored = CountLatent.restored(latent.state())
     assert np.array_equal(restored.encode(pairs.X), z)
 
@@ -449,7 +432,7 @@ def test_a_training_is_not_resumed_with_another_content_of_its_file(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"latent": "counts"}, {"latent": "pca"}, {"latent": "counts", "mean": "closed_form"}, {"cells": "shifted"}, {"objective": "noise"}, {"sampler": "dpm"},
+    [{"latent": "counts"}, {"latent": "pca"}, {"latent": "counts", "mean": "closed_form"}, {"objective": "noise"}, {"sampler": "dpm"},
      {"sampler": "ancestral"}, {"alignment": 0.1}, {"guidance_state": 1.5, "guidance_perturbation": 2.0}],
     ids=str,
 )  # fmt: skip
@@ -472,7 +455,7 @@ def test_every_option_trains_restores_and_predicts(
     )
 
 
-def test_a_mean_of_expected_displacements_is_that_of_each(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
+def test_a_mean_of_expected_shifts_is_that_of_each(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
     model, _, _ = hybrid
     z = torch.from_numpy(model.latent.encode(screen[0].X[:20]))
     several = [
@@ -480,8 +463,8 @@ def test_a_mean_of_expected_displacements_is_that_of_each(hybrid: tuple, screen:
         torch.full((20, 2), -1),
         torch.tensor([[0, -1]]).repeat(20, 1),
     ]
-    expected = torch.stack([model.displace(z, genes, None) for genes in several])
-    torch.testing.assert_close(model.mean_displacement(z, several), expected.mean(dim=0), atol=1e-5, rtol=1e-4)
+    expected = torch.stack([model.shift(z, genes, None) for genes in several])
+    torch.testing.assert_close(model.mean_shift(z, several), expected.mean(dim=0), atol=1e-5, rtol=1e-4)
     assert expected[1].abs().max() < 1e-5 < expected[2].abs().max()
 
 
@@ -509,7 +492,7 @@ def test_a_screen_is_counted_the_same_for_the_same_seed(hybrid: tuple, screen: t
 def test_the_mean_of_the_hybrid_is_the_closed_form(hybrid: tuple, screen: tuple[Pairs, Embeddings]) -> None:
     model, artefact, run = hybrid
     pairs, embeddings = screen
-    mean = SetGP().learned(Training.of(pairs.roles("train", "validation"), embeddings, 0))
+    mean = SetGP().learned(TrainingSet.of(pairs.roles("train", "validation"), embeddings, 0))
     assert run.facts["mean"] == mean.account()
     test = pairs.roles("test")
     for label in test.perturbations[:2]:

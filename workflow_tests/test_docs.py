@@ -23,6 +23,7 @@ from test_house import MODULES, ORDER, stage
 from perturbflow.evaluation import METRICS
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.params import json_schema
 from perturbflow.registry.shipped import merged
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -101,6 +102,45 @@ def section(title: str) -> str:
     )
     assert match, f"config/README.md has no section '{title}'"
     return match[2]
+
+
+MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
+
+
+def models_schema() -> str:
+    """Return the schema of models.yaml, as the declarations of the families have it."""
+
+    def flow(value: object) -> str:
+        text = yaml.dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+        return text.removesuffix("...\n").strip()
+
+    lines = [
+        '$schema: "https://json-schema.org/draft/2020-12/schema"',
+        "# Written by workflow_tests/test_docs.py from the declarations in scripts/perturbflow/registry/families.py.",
+        'description: "Registry of models: a name, a family, and its params. $defs holds the params of every family."',
+        "type: object",
+        'propertyNames: {pattern: "^[a-z0-9][a-z0-9_]*$"}',
+        "additionalProperties:",
+        "  type: object",
+        "  additionalProperties: false",
+        "  required: [family]",
+        "  properties:",
+        f"    family: {flow({'enum': list(FAMILIES)})}",
+        "    params: {type: object, default: {}}",
+        "$defs:",
+    ]
+    for name, family in FAMILIES.items():
+        block = json_schema(family.params)
+        if not block["properties"]:
+            lines.append(f"  {name}: {flow(block)}")
+            continue
+        lines += [f"  {name}:", "    type: object", "    additionalProperties: false", "    properties:"]
+        lines += [f"      {key}: {flow(of)}" for key, of in block["properties"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_schema_of_models_is_that_of_their_declarations():
+    assert MODELS_SCHEMA.read_text() == models_schema(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py`"
 
 
 DOCUMENTED = {
@@ -419,6 +459,7 @@ def test_everything_that_is_used_is_cited():
 
 def renew() -> None:
     """Write the generated parts anew."""
+    MODELS_SCHEMA.write_text(models_schema())
     README.write_text(CITATIONS.sub(lambda _: citations(), README.read_text()))
     table = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
     CONTRIBUTING.write_text(

@@ -16,7 +16,7 @@ from perturbflow import train as training
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Differential, Scored, evaluate, inputs, score_inputs
 from perturbflow.genes.symbols import members_of
-from perturbflow.models.thinning import recounted
+from perturbflow.models.thinning import with_mean_effect
 from perturbflow.pairs import Pairs, match_controls
 
 P, N_GENES = 5, 30
@@ -314,7 +314,7 @@ def predictions_from(
         start = held_out.control_index[held_out.cells_of(label), 0]
         controls = held_out.X[start].toarray()
         lacking = held_out.control_mean_for(start) - controls.mean(axis=0, dtype=float)
-        blocks.append(change(label, recounted(controls, lacking, None, np.random.default_rng(0))))
+        blocks.append(change(label, with_mean_effect(controls, lacking, None, np.random.default_rng(0))))
         labels += [label] * len(blocks[-1])
         starts += held_out.rows[start].tolist()
     obs = cells.obs.iloc[starts][["batch", "cell_type"]].astype(str).reset_index(drop=True)
@@ -468,7 +468,7 @@ def run_model(here: Prepared, folder: Path, implementation: str, params: dict | 
 
 
 def test_the_table_of_scores(prepared: dict[str, Prepared], tmp_path: Path, cells: Pairs) -> None:
-    table = run_model(prepared["unseen_combination"], tmp_path, "baselines:Additive")
+    table = run_model(prepared["unseen_combination"], tmp_path, "closed_form.baselines:Additive")
     labels = cells.roles("test").perturbations
     assert len(table) == len(labels) * len(METRICS)
     assert set(table["perturbation"]) == set(labels)
@@ -489,7 +489,7 @@ def test_the_ceiling_is_above_the_model_and_the_model_above_the_floor(
     means = {
         name: run_model(here, tmp_path / name, implementation).groupby("metric")["value"].mean()
         for name, implementation in {
-            "ceiling": "ceilings:TechnicalDuplicate", "additive": "baselines:Additive", "floor": "baselines:NoChange",
+            "ceiling": "closed_form.ceilings:TechnicalDuplicate", "additive": "closed_form.baselines:Additive", "floor": "closed_form.baselines:NoChange",
         }.items()
     }  # fmt: skip
     for name in set(METRICS) - {"variance_ratio"}:  # controls vary as perturbed cells do
@@ -502,9 +502,9 @@ def test_the_ceiling_is_above_the_model_and_the_model_above_the_floor(
 def test_the_ceiling_is_scored_on_the_half_it_does_not_hold(
     prepared: dict[str, Prepared], tmp_path: Path, cells: Pairs
 ) -> None:
-    table = run_model(prepared["unseen_combination"], tmp_path, "ceilings:TechnicalDuplicate")
+    table = run_model(prepared["unseen_combination"], tmp_path, "closed_form.ceilings:TechnicalDuplicate")
     assert (table.loc[table["metric"] == "mae", "value"] > 0).all(), "half a is not half b"
-    other = run_model(prepared["unseen_combination"], tmp_path / "other", "baselines:NoChange")
+    other = run_model(prepared["unseen_combination"], tmp_path / "other", "closed_form.baselines:NoChange")
     assert table["n_cells"].tolist() == other["n_cells"].tolist()
     predicted = ad.read_h5ad(tmp_path / "predictions.h5ad")
     test = cells.roles("test")

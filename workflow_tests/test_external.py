@@ -15,7 +15,7 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.io.artefacts import load_artefact, save_artefact
 from perturbflow.models.base import Run, build
-from perturbflow.models.latents.exported import ExternalEncoder, ExternalLatent
+from perturbflow.models.latents.exported import ExportedEncoder, ExportedLatent
 from perturbflow.models.training.loop import Optimization
 from perturbflow.pairs import Pairs
 
@@ -24,7 +24,7 @@ def test_an_encoder_from_a_file_reads_its_genes_wherever_they_are_and_its_moves_
     pairs, counts, shares, state = two_states()
     genes = ["unmeasured", *(f"G{i}" for i in reversed(range(30)))]
     path = exported(tmp_path / "encoder.pt2", genes)
-    latent = ExternalLatent.fit(
+    latent = ExportedLatent.fit(
         path, pairs, 300, 64, Optimization(1e-3, 0.0, 0.9), Run(seed=0, checkpoints=tmp_path, identity="test")
     )
     z = latent.encode(pairs.X)
@@ -35,10 +35,12 @@ def test_an_encoder_from_a_file_reads_its_genes_wherever_they_are_and_its_moves_
     )
     np.testing.assert_allclose(z, (expected - expected.mean(axis=0)) / expected.std(axis=0), atol=0.01)
     move = np.tile(z[state == 1].mean(axis=0) - z[state == 0].mean(axis=0), (int((state == 0).sum()), 1))
-    assert np.corrcoef(latent.fold(z[state == 0], move).mean(axis=0), np.log(shares[1] / shares[0]))[0, 1] > 0.9
-    restored = ExternalLatent.restored(latent.state(), path, pairs.genes)
+    assert (
+        np.corrcoef(latent.log_fold_change(z[state == 0], move).mean(axis=0), np.log(shares[1] / shares[0]))[0, 1] > 0.9
+    )
+    restored = ExportedLatent.restored(latent.state(), path, pairs.genes)
     assert np.array_equal(restored.encode(pairs.X), z)
-    assert np.array_equal(restored.fold(z[:5], move[:5]), latent.fold(z[:5], move[:5]))
+    assert np.array_equal(restored.log_fold_change(z[:5], move[:5]), latent.log_fold_change(z[:5], move[:5]))
 
 
 class Divides(Directions):
@@ -98,11 +100,11 @@ def test_what_is_wrong_with_a_file_of_an_encoder_is_said_before_training(
     path = tmp_path / "encoder.pt2"
     make(path)
     with pytest.raises(InputError, match=message):
-        ExternalEncoder(path, [f"G{i}" for i in range(30)])
+        ExportedEncoder(path, [f"G{i}" for i in range(30)])
 
 
 def test_genes_of_an_encoder_go_by_their_approved_symbols(tmp_path: Path) -> None:
-    encoder = ExternalEncoder(
+    encoder = ExportedEncoder(
         exported(tmp_path / "encoder.pt2", ["SEPT7", "ENSG00000141510", "OTHER"]), ["A", "TP53", "SEPTIN7"]
     )
     assert encoder.columns.tolist() == [2, 1, -1]

@@ -20,16 +20,16 @@ from perturbflow.errors import InputError
 from perturbflow.models import jepa as probes
 from perturbflow.models import jepa as representation
 from perturbflow.models.base import Run, build
-from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process import set_gp
 from perturbflow.models.jepa import (
     Encoder,
     JepaLatent,
     MaskedPrediction,
+    Predictor,
     Recipe,
     Representation,
-    World,
     count_split,
     covariance_term,
     effective_rank,
@@ -42,10 +42,10 @@ from perturbflow.models.training.batches import Batch, PairedCells
 from perturbflow.models.training.conditions import Conditions
 from perturbflow.models.training.loop import Optimization
 from perturbflow.pairs import Pairs
+from perturbflow.registry.families import JepaParams, JepaWeights
 
 WEIGHTS = {"invariance": 25.0, "variance": 1.0, "covariance": 0.04}
-WORLD = {"width": 32, "dropout": 0.0, "own_dropout": 0.0, "action_dropout": 0.1}
-LOSSES = {"effect": 1.0, "world": 0.1, "steadiness": 0.1}
+PREDICTOR = JepaParams(width=32, dropout=0.0, own_dropout=0.0, weights=JepaWeights(steadiness=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,8 @@ def masked(
     n_genes: int = 7, n_embedding: int = 6, weights: dict[str, float] = WEIGHTS, decay: float = 0.9
 ) -> MaskedPrediction:
     torch.manual_seed(0)
-    return MaskedPrediction(Encoder(n_genes, n_embedding), n_embedding, 0.5, decay, weights)
+    params = JepaParams(n_latent=n_embedding, target_decay=decay, weights=JepaWeights(**weights))
+    return MaskedPrediction(Encoder(n_genes, n_embedding), params)
 
 
 def test_target_encoder_is_the_moving_average_of_the_encoder() -> None:
@@ -141,7 +142,11 @@ def test_nothing_is_hidden_when_training_ends(monkeypatch: pytest.MonkeyPatch) -
 
 
 def recipe(*, stops: bool = True) -> Recipe:
-    return Recipe(True, 8, (300, 100), 64, Optimization(5e-3, 0.0, 0.9), {}, stops)
+    params = JepaParams(
+        n_latent=8, n_steps_representation=300, n_steps_decoder=100, batch_size=64,
+        when_broken="stop" if stops else "report",
+    )  # fmt: skip
+    return Recipe(params, Optimization(5e-3, 0.0, 0.9))
 
 
 def stage_a(weights: dict[str, float], tmp_path: Path, *, stops: bool) -> tuple[MaskedPrediction, Run]:
@@ -226,7 +231,9 @@ def test_an_embedding_survives_being_written(jepa: tuple, screen: tuple[Pairs, E
     np.testing.assert_array_equal(again.encode(X), latent.encode(X))
     moved = np.ones((30, latent.n_dimensions), dtype=np.float32)
     np.testing.assert_array_equal(again.mean_change(moved), latent.mean_change(moved))
-    np.testing.assert_array_equal(again.fold(latent.encode(X), moved), latent.fold(latent.encode(X), moved))
+    np.testing.assert_array_equal(
+        again.log_fold_change(latent.encode(X), moved), latent.log_fold_change(latent.encode(X), moved)
+    )
 
 
 # --- stage B --------------------------------------------------------------------------------------------------------
@@ -239,14 +246,14 @@ class FlatLatent:
     effect_map = np.eye(4)
 
 
-def world(**changes: object) -> World:
+def predictor(**changes: object) -> Predictor:
     torch.manual_seed(0)
-    architecture = {**WORLD, "weights": LOSSES, "is_withheld": False, **changes}
-    return World(FlatLatent(), Conditions([f"G{i}" for i in range(5)], torch.randn(5, 3).numpy()), **architecture)
+    conditions = Conditions([f"G{i}" for i in range(5)], torch.randn(5, 3).numpy())
+    return Predictor(FlatLatent(), conditions, replace(PREDICTOR, **changes))
 
 
 def test_no_perturbation_is_no_change_and_members_have_no_order() -> None:
-    net, h = world().eval(), torch.randn(6, 4)
+    net, h = predictor().eval(), torch.randn(6, 4)
     mean, log_variance = net.predicted(h, torch.full((6, 2), -1))
     torch.testing.assert_close(mean, h, rtol=0, atol=0)
     torch.testing.assert_close(log_variance, net.own_log_variance.expand(6, -1))
@@ -257,14 +264,14 @@ def test_no_perturbation_is_no_change_and_members_have_no_order() -> None:
 
 
 def test_a_withheld_action_is_one_null_whatever_the_perturbation() -> None:
-    net, h = world(is_withheld=True).eval(), torch.randn(6, 4)
+    net, h = predictor(action="withheld").eval(), torch.randn(6, 4)
     with torch.no_grad():
         net.null_action += 1.0
     null = net.predicted(h, torch.tensor([[1, -1]]).expand(6, -1))[0]
     torch.testing.assert_close(net.predicted(h, torch.tensor([[2, 3]]).expand(6, -1))[0], null)
     assert (null - h).abs().max() > 1e-3
     torch.testing.assert_close(net.predicted(h, torch.full((6, 2), -1))[0], h, rtol=0, atol=0)
-    told = world().eval()
+    told = predictor().eval()
     told.load_state_dict(net.state_dict())
     some = torch.tensor([True, False] * 3)
     mixed = told.predicted(h, torch.tensor([[1, -1]]).expand(6, -1), some)[0]
@@ -286,10 +293,10 @@ def planted_batch(shifts: torch.Tensor, sd: torch.Tensor, n: int = 512) -> Batch
 
 
 @pytest.fixture(scope="module")
-def planted() -> tuple[World, torch.Tensor, torch.Tensor]:
+def planted() -> tuple[Predictor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     shifts, sd = torch.randn(5, 4), torch.tensor([0.2, 0.5, 1.0, 0.4])
-    net = world(own_dropout=0.3)
+    net = predictor(own_dropout=0.3)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
     for _ in range(800):
@@ -345,7 +352,7 @@ def test_what_is_watched_tells_a_used_action_from_an_ignored_one(planted: tuple)
     )
     assert watched["action_share"] > 0.8
     assert net.complaint(watched) is None
-    deaf = world(is_withheld=True).eval()
+    deaf = predictor(action="withheld").eval()
     watched = {name: float(value) for name, value in deaf.watch(batch).items()}
     assert watched["action_effect"] == pytest.approx(0.0, abs=1e-9)
     assert "ignores its action" in deaf.complaint(watched)
@@ -373,7 +380,7 @@ def test_a_wrong_action_is_wrong_in_every_batch_of_cells(planted: tuple) -> None
 
 
 def test_what_is_known_of_a_gene_itself_is_dropped_for_all_cells_or_none() -> None:
-    net = world(own_dropout=0.5).train()
+    net = predictor(own_dropout=0.5).train()
     with torch.no_grad():
         net.gene_encoder.own += 1.0
     genes = torch.tensor([[1, 3]] * 50)
@@ -432,7 +439,7 @@ def test_an_ignored_action_stops_the_training_or_is_reported(screen: tuple[Pairs
         "n_latent": 8,
         "mean": "learned",
     }
-    with pytest.raises(InputError, match="training was stopped at step 100 of 100: the world model ignores its action"):
+    with pytest.raises(InputError, match="training was stopped at step 100 of 100: the predictor ignores its action"):
         trained("jepa", *screen, tmp_path / "stop", action="withheld", **short)
     _, _, run = trained("jepa_null_action", *screen, tmp_path / "report", **short)
     assert "ignores its action" in run.facts["complaint"]
@@ -458,7 +465,7 @@ def test_shuffled_actions_are_those_of_another_perturbation_of_the_same_order(sc
     conditions = Conditions(list(table.index), table.to_numpy())
     z = torch.randn(len(training.rows), 3)
     right, wrong = (
-        build(*registered(name)).paired(training, z, conditions, 0).genes for name in ("jepa", "jepa_shuffled")
+        build(*registered(name)).training_cells(training, z, conditions, 0).genes for name in ("jepa", "jepa_shuffled")
     )
     order = [(genes >= 0).sum(dim=1) for genes in (right, wrong)]
     torch.testing.assert_close(*order)
@@ -466,15 +473,15 @@ def test_shuffled_actions_are_those_of_another_perturbation_of_the_same_order(sc
     assert sorted(map(tuple, right.tolist())) == sorted(map(tuple, wrong.tolist()))
 
 
-def inner_world(
+def predictor_of_fold(
     jepa: tuple, pairs: Pairs, embeddings: Embeddings, folder: Path, kind: str, *, spoil: bool, own: bool
 ) -> tuple[list[str], Callable[[str], np.ndarray], int]:
-    """Return what a fold holds out, what its inner world says of a label, and how many controls it starts from, with cells held out and the other controls spoilt or not.
+    """Return what a fold holds out, what its predictor says of a label, and how many controls it starts from, with cells held out and the other controls spoilt or not.
 
     With an embedding of its own, the whole training's is spoilt altogether.
     """
     model, _, _ = jepa
-    training = Training.of(pairs.roles("train", "validation"), embeddings, 0)
+    training = TrainingSet.of(pairs.roles("train", "validation"), embeddings, 0)
     kinds = {"combinations": [], "genes": []}
     for of_genes in (False, True):
         for fold in itertools.islice(training.rounds(of_genes=of_genes, one_by_one=False), 0, None, 2):
@@ -492,7 +499,7 @@ def inner_world(
         z = torch.where(torch.from_numpy(known & (not own))[:, None], z, 100.0)
     paired = PairedCells(cells, z, Conditions(list(table.index), table.to_numpy()), 0.1, 0.0, 0.7, 32)
     run = Run(seed=0, checkpoints=folder, identity="test")
-    return held_out.labels, model.other_parts(paired, run)["world"](inner, start), len(start)
+    return held_out.labels, model.fit_network_means(paired, run)["predictor"](inner, start), len(start)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared_embedding", "own_embedding"])
@@ -501,33 +508,31 @@ def test_inner_folds_know_nothing_of_what_they_hold_out(
     jepa: tuple, screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, own: bool
 ) -> None:
     monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 1)
-    monkeypatch.setattr(jepa[0], "n_steps", 20)
-    monkeypatch.setattr(jepa[0], "n_steps_before", (20, 20))
-    monkeypatch.setattr(jepa[0], "embeds_folds_anew", own)
-    labels, effect, n_starts = inner_world(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
-    again, effect_of_spoilt, _ = inner_world(jepa, *screen, tmp_path / "spoilt", kind, spoil=True, own=own)
+    params = replace(
+        jepa[0].params, n_steps=20, n_steps_representation=20, n_steps_decoder=20,
+        fold_embedding="own" if own else "shared",
+    )  # fmt: skip
+    monkeypatch.setattr(jepa[0], "params", params)
+    monkeypatch.setattr(jepa[0], "recipe", Recipe(params, jepa[0].optimization))
+    labels, effect, n_starts = predictor_of_fold(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
+    again, effect_of_spoilt, _ = predictor_of_fold(jepa, *screen, tmp_path / "spoilt", kind, spoil=True, own=own)
     assert labels == again
     clean, spoilt = (np.stack([said(label) for label in labels]) for said in (effect, effect_of_spoilt))
     np.testing.assert_array_equal(clean, spoilt)
     assert np.abs(clean).max() > 1e-4
     monkeypatch.setattr(jepa_module, "optimize_briefly", None)  # what is there is not trained again
     monkeypatch.setattr(representation, "optimize_briefly", None)
-    _, resumed, _ = inner_world(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
+    _, resumed, _ = predictor_of_fold(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
     np.testing.assert_array_equal(clean, np.stack([resumed(label) for label in labels]))
     monkeypatch.setitem(jepa[0].latent.network._buffers, "centre", jepa[0].latent.network.centre + 1.0)
     with nullcontext() if own else pytest.raises(TypeError):  # what was trained in another embedding is
-        inner_world(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
+        predictor_of_fold(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
     # Where all are too many to ask, the first are asked: they have to be any.
-    starts, rows = effect.args[-1], screen[0].roles("train", "validation").rows
+    starts, rows = effect.z, screen[0].roles("train", "validation").rows
     assert len(starts) == min(n_starts, jepa_module.STARTS)
-    in_file = effect.args[0].encode(screen[0].X[rows[screen[0].roles("train", "validation").is_control]])
+    in_file = effect.latent.encode(screen[0].X[rows[screen[0].roles("train", "validation").is_control]])
     place = [int(np.abs(in_file - start).sum(axis=1).argmin()) for start in starts.numpy()]
     assert place != sorted(place)
-
-
-def test_where_folds_have_their_embedding_from() -> None:
-    assert not build(*registered("jepa")).embeds_folds_anew
-    assert build(*registered("jepa", fold_embedding="own")).embeds_folds_anew
 
 
 def test_an_embedding_that_collapses_in_a_fold_stops_the_training_or_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -281,16 +281,6 @@ def test_counterfactual_gives_a_distribution_per_cell_around_its_own_state(
     assert nearest.tolist() == [0, 1, 2]
 
 
-def test_shifted_cells_differ_by_what_is_their_own(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
-    model, _, _ = trained("counterfactual", *screen, tmp_path, cells="shifted", **{**QUICK, "n_steps": 100})
-    start = screen[0].X[:40].toarray()
-    outcomes = model.counterfactual(start, ["TF1"], 64, 0)[0]
-    assert outcomes.std(axis=1).max() > 1e-3
-    own = model.individual_effects(start, "TF1", 0)
-    assert own.std(axis=0).max() > 1e-3
-    np.testing.assert_allclose(outcomes.mean(axis=1) - start, own, atol=0.02)
-
-
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_gene_without_a_vector_is_refused_and_an_unseen_one_is_borrowed(
     name: str, models: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path

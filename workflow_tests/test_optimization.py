@@ -1,4 +1,4 @@
-"""How the learned families are trained: resuming, batches drawn ahead, devices, bfloat16 and compiled losses; each against the plain training."""
+"""How the learned families are trained: resuming, batches drawn ahead, devices; each against the plain training."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,15 +20,12 @@ from test_models import COMBINATION, QUICK, REPOSITORY, make_pairs_of_cells, reg
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models import counterfactual
-from perturbflow.models import scppdm as denoiser
 from perturbflow.models.base import Run, build
 from perturbflow.models.gaussian_process import set_gp
-from perturbflow.models.latents import exported as external
-from perturbflow.models.latents import vae as autoencoder
 from perturbflow.models.training import batches, devices
 from perturbflow.models.training import loop as optimization
-from perturbflow.models.training.loop import PRECISIONS
 from perturbflow.pairs import Pairs
+from perturbflow.registry.families import CounterfactualParams
 
 FOLDERS = {
     "autoencoder": "autoencoder",
@@ -123,7 +119,7 @@ def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], t
     def learner() -> optimization.Learner:
         torch.manual_seed(0)
         net = counterfactual.Velocity(
-            latent, conditions, width=16, n_layers=1, dropout=0.1, own_dropout=0.3, bridge_noise=0.1
+            latent, conditions, CounterfactualParams(width=16, n_layers=1, dropout=0.1, bridge_noise=0.1)
         )
         return optimization.Learner(net, 3, 30, optimization.Optimization(0.01, 0.01, 0.9))
 
@@ -209,7 +205,7 @@ def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_cop
     assert not list(tmp_path.rglob("last.ckpt"))
 
 
-# --- devices, bfloat16 and compiled losses ---------------------------------------------------------------------------
+# --- devices ---------------------------------------------------------------------------
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
@@ -217,107 +213,6 @@ def test_a_device_that_is_not_there_is_named() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match="device: 'cuda' is configured but not available"):
         devices.accelerator("cuda")
-
-
-def test_compiled_losses_are_the_same(
-    screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Traced as for a compiler, and run as traced: compiling takes a minute, and what it changes is rounding."""
-    asked, used = [], []
-    trace = partial(torch.compile, backend="aot_eager")
-
-    def compiled(losses: Callable, options: dict) -> Callable:
-        asked.append(options)
-        traced = trace(losses)
-        return lambda batch: used.append(batch) or traced(batch)
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    short = {"n_steps": 30, "batch_size": 32, "n_latent": 8, "alignment": 0.1}
-    states = [
-        trained("scppdm", *screen, tmp_path / str(compiled), **short, compiled=compiled)[1]
-        for compiled in (False, True)
-    ]
-    assert asked == 2 * [{"fallback_random": True}]  # of the latent space, and of the diffusion in it
-    assert len(used) == 60
-    for part in ("latent", "state"):
-        for name, value in states[0][part].items():
-            torch.testing.assert_close(states[1][part][name], value, rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    network = torch.nn.Linear(2, 2)
-    network.losses = network.forward
-    with pytest.raises(InputError, match="no-such-compiler is not there"):
-        optimization.Learner(network, 0, 1, optimization.Optimization(0.1, 0.0, 0.9, compiled=True))
-
-
-def test_losses_are_float32_whatever_the_layers_are(screen: tuple[Pairs, Embeddings]) -> None:
-    drawn = autoencoder.DrawnCells(screen[0].X).batch(16, (0, 0, 0))
-    n_genes = drawn.x.shape[1]
-    cells, _, conditions = make_pairs_of_cells(screen)
-    n_latent = cells.z.shape[1]
-    coordinates = autoencoder.Cells(torch.randn(16, 4), drawn.k, drawn.unit)
-    params = {
-        "width": 16,
-        "n_tokens": 2,
-        "n_blocks": 1,
-        "n_heads": 2,
-        "dropout": 0.0,
-        "own_dropout": 0.0,
-        "condition_dropout": 0.1,
-    }
-    noted: list[torch.dtype] = []
-    with torch.autocast("cpu", torch.bfloat16):
-        for network, batch in (
-            (autoencoder.CountNetwork(n_genes, 4), drawn),
-            (external.CountDecoder(torch.zeros(4), torch.ones(4), n_genes), coordinates),
-            (
-                denoiser.Denoiser(n_latent, conditions, **params, objective="v", alignment=0.1),
-                cells.batch(16, (0, 0, 0)),
-            ),
-        ):
-            network.register_forward_hook(lambda module, given, output: noted.append(output.dtype))
-            assert {value.dtype for value in network.losses(batch).values()} == {torch.float32}
-        assert noted == [torch.bfloat16]  # the denoiser's layers
-        assert autoencoder.CountNetwork(n_genes, 4).log_share(torch.randn(3, 4)).dtype == torch.float32
-        assert (
-            external.CountDecoder(torch.zeros(4), torch.ones(4), n_genes).log_share(torch.randn(3, 4)).dtype
-            == torch.float32
-        )
-
-
-def test_bfloat16_is_for_layers_alone(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
-    short = {"n_steps": 200, "batch_size": 64, "n_latent": 8}
-    found = {
-        precision: trained("scppdm", *screen, tmp_path / precision, **short, precision=precision)
-        for precision in PRECISIONS
-    }
-    rows = {precision: run.history[-1] for precision, (_, _, run) in found.items()}
-    assert rows["bfloat16"]["loss"] != rows["float32"]["loss"]
-    for name, value in rows["float32"].items():
-        assert rows["bfloat16"][name] == pytest.approx(value, rel=0.02), name
-    tensors = [
-        value
-        for part in ("latent", "state")
-        for value in found["bfloat16"][1][part].values()
-        if value.is_floating_point()
-    ]
-    assert {value.dtype for value in tensors} == {torch.float32}
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-@pytest.mark.parametrize(
-    "faster", [{"precision": "bfloat16"}, {"compiled": True}, {"precision": "bfloat16", "compiled": True}], ids=str
-)
-def test_what_is_faster_on_a_gpu_learns_as_much(faster: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
-    losses = []
-    for i, changes in enumerate(({}, faster)):
-        implementation, params = registered("scppdm", n_steps=200, batch_size=64, n_latent=8, **changes)
-        run = Run(seed=0, device="cuda", checkpoints=tmp_path / str(i), identity="gpu")
-        build(implementation, params).fit(screen[0].roles("train", "validation"), screen[1], run)
-        losses.append(run.history[-1]["validation_loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

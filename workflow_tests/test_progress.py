@@ -11,7 +11,7 @@ from conftest import REPOSITORY, SPECS, make_screen, prepare
 
 from perturbflow import progress
 from perturbflow.embeddings import Embeddings
-from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.gaussian_process import set_gp
 from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.pairs import Pairs
@@ -49,7 +49,7 @@ def test_a_short_loop_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
 def test_inner_folds_say_how_many_there_are(kind: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
                                             caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     here = prepare(tmp_path_factory.mktemp("folds"), make_screen(), SPECS[kind])
-    training = Training.of(Pairs.read(here.pairs), Embeddings.read(here.embeddings), 0)
+    training = TrainingSet.of(Pairs.read(here.pairs), Embeddings.read(here.embeddings), 0)
     n = sum(len(training.folds(of_genes=of_genes, one_by_one=False)) for of_genes in (False, True))
     assert n > 3
     caplog.set_level(logging.INFO)

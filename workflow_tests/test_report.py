@@ -39,11 +39,11 @@ from perturbflow.train import train
 # Gene and label at once, as a screen might bring it: it must end up as text.
 HOSTILE = "<i>TF9</i>&\"'$x_1$"
 IMPLEMENTATIONS = {
-    "no_change": ("baselines:NoChange", {}),
-    "additive": ("baselines:Additive", {}),
-    "perturbed_mean": ("baselines:PerturbedMean", {}),
-    "technical_duplicate": ("ceilings:TechnicalDuplicate", {}),
-    "perfect_mean": ("ceilings:PerfectMean", {}),
+    "no_change": ("closed_form.baselines:NoChange", {}),
+    "additive": ("closed_form.baselines:Additive", {}),
+    "perturbed_mean": ("closed_form.baselines:PerturbedMean", {}),
+    "technical_duplicate": ("closed_form.ceilings:TechnicalDuplicate", {}),
+    "perfect_mean": ("closed_form.ceilings:PerfectMean", {}),
 }
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
 MODELS = {**{name: name for name in IMPLEMENTATIONS}, "learned": "learned"}

@@ -17,7 +17,7 @@ from perturbflow.pairs import Pairs
 from perturbflow.predict import predict
 from perturbflow.train import train
 
-MODELS = {"additive": "baselines:Additive", "ceiling": "ceilings:TechnicalDuplicate"}
+MODELS = {"additive": "closed_form.baselines:Additive", "ceiling": "closed_form.ceilings:TechnicalDuplicate"}
 
 
 def scored(here: Prepared, folder: Path, implementation: str, role: str) -> tuple[ad.AnnData, pd.DataFrame]:

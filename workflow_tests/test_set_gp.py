@@ -14,7 +14,7 @@ from test_closed_forms import N_GENES, NO_VECTORS, TARGETS, doubles, error, make
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import members_of
 from perturbflow.models.base import Run, build
-from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.closed_form.baselines import Additive
 from perturbflow.models.gaussian_process import likelihood as marginal_likelihood
 from perturbflow.models.gaussian_process import set_gp
@@ -185,7 +185,7 @@ def test_a_context_has_its_own_part_of_an_effect_and_a_new_one_the_shared_part(s
     for gene, value in extra.items():
         X[(training.pairs.labels == gene) & (training.pairs.obs["batch"] == "b1").to_numpy()] += value
     pairs = replace(training.pairs, X=sparse.csr_matrix(X))
-    model = SetGP().learned(Training.of(pairs, vectors(), 0))
+    model = SetGP().learned(TrainingSet.of(pairs, vectors(), 0))
     controls = np.flatnonzero(pairs.is_control)
     places = {batch: pairs.context_of(controls[pairs.strata[controls] == f"{batch}|t"]) for batch in ("b0", "b1")}
     of = {batch: model.effect_in("G3", place) for batch, place in places.items()}
@@ -236,7 +236,7 @@ def test_another_model_is_heard_as_far_as_it_predicts_what_it_was_not_trained_on
     screen: tuple[Pairs, Embeddings], monkeypatch: pytest.MonkeyPatch, knows: bool
 ) -> None:
     monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 2)
-    training = Training.of(screen[0].roles("train", "validation"), screen[1], 0)
+    training = TrainingSet.of(screen[0].roles("train", "validation"), screen[1], 0)
     rng = np.random.default_rng(0)
     true = {
         label: value.astype(float)
@@ -246,12 +246,12 @@ def test_another_model_is_heard_as_far_as_it_predicts_what_it_was_not_trained_on
     noise = {label: rng.normal(size=len(training.genes)) * 0.3 for label in truth}
     asked = []
 
-    def part(inner: Training, start: np.ndarray) -> Callable[[str], np.ndarray]:
+    def part(inner: TrainingSet, start: np.ndarray) -> Callable[[str], np.ndarray]:
         assert training.pairs.is_control[training.pairs.rows.searchsorted(start)].all()
         asked.append(set(inner.effects.labels))
         return (truth if knows else noise).__getitem__
 
-    model = SetGP({"world": part}).learned(training)
+    model = SetGP(other_means={"world": part}).learned(training)
     assert asked
     assert set(model.out_of_fold["world"]) == set(training.effects.labels)
     silent = SetGP().learned(training)
@@ -277,7 +277,7 @@ def test_it_knows_nothing_of_cells_that_are_held_out(screen: tuple[Pairs, Embedd
     X = pairs.X.toarray()
     X[is_held_out] = np.random.default_rng(0).random(X[is_held_out].shape)
     effects = [
-        SetGP().learned(Training.of(cells, embeddings, 0)).effect("TF1+TF2")
+        SetGP().learned(TrainingSet.of(cells, embeddings, 0)).effect("TF1+TF2")
         for cells in (pairs, replace(pairs, X=sparse.csr_matrix(X)))
     ]
     np.testing.assert_array_equal(*effects)
@@ -306,7 +306,7 @@ def test_the_order_of_cells_makes_no_difference(singles: dict[str, np.ndarray]) 
     shuffled = Pairs(
         pairs.X[order], pairs.obs.iloc[order], pairs.genes, pairs.control_index[order], np.arange(len(order))
     )
-    effects = [SetGP().learned(Training.of(cells, vectors(), 0)).effect("G0+G7") for cells in (pairs, shuffled)]
+    effects = [SetGP().learned(TrainingSet.of(cells, vectors(), 0)).effect("G0+G7") for cells in (pairs, shuffled)]
     np.testing.assert_allclose(*effects, atol=1e-3)
 
 

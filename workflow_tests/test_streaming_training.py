@@ -20,7 +20,7 @@ from perturbflow import predict as prediction
 from perturbflow.embeddings import Embeddings
 from perturbflow.io import hdf5
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.models.latents import vae as autoencoder
@@ -268,7 +268,7 @@ def test_closed_forms_of_the_hybrid_are_the_same_from_disk(prepared: dict[str, P
         files = prepared[kind]
         embeddings = Embeddings.read(files.embeddings)
         means = [
-            SetGP().learned(Training.of(cells, embeddings, 0))
+            SetGP().learned(TrainingSet.of(cells, embeddings, 0))
             for cells in (Pairs.read(files.pairs), Pairs.open(files.pairs))
         ]
         assert means[0].account() == pytest.approx(means[1].account(), abs=1e-3)

@@ -69,7 +69,6 @@ def train(
     params: dict,
     seed: int,
     device: str = "auto",
-    devices: int = 1,
     threads: int = 1,
     scored: str = "test",
     provenance: dict | None = None,
@@ -88,8 +87,8 @@ def train(
         "module:Class" below perturbflow.models, and what it is built from.
     seed
         Governs all that is random in training.
-    device, devices
-        auto, cpu, cuda or mps; and how many of them a network's training is to be shared among.
+    device
+        auto, cpu, cuda or mps.
     scored
         Role that predictions are scored on: for test a model learns from training and validation cells, for validation from training alone.
     """
@@ -101,7 +100,6 @@ def train(
     circumstances = Run(
         seed=seed,
         device=device,
-        devices=devices,
         threads=threads,
         checkpoints=model.parent / "checkpoints",
         identity=digest(implementation, params, seed, scored, digests, code),
@@ -112,7 +110,7 @@ def train(
         "split_sha256": read_json(audit)["split_sha256"],
     }
     # Closed forms take seconds.
-    finished = Finished(model, digest(circumstances.identity, device, devices)) if model.suffix == ".ckpt" else None
+    finished = Finished(model, digest(circumstances.identity, device)) if model.suffix == ".ckpt" else None
     if finished and (content := finished.restore()):
         write_json(run, {**content, **about})
         logger.info("this very training was finished before and is not repeated; to repeat it, delete %s", model.parent)
@@ -122,8 +120,6 @@ def train(
     cells = cells if isinstance(family, Ceiling) else cells.fitted_on(scored)
     artefact = family.fit(cells, Embeddings.read(embeddings), circumstances)
     seconds = time.perf_counter() - started
-    if not circumstances.is_first_process:
-        return
     save_artefact(model, artefact)
     content = {
         "implementation": implementation,
@@ -157,7 +153,6 @@ def _account(circumstances: Run, artefact: dict, seconds: float) -> dict:
         "versions": {"python": platform.python_version(), "perturbflow": __version__, "numpy": np.__version__, "anndata": version("anndata"),
                      **facts.pop("versions", {})},
         "device": facts.pop("device", "cpu"),
-        "n_devices": facts.pop("n_devices", 1),
         "threads": circumstances.threads,
         "seconds": round(seconds, 2),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),

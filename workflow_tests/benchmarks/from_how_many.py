@@ -255,7 +255,7 @@ class Known:
 @torch.no_grad()
 def mean_effect(model: Model, label: str) -> np.ndarray:
     """Return the mean effect by a model on its population of controls, (genes,)."""
-    return model.effect(label) if hasattr(model, "effect") else model._of_population(label).mean(None)
+    return model.effect(label) if hasattr(model, "effect") else model._response_of_training(label).mean_effect(None)
 
 
 def individual(

@@ -31,7 +31,7 @@ from perturbflow.embeddings import Embeddings, coexpression, rows_of  # noqa: E4
 from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
 from perturbflow.genes.symbols import entities_of, members_of  # noqa: E402
 from perturbflow.models.base import build  # noqa: E402
-from perturbflow.models.closed_form.base import Training  # noqa: E402
+from perturbflow.models.closed_form.base import TrainingSet  # noqa: E402
 from perturbflow.pairs import Pairs, pair  # noqa: E402
 from perturbflow.registry.families import FAMILIES  # noqa: E402
 from perturbflow.splits.split import split  # noqa: E402
@@ -68,7 +68,7 @@ def vectors(cells: Pairs, priors: dict[str, pd.DataFrame]) -> Embeddings:
 
 def predicted(cells: Pairs, embeddings: Embeddings, models: list[str]) -> dict[str, np.ndarray]:
     """Return predicted effects of the test perturbations by model, (perturbations, genes) each."""
-    training, test = Training.of(cells.fitted_on("test"), embeddings, 0), cells.roles("test")
+    training, test = TrainingSet.of(cells.fitted_on("test"), embeddings, 0), cells.roles("test")
     found = {}
     for name in models:
         family = "gaussian_process" if name == "set_gp" else name
@@ -166,7 +166,7 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
     from perturbflow.models.gaussian_process.set_gp import SetGP
 
     known, test = cells.fitted_on("test"), cells.roles("test")
-    training = Training.of(known, embeddings, 0)
+    training = TrainingSet.of(known, embeddings, 0)
     model = SetGP().learned(training)
     calibration, scale = model.held_out(known, embeddings, 0), Scale.of(training.pairs, training.effects)
     doubles = [label for label in test.perturbations if len(members_of(label)) == 2]
@@ -214,7 +214,7 @@ def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
             """Say nothing."""
 
     known, test = cells.fitted_on("test"), cells.roles("test")
-    training = Training.of(known, embeddings, 0)
+    training = TrainingSet.of(known, embeddings, 0)
     scale, rows = Scale.of(training.pairs, training.effects), []
     measured, entities = set(training.effects.labels), set(training.effects.entities)
     for units, model in (("posterior", SetGP()), ("one spread", OneSpread())):

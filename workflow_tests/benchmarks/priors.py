@@ -26,7 +26,7 @@ from perturbflow.evaluation import METRICS, score_inputs  # noqa: E402
 from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
 from perturbflow.genes.symbols import members_of  # noqa: E402
 from perturbflow.io.files import write_json  # noqa: E402
-from perturbflow.models.closed_form.base import Training  # noqa: E402
+from perturbflow.models.closed_form.base import TrainingSet  # noqa: E402
 from perturbflow.models.closed_form.baselines import PerturbedMean  # noqa: E402
 from perturbflow.models.closed_form.regressions import KernelRidge, Nearest  # noqa: E402
 from perturbflow.pairs import Pairs, pair  # noqa: E402
@@ -98,7 +98,7 @@ def inner_errors(cells: Pairs, tables: dict[str, pd.DataFrame], sizes: list[int]
     rows = []
     for name, table in tables.items():
         for size in sizes if name != "coexpression" else [table.shape[1]]:
-            training = Training.of(cells.roles("train"), Embeddings(table.iloc[:, :size]), 0)
+            training = TrainingSet.of(cells.roles("train"), Embeddings(table.iloc[:, :size]), 0)
             candidates = {
                 "kernel ridge": KernelRidge(1.0, 0.5),
                 "ridge": KernelRidge(1.0),

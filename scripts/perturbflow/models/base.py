@@ -3,7 +3,7 @@
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,8 @@ import numpy as np
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.calibration import Calibration
 from perturbflow.pairs import Context, Pairs
+from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.params import Params, made
 
 # What training leaves behind: arrays of a closed form, tensors and plain values of a network.
 Artefact = dict[str, Any]
@@ -27,8 +29,6 @@ class Run:
         Governs initialization, batches and noise.
     device
         auto, cpu, cuda or mps.
-    devices
-        Devices of this kind that the job was given.
     threads
         CPU threads that the job was given.
     checkpoints
@@ -39,19 +39,15 @@ class Run:
         Filled by training: one row of numbers per logged step.
     facts
         Filled by training: what else run.json should say.
-    is_first_process
-        Set by training: False in a process that only lends a further device its hands, and writes nothing.
     """
 
     seed: int
     device: str = "cpu"
-    devices: int = 1
     threads: int = 1
     checkpoints: Path = Path("checkpoints")
     identity: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    is_first_process: bool = True
 
 
 class Model(ABC):
@@ -63,6 +59,9 @@ class Model(ABC):
 
     reads_blocks: bool = False  # fit goes through the cells block by block: their expression may stay on disk
     files: tuple[Path, ...] = ()  # that the params name: what is in them is part of a training's identity
+
+    def __init__(self, params: Params | None = None) -> None:
+        self.params = params or Params()
 
     @abstractmethod
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
@@ -135,9 +134,11 @@ class Ceiling(Model):
 
 
 def build(implementation: str, params: dict) -> Model:
-    """Return the model of an implementation "module:Class" below perturbflow.models."""
+    """Return the model of an implementation, "module:Class" below perturbflow.models, with these params."""
     module, name = implementation.split(":")
-    return getattr(importlib.import_module(f"perturbflow.models.{module}"), name)(**params)
+    model = getattr(importlib.import_module(f"perturbflow.models.{module}"), name)
+    declared = next((of.params for of in FAMILIES.values() if of.implementation == implementation), Params)
+    return model(made(declared, params)) if fields(declared) else model()
 
 
 def off_level(cells: np.ndarray, context: Context | None) -> np.ndarray:

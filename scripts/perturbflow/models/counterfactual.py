@@ -21,7 +21,6 @@ measured cell is to be trusted. Given the measurement s of standardized coordina
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ from perturbflow.models.training.batches import Batch
 from perturbflow.models.training.conditions import Conditions
 from perturbflow.models.training.networks import GeneEncoder, TimeEmbedding, mlp
 from perturbflow.pairs import Pairs
+from perturbflow.registry.families import CounterfactualParams
 
 # --- abduction ---
 
@@ -237,25 +237,17 @@ class Velocity(nn.Module):
     so that it meets cells where it has seen them, whatever the combination.
     """
 
-    def __init__(
-        self,
-        latent: StateSpace,
-        conditions: Conditions,
-        width: int,
-        n_layers: int,
-        dropout: float,
-        own_dropout: float,
-        bridge_noise: float,
-    ) -> None:
+    def __init__(self, latent: StateSpace, conditions: Conditions, params: CounterfactualParams) -> None:
         super().__init__()
-        self.bridge_noise = bridge_noise
+        width = params.width
+        self.bridge_noise = params.bridge_noise
         n_latent, n_states = latent.to_state.shape
         self.register_buffer("to_state", torch.as_tensor(latent.to_state, dtype=torch.float32))
         self.register_buffer("reliability", torch.as_tensor(latent.reliability, dtype=torch.float32))
-        self.gene_encoder = GeneEncoder(conditions, width, own_dropout)
+        self.gene_encoder = GeneEncoder(conditions, width, params.own_dropout)
         self.shift = nn.Linear(width, n_latent, bias=False)
         self.time = TimeEmbedding(32)
-        self.layers = mlp(n_states + 32 + width, *[width] * n_layers, n_latent, dropout=dropout)
+        self.layers = mlp(n_states + 32 + width, *[width] * params.n_layers, n_latent, dropout=params.dropout)
 
     def forward(self, z: Tensor, t: Tensor, genes: Tensor, unknown: Tensor | None = None) -> Tensor:
         """Return the velocity.
@@ -292,38 +284,15 @@ class Velocity(nn.Module):
 
 
 class Counterfactual(LearnedModel):
-    """Flow from control to perturbed cells, cell by cell.
-
-    Parameters
-    ----------
-    width, n_layers, dropout, own_dropout, bridge_noise
-        Of the velocity and its training.
-    n_integration_steps
-        Of the midpoint rule.
-    """
+    """Flow from control to perturbed cells, cell by cell."""
 
     cells_per_draw = 64
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        n_layers: int,
-        dropout: float,
-        own_dropout: float,
-        bridge_noise: float,
-        n_integration_steps: int,
-        **shared: Any,
-    ) -> None:
-        super().__init__(**shared)
-        self.architecture: dict[str, Any] = {
-            "width": width, "n_layers": n_layers, "dropout": dropout, "own_dropout": own_dropout, "bridge_noise": bridge_noise,
-        }  # fmt: skip
-        self.n_integration_steps = n_integration_steps
+    params: CounterfactualParams
+    net: Velocity
 
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> StateSpace:
         """Span states and effects: how many of each is for the data to say."""
-        latent = StateSpace.spanned(pairs.roles("train"), effects, self.n_latent)
+        latent = StateSpace.spanned(pairs.roles("train"), effects, self.params.n_latent)
         run.facts["states"] = {
             "n_states": len(latent.reliability), "n_dimensions": latent.n_dimensions, "reliability": [round(float(rho), 3) for rho in latent.reliability],
         }  # fmt: skip
@@ -335,20 +304,18 @@ class Counterfactual(LearnedModel):
 
     def network(self, latent: StateSpace, conditions: Conditions) -> Velocity:
         """Return a new velocity."""
-        return Velocity(latent, conditions, **self.architecture)
+        return Velocity(latent, conditions, self.params)
 
-    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Integrate the flow from the cell's state, drawn within what is not known of it, and return how far it went.
+    def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Integrate the flow by the midpoint rule, and return how far it went.
 
-        Parameters
-        ----------
-        generator
-            None integrates from the most likely state.
+        It starts in the cell's state, sampled within what is not known of it; without a generator in the most likely
+        state.
         """
         n_states = len(self.net.reliability)
-        unknown = None if generator is None else torch.randn((len(start), n_states), generator=generator)
-        z, step = start, 1.0 / self.n_integration_steps
-        for i in range(self.n_integration_steps):
+        unknown = None if generator is None else torch.randn((len(z), n_states), generator=generator)
+        start, step = z, 1.0 / self.params.n_integration_steps
+        for i in range(self.params.n_integration_steps):
             t = torch.full((len(z),), i * step)
             halfway = z + 0.5 * step * self.net(z, t, genes, unknown)
             z = z + step * self.net(halfway, t + 0.5 * step, genes, unknown)

@@ -1,36 +1,24 @@
 """JEPA: predict the embedding of a perturbed cell from the embedding of a control cell and the perturbation.
 
-A joint-embedding predictive architecture in three stages: `representation` holds A, an embedding of cells that learns without labels, and C, the
-way back to genes; `world` holds B, the world model. A, C and B are trained in this order, each on what the one before has left, so that
-nothing of a perturbation's label is in the embedding.
+A joint-embedding predictive architecture in three stages, trained in the order A, C, B:
 
-With `mean: closed_form` the mean effect is that of `set_gp`, with the world model's as one more term: trained anew without the perturbations that a
-fold holds out, it is believed as far as it predicts those. With `mean: learned` it is the world model's alone.
+A. Embedding (Assran et al. 2023, arXiv 2301.08243, with cells for images and genes for patches). The embedding of one
+   part of a cell predicts the embedding that a moving average of the encoder gives the other part. The parts are of its
+   counts: each molecule falls to one of them by chance. If counts are Poisson given the cell's rates, the parts share
+   the rates and no noise (count splitting, Neufeld et al. 2024). So one part can tell of the other only what the cell
+   is. Genes are hidden in the first part besides. The share of hidden genes falls to zero and the share of kept
+   molecules rises to nearly all: training ends where inference starts. With the whole cell as target, as with images,
+   the task would end in copying noise. Variance and covariance terms (VICReg, Bardes, Ponce & LeCun 2022,
+   arXiv 2105.04906) keep the embedding from collapsing. No label is looked at.
+C. Way back to genes. Shares of genes from the embedding, by a negative binomial likelihood with the cell's library
+   size, as in `latents.vae`. And a linear map from mean shifts of the embedding to mean effects on log1p expression,
+   fitted to cells and to measured effects at once, so that effects come back in their true size.
+B. Predictor. It gives mean and variance of the embedding after a perturbation, from the control embedding and the
+   perturbation. It is compared with groups of cells that share perturbation, batch and cell type: cells are not paired.
 
-
-What can be told from an embedding of cells that was never told it: batches, cell types, perturbations; beside as many principal components.
-
-Stage B of the JEPA: a world model from control embedding and perturbation to a distribution of perturbed embeddings.
-
-Action-conditioned as in V-JEPA 2-AC (Assran et al. 2025, arXiv 2506.09985); the action is a set of gene vectors. Cells are not truly paired, so
-that predictions are compared with groups of cells that share perturbation, batch and cell type: by their mean, in the units of what it does
-to genes, and by the likelihood of a Gaussian with the group's predicted mean and spread. The perturbation is withheld at random and a
-learned null stands in, so that what the action adds can be read off (BioJEPA's predictor ignored it, unseen).
-
-
-Stages A and C of the JEPA: an embedding of cells that learns without labels, and the way back to genes.
-
-Stage A (Assran et al. 2023, arXiv 2301.08243, with cells for images and genes for patches): the embedding of one part of a cell predicts the
-embedding that a moving average of the encoder gives the other part. The parts are of its counts, each molecule falling to one of them by
-chance: if counts are Poisson given the cell's rates, the parts share the rates and no noise (count splitting, Neufeld et al. 2024), so that
-what one tells of the other is what the cell is. In the first part genes are hidden besides. The share of hidden genes falls to zero and that of
-molecules kept rises to nearly all, so that training ends where inference starts; were the target the whole cell, as it is with images, the
-task would end in copying noise. Variance and covariance terms (VICReg, Bardes, Ponce & LeCun 2022, arXiv 2105.04906) keep the embedding from
-collapsing. Cells come from the training role; no label is looked at.
-
-Stage C: shares of genes from the embedding, by a negative binomial likelihood with the cell's library size, as in `autoencoder`; and a linear
-map from mean shifts of the embedding to mean effects on log1p expression, fitted to cells and to measured effects at once, so that
-effects come back in their true size and not only states.
+With `mean: closed_form` the mean effect is that of `set_gp`, with the predictor's as one more term. The predictor is
+trained again for every inner fold without the perturbations that the fold holds out, and counts as far as it predicts
+those. With `mean: learned` the mean effect is the predictor's alone.
 """
 
 import copy
@@ -38,7 +26,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,12 +43,12 @@ from perturbflow.errors import InputError
 from perturbflow.genes.symbols import members_of
 from perturbflow.io.artefacts import save_checkpoint
 from perturbflow.models.base import Run
-from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
-from perturbflow.models.gaussian_process.set_gp import FitPart
+from perturbflow.models.gaussian_process.set_gp import FitMean
 from perturbflow.models.latents.pca import Latent
 from perturbflow.models.latents.vae import WIDTH, Cells, DrawnCells, NetworkLatent, negative_binomial
-from perturbflow.models.learned import LearnedModel, unseen_among
+from perturbflow.models.learned import LearnedModel, Response, unseen_among
 from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.training.batches import N_WATCHED, WATCHED, Batch, Batches, PairedCells, encoded
 from perturbflow.models.training.conditions import Conditions
@@ -69,8 +56,9 @@ from perturbflow.models.training.loop import Learner, Optimization, optimize, op
 from perturbflow.models.training.networks import GeneEncoder, mlp
 from perturbflow.pairs import Pairs
 from perturbflow.provenance.records import digest
+from perturbflow.registry.families import JepaParams
 
-# --- representation ---
+# --- stage A: embedding -------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
 
@@ -164,27 +152,15 @@ class Encoder(nn.Module):
 
 
 class MaskedPrediction(nn.Module):
-    """Stage A: context encoder, target encoder and the predictor between their embeddings.
+    """Stage A: context encoder, target encoder and the predictor between their embeddings."""
 
-    Parameters
-    ----------
-    mask_rate
-        Share of hidden genes at the start.
-    target_decay
-        Of the moving average, per step.
-    weights
-        Of the terms `invariance`, `variance` and `covariance`.
-    """
-
-    def __init__(
-        self, encoder: Encoder, n_embedding: int, mask_rate: float, target_decay: float, weights: dict[str, float]
-    ) -> None:
+    def __init__(self, encoder: Encoder, params: JepaParams) -> None:
         super().__init__()
-        self.mask_rate, self.target_decay, self.weights = mask_rate, target_decay, weights
+        self.params = params
         self.register_buffer("progress", torch.zeros(()))
         self.encoder = encoder
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(requires_grad=False)
-        self.predictor = mlp(n_embedding, WIDTH, n_embedding)
+        self.predictor = mlp(params.n_latent, WIDTH, params.n_latent)
 
     def losses(self, cells: Cells) -> dict[str, Tensor]:
         """Invariance, variance and covariance terms."""
@@ -192,13 +168,14 @@ class MaskedPrediction(nn.Module):
         seen, other = count_split(cells, KEPT_AT_FIRST + (KEPT_AT_LAST - KEPT_AT_FIRST) * done)
         with torch.no_grad():
             target = self.target_encoder(other)
-        context = self.encoder(seen, self.mask_rate * (1.0 - done))
+        context = self.encoder(seen, self.params.mask_rate * (1.0 - done))
         terms = {
             "invariance": (self.predictor(context) - target).pow(2).mean(),
             "variance": variance_term(context),
             "covariance": covariance_term(context),
         }
-        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
+        weights = self.params.weights
+        return {"loss": sum(getattr(weights, name) * value for name, value in terms.items()), **terms}
 
     def watch(self, cells: Cells) -> dict[str, Tensor]:
         """Watch the target embedding."""
@@ -213,7 +190,10 @@ class MaskedPrediction(nn.Module):
         self.progress.fill_(progress)
         with torch.no_grad():
             for average, parameter in zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True):
-                average.lerp_(parameter, 1.0 - self.target_decay)
+                average.lerp_(parameter, 1.0 - self.params.target_decay)
+
+
+# --- stage C: way back to genes -----------------------------------------------------------------------------------------
 
 
 class Representation(nn.Module):
@@ -287,29 +267,17 @@ class Recipe:
 
     Attributes
     ----------
-    is_self_supervised
-        If not, stage A is left out, and the encoder learns with the decoder, in as many steps as both have.
-    n_embedding
-        Dimensions.
-    n_steps
-        Of stages A and C.
-    batch_size
-        Cells per step.
-    optimization
-        Of all stages.
-    masked
-        Params of `MaskedPrediction`.
-    stops
-        Whether a collapse is an error; else it is a fact of the run.
+    params, optimization
+        Of the model.
     """
 
-    is_self_supervised: bool
-    n_embedding: int
-    n_steps: tuple[int, int]
-    batch_size: int
+    params: JepaParams
     optimization: Optimization
-    masked: dict[str, Any]
-    stops: bool
+
+    @property
+    def stops(self) -> bool:
+        """Whether a collapse is an error; else it is a fact of the run."""
+        return self.params.when_broken == "stop"
 
     def learner(self, network: nn.Module, seed: int, n_steps: int) -> Learner:
         """Return how a stage's network is optimized."""
@@ -319,7 +287,7 @@ class Recipe:
         """Return the averaged network after its training; what was watched goes into the run's history, and what is wrong into its facts."""
         own = replace(run, checkpoints=run.checkpoints / stage, history=[], facts={})
         learner = self.learner(network, run.seed, n_steps)
-        optimize(learner, Batches(cells, None, self.batch_size, run.seed), own, f"jepa {stage}")
+        optimize(learner, Batches(cells, None, self.params.batch_size, run.seed), own, f"jepa {stage}")
         run.facts[stage] = {key: own.facts[key] for key in ("n_parameters", "complaint") if key in own.facts} | {
             "history": own.history
         }
@@ -327,9 +295,9 @@ class Recipe:
 
     def trained_briefly(self, seed: int, network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
         """Return the same without checkpoints and history; watched at its end alone, and not trained at all if the embedding does not ask for it."""
-        if stage == "stage_c" and self.is_self_supervised:
+        if stage == "stage_c" and self.params.self_supervised:
             return network
-        network = optimize_briefly(self.learner(network, seed, n_steps), cells, self.batch_size)
+        network = optimize_briefly(self.learner(network, seed, n_steps), cells, self.params.batch_size)
         with torch.no_grad():
             watched = {
                 name: float(value) for name, value in network.watch(cells.batch(N_WATCHED, (seed, WATCHED, 0))).items()
@@ -373,18 +341,19 @@ class JepaLatent(NetworkLatent):
 
     @classmethod
     def _learned(cls, training: Pairs, seed: int, recipe: Recipe, optimized: Optimized) -> "JepaLatent":
-        cells, n_genes = DrawnCells(training.X), training.X.shape[1]
+        cells, n_genes, params = DrawnCells(training.X), training.X.shape[1], recipe.params
         torch.manual_seed(seed)
-        encoder = Encoder(n_genes, recipe.n_embedding)
+        encoder = Encoder(n_genes, params.n_latent)
         encoder.fit_scale(training)
-        n_steps = sum(recipe.n_steps)
-        if recipe.is_self_supervised:
-            n_first, n_steps = recipe.n_steps
-            encoder = optimized(
-                MaskedPrediction(encoder, recipe.n_embedding, **recipe.masked), cells, n_first, "stage_a"
-            ).target_encoder
+        n_steps = params.n_steps_decoder
+        if params.self_supervised:
+            stage_a = MaskedPrediction(encoder, params)
+            encoder = optimized(stage_a, cells, params.n_steps_representation, "stage_a").target_encoder
+        else:  # the encoder learns with the decoder, in as many steps as both have
+            n_steps += params.n_steps_representation
         torch.manual_seed(seed + 1)
-        latent = cls(optimized(Representation(encoder.train(), recipe.n_embedding, n_genes), cells, n_steps, "stage_c"))
+        stage_c = Representation(encoder.train(), params.n_latent, n_genes)
+        latent = cls(optimized(stage_c, cells, n_steps, "stage_c"))
         latent.fit_effect_map(training)
         return latent
 
@@ -436,13 +405,13 @@ class JepaLatent(NetworkLatent):
         return moved.mean(axis=0) @ self.effect_map
 
 
-# --- world ---
+# --- stage B: predictor -------------------------------------------------------------------------------------------------
 
 LEAST_ACTION = 1e-3  # below: ignored; squared distance of predictions with right and wrong action, of their squared distance to the start
 LOG_VARIANCES = (-6.0, 3.0)
 
 
-class Groups:
+class CellGroups:
     """Cells that share perturbation, batch and cell type: not truly paired, so only their distributions can be compared.
 
     Parameters
@@ -462,45 +431,23 @@ class Groups:
         return summed.index_add(0, self.member, values) / self.size[:, None]
 
 
-class World(nn.Module):
-    """Predictor of the embedding after a perturbation.
+class Predictor(nn.Module):
+    """Stage B: mean and variance of the embedding after a perturbation.
 
-    The shift is f(h, Σ vectors) for a combination's interaction plus f(h, vector) of every member, and nothing without a member.
-
-    Parameters
-    ----------
-    width, dropout
-        Of the layers.
-    own_dropout
-        See `GeneEncoder`.
-    action_dropout
-        How often the perturbation is withheld in training.
-    is_withheld
-        Whether it always is.
-    weights
-        Of the terms `effect`, `world` and `steadiness`.
+    The shift is f(h, Σ vectors) for a combination's interaction plus f(h, vector) of every member, and nothing without
+    a member.
     """
 
-    def __init__(
-        self,
-        latent: JepaLatent,
-        conditions: Conditions,
-        width: int,
-        dropout: float,
-        own_dropout: float,
-        action_dropout: float,
-        weights: dict[str, float],
-        *,
-        is_withheld: bool,
-    ) -> None:
+    def __init__(self, latent: JepaLatent, conditions: Conditions, params: JepaParams) -> None:
         super().__init__()
-        self.action_dropout, self.is_withheld, self.weights = action_dropout, is_withheld, weights
+        width, dropout = params.width, params.dropout
+        self.params, self.is_withheld = params, params.action == "withheld"
         n = latent.n_dimensions
         # Shifts times this have the squared norm of their effects on genes, up to one factor for all.
         U, s, _ = np.linalg.svd(latent.effect_map, full_matrices=False)
         in_genes = U * s * np.sqrt(n / max((s**2).sum(), 1e-12))
         self.register_buffer("in_genes", torch.from_numpy(in_genes.astype(np.float32)), persistent=False)
-        self.gene_encoder = GeneEncoder(conditions, width, own_dropout, drops_together=True)
+        self.gene_encoder = GeneEncoder(conditions, width, params.own_dropout, drops_together=True)
         self.direct = nn.Linear(width, 2 * n, bias=False)
         self.of_member = mlp(n + width, width, width, 2 * n, dropout=dropout)
         self.of_combination = mlp(n + width, width, 2 * n, dropout=dropout)
@@ -541,12 +488,12 @@ class World(nn.Module):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Error of group means in units of genes, likelihood of the groups' cells, and how much shifts of one action differ."""
-        groups = Groups(batch.group)
-        withheld = 1.0 if self.is_withheld else self.action_dropout if self.training else 0.0
+        groups = CellGroups(batch.group)
+        withheld = 1.0 if self.is_withheld else self.params.action_dropout if self.training else 0.0
         has_action = torch.rand(groups.n, device=batch.start.device)[groups.member] >= withheld
         mean, log_variance = self.predicted(batch.start, batch.genes, has_action)
         centre, shift = groups.mean(mean), mean - batch.start
-        of_actions = Groups(batch.genes.unique(dim=0, return_inverse=True)[1])
+        of_actions = CellGroups(batch.genes.unique(dim=0, return_inverse=True)[1])
         error = (centre - groups.mean(batch.target)) @ self.in_genes
         spread = groups.mean((mean - centre[groups.member]).pow(2) + torch.exp(log_variance))[groups.member]
         terms = {
@@ -554,7 +501,8 @@ class World(nn.Module):
             "world": 0.5 * ((batch.target - centre[groups.member]).pow(2) / spread + spread.log()).mean(),
             "steadiness": (shift - of_actions.mean(shift)[of_actions.member]).pow(2).mean(),
         }
-        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
+        weights = self.params.weights
+        return {"loss": sum(getattr(weights, name) * value for name, value in terms.items()), **terms}
 
     def watch(self, batch: Batch) -> dict[str, Tensor]:
         """Return what tells whether the action is used.
@@ -567,7 +515,7 @@ class World(nn.Module):
         start, target, genes, group = (
             getattr(batch, name)[is_perturbed] for name in ("start", "target", "genes", "group")
         )
-        groups, told = Groups(group), torch.full((len(start),), not self.is_withheld, device=start.device)
+        groups, told = CellGroups(group), torch.full((len(start),), not self.is_withheld, device=start.device)
         predicted = {
             "right": self.predicted(start, genes, told)[0],
             "null": self.predicted(start, genes, torch.zeros_like(told))[0],
@@ -576,7 +524,7 @@ class World(nn.Module):
         actions, action = genes.unique(dim=0, return_inverse=True)
         if len(actions) > 1:
             predicted["wrong"] = self.predicted(start, actions[(action + 1) % len(actions)], told)[0]
-            shift, of_actions = predicted["right"] - start, Groups(action)
+            shift, of_actions = predicted["right"] - start, CellGroups(action)
             between = of_actions.mean(shift)[of_actions.member] - shift.mean(dim=0)
             watched = {
                 "action_share": between.pow(2).sum() / (shift - shift.mean(dim=0)).pow(2).sum().clamp(min=1e-12),
@@ -594,12 +542,12 @@ class World(nn.Module):
         if watched.get("action_effect", np.inf) >= LEAST_ACTION:
             return None
         return (
-            "the world model ignores its action: with another perturbation it predicts the same "
+            "the predictor ignores its action: with another perturbation it predicts the same "
             f"(action_effect {watched['action_effect']:.2g}); train longer, or lower action_dropout in the model's params."
         )
 
 
-# --- probes ---
+# --- probes of the embedding --------------------------------------------------------------------------------------------
 
 MAX_CELLS = 4000
 MAX_LABELS = 30  # the commonest
@@ -641,7 +589,7 @@ def separability(pairs: Pairs, latent: Latent, seed: int) -> dict[str, dict[str,
     return found
 
 
-# --- jepa ---
+# --- model --------------------------------------------------------------------------------------------------------------
 
 STARTS = 512  # control cells that a mean effect is the mean over
 INNER_CELLS = 200_000  # perturbed ones of an inner fold
@@ -649,69 +597,17 @@ ROWS_AT_ONCE = 2**16  # cells that what is borrowed is the mean over
 
 
 class Jepa(LearnedModel):
-    """Embedding, world model and decoder.
-
-    Parameters
-    ----------
-    self_supervised
-        Whether there is a stage A; without, the encoder learns from the decoder's likelihood alone, in as many steps.
-    n_steps_representation, n_steps_decoder, mask_rate, target_decay
-        Of stages A and C.
-    fold_embedding
-        Of inner folds. shared: that of the whole training, which has seen the cells that a fold holds out, without their labels; own: learned
-        anew without those cells.
-    action
-        given; withheld: the world model never sees the perturbation; shuffled: it sees that of another one.
-    when_broken
-        stop: a collapsed embedding or an ignored action ends the training; report: it is written down.
-    width, dropout, own_dropout, action_dropout, weights
-        Of the networks and their losses.
-    """
+    """Embedding, predictor and decoder."""
 
     cells_per_draw = 16
+    params: JepaParams
     latent: JepaLatent
+    net: Predictor
 
-    def __init__(
-        self,
-        *,
-        self_supervised: bool,
-        n_steps_representation: int,
-        n_steps_decoder: int,
-        mask_rate: float,
-        target_decay: float,
-        fold_embedding: str,
-        action: str,
-        when_broken: str,
-        width: int,
-        dropout: float,
-        own_dropout: float,
-        action_dropout: float,
-        weights: dict[str, float],
-        **shared: Any,
-    ) -> None:
-        super().__init__(**shared)
-        self.self_supervised, self.action, self.stops_when_broken = self_supervised, action, when_broken == "stop"
-        self.embeds_folds_anew = fold_embedding == "own"
-        self.n_steps_before = (n_steps_representation, n_steps_decoder)
-        vicreg = {name: weights[name] for name in ("invariance", "variance", "covariance")}
-        self.masked: dict[str, Any] = {"mask_rate": mask_rate, "target_decay": target_decay, "weights": vicreg}
-        self.architecture: dict[str, Any] = {
-            "width": width, "dropout": dropout, "own_dropout": own_dropout, "action_dropout": action_dropout,
-            "weights": {name: weight for name, weight in weights.items() if name not in vicreg}, "is_withheld": action == "withheld",
-        }  # fmt: skip
-
-    @property
-    def recipe(self) -> Recipe:
-        """How the embedding is learned."""
-        return Recipe(
-            is_self_supervised=self.self_supervised,
-            n_embedding=self.n_latent,
-            n_steps=self.n_steps_before,
-            batch_size=self.batch_size,
-            optimization=self.optimization,
-            masked=self.masked,
-            stops=self.stops_when_broken,
-        )
+    def __init__(self, params: JepaParams) -> None:
+        super().__init__(params)
+        self.stops_when_broken = params.when_broken == "stop"
+        self.recipe = Recipe(params, self.optimization)
 
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> JepaLatent:
         """Train stages A and C."""
@@ -723,143 +619,171 @@ class Jepa(LearnedModel):
         """Return the embedding of an artefact."""
         return JepaLatent.restored(state)
 
-    def network(self, latent: JepaLatent, conditions: Conditions) -> World:
-        """Return a new world model."""
-        return World(latent, conditions, **self.architecture)
+    def network(self, latent: JepaLatent, conditions: Conditions) -> Predictor:
+        """Return a new predictor."""
+        return Predictor(latent, conditions, self.params)
 
-    def paired(self, pairs: Pairs, z: Tensor, conditions: Conditions, seed: int) -> PairedCells:
-        """Return matched cells; with shuffled actions every perturbation has the genes of another of its order."""
-        cells = super().paired(pairs, z, conditions, seed)
-        if self.action == "shuffled":
+    def training_cells(self, pairs: Pairs, z: Tensor, conditions: Conditions, seed: int) -> PairedCells:
+        """Return matched cells; shuffled actions give every perturbation the genes of another with as many members."""
+        cells = super().training_cells(pairs, z, conditions, seed)
+        if self.params.action == "shuffled":
             rng = np.random.default_rng(seed)
-            order = (cells.genes >= 0).sum(dim=1).numpy()
-            for n_members in np.unique(order):
-                rows = rng.permutation(np.flatnonzero(order == n_members))
+            n_members = (cells.genes >= 0).sum(dim=1).numpy()
+            for n in np.unique(n_members):
+                rows = rng.permutation(np.flatnonzero(n_members == n))
                 cells.genes[rows] = cells.genes[np.roll(rows, 1)]
         return cells
 
-    def other_parts(self, cells: PairedCells, run: Run) -> dict[str, FitPart]:
-        """Return the world model, to be trained anew for inner folds of a mean in closed form."""
-        return {"world": partial(self._inner_world, cells, run)}
+    def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the difference between the perturbed embedding, sampled, and the cell's own.
 
-    def _inner_world(
-        self, cells: PairedCells, run: Run, inner: Training, start: np.ndarray
+        The same noise serves both, so that no perturbation makes no difference.
+        """
+        mean, log_variance = self.net.predicted(z, genes)
+        if generator is None:
+            return mean - z
+        _, own_log_variance = self.net.predicted(z, torch.full_like(genes, -1))
+        noise = torch.randn(z.shape, generator=generator)
+        return mean - z + (torch.exp(0.5 * log_variance) - torch.exp(0.5 * own_log_variance)) * noise
+
+    # --- mean effects of the predictor ---
+
+    def network_means(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
+        """Return the predictor's mean effect on cells."""
+        start = torch.from_numpy(z[:: -(-len(z) // STARTS)])
+        known = self.conditions, self.neighbours, frozenset(self.seen)
+        return {"predictor": PredictedMean(self.latent, self.net, *known, start)(perturbation)}
+
+    def learned_mean(self, response: Response, rng: np.random.Generator) -> np.ndarray:
+        """Return the predictor's mean effect, without its noise and without sampled neighbours."""
+        return self.network_means(response.z, response.perturbation)["predictor"]
+
+    def fit_network_means(self, cells: PairedCells, run: Run) -> dict[str, FitMean]:
+        """Return how to train the predictor again for an inner fold of a mean in closed form."""
+        return {"predictor": partial(self._predictor_of_fold, cells, run)}
+
+    def _predictor_of_fold(
+        self, cells: PairedCells, run: Run, inner: TrainingSet, start: np.ndarray
     ) -> Callable[[str], np.ndarray]:
-        """Train on what an inner training knows and on its half of the controls, and return mean effects by label.
+        """Train on an inner training set and its half of the controls, and return mean effects by label.
 
         Parameters
         ----------
         start
             Rows of pairs.h5ad that hold the controls to start from.
         """
-        groups, is_of_inner = inner.pairs.groups, np.isin(inner.pairs.groups.labels, inner.effects.labels)
-        is_perturbed = groups.of_cell < len(groups.labels)
-        is_known = is_perturbed & is_of_inner[np.where(is_perturbed, groups.of_cell, 0)]
         rng = np.random.default_rng(run.seed)
-        if is_known.sum() > INNER_CELLS:
-            is_known &= rng.random(len(is_known)) < INNER_CELLS / is_known.sum()
+        is_known = _cells_of(inner, rng)
         rows = cells.pairs.rows.searchsorted(rng.permutation(start)[:STARTS])  # rows of pairs.h5ad rise
         table = inner.embeddings.standardized(inner.effects.genes)
         conditions = Conditions(list(table.index), table.to_numpy())
         neighbours = Neighbours.fit(*inner.halves, dict(zip(table.index, table.to_numpy(float), strict=True)))
-        embedding = (
-            None if self.embeds_folds_anew else self.latent.network.centre.tolist()
-        )  # what was trained in another is of no use
+        latent, net = self._trained_for_fold(cells, run, inner, is_known, conditions, start)
+        z = cells.z[rows] if self.params.fold_embedding == "shared" else _encoded_rows(latent, cells.pairs, rows)
+        return PredictedMean(latent, net.eval(), conditions, neighbours, frozenset(inner.effects.genes), z)
+
+    def _trained_for_fold(
+        self,
+        cells: PairedCells,
+        run: Run,
+        inner: TrainingSet,
+        is_known: np.ndarray,
+        conditions: Conditions,
+        start: np.ndarray,
+    ) -> tuple[JepaLatent, Predictor]:
+        """Return embedding and predictor of an inner fold, from the disk if this very fold was trained before."""
+        # A predictor that was trained in another embedding is of no use.
+        embedding = self.latent.network.centre.tolist() if self.params.fold_embedding == "shared" else None
         kept = run.checkpoints / run.identity / f"inner_{digest(inner.effects.labels, start.tolist(), embedding)}.ckpt"
         if trained := resumable(kept, "jepa, inner fold"):
             latent = JepaLatent.restored(trained["latent"])
             net = self.network(latent, conditions)
             net.load_state_dict(trained["state"])
-        else:
-            known = inner.pairs.rematched(is_known | inner.controls, run.seed)
-            latent, z = self._fold_latent(cells, run, inner, known)
-            torch.manual_seed(run.seed)
-            net = self.network(latent, conditions)
-            matched = self.paired(known, z, conditions, run.seed)
-            net = optimize_briefly(Learner(net, run.seed, self.n_steps, self.optimization), matched, self.batch_size)
-            if run.is_first_process:  # so that no fold is trained again if the job ends before the last
-                save_checkpoint(kept, {"latent": latent.state(), "state": net.state_dict()})
-            logger.info("jepa: trained anew for an inner fold, on %d perturbations", is_of_inner.sum())
-        starts = torch.from_numpy(latent.encode(cells.pairs.X[rows])) if self.embeds_folds_anew else cells.z[rows]
-        return partial(_mean_effect, latent, net.eval(), conditions, neighbours, set(inner.effects.genes), starts)
+            return latent, net
+        known = inner.pairs.rematched(is_known | inner.controls, run.seed)
+        latent, z = self._latent_of_fold(cells, run, inner, known)
+        torch.manual_seed(run.seed)
+        learner = Learner(self.network(latent, conditions), run.seed, self.params.n_steps, self.optimization)
+        matched = self.training_cells(known, z, conditions, run.seed)
+        net = optimize_briefly(learner, matched, self.params.batch_size)
+        save_checkpoint(kept, {"latent": latent.state(), "state": net.state_dict()})
+        logger.info("jepa: trained again for an inner fold, on %d perturbations", len(inner.effects.labels))
+        return latent, net
 
-    def _fold_latent(self, cells: PairedCells, run: Run, inner: Training, known: Pairs) -> tuple[JepaLatent, Tensor]:
-        """Return the embedding of an inner fold, its map fitted to the effects that the fold knows, and where its cells are, (known, dimensions)."""
-        if self.embeds_folds_anew:
+    def _latent_of_fold(
+        self, cells: PairedCells, run: Run, inner: TrainingSet, known: Pairs
+    ) -> tuple[JepaLatent, Tensor]:
+        """Return the embedding of an inner fold and the coordinates of its cells, (known, dimensions).
+
+        Its map to effects is fitted to the effects that the fold knows.
+        """
+        if self.params.fold_embedding == "own":
             latent = JepaLatent.learned_briefly(known, run.seed, self.recipe)
             return latent, encoded(known, latent)
         pairs, row = inner.pairs, cells.pairs.rows.searchsorted
         z = cells.z if pairs is cells.pairs else cells.z[row(pairs.rows)]
-        shifts = pairs.groups.effects(pairs.groups.sums(z.numpy()), inner.half)[
-            np.isin(pairs.groups.labels, inner.effects.labels)
-        ]
+        shifts = pairs.groups.effects(pairs.groups.sums(z.numpy()), inner.half)
+        shifts = shifts[np.isin(pairs.groups.labels, inner.effects.labels)]
         return self.latent.with_effects(shifts, inner.effects.values), cells.z[row(known.rows)]
 
-    def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, Callable[[], np.ndarray]]:
-        """Return how to get the world model's mean effect on cells."""
-        start = torch.from_numpy(z[:: -(-len(z) // STARTS)])
-        return {
-            "world": partial(
-                _mean_effect,
-                self.latent,
-                self.net,
-                self.conditions,
-                self.neighbours,
-                set(self.seen),
-                start,
-                perturbation,
-            )
-        }
 
-    def mean_change(
-        self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator
-    ) -> np.ndarray:
-        """Return the world model's mean effect: what its noise and the draw of neighbours would add is left out."""
-        return self.other_effects(z, perturbation)["world"]()
-
-    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return the difference between the perturbed embedding, sampled, and the cell's own.
-
-        The same noise serves both, so that no perturbation makes no difference.
-        """
-        mean, log_variance = self.net.predicted(start, genes)
-        if generator is None:
-            return mean - start
-        _, own_log_variance = self.net.predicted(start, torch.full_like(genes, -1))
-        noise = torch.randn(start.shape, generator=generator)
-        return mean - start + (torch.exp(0.5 * log_variance) - torch.exp(0.5 * own_log_variance)) * noise
+def _cells_of(inner: TrainingSet, rng: np.random.Generator) -> np.ndarray:
+    """Return True for at most INNER_CELLS perturbed cells of an inner training set, (cells,)."""
+    groups = inner.pairs.groups
+    is_of_inner = np.append(np.isin(groups.labels, inner.effects.labels), False)  # the last entry serves controls
+    is_known = is_of_inner[np.minimum(groups.of_cell, len(groups.labels))]
+    if is_known.sum() > INNER_CELLS:
+        is_known &= rng.random(len(is_known)) < INNER_CELLS / is_known.sum()
+    return is_known
 
 
-@torch.no_grad()
-def _mean_effect(
-    latent: JepaLatent,
-    net: World,
-    conditions: Conditions,
-    neighbours: Neighbours,
-    seen: set[str],
-    z: Tensor,
-    perturbation: str,
-) -> np.ndarray:
-    """Return the mean effect on cells, (genes,): an unseen member has the mean of those that it borrows from, by weight and strength."""
+def _encoded_rows(latent: JepaLatent, pairs: Pairs, rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(latent.encode(pairs.X[rows]))
 
-    def shifts(labels: list[list[str]], start: Tensor) -> np.ndarray:
-        """(labels, dimensions), means over start cells."""
+
+@dataclass(frozen=True)
+class PredictedMean:
+    """Mean effects of a trained predictor on some control cells, by label.
+
+    An unseen member has the mean of those that it borrows from, by weight and strength; see `Neighbours`.
+
+    Attributes
+    ----------
+    latent, net, conditions, neighbours
+        Of the training.
+    seen
+        Genes that training perturbed.
+    z
+        Embeddings of the control cells, (cells, dimensions).
+    """
+
+    latent: JepaLatent
+    net: Predictor
+    conditions: Conditions
+    neighbours: Neighbours
+    seen: frozenset[str]
+    z: Tensor
+
+    @torch.no_grad()
+    def __call__(self, perturbation: str) -> np.ndarray:
+        """Return the mean effect of a perturbation, (genes,)."""
+        members = members_of(perturbation)
+        unseen = unseen_among(members, self.seen)
+        known = [gene for gene in members if gene not in unseen]
+        shift = self._mean_shifts([known], self.z)
+        start = self.z[: max(1, ROWS_AT_ONCE // len(self.neighbours.genes))]
+        for gene in unseen:
+            vector = self.conditions.vectors[self.conditions.genes.index(gene)].numpy().astype(float)
+            with_others = self._mean_shifts([[*known, other] for other in self.neighbours.genes], start)
+            borrowed = self.neighbours.weights(vector[None]) @ with_others
+            shift = shift + self.neighbours.strength * (borrowed - self._mean_shifts([known], start))
+        return self.latent.mean_change(shift)
+
+    def _mean_shifts(self, labels: list[list[str]], start: Tensor) -> np.ndarray:
+        """Return mean shifts over start cells of several sets of genes, (sets, dimensions)."""
         width = max(2, *map(len, labels))
-        genes = torch.tensor(
-            [[*map(conditions.genes.index, members), *[-1] * (width - len(members))] for members in labels]
-        )
-        moved = net.predicted(start.repeat(len(labels), 1), genes.repeat_interleave(len(start), dim=0))[
-            0
-        ] - start.repeat(len(labels), 1)
-        return moved.reshape(len(labels), len(start), -1).mean(dim=1).numpy()
-
-    members = members_of(perturbation)
-    unseen = unseen_among(members, seen)
-    known = [gene for gene in members if gene not in unseen]
-    moved = shifts([known], z)
-    start = z[: max(1, ROWS_AT_ONCE // len(neighbours.genes))]
-    for gene in unseen:
-        vector = conditions.vectors[conditions.genes.index(gene)].numpy().astype(float)
-        borrowed = neighbours.weights(vector[None]) @ shifts([[*known, other] for other in neighbours.genes], start)
-        moved = moved + neighbours.strength * (borrowed - shifts([known], start))
-    return latent.mean_change(moved)
+        index = [[*map(self.conditions.genes.index, genes), *[-1] * (width - len(genes))] for genes in labels]
+        genes = torch.tensor(index).repeat_interleave(len(start), dim=0)
+        h = start.repeat(len(labels), 1)
+        shifts = self.net.predicted(h, genes)[0] - h
+        return shifts.reshape(len(labels), len(start), -1).mean(dim=1).numpy()

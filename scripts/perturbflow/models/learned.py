@@ -1,8 +1,19 @@
-"""What the learned families share: conditions, displacements in latent space, what unseen genes borrow, and the way back to cells."""
+"""What the learned families share: from control cells to perturbed cells through a latent space.
+
+1. Latent space. A cell x has coordinates z = encode(x). `latents/` holds the spaces.
+2. Network. It gives each cell a latent shift, given its coordinates and the perturbed genes. Every family has its own.
+3. Unseen genes. A gene that training never perturbed borrows shifts from genes that it did, see `Neighbours`.
+4. Mean effect. It is the mean of the shifts (`mean: learned`) or that of `SetGP` (`mean: closed_form`).
+5. Perturbed cells. Counts of a control cell are thinned or added to, see `thinning`. The log fold change of a gene has
+   two parts: each cell's own, from its latent shift; and one that all cells have in common. The common part is found on
+   a population of control cells, such that their mean moves by the mean effect. `Response` does this.
+
+`predict` takes the cells that it is given for the population: their mean is exact, as a score of means asks.
+`counterfactual` takes controls of training: the answer for a cell does not depend on which other cells are asked.
+"""
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -13,29 +24,30 @@ from torch import Tensor, nn
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, entity_of, members_of
+from perturbflow.models import thinning
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.calibration import Calibration
-from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.own_gene import OwnGene
-from perturbflow.models.gaussian_process.set_gp import FitPart, SetGP
+from perturbflow.models.gaussian_process.set_gp import FitMean, SetGP
 from perturbflow.models.latents.pca import Latent, LatentSpace
 from perturbflow.models.neighbours import Neighbours
-from perturbflow.models.thinning import Change, change_of, changed, drawn_mean_change, recounted
 from perturbflow.models.training.batches import Batches, PairedCells, encoded
 from perturbflow.models.training.conditions import Conditions
 from perturbflow.models.training.loop import Learner, Optimization, optimize
 from perturbflow.models.training.networks import GeneEncoder
 from perturbflow.pairs import Context, Pairs
+from perturbflow.registry.families import NetworkParams
 
 CELLS_PER_BLOCK = 2048
 CENTRED_FROM = 16  # cells: fewer say little of where their mean is
-POPULATION = 512  # control cells that a mean effect is the mean over
-BORROWED = 16  # draws of whom an unseen gene borrows from, to average over
+POPULATION = 512  # training controls that a mean effect is the mean over
+BORROWED = 16  # samples of whom an unseen gene borrows from, to average over
 
 
 def unseen_among(members: Sequence[str], seen: Collection[str]) -> list[str]:
-    """Return the members that training did not see; a drug at another dose is seen: its dose is a number."""
+    """Return the members that training did not see. A drug at another dose counts as seen: its dose is a number."""
     names = set(map(entity_of, seen))
     return [member for member in members if entity_of(member) not in names]
 
@@ -43,161 +55,137 @@ def unseen_among(members: Sequence[str], seen: Collection[str]) -> list[str]:
 class LearnedModel(Model):
     """A network on latent differences between control and perturbed cells.
 
-    A predicted cell is its control cell, changed by what its displacement in latent space means for its genes: what the latent space leaves
-    out of a cell stays as it was. A gene that training never perturbed borrows displacements from `Neighbours`, and its
-    own level follows `OwnGene`.
-
-    Parameters
-    ----------
-    mean
-        learned: the mean change of cells is that of their displacements; closed_form: that of `SetGP`.
-    cells
-        counts: cells of whole counts, see `recount`; shifted: control cells plus the change.
-    n_latent, n_steps, batch_size, learning_rate, weight_decay, ema_decay, control_share, synthetic_share, shifted_share
-        Shared by all learned families, see config/schemas/models.schema.yaml.
-    precision, compiled
-        Of families that offer them, see `Optimization`.
+    A family gives `network` and `shift`. It may give a latent space, and what its network says of mean effects.
     """
 
+    params: NetworkParams
     reads_blocks = True
-    cells_per_draw: ClassVar[int] = 1
+    cells_per_draw: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
     stops_when_broken: bool = True  # whether a network that complains of itself ends the training
-    _last: "_OfPopulation | None" = None
-    learns_residuals: bool = False  # whether the network sees targets less the mean effect of their perturbation
+    learns_residuals: bool = False  # whether the network sees targets minus the mean effect of their perturbation
 
-    def __init__(
-        self,
-        *,
-        mean: str,
-        cells: str,
-        n_latent: int,
-        n_steps: int,
-        batch_size: int,
-        learning_rate: float,
-        weight_decay: float,
-        ema_decay: float,
-        control_share: float,
-        synthetic_share: float,
-        shifted_share: float,
-        precision: str = "float32",
-        compiled: bool = False,
-    ) -> None:
-        self.has_closed_mean, self.cells = mean == "closed_form", cells
-        self.n_latent, self.n_steps, self.batch_size = n_latent, n_steps, batch_size
-        self.optimization = Optimization(learning_rate, weight_decay, ema_decay, precision, compiled)
-        self.control_share, self.synthetic_share, self.shifted_share = control_share, synthetic_share, shifted_share
+    def __init__(self, params: NetworkParams) -> None:
+        super().__init__(params)
+        self.has_closed_mean = params.mean == "closed_form"
+        self.optimization = Optimization(params.learning_rate, params.weight_decay, params.ema_decay)
+
+    # --- what a family gives ---
 
     @abstractmethod
     def network(self, latent: Any, conditions: Conditions) -> nn.Module:
         """Return a new network for cells of this latent space and these perturbations."""
 
     @abstractmethod
-    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return the latent displacement of start cells, (B, dimensions), zero where all gene indices are -1; without a generator the expected one."""
+    def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the latent shift of cells, (B, dimensions); zero where all gene indices are -1.
 
-    def mean_displacement(self, start: Tensor, several: Sequence[Tensor]) -> Tensor:
-        """Return the mean of the expected displacements of the same cells under several gene indices, (B, dimensions)."""
-        return sum(self.displace(start, genes, None) for genes in several) / len(several)
+        Parameters
+        ----------
+        z
+            Latent coordinates of control cells, (B, dimensions).
+        genes
+            Indices of the perturbed genes, (B, members), -1 for none.
+        generator
+            Of the noise of a sample; None asks for the expected shift.
+        """
+
+    def mean_shift(self, z: Tensor, several: Sequence[Tensor]) -> Tensor:
+        """Return the mean of the cells' expected shifts under several gene indices, (B, dimensions)."""
+        return sum(self.shift(z, genes, None) for genes in several) / len(several)
 
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> Latent:
         """Return the latent space that the network works in."""
-        return LatentSpace.fit(pairs, effects, self.n_latent)
-
-    def paired(self, pairs: Pairs, z: Tensor, conditions: Conditions, seed: int) -> PairedCells:
-        """Return matched cells to draw batches from; z are their latent coordinates, (cells, dimensions)."""
-        shares = (self.control_share, self.synthetic_share, self.shifted_share, self.cells_per_draw)
-        return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals)
-
-    def other_parts(self, cells: PairedCells, run: Run) -> dict[str, FitPart]:
-        """Return, by name, what a mean in closed form also hears; `other_effects` are the same of the trained model."""
-        return {}
-
-    def other_effects(self, z: np.ndarray, perturbation: str) -> dict[str, Callable[[], np.ndarray]]:
-        """Return, by name, how to get mean effects on cells in latent space, (genes,)."""
-        return {}
-
-    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Fit the latent space, train the network in it and, for a mean in closed form, choose that."""
-        effects = Effects.of_training(pairs)
-        self.latent = self.fit_latent(pairs, effects, run)
-        self.own_gene = OwnGene.fit(pairs.roles("train"), effects)
-        table = embeddings.standardized(effects.genes)
-        self.conditions = Conditions(list(table.index), table.to_numpy())
-        self.neighbours = Neighbours.fit(
-            *Effects.with_disjoint_controls(pairs), dict(zip(table.index, table.to_numpy(float), strict=True))
-        )
-        self.genes = pairs.genes
-        self.seen = effects.genes
-        self.population, self._last = _population(pairs.roles("train")), None
-        torch.manual_seed(run.seed)
-        self.net = self.network(self.latent, self.conditions)
-        cells = {
-            role: self.paired(of_role := pairs.roles(role), encoded(of_role, self.latent), self.conditions, run.seed)
-            for role in ("train", "validation")
-            if len(pairs.roles(role).perturbations)
-        }
-        learner = Learner(self.net, run.seed, self.n_steps, self.optimization, stops=self.stops_when_broken)
-        optimize(
-            learner,
-            Batches(cells["train"], cells.get("validation"), self.batch_size, run.seed),
-            run,
-            type(self).__name__.lower(),
-        )
-        self.net = learner.average.module.cpu().eval()
-        run.facts["unseen_genes"] = {
-            name: str(getattr(self.neighbours, name)) for name in ("bandwidth", "tempering", "strength")
-        }
-        artefact: Artefact = {
-            "state": self.net.state_dict(),
-            "latent": {name: torch.as_tensor(value) for name, value in self.latent.state().items()},
-            "own_gene": torch.as_tensor(self.own_gene.coefficients),
-            "neighbours": {
-                **asdict(self.neighbours),
-                "vectors": torch.as_tensor(self.neighbours.vectors),
-                "sizes": torch.as_tensor(self.neighbours.sizes),
-            },
-            "condition_genes": self.conditions.genes,
-            "genes": self.genes,
-            "seen": self.seen,
-            "population": torch.from_numpy(self.population),
-        }
-        if self.has_closed_mean:
-            self.mean = SetGP(self.other_parts(cells["train"], run)).learned(Training.of(pairs, embeddings, run.seed))
-            run.facts["mean"] = self.mean.account()
-            words = {name: value.tolist() for name, value in self.mean.artefact.items() if value.dtype.kind == "U"}
-            arrays = {name: torch.as_tensor(value) for name, value in self.mean.artefact.items() if name not in words}
-            artefact |= {"mean": {**words, **arrays}}
-        return artefact
+        return LatentSpace.fit(pairs, effects, self.params.n_latent)
 
     def restore_latent(self, state: dict[str, Tensor]) -> Latent:
         """Return the latent space of an artefact."""
         return LatentSpace(**{name: value.numpy() for name, value in state.items()})
 
+    def training_cells(self, pairs: Pairs, z: Tensor, conditions: Conditions, seed: int) -> PairedCells:
+        """Return matched cells to sample batches from; z are their latent coordinates, (cells, dimensions)."""
+        of = self.params
+        shares = (of.control_share, of.synthetic_share, of.shifted_share, self.cells_per_draw)
+        return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals)
+
+    def network_means(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
+        """Return, by name, mean effects on cells in latent space that a mean in closed form should know, (genes,)."""
+        return {}
+
+    def fit_network_means(self, cells: PairedCells, run: Run) -> dict[str, FitMean]:
+        """Return, by name, how to learn the same without the perturbations of an inner fold."""
+        return {}
+
+    # --- training ---
+
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Fit the latent space, train the network in it and fit a mean in closed form."""
+        training, effects = pairs.roles("train"), Effects.of_training(pairs)
+        self.genes, self.seen = pairs.genes, effects.genes
+        self.latent = self.fit_latent(pairs, effects, run)
+        self.own_gene = OwnGene.fit(training, effects)
+        table = embeddings.standardized(effects.genes)
+        vectors = dict(zip(table.index, table.to_numpy(float), strict=True))
+        self.conditions = Conditions(list(table.index), table.to_numpy())
+        self.neighbours = Neighbours.fit(*Effects.with_disjoint_controls(pairs), vectors)
+        self.population = _population(training)
+        cells = self._train(pairs, run)
+        run.facts["unseen_genes"] = {
+            name: str(getattr(self.neighbours, name)) for name in ("bandwidth", "tempering", "strength")
+        }
+        if self.has_closed_mean:
+            means = self.fit_network_means(cells, run)
+            self.mean = SetGP(other_means=means).learned(TrainingSet.of(pairs, embeddings, run.seed))
+            run.facts["mean"] = self.mean.account()
+        return self._artefact()
+
+    def _train(self, pairs: Pairs, run: Run) -> PairedCells:
+        """Train the network, and return the training cells that it saw."""
+        torch.manual_seed(run.seed)
+        net = self.network(self.latent, self.conditions)
+        roles = {role: pairs.roles(role) for role in ("train", "validation")}
+        cells = {
+            role: self.training_cells(of_role, encoded(of_role, self.latent), self.conditions, run.seed)
+            for role, of_role in roles.items()
+            if len(of_role.perturbations)
+        }
+        learner = Learner(net, run.seed, self.params.n_steps, self.optimization, stops=self.stops_when_broken)
+        batches = Batches(cells["train"], cells.get("validation"), self.params.batch_size, run.seed)
+        optimize(learner, batches, run, type(self).__name__.lower())
+        self.net = learner.average.module.cpu().eval()
+        return cells["train"]
+
+    def _artefact(self) -> Artefact:
+        """Return all that `restore` needs: tensors, numbers and texts."""
+        artefact: Artefact = {
+            "state": self.net.state_dict(),
+            "latent": {name: torch.as_tensor(value) for name, value in self.latent.state().items()},
+            "own_gene": torch.as_tensor(self.own_gene.coefficients),
+            "neighbours": self.neighbours.state(),
+            "condition_genes": self.conditions.genes,
+            "genes": self.genes,
+            "seen": self.seen,
+            "population": torch.from_numpy(self.population),
+        }
+        return artefact | ({"mean": _as_tensors(self.mean.artefact)} if self.has_closed_mean else {})
+
     def restore(self, artefact: Artefact) -> None:
-        """Rebuild the network around its weights."""
+        """Rebuild the model around its weights."""
         self.genes, self.seen = artefact["genes"], artefact["seen"]
         self.latent = self.restore_latent(artefact["latent"])
         self.own_gene = OwnGene(artefact["own_gene"].numpy())
-        self.population, self._last = artefact["population"].numpy(), None
+        self.neighbours = Neighbours.restored(artefact["neighbours"])
+        self.population = artefact["population"].numpy()
         vectors = next(value for name, value in artefact["state"].items() if name.endswith("gene_encoder.vectors"))
         self.conditions = Conditions(artefact["condition_genes"], vectors.numpy())
-        arrays = {name: artefact["neighbours"][name].numpy() for name in ("vectors", "sizes")}
-        self.neighbours = Neighbours(**{**artefact["neighbours"], **arrays})
         self.net = self.network(self.latent, self.conditions)
         self.net.load_state_dict(artefact["state"])
         self.net.eval()
         if self.has_closed_mean:
             self.mean = SetGP()
-            values = artefact["mean"].items()
-            self.mean.restore(
-                {
-                    name: np.array(value, dtype=str) if isinstance(value, list) else value.numpy()
-                    for name, value in values
-                }
-            )
+            self.mean.restore(_as_arrays(artefact["mean"]))
 
     def refusal(self, perturbation: str) -> str | None:
-        """A gene that no cell was perturbed in has no place among the vectors that the network was built around; a new dose gets one."""
+        """Return why a perturbation has no answer: a gene has no vector. A new dose of a known drug gets one."""
         if self.conditions.add_doses(perturbation):
             for module in self.net.modules():
                 if isinstance(module, GeneEncoder):
@@ -205,90 +193,110 @@ class LearnedModel(Model):
         unknown = self.conditions.unknown(perturbation)
         if not unknown:
             return None
-        return f"{', '.join(unknown)} has no embedding: no cell of this screen was perturbed in it. Ask a closed form, such as set_gp"
+        return (
+            f"{', '.join(unknown)} has no embedding: no cell of this screen was perturbed in it. "
+            "Ask a closed form, such as set_gp"
+        )
 
-    @torch.no_grad()
-    def predict(
-        self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
+    # --- latent shifts ---
+
+    def shifts(
+        self, z: np.ndarray, perturbation: str, rng: np.random.Generator, generator: torch.Generator | None
     ) -> np.ndarray:
-        """Move start cells in latent space and bring them back to expression, a block at a time."""
-        start = start_cells(cells, n)
-        z = self.latent.encode(start)
-        predicted = np.empty((len(perturbations), n, start.shape[1]), dtype=np.float32)
-        for p, perturbation in enumerate(perturbations):
-            if reason := self.refusal(perturbation):
-                raise InputError(f"{perturbation} cannot be predicted: {reason}.")
-            rng = np.random.default_rng((seed, p))
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            for first in range(0, n, CELLS_PER_BLOCK):
-                block = slice(first, first + CELLS_PER_BLOCK)
-                moved = self._displacement(torch.from_numpy(z[block]), perturbation, rng, generator).numpy()
-                predicted[p, block] = self.outcome(start[block], z[block], moved, perturbation, rng, context)
-        return predicted
-
-    def outcome(
-        self,
-        start: np.ndarray,
-        z: np.ndarray,
-        moved: np.ndarray,
-        perturbation: str,
-        rng: np.random.Generator,
-        context: Context | None = None,
-    ) -> np.ndarray:
-        """Return perturbed cells, (cells, genes): the mean change that is predicted, and around it what the cells differ in.
-
-        A mean in closed form is met as it is: what the displacements of many cells have in common is taken off where they are residuals.
+        """Return latent shifts of control cells, (cells, dimensions); unseen members borrow theirs.
 
         Parameters
         ----------
-        start, z
-            Start cells, log1p-normalized (cells, genes) and in latent space (cells, dimensions).
-        moved
-            Their displacement in latent space, (cells, dimensions).
-        context
-            As of `predict`.
+        z
+            Latent coordinates of the cells, (cells, dimensions).
+        rng, generator
+            Of whom unseen members borrow from, and of the network's noise; without a generator the shifts are expected
+            ones, over `BORROWED` samples of whom to borrow from.
         """
-        if perturbation == CONTROL:
-            return start.copy()
-        if self.learns_residuals and len(moved) >= CENTRED_FROM:
-            moved = moved - moved.mean(axis=0)
-        mean = self.mean_effect(start, z, moved, perturbation, rng, context) + off_level(start, context)
-        if self.cells == "shifted":
-            return start + mean
-        return recounted(start, mean, self.latent.fold(z, moved), rng)
+        start, members = torch.from_numpy(z), members_of(perturbation)
+        unseen = unseen_among(members, self.seen)
+        known = self.conditions.index([perturbation]).expand(len(z), -1).clone()
+        if not unseen:
+            return self.shift(start, known, generator).numpy()
+        known[:, [members.index(gene) for gene in unseen]] = -1
+        noise = generator and generator.get_state()
+        if generator is None:
+            samples = [self._with_neighbours(perturbation, unseen, known, rng) for _ in range(BORROWED)]
+            borrowed = self.mean_shift(start, samples)
+        else:
+            borrowed = self.shift(start, self._with_neighbours(perturbation, unseen, known, rng), generator)
+        if len(unseen) == len(members):
+            return (self.neighbours.strength * borrowed).numpy()
+        if generator is not None:
+            generator.set_state(noise)
+        certain = self.shift(start, known, generator)
+        return (certain + self.neighbours.strength * (borrowed - certain)).numpy()
 
-    def mean_effect(
-        self,
-        start: np.ndarray,
-        z: np.ndarray,
-        moved: np.ndarray,
-        perturbation: str,
-        rng: np.random.Generator,
-        context: Context | None = None,
-    ) -> np.ndarray:
-        """Return the mean effect on these cells, (genes,)."""
-        if self.has_closed_mean:
-            return self.mean.effect_in(perturbation, context, self._said(z, perturbation))
-        return self.mean_change(start, z, moved, perturbation, rng) + self.own_shift(start, perturbation)
+    def _with_neighbours(self, perturbation: str, unseen: list[str], known: Tensor, rng: np.random.Generator) -> Tensor:
+        """Return gene indices of every cell, (cells, members); a sampled neighbour replaces each unseen member."""
+        genes, members = known.clone(), members_of(perturbation)
+        for gene in unseen:
+            vector = self.conditions.vectors[self.conditions.genes.index(gene)].numpy().astype(float)
+            weights = self.neighbours.weights(vector[None])[0]
+            sampled = rng.choice(self.neighbours.genes, size=len(genes), p=weights)
+            genes[:, members.index(gene)] = self.conditions.index(list(sampled))[:, 0]
+        return genes
 
-    def _said(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray] | None:
-        """Return what the network itself says of the mean effect, where the closed form hears it."""
-        names = self.mean.artefact["others"].tolist()
-        return (
-            {name: effect() for name, effect in self.other_effects(z, perturbation).items() if name in names}
-            if names
-            else None
-        )
+    # --- mean effects ---
+
+    def learned_mean(self, response: "Response", rng: np.random.Generator) -> np.ndarray:
+        """Return the mean effect of the network's own shifts on a population, (genes,)."""
+        mean = self.latent.mean_change(response.shifts)
+        if mean is not None:
+            return mean
+        lfc = self.latent.log_fold_change(response.z, response.shifts)
+        return thinning.mean_effect_of(response.population, lfc, rng)
+
+    def own_level_change(self, population: np.ndarray, perturbation: str) -> np.ndarray:
+        """Return the expected change of the levels of unseen perturbed genes themselves, (genes,)."""
+        change = np.zeros(len(self.genes))
+        row = {gene: i for i, gene in enumerate(self.genes)}
+        for gene in map(entity_of, unseen_among(members_of(perturbation), self.seen)):
+            if gene in row:
+                change[row[gene]] += self.own_gene.shift(float(population[:, row[gene]].mean()))
+        return change
+
+    def network_means_heard(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray] | None:
+        """Return the network's mean effects, where the mean in closed form was fitted with them; else None."""
+        return self.network_means(z, perturbation) if self.mean.out_of_fold else None
 
     def uncertainty(self, perturbation: str, context: Context | None = None) -> np.ndarray | None:
         """Return the posterior variance of a mean in closed form, (genes,)."""
         if not self.has_closed_mean:
             return None
-        z = self.latent.encode(self.population) if self.mean.artefact["others"].tolist() else self.population[:0]
-        return self.mean.uncertainty(perturbation, context, self._said(z, perturbation))
+        z = self.latent.encode(self.population) if self.mean.out_of_fold else self.population[:0]
+        return self.mean.uncertainty(perturbation, context, self.network_means_heard(z, perturbation))
 
-    # Single cells: a mean effect is one of a population, here training controls. What a cell differs by from the population's mean is its own,
-    # so its answer is the same whoever else is asked; and the mean over cells that are asked is theirs, not the population's.
+    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
+        """Return what inner folds of a mean in closed form show; nothing where the network owns the mean."""
+        return self.mean.held_out(pairs, embeddings, seed) if self.has_closed_mean else Calibration.none()
+
+    # --- cells ---
+
+    @torch.no_grad()
+    def predict(
+        self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Return perturbed cells whose mean is exact, a block at a time; see the head of this module."""
+        start = start_cells(cells, n)
+        predicted = np.empty((len(perturbations), n, start.shape[1]), dtype=np.float32)
+        for p, perturbation in enumerate(perturbations):
+            if reason := self.refusal(perturbation):
+                raise InputError(f"{perturbation} cannot be predicted: {reason}.")
+            rng, generator = _randomness(seed, p)
+            for first in range(0, n, CELLS_PER_BLOCK):
+                block = slice(first, first + CELLS_PER_BLOCK)
+                if perturbation == CONTROL:
+                    predicted[p, block] = start[block]
+                else:
+                    response = Response(self, perturbation, start[block], rng, generator)
+                    predicted[p, block] = response.of_population(context)
+        return predicted
 
     @torch.no_grad()
     def counterfactual(
@@ -296,172 +304,159 @@ class LearnedModel(Model):
     ) -> np.ndarray:
         """Return what each of these cells might become, (perturbations, cells, samples, genes)."""
         outcomes = np.empty((len(perturbations), len(cells), samples, cells.shape[1]), dtype=np.float32)
+        start, of_cell = np.repeat(cells, samples, axis=0), np.repeat(np.arange(len(cells)), samples)
         for p, perturbation in enumerate(perturbations):
             if perturbation == CONTROL:
                 outcomes[p] = cells[:, None]
                 continue
-            population = self._of_population(perturbation)
-            rng = np.random.default_rng((seed, p))
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            start = np.repeat(cells, samples, axis=0)
+            response = self._response_of_training(perturbation)
+            rng, generator = _randomness(seed, p)
             flat = outcomes[p].reshape(-1, cells.shape[1])
             for first in range(0, len(start), CELLS_PER_BLOCK):
                 block = slice(first, first + CELLS_PER_BLOCK)
                 z = self.latent.encode(start[block])
-                moved = self._displacement(torch.from_numpy(z), perturbation, rng, generator).numpy()
-                for rows, place in _places(context, np.arange(len(start))[block] // samples):
-                    flat[first + rows] = population.outcome(start[first + rows], z[rows], moved[rows], place, rng)
+                shifts = self.shifts(z, perturbation, rng, generator)
+                for rows, place in _places(context, of_cell[block]):
+                    flat[first + rows] = response.of_cells(start[first + rows], z[rows], shifts[rows], place, rng)
         return outcomes
 
     @torch.no_grad()
     def individual_effects(
         self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Return the mean effect of the population and what each cell's own differs from it by, (cells, genes)."""
+        """Return the mean effect plus each cell's own difference from it, (cells, genes)."""
         if perturbation == CONTROL:
             return np.zeros_like(cells)
-        population = self._of_population(perturbation)
-        effects = self._expected_change(cells, perturbation) - population.expected_change
+        response = self._response_of_training(perturbation)
+        effects = self.expected_change(cells, perturbation) - response.expected_change
         for rows, place in _places(context, np.arange(len(cells))):
-            effects[rows] += population.mean(place)
+            effects[rows] += response.mean_effect(place)
         return effects.astype(np.float32)
 
-    def _expected_change(self, cells: np.ndarray, perturbation: str) -> np.ndarray:
-        """Return what expected displacements change in each cell's expected expression, (cells, genes)."""
-        z, rng = torch.from_numpy(self.latent.encode(cells)), np.random.default_rng(0)
-        moved = self._displacement(z, perturbation, rng, None)
-        return self.latent.change(z.numpy(), moved.numpy(), np.expm1(cells).sum(axis=1))
+    def expected_change(self, cells: np.ndarray, perturbation: str) -> np.ndarray:
+        """Return how expected shifts change each cell's expected expression, (cells, genes)."""
+        z = self.latent.encode(cells)
+        shifts = self.shifts(z, perturbation, np.random.default_rng(0), None)
+        return self.latent.change(z, shifts, np.expm1(cells).sum(axis=1))
 
-    def _of_population(self, perturbation: str) -> "_OfPopulation":
-        """Return what a perturbation does to the population; the last one asked is kept, as questions come block by block."""
-        if self._last is None or self._last.perturbation != perturbation:
+    def _response_of_training(self, perturbation: str) -> "Response":
+        """Return the response of training's controls. The last one stays: questions come block by block."""
+        last = getattr(self, "_last", None)
+        if last is None or last.perturbation != perturbation or last.population is not self.population:
             if reason := self.refusal(perturbation):
                 raise InputError(f"{perturbation} cannot be answered: {reason}.")
-            self._last = _OfPopulation(self, perturbation)
-        return self._last
+            rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+            self._last = last = Response(self, perturbation, self.population, rng, generator)
+        return last
 
-    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Return what inner folds of a mean in closed form have shown; nothing where the network owns the mean."""
-        return self.mean.held_out(pairs, embeddings, seed) if self.has_closed_mean else Calibration.none()
 
-    def mean_change(
-        self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, perturbation: str, rng: np.random.Generator
+class Response:
+    """The response of a population of control cells to a perturbation, and through it that of any cell.
+
+    Parameters
+    ----------
+    model
+        A trained model.
+    perturbation
+        A canonical label other than control.
+    population
+        Control cells, log1p-normalized, (cells, genes).
+    rng, generator
+        Of all that is random in the response.
+    """
+
+    def __init__(
+        self,
+        model: LearnedModel,
+        perturbation: str,
+        population: np.ndarray,
+        rng: np.random.Generator,
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.perturbation, self.population, self.rng = model, perturbation, population, rng
+        self.z = model.latent.encode(population)
+        shifts = model.shifts(self.z, perturbation, rng, generator)
+        # Residuals have no mean of their own; of a sample of them it is chance.
+        is_centred = model.learns_residuals and len(shifts) >= CENTRED_FROM
+        self.centre = shifts.mean(axis=0) if is_centred else np.zeros(self.z.shape[1], dtype=np.float32)
+        self.shifts = shifts - self.centre
+        self._means: dict[str, np.ndarray] = {}
+        self._changes: dict[str, thinning.CommonChange] = {}
+
+    def mean_effect(self, context: Context | None) -> np.ndarray:
+        """Return the mean effect in a context, (genes,)."""
+        if (name := self._name(context)) not in self._means:
+            model = self.model
+            if model.has_closed_mean:
+                heard = model.network_means_heard(self.z, self.perturbation)
+                self._means[name] = model.mean.effect_in(self.perturbation, context, heard)
+            else:
+                own_level = model.own_level_change(self.population, self.perturbation)
+                self._means[name] = model.learned_mean(self, self.rng) + own_level
+        return self._means[name]
+
+    @cached_property
+    def expected_change(self) -> np.ndarray:
+        """The mean of what expected shifts change in the population, (genes,)."""
+        return self.model.expected_change(self.population, self.perturbation).mean(axis=0)
+
+    def of_population(self, context: Context | None) -> np.ndarray:
+        """Return the population after the perturbation, (cells, genes), at the level of its context."""
+        mean_effect = self.mean_effect(context) + off_level(self.population, context)
+        return thinning.with_mean_effect(self.population, mean_effect, self._log_fold_change(), self.rng)
+
+    def of_cells(
+        self, cells: np.ndarray, z: np.ndarray, shifts: np.ndarray, context: Context | None, rng: np.random.Generator
     ) -> np.ndarray:
-        """Return what displacements change in the mean of the cells, (genes,)."""
-        told = self.latent.mean_change(moved)
-        return drawn_mean_change(start, self.latent.fold(z, moved), rng) if told is None else told
+        """Return other cells of one batch and cell type after the perturbation, (cells, genes).
 
-    def own_shift(self, start: np.ndarray, perturbation: str) -> np.ndarray:
-        """Return what is known of the levels of unseen perturbed genes, (genes,)."""
-        shift = np.zeros(len(self.genes))
-        row = {gene: i for i, gene in enumerate(self.genes)}
-        for gene in map(entity_of, unseen_among(members_of(perturbation), self.seen)):
-            if gene in row:
-                shift[row[gene]] += self.own_gene.shift(float(start[:, row[gene]].mean()))
-        return shift
-
-    def _displacement(
-        self, z: Tensor, perturbation: str, rng: np.random.Generator, generator: torch.Generator | None
-    ) -> Tensor:
-        """Return the latent displacement of cells; the part of unseen members is borrowed and scaled by its strength.
-
-        Without a generator that is the expected one, of what is borrowed the mean over `BORROWED` draws.
+        Parameters
+        ----------
+        cells, z, shifts
+            Control cells, their latent coordinates and shifts.
         """
-        members = members_of(perturbation)
-        unseen = unseen_among(members, self.seen)
-        known = self.conditions.index([perturbation]).expand(len(z), -1).clone()
-        if not unseen:
-            return self.displace(z, known, generator)
-        known[:, [members.index(gene) for gene in unseen]] = -1
-        noise = generator and generator.get_state()
-        if generator is None:
-            borrowed = self.mean_displacement(
-                z, [self._drawn(perturbation, unseen, known, rng) for _ in range(BORROWED)]
+        if (name := self._name(context)) not in self._changes:
+            self._changes[name] = thinning.common_change(
+                self.population, self.mean_effect(context), self._log_fold_change(), np.random.default_rng(0)
             )
-        else:
-            borrowed = self.displace(z, self._drawn(perturbation, unseen, known, rng), generator)
-        if len(unseen) == len(members):
-            return self.neighbours.strength * borrowed
-        if generator is not None:
-            generator.set_state(noise)
-        certain = self.displace(z, known, generator)
-        return certain + self.neighbours.strength * (borrowed - certain)
+        own = self.model.latent.log_fold_change(z, shifts - self.centre)
+        return thinning.applied(cells, self._changes[name], own, rng)
 
-    def _drawn(self, perturbation: str, unseen: list[str], known: Tensor, rng: np.random.Generator) -> Tensor:
-        """Return gene indices of every cell, (cells, members), with those whom unseen members borrow from in their place."""
-        genes, members = known.clone(), members_of(perturbation)
-        for gene in unseen:
-            vector = self.conditions.vectors[self.conditions.genes.index(gene)].numpy().astype(float)
-            drawn = rng.choice(self.neighbours.genes, size=len(genes), p=self.neighbours.weights(vector[None])[0])
-            genes[:, members.index(gene)] = self.conditions.index(list(drawn))[:, 0]
-        return genes
+    def _log_fold_change(self) -> np.ndarray:
+        return self.model.latent.log_fold_change(self.z, self.shifts)
+
+    def _name(self, context: Context | None) -> str:
+        """Return a name for the context, if the mean effect depends on it."""
+        depends = context is not None and self.model.has_closed_mean and self.model.mean.looks_at_contexts
+        return "|".join(sorted(context.shares)) if context is not None and depends else ""
+
+
+def _as_tensors(artefact: Artefact) -> dict[str, Tensor | list[str]]:
+    """Return the arrays of a closed form as a checkpoint may hold them: tensors, and lists of texts."""
+    return {
+        name: value.tolist() if value.dtype.kind == "U" else torch.as_tensor(value) for name, value in artefact.items()
+    }
+
+
+def _as_arrays(stored: dict[str, Tensor | list[str]]) -> Artefact:
+    """Undo `_as_tensors`."""
+    return {
+        name: np.array(value, dtype=str) if isinstance(value, list) else value.numpy() for name, value in stored.items()
+    }
+
+
+def _randomness(seed: int, p: int) -> tuple[np.random.Generator, torch.Generator]:
+    """Return the generators of the p-th perturbation that is asked for."""
+    rng = np.random.default_rng((seed, p))
+    return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
 def _places(context: Context | None, cells: np.ndarray) -> Iterator[tuple[np.ndarray, Context | None]]:
-    """Yield some of a context's cells by where they are, as positions among them."""
+    """Yield some of a context's cells by batch and cell type, as positions among them."""
     if context is None:
         yield np.arange(len(cells)), None
     else:
         yield from Context(context.strata[cells], context.levels).places()
-
-
-class _OfPopulation:
-    """What a perturbation does to the population; each part is found when it is asked for."""
-
-    def __init__(self, model: LearnedModel, perturbation: str) -> None:
-        self.model, self.perturbation = model, perturbation
-        self._means: dict[str, np.ndarray] = {}
-        self._changes: dict[str, Change] = {}
-
-    @cached_property
-    def z(self) -> np.ndarray:
-        """The population in latent space, (cells, dimensions)."""
-        return self.model.latent.encode(self.model.population)
-
-    @cached_property
-    def moved(self) -> np.ndarray:
-        """Its displacements, (cells, dimensions)."""
-        generator = torch.Generator().manual_seed(0)
-        return self.model._displacement(
-            torch.from_numpy(self.z), self.perturbation, np.random.default_rng(0), generator
-        ).numpy()
-
-    @cached_property
-    def centre(self) -> np.ndarray:
-        """Their mean, where displacements are residuals; else 0, (dimensions,)."""
-        return self.moved.mean(axis=0) if self.model.learns_residuals else np.zeros(self.z.shape[1], dtype=np.float32)
-
-    @cached_property
-    def expected_change(self) -> np.ndarray:
-        """The mean of what expected displacements change in its cells, (genes,)."""
-        return self.model._expected_change(self.model.population, self.perturbation).mean(axis=0)
-
-    def mean(self, place: Context | None) -> np.ndarray:
-        """Return the mean effect in one batch and cell type, (genes,)."""
-        if (name := self._name(place)) not in self._means:
-            moved = self.z[:0] if self.model.has_closed_mean else self.moved - self.centre
-            self._means[name] = self.model.mean_effect(
-                self.model.population, self.z, moved, self.perturbation, np.random.default_rng(0), place
-            )
-        return self._means[name]
-
-    def outcome(
-        self, start: np.ndarray, z: np.ndarray, moved: np.ndarray, place: Context | None, rng: np.random.Generator
-    ) -> np.ndarray:
-        """Return what cells of one batch and cell type become, (cells, genes); z and moved are where they are in latent space, and go."""
-        if self.model.cells == "counts":
-            if (name := self._name(place)) not in self._changes:
-                fold = self.model.latent.fold(self.z, self.moved - self.centre)
-                self._changes[name] = change_of(self.model.population, self.mean(place), fold, np.random.default_rng(0))
-            return changed(start, self._changes[name], self.model.latent.fold(z, moved - self.centre), rng)
-        own = self.model.latent.change(z, moved, np.expm1(start).sum(axis=1)) - self.expected_change
-        return start + self.mean(place) + own
-
-    def _name(self, place: Context | None) -> str:
-        """Return the place, where the mean depends on it."""
-        return (
-            str(place.strata[0]) if place and self.model.has_closed_mean and self.model.mean.looks_at_contexts else ""
-        )
 
 
 def _population(training: Pairs) -> np.ndarray:

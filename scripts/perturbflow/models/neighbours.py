@@ -8,8 +8,10 @@ from the others, by the mean Euclidean distance of effects.
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from scipy.spatial.distance import cdist, pdist
 
 from perturbflow.genes.symbols import entity_of
@@ -77,6 +79,15 @@ class Neighbours:
                 if sum(errors) < lowest:
                     lowest, chosen = sum(errors), replace(candidate, strength=float(strength))
         return chosen
+
+    def state(self) -> dict[str, Any]:
+        """Return all of it as a checkpoint may hold it."""
+        return {**vars(self), "vectors": torch.as_tensor(self.vectors), "sizes": torch.as_tensor(self.sizes)}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> "Neighbours":
+        """Undo `state`."""
+        return cls(**{**state, "vectors": state["vectors"].numpy(), "sizes": state["sizes"].numpy()})
 
     def weights(self, vectors: np.ndarray, *, leave_out_self: bool = False) -> np.ndarray:
         """Return weights over training genes that sum to 1, (vectors, genes)."""

@@ -1,25 +1,19 @@
 """scPPDM-style diffusion: denoise a latent of expression under two conditions, the cell's state and the perturbation.
 
-After Liang et al. 2025 (arXiv 2510.11726), which has no public code; this is a reimplementation for CRISPR screens and drugs alike: a
-perturbation is a set of genes or drugs, each with a dose where there is one. `denoiser` holds the network, `samplers` the way from noise
-to cells, `recount` the way from the latent to cells that are counts.
+After Liang et al. 2025 (arXiv 2510.11726), which has no public code. This is a reimplementation for CRISPR screens and
+drugs alike: a perturbation is a set of genes or drugs, each with a dose where there is one.
 
-Two models share the family. With `mean: learned` (scppdm) the network owns the mean and the spread. With `mean: closed_form` (scppdm_hybrid)
-it is trained on what cells differ by from the mean of their perturbation, and the mean of a new perturbation is that of
-`set_gp`, a Gaussian process over sets of genes.
+1. Forward process. z_t = α_t z_0 + σ_t ε, with α² + σ² = 1 and t from 0 (cell) to 1 (noise).
+2. Network. `Denoiser` predicts v = α ε − σ z_0 from z_t, t and two conditions: the control cell's state, and the
+   perturbation. The conditions are never concatenated. Each has an attention of its own and is dropped independently in
+   training, so that all four states {none, state, perturbation, both} are learned ("guided decomposable attention").
+3. Sampling. Three ways from noise to cells: deterministic, second order, and ancestral. The noise of a sample is mostly
+   the control cell's own, found by the sampler run backwards.
+4. Model. A cell's latent shift is the difference between its sample with and without the perturbation.
 
-
-The forward process of diffusion in closed form, and three ways back: deterministic, second order, and ancestral.
-
-A denoiser says what a noised latent z_t holds: the clean latent ẑ_0 and the noise ε̂, with z_t = α_t ẑ_0 + σ_t ε̂. A sampler is a function of
-such a denoiser, so that an exact one can stand in for a network.
-
-
-The network of scPPDM: noised latent, time and two conditions, each through an attention of its own, to what the noise is.
-
-"Guided decomposable attention" of Liang et al. 2025 (arXiv 2510.11726), reimplemented without public code: the cell's state and the
-perturbation are never concatenated, and each is dropped independently in training, so that all four states {none, state, perturbation,
-both} are learned.
+Two models share the family. With `mean: learned` (scppdm) the network owns the mean effect and the spread. With
+`mean: closed_form` (scppdm_hybrid) it learns how cells differ from the mean of their perturbation; the mean effect is
+that of `set_gp`.
 """
 
 import itertools
@@ -27,7 +21,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +28,7 @@ from torch import Tensor, nn
 from perturbflow.errors import InputError
 from perturbflow.models.base import Run
 from perturbflow.models.effects import Effects
-from perturbflow.models.latents.exported import ENCODER, ExternalLatent
+from perturbflow.models.latents.exported import ENCODER, ExportedLatent
 from perturbflow.models.latents.pca import Latent, LatentSpace
 from perturbflow.models.latents.vae import CountLatent
 from perturbflow.models.learned import LearnedModel
@@ -43,8 +36,18 @@ from perturbflow.models.training.batches import Batch
 from perturbflow.models.training.conditions import Conditions
 from perturbflow.models.training.networks import GeneEncoder, TimeEmbedding, mlp
 from perturbflow.pairs import Pairs
+from perturbflow.registry.families import DiffusionParams, LatentFile
 
-# --- denoiser ---
+# --- forward process --------------------------------------------------------------------------------------------------
+
+
+def cosine_schedule(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return α(t), σ(t) of z_t = α z_0 + σ ε with α² + σ² = 1 (Nichol & Dhariwal 2021, eq. 17, without the offset)."""
+    angle = t * (math.pi / 2)
+    return angle.cos(), angle.sin()
+
+
+# --- network ----------------------------------------------------------------------------------------------------------
 
 TEMPERATURE = 0.1  # of the alignment term
 
@@ -117,7 +120,7 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predicts v = α ε − σ z_0 (Salimans & Ho 2022) or ε (Ho et al. 2020) from a noised latent, under conditions that can each be absent.
+    """Predicts v (Salimans & Ho 2022) or ε (Ho et al. 2020) from a noised latent, under conditions that can be absent.
 
     Parameters
     ----------
@@ -125,34 +128,16 @@ class Denoiser(nn.Module):
         Dimensions of the latent.
     conditions
         The genes and drugs that can be perturbed.
-    width, n_tokens, n_blocks, n_heads, dropout, own_dropout
-        Of the network.
-    condition_dropout
-        Probability that a condition is dropped in training, the same for both and independent.
-    objective
-        v or noise.
-    alignment
-        Weight of the InfoNCE term.
+    params
+        Of the family.
     """
 
-    def __init__(
-        self,
-        n_latent: int,
-        conditions: Conditions,
-        width: int,
-        n_tokens: int,
-        n_blocks: int,
-        n_heads: int,
-        dropout: float,
-        own_dropout: float,
-        condition_dropout: float,
-        objective: str,
-        alignment: float,
-    ) -> None:
+    def __init__(self, n_latent: int, conditions: Conditions, params: DiffusionParams) -> None:
         super().__init__()
-        self.n_tokens, self.width, self.condition_dropout = n_tokens, width, condition_dropout
-        self.objective, self.alignment = objective, alignment
-        self.gene_encoder = GeneEncoder(conditions, width, own_dropout)
+        width, n_tokens, n_blocks = params.width, params.n_tokens, params.n_blocks
+        self.n_tokens, self.width, self.condition_dropout = n_tokens, width, params.condition_dropout
+        self.objective, self.alignment = params.objective, params.alignment
+        self.gene_encoder = GeneEncoder(conditions, width, params.own_dropout)
         self.gene_tokens = mlp(width, width, n_tokens * width)
         self.state_tokens = nn.Linear(n_latent, n_tokens * width)
         self.noised_tokens = nn.Linear(n_latent, n_tokens * width)
@@ -160,7 +145,7 @@ class Denoiser(nn.Module):
         self.no_perturbation = nn.Parameter(torch.randn(n_tokens, width) * 0.02)
         self.control = nn.Parameter(torch.randn(n_tokens, width) * 0.02)
         self.time = TimeEmbedding(width)
-        self.blocks = nn.ModuleList([Block(width, n_heads, dropout) for _ in range(n_blocks)])
+        self.blocks = nn.ModuleList([Block(width, params.n_heads, params.dropout) for _ in range(n_blocks)])
         self.out = nn.Linear(n_tokens * width, n_latent)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -233,20 +218,16 @@ class Denoiser(nn.Module):
         candidates, own = sets.unique(dim=0, return_inverse=True)
         action = nn.functional.normalize(self.align_action(self.gene_encoder(candidates).sum(dim=1)), dim=-1)
         change = nn.functional.normalize(self.align_change((batch.target - batch.start)[perturbed]), dim=-1)
-        with torch.autocast(change.device.type, enabled=False):  # with layers in bfloat16 too
-            return nn.functional.cross_entropy(change.float() @ action.float().T / TEMPERATURE, own)
+        return nn.functional.cross_entropy(change @ action.T / TEMPERATURE, own)
 
 
-# --- samplers ---
+# --- sampling ---------------------------------------------------------------------------------------------------------
+#
+# A denoiser says what z_t holds: the clean latent ẑ_0 and the noise ε̂. A sampler is a function of such a denoiser, so
+# that an exact one can replace a network in a test.
 
 # z (B, D) and t () → clean latent and noise, both (B, D)
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def cosine_schedule(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return α(t), σ(t) of z_t = α z_0 + σ ε with α² + σ² = 1 (Nichol & Dhariwal 2021, eq. 17, without the offset)."""
-    angle = t * (math.pi / 2)
-    return angle.cos(), angle.sin()
 
 
 def split(objective: str, z: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,13 +275,13 @@ def dpm(denoise: Denoise, z: Tensor, times: Tensor) -> Tensor:
     return z
 
 
-def ancestral(denoise: Denoise, z: Tensor, times: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+def ancestral(denoise: Denoise, z: Tensor, times: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
     """Follow the posterior of the forward process from noise to cells (Ho et al. 2020, eq. 7; Song et al. 2021, eq. 16 with η = 1).
 
     Parameters
     ----------
-    draw
-        Fresh standard normal noise, of the shape of z.
+    fresh
+        Returns standard normal noise, of the shape of z.
     """
     for now, then in itertools.pairwise(times):
         clean, noise = denoise(z, now)
@@ -309,164 +290,113 @@ def ancestral(denoise: Denoise, z: Tensor, times: Tensor, draw: Callable[[], Ten
         z = (
             alpha_s * clean
             + (sigma_s**2 - variance).clamp(min=0).sqrt() * noise
-            + variance.clamp(min=0).sqrt() * draw()
+            + variance.clamp(min=0).sqrt() * fresh()
         )
     return z
 
 
-# --- diffusion ---
+# --- model ------------------------------------------------------------------------------------------------------------
 
 
 class Diffusion(LearnedModel):
     """Diffusion in latent space with two conditions and a guidance strength on each.
 
-    ẑ = f(∅,∅) + s_state [f(state,∅) − f(∅,∅)] + s_perturbation [f(state,perturbation) − f(state,∅)], which is classifier-free
-    guidance (Ho & Salimans 2022) factorized over the two conditions; at 1, 1 it is the conditional prediction.
-
-    Parameters
-    ----------
-    latent
-        pca, counts, or {"file": table of gene loadings, or an encoder}, see `LatentSpace.from_loadings` and `ExternalLatent`.
-    width, n_tokens, n_blocks, n_heads, dropout, own_dropout, condition_dropout, objective, alignment
-        Of the network and its training, see `Denoiser`.
-    guidance_state, guidance_perturbation
-        s_state and s_perturbation.
-    dose_guidance
-        γ of s_perturbation · 2 sigmoid(γ d), d the standardized log dose: above 0 a higher dose is guided more; 0 leaves it to training.
-    sampler, n_sampling_steps
-        ddim, dpm or ancestral, and its steps.
-    fresh_noise
-        Share of noise that is not the cell's own, 0 to 1.
+    ẑ = f(∅,∅) + s_state [f(state,∅) − f(∅,∅)] + s_perturbation [f(state,perturbation) − f(state,∅)], which is
+    classifier-free guidance (Ho & Salimans 2022) factorized over the two conditions; at 1, 1 it is the conditional
+    prediction.
     """
 
-    def __init__(
-        self,
-        *,
-        latent: str | dict[str, str],
-        width: int,
-        n_tokens: int,
-        n_blocks: int,
-        n_heads: int,
-        dropout: float,
-        own_dropout: float,
-        condition_dropout: float,
-        objective: str,
-        alignment: float,
-        guidance_state: float,
-        guidance_perturbation: float,
-        dose_guidance: float,
-        sampler: str,
-        n_sampling_steps: int,
-        fresh_noise: float,
-        **shared: Any,
-    ) -> None:
-        super().__init__(**shared)
-        if width % n_heads:
+    params: DiffusionParams
+    net: Denoiser
+
+    def __init__(self, params: DiffusionParams) -> None:
+        super().__init__(params)
+        if params.width % params.n_heads:
             raise InputError(
-                f"params width = {width} cannot be shared by n_heads = {n_heads}; choose a multiple of it."
+                f"params width = {params.width} cannot be shared by n_heads = {params.n_heads}; "
+                "choose a multiple of it."
             )
-        self.architecture: dict[str, Any] = {
-            "width": width, "n_tokens": n_tokens, "n_blocks": n_blocks, "n_heads": n_heads, "dropout": dropout,
-            "own_dropout": own_dropout, "condition_dropout": condition_dropout, "objective": objective, "alignment": alignment,
-        }  # fmt: skip
-        self.latent_kind, self.objective = latent, objective
-        self.files = (Path(latent["file"]),) if isinstance(latent, dict) else ()
-        self.has_external_encoder = any(path.suffix == ENCODER for path in self.files)
+        self.files = (Path(params.latent.file),) if isinstance(params.latent, LatentFile) else ()
+        self.has_exported_encoder = any(path.suffix == ENCODER for path in self.files)
         self.learns_residuals = self.has_closed_mean
-        self.guidance_state, self.guidance_perturbation, self.dose_guidance = (
-            guidance_state,
-            guidance_perturbation,
-            dose_guidance,
-        )
-        self.sampler, self.n_sampling_steps, self.fresh_noise = sampler, n_sampling_steps, fresh_noise
 
     def network(self, latent: Latent, conditions: Conditions) -> Denoiser:
         """Return a new denoiser."""
-        return Denoiser(latent.n_dimensions, conditions, **self.architecture)
+        return Denoiser(latent.n_dimensions, conditions, self.params)
 
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> Latent:
         """Fit the latent space of the params."""
-        if self.latent_kind == "counts":
-            return CountLatent.fit(pairs, self.n_latent, self.n_steps, self.batch_size, self.optimization, run)
-        if isinstance(self.latent_kind, dict):
-            if self.has_external_encoder:
-                return ExternalLatent.fit(self.files[0], pairs, self.n_steps, self.batch_size, self.optimization, run)
-            return LatentSpace.from_loadings(self.files[0], pairs)
-        return super().fit_latent(pairs, effects, run)
+        of = self.params
+        if of.latent == "counts":
+            return CountLatent.fit(pairs, of.n_latent, of.n_steps, of.batch_size, self.optimization, run)
+        if self.has_exported_encoder:
+            return ExportedLatent.fit(self.files[0], pairs, of.n_steps, of.batch_size, self.optimization, run)
+        return (
+            LatentSpace.from_loadings(self.files[0], pairs) if self.files else super().fit_latent(pairs, effects, run)
+        )
 
     def restore_latent(self, state: dict[str, Tensor]) -> Latent:
         """Return the latent space of an artefact."""
-        if self.has_external_encoder:
-            return ExternalLatent.restored(state, self.files[0], self.genes)
-        return CountLatent.restored(state) if self.latent_kind == "counts" else super().restore_latent(state)
+        if self.has_exported_encoder:
+            return ExportedLatent.restored(state, self.files[0], self.genes)
+        return CountLatent.restored(state) if self.params.latent == "counts" else super().restore_latent(state)
 
     def guided(self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what z_t is taken to hold, clean latent and noise, with guidance; t is one time for all cells, ()."""
+        """Return clean latent and noise in z_t, (B, n_latent) each, with guidance; t is one time for all cells, ()."""
         yes = torch.ones(len(z), dtype=torch.bool, device=z.device)
         times = t.expand(len(z))
-        s_state, s_perturbation = self.guidance_state, self.strength(genes)
+        s_state, s_perturbation = self.params.guidance_state, self.params.guidance_perturbation
         output = self.net(z, times, state, genes, yes, yes)
-        if s_state != 1.0 or (s_perturbation != 1.0).any():
+        if s_state != 1.0 or s_perturbation != 1.0:
             state_only = self.net(z, times, state, genes, yes, ~yes)
             difference = s_perturbation * (output - state_only)
             output = state_only + difference
             if s_state != 1.0:
                 none = self.net(z, times, state, genes, ~yes, ~yes)
                 output = none + s_state * (state_only - none) + difference
-        return split(self.objective, z, t, output)
-
-    def strength(self, genes: Tensor) -> Tensor:
-        """Return s_perturbation of every cell, (B, 1): it rises with the log dose of its members, where it is to and they have one."""
-        s = torch.full((len(genes), 1), self.guidance_perturbation)
-        if not self.dose_guidance:
-            return s
-        index = genes.clamp(min=0)
-        n_members = (genes >= 0).sum(dim=1, keepdim=True).clamp(min=1)
-        dose = (self.conditions.log_dose[index] * (genes >= 0)).sum(dim=1, keepdim=True) / n_members
-        return s * 2.0 * torch.sigmoid(self.dose_guidance * dose)
+        return split(self.params.objective, z, t, output)
 
     def flow(
         self, z: Tensor, state: Tensor, genes: Tensor, *, to_noise: bool, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Sample cells from noise; or run the deterministic sampler backwards from cells to the noise that they come from.
+        """Sample cells from noise; or run the deterministic sampler backwards, from cells to the noise they come from.
 
         Parameters
         ----------
         generator
-            Of the fresh noise of the ancestral sampler; without it the deterministic one stands in.
+            Of the fresh noise of the ancestral sampler; without it the deterministic one replaces it.
         """
-        times = torch.linspace(0.0, last_time(self.objective), self.n_sampling_steps + 1)
+        times = torch.linspace(0.0, last_time(self.params.objective), self.params.n_sampling_steps + 1)
         denoise = partial(self.guided, state=state, genes=genes)
         if to_noise:
             return ddim(denoise, z, times)
         times = times.flip(0)
-        if self.sampler == "ancestral" and generator is not None:
+        if self.params.sampler == "ancestral" and generator is not None:
             half = (len(z) // 2, z.shape[1])  # perturbed and unperturbed cells share their noise
             return ancestral(denoise, z, times, lambda: torch.randn(half, generator=generator).repeat(2, 1))
-        return (dpm if self.sampler == "dpm" else ddim)(denoise, z, times)
+        return (dpm if self.params.sampler == "dpm" else ddim)(denoise, z, times)
 
-    def displace(self, start: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+    def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the difference between the cell sampled with and without the perturbation, from the same noise.
 
-        The noise is the cell's own, found by running the sampler backwards under the control condition (dual diffusion
-        implicit bridges, Su et al. 2023), with a share of fresh noise that makes outcomes a distribution. No perturbation
-        makes no difference.
+        The noise is the cell's own, found by the sampler run backwards under the control condition (dual diffusion
+        implicit bridges, Su et al. 2023). A share of fresh noise makes outcomes a distribution.
         """
         control = torch.full_like(genes, -1)
-        own = self.flow(start, start, control, to_noise=True)
+        own = self.flow(z, z, control, to_noise=True)
         noise = own
         if generator is not None:
-            fresh = torch.randn(start.shape, generator=generator)
-            noise = math.sqrt(1.0 - self.fresh_noise**2) * own + self.fresh_noise * fresh
+            share = self.params.fresh_noise
+            noise = math.sqrt(1.0 - share**2) * own + share * torch.randn(z.shape, generator=generator)
         both = self.flow(
-            noise.repeat(2, 1), start.repeat(2, 1), torch.cat([genes, control]), to_noise=False, generator=generator
+            noise.repeat(2, 1), z.repeat(2, 1), torch.cat([genes, control]), to_noise=False, generator=generator
         )
         perturbed, unperturbed = both.chunk(2)
         return perturbed - unperturbed
 
-    def mean_displacement(self, start: Tensor, several: Sequence[Tensor]) -> Tensor:
-        """Return the mean of the expected displacements: the cells' own noise, and what becomes of it without a perturbation, are the same for all."""
+    def mean_shift(self, z: Tensor, several: Sequence[Tensor]) -> Tensor:
+        """Return the mean of the expected shifts: all have the cells' own noise and unperturbed ends in common."""
         control = torch.full_like(several[0], -1)
-        own = self.flow(start, start, control, to_noise=True)
-        after = partial(self.flow, own, start, to_noise=False)
+        own = self.flow(z, z, control, to_noise=True)
+        after = partial(self.flow, own, z, to_noise=False)
         return sum(after(genes) for genes in several) / len(several) - after(control)

@@ -287,7 +287,7 @@ class Levels:
 
 
 @dataclass(frozen=True)
-class Change:
+class CommonChange:
     """What a perturbation does to a population, to be done to single cells of it.
 
     Attributes
@@ -319,7 +319,7 @@ def _in_parts(n_genes: int, work: Callable[[slice], None]) -> None:
 
 def _met(
     cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator
-) -> tuple[np.ndarray, Change]:
+) -> tuple[np.ndarray, CommonChange]:
     """Return cells whose mean has changed as it is to but for less than a count, (genes, cells) at least, and how that was done."""
     repeats = -(-DRAWN_AT_LEAST // len(cells))
     counted = Counted.of(cells)
@@ -339,10 +339,10 @@ def _met(
             k[genes], unit, folds[genes], rate[genes], u[genes], target[genes], common[genes], out[genes]
         ),
     )
-    return out, Change(levels, common, arriving)
+    return out, CommonChange(levels, common, arriving)
 
 
-def recounted(
+def with_mean_effect(
     cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
     """Return perturbed cells, (cells, genes), log1p-normalized: counts of the cells' own sizes, whose mean is met as nearly as counts can.
@@ -363,12 +363,14 @@ def recounted(
     return np.ascontiguousarray(out.T, dtype=np.float32)
 
 
-def change_of(cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator) -> Change:
-    """Return what changes the mean of a population as it is to change; parameters as of `recounted`."""
+def common_change(
+    cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator
+) -> CommonChange:
+    """Return what changes the mean of a population as it is to change; parameters as of `with_mean_effect`."""
     return _met(cells, mean_change, fold, rng)[1]
 
 
-def changed(cells: np.ndarray, change: Change, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def applied(cells: np.ndarray, change: CommonChange, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return perturbed cells, (cells, genes), log1p-normalized: each one's outcome is the same, whoever else is asked.
 
     Parameters
@@ -396,12 +398,12 @@ def changed(cells: np.ndarray, change: Change, fold: np.ndarray, rng: np.random.
     return np.ascontiguousarray(out.T, dtype=np.float32)
 
 
-def drawn_mean_change(cells: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def mean_effect_of(cells: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return what these fold changes do to the mean of log1p-normalized cells, (genes,): the mean of enough draws of the same cells."""
     repeats = -(-AVERAGED_AT_LEAST // len(cells))
     levels = Levels.of(Counted.of(cells))
-    as_they_are = Change(levels, np.zeros(cells.shape[1]), np.zeros(cells.shape[1]))
-    drawn = changed(np.tile(cells, (repeats, 1)), as_they_are, np.tile(fold, (repeats, 1)), rng)
+    as_they_are = CommonChange(levels, np.zeros(cells.shape[1]), np.zeros(cells.shape[1]))
+    drawn = applied(np.tile(cells, (repeats, 1)), as_they_are, np.tile(fold, (repeats, 1)), rng)
     return drawn.mean(axis=0, dtype=np.float64) - cells.mean(axis=0, dtype=np.float64)
 
 

@@ -1,34 +1,228 @@
-"""The families of models: where each is implemented, what it is, and which rule trains it."""
+"""The families of models: one declaration each. Everything else about a family follows from it.
+
+Adding a closed form takes one class and one line here. `models/` holds the classes; this module imports none of them,
+as the plan is made without numpy and torch.
+"""
 
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from perturbflow.registry.params import Params, like, param
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
+# --- params ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearParams(Params):
+    """Of the bilinear closed form."""
+
+    n_components: int = param(10, "principal components of the training effects", at_least=1)
+    ridge: float = param(0.1, "λ, on both sides", above=0)
+
+
+@dataclass(frozen=True)
+class NetworkParams(Params):
+    """What all learned families have."""
+
+    mean: Literal["learned", "closed_form"] = param("closed_form", "who owns the mean effect: the network, or set_gp")
+    n_latent: int = param(48, "dimensions of the latent space", at_least=2)
+    n_steps: int = param(2000, "optimization steps", at_least=1)
+    batch_size: int = param(128, "cells per step", at_least=2)
+    learning_rate: float = param(0.001, above=0)
+    weight_decay: float = param(0.01, at_least=0)
+    ema_decay: float = param(0.995, "of the average of weights that predicts", at_least=0, below=1)
+    control_share: float = param(0.1, "share of unperturbed targets in a batch", at_least=0, at_most=1)
+    synthetic_share: float = param(
+        0.5, "share of composed combinations, where training holds combinations", at_least=0, at_most=1
+    )
+    shifted_share: float = param(
+        0.7, "share of start cells that are perturbed cells minus their mean effect", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class LatentFile:
+    """A latent space that was learned elsewhere."""
+
+    file: str = param(sentence="a table of gene loadings, or an encoder (.pt2)")
+
+
+@dataclass(frozen=True)
+class DiffusionParams(NetworkParams):
+    """Of scPPDM."""
+
+    mean: Literal["learned", "closed_form"] = like(
+        NetworkParams, "mean", "learned", "who owns the mean effect: the network (scppdm), or set_gp (scppdm_hybrid)"
+    )
+    n_latent: int = like(
+        NetworkParams, "n_latent", 48, "dimensions of the latent space of expression; a file brings its own"
+    )
+    latent: Literal["counts", "pca"] | LatentFile = param(
+        "counts",
+        "counts: negative binomial autoencoder with library size; pca: linear, on cells and effects; "
+        "{file: ...}: gene loadings or an encoder that were learned elsewhere",
+    )
+    width: int = param(64, "of the tokens", at_least=8)
+    n_tokens: int = param(2, "tokens per cell and per gene", at_least=1)
+    n_blocks: int = param(2, at_least=1)
+    n_heads: int = param(4, at_least=1)
+    dropout: float = param(0.1, at_least=0, below=1)
+    own_dropout: float = param(0.1, "how often a gene is known by its embedding alone", at_least=0, at_most=1)
+    condition_dropout: float = param(0.1, "of each of the two conditions", at_least=0, below=1)
+    objective: Literal["v", "noise"] = param("v", "what the network predicts")
+    alignment: float = param(
+        0.0, "weight of the InfoNCE term between perturbations and the changes they make", at_least=0
+    )
+    guidance_state: float = param(1.0, "s_state; 1 is the plain conditional")
+    guidance_perturbation: float = param(1.0, "s_perturbation; above 1 exaggerates effects")
+    sampler: Literal["ddim", "dpm", "ancestral"] = param(
+        "ddim", "deterministic, second order (DPM-Solver++), or with fresh noise at every step"
+    )
+    n_sampling_steps: int = param(15, "of the sampler", at_least=1)
+    fresh_noise: float = param(
+        0.3, "share of noise that is not the cell's own; spreads outcomes", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class JepaWeights(Params):
+    """Of the terms of the losses."""
+
+    invariance: float = param(25.0, "stage A, embedding of one part of a cell from the other", at_least=0)
+    variance: float = param(1.0, "stage A, against collapse to a point", at_least=0)
+    covariance: float = param(0.04, "stage A, against collapse to a line", at_least=0)
+    effect: float = param(1.0, "stage B, mean shift of a group, in units of what it does to genes", at_least=0)
+    world: float = param(0.1, "stage B, likelihood of a group's cells", at_least=0)
+    steadiness: float = param(
+        0.5, "stage B, against shifts that differ between cells of a group without need", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class JepaParams(NetworkParams):
+    """Of the joint-embedding predictive architecture."""
+
+    mean: Literal["learned", "closed_form"] = like(
+        NetworkParams,
+        "mean",
+        "closed_form",
+        "who owns the mean effect: the predictor, or set_gp, which adds the predictor as far as inner folds support it",
+    )
+    n_latent: int = like(NetworkParams, "n_latent", 48, "dimensions of the embedding")
+    n_steps: int = like(NetworkParams, "n_steps", 1200, "optimization steps of the predictor (stage B)")
+    learning_rate: float = like(NetworkParams, "learning_rate", 0.002)
+    ema_decay: float = like(NetworkParams, "ema_decay", 0.98)
+    synthetic_share: float = like(NetworkParams, "synthetic_share", 0.0)
+    n_steps_representation: int = param(2000, "of the embedding (stage A)", at_least=1)
+    n_steps_decoder: int = param(1000, "of the way back to counts (stage C)", at_least=1)
+    width: int = param(128, "of hidden layers", at_least=8)
+    dropout: float = param(0.1, at_least=0, below=1)
+    own_dropout: float = param(0.3, "how often a gene is known by its embedding alone", at_least=0, at_most=1)
+    action_dropout: float = param(
+        0.1, "how often the perturbation is withheld and the learned null replaces it", at_least=0, below=1
+    )
+    mask_rate: float = param(0.5, "share of hidden genes at the start of stage A; falls to zero", at_least=0, below=1)
+    target_decay: float = param(0.99, "of the moving average that is the target encoder", at_least=0, below=1)
+    fold_embedding: Literal["shared", "own"] = param(
+        "shared",
+        "embedding of the inner folds that choose the mean. shared: that of the whole training, which has seen the "
+        "cells held out without their labels; own: learned again without them, which takes a few times as long",
+    )
+    self_supervised: bool = param(
+        True, "false leaves stage A out: the encoder learns with the decoder, in as many steps"
+    )
+    action: Literal["given", "withheld", "shuffled"] = param(
+        "given", "what the predictor sees: the perturbation, never anything, or another perturbation"
+    )
+    when_broken: Literal["stop", "report"] = param(
+        "stop",
+        "what a collapsed embedding or an ignored action does: end the training, or be written into run.json",
+    )
+    weights: JepaWeights = param(JepaWeights, "of the terms of the losses")
+
+
+@dataclass(frozen=True)
+class CounterfactualParams(NetworkParams):
+    """Of the flow between coupled cells."""
+
+    mean: Literal["learned", "closed_form"] = like(
+        NetworkParams, "mean", "closed_form", "who owns the mean effect: the flow, or set_gp"
+    )
+    n_latent: int = like(
+        NetworkParams,
+        "n_latent",
+        64,
+        "most dimensions of the latent space: states, at most half of them, and directions of effects, "
+        "as many as the data tell from noise",
+    )
+    n_steps: int = like(NetworkParams, "n_steps", 1500)
+    batch_size: int = like(NetworkParams, "batch_size", 512)
+    control_share: float = like(NetworkParams, "control_share", 0.0)
+    shifted_share: float = like(NetworkParams, "shifted_share", 0.3)
+    width: int = param(128, "of hidden layers", at_least=8)
+    n_layers: int = param(3, "of the velocity", at_least=1)
+    dropout: float = param(0.0, at_least=0, below=1)
+    own_dropout: float = param(0.3, "how often a gene is known by its embedding alone", at_least=0, at_most=1)
+    bridge_noise: float = param(0.5, "standard deviation around the path between coupled cells in training", at_least=0)
+    n_integration_steps: int = param(10, "of the midpoint rule", at_least=1)
+
+
+# --- families --------------------------------------------------------------------------------------------------------
+
+Role = Literal["reference", "floor", "ceiling", "negative", "scale", "to_beat"]
+
+
 @dataclass(frozen=True)
 class Family:
-    """Where a model family lives and what its training leaves behind."""
+    """Where a family lives, what it is, and what its training leaves behind.
 
-    implementation: str  # "module:Class" below perturbflow.models
-    kind: str  # baseline, ablation, ceiling or learned
-    rule: str = "train_closed_form"  # which rule trains it
-    answers_counterfactuals: bool = False
-    split_kinds: tuple[str, ...] = ()  # the only ones that the family can serve; empty: all
-    losses: Mapping[str, str] = field(
-        default_factory=dict
-    )  # stage of training, empty for the last → what its loss means, for the report
+    Attributes
+    ----------
+    implementation
+        "module:Class" below perturbflow.models.
+    kind
+        baseline, ablation, ceiling or learned.
+    params
+        The dataclass of its params.
+    rule
+        The rule that trains it.
+    roles
+        reference: runs with every selection, listed or not. floor: any model has to beat it. ceiling: what a replicate
+        reaches. negative: what a metric must be able to tell from the ceiling. scale: one end of the scale of scores.
+        to_beat: the strongest closed form.
+    split_kinds
+        The only kinds of split that the family can serve; empty: all.
+    losses
+        Stage of training, empty for the last → the meaning of its loss, for the report.
+    """
+
+    implementation: str
+    kind: Literal["baseline", "ablation", "ceiling", "learned"] = "baseline"
+    params: type[Params] = Params
+    rule: str = "train_closed_form"
+    roles: frozenset[Role] = frozenset()
+    split_kinds: tuple[str, ...] = ()
+    losses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def answers_counterfactuals(self) -> bool:
+        """Whether the family can be asked what-if questions."""
+        return self.kind in ("baseline", "learned")
 
     @property
     def artefact(self) -> str:
-        """Return the file name of a trained model: arrays of a closed form, or a checkpoint."""
+        """File name of a trained model: arrays of a closed form, or a checkpoint."""
         return "model.npz" if self.rule == "train_closed_form" else "model.ckpt"
 
     @property
     def description(self) -> str:
-        """Return the first paragraph of the docstring of the family's class, read without importing it."""
+        """First paragraph of the docstring of the family's class, read without importing it."""
         module, name = self.implementation.split(":")
         tree = ast.parse((MODELS / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
         documented = (
@@ -37,57 +231,70 @@ class Family:
         return " ".join((next(documented, None) or "").split("\n\n")[0].split())
 
 
-def _baseline(implementation: str) -> Family:
-    return Family(implementation, "baseline", answers_counterfactuals=True)
+def _family(implementation: str, *roles: Role, **others: object) -> Family:
+    return Family(implementation, roles=frozenset(roles), **others)  # type: ignore[arg-type]
 
 
 FAMILIES = {
-    "no_change": _baseline("closed_form.baselines:NoChange"),
-    "perturbed_mean": _baseline("closed_form.baselines:PerturbedMean"),
-    "dose_interpolation": _baseline("closed_form.baselines:DoseInterpolation"),
-    "matching_mean": _baseline("closed_form.baselines:MatchingMean"),
-    "additive": _baseline("closed_form.baselines:Additive"),
-    "shrunken_additive": _baseline("closed_form.baselines:ShrunkenAdditive"),
-    "latent_additive": _baseline("closed_form.baselines:LatentAdditive"),
-    "linear": _baseline("closed_form.baselines:Linear"),
-    "transfer": Family("closed_form.baselines:Transfer", "baseline", answers_counterfactuals=True, split_kinds=("unseen_context",)),
-    "ridge": _baseline("closed_form.regressions:Ridge"),
-    "random_forest": _baseline("closed_form.regressions:RandomForest"),
-    "nearest_perturbation": _baseline("closed_form.regressions:NearestPerturbation"),
-    "covariance_response": _baseline("closed_form.regressions:CovarianceResponse"),
-    "gaussian_process": _baseline("gaussian_process.set_gp:SetGP"),
-    "stacked": _baseline("gaussian_process.set_gp:SetGP"),  # the stack of closed forms that this model replaced: its name stays valid
-    "shuffled_labels": Family("closed_form.ablations:ShuffledLabels", "ablation"),
-    "batch_only": Family("closed_form.ablations:BatchOnly", "ablation"),
-    "technical_duplicate": Family("closed_form.ceilings:TechnicalDuplicate", "ceiling"),
-    "perfect_mean": Family("closed_form.ceilings:PerfectMean", "ceiling"),
-    "interpolated_duplicate": Family("closed_form.ceilings:InterpolatedDuplicate", "ceiling"),
-    "diffusion": Family(
-        "scppdm:Diffusion", "learned", "train_diffusion", answers_counterfactuals=True,
+    # Baselines
+    "no_change": _family("closed_form.baselines:NoChange", "reference", "floor", "negative", "scale"),
+    "perturbed_mean": _family("closed_form.baselines:PerturbedMean", "reference", "floor", "negative"),
+    "matching_mean": _family("closed_form.baselines:MatchingMean", "floor"),
+    "additive": _family("closed_form.baselines:Additive", "floor"),
+    "dose_interpolation": _family("closed_form.baselines:DoseInterpolation", "floor"),
+    "shrunken_additive": _family("closed_form.baselines:ShrunkenAdditive"),
+    "latent_additive": _family("closed_form.baselines:LatentAdditive"),
+    "linear": _family("closed_form.baselines:Linear", params=LinearParams),
+    "transfer": _family("closed_form.baselines:Transfer", "floor", split_kinds=("unseen_context",)),
+    "ridge": _family("closed_form.regressions:Ridge"),
+    "random_forest": _family("closed_form.regressions:RandomForest"),
+    "nearest_perturbation": _family("closed_form.regressions:NearestPerturbation"),
+    "covariance_response": _family("closed_form.regressions:CovarianceResponse"),
+    "gaussian_process": _family("gaussian_process.set_gp:SetGP", "to_beat"),
+    # The stack of closed forms that the Gaussian process replaced: its name stays valid.
+    "stacked": _family("gaussian_process.set_gp:SetGP", "to_beat"),
+    # Ablations
+    "shuffled_labels": _family("closed_form.ablations:ShuffledLabels", kind="ablation"),
+    "batch_only": _family("closed_form.ablations:BatchOnly", kind="ablation"),
+    # Ceilings
+    "technical_duplicate": _family("closed_form.ceilings:TechnicalDuplicate", "reference", kind="ceiling"),
+    "interpolated_duplicate": _family("closed_form.ceilings:InterpolatedDuplicate", "reference", kind="ceiling"),
+    "perfect_mean": _family("closed_form.ceilings:PerfectMean", "reference", "scale", kind="ceiling"),
+    # Learned
+    "diffusion": _family(
+        "scppdm:Diffusion", kind="learned", params=DiffusionParams, rule="train_diffusion",
         losses={
-            "": "Loss: squared error of what is denoised, at random levels of noise. A guess of zero has about 1. Most of it is noise that nothing "
-            "can tell, so small differences count."
+            "": "Loss: squared error of what is denoised, at random levels of noise. A guess of zero has about 1. Most of "
+            "it is noise that nothing can tell, so small differences count."
         },
     ),
-    "jepa": Family(
-        "jepa:Jepa", "learned", "train_jepa", answers_counterfactuals=True,
+    "jepa": _family(
+        "jepa:Jepa", kind="learned", params=JepaParams, rule="train_jepa",
         losses={
-            "stage_a": "Loss: squared error of the target's embedding (invariance), plus terms against collapse. It rises by design. The target's "
-            "embedding grows from near 0 to a deviation of 1, as these terms ask. And the part that is predicted shrinks from a half of a cell's "
-            "molecules to a tenth, which is mostly noise. So the loss measures no progress; the effective rank tells a collapse.",
-            "stage_c": "Loss: negative log likelihood of the counts, per gene, given the embedding. It falls to what counting noise leaves.",
-            "": "Loss: error of the mean effects of groups of cells (effect), negative log likelihood of their cells (world), and how much shifts of "
-            "one perturbation differ (steadiness), weighted.",
+            "stage_a": "Loss: squared error of the target's embedding (invariance), plus terms against collapse. It rises "
+            "by design. The target's embedding grows from near 0 to a deviation of 1, as these terms ask. And the part "
+            "that is predicted shrinks from a half of a cell's molecules to a tenth, which is mostly noise. So the loss "
+            "measures no progress; the effective rank tells a collapse.",
+            "stage_c": "Loss: negative log likelihood of the counts, per gene, given the embedding. It falls to what "
+            "counting noise leaves.",
+            "": "Loss: error of the mean effects of groups of cells (effect), negative log likelihood of their cells "
+            "(world), and how much shifts of one perturbation differ (steadiness), weighted.",
         },
     ),
-    "counterfactual": Family(
-        "counterfactual:Counterfactual", "learned", "train_counterfactual", answers_counterfactuals=True,
+    "counterfactual": _family(
+        "counterfactual:Counterfactual", kind="learned", params=CounterfactualParams, rule="train_counterfactual",
         losses={
-            "": "Loss: squared error of the velocity from control to perturbed cell, plus that of one shift for all cells. Cells of a pair differ "
-            "mostly by noise, which stays, so small differences count."
+            "": "Loss: squared error of the velocity from control to perturbed cell, plus that of one shift for all cells. "
+            "Cells of a pair differ mostly by noise, which stays, so small differences count."
         },
     ),
 }  # fmt: skip
 
-# Floors and ceilings: they are properties of data and metric, so they run with every selection, listed or not.
-REFERENCES = ("no_change", "perturbed_mean", "technical_duplicate", "interpolated_duplicate", "perfect_mean")
+
+def with_role(role: Role) -> tuple[str, ...]:
+    """Return the families that have a role, in the order of their declaration."""
+    return tuple(name for name, family in FAMILIES.items() if role in family.roles)
+
+
+# Floors and ceilings are properties of data and metric.
+REFERENCES = with_role("reference")

@@ -11,7 +11,7 @@ from perturbflow.genes.symbols import CONTROL, members_of
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.set_gp import SetGP
-from perturbflow.models.thinning import recounted
+from perturbflow.models.thinning import with_mean_effect
 from perturbflow.pairs import Context, Pairs
 
 
@@ -60,7 +60,7 @@ class BatchOnly(Model):
     def predict(
         self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Change control cells by the mean effect of their strata; by that of all where a stratum is new or not told."""
+        """CommonChange control cells by the mean effect of their strata; by that of all where a stratum is new or not told."""
         known = self.artefact["strata"].tolist()
         told = [""] if context is None else list(context.strata)
         effects = [
@@ -68,7 +68,7 @@ class BatchOnly(Model):
             for stratum in told
         ]
         start = start_cells(cells, n)
-        changed = recounted(
+        changed = with_mean_effect(
             start, np.mean(effects, axis=0) + off_level(start, context), None, np.random.default_rng(seed)
         )
         return np.repeat(changed[None], len(perturbations), axis=0)

@@ -15,7 +15,7 @@ from perturbflow.genes.symbols import CONTROL, SEPARATOR, entities_of, members_o
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.calibration import Calibration, Scale, case_of, measured_by
 from perturbflow.models.effects import Effects
-from perturbflow.models.thinning import recounted
+from perturbflow.models.thinning import with_mean_effect
 from perturbflow.pairs import Context, Pairs
 
 N_FOLDS = 5
@@ -24,7 +24,7 @@ MAX_CONTEXTS = 8  # held out
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSet:
     """What a closed form learns from.
 
     Attributes
@@ -52,7 +52,7 @@ class Training:
     half: int | None = None
 
     @classmethod
-    def of(cls, pairs: Pairs, embeddings: Embeddings, seed: int) -> "Training":
+    def of(cls, pairs: Pairs, embeddings: Embeddings, seed: int) -> "TrainingSet":
         """Measure the effects of all training perturbations."""
         training = pairs.roles("train")
         return cls(training, embeddings, seed, Effects.of_training(training), Effects.with_disjoint_controls(training))
@@ -87,7 +87,7 @@ class Training:
             folds = [{label for label, name in names.items() if dealt[name] == i} for i in range(N_FOLDS)]
         return [fold for fold in folds if fold and len(fold) < len(labels)]
 
-    def rounds(self, *, of_genes: bool, one_by_one: bool = True) -> Iterator[tuple["Training", Effects]]:
+    def rounds(self, *, of_genes: bool, one_by_one: bool = True) -> Iterator[tuple["TrainingSet", Effects]]:
         """Yield inner training sets and the effects held out from them, measured against controls that they do not hold."""
         for held_out in self.folds(of_genes=of_genes, one_by_one=one_by_one):
             rest = [half.without(held_out) for half in self.halves]
@@ -98,13 +98,13 @@ class Training:
                 )  # halves[0] is against half 1
                 yield inner, self.halves[judged].without(known)
 
-    def rounds_of_contexts(self) -> Iterator[tuple["Training", Effects, Context]]:
+    def rounds_of_contexts(self) -> Iterator[tuple["TrainingSet", Effects, Context]]:
         """Yield trainings without the cells of one context, the effects in it of perturbations that the others hold too, and the context."""
         by_context = self.effects_by_context
         names = list(by_context) if len(by_context) > 1 else []
         drawn = np.random.default_rng(self.seed).permutation(len(names))[:MAX_CONTEXTS]
         for name in (names[i] for i in sorted(drawn)):
-            inner = Training.of(self.pairs.without_context(name), self.embeddings, self.seed)
+            inner = TrainingSet.of(self.pairs.without_context(name), self.embeddings, self.seed)
             labels = [label for label in by_context[name] if label in inner.effects.labels]
             if labels:
                 values = np.stack([by_context[name][label] for label in labels])
@@ -128,7 +128,7 @@ class MeanShift(Model):
     artefact: Artefact
 
     @abstractmethod
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Return the arrays that `effect` needs."""
 
     @abstractmethod
@@ -141,9 +141,9 @@ class MeanShift(Model):
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
         """Measure training effects and learn from them."""
-        return self.learned(Training.of(pairs, embeddings, run.seed)).artefact
+        return self.learned(TrainingSet.of(pairs, embeddings, run.seed)).artefact
 
-    def learned(self, training: Training) -> Self:
+    def learned(self, training: TrainingSet) -> Self:
         """Learn, and return the model itself."""
         self.restore(self.learn(training))
         return self
@@ -154,7 +154,7 @@ class MeanShift(Model):
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
         """Fit anew without combinations, genes and contexts, in turn, and score what is said of them."""
-        training = Training.of(pairs, embeddings, seed)
+        training = TrainingSet.of(pairs, embeddings, seed)
         scale, found = Scale.of(training.pairs, training.effects), Calibration.none()
         # Against one half of the controls.
         of_labels = (training.rounds(of_genes=of_genes, one_by_one=False) for of_genes in (False, True))
@@ -177,7 +177,7 @@ class MeanShift(Model):
     def predict(
         self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Change the counts of control cells until their mean has moved by the effect. No perturbation leaves them as they are."""
+        """CommonChange the counts of control cells until their mean has moved by the effect. No perturbation leaves them as they are."""
         start = start_cells(cells, n)
         predicted = np.empty((len(perturbations), *start.shape), dtype=np.float32)
         for p, perturbation in enumerate(perturbations):
@@ -185,7 +185,7 @@ class MeanShift(Model):
                 predicted[p] = start
             else:
                 change = self.effect_in(perturbation, context) + off_level(start, context)
-                predicted[p] = recounted(start, change, None, np.random.default_rng((seed, p)))
+                predicted[p] = with_mean_effect(start, change, None, np.random.default_rng((seed, p)))
         return predicted
 
     def counterfactual(
@@ -216,7 +216,7 @@ Candidate = TypeVar("Candidate", bound=MeanShift)
 
 
 def least_error(
-    candidates: Sequence[Candidate], training: Training, *, of_genes: bool, one_by_one: bool = True
+    candidates: Sequence[Candidate], training: TrainingSet, *, of_genes: bool, one_by_one: bool = True
 ) -> Candidate:
     """Return the candidate that predicts held-out training perturbations with the least squared error; the first where none can be held out."""
     errors = np.zeros(len(candidates))

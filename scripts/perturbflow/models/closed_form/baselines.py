@@ -4,8 +4,9 @@ import numpy as np
 
 from perturbflow.genes.symbols import entities_of, entity_of, members_of
 from perturbflow.models.base import Artefact
-from perturbflow.models.closed_form.base import MeanShift, Training, least_error
+from perturbflow.models.closed_form.base import MeanShift, TrainingSet, least_error
 from perturbflow.models.closed_form.doses import Doses
+from perturbflow.registry.families import LinearParams
 
 LATENT_RIDGES = (0.1, 0.3, 1.0, 3.0)
 LATENT_COMPONENTS = (5, 15, 50)
@@ -15,7 +16,7 @@ TRANSFERRED = (0.0, 0.25, 0.5, 0.6)  # share of the centred effect, by the numbe
 class NoChange(MeanShift):
     """Perturbed cells look like controls: the floor."""
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Nothing to learn."""
         return {"effect": np.zeros(len(training.genes))}
 
@@ -27,7 +28,7 @@ class NoChange(MeanShift):
 class PerturbedMean(MeanShift):
     """Every perturbation has the mean effect of the training perturbations (Systema's non-control mean)."""
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Average effects over perturbations, not over cells."""
         return {"effect": training.effects.values.mean(axis=0)}
 
@@ -43,7 +44,7 @@ class Additive(MeanShift):
     nearest dose.
     """
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Keep single effects and their mean; without any single, the mean effect per member of all combinations."""
         effects, single = training.effects, training.effects.single
         values = np.stack(list(single.values())) if single else np.zeros((0, len(training.genes)))
@@ -96,7 +97,7 @@ class MatchingMean(Additive):
     Systema 2025, x̂_{a+b} = ½ (m_a + m_b), m_a the mean of single a, or that of all training perturbations if unseen.
     """
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Keep single effects and the mean of all training perturbations."""
         return {**super().learn(training), "mean": training.effects.values.mean(axis=0)}
 
@@ -111,7 +112,7 @@ class ShrunkenAdditive(Additive):
     One factor for combinations whose members were all measured alone, one for the others: what is unseen adds noise.
     """
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Fit both factors by least squares over inner folds of combinations and of genes."""
         explained, energy = np.zeros((2, 2))
         for of_genes in (False, True):
@@ -152,7 +153,7 @@ class LatentSum(MeanShift):
         self.n_components = n_components
         self.ridge = ridge
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Solve the ridge regression."""
         effects = training.effects
         _, _, directions = np.linalg.svd(effects.values, full_matrices=False)
@@ -185,7 +186,7 @@ class LatentAdditive(MeanShift):
     Held-out combinations choose them for perturbations of seen members, held-out genes for the others.
     """
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Choose the number of directions and the penalty for both, then fit."""
         candidates = [LatentSum(k, ridge) for k in LATENT_COMPONENTS for ridge in LATENT_RIDGES]
         unseen = least_error(candidates, training, of_genes=True).learn(training)
@@ -220,7 +221,7 @@ class Transfer(MeanShift):
     (w = 1) does worse than no change there. A context is a batch × cell type with controls of its own and at least ten cells of the perturbation.
     """
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Centre and average over contexts."""
         by_context = training.effects_by_context
         means = {context: np.mean(list(effects.values()), axis=0) for context, effects in by_context.items()}
@@ -247,11 +248,11 @@ class Linear(MeanShift):
     does not enter the fit and is predicted by b.
     """
 
-    def __init__(self, n_components: int, ridge: float) -> None:
-        self.n_components = n_components
-        self.ridge = ridge
+    def __init__(self, params: LinearParams) -> None:
+        super().__init__(params)
+        self.n_components, self.ridge = params.n_components, params.ridge
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Solve for W."""
         effects, genes, row = training.effects, training.genes, training.row
         usable = [i for i, label in enumerate(effects.labels) if all(gene in row for gene in entities_of(label))]

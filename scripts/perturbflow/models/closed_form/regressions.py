@@ -8,7 +8,7 @@ from scipy.spatial.distance import cdist, pdist
 
 from perturbflow.genes.symbols import entity_of
 from perturbflow.models.base import Artefact
-from perturbflow.models.closed_form.base import Training, least_error
+from perturbflow.models.closed_form.base import TrainingSet, least_error
 from perturbflow.models.closed_form.baselines import Additive
 from perturbflow.models.closed_form.doses import Doses
 from perturbflow.models.gaussian_process.own_gene import OwnGene
@@ -25,10 +25,10 @@ class GeneTable(Additive):
     """Effects of single genes, measured where training holds them and guessed elsewhere; members of a combination add up."""
 
     @abstractmethod
-    def guess(self, training: Training, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
+    def guess(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
         """Return effects of genes that training does not hold alone, (len(genes), measured genes)."""
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Measure what is known and guess the other perturbed genes."""
         known = training.effects.by_gene()
         doses = Doses(known)
@@ -58,7 +58,7 @@ class VectorTable(GeneTable):
     def regress(self, X: np.ndarray, Y: np.ndarray, new: np.ndarray) -> np.ndarray:
         """Return (new, genes) from standardized vectors X (known, dimensions), effects Y (known, genes) and new vectors."""
 
-    def guess(self, training: Training, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
+    def guess(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
         """Regress effects on vectors."""
         guessed = np.tile(np.mean(list(known.values()), axis=0), (len(genes), 1))
         vectors = training.embeddings if self.source is None else training.embeddings.of_source(self.source)
@@ -137,7 +137,7 @@ class Forest(VectorTable):
 class Ridge(Additive):
     """Ridge regression of single effects on the gene embeddings (Csendes et al. 2025); its penalty by inner folds over genes."""
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Choose the penalty, then fit."""
         return least_error([KernelRidge(ridge) for ridge in RIDGES], training, of_genes=True).learn(training)
 
@@ -145,7 +145,7 @@ class Ridge(Additive):
 class NearestPerturbation(Additive):
     """The mean effect of the training genes with the nearest embeddings; their number by inner folds over genes."""
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Choose the number of neighbours, then look them up."""
         return least_error([Nearest(k) for k in NEIGHBOURS], training, of_genes=True).learn(training)
 
@@ -153,7 +153,7 @@ class NearestPerturbation(Additive):
 class RandomForest(Additive):
     """Random forest on the gene embeddings (Ahlmann-Eltze et al. 2025, Csendes et al. 2025); its leaf size by inner folds over genes."""
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Choose the leaf size on small forests, then grow a large one."""
         candidates = [Forest(size, N_TREES // 10, training.seed) for size in LEAF_SIZES]
         chosen = least_error(candidates, training, of_genes=True, one_by_one=False)
@@ -167,7 +167,7 @@ class CovarianceResponse(GeneTable):
     c fitted to training genes. A target that is not measured has no response.
     """
 
-    def guess(self, training: Training, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
+    def guess(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
         """Respond in proportion to the covariance."""
         covariance, level = training.pairs.control_covariance, training.pairs.control_level
         own = OwnGene.fit(training.pairs, training.effects)

@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist, pdist
 
 from perturbflow.genes.symbols import CONTROL, entity_of, members_of, without_dose
 from perturbflow.models.base import Artefact
-from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.closed_form.doses import Doses
 from perturbflow.pairs import LEAST_CELLS, Context, Groups, Pairs
 
@@ -59,7 +59,7 @@ class EffectRows:
     variance: np.ndarray
 
     @classmethod
-    def of(cls, training: Training) -> "EffectRows":
+    def of(cls, training: TrainingSet) -> "EffectRows":
         """Measure what a training knows, against its controls."""
         groups, labels, sums, squares = _sums(training.pairs)
         is_known = np.isin(labels, training.effects.labels)
@@ -251,7 +251,7 @@ class SetKernel:
         self.contexts = state["contexts"].tolist()
 
     @classmethod
-    def of(cls, rows: EffectRows, training: Training, values: np.ndarray, noise: np.ndarray) -> "SetKernel":
+    def of(cls, rows: EffectRows, training: TrainingSet, values: np.ndarray, noise: np.ndarray) -> "SetKernel":
         """Prepare what a kernel needs.
 
         Parameters

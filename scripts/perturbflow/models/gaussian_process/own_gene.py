@@ -11,7 +11,7 @@ import numpy as np
 from perturbflow.genes.gene_starts import TABLES, neighbours, starts
 from perturbflow.genes.symbols import entities_of, entity_of
 from perturbflow.models.base import Artefact
-from perturbflow.models.closed_form.base import Training
+from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.kernel import EffectRows
 from perturbflow.pairs import Context, Pairs
@@ -79,7 +79,7 @@ class OwnLevels:
     share: float = 0.0
 
     @classmethod
-    def of(cls, rows: EffectRows, training: Training) -> "OwnLevels":
+    def of(cls, rows: EffectRows, training: TrainingSet) -> "OwnLevels":
         """Measure them."""
         own, level = OwnGene.fit(training.pairs, training.effects), rows.population @ rows.levels
         found: dict[str, list[tuple[float, float]]] = {}
@@ -100,7 +100,7 @@ class OwnLevels:
         is_interference = set(training.pairs.obs.get("perturbation_type", [])) == {"CRISPRi"}
         return replace(levels, share=levels._share_of_neighbours(rows, training)) if is_interference else levels
 
-    def _share_of_neighbours(self, rows: EffectRows, training: Training) -> float:
+    def _share_of_neighbours(self, rows: EffectRows, training: TrainingSet) -> float:
         near = neighbours(self.genes.tolist(), training.genes, _organism(training.genes))
         crossed, squared = 0.0, [0.0]
         for i, label in enumerate(rows.labels):

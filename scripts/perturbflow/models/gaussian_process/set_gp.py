@@ -15,7 +15,7 @@ with n_r cells, n₀c controls, and s_rc the share of a row's cells in c: effect
     Y_k = M β_k + σ_k g + ε_k,    β_kj ~ N(0, τ_kj),  g ~ N(0, K),  ε_k ~ N(0, b_k S).
 
    M holds what perturbations have in common: one column for singles and one for combinations, and one for every mean that is handed over, as that of
-   a network (`FitPart`). Signal σ_k², noise b_k and the variances τ_kj are a direction's own; the kernel K is that of all.
+   a network (`FitMean`). Signal σ_k², noise b_k and the variances τ_kj are a direction's own; the kernel K is that of all.
 
 3. Kernel.
 
@@ -53,12 +53,13 @@ import numpy as np
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import entities_of, members_of
 from perturbflow.models.base import Artefact, Run
-from perturbflow.models.closed_form.base import MeanShift, Training
+from perturbflow.models.closed_form.base import MeanShift, TrainingSet
 from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel, places_of
 from perturbflow.models.gaussian_process.likelihood import Directions, Problem
 from perturbflow.models.gaussian_process.own_gene import OwnLevels
 from perturbflow.pairs import Context, Pairs
 from perturbflow.progress import progressed
+from perturbflow.registry.params import Params
 
 MOST_DIRECTIONS = 300
 LEAST_SIGNAL = 0.5  # share of a direction's variance that shared weights are learned from
@@ -68,7 +69,7 @@ MOST_LEARNED_FROM = 1000  # rows
 LEAST_HELD_OUT = 20  # perturbations, to judge another model's means by
 
 # Fits a mean that is no closed form: from an inner training and rows of pairs.h5ad that hold the controls to start from, to effects by label.
-FitPart = Callable[[Training, np.ndarray], Callable[[str], np.ndarray]]
+FitMean = Callable[[TrainingSet, np.ndarray], Callable[[str], np.ndarray]]
 
 
 class SetGP(MeanShift):
@@ -78,16 +79,17 @@ class SetGP(MeanShift):
 
     Parameters
     ----------
-    others
-        By name, how to fit means that are no closed forms, as that of a network. Each enters as columns of M: its predictions of training
-        perturbations, made by inner folds that held them out.
+    other_means
+        By name, how to fit means that are no closed forms, as that of a network. Each enters as columns of M: its
+        predictions of training perturbations, by inner folds that held them out.
     """
 
-    def __init__(self, others: Mapping[str, FitPart] | None = None) -> None:
-        self.others = others or {}
+    def __init__(self, params: Params | None = None, other_means: Mapping[str, FitMean] | None = None) -> None:
+        super().__init__(params)
+        self.other_means = other_means or {}
         self.out_of_fold: dict[str, dict[str, np.ndarray]] = {}
 
-    def learn(self, training: Training) -> Artefact:
+    def learn(self, training: TrainingSet) -> Artefact:
         """Measure rows, turn them to directions, find hyper-parameters and condition on all rows."""
         rows = EffectRows.of(training)
         own = OwnLevels.of(rows, training)
@@ -98,7 +100,7 @@ class SetGP(MeanShift):
         noise = unit * rows.variance @ of_gene
         kernel = SetKernel.of(rows, training, Y, rows.sampling.diagonal() * (rows.variance @ of_gene).sum())
         asked = Questions(rows.labels, rows.shares, np.zeros(len(rows.contexts)))
-        self.out_of_fold = self.out_of_fold or _out_of_fold(self.others, training)
+        self.out_of_fold = self.out_of_fold or _out_of_fold(self.other_means, training)
         root_h, h = kernel.strength_of(rows.labels)
         orders = np.array([len(members_of(label)) for label in rows.labels])
         mean_orders = np.array([orders[kind].mean() if kind.any() else 0.0 for kind in (orders == 1, orders > 1)])
@@ -147,17 +149,18 @@ class SetGP(MeanShift):
         return self.effect_in(perturbation)
 
     def effect_in(
-        self, perturbation: str, context: Context | None = None, said: Mapping[str, np.ndarray] | None = None
+        self, perturbation: str, context: Context | None = None, other_means: Mapping[str, np.ndarray] | None = None
     ) -> np.ndarray:
         """Return the posterior mean, (genes,), in a context.
 
         Parameters
         ----------
-        said
-            Effects by the models of `others`, by name, (genes,) each.
+        other_means
+            Effects by the models of `other_means`, by name, (genes,) each.
         """
         effect = (
-            self._across(perturbation, context)[0] @ self.artefact["alpha"] + self._in_common(perturbation, said)[1]
+            self._across(perturbation, context)[0] @ self.artefact["alpha"]
+            + self._in_common(perturbation, other_means)[1]
         )[0] @ self.artefact["V"].T
         for gene in entities_of(perturbation):
             if gene in self.column:
@@ -167,14 +170,14 @@ class SetGP(MeanShift):
         return effect
 
     def uncertainty(
-        self, perturbation: str, context: Context | None = None, said: Mapping[str, np.ndarray] | None = None
+        self, perturbation: str, context: Context | None = None, other_means: Mapping[str, np.ndarray] | None = None
     ) -> np.ndarray:
         """Return the posterior variance of the effect, (genes,)."""
         K, questions = self._across(perturbation, context)
         itself = self.weights.covariance(self.kernel.terms(questions, questions))[0]
         signal, R = self.artefact["signal"], K @ self.artefact["T"]  # (1, rows)
         of_g = itself[0, 0] * signal - (R**2 @ self.artefact["inverse"])[0] * signal**2
-        columns = self._in_common(perturbation, said)[0][0] - np.einsum(
+        columns = self._in_common(perturbation, other_means)[0][0] - np.einsum(
             "i,iko,k->ko", R[0], self.artefact["scaled"], signal
         )
         variance = np.maximum(of_g, 0.0) + np.einsum("ko,kop,kp->k", columns, self.artefact["B"], columns)
@@ -189,12 +192,14 @@ class SetGP(MeanShift):
         questions = self.kernel.questions([perturbation], context)
         return self.weights.covariance(self.kernel.terms(questions, self.asked))[0], questions
 
-    def _in_common(self, perturbation: str, said: Mapping[str, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
+    def _in_common(
+        self, perturbation: str, other_means: Mapping[str, np.ndarray] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the columns of M of a question, (1, directions, columns), and M β̂, (1, directions)."""
         known = self.out_of_fold
-        if said is not None:
+        if other_means is not None:
             # A perturbation that training measured was conditioned on its out-of-fold prediction: its answer rests on the same.
-            known = {name: {perturbation: said[name]} | of for name, of in known.items()}
+            known = {name: {perturbation: other_means[name]} | of for name, of in known.items()}
         others = [_said(of, [perturbation], self.artefact["V"]) for of in known.values()]
         root_h, _ = self.kernel.strength_of([perturbation])
         M = _columns(np.array([len(members_of(perturbation))]), root_h, self.artefact["mean_orders"], others)
@@ -291,7 +296,7 @@ def _learned_from(labels: list[str], seed: int) -> np.ndarray:
     )
 
 
-def _out_of_fold(others: Mapping[str, FitPart], training: Training) -> dict[str, dict[str, np.ndarray]]:
+def _out_of_fold(others: Mapping[str, FitMean], training: TrainingSet) -> dict[str, dict[str, np.ndarray]]:
     """Return what others say of training perturbations that inner folds held out, by name and label."""
     found: dict[str, dict[str, np.ndarray]] = {name: {} for name in others}
     kinds = [of_genes for of_genes in (False, True) if of_genes or (training.effects.order > 1).any()] if others else []

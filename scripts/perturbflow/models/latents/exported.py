@@ -42,7 +42,7 @@ N_PROBES = 5
 HOW = "config/README.md says how to export one (latent)"
 
 
-class ExternalEncoder:
+class ExportedEncoder:
     """A program from counts of its genes, (cells, its genes) float32, to coordinates of cells, (cells, dimensions).
 
     Parameters
@@ -131,7 +131,7 @@ def _quiet(name: str) -> Iterator[None]:
 class _EncodedCells:
     """Draws batches of cells with their coordinates in place of their expression."""
 
-    def __init__(self, cells: DrawnCells, encoder: ExternalEncoder) -> None:
+    def __init__(self, cells: DrawnCells, encoder: ExportedEncoder) -> None:
         self.cells, self.encoder = cells, encoder
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Cells:
@@ -166,7 +166,7 @@ class CountDecoder(nn.Module):
         return {"loss": -negative_binomial(cells.k, mean, torch.exp(self.log_shape)).mean()}
 
 
-class ExternalLatent(NetworkLatent):
+class ExportedLatent(NetworkLatent):
     """Coordinates of an external encoder, centred and scaled by training cells.
 
     Parameters
@@ -175,17 +175,17 @@ class ExternalLatent(NetworkLatent):
         A trained decoder.
     """
 
-    def __init__(self, encoder: ExternalEncoder, network: CountDecoder) -> None:
+    def __init__(self, encoder: ExportedEncoder, network: CountDecoder) -> None:
         super().__init__(network)
         self.encoder = encoder
 
     @classmethod
     def fit(
         cls, path: Path, pairs: Pairs, n_steps: int, batch_size: int, optimization: Optimization, run: Run
-    ) -> "ExternalLatent":
+    ) -> "ExportedLatent":
         """Read the encoder and train a decoder on the cells of the training role; goes on from a checkpoint of the same training."""
         training = pairs.roles("train")
-        encoder = ExternalEncoder(path, pairs.genes)
+        encoder = ExportedEncoder(path, pairs.genes)
         rows = sampled_rows(training)
         h = torch.cat(
             [
@@ -201,7 +201,7 @@ class ExternalLatent(NetworkLatent):
         )
 
     @classmethod
-    def restored(cls, state: dict[str, Tensor], path: Path, genes: Sequence[str]) -> "ExternalLatent":
+    def restored(cls, state: dict[str, Tensor], path: Path, genes: Sequence[str]) -> "ExportedLatent":
         """Read the encoder, which has to be the same file, and rebuild the decoder around its weights."""
         weights = dict(state)
         digest = weights.pop("encoder_sha256").numpy().tobytes().hex()
@@ -211,7 +211,7 @@ class ExternalLatent(NetworkLatent):
             )
         network = CountDecoder(weights["centre"], weights["scale"], len(weights["log_shape"]))
         network.load_state_dict(weights)
-        return cls(ExternalEncoder(path, genes), network)
+        return cls(ExportedEncoder(path, genes), network)
 
     def state(self) -> dict[str, Tensor]:
         """Return the decoder's weights and the digest of the encoder's file."""

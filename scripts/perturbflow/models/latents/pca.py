@@ -32,7 +32,7 @@ class Latent(Protocol):
     def mean_change(self, moved: np.ndarray) -> np.ndarray | None:
         """Return what moves change in the mean of log1p expression, (genes,); None where that is for the counts to say."""
 
-    def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    def log_fold_change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Return the logarithms of the fold changes of the cells' rates, (cells, genes)."""
 
     def state(self) -> Mapping[str, Any]:
@@ -127,7 +127,7 @@ class LatentSpace:
         """Return the mean of `change`, (genes,)."""
         return self._linear(moved.mean(axis=0, keepdims=True))[0]
 
-    def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    def log_fold_change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Return log fold changes of the cells' levels ℓ as the latent space knows them: log((ℓ + (1 + ℓ) Δ) / ℓ), Δ the change of log1p ℓ."""
         level = np.expm1(np.maximum(self.decode(z), 0.0))
         level = np.maximum(level, LOWEST_SHARE * np.maximum(level.mean(axis=0), 1e-3))

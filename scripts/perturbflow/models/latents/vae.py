@@ -90,10 +90,6 @@ class Cells:
         """Move all tensors."""
         return Cells(self.x.to(device), self.k.to(device), self.unit.to(device))
 
-    def part(self, i: int, n: int) -> "Cells":
-        """Return the i-th of n parts of about the same size."""
-        return Cells(*(table.tensor_split(n)[i] for table in (self.x, self.k, self.unit)))
-
 
 class DrawnCells:
     """Draws batches of training cells, the same for the same seed.
@@ -201,7 +197,7 @@ class NetworkLatent:
             torch.from_numpy(z.astype(np.float32)) * self.network.scale + self.network.centre
         ).numpy()
 
-    def fold(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    def log_fold_change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Return log ρ(z + moved) − log ρ(z)."""
         return self._log_share(z + moved) - self._log_share(z)
 

@@ -47,10 +47,6 @@ class Batch:
         """Move all tensors."""
         return Batch(*(getattr(self, name).to(device) for name in ("start", "target", "genes", "group")))
 
-    def part(self, i: int, n: int) -> "Batch":
-        """Return the i-th of n parts of about the same size."""
-        return Batch(*(getattr(self, name).tensor_split(n)[i] for name in ("start", "target", "genes", "group")))
-
 
 def encoded(pairs: Pairs, latent: Latent) -> Tensor:
     """Return latent coordinates of all cells, (cells, dimensions), from one pass over them."""
@@ -193,23 +189,13 @@ def drawn_ahead(cells: Drawn, size: int, seeds: Iterable[tuple[int, ...]]) -> It
 
 
 class _Stream(IterableDataset):
-    """One epoch of batches, or of the i-th of n parts of each."""
+    """The batches of one epoch."""
 
-    def __init__(
-        self, cells: Drawn, size: int, seed: int, epoch: int, n_batches: int, part: tuple[int, int] = (0, 1)
-    ) -> None:
-        self.cells, self.size, self.seed, self.epoch, self.n_batches, self.part = (
-            cells,
-            size,
-            seed,
-            epoch,
-            n_batches,
-            part,
-        )
+    def __init__(self, cells: Drawn, size: int, seed: int, epoch: int, n_batches: int) -> None:
+        self.cells, self.size, self.seeds = cells, size, [(seed, epoch, i) for i in range(n_batches)]
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in drawn_ahead(self.cells, self.size, ((self.seed, self.epoch, i) for i in range(self.n_batches))):
-            yield batch if self.part == (0, 1) else batch.part(*self.part)
+        yield from drawn_ahead(self.cells, self.size, self.seeds)
 
 
 class Batches(pl.LightningDataModule):
@@ -226,8 +212,7 @@ class Batches(pl.LightningDataModule):
         Counted in steps: when a training is resumed, Lightning asks for batches before it has counted its epoch on.
         """
         epoch = self.trainer.global_step // STEPS_PER_EPOCH
-        part = self.trainer.global_rank, self.trainer.world_size
-        return DataLoader(_Stream(self.training, self.size, self.seed, epoch, STEPS_PER_EPOCH, part), batch_size=None)
+        return DataLoader(_Stream(self.training, self.size, self.seed, epoch, STEPS_PER_EPOCH), batch_size=None)
 
     def watched(self) -> list[Batch]:
         """Return a batch of training cells and, where there are any, one of validation cells: always the same."""

@@ -2,20 +2,17 @@
 
 import logging
 import math
-import os
-import shutil
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
@@ -25,16 +22,12 @@ from perturbflow.errors import InputError
 from perturbflow.io.artefacts import DAMAGED, load_checkpoint, save_checkpoint
 from perturbflow.models.base import Run
 from perturbflow.models.training.batches import STEPS_PER_EPOCH, Batch, Batches, Drawn, drawn_ahead
-from perturbflow.models.training.devices import placement
+from perturbflow.models.training.devices import accelerator
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 MAX_GRADIENT = 1.0  # norm
-PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {
-    "float32": "32-true",
-    "bfloat16": "bf16-mixed",
-}  # in Lightning's words
 
 
 @dataclass(frozen=True)
@@ -47,18 +40,11 @@ class Optimization:
         Of AdamW.
     ema_decay
         Of the moving average of weights, which is what predicts.
-    precision
-        float32, or bfloat16: layers compute in it, while weights, losses and the averaged network stay float32.
-    compiled
-        Whether losses are compiled (`torch.compile`), which draws the same noise and rounds differently; a training that was resumed, whose compiler
-        meets batches in another order, too.
     """
 
     learning_rate: float
     weight_decay: float
     ema_decay: float
-    precision: str = "float32"
-    compiled: bool = False
 
 
 class Learner(pl.LightningModule):
@@ -90,7 +76,6 @@ class Learner(pl.LightningModule):
         self.average = AveragedModel(
             network, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay), use_buffers=False
         )
-        self.losses = _compiled(network.losses) if optimization.compiled else network.losses
         self.seed, self.n_steps = seed, n_steps
 
     def configure_optimizers(self) -> dict:
@@ -110,11 +95,11 @@ class Learner(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Tie noise and dropout to the step, so that a resumed training draws what it would have drawn."""
-        _tie_noise(self.seed, self.global_step, self.global_rank)
+        _tie_noise(self.seed, self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Minimize the network's loss."""
-        losses = _finite(self.losses(batch), self.global_step)
+        losses = _finite(self.network.losses(batch), self.global_step)
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0.0) + value.detach()
         self.n_in_totals += 1
@@ -122,8 +107,7 @@ class Learner(pl.LightningModule):
 
     def mean_losses(self) -> dict[str, float]:
         """Return the means since the last call: Lightning's own log does the same, at a cost that small networks feel."""
-        reduce = self.trainer.strategy.reduce
-        means = {name: float(reduce(total, reduce_op="mean")) / self.n_in_totals for name, total in self.totals.items()}
+        means = {name: float(total) / self.n_in_totals for name, total in self.totals.items()}
         self.totals, self.n_in_totals = {}, 0
         return means
 
@@ -162,33 +146,21 @@ class Learner(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Report the averaged network's loss on validation perturbations, with noise tied to the batch."""
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.autocast(self.device.type, enabled=False),
-        ):  # in float32, as it predicts
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(batch_idx)
             losses = self.average.module.losses(batch)
         values = {f"validation_{name}": value for name, value in losses.items()}
-        self.log_dict(values, on_epoch=True, batch_size=len(batch), sync_dist=self.trainer.world_size > 1)
+        self.log_dict(values, on_epoch=True, batch_size=len(batch))
 
 
-def _tie_noise(seed: int, step: int, rank: int = 0) -> None:
-    """Seed what is random in a step; processes that share a batch draw each their own. Of a seed torch uses 32 bits.
+def _tie_noise(seed: int, step: int) -> None:
+    """Seed all that is random in a step.
 
-    Without an accelerator the CPU's generator is asked itself: `torch.manual_seed` would keep a traceback for devices to come, at a tenth of a small step.
+    Without an accelerator this asks the CPU's generator itself. `torch.manual_seed` would keep a traceback for devices
+    to come, which costs a tenth of a small step.
     """
     seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-    seed_all(seed * 1_000_003 + step + rank * 0x9E3779B1)
-
-
-def _compiled(losses: Callable) -> Callable:
-    """Return losses that torch compiles when they are first asked for, with the noise that they would draw otherwise."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if not shutil.which(compiler):
-        raise InputError(
-            f"compiled: true in the model's params needs a C++ compiler, and {compiler} is not there; install one, name yours in CXX, or set compiled: false."
-        )
-    return torch.compile(losses, options={"fallback_random": True})
+    seed_all(seed * 1_000_003 + step)
 
 
 def _finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -274,8 +246,7 @@ def optimize_briefly(learner: Learner, cells: Drawn, batch_size: int) -> nn.Modu
 def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     """Train a learner to its last step, from the last checkpoint of the same training where there is one.
 
-    Checkpoints of another identity (other params, data, code or seed) are left alone and not resumed. With several devices every step's batch is
-    shared among them: the gradient is that of the whole batch, whose noise is drawn anew.
+    Checkpoints of another identity (other params, data, code or seed) are left alone and not resumed.
     """
     torch.set_num_threads(max(1, run.threads))
     folder = run.checkpoints / run.identity
@@ -294,18 +265,17 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         callbacks.append(TQDMProgressBar(refresh_rate=20))
     for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    where, environment = placement(run)
     last = folder / "last.ckpt"
     with warnings.catch_warnings():
         # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        # `placement` says who starts the processes.
+        # A job is one process; Lightning must not take it for a step of SLURM with several tasks.
         warnings.filterwarnings("ignore", message="The `srun` command is available")
         trainer = pl.Trainer(
             max_steps=learner.n_steps,
-            **where,
-            precision=PRECISIONS[learner.optimization.precision],
-            plugins=[environment, _WholeCheckpoints()],
+            accelerator=accelerator(run.device),
+            devices=1,
+            plugins=[LightningEnvironment(), _WholeCheckpoints()],
             logger=False,
             callbacks=callbacks,
             enable_progress_bar=sys.stderr.isatty(),
@@ -328,8 +298,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
             )
             sys.exit(128 + signal.SIGTERM)
     run.history.extend(history.rows)
-    run.facts["device"], run.facts["n_devices"] = str(trainer.strategy.root_device), trainer.world_size
-    run.is_first_process = trainer.is_global_zero
+    run.facts["device"] = str(trainer.strategy.root_device)
     if hasattr(learner.network, "complaint") and (complaint := learner.network.complaint(history.rows[-1])):
         run.facts["complaint"] = complaint
         logger.warning("%s: %s", name, complaint)
