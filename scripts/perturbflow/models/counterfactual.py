@@ -1,23 +1,26 @@
 """Counterfactual: transport each control cell to what it would have become, by flow matching between coupled cells.
 
-Abduction, action, prediction (Pearl 2009, section 7.1), cell by cell. Abduction: the cell's own state, in the directions that two halves of its
-molecules agree on (`abduction`). Action: the perturbation. Prediction: the end of a flow that starts in the cell, trained by conditional flow
-matching (Lipman et al. 2023, arXiv 2210.02747) between perturbed cells and the controls that they are coupled with inside perturbation, batch and cell
-type: those of most likely the same state (`coupled`; minibatch optimal transport, Tong et al. 2024, arXiv 2302.00482, with the likelihood of a
-shared state for its cost). The mean effect is that of `set_gp`; the flow says how cells differ from it.
+Abduction, action, prediction (Pearl 2009, section 7.1), cell by cell:
 
-What it assumes. (1) Perturbations are assigned without regard to the cell's state within batch and cell type: true of pooled screens, but for what a
-perturbation does to survival. (2) A cell's state can be read from what the perturbation leaves alone: two cells of one state that got different
-perturbations still look alike in most directions. (3) Cells of the same state respond alike: what sets them apart beyond it, the efficacy of a
-guide say, is noise here. No unpaired data can prove (2) and (3); on worlds whose counterfactuals are known the error is measured.
+1. Abduction. A cell's own state is its position along the directions that two halves of its molecules agree on
+   (`States`). Each molecule falls to one of two halves (count splitting, Neufeld et al. 2024,
+   doi:10.1093/biostatistics/kxac047). The halves share the cell's rates and no noise, so the covariance of one half's
+   expression with the other's is that of the rates. Eigenvalues of its noise lie as far below zero as above: directions
+   beyond the most negative one are states. Along each, the halves tell the reliability ρ of a measured cell. A measured
+   position s means the state ρ s, known up to √(ρ(1−ρ)).
+2. Action. The perturbation.
+3. Prediction. The end of a flow that starts in the cell. Conditional flow matching (Lipman et al. 2023,
+   arXiv 2210.02747) trains it between perturbed cells and the controls that they are coupled with, inside perturbation,
+   batch and cell type. Coupled cells are those of most likely the same state (`coupled`; minibatch optimal transport,
+   Tong et al. 2024, arXiv 2302.00482, with the likelihood of a shared state for its cost).
 
+The mean effect is that of `set_gp`; the flow says how cells differ from it.
 
-What of a cell's expression is its own state: the directions that two halves of its molecules agree on.
-
-Each molecule of a cell is dealt to one of two halves (count splitting, Neufeld et al. 2024, doi:10.1093/biostatistics/kxac047). The halves share the
-cell's rates and none of the measurement's noise, so the covariance of one half's expression with the other's is that of the rates. Its noise
-eigenvalues lie as far below zero as above: directions beyond the most negative one are states, and along each of them the halves say how far a
-measured cell is to be trusted. Given the measurement s of standardized coordinates of reliability ρ, the state is ρ s, known up to √(ρ(1−ρ)).
+It assumes three things. (1) Within batch and cell type, perturbations are assigned without regard to the cell's state.
+This holds for pooled screens, but for survival. (2) The part of a cell that the perturbation leaves alone tells its
+state: two cells of one state that got different perturbations still look alike in most directions. (3) Cells of the
+same state respond alike: anything else that sets them apart, such as the efficacy of a guide, is noise here. No unpaired
+data can prove (2) and (3). On simulated worlds, whose counterfactuals are known, the error is measured.
 """
 
 from dataclasses import dataclass
@@ -40,7 +43,7 @@ from perturbflow.models.training.networks import GeneEncoder, TimeEmbedding, mlp
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import CounterfactualParams
 
-# --- abduction ---
+# --- abduction: the state of a cell ----------------------------------------------------------------------------------
 
 MAX_CELLS = 10_000
 MAX_STATES = 16
@@ -135,7 +138,7 @@ class _Centred:
 
 
 def _halves(X: sparse.csr_matrix, rng: np.random.Generator) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Deal the counts of log1p-normalized cells to two halves, each normalized as the whole is, with the library size it has left."""
+    """Return two halves of the counts of log1p-normalized cells, each normalized to the size of the whole."""
     X = X.tocsr().astype(np.float64)
     cell = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr))
     normalized = np.expm1(X.data)
@@ -152,10 +155,10 @@ def _halves(X: sparse.csr_matrix, rng: np.random.Generator) -> tuple[sparse.csr_
 
 
 def effect_directions(effects: Effects, most: int) -> np.ndarray:
-    """Return the directions in which perturbations differ from controls by more than sampling noise, orthonormal, (genes, at most so many).
+    """Return orthonormal directions in which effects exceed sampling noise, (genes, at most so many).
 
-    Effects in units of their standard errors are noise of variance 1 where nothing happens; of P × G such numbers no singular value is above √P + √G
-    (Marchenko & Pastur 1967). The greatest one is kept in any case.
+    Effects in units of their standard errors are noise of variance 1 where nothing happens. No singular value of P × G
+    such numbers exceeds √P + √G (Marchenko & Pastur 1967). The greatest one is kept in any case.
     """
     error = np.sqrt(np.maximum(effects.errors, 1e-8))
     values = effects.values.astype(np.float64)
@@ -164,14 +167,15 @@ def effect_directions(effects: Effects, most: int) -> np.ndarray:
     return np.linalg.qr(values.T @ u[:, :n])[0]
 
 
-# --- counterfactual ---
+# --- prediction: coupled cells and the flow between them ----------------------------------------------------------
 
 
 def coupled(start: Tensor, target: Tensor, group: Tensor, weights: Tensor) -> Tensor:
     """Return the order of start cells, within groups, in which they are most likely of the targets' states, (B,).
 
-    The cost of a pair is Σ_k w_k Δ_k² less what the perturbation itself can have caused, Δ the difference of states after the group's mean shift e is
-    taken off, w = ρ / (1 − ρ²): by a response of unknown size the state may differ along e, so that distance counts as
+    Let Δ be the difference of states minus the group's mean shift e, and w = ρ / (1 − ρ²). The cost of a pair is
+    Σ_k w_k Δ_k² minus the part that the perturbation itself can have caused: by a response of unknown size the state may
+    differ along e, so that distance counts as
     Δᵀ (W⁻¹ + e eᵀ)⁻¹ Δ = Σ_k w_k Δ_k² − (Σ_k w_k Δ_k e_k)² / (1 + Σ_k w_k e_k²).
 
     Parameters
@@ -231,7 +235,9 @@ class StateSpace(LatentSpace):
 
 
 class Velocity(nn.Module):
-    """v(z, t, c) = m(c) + u(ρ s(z − t m(c)), t, c) with c the sum of the members' vectors, s the state and ρ its reliability; zero without members.
+    """v(z, t, c) = m(c) + u(ρ s(z − t m(c)), t, c), zero without members.
+
+    c is the sum of the members' vectors, s the state and ρ its reliability.
 
     m is linear, so shifts of a combination's members add up; u transports what is left in a frame that moves with the shift,
     so that it meets cells where it has seen them, whatever the combination.
@@ -261,7 +267,7 @@ class Velocity(nn.Module):
         genes
             (B, members), -1 for none.
         unknown
-            What a state differs by from the most likely one, (B, states), in standard deviations of what is not known of it.
+            Difference of the state from the most likely one, (B, states), in standard deviations of its posterior.
         """
         action = self.gene_encoder(genes).sum(dim=1)
         shift = self.shift(action)
@@ -294,7 +300,9 @@ class Counterfactual(LearnedModel):
         """Span states and effects: how many of each is for the data to say."""
         latent = StateSpace.spanned(pairs.roles("train"), effects, self.params.n_latent)
         run.facts["states"] = {
-            "n_states": len(latent.reliability), "n_dimensions": latent.n_dimensions, "reliability": [round(float(rho), 3) for rho in latent.reliability],
+            "n_states": len(latent.reliability),
+            "n_dimensions": latent.n_dimensions,
+            "reliability": [round(float(rho), 3) for rho in latent.reliability],
         }  # fmt: skip
         return latent
 

@@ -60,7 +60,7 @@ class BatchOnly(Model):
     def predict(
         self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """CommonChange control cells by the mean effect of their strata; by that of all where a stratum is new or not told."""
+        """Change control cells by the mean effect of their strata; by that of all where a stratum is new or not told."""
         known = self.artefact["strata"].tolist()
         told = [""] if context is None else list(context.strata)
         effects = [

@@ -177,7 +177,7 @@ class MeanShift(Model):
     def predict(
         self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """CommonChange the counts of control cells until their mean has moved by the effect. No perturbation leaves them as they are."""
+        """Change the counts of control cells until their mean has moved by the effect. No perturbation leaves them as they are."""
         start = start_cells(cells, n)
         predicted = np.empty((len(perturbations), *start.shape), dtype=np.float32)
         for p, perturbation in enumerate(perturbations):

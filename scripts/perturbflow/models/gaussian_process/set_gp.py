@@ -1,47 +1,58 @@
 """One Gaussian process for the mean effect of any set of perturbed genes in any context.
 
-Data. Row r is a perturbation p, a set of genes or compounds, in a context c, a batch × cell type. y_r, (genes,), is the mean of its cells minus the
-mean of the controls of c. Its errors are those of sampling, for gene g
+Data. Row r is a perturbation p, a set of genes or compounds, in a context c, a batch × cell type. Its effect y_r,
+(genes,), is the mean of its cells minus the mean of the controls of c. Its errors are sampling errors. For gene g
 
-    cov(y_rg, y_sg) = v_g S_rs,    S_rs = [r = s] / n_r + Σ_c s_rc s_sc / n₀c,
+    cov(y_rg, y_sg) = v_g S_rs,    S_rs = [r = s] / n_r + Σ_c s_rc s_sc / n₀c.
 
-with n_r cells, n₀c controls, and s_rc the share of a row's cells in c: effects against the same controls err together (`effect_rows`).
+Row r has n_r cells, a share s_rc of them in context c, which has n₀c controls. Effects against the same controls err
+together (`EffectRows`).
 
-1. Directions. The level of a perturbed gene itself is predicted apart (`OwnLevels`), and replaced in its row by the mean of the other rows. The
-   singular vectors V of what is left, Y = U D Vᵀ, turn it to directions, Y V, which are taken for independent.
+1. Directions. The level of a perturbed gene itself is predicted apart (`OwnLevels`); in its row the mean of the other
+   rows replaces it. The singular vectors V of the rest, Y = U D Vᵀ, turn rows into directions, Y V. Directions count as
+   independent.
 
 2. Model. In every direction k
 
     Y_k = M β_k + σ_k g + ε_k,    β_kj ~ N(0, τ_kj),  g ~ N(0, K),  ε_k ~ N(0, b_k S).
 
-   M holds what perturbations have in common: one column for singles and one for combinations, and one for every mean that is handed over, as that of
-   a network (`FitMean`). Signal σ_k², noise b_k and the variances τ_kj are a direction's own; the kernel K is that of all.
+   M holds the part that perturbations have in common. It has a column for singles, one for combinations, and one for
+   every mean that another model hands over, such as a network (`FitMean`). Each direction has its own signal σ_k²,
+   noise b_k and variances τ_kj. All share the kernel K.
 
 3. Kernel.
 
-    K_rs = ω_r ω_s Σ_{i ∈ r} Σ_{j ∈ s} √(h_i h_j) κ(i, j) · (1 + c₁ s_r·s_s + c₂ s_rᵀ A s_s)  +  Σ_q e_q ⟨φ_q(r), φ_q(s)⟩  +  e_c s_r·s_s + e_A s_rᵀ A s_s  +  [r = s] ν_r h_r
+    K_rs = ω_r ω_s Σ_{i ∈ r} Σ_{j ∈ s} √(h_i h_j) κ(i, j) · (1 + c₁ s_r·s_s + c₂ s_rᵀ A s_s)
+           + Σ_q e_q ⟨φ_q(r), φ_q(s)⟩ + e_c s_r·s_s + e_A s_rᵀ A s_s + [r = s] ν_r h_r
     κ(i, j) = a₀ [i = j] + a₁ [i = j] δ(i, j) + Σ_e ( a_e exp(−|x_i − x_j|² / m_e) + a'_e x_i·x_j )
 
-   Members add up. A gene has an effect of its own, and what its vectors x say, one weight per source e: a source that says nothing gets none. In a
-   combination every member counts ω, in (0, 1.5). The strength h_i of a gene, relative to the mean, is known where it was perturbed alone: strong
-   effects are rare and heavy-tailed, so that effects resemble one another in direction rather than in size. Doses of a compound share its effect, and
-   share more the nearer they are by logarithm, δ; strengths between doses are interpolated (`DoseInterpolation`).
-   A context shares what all contexts share, keeps something of its own, c₁, and shares more with contexts whose controls look alike,
-   A = exp(−|level − level'|² / m); what all perturbations of a context share has weights of its own, e_c and e_A. Combinations interact alike, φ_q Gaussian, where the sums of their members' effects, and the differences between
-   these, are alike; a member never measured alone may have the effect of any that was: φ is the mean over them.
-   ν is what does not come back in other rows, for singles and for combinations.
+   Genes. Members add up. A gene has an effect of its own, plus one that its vectors x tell, with a weight per source e.
+   A source that tells nothing gets no weight. In a combination every member counts ω, in (0, 1.5). A gene's strength
+   h_i, relative to the mean, is known where it was perturbed alone. Strong effects are rare and heavy-tailed, so effects
+   resemble one another in direction rather than in size. Doses of a compound share its effect, and share more the nearer
+   their logarithms are, δ. Strengths between doses are interpolated (`DoseInterpolation`).
 
-4. Hyper-parameters maximize the marginal likelihood of the training rows, with weak priors that keep each near where it starts, and one that draws the
-   weights of sources to zero, −log p = 10 √a: few genes cannot tell sources apart. The log τ_kj of all directions have a mean that is learned. The shared
-   ones are learned from directions that hold more signal than sampling noise, and from at most 1,000 rows; then every direction learns its own.
+   Contexts. A context shares one part with all contexts, keeps a part of its own, c₁, and shares a part with contexts
+   whose controls look alike, c₂: A = exp(−|level − level'|² / m). All perturbations of a context have a part in common,
+   with weights of its own, e_c and e_A.
 
-5. One factorization serves all directions. With S = L Lᵀ and L⁻¹ K L⁻ᵀ = U Λ Uᵀ, every covariance C_k = σ_k² K + b_k S + M T_k Mᵀ is diagonal in T⁻¹, T = L⁻ᵀ U, up
-   to the columns of M: D_k = σ_k² Λ + b_k. The likelihood's gradient is
+   Combinations. They interact alike where the sums of their members' effects are alike, and the differences between
+   these: φ_q is Gaussian in them. A member that was never measured alone may have the effect of any that was: φ is the
+   mean over them. ν is the part that does not come back in other rows, one for singles and one for combinations.
 
-    ∂ℓ/∂K = ½ T ( Σ_k σ_k² [ D_k⁻¹ − H_k H_kᵀ − p_k p_kᵀ ] ) Tᵀ,    p_k = Tᵀ-coordinates of C_k⁻¹ Y_k,  H_k H_kᵀ = D_k⁻¹ M (T_k⁻¹ + Mᵀ D_k⁻¹ M)⁻¹ Mᵀ D_k⁻¹.
+4. Hyper-parameters maximize the marginal likelihood of the training rows. Weak priors keep each near its start. Another
+   prior draws the weights of sources to zero, −log p = 10 √a: few genes cannot tell sources apart. The log τ_kj of all
+   directions share a mean, which is learned. Shared hyper-parameters are learned from directions with more signal than
+   sampling noise, and from at most 1,000 rows. Then every direction learns its own.
 
-6. Answer. For a question *, mean M_* β̂ + σ_k K_*r C⁻¹ (Y_k − M β̂) and its variance, turned back by V: Rasmussen & Williams 2006, equations 2.25, 2.26 and 2.41, 2.42.
+5. One factorization serves all directions. Let S = L Lᵀ, L⁻¹ K L⁻ᵀ = U Λ Uᵀ and T = L⁻ᵀ U. In the coordinates of T every
+   covariance C_k = σ_k² K + b_k S + M T_k Mᵀ is diagonal but for the columns of M: D_k = σ_k² Λ + b_k. The gradient is
 
+    ∂ℓ/∂K = ½ T ( Σ_k σ_k² [ D_k⁻¹ − H_k H_kᵀ − p_k p_kᵀ ] ) Tᵀ,
+    p_k = C_k⁻¹ Y_k in coordinates of T,    H_k H_kᵀ = D_k⁻¹ M (T_k⁻¹ + Mᵀ D_k⁻¹ M)⁻¹ Mᵀ D_k⁻¹.
+
+6. Answer. A question * has the mean M_* β̂ + σ_k K_*r C⁻¹ (Y_k − M β̂), with its variance, turned back by V
+   (Rasmussen & Williams 2006, equations 2.25, 2.26, 2.41 and 2.42).
 """
 
 import itertools
@@ -68,14 +79,15 @@ LEAST_SHARE = 0.05  # of a direction's variance that signal is taken for at leas
 MOST_LEARNED_FROM = 1000  # rows
 LEAST_HELD_OUT = 20  # perturbations, to judge another model's means by
 
-# Fits a mean that is no closed form: from an inner training and rows of pairs.h5ad that hold the controls to start from, to effects by label.
+# Fits a mean that is no closed form. It gets an inner training set and the rows of pairs.h5ad with controls to start
+# from, and returns effects by label.
 FitMean = Callable[[TrainingSet, np.ndarray], Callable[[str], np.ndarray]]
 
 
 class SetGP(MeanShift):
-    """One Gaussian process over sets of perturbed genes in contexts: own effects, gene vectors, interactions, doses and contexts in one model.
+    """One Gaussian process over sets of perturbed genes in contexts: own effects, vectors, interactions and doses.
 
-    Its mean is that of the learned models, too, and its posterior variance the scale of intervals. The page of maths is the head of its module.
+    It gives learned models their mean, too, and intervals their scale. The head of its module is a page of maths.
 
     Parameters
     ----------
@@ -198,7 +210,7 @@ class SetGP(MeanShift):
         """Return the columns of M of a question, (1, directions, columns), and M β̂, (1, directions)."""
         known = self.out_of_fold
         if other_means is not None:
-            # A perturbation that training measured was conditioned on its out-of-fold prediction: its answer rests on the same.
+            # The rows of a measured perturbation were explained by its out-of-fold prediction: so is its answer.
             known = {name: {perturbation: other_means[name]} | of for name, of in known.items()}
         others = [_said(of, [perturbation], self.artefact["V"]) for of in known.values()]
         root_h, _ = self.kernel.strength_of([perturbation])
@@ -235,7 +247,7 @@ def _directions(values: np.ndarray) -> np.ndarray:
 
 
 def _starts(Y: np.ndarray, noise: np.ndarray, n_columns: int, n_means: int) -> Directions:
-    """Return where a direction's own start: its variance, minus noise, is signal for the most part; some of it may be noise that is not known of."""
+    """Return starts of a direction's own hyper-parameters: its variance minus noise is mostly signal."""
     size = np.maximum((Y**2).mean(axis=0), 1e-24)
     signal = np.maximum(size - noise, LEAST_SHARE * size)
     means = np.vstack([np.tile(0.3 * signal, (n_means, 1)), np.full((n_columns - n_means, len(size)), 0.3)])
@@ -252,7 +264,7 @@ def _telling(Y: np.ndarray, noise: np.ndarray) -> np.ndarray:
 
 
 def _columns(orders: np.ndarray, root_h: np.ndarray, mean_orders: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
-    """Return M, (questions, directions or 1, columns): means of singles and of combinations, and what others say of either.
+    """Return M, (questions, directions or 1, columns): means of singles, of combinations, and others' means of either.
 
     Parameters
     ----------
@@ -283,7 +295,7 @@ def _said(said: Mapping[str, np.ndarray], labels: Sequence[str], V: np.ndarray) 
 
 
 def _learned_from(labels: list[str], seed: int) -> np.ndarray:
-    """Return the rows that shared weights are learned from: of all perturbations, or of as many as have MOST_LEARNED_FROM rows together."""
+    """Return the rows that shared weights are learned from: all, or at most MOST_LEARNED_FROM, by perturbation."""
     rows = places_of(labels)
     drawn = (
         np.random.default_rng(seed).permutation(sorted(rows)).tolist()
