@@ -282,6 +282,23 @@ def test_counterfactual_gives_a_distribution_per_cell_around_its_own_state(
 
 
 @pytest.mark.parametrize("name", LEARNED)
+def test_scored_cells_and_what_if_answers_are_the_same_population(name: str, models: dict) -> None:
+    """`predict` meets the mean of the cells that it is given, `counterfactual` that of training's controls."""
+    model, _, _ = models[name]
+    start = model.population
+    scored = model.predict(start, ["TF1+TF5"], len(start), 0)[0]
+    asked = model.counterfactual(start, ["TF1+TF5"], 8, 0)[0].reshape(-1, start.shape[1])
+    sampling = np.sqrt(scored.var(axis=0) / len(scored) + asked.var(axis=0) / len(asked))
+    difference = np.abs(scored.mean(axis=0) - asked.mean(axis=0))
+    effect = np.abs(scored.mean(axis=0) - start.mean(axis=0))
+    assert (difference < 4.0 * sampling + 0.01).all()
+    assert np.linalg.norm(difference) < 0.15 * np.linalg.norm(effect)
+    spread = scored.std(axis=0), asked.std(axis=0)
+    assert np.corrcoef(*spread)[0, 1] > 0.9
+    assert np.median(spread[1] / np.maximum(spread[0], 1e-6)) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_gene_without_a_vector_is_refused_and_an_unseen_one_is_borrowed(
     name: str, models: dict, screen: tuple[Pairs, Embeddings], tmp_path: Path
 ) -> None:
