@@ -20,7 +20,7 @@ from perturbflow import embeddings, pairs
 from perturbflow.audit import audit
 from perturbflow.audit.audit import CHECKS
 from perturbflow.benchmark import benchmark
-from perturbflow.benchmark.verdicts import telling
+from perturbflow.benchmark.verdicts import distinguishing
 from perturbflow.evaluation import METRICS, evaluate
 from perturbflow.io.files import read_json, write_json
 from perturbflow.predict import predict
@@ -28,9 +28,9 @@ from perturbflow.quality import quality
 from perturbflow.registry.families import FAMILIES, Family
 from perturbflow.report import leaderboard, report
 from perturbflow.report.cards import ModelCard
-from perturbflow.report.drawing import number, signed
 from perturbflow.report.learning import by_heart
 from perturbflow.report.page import FIGURE_BYTES
+from perturbflow.report.plotting import number, signed
 from perturbflow.report.sections import perturbation_table
 from perturbflow.screens import harmonize
 from perturbflow.splits import split as splits
@@ -39,11 +39,11 @@ from perturbflow.train import train
 # Gene and label at once, as a screen might bring it: it must end up as text.
 HOSTILE = "<i>TF9</i>&\"'$x_1$"
 IMPLEMENTATIONS = {
-    "no_change": ("baselines:NoChange", {}),
-    "additive": ("baselines:Additive", {}),
-    "perturbed_mean": ("baselines:PerturbedMean", {}),
-    "technical_duplicate": ("ceilings:TechnicalDuplicate", {}),
-    "perfect_mean": ("ceilings:PerfectMean", {}),
+    "no_change": ("closed_form.baselines:NoChange", {}),
+    "additive": ("closed_form.baselines:Additive", {}),
+    "perturbed_mean": ("closed_form.baselines:PerturbedMean", {}),
+    "technical_duplicate": ("closed_form.ceilings:TechnicalDuplicate", {}),
+    "perfect_mean": ("closed_form.ceilings:PerfectMean", {}),
 }
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
 MODELS = {**{name: name for name in IMPLEMENTATIONS}, "learned": "learned"}
@@ -278,7 +278,7 @@ def test_leaderboard_has_the_values_and_intervals_of_the_benchmark(page: str, tr
 def test_best_value_is_bold_where_the_metric_can_tell_and_no_ceiling_is(page: str, tree: Tree) -> None:
     table = tree.table("benchmark")
     mute = {
-        split: {name for name, tells in telling(rows).items() if not tells}
+        split: {name for name, tells in distinguishing(rows).items() if not tells}
         for split, rows in tree.table("calibration").groupby("split")
     }
     assert any(mute.values())

@@ -2,7 +2,8 @@
 
     python workflow_tests/benchmarks/answers_scale.py
 
-A made screen; the model is trained for a few steps, as the time of sampling does not depend on them. One process on the threads it is given.
+A made screen; the model is trained for a few steps, as the time of sampling does not depend on them. One process on the
+threads it is given.
 """
 
 import argparse

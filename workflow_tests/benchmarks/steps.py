@@ -2,9 +2,10 @@
 
     python workflow_tests/benchmarks/steps.py
 
-prints a Markdown table, a row per network that a model trains: milliseconds of a step in float32, and the times of the other settings over that
-(median of the rounds, the smallest and largest of them in brackets), with the seconds that compilation takes at first. Data are not in it:
-batches are drawn before. Cells are made, as in training_scale.py; networks are as large as the default params make them.
+prints a Markdown table, a row per network that a model trains: milliseconds of a step in float32, and the times of the
+other settings over that (median of the rounds, the smallest and largest of them in brackets), with the seconds that
+compilation takes at first. Data are not in it: batches are drawn before. Cells are made, as in training_scale.py;
+networks are as large as the default params make them.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """All scores in tables: means with intervals, on a scale, against every baseline, by stratum, and a verdict per model.
 
-One bootstrap serves all of them (`bootstrap`): 95 % intervals over perturbations, and over seeds where there are several.
-Everything but a metric's own mean is computed on losses, so that lower is better whatever the metric.
+One bootstrap serves all of them (`bootstrap`): 95 % intervals over perturbations, and over seeds where there are
+several. Everything but a metric's own mean is computed on losses, so that lower is better whatever the metric.
 """
 
 import logging

@@ -41,7 +41,7 @@ STRATA = ["dataset", "split", "metric", "metric_family", "model", "family", "kin
 BETTER, LEVEL, WORSE, UNDECIDED, TOO_FEW = "better", "level", "worse", "undecided", "too few"  # differences
 WORDED = ("members_seen", "responds")  # strata with words for bins, not ranges
 BINS = {2: ("low", "high"), 3: ("low", "middle", "high")}
-TELLS, CANNOT_TELL = "tells", "cannot tell"
+DISTINGUISHES, CANNOT_DISTINGUISH = "tells", "cannot tell"
 
 
 def _share_won(gain: np.ndarray) -> np.ndarray:
@@ -79,9 +79,10 @@ def _scaled(losses: np.ndarray, floor: int, ceiling: int) -> tuple[np.ndarray, n
 def summarize(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
     """Return one row per model × seed × metric: the mean over perturbations, raw and scaled, with 95 % intervals.
 
-    scaled_{b}_{r} is s = (u − b)/(r − b) on mean losses over the perturbations that all three are defined for, of the same
-    seed: 0 as good as b, 1 as good as r, never clipped. It is NaN where b or r is not among the runs, and where r cannot be
-    told to be better than b: then there is no scale. scaled_ci_low and scaled_ci_high belong to the pair PRIMARY.
+    scaled_{b}_{r} is s = (u − b)/(r − b) on mean losses over the perturbations that all three are defined for, of
+    the same seed: 0 as good as b, 1 as good as r, never clipped. It is NaN where b or r is not among the runs, and
+    where r cannot be told to be better than b: then there is no scale. scaled_ci_low and scaled_ci_high belong to the
+    pair PRIMARY.
     """
     parts = []
     for s, seed in enumerate(panel.seeds):
@@ -122,9 +123,10 @@ def summarize(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
 def calibrate(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
     """Return one row per metric × positive control × negative control: what this metric can tell on these data.
 
-    drf is the dynamic range fraction (pos − neg)/(perfect − neg) (Miller et al. 2025) on mean losses, not clipped. bds is the
-    share of perturbations for which the positive control beats the negative (scPertEval 2026), ties counting half, with an
-    exact interval. A metric tells one from the other where both intervals lie above what chance gives, 0 and 0.5.
+    drf is the dynamic range fraction (pos − neg)/(perfect − neg) (Miller et al. 2025) on mean losses, not clipped.
+    bds is the share of perturbations for which the positive control beats the negative (scPertEval 2026), ties counting
+    half, with an exact interval. A metric tells one from the other where both intervals lie above what chance gives, 0
+    and 0.5.
     """
     rows = []
     for positive in POSITIVES:
@@ -156,7 +158,7 @@ def calibrate(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
                         "bds_low": bds_low[k],
                         "bds_high": bds_high[k],
                         "n_perturbations": size[k],
-                        "verdict": TELLS if is_ordered[k] else CANNOT_TELL,
+                        "verdict": DISTINGUISHES if is_ordered[k] else CANNOT_DISTINGUISH,
                         "reason": "" if is_ordered[k] else _why_not(size[k], range_[k], bds_low[k], positive, negative),
                     }
                 )
@@ -214,13 +216,14 @@ def _words(found: Estimates, margin: float) -> np.ndarray:
 def compare(panel: Panel, families: dict[str, str], least_difference: float) -> pd.DataFrame:
     """Return one row per metric × model × baseline or ablation: the paired difference, on perturbations that both predict.
 
-    difference is the mean over perturbations and seeds of the reference's loss minus the model's: above zero the model is
-    better. Seeds are paired by number. is_best_baseline marks the baseline with the lowest mean loss, among the other ones where
-    the model is a baseline itself.
+    difference is the mean over perturbations and seeds of the reference's loss minus the model's: above zero the model
+    is better. Seeds are paired by number. is_best_baseline marks the baseline with the lowest mean loss, among the
+    other ones where the model is a baseline itself.
 
-    A difference counts from margin on: least_difference times the way from no change to the ceiling (`PRIMARY`) by this metric on these data.
-    With its whole interval above the margin the model is better, below minus the margin worse, between the two level: two one-sided tests of
-    equivalence at 2.5 % each (Schuirmann 1987). share is the difference in units of the way. Without a way the margin is 0.
+    A difference counts from margin on: least_difference times the way from no change to the ceiling (`PRIMARY`) by this
+    metric on these data. With its whole interval above the margin the model is better, below minus the margin worse,
+    between the two level: two one-sided tests of equivalence at 2.5 % each (Schuirmann 1987). share is the difference
+    in units of the way. Without a way the margin is 0.
     """
     kinds = [FAMILIES[families[model]].kind for model in panel.models]
     references = [i for i, kind in enumerate(kinds) if kind in ("baseline", "ablation")]
@@ -286,9 +289,10 @@ def _bins(values: pd.Series) -> pd.Series:
 def stratify(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
     """Return one row per model × headline metric × stratum: the mean over the perturbations of one kind, and its interval.
 
-    Strata are thirds (halves below nine perturbations) by reliability, effect_size, n_cells and efficacy (how far the perturbed gene
-    itself changed), since the useful thresholds differ from screen to screen; members_seen, how many of the perturbed genes training knew
-    alone; and responds, whether the perturbation does anything (energy distance to controls). from and to bound the bin.
+    Strata are thirds (halves below nine perturbations) by reliability, effect_size, n_cells and efficacy (how far the
+    perturbed gene itself changed), since the useful thresholds differ from screen to screen; members_seen, how many of
+    the perturbed genes training knew alone; and responds, whether the perturbation does anything (energy distance to
+    controls). from and to bound the bin.
     """
     facts = panel.perturbations
     binned = {name: _bins(facts[name]) for name in ("reliability", "effect_size", "n_cells", "efficacy")}

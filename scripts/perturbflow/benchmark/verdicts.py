@@ -6,25 +6,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from perturbflow.benchmark.tables import BETTER, CANNOT_TELL, LEVEL, TELLS, TOO_FEW, UNDECIDED, WORSE
+from perturbflow.benchmark.tables import BETTER, CANNOT_DISTINGUISH, DISTINGUISHES, LEVEL, TOO_FEW, UNDECIDED, WORSE
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
 
 STRONGEST = ("gaussian_process", "stacked")  # families of the closed form to beat
 RANK = "rank_cosine_off_target"
 COLLAPSED = 0.4  # mean of RANK above it: chance is 0.5
 CANNOT_RANK = "this screen cannot rank models"
-MIN_TELLING = 2  # headline metrics that can tell; on fewer no model is ranked
+MIN_DISTINGUISHING = 2  # headline metrics that can tell; on fewer no model is ranked
 
 TRADES = "trades"
 VERDICTS = ["dataset", "split", "model", "family", "kind", "verdict", "wins", "losses", "level", "undecided", "cannot_tell", "best_baselines",
             "against_set_gp", "no_better_than", "mode_collapse", "n_telling", "least_difference", "caveats", "sentence"]  # fmt: skip
 
 
-def telling(calibration: pd.DataFrame) -> dict[str, bool]:
+def distinguishing(calibration: pd.DataFrame) -> dict[str, bool]:
     """Return metric → whether it tells: one of the positive controls beats every negative control.
 
-    The duplicate of half the cells carries the noise of its cells, and a smooth mean may beat it where effects are small; the
-    interpolated duplicate was made for that. A metric is at fault only where neither stands out.
+    The duplicate of half the cells carries the noise of its cells, and a smooth mean may beat it where effects are
+    small; the interpolated duplicate was made for that. A metric is at fault only where neither stands out.
 
     Parameters
     ----------
@@ -32,7 +32,9 @@ def telling(calibration: pd.DataFrame) -> dict[str, bool]:
         Rows of one dataset × split.
     """
     beaten = (
-        (calibration["verdict"] == TELLS).groupby([calibration["metric"], calibration["positive"]], sort=False).all()
+        (calibration["verdict"] == DISTINGUISHES)
+        .groupby([calibration["metric"], calibration["positive"]], sort=False)
+        .all()
     )
     return beaten.groupby("metric", sort=False).any().to_dict() if len(beaten) else {}
 
@@ -48,7 +50,7 @@ def outcome(words: Iterable[str]) -> str:
     words = set(words)
     if {BETTER, WORSE} <= words:
         return TRADES
-    return next((word for word in (BETTER, WORSE) if word in words), LEVEL if words == {LEVEL} else CANNOT_TELL)
+    return next((word for word in (BETTER, WORSE) if word in words), LEVEL if words == {LEVEL} else CANNOT_DISTINGUISH)
 
 
 def _percent(share: float) -> str:
@@ -83,7 +85,7 @@ def _comparison(rows: pd.DataFrame, least_difference: float) -> str:
         TRADES: "trades against",
         WORSE: "worse than",
         LEVEL: "level with",
-        CANNOT_TELL: "cannot be told from",
+        CANNOT_DISTINGUISH: "cannot be told from",
     }
     words = {
         BETTER: "wins",
@@ -118,7 +120,7 @@ def _clauses(best: pd.DataFrame, all_mine: pd.DataFrame, n_telling: int, least_d
     said = []
     if not all_mine["is_best_baseline"].any():
         return ["cannot be judged: no other baseline is among the runs"]
-    if n_telling < MIN_TELLING:
+    if n_telling < MIN_DISTINGUISHING:
         said.append(f"{CANNOT_RANK}: {_why_not(all_mine, n_telling)}")
     elif not len(best):
         said.append(f"cannot be judged: {_why_not(all_mine, n_telling)}")
@@ -151,10 +153,10 @@ def judge(
 ) -> pd.DataFrame:
     """Return one row per model but ceilings: the verdict on the headline metric of every family of metrics.
 
-    Each headline metric is compared with the baseline that is best by it: better than the best baseline is better by one metric
-    or more and worse by none. Metrics that cannot tell anything on these data do not count and are named; where fewer than two count, the
-    screen cannot rank models. No correction is made for the number of metrics; that the best baseline is picked on the test perturbations
-    favours the baselines.
+    Each headline metric is compared with the baseline that is best by it: better than the best baseline is better by
+    one metric or more and worse by none. Metrics that cannot tell anything on these data do not count and are named;
+    where fewer than two count, the screen cannot rank models. No correction is made for the number of metrics; that the
+    best baseline is picked on the test perturbations favours the baselines.
 
     Parameters
     ----------
@@ -165,7 +167,7 @@ def judge(
     caveats
         Sentences on its data that hold for every verdict (`perturbflow.audit.caveats`).
     """
-    tells = telling(calibration)
+    tells = distinguishing(calibration)
     headlines = comparisons[comparisons["headline"]]
     counts = [tells.get(row.metric, True) and row.verdict != TOO_FEW for row in headlines.itertuples()]
     counted = headlines[np.array(counts, dtype=bool)]
@@ -185,7 +187,7 @@ def judge(
         of_ablations = mine[mine["baseline_kind"] == "ablation"].groupby("baseline", sort=False)["verdict"]
         no_better = [name for name, words in of_ablations if model.kind == "learned" and BETTER not in set(words)]
         is_collapsed = may_collapse and ranks.get(model.model, 0.0) > COLLAPSED
-        is_ranked = n_telling >= MIN_TELLING and len(best) > 0
+        is_ranked = n_telling >= MIN_DISTINGUISHING and len(best) > 0
         said = _clauses(best, all_mine, n_telling, least_difference)
         if len(against_set_gp) and set(best["baseline"]) != set(against_set_gp["baseline"]):
             said.append(_comparison(against_set_gp, least_difference))
@@ -204,7 +206,7 @@ def judge(
                 "model": model.model,
                 "family": model.family,
                 "kind": model.kind,
-                "verdict": outcome(best["verdict"]) if is_ranked else CANNOT_TELL,
+                "verdict": outcome(best["verdict"]) if is_ranked else CANNOT_DISTINGUISH,
                 "wins": by_word[BETTER],
                 "losses": by_word[WORSE],
                 "level": by_word[LEVEL],

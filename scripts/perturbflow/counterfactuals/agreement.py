@@ -3,11 +3,12 @@
 All of it is correlation over genes that were not perturbed, per test perturbation, and of two kinds:
 
 * whole: of the whole effect. No change is 0 by definition, since it says nothing of any gene.
-* specific: of what is left of both when the mean effect e of training is taken out, at whatever size: the partial correlation r(p, m | e). Every
-  multiple of e, no change included, leaves nothing of a prediction, and is 0 by definition.
+* specific: of what is left of both when the mean effect e of training is taken out, at whatever size: the partial
+  correlation r(p, m | e). Every multiple of e, no change included, leaves nothing of a prediction, and is 0 by
+  definition.
 
-Both minus e, r(p − e, m − e), would not do: no change becomes −e there, which correlates with m − e by half wherever effects are weak; a prediction of
-0.5 e gets the same, one of 1.5 e its negative, and they know equally much.
+Both minus e, r(p − e, m − e), would not do: no change becomes −e there, which correlates with m − e by half
+wherever effects are weak; a prediction of 0.5 e gets the same, one of 1.5 e its negative, and they know equally much.
 """
 
 from typing import Any

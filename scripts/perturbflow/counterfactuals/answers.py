@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
 
-from perturbflow.counterfactuals.contexts import Place, Places, contexts_of
+from perturbflow.counterfactuals.contexts import ContextName, MeasuredContexts, contexts_of
 from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes
 from perturbflow.counterfactuals.search import Direction, ranked
 from perturbflow.counterfactuals.warranty import fitting, was_checked
@@ -76,8 +76,8 @@ class Known:
     case
         One of `conformal.CASES`.
     distance
-        Of its unseen gene (the farthest, of several) to the nearest training gene, in units of the median distance of training genes to their nearest;
-        0 where all genes were seen, NaN for a gene without a vector.
+        Of its unseen gene (the farthest, of several) to the nearest training gene, in units of the median distance of
+        training genes to their nearest; 0 where all genes were seen, NaN for a gene without a vector.
     is_elsewhere
         Whether training measured it in none of the contexts that are asked.
     """
@@ -105,9 +105,9 @@ class Knowledge:
         self.typical = float(np.median(among.min(axis=1))) if len(own) > 1 else np.nan
         self.own = own
         self.asked = set(contexts_of(chosen.obs))
-        self.places = Places(training)
+        self.places = MeasuredContexts(training)
 
-    def of(self, label: str, asked: set[Place] | None = None) -> Known:
+    def of(self, label: str, asked: set[ContextName] | None = None) -> Known:
         """Return what was known of a canonical label in some of the contexts that are asked; in all of them without `asked`."""
         if label == CONTROL:
             return Known("no perturbation", "measured", 0.0)
@@ -291,18 +291,22 @@ def counterfactual(
     pairs, embeddings, model, warranty, calibration
         The pairs of the split, its gene vectors, a model trained on both, and what its warranty has shown.
     cells
-        AnnData to be written, one row per perturbation × cell: X mean outcome; layers before, effect (expected change of this cell), q05, q50, q95
-        of its outcomes; obsm samples (cells, samples, genes), if asked for; obs perturbation, cell (name of the start cell), cell_type, batch, known,
-        response (how far the cell goes the way of the mean effect); uns["perturbflow"] with the warranty.
+        AnnData to be written, one row per perturbation × cell: X mean outcome; layers before, effect (expected change
+        of this cell), q05, q50, q95 of its outcomes; obsm samples (cells, samples, genes), if asked for; obs
+        perturbation, cell (name of the start cell), cell_type, batch, known, response (how far the cell goes the way of
+        the mean effect); uns["perturbflow"] with the warranty.
     effects
-        Table to be written, one row per perturbation × group of cells × gene: verdict (of the warranty, in words), effect (mean over cells,
-        log1p-normalized), low and high (90 % conformal interval of what a screen would measure; empty without held-out perturbations), cells_low and cells_high (5 and 95 % quantile of
-        the cells' effects), probability_of_sign (share of outcomes on the effect's side of the start cell), rank (by size), is_perturbed_gene, known, in_other_contexts
-        (training measured it in none of the contexts of these cells: low and high are empty unless the warranty was checked on such perturbations).
-        Of more than 20 perturbations, the 50 strongest genes of each.
+        Table to be written, one row per perturbation × group of cells × gene: verdict (of the warranty, in words),
+        effect (mean over cells, log1p-normalized), low and high (90 % conformal interval of what a screen would
+        measure; empty without held-out perturbations), cells_low and cells_high (5 and 95 % quantile of the cells'
+        effects), probability_of_sign (share of outcomes on the effect's side of the start cell), rank (by size),
+        is_perturbed_gene, known, in_other_contexts (training measured it in none of the contexts of these cells: low
+        and high are empty unless the warranty was checked on such perturbations). Of more than 20 perturbations, the 50
+        strongest genes of each.
     ranking
-        Table to be written, one row per perturbation: size of the effect, genes whose interval leaves out zero, share of non-responding cells, known,
-        distance, verdict, and for a search its score, chance and whether it is within the budget.
+        Table to be written, one row per perturbation: size of the effect, genes whose interval leaves out zero, share
+        of non-responding cells, known, distance, verdict, and for a search its score, chance and whether it is within
+        the budget.
     query
         perturbations, cells, samples_per_cell, keep_samples, groups and search.
     scored

@@ -27,8 +27,9 @@ def ask(
 ) -> None:
     """Ask what would become of control cells if genes were perturbed in them.
 
-    Needs a finished training: a folder results/{dataset}/{split}/{model}/seed_{n} of this workflow. Writes OUTPUT.h5ad, OUTPUT.tsv,
-    OUTPUT.ranking.tsv and four figures; the first question about a model also writes its warranty beside it.
+    Needs a finished training: a folder results/{dataset}/{split}/{model}/seed_{n} of this workflow. Writes OUTPUT.h5ad,
+    OUTPUT.tsv, OUTPUT.ranking.tsv and four figures; the first question about a model also writes its warranty beside
+    it.
 
     Parameters
     ----------

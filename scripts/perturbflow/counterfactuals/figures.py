@@ -38,9 +38,11 @@ def draw(
     cells, effects, ranking
         What `counterfactual` has written.
     effects_figure
-        PNG to be written: the strongest genes of up to six perturbations, with their intervals and the spread over cells.
+        PNG to be written: the strongest genes of up to six perturbations, with their intervals and the spread over
+        cells.
     responders
-        How far cells go the way of the mean effect, and the strongest genes in the cells that go farthest and least far.
+        How far cells go the way of the mean effect, and the strongest genes in the cells that go farthest and least
+        far.
     map
         Cells before and after, on the principal components of both.
     heatmap

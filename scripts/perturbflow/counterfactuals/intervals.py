@@ -12,7 +12,8 @@ RESAMPLES = 300
 def relative_widths(calibrations: dict[str, Calibration], level: float) -> dict[str, dict[str, float]]:
     """Return, per floor, how many times as wide as the floor's the model's intervals of a level are.
 
-    Its 95 % interval is over the perturbations that they were calibrated on, drawn with replacement, the same for model and floor.
+    Its 95 % interval is over the perturbations that they were calibrated on, drawn with replacement, the same for model
+    and floor.
 
     Parameters
     ----------

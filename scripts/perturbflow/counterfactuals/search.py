@@ -22,7 +22,8 @@ class Direction:
     wanted
         The change that is wanted, (genes,); 0 for genes that do not matter.
     noise
-        What the same would be towards nothing, (directions, genes): random halves of the start cells, or the signature on random genes.
+        What the same would be towards nothing, (directions, genes): random halves of the start cells, or the signature
+        on random genes.
     words
         The target, in words.
     """
@@ -94,9 +95,9 @@ def ranked(
 ) -> pd.DataFrame:
     """Return the candidates, best first.
 
-    Adds score (cosine of the predicted effect with the wanted change; perturbed genes left out), reach (how much of the wanted change it makes:
-    the projection, 1 is all), chance (how often the best of all candidates scores as high towards nothing: small is told), search_rank and
-    within_budget.
+    Adds score (cosine of the predicted effect with the wanted change; perturbed genes left out), reach (how much of the
+    wanted change it makes: the projection, 1 is all), chance (how often the best of all candidates scores as high
+    towards nothing: small is told), search_rank and within_budget.
     """
     labels = summary["perturbation"].tolist()
     effects = np.stack([means[label] for label in labels])

@@ -1,14 +1,17 @@
 """The warranty of a model on a split: what was checked before its what-if answers are to be believed, in numbers.
 
 * identity: no perturbation leaves the cells as they are.
-* placebo: test controls that the model was told are unperturbed, against other test controls of their batches: genes are called at the nominal rate.
-* coverage: conformal intervals, calibrated on perturbations held out in training, hold the measured effects of test perturbations; and their width.
+* placebo: test controls that the model was told are unperturbed, against other test controls of their batches: genes
+  are called at the nominal rate.
+* coverage: conformal intervals, calibrated on perturbations held out in training, hold the measured effects of test
+  perturbations; and their width.
 * agreement: correlation of predicted with measured effects.
 * on target: the perturbed gene's own level, apart, as it is easy to predict and in no other number.
 * sureness: whether the error of a test perturbation is as great as the model's own uncertainty promised.
 * verdict: agreement in words.
 
-Coverage, width and agreement stand beside those of two floors, no change and the mean effect of training, and of the ceiling: the truth itself.
+Coverage, width and agreement stand beside those of two floors, no change and the mean effect of training, and of the
+ceiling: the truth itself.
 """
 
 import logging
@@ -21,7 +24,7 @@ from scipy.stats import norm, spearmanr
 
 from perturbflow.counterfactuals.agreement import FLOORS, agreement, numbers, summary, verdict
 from perturbflow.counterfactuals.agreement import sentence as sentence_on_agreement
-from perturbflow.counterfactuals.contexts import Places, contexts_of
+from perturbflow.counterfactuals.contexts import MeasuredContexts, contexts_of
 from perturbflow.counterfactuals.intervals import relative_widths
 from perturbflow.embeddings import Embeddings
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS, estimate
@@ -165,7 +168,7 @@ def held_to_test(
     effects = Effects.of_training(known)
     seen, reference = (set(effects.labels), set(effects.entities)), effects.values.mean(axis=0)
     column = {gene: i for i, gene in enumerate(test.genes)}
-    places = Places(known.roles("train"))
+    places = MeasuredContexts(known.roles("train"))
     rows, targets, relative = [], [], {}
     for label in progressed(test.perturbations, "test perturbations"):
         if model.refusal(label) is not None:
@@ -298,7 +301,8 @@ def warranty(
     pairs, embeddings, model
         The pairs of the split, its gene vectors, and a model trained on both.
     warranty
-        JSON to be written: verdict, agreement, coverage, on_target, identity, placebo, and all of it per test perturbation.
+        JSON to be written: verdict, agreement, coverage, on_target, identity, placebo, and all of it per test
+        perturbation.
     calibration
         npz to be written: the scores that intervals are made of.
     scored

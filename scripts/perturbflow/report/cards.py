@@ -9,7 +9,7 @@ import pandas as pd
 from perturbflow.colours import COLOURS, MARKERS
 from perturbflow.errors import InputError
 from perturbflow.registry.families import FAMILIES, Family
-from perturbflow.report.drawing import INK
+from perturbflow.report.plotting import INK
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from perturbflow.benchmark.tables import CEILINGS, PRIMARY
 from perturbflow.evaluation import METRICS
 from perturbflow.report.cards import ModelCard
-from perturbflow.report.drawing import INK, STYLE, Drawings, interval, name_rows, new_axes, number, room_for
+from perturbflow.report.plotting import INK, STYLE, Plots, interval, name_rows, new_axes, number, room_for
 
 SCALED = "scaled_{}_{}".format(*PRIMARY)
 
@@ -86,7 +86,7 @@ def _leaderboard_figure(
 
 
 def leaderboard(
-    rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawings, mute: Collection[str] = ()
+    rows: pd.DataFrame, cards: dict[str, ModelCard], plots: Plots, mute: Collection[str] = ()
 ) -> Leaderboard:
     """Return the scores of one dataset × split, drawn and put in sentences.
 
@@ -118,7 +118,7 @@ def leaderboard(
             for model, score in {**shown, **limits}.items()
         )
         alt = f"{metric}, {METRICS[metric].reading}, 95 % intervals in brackets: {alt}."
-        if svg := drawings.svg(alt, _leaderboard_figure, metric, shown, limits, cards):
+        if svg := plots.svg(alt, _leaderboard_figure, metric, shown, limits, cards):
             figures.append({"svg": svg, "metric": metric})
     led = best.groupby("model", sort=False)["metric_family"].agg(list).to_dict()
     n = max((score.n_perturbations for row in scores.values() for score in row.values()), default=0)

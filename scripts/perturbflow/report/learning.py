@@ -22,8 +22,8 @@ def _noise(values: np.ndarray) -> float:
 def by_heart(training: Points, validation: Points) -> str:
     """Return in a sentence whether a training learned by heart.
 
-    It did where the validation loss, as a mean of neighbouring points, ends above its minimum by more than its noise and by more than a trifle, while
-    the training loss falls from there on.
+    It did where the validation loss, as a mean of neighbouring points, ends above its minimum by more than its noise
+    and by more than a trifle, while the training loss falls from there on.
     """
     if len(validation) < LEAST_POINTS:
         return (

@@ -49,8 +49,10 @@ def overview(boards: list, runs: Iterable[tuple[str, ...]], cards: dict[str, Mod
         n for n, card in cards.items() if card.kind != "ceiling"
     ]
     by_model = [{row["model"]: row for row in board.verdicts.rows} for board in columns]
-    telling = []
+    distinguishing = []
     for board in columns:
         of_headlines = [row["tells"] for row in board.calibration.rows if row["metric"] in board.leaderboard.headlines]
-        telling.append((sum(of_headlines), len(of_headlines)) if of_headlines else None)
-    return Overview(counts, columns, {model: [rows.get(model) for rows in by_model] for model in learned}, telling)
+        distinguishing.append((sum(of_headlines), len(of_headlines)) if of_headlines else None)
+    return Overview(
+        counts, columns, {model: [rows.get(model) for rows in by_model] for model in learned}, distinguishing
+    )

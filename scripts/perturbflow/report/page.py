@@ -19,12 +19,20 @@ from perturbflow.benchmark.panel import FOLD
 from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
 from perturbflow.io.files import atomic, read_json
+from perturbflow.report.boards import (
+    CalibrationTable,
+    StrataTable,
+    VerdictTable,
+    calibration_table,
+    strata_tables,
+    verdict_table,
+)
 from perturbflow.report.cards import ModelCard, model_cards, place_of, read_table
-from perturbflow.report.drawing import Drawings
-from perturbflow.report.effects import Chosen, choose, effect_figures
 from perturbflow.report.leaderboard import Leaderboard, leaderboard
 from perturbflow.report.overview import overview
+from perturbflow.report.plotting import Plots
 from perturbflow.report.rendering import render
+from perturbflow.report.scatter_plots import Chosen, choose, effect_figures
 from perturbflow.report.screens import screen_section
 from perturbflow.report.sections import (
     CORRELATION,
@@ -41,14 +49,6 @@ from perturbflow.report.sections import (
     sureness_figures,
     training_curves,
     warranty_rows,
-)
-from perturbflow.report.verdicts import (
-    CalibrationTable,
-    StrataTable,
-    VerdictTable,
-    calibration_table,
-    strata_tables,
-    verdict_table,
 )
 from perturbflow.splits.divisions import ROLES
 
@@ -103,7 +103,7 @@ class OfSplit:
 
 
 @dataclass
-class Group(OfSplit):
+class SplitSection(OfSplit):
     """What the page says of the runs of one dataset × split."""
 
     dataset: str
@@ -145,7 +145,7 @@ def _boards(
     tables: dict[str, pd.DataFrame],
     generalizations: dict[tuple[str, ...], str],
     cards: dict[str, ModelCard],
-    drawings: Drawings,
+    plots: Plots,
 ) -> list[Board]:
     """Return a board per dataset × split of benchmark.tsv.
 
@@ -169,7 +169,7 @@ def _boards(
                 name: table[(table["dataset"] == dataset) & (table["split"] == split)] for name, table in tables.items()
             }
             told = calibration_table(of["calibration"])
-            board = leaderboard(of["benchmark"], cards, drawings, told.mute)
+            board = leaderboard(of["benchmark"], cards, plots, told.mute)
             boards.append(
                 Board(
                     dataset,
@@ -189,13 +189,13 @@ def _boards(
 
 
 def _effects(
-    group: Group,
+    group: SplitSection,
     chosen: Chosen,
     pairs: dict[tuple[str, ...], Path],
     predictions: dict[tuple[str, ...], Path],
     scores: pd.DataFrame,
     cards: dict[str, ModelCard],
-    drawings: Drawings,
+    plots: Plots,
 ) -> list[dict]:
     """Return the scatter plots of the chosen perturbations and models of one dataset × split.
 
@@ -206,14 +206,14 @@ def _effects(
     scores
         Correlations of the seed that is shown, as in metrics.tsv.
     """
-    if drawings.bytes_left <= 0:
+    if plots.bytes_left <= 0:
         return []
     here = scores[(scores["dataset"] == group.dataset) & (scores["split"] == group.split)]
     of_model = {
         model: predictions[group.dataset, group.split, model, f"seed_{here['seed'].iloc[0]}"] for model in chosen.models
     }
     correlations = here.set_index(["model", "perturbation"])["value"].to_dict()
-    return effect_figures(chosen, pairs[group.dataset, group.split], of_model, correlations, cards, drawings)
+    return effect_figures(chosen, pairs[group.dataset, group.split], of_model, correlations, cards, plots)
 
 
 def _versions(runs: Iterable[dict]) -> Iterator[tuple[str, list[str]]]:
@@ -287,10 +287,10 @@ def report(
     }
     tables = {name: read_table([path]) for name, path in files.items()}
     divisions = {place: read_json(path) for place, path in roles.items()}
-    drawings = {section: Drawings(section, n) for section, n in FIGURE_BYTES.items()}
+    plots = {section: Plots(section, n) for section, n in FIGURE_BYTES.items()}
 
     generalizations = {place: division.get("generalization", "") for place, division in divisions.items()}
-    boards = _boards(tables, generalizations, cards, drawings["leaderboard"])
+    boards = _boards(tables, generalizations, cards, plots["leaderboard"])
     groups = []
     for dataset, split in dict.fromkeys((dataset, split) for dataset, split, _, _ in facts):
         here = (scores["dataset"] == dataset) & (scores["split"] == split)
@@ -303,7 +303,7 @@ def report(
         n_cells, n_genes = ad.read_h5ad(paired[dataset, split], backed="r").shape
         audited = read_json(checked[dataset, split])
         n_rows = PERTURBATION_ROWS // len(roles)
-        group = Group(
+        group = SplitSection(
             dataset, split, division["spec"], of_role, division.get("contexts") or {}, n_cells, n_genes,
             audited["checks"],
             perturbation_table(scores[here], [model for model in cards if model in set(scores.loc[here, "model"])], n_rows),
@@ -317,7 +317,7 @@ def report(
         for place, run in facts.items():
             if place[:2] == (dataset, split) and run["history"]:
                 histories.setdefault(place[2], []).append(history_of(run))
-        group.curves = training_curves(histories, group.title, cards, drawings["training"])
+        group.curves = training_curves(histories, group.title, cards, plots["training"])
         group.chosen = choose(scores[here & (scores["metric"] == CORRELATION)], cards)
         logger.info("%s: %d figures of training", group.title, sum(len(model["panels"]) for model in group.curves))
         groups.append(group)
@@ -326,17 +326,17 @@ def report(
     of_seed = scores[(scores["metric"] == CORRELATION) & (scores["seed"] == seeds[0])]
     for group in groups:
         if group.chosen:
-            group.effects = _effects(group, group.chosen, paired, predicted, of_seed, cards, drawings["effects"])
+            group.effects = _effects(group, group.chosen, paired, predicted, of_seed, cards, plots["effects"])
     for group in groups:
         if group.chosen and group.chosen.others:
             group.other_effects = _effects(
-                group, group.chosen.rest(), paired, predicted, of_seed, cards, drawings["effects"]
+                group, group.chosen.rest(), paired, predicted, of_seed, cards, plots["effects"]
             )
 
     warranted = warranty_rows(warranties)
-    coverage = coverage_figures(warranted, cards, drawings["counterfactuals"])
+    coverage = coverage_figures(warranted, cards, plots["counterfactuals"])
     answers, n_tables_left_out = counterfactual_answers(
-        counterfactuals, figures, warranted, cards, drawings["counterfactuals"]
+        counterfactuals, figures, warranted, cards, plots["counterfactuals"]
     )
     page = render(
         TEMPLATE,
@@ -347,20 +347,20 @@ def report(
         boards=boards,
         groups=groups,
         datasets=accounts,
-        screens=[screen_section(path, drawings["screens"], SCREEN_ROWS // len(qualities)) for path in qualities],
+        screens=[screen_section(path, plots["screens"], SCREEN_ROWS // len(qualities)) for path in qualities],
         seeds=seeds,
         metrics={name: metric for name, metric in METRICS.items() if name in set(tables["benchmark"]["metric"])},
         runs=[{"place": place, **run} for place, run in facts.items()],
         answers=answers,
         warranties=warranted,
         coverage=coverage,
-        sureness=sureness_figures(warranted, cards, drawings["counterfactuals"]),
+        sureness=sureness_figures(warranted, cards, plots["counterfactuals"]),
         sources=source_rows(facts),
         audited={check.__name__: (inspect.getdoc(check) or "").split("\n\n")[0] for check in CHECKS},
         separability=separability_rows(facts),
         complaints=complaints(facts),
         n_tables_left_out=n_tables_left_out,
-        n_left_out={section: drawing.n_left_out for section, drawing in drawings.items()},
+        n_left_out={section: drawing.n_left_out for section, drawing in plots.items()},
         n_high_expression=N_HIGH_EXPRESSION,
         files=files,
         min_perturbations=MIN_PERTURBATIONS,
@@ -375,5 +375,5 @@ def report(
         "%s: %.1f MB, %d figures",
         report,
         len(page.encode()) / 1e6,
-        sum(drawing.n_drawn for drawing in drawings.values()),
+        sum(drawing.n_plotted for drawing in plots.values()),
     )

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from perturbflow.colours import COLOURS
 from perturbflow.io.files import read_json
-from perturbflow.report.drawing import INK, STYLE, Drawings, new_axes, number
+from perturbflow.report.plotting import INK, STYLE, Plots, new_axes, number
 
 POINTS = 400
 """Perturbations that a figure shows one by one: of more, this many in even steps."""
@@ -148,14 +148,14 @@ def _quantiles(values: pd.Series) -> str:
     return f"{middle} in the middle, {low} to {high} for the middle 80 %"
 
 
-def screen_section(path: Path, drawings: Drawings, n_rows: int) -> dict[str, Any]:
+def screen_section(path: Path, plots: Plots, n_rows: int) -> dict[str, Any]:
     """Return what the section on one screen holds.
 
     Parameters
     ----------
     path
         quality.json; quality.tsv lies beside it.
-    drawings
+    plots
         Where the figures are drawn.
     n_rows
         Perturbations in the table: of more, those with fewest cells.
@@ -195,7 +195,7 @@ def screen_section(path: Path, drawings: Drawings, n_rows: int) -> dict[str, Any
     figures = [
         {"title": title, "svg": svg}
         for title, alt, draw, content, n in drawn
-        if n and (svg := drawings.svg(alt, draw, content))
+        if n and (svg := plots.svg(alt, draw, content))
     ]
     order = table.sort_values("n_cells", kind="stable")
     shown = order.head(n_rows)

@@ -17,8 +17,8 @@ from perturbflow.evaluation import METRICS
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
 from perturbflow.io.files import read_json
 from perturbflow.report.cards import ModelCard, place_of, read_table
-from perturbflow.report.drawing import INK, STYLE, Drawings, interval, name_rows, new_axes, number, room_for
 from perturbflow.report.learning import Points, by_heart
+from perturbflow.report.plotting import INK, STYLE, Plots, interval, name_rows, new_axes, number, room_for
 from perturbflow.screens.control_labels import declaration
 
 CORRELATION = METRICS["pearson_delta_ctrl_off_target"].name
@@ -179,7 +179,7 @@ def _notes(curves: list[dict[str, dict[str, Points]]], card: ModelCard) -> list[
 
 
 def training_curves(
-    histories: dict[str, list[list[dict]]], where: str, cards: dict[str, ModelCard], drawings: Drawings
+    histories: dict[str, list[list[dict]]], where: str, cards: dict[str, ModelCard], plots: Plots
 ) -> list[dict]:
     """Return the curves of the models of one dataset × split, and what they tell; seeds share a panel."""
     shown = []
@@ -193,7 +193,7 @@ def training_curves(
                 f"{role} from {number(line[0][1])} to {number(line[-1][1])}" for role, line in points[0].items()
             )
             alt = f"{name} of {model} on {where} by training step: {ends}."
-            if svg := drawings.svg(alt, _curve_figure, points, cards[model]):
+            if svg := plots.svg(alt, _curve_figure, points, cards[model]):
                 panels.append({"svg": svg, "name": name, "roles": list(points[0])})
         notes = _notes(curves, cards[model])
         if panels or notes:
@@ -298,7 +298,7 @@ def _coverage_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
     return figure
 
 
-def coverage_figures(warranties: list[dict], cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:
+def coverage_figures(warranties: list[dict], cards: dict[str, ModelCard], plots: Plots) -> list[dict]:
     """Return a figure per dataset × split: what share of measured effects lay in the intervals, beside what was promised."""
     places: dict[tuple[str, str], list[dict]] = {}
     for row in warranties:
@@ -311,7 +311,7 @@ def coverage_figures(warranties: list[dict], cards: dict[str, ModelCard], drawin
             for row in rows
             for nominal, covered in row["covered"].items()
         )
-        if svg := drawings.svg(
+        if svg := plots.svg(
             f"Coverage of predictive intervals on {where}, in percent: {said}.", _coverage_figure, rows, cards
         ):
             figures.append({"svg": svg, "where": where})
@@ -348,7 +348,7 @@ def _sureness_figure(rows: list[dict], cards: dict[str, ModelCard]) -> Figure:
     return figure
 
 
-def sureness_figures(warranties: list[dict], cards: dict[str, ModelCard], drawings: Drawings) -> list[dict]:
+def sureness_figures(warranties: list[dict], cards: dict[str, ModelCard], plots: Plots) -> list[dict]:
     """Return a figure and rows per dataset × split: whether errors are as great as the models' own uncertainty promised; None for a figure without room."""
     places: dict[tuple[str, str], list[dict]] = {}
     for row in warranties:
@@ -362,7 +362,7 @@ def sureness_figures(warranties: list[dict], cards: dict[str, ModelCard], drawin
             f"{row['sureness']['n']} perturbations"
             for row in rows
         )
-        svg = drawings.svg(f"Promised and actual errors on {where}. {said}.", _sureness_figure, rows, cards)
+        svg = plots.svg(f"Promised and actual errors on {where}. {said}.", _sureness_figure, rows, cards)
         figures.append({"svg": svg, "where": where, "rows": rows})
     return figures
 
@@ -395,14 +395,15 @@ def source_rows(runs: dict[tuple, dict]) -> tuple[list[str], list[dict]]:
 
 
 def counterfactual_answers(
-    paths: list[Path], figures: list[Path], warranties: list[dict], cards: dict[str, ModelCard], drawings: Drawings
+    paths: list[Path], figures: list[Path], warranties: list[dict], cards: dict[str, ModelCard], plots: Plots
 ) -> tuple[list[dict], int]:
     """Return the top genes of every answer, and how many tables were left out.
 
     Parameters
     ----------
     paths
-        {query}.tsv files: perturbation, group, gene, effect, low, high, probability_of_sign, rank, known, and what else the step wrote.
+        {query}.tsv files: perturbation, group, gene, effect, low, high, probability_of_sign, rank, known, and what else
+        the step wrote.
     figures
         {query}.{figure}.png files; those of responders, map and heatmap are shown as long as there is room.
     warranties
@@ -426,7 +427,7 @@ def counterfactual_answers(
                 f"{row.gene} {number(row.effect)} ({interval(row.low, row.high)})" for row in top.itertuples()
             )
             card = cards.get(model) or ModelCard(model, "learned", "", {}, COLOURS[0], MARKERS[0])
-            svg = drawings.svg(f"Effects of {label} with their intervals: {listed}.", _counterfactual_figure, top, card)
+            svg = plots.svg(f"Effects of {label} with their intervals: {listed}.", _counterfactual_figure, top, card)
             columns = [
                 column
                 for column in top
@@ -460,7 +461,7 @@ def counterfactual_answers(
                 "figures": [
                     (CAPTIONS[kind], picture)
                     for figure in shown
-                    if (kind := figure.suffixes[-2][1:]) in CAPTIONS and (picture := drawings.png(figure)) is not None
+                    if (kind := figure.suffixes[-2][1:]) in CAPTIONS and (picture := plots.png(figure)) is not None
                 ],
             }
         )

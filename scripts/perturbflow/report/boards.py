@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from perturbflow.benchmark.tables import NEGATIVES, POSITIVES, WORDED
-from perturbflow.benchmark.verdicts import MIN_TELLING, telling
+from perturbflow.benchmark.verdicts import MIN_DISTINGUISHING, distinguishing
 from perturbflow.evaluation import METRICS
 from perturbflow.report.cards import ModelCard
 
@@ -31,7 +31,7 @@ class VerdictTable:
     @property
     def cannot_rank(self) -> bool:
         """Whether too few metrics tell for any verdict."""
-        return any(row["n_telling"] < MIN_TELLING for row in self.rows)
+        return any(row["n_telling"] < MIN_DISTINGUISHING for row in self.rows)
 
 
 def verdict_table(verdicts: pd.DataFrame, comparisons: pd.DataFrame, cards: dict[str, ModelCard]) -> VerdictTable:
@@ -82,7 +82,7 @@ def calibration_table(calibration: pd.DataFrame) -> CalibrationTable:
     """
     pairs = [pair for pair in ((p, n) for p in POSITIVES for n in NEGATIVES)
              if pair in set(zip(calibration["positive"], calibration["negative"], strict=True))]  # fmt: skip
-    tells = telling(calibration)
+    tells = distinguishing(calibration)
     rows = calibration.fillna({"reason": ""}).itertuples(index=False)
     cells = {(row.metric, row.positive, row.negative): row._asdict() for row in rows}
     metrics = sorted((metric for metric in METRICS if metric in tells), key=lambda metric: not METRICS[metric].headline)

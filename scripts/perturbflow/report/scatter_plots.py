@@ -14,7 +14,7 @@ from perturbflow.evaluation import score_inputs
 from perturbflow.genes.symbols import entities_of
 from perturbflow.pairs import Pairs
 from perturbflow.report.cards import ModelCard
-from perturbflow.report.drawing import INK, STYLE, Drawings, new_axes, number
+from perturbflow.report.plotting import INK, STYLE, Plots, new_axes, number
 
 # What the page holds of this section, besides its bytes of figures.
 LEARNED_MODELS_OF_EFFECTS = 5
@@ -111,7 +111,8 @@ def _effect_figure(
     is_vector = len(genes) <= VECTOR_POINTS
     axes.plot(measured[~is_target], predicted[~is_target], "o", color=card.colour, alpha=0.6, markersize=3 if is_vector else 2,
               markeredgewidth=0, rasterized=not is_vector)  # fmt: skip
-    # A gene that was switched off lies far beyond the genes that answer: it is drawn in its direction at the edge, its place in words.
+    # A gene that was switched off lies far beyond the genes that answer: it is drawn in its direction at the edge, its
+    # place in words.
     edge = 0.96 * limit
     reach = np.maximum(np.abs(measured), np.abs(predicted))
     is_beyond = is_target & (reach > edge)
@@ -137,7 +138,7 @@ def effect_figures(
     predictions: dict[str, Path],
     correlations: dict[tuple, float],
     cards: dict[str, ModelCard],
-    drawings: Drawings,
+    plots: Plots,
 ) -> list[dict]:
     """Return scatter plots of predicted against measured effects, one list of panels per perturbation.
 
@@ -181,7 +182,7 @@ def effect_figures(
                 f"Scatter plot of predicted against measured effects of {label} by {model}, {len(names)} genes, r {number(r)} without perturbed genes. "
                 f"Perturbed genes shown: {', '.join(gene for gene in targets if gene in names) or 'none'}."
             )
-            svg = drawings.svg(alt, _effect_figure, measured, predicted, names, targets, limit or 1, cards[model])
+            svg = plots.svg(alt, _effect_figure, measured, predicted, names, targets, limit or 1, cards[model])
             if svg:
                 panels.append({"svg": svg, "model": model, "r": r})
         if panels:

@@ -25,7 +25,7 @@ STYLE: Any = {
 
 
 @dataclass
-class Drawings:
+class Plots:
     """Turns figures into inline SVG until a section's bytes are spent.
 
     Attributes
@@ -34,13 +34,13 @@ class Drawings:
         Prefix of the ids within the figures: ids are unique on a page.
     bytes_left
         What the section may still take.
-    n_drawn, n_left_out
+    n_plotted, n_left_out
         Figures so far.
     """
 
     section: str
     bytes_left: int
-    n_drawn: int = 0
+    n_plotted: int = 0
     n_left_out: int = 0
 
     @mpl.rc_context(STYLE)
@@ -62,12 +62,12 @@ class Drawings:
         referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
         text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referred else "", text)
         for reference in (' id="', 'href="#', "url(#"):
-            text = text.replace(reference, f"{reference}{self.section}-{self.n_drawn}-")
+            text = text.replace(reference, f"{reference}{self.section}-{self.n_plotted}-")
         for idle in (r"<!--.*?-->\s*", r"<style.*?</style>\s*", r' transform="rotate\(-0 [^"]*\)"', r"\s+(?=[<\n])"):
             text = re.sub(idle, "", text, flags=re.DOTALL)
         text = text.replace(INK, "currentColor")
         text = text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
-        self.n_drawn += 1
+        self.n_plotted += 1
         self.bytes_left -= len(text)
         return Markup(text)  # noqa: S704  matplotlib escapes the text that it writes
 
@@ -77,7 +77,7 @@ class Drawings:
         if len(data) > self.bytes_left:
             self.n_left_out += 1
             return None
-        self.n_drawn += 1
+        self.n_plotted += 1
         self.bytes_left -= len(data)
         return f"data:image/png;base64,{data}"
 
