@@ -50,7 +50,7 @@ def one_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
 @pytest.mark.parametrize(
     ("batch", "known", "verdict", "warranty"),
     [
-        ("b1", "measured", "cannot tell: 4 test perturbations, and fewer than 6 tell nothing", "Cannot tell: 4 test"),
+        ("b1", "measured", "cannot tell: 4 test perturbations, and fewer than 6 are too few", "Cannot tell: 4 test"),
         (
             "b2",
             "measured in other contexts",

@@ -59,9 +59,10 @@ def ask(
     }
     missing = [str(path) for path in needed.values() if not path.is_file()]
     if model is None or missing:
+        absent = "there is no " + ("model.ckpt or model.npz in it" if model is None else " and no ".join(missing))
         raise InputError(
-            f"--run {run}: {'there is no model.ckpt or model.npz in it' if model is None else 'there is no ' + ' and no '.join(missing)}. "
-            "It takes the folder of a model that the workflow has trained, results/{dataset}/{split}/{model}/seed_{n}."
+            f"--run {run}: {absent}. It takes the folder of a model that the workflow has trained, "
+            "results/{dataset}/{split}/{model}/seed_{n}."
         )
     trained = read_json(needed["run.json"])
     about = (trained["implementation"], trained["params"])

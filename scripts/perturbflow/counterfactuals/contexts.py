@@ -1,4 +1,4 @@
-"""Where training measured a perturbation: in the contexts that are asked, or in others alone. Controls measure nothing of it."""
+"""Whether training measured a perturbation in the contexts of a question, or in others alone. Controls do not count."""
 
 from collections.abc import Iterable
 
@@ -35,18 +35,24 @@ class MeasuredContexts:
             self.all.add(place)
 
     def needed(self, label: str) -> list[set[ContextName]]:
-        """Return the contexts of everything that an answer on a label rests on: its own cells, else those of its genes, else all."""
+        """Return the contexts of all cells that an answer on a label rests on.
+
+        These are its own cells, else those of its genes, else all perturbed cells.
+        """
         if label in self.of_label:
             return [self.of_label[label]]
         return [self.of_gene[gene] for gene in entities_of(label) if gene in self.of_gene] or [self.all]
 
     def is_elsewhere(self, label: str, asked: Iterable[ContextName]) -> bool:
-        """Return whether something that the answer rests on was measured in none of the contexts that are asked."""
+        """Return whether the answer rests on cells that were measured in none of the contexts of a question."""
         contexts = set(asked)
         return label != CONTROL and any(places.isdisjoint(contexts) for places in self.needed(label))
 
     def words(self, label: str, asked: Iterable[ContextName]) -> str:
-        """Return in which of the contexts that are asked a label was measured; nothing where that is all kinds of cells, and most batches."""
+        """Return in words which contexts of a question a label was measured in.
+
+        There are no words where these are all kinds of cells, and most batches.
+        """
         asked = set(asked)
         if self.is_elsewhere(label, asked):
             return f" {ELSEWHERE}"
