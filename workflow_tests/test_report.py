@@ -382,7 +382,7 @@ def test_no_curve_is_drawn_of_closed_forms(tree: Tree, tmp_path: Path, few_figur
 def test_the_report_says_what_learned_by_heart_and_what_losses_mean(
     tree: Tree, page: str, tmp_path: Path, few_figures: None
 ) -> None:
-    assert "Whether it learned by heart is not told: 4 points of validation loss were logged." in page
+    assert "Whether it learned by heart is unknown: 4 points of validation loss were logged." in page
     changed = []
     for path in tree.arguments()["runs"]:
         if path.parts[-3] == "learned":
@@ -405,7 +405,7 @@ def test_the_report_says_what_learned_by_heart_and_what_losses_mean(
     ) == len(SPLITS)
     assert "Fewer steps may predict better. Loss: error of the mean effects" in again
     assert (
-        "stage a: Whether it learned by heart is not told: no points of validation loss were logged. Loss: squared error of the target"
+        "stage a: Whether it learned by heart is unknown: no points of validation loss were logged. Loss: squared error of the target"
         in again
     )
 

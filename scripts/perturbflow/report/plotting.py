@@ -17,11 +17,22 @@ from matplotlib.figure import Figure
 INK = "#010203"  # stands for the colour of the text around the figure: the page is read in light and in dark
 # matplotlib has a type of its own for the names of settings, which no dictionary of some of them fits.
 STYLE: Any = {
-    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
-    "font.family": ["DejaVu Sans"], "font.size": 8, "text.parse_math": False,
-    "svg.fonttype": "none", "svg.hashsalt": "perturbflow",
-}  # fmt: skip
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "perturbflow",
+}
 
 
 @dataclass
@@ -44,13 +55,13 @@ class Plots:
     n_left_out: int = 0
 
     @mpl.rc_context(STYLE)
-    def svg(self, alt: str, draw: Callable[..., Figure], *arguments: object) -> Markup | None:
-        """Return what `draw` draws with its alternative text, or None, undrawn, where the section is full."""
+    def svg(self, alt: str, plot: Callable[..., Figure], *arguments: object) -> Markup | None:
+        """Return the figure that `plot` makes, with its alternative text, or None where the section is full."""
         if self.bytes_left <= 0:
             self.n_left_out += 1
             return None
         buffer = io.StringIO()
-        draw(*arguments).savefig(
+        plot(*arguments).savefig(
             buffer,
             format="svg",
             transparent=True,
@@ -116,7 +127,7 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float) -> str:
-    """Return two significant digits with the sign, as differences are read; what is smaller than the noise of single precision is 0."""
+    """Return two significant digits with the sign; a value below the noise of single precision is 0."""
     if not np.isfinite(value):
         return "–"
     return "0" if abs(value) < 1e-6 else np.format_float_positional(float(f"{value:.2g}"), sign=True, trim="-")
