@@ -174,7 +174,7 @@ def test_predictions_that_cannot_be_scored_are_refused_in_words(prepared: dict[s
     refused(other, r"1 missing .*1 unknown \(NOGENE\)")
     other = predicted.copy()
     other.obs["perturbation"] = "TF1+TF9"
-    refused(other, "TF1\\+TF9, of which no cell has that role")
+    refused(other, "TF1\\+TF9, but no cell of these has that role")
     refused(ad.AnnData(predicted.X, predicted.obs[["batch"]], predicted.var), "obs has no column perturbation")
     (tmp_path / "text.h5ad").write_text("no cells")
     refused(tmp_path / "text.h5ad", "text.h5ad cannot be read as h5ad")

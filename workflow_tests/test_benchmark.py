@@ -426,7 +426,7 @@ def on_two(loss: float, score: float) -> Callable[[str], float]:
     [
         (0.5, 0.5, "better", "Better than no_change: wins error (+6"),
         (0.5, 1.0, "better", "Better than no_change: wins error (+6"),
-        (1.0, 1.0, "cannot tell", "Cannot be told from no_change: undecided on error ("),
+        (1.0, 1.0, "cannot tell", "Not distinguished from no_change: undecided on error ("),
         (0.5, 1.5, "trades", "Trades against no_change: wins error (+6"),
         (1.5, 1.0, "worse", "Worse than no_change: loses error (-6"),
     ],
@@ -461,7 +461,7 @@ def test_a_screen_with_fewer_than_two_metrics_that_tell_cannot_rank_models() -> 
     row = verdicts(scores({**FLOOR, **CEILING, "learned": around(0.5)}), blind).loc["learned"]
     assert (row["verdict"], row["n_telling"], row["wins"]) == ("cannot tell", 1, "loss")
     assert row["sentence"].startswith(
-        "This screen cannot rank models: 1 of 2 headline metrics can tell good from bad here. Better than no_change: wins error (+"
+        "This screen cannot rank models: 1 of 2 headline metrics distinguish good from bad here. Better than no_change: wins error (+"
     )
 
 
@@ -474,7 +474,7 @@ def test_level_is_shown_by_all_metrics_and_undecided_ones_leave_it_open() -> Non
     )
     row = verdicts(scores(level), scores(open_, "score")).loc["learned"]
     assert (row["verdict"], row["level"], row["undecided"]) == ("cannot tell", "loss", "score")
-    assert row["sentence"].startswith("Cannot be told from no_change: level within 2 % on error (")
+    assert row["sentence"].startswith("Not distinguished from no_change: level within 2 % on error (")
 
 
 def test_the_size_stands_beside_every_verdict() -> None:
@@ -500,7 +500,7 @@ def test_what_a_verdict_rests_on_stands_beside_it() -> None:
     table = verdicts(*twice(few), caveats=("One batch.",))
     assert (
         table.loc["no_change", "caveats"]
-        == "It rests on 5 held-out perturbations: fewer than 6 tell nothing. One batch."
+        == "It rests on 5 held-out perturbations: fewer than 6 are too few. One batch."
     )
     assert "It rests on one seed" in table.loc["learned", "caveats"]
     enough = verdicts(
@@ -664,7 +664,7 @@ def test_caveats_of_the_audit_and_warnings_of_harmonization_stand_with_verdicts(
     caveats = pd.read_csv(arguments["verdicts"], sep="\t").set_index("model")["caveats"]
     assert caveats["no_change"] == "Lanes differ. Gene names begin with x."
     assert caveats["learned"].endswith(
-        "one seed: how much another training would differ is not in its intervals. Lanes differ. Gene names begin with x."
+        "one seed: its intervals do not hold the differences between trainings. Lanes differ. Gene names begin with x."
     )
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from perturbflow.audit.caveats import TOLD, caveats_of, matched_across_batches
 from perturbflow.benchmark.verdicts import judge
 from perturbflow.counterfactuals.asking import ask as ask_by_hand
-from perturbflow.counterfactuals.contexts import Places
+from perturbflow.counterfactuals.contexts import MeasuredContexts
 from perturbflow.counterfactuals.warranty import fitting
 from perturbflow.errors import InputError
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
@@ -50,7 +50,7 @@ def one_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
 @pytest.mark.parametrize(
     ("batch", "known", "verdict", "warranty"),
     [
-        ("b1", "measured", "cannot tell: 4 test perturbations, and fewer than 6 tell nothing", "Cannot tell: 4 test"),
+        ("b1", "measured", "cannot tell: 4 test perturbations, and fewer than 6 are too few", "Cannot tell: 4 test"),
         (
             "b2",
             "measured in other contexts",
@@ -104,7 +104,7 @@ def test_a_model_that_was_checked_in_other_contexts_has_its_warranty(
 
 def test_a_kind_of_cells_that_lacks_a_perturbation_is_counted(one_line: tuple[Prepared, Path]) -> None:
     cells = Pairs.open(one_line[0].pairs).roles("train")
-    places = Places(cells)
+    places = MeasuredContexts(cells)
     asked = {("mine", "b1", "unknown"), ("mine", "b1", "T cell")}
     assert places.words("TF1", asked) == " in 1 of the 2 kinds of cells that are asked"
     assert places.words("TF1", {("mine", "b3", "unknown")}) == " in other contexts"
@@ -123,7 +123,7 @@ def test_another_dose_rests_on_the_contexts_of_its_compound() -> None:
     obs = pd.DataFrame(
         {"perturbation": ["TF1@1", "TF2@1"], "dataset": "mine", "batch": ["b1", "b2"], "cell_type": "T cell"}
     )
-    places = Places(SimpleNamespace(obs=obs, is_control=np.zeros(2, bool)))
+    places = MeasuredContexts(SimpleNamespace(obs=obs, is_control=np.zeros(2, bool)))
     assert places.is_elsewhere("TF1@5", {("mine", "b2", "T cell")})
     assert not places.is_elsewhere("TF1@5", {("mine", "b1", "T cell")})
     assert places.is_elsewhere("TF1@5+TF2@1", {("mine", "b2", "T cell")})

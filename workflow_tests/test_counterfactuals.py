@@ -341,7 +341,7 @@ def test_the_truth_reaches_the_ceiling_whatever_the_noise(noise: float) -> None:
 
 def test_the_opposite_is_no_better_than_no_change_and_few_perturbations_tell_nothing() -> None:
     assert judged(lambda truth, _: -truth)[1] == "no better than predicting no change"
-    assert judged(lambda truth, _: truth, n=5)[1] == "cannot tell: 5 test perturbations, and fewer than 6 tell nothing"
+    assert judged(lambda truth, _: truth, n=5)[1] == "cannot tell: 5 test perturbations, and fewer than 6 are too few"
 
 
 @pytest.fixture(scope="module")

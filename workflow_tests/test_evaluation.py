@@ -425,7 +425,9 @@ def test_predictions_that_cannot_be_scored_are_explained(cells: Pairs) -> None:
     label = cells.roles("train").perturbations[0]
     training = fine.copy()
     training.obs["perturbation"] = label
-    with pytest.raises(InputError, match=f"predictions of the role test hold {label}, of which no cell has that role"):
+    with pytest.raises(
+        InputError, match=f"predictions of the role test hold {label}, but no cell of these has that role"
+    ):
         score_inputs(training, cells)
     negative = fine.copy()
     negative.X.data[0] = -1.0
@@ -489,9 +491,11 @@ def test_the_ceiling_is_above_the_model_and_the_model_above_the_floor(
     means = {
         name: run_model(here, tmp_path / name, implementation).groupby("metric")["value"].mean()
         for name, implementation in {
-            "ceiling": "closed_form.ceilings:TechnicalDuplicate", "additive": "closed_form.baselines:Additive", "floor": "closed_form.baselines:NoChange",
+            "ceiling": "closed_form.ceilings:TechnicalDuplicate",
+            "additive": "closed_form.baselines:Additive",
+            "floor": "closed_form.baselines:NoChange",
         }.items()
-    }  # fmt: skip
+    }
     for name in set(METRICS) - {"variance_ratio"}:  # controls vary as perturbed cells do
         assert METRICS[name].loss(means["additive"][name]) < METRICS[name].loss(means["floor"][name]), name
     assert means["ceiling"]["energy_distance"] < means["additive"]["energy_distance"]

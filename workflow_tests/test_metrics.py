@@ -345,7 +345,7 @@ def test_tests_of_cells_are_stratified_adjusted_and_of_expressed_genes(cells: Pa
         own = sum(
             (batch[rows] == b).mean() * np.expm1(X[test.is_control & (batch == b)]).mean(axis=0) for b in ("b1", "b2")
         )
-        assert np.allclose(found.lfc[i, tested], np.log2((mean + 1e-9) / (own + 1e-9))[tested], atol=1e-4)
+        assert np.allclose(found.log_fold_change[i, tested], np.log2((mean + 1e-9) / (own + 1e-9))[tested], atol=1e-4)
         assert set(np.flatnonzero(found.is_significant[i])) == set(
             np.flatnonzero(np.nan_to_num(found.q[i], nan=1) < 0.05)
         )

@@ -20,7 +20,7 @@ from perturbflow import embeddings, pairs
 from perturbflow.audit import audit
 from perturbflow.audit.audit import CHECKS
 from perturbflow.benchmark import benchmark
-from perturbflow.benchmark.verdicts import telling
+from perturbflow.benchmark.verdicts import distinguishing
 from perturbflow.evaluation import METRICS, evaluate
 from perturbflow.io.files import read_json, write_json
 from perturbflow.predict import predict
@@ -28,9 +28,9 @@ from perturbflow.quality import quality
 from perturbflow.registry.families import FAMILIES, Family
 from perturbflow.report import leaderboard, report
 from perturbflow.report.cards import ModelCard
-from perturbflow.report.drawing import number, signed
 from perturbflow.report.learning import by_heart
 from perturbflow.report.page import FIGURE_BYTES
+from perturbflow.report.plotting import number, signed
 from perturbflow.report.sections import perturbation_table
 from perturbflow.screens import harmonize
 from perturbflow.splits import split as splits
@@ -278,7 +278,7 @@ def test_leaderboard_has_the_values_and_intervals_of_the_benchmark(page: str, tr
 def test_best_value_is_bold_where_the_metric_can_tell_and_no_ceiling_is(page: str, tree: Tree) -> None:
     table = tree.table("benchmark")
     mute = {
-        split: {name for name, tells in telling(rows).items() if not tells}
+        split: {name for name, tells in distinguishing(rows).items() if not tells}
         for split, rows in tree.table("calibration").groupby("split")
     }
     assert any(mute.values())
@@ -382,7 +382,7 @@ def test_no_curve_is_drawn_of_closed_forms(tree: Tree, tmp_path: Path, few_figur
 def test_the_report_says_what_learned_by_heart_and_what_losses_mean(
     tree: Tree, page: str, tmp_path: Path, few_figures: None
 ) -> None:
-    assert "Whether it learned by heart is not told: 4 points of validation loss were logged." in page
+    assert "Whether it learned by heart is unknown: 4 points of validation loss were logged." in page
     changed = []
     for path in tree.arguments()["runs"]:
         if path.parts[-3] == "learned":
@@ -405,7 +405,7 @@ def test_the_report_says_what_learned_by_heart_and_what_losses_mean(
     ) == len(SPLITS)
     assert "Fewer steps may predict better. Loss: error of the mean effects" in again
     assert (
-        "stage a: Whether it learned by heart is not told: no points of validation loss were logged. Loss: squared error of the target"
+        "stage a: Whether it learned by heart is unknown: no points of validation loss were logged. Loss: squared error of the target"
         in again
     )
 

@@ -1,8 +1,8 @@
 """The steps as functions of AnnData, for notebooks and other programs: `from perturbflow import api`. Nothing here needs torch.
 
-Each gives what the step of the same name gives. The steps work from file to file: what comes in memory is laid aside in a folder
-that is removed afterwards, so a screen needs room for a copy in the folder of temporary files (TMPDIR). Predictions are scored,
-and splits made, in memory. A path in place of an AnnData is read where it lies.
+Each gives what the step of the same name gives. The steps work from file to file: what comes in memory is laid aside in
+a folder that is removed afterwards, so a screen needs room for a copy in the folder of temporary files (TMPDIR).
+Predictions are scored, and splits made, in memory. A path in place of an AnnData is read where it lies.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ def harmonize(
     Parameters
     ----------
     screen
-        Raw UMI counts, cells × genes, in X, layers["counts"] or where the block says, with the columns of obs that it names. Or the path of
-        a file or folder as source.path takes it.
+        Raw UMI counts, cells × genes, in X, layers["counts"] or where the block says, with the columns of obs that it
+        names. Or the path of a file or folder as source.path takes it.
     block
-        As in config/datasets.yaml, without source: {"perturbation": {"column": ..., "control": [...]}, "covariates": {"batch": ...}}. Of
-        source it may have labels and modality.
+        As in config/datasets.yaml, without source: {"perturbation": {"column": ..., "control": [...]}, "covariates":
+        {"batch": ...}}. Of source it may have labels and modality.
     qc
         Limits that differ from config/config.yaml, such as {"min_counts": 1000}; None in it switches a limit off.
     name
@@ -168,8 +168,8 @@ def split(
     name
         What messages and the result call the split.
     **options
-        As in config/splits.yaml: test_fraction (0.25), validation_fraction (0.1), seed (0), covariate, path; folds with fold, which counts
-        from 0; held_out, a list of genes, combinations or contexts.
+        As in config/splits.yaml: test_fraction (0.25), validation_fraction (0.1), seed (0), covariate, path; folds with
+        fold, which counts from 0; held_out, a list of genes, combinations or contexts.
 
     Returns
     -------
@@ -295,7 +295,8 @@ def baseline(
     Parameters
     ----------
     name
-        Of config/models.yaml: a baseline, an ablation or a ceiling, such as no_change, additive, stacked or technical_duplicate.
+        Of config/models.yaml: a baseline, an ablation or a ceiling, such as no_change, additive, stacked or
+        technical_duplicate.
     pairs
         What `pair` gave.
     embeddings
@@ -305,7 +306,8 @@ def baseline(
     seed
         Governs all that is random.
     max_cells
-        Most cells per perturbation; without it, predict.max_cells of config/config.yaml. As many are predicted as were measured.
+        Most cells per perturbation; without it, predict.max_cells of config/config.yaml. As many are predicted as were
+        measured.
     role
         test, or validation to choose between models: for test, models learn from validation perturbations, too.
 
@@ -350,9 +352,9 @@ def score(predictions: Cells, pairs: Cells) -> pd.DataFrame:
     Parameters
     ----------
     predictions
-        X log1p-normalized on the scale of the pairs, (predicted cells, genes of the pairs in their order), 0 or more; obs.perturbation;
-        obs.control_index (the row of the pairs that a cell started from) or obs.batch and obs.cell_type.
-        uns["perturbflow"]["role"] says which cells are the truth (test where it is silent).
+        X log1p-normalized on the scale of the pairs, (predicted cells, genes of the pairs in their order), 0 or more;
+        obs.perturbation; obs.control_index (the row of the pairs that a cell started from) or obs.batch and
+        obs.cell_type. uns["perturbflow"]["role"] says which cells are the truth (test where it is silent).
     pairs
         What `pair` gave, or pairs.h5ad of the workflow.
 
@@ -364,7 +366,8 @@ def score(predictions: Cells, pairs: Cells) -> pd.DataFrame:
     Raises
     ------
     InputError
-        If genes differ, a perturbation has no held-out cells, cells did not start from controls of the role, or expression is negative.
+        If genes differ, a perturbation has no held-out cells, cells did not start from controls of the role, or
+        expression is negative.
     """
     cells = _read(predictions, "predictions")
     with _Folder() as folder:

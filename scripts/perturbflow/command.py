@@ -46,7 +46,8 @@ class _Verbs(click.Group):
 def perturbflow() -> None:
     """Score predictions of single-cell perturbations alike, whoever made them.
 
-    Results of the workflow are looked for where it writes them: results/DATASET/SPLIT. The workflow itself is run with snakemake.
+    Results of the workflow are looked for where it writes them: results/DATASET/SPLIT. The workflow itself is run with
+    snakemake.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
@@ -99,9 +100,10 @@ def list_(kinds: tuple[str, ...], files: tuple[Path, ...], as_json: bool) -> Non
 def score(file: Path, against: Path, output: Path | None) -> None:
     """Score predicted cells on a split.
 
-    FILE is an h5ad with X (log1p-normalized, the genes of pairs.h5ad in their order), obs.perturbation and obs.control_index, or in place of the
-    latter obs.batch and obs.cell_type. Prints the mean of every metric over perturbations; beside it, where the workflow has scored them,
-    the floor (no_change), the ceiling (technical_duplicate) and the ceiling without its own noise (perfect_mean) on the same perturbations.
+    FILE is an h5ad with X (log1p-normalized, the genes of pairs.h5ad in their order), obs.perturbation and
+    obs.control_index, or in place of the latter obs.batch and obs.cell_type. Prints the mean of every metric over
+    perturbations; beside it, where the workflow has scored them, the floor (no_change), the ceiling
+    (technical_duplicate) and the ceiling without its own noise (perfect_mean) on the same perturbations.
     """
     (pairs,) = _require(against, ("pairs.h5ad",))
     logger.info("%s is read and scored", file)
@@ -178,8 +180,9 @@ def audit(folder: Path) -> None:
 def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **options: Any) -> None:
     """Divide a screen, or a list of labels, into roles.
 
-    The roles are training, validation and test. FILE is a harmonized.h5ad: then OUTPUT is a split.json, with a role for every cell. Or FILE is text with a label per line, GENE or
-    A+B: then OUTPUT holds three lists of labels, which a split of the kind `file` reads.
+    The roles are training, validation and test. FILE is a harmonized.h5ad: then OUTPUT is a split.json, with a role for
+    every cell. Or FILE is text with a label per line, GENE or A+B: then OUTPUT holds three lists of labels, which a
+    split of the kind `file` reads.
     """
     if not file.is_file():
         raise InputError(f"there is no file {file}; it takes a harmonized.h5ad, or text with a label per line.")
@@ -215,8 +218,8 @@ def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **opti
 def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any) -> None:
     """Ask a trained model a what-if question.
 
-    What would become of cells if these genes were perturbed in them? The first question about a model also checks the model and
-    writes its warranty beside it. What each option means: config/README.md, counterfactuals.yaml.
+    What would become of cells if these genes were perturbed in them? The first question about a model also checks the
+    model and writes its warranty beside it. What each option means: config/README.md, counterfactuals.yaml.
     """
     logger.info("%s is asked, with OMP_NUM_THREADS %s", run, THREADS)
     from perturbflow.counterfactuals import asking

@@ -2,7 +2,8 @@
 
     python workflow_tests/benchmarks/answers_scale.py
 
-A made screen; the model is trained for a few steps, as the time of sampling does not depend on them. One process on the threads it is given.
+A made screen; the model is trained for a few steps, as the time of sampling does not depend on them. One process on the
+threads it is given.
 """
 
 import argparse
@@ -23,10 +24,12 @@ import h5py  # noqa: E402
 from conftest import SPECS, make_screen, prepare  # noqa: E402
 from test_models import registered  # noqa: E402
 
-from perturbflow.counterfactuals.answers import Known, Writer, answered  # noqa: E402
+from perturbflow.counterfactuals.answers import CELLS_PER_BLOCK, Question, Writer, answered  # noqa: E402
+from perturbflow.counterfactuals.novelty import Novelty  # noqa: E402
 from perturbflow.embeddings import Embeddings  # noqa: E402
 from perturbflow.models.base import Run, build  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
+from perturbflow.progress import Progress  # noqa: E402
 
 
 def main() -> None:
@@ -49,7 +52,8 @@ def main() -> None:
         )
         pairs, embeddings = Pairs.read(files.pairs), Embeddings.read(files.embeddings)
         controls = np.flatnonzero(pairs.is_control)
-        start = pairs.X[controls[np.arange(arguments.cells) % len(controls)]].toarray()
+        rows = controls[np.arange(arguments.cells) % len(controls)]
+        start, context = pairs.X[rows].toarray(), pairs.context_of(rows)
         for name in arguments.models:
             implementation, params = registered(name)
             steps = {key: 20 for key in params if key.startswith("n_steps")}
@@ -63,10 +67,13 @@ def main() -> None:
             started = time.perf_counter()
             with h5py.File(Path(folder) / "answer.h5ad", "w") as file:
                 writer = Writer(file, len(start), pairs.genes, None)
-                answered(model, start, "TF1", Known("measured", "measured", 0.0), arguments.samples, 0, writer, 0)
+                question = Question(model, start, context, arguments.samples, seed=0)
+                progress = Progress("blocks of cells", -(-len(start) // CELLS_PER_BLOCK))
+                answered(question, "TF1", Novelty("measured", "measured", 0.0), writer, 0, progress)
             seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             print(
-                f"{name}: {len(start):,} cells × {arguments.samples} samples × {len(pairs.genes):,} genes: {seconds:.1f} s, peak {peak:.1f} GiB"
+                f"{name}: {len(start):,} cells × {arguments.samples} samples × {len(pairs.genes):,} genes: "
+                f"{seconds:.1f} s, peak {peak:.1f} GiB"
             )
 
 

@@ -2,10 +2,11 @@
 
     python workflow_tests/benchmarks/best_baseline.py results carpool unseen_combination --models scppdm scppdm_hybrid
 
-Reads the metrics.tsv of all models of one split. The best baseline of a metric is the closed form of least mean loss on the same held-out
-perturbations, so chosen with hindsight: a model that is level with it is level with the luckiest of thirteen. Above zero is better than it,
-whatever the metric's direction; better, level or worse by whether the 95 % interval holds zero. --baseline NAME holds against one instead, seed by
-seed where that one has them too, as an ablation does.
+Reads the metrics.tsv of all models of one split. The best baseline of a metric is the closed form of least mean loss on
+the same held-out perturbations, so chosen with hindsight: a model that is level with it is level with the luckiest of
+thirteen. Above zero is better than it, whatever the metric's direction; better, level or worse by whether the 95 %
+interval holds zero. --baseline NAME holds against one instead, seed by seed where that one has them too, as an ablation
+does.
 """
 
 import sys

@@ -1,17 +1,18 @@
 """Is a predicted population of cells more than controls moved by the mean? Distances of a model's cells, and of controls shifted by its mean.
 
-    python workflow_tests/benchmarks/distributions.py results renge2023 unseen_context --models scppdm scppdm_hybrid [--figure cells.png]
+    python workflow_tests/benchmarks/distributions.py results renge2023 unseen_context --models scppdm scppdm_hybrid
+    [--figure cells.png]
 
-After a run that holds technical_duplicate and these models. Per metric: the model's cells, the same controls shifted by the mean change
-that the model predicts (clipped at zero as every prediction is), the technical duplicate, the paired difference in loss between the first
-two with its 95 % interval over perturbations and seeds (above zero: the model's cells are better), and how much of the way from shifted
-controls to the duplicate the model goes.
+After a run that holds technical_duplicate and these models. Per metric: the model's cells, the same controls shifted by
+the mean change that the model predicts (clipped at zero as every prediction is), the technical duplicate, the paired
+difference in loss between the first two with its 95 % interval over perturbations and seeds (above zero: the model's
+cells are better), and how much of the way from shifted controls to the duplicate the model goes.
 
-Most of a distance is of the mean where that is hard to predict. --mean-given takes it out: closed forms, and models with a closed-form mean, are asked again with
-the mean that the duplicate (half a of the measured cells) has, so that all three know the same mean and what is left is the spread.
-With --together: one table, a row per model and its shifted controls, with differential expression beside the distances.
-With --figure: predicted, shifted and measured cells of the three held-out perturbations of greatest effect, on the two leading components
-of measured cells.
+Most of a distance is of the mean where that is hard to predict. --mean-given takes it out: closed forms, and models
+with a closed-form mean, are asked again with the mean that the duplicate (half a of the measured cells) has, so that
+all three know the same mean and what is left is the spread. With --together: one table, a row per model and its shifted
+controls, with differential expression beside the distances. With --figure: predicted, shifted and measured cells of the
+three held-out perturbations of greatest effect, on the two leading components of measured cells.
 """
 
 import sys

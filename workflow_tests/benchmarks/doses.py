@@ -2,8 +2,8 @@
 
     python workflow_tests/benchmarks/doses.py made --splits unseen_perturbation unseen_dose
 
-A compound is of one of a few mechanisms, has an effect of its own besides, and a response over dose by Hill's equation. With --repository another
-version of the workflow is run on the same file.
+A compound is of one of a few mechanisms, has an effect of its own besides, and a response over dose by Hill's equation.
+With --repository another version of the workflow is run on the same file.
 """
 
 import argparse

@@ -1,10 +1,12 @@
 """What trainings watched: whether the embedding holds cells apart, and whether the world model uses the perturbation.
 
-    python workflow_tests/benchmarks/embeddings_and_actions.py results renge2023 unseen_context --models jepa jepa_off --figure monitors.png
+    python workflow_tests/benchmarks/embeddings_and_actions.py results renge2023 unseen_context --models jepa jepa_off
+    --figure monitors.png
 
-Reads run.json of all seeds. Monitors are those of the last step: distances of measured group means to those predicted with the right action, over
-those predicted with a wrong or the null action (below 1: the action is used), on training and on validation perturbations. Separability is the balanced
-accuracy of a linear probe and of nearest neighbours on training cells, in the embedding and in as many principal components. Means over seeds.
+Reads run.json of all seeds. Monitors are those of the last step: distances of measured group means to those predicted
+with the right action, over those predicted with a wrong or the null action (below 1: the action is used), on training
+and on validation perturbations. Separability is the balanced accuracy of a linear probe and of nearest neighbours on
+training cells, in the embedding and in as many principal components. Means over seeds.
 """
 
 import sys

@@ -1,17 +1,18 @@
 """Compare this workflow's scores with those of the field's evaluators, cell-eval and scperteval, on the same predictions.
 
-    pip install -r envs/requirements.txt -r workflow_tests/benchmarks/field_evaluators.txt
-    python workflow_tests/benchmarks/field_evaluators.py agreement
-    python workflow_tests/benchmarks/field_evaluators.py agreement --results results/renge2023/unseen_perturbation/additive/seed_0
-    python workflow_tests/benchmarks/field_evaluators.py nearness --results results/*/unseen_combination/no_change/seed_0
-    python workflow_tests/benchmarks/field_evaluators.py speed
-    python workflow_tests/benchmarks/field_evaluators.py scale
+    pip install -r envs/requirements.txt -r workflow_tests/benchmarks/field_evaluators.txt python
+    workflow_tests/benchmarks/field_evaluators.py agreement python workflow_tests/benchmarks/field_evaluators.py
+    agreement --results results/renge2023/unseen_perturbation/additive/seed_0 python
+    workflow_tests/benchmarks/field_evaluators.py nearness --results results/*/unseen_combination/no_change/seed_0
+    python workflow_tests/benchmarks/field_evaluators.py speed python workflow_tests/benchmarks/field_evaluators.py
+    scale
 
-agreement: the greatest difference per metric over the perturbations of a made screen, or of a model's folder in a finished run:
-on the files as they are, and on inputs from which everything is taken out in which we differ by design. nearness: how far models' files are
-off the measured cells in the evaluators' eyes, beside the mean of the controls itself, which is no file. speed: wall time, CPU time
-and peak memory, on the metrics that cell-eval has too and on all of ours. scale: ours on many cells. Each measurement is a process
-of its own, from its start to its end, or, from inputs in memory to scores, the second time of two in one.
+agreement: the greatest difference per metric over the perturbations of a made screen, or of a model's folder in a
+finished run: on the files as they are, and on inputs from which everything is taken out in which we differ by design.
+nearness: how far models' files are off the measured cells in the evaluators' eyes, beside the mean of the controls
+itself, which is no file. speed: wall time, CPU time and peak memory, on the metrics that cell-eval has too and on all
+of ours. scale: ours on many cells. Each measurement is a process of its own, from its start to its end, or, from inputs
+in memory to scores, the second time of two in one.
 """
 
 import argparse

@@ -1,22 +1,26 @@
 """From how many perturbations on a network passes the closed form, in worlds whose truth is known.
 
-    python workflow_tests/benchmarks/from_how_many.py --sizes 100 300 1000 --seeds 0 1 --rows rows.tsv [--models set_gp jepa] [--steps 1] [--figure figure.png]
+    python workflow_tests/benchmarks/from_how_many.py --sizes 100 300 1000 --seeds 0 1 --rows rows.tsv [--models set_gp
+    jepa] [--steps 1] [--figure figure.png]
 
-In a world, a gene's vector x, 8 numbers, tells 70 % of 16 hidden features z by two layers of a random network; 30 % are its own. With members i of a
-perturbation and a cell's state s of 3 axes, the log fold change of a measured gene is
+In a world, a gene's vector x, 8 numbers, tells 70 % of 16 hidden features z by two layers of a random network; 30 % are
+its own. With members i of a perturbation and a cell's state s of 3 axes, the log fold change of a measured gene is
 
-    A tanh( ( Σ_i Σ_h m_h(s) z_ih B_hg + Σ_{i<j} tanh(z_i P) ∘ tanh(z_j P) R_g ) / A ),    m_h(s) = 1 or 2 σ(3 s_a(h)), half of the features each:
+    A tanh( ( Σ_i Σ_h m_h(s) z_ih B_hg + Σ_{i<j} tanh(z_i P) ∘ tanh(z_j P) R_g ) / A ), m_h(s) = 1 or 2 σ(3
+    s_a(h)), half of the features each:
 
-non-linear in the vectors, saturating and epistatic in combinations, and different between cells. Counts are Poisson around rates with noise of the cell's
-own (gamma), 300 genes, 1,500 counts a cell. No perturbed gene is measured, so every error is off target.
+non-linear in the vectors, saturating and epistatic in combinations, and different between cells. Counts are Poisson
+around rates with noise of the cell's own (gamma), 300 genes, 1,500 counts a cell. No perturbed gene is measured, so
+every error is off target.
 
-Training holds two singles to one double. Training sets of a world are nested, and the same 40 genes and 40 doubles of genes seen at every size are held
-out. Per model: root mean squared error and Pearson's r of mean effects to the true ones; `pds_cosine` among the true ones; energy distance of
-predicted to measured cells; root mean squared error of individual effects on 100 control cells to each cell's expected one; the same of the differences
-between cells alone, with its ratio to saying none; processor seconds of training and of 1,000 predicted cells. `true_mean` knows every mean effect,
-`truth` draws cells from the world. A row is added to the file as soon as a model is done; rows that are there are not made again. Steps of all networks
-are those of the registry times √(perturbations / 100), or times --steps: with the registry's own at 1,000, `scppdm` was worse than at 100, in a world (seed 50)
-that is not among those shown.
+Training holds two singles to one double. Training sets of a world are nested, and the same 40 genes and 40 doubles of
+genes seen at every size are held out. Per model: root mean squared error and Pearson's r of mean effects to the true
+ones; `pds_cosine` among the true ones; energy distance of predicted to measured cells; root mean squared error of
+individual effects on 100 control cells to each cell's expected one; the same of the differences between cells alone,
+with its ratio to saying none; processor seconds of training and of 1,000 predicted cells. `true_mean` knows every mean
+effect, `truth` draws cells from the world. A row is added to the file as soon as a model is done; rows that are there
+are not made again. Steps of all networks are those of the registry times √(perturbations / 100), or times --steps:
+with the registry's own at 1,000, `scppdm` was worse than at 100, in a world (seed 50) that is not among those shown.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python workflow_tests/benchmarks/harmonize_scale.py --cells 50000 310385 --folder /a/disk/with/room
 
-makes files of the shape, chunks, compression and marginals of scPerturb's Replogle files (dense float32, gzip chunks as h5py
-guesses them) and prints a Markdown table. Every measurement is a process of its own; bare pass and harmonize take turns.
+makes files of the shape, chunks, compression and marginals of scPerturb's Replogle files (dense float32, gzip chunks as
+h5py guesses them) and prints a Markdown table. Every measurement is a process of its own; bare pass and harmonize take
+turns.
 """
 
 import argparse
@@ -27,8 +28,9 @@ sys.path.insert(0, str(SCRIPTS))
 from perturbflow.io.files import file_digest, write_json  # noqa: E402
 
 N_GENES, N_PERTURBATIONS, N_CONTROLS, N_BATCHES = 8563, 2057, 10_691, 48
-# Of ReplogleWeissman2022_K562_essential: 11-12 thousand UMI per cell, and with this spread and dispersion 41 % of the values are
-# not zero and gzip leaves 0.58 bytes per value; the real file has 1,546,729,675 bytes for 310,385 × 8,563 values, 0.58 each.
+# Of ReplogleWeissman2022_K562_essential: 11-12 thousand UMI per cell, and with this spread and dispersion 41 % of the
+# values are not zero and gzip leaves 0.58 bytes per value; the real file has 1,546,729,675 bytes for 310,385 × 8,563
+# values, 0.58 each.
 UMI_PER_CELL, SPREAD, DISPERSION = 11_500, 1.4, 2.0
 DISTINCT_CELLS = 20_000
 

@@ -3,8 +3,8 @@
     python workflow_tests/benchmarks/inner_cross_validation.py results/norman_mini unseen_combination \
         --folds 3 --models additive scppdm --variant 'scppdm {"n_steps": 1000}'
 
-The perturbations of training and validation are divided into folds; each fold in turn is predicted from the others, with
-genes, normalization and embeddings chosen anew. Cells of the outer test perturbations are left out altogether.
+The perturbations of training and validation are divided into folds; each fold in turn is predicted from the others,
+with genes, normalization and embeddings chosen anew. Cells of the outer test perturbations are left out altogether.
 """
 
 import argparse

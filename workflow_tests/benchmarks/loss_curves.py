@@ -1,8 +1,10 @@
 """Losses of trainings: where they began, where they ended, and whether those of validation perturbations went with them.
 
-    python workflow_tests/benchmarks/loss_curves.py results carpool unseen_combination --models scppdm scppdm_hybrid jepa --figure loss_curves.png
+    python workflow_tests/benchmarks/loss_curves.py results carpool unseen_combination --models scppdm scppdm_hybrid
+    jepa --figure loss_curves.png
 
-Reads run.json of all seeds: means over seeds of the first and last logged loss, of the least loss of validation perturbations, and of the step that had it.
+Reads run.json of all seeds: means over seeds of the first and last logged loss, of the least loss of validation
+perturbations, and of the step that had it.
 """
 
 import sys

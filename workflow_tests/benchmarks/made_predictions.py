@@ -1,7 +1,8 @@
 """Write pairs.h5ad, split.json and predictions.h5ad of a made screen, of any size: cells are written as they are drawn.
 
-python workflow_tests/benchmarks/made_predictions.py made --genes 2000 --perturbations 300 --controls 30000 --scored 500 --predicted 1000
-python scripts/evaluate.py --predictions made/predictions.h5ad --pairs made/pairs.h5ad --split made/split.json --metrics made/metrics.tsv
+python workflow_tests/benchmarks/made_predictions.py made --genes 2000 --perturbations 300 --controls 30000 --scored 500
+--predicted 1000 python scripts/evaluate.py --predictions made/predictions.h5ad --pairs made/pairs.h5ad --split
+made/split.json --metrics made/metrics.tsv
 """
 
 import argparse
@@ -70,8 +71,8 @@ def streamed(path: Path, layers: tuple[str, ...], **tables: object) -> Iterator[
 def generate(folder: Path, size: Size, seed: int, starts_from_controls: bool) -> None:
     """Write pairs.h5ad, split.json and predictions.h5ad of a screen of one batch and a model that is partly right.
 
-    Counts are Poisson around a gene's level × the cell's depth × exp(effect); a perturbation moves a twentieth of the genes and
-    silences its own. The model predicts six tenths of the effect and four tenths of another perturbation's.
+    Counts are Poisson around a gene's level × the cell's depth × exp(effect); a perturbation moves a twentieth of the
+    genes and silences its own. The model predicts six tenths of the effect and four tenths of another perturbation's.
     """
     rng = np.random.default_rng(seed)
     n_train = min(TRAIN_PERTURBATIONS, size.perturbations)

@@ -1,15 +1,20 @@
 """Mean effects by closed forms, and by those of another version, on the same splits: no cells are predicted, so it takes minutes.
 
-    python workflow_tests/benchmarks/mean_models.py results/carpool:unseen_combination results/renge2023:unseen_context --seeds 10 11 12
-        [--go human_gene2go.tsv.gz --ppi edges.tsv.gz] [--models set_gp additive] [--beside OTHER/scripts:stacked,transfer] [--figure doubles.png]
+    python workflow_tests/benchmarks/mean_models.py results/carpool:unseen_combination results/renge2023:unseen_context
+    --seeds 10 11 12
+        [--go human_gene2go.tsv.gz --ppi edges.tsv.gz] [--models set_gp additive] [--beside
+        OTHER/scripts:stacked,transfer] [--figure doubles.png]
 
-Of harmonized screens (`snakemake data`), each split by several seeds; `unseen_context` holds out each batch in turn instead. Models learn from training
-and validation perturbations. Scores are of the whole measured effect of a test perturbation, off target (its own genes left out): root mean
-squared error, Pearson's r with the effect, the same minus the mean effect of training, and `pds_cosine`, the share of other test perturbations whose
-measured effect is less alike. Printed per stratum: means, and the paired difference of set_gp to the reference (the first model of --beside, else the first other one)
-and to the best other model by that score, chosen with hindsight, with 95 % intervals over perturbations and splits; above zero set_gp is better. --beside takes
-models from another checkout of this repository: its splits and pairs are those of this one. --figure draws six held-out doubles with posterior intervals.
---intervals tells instead how wide conformal intervals are in units of the posterior deviation and of one spread for all, at what coverage.
+Of harmonized screens (`snakemake data`), each split by several seeds; `unseen_context` holds out each batch in turn
+instead. Models learn from training and validation perturbations. Scores are of the whole measured effect of a test
+perturbation, off target (its own genes left out): root mean squared error, Pearson's r with the effect, the same minus
+the mean effect of training, and `pds_cosine`, the share of other test perturbations whose measured effect is less
+alike. Printed per stratum: means, and the paired difference of set_gp to the reference (the first model of --beside,
+else the first other one) and to the best other model by that score, chosen with hindsight, with 95 % intervals over
+perturbations and splits; above zero set_gp is better. --beside takes models from another checkout of this repository:
+its splits and pairs are those of this one. --figure draws six held-out doubles with posterior intervals. --intervals
+tells instead how wide conformal intervals are in units of the posterior deviation and of one spread for all, at what
+coverage.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python workflow_tests/benchmarks/plan_scale.py
 
-Nothing is downloaded: the plan needs no data. A second column is the time in units of a loop that Python takes about a second for, run just before:
-what other work on the machine slows down, it slows down in both.
+Nothing is downloaded: the plan needs no data. A second column is the time in units of a loop that Python takes about a
+second for, run just before: what other work on the machine slows down, it slows down in both.
 """
 
 import argparse

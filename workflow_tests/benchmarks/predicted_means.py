@@ -1,12 +1,14 @@
 """Tell how near the means of predicted cells, as they stand in predictions.h5ad, are to the means of the measured cells.
 
-    python workflow_tests/benchmarks/predicted_means.py results/renge2023 results/carpool:unseen_combination [--seeds 0 1 2]
+    python workflow_tests/benchmarks/predicted_means.py results/renge2023 results/carpool:unseen_combination [--seeds 0
+    1 2]
 
-Of harmonized screens (`snakemake data`) and closed forms, each split by several seeds. Per model, means over splits and perturbations, with 95 %
-intervals over them: the root mean squared error of the mean of the cells, Pearson's r of its difference to test controls with the measured effect,
-the same minus the mean effect of training, and how wide the cells are. The last rows are no models. The mean of test controls of the same batches
-and cell types: `no_change` should be as near. The mean of controls of all roles predicts no effect either: what it has for a correlation comes of
-the noise that test controls lend to both sides.
+Of harmonized screens (`snakemake data`) and closed forms, each split by several seeds. Per model, means over splits and
+perturbations, with 95 % intervals over them: the root mean squared error of the mean of the cells, Pearson's r of its
+difference to test controls with the measured effect, the same minus the mean effect of training, and how wide the cells
+are. The last rows are no models. The mean of test controls of the same batches and cell types: `no_change` should be as
+near. The mean of controls of all roles predicts no effect either: what it has for a correlation comes of the noise that
+test controls lend to both sides.
 """
 
 import argparse

@@ -1,10 +1,12 @@
 """What do priors bring? The same models on co-expression, GO, interactions and all of them, on genes that they never saw perturbed.
 
-    python workflow_tests/benchmarks/priors.py results/renge2023 results/carpool --go human_gene2go.tsv.gz --ppi edges.tsv.gz
+    python workflow_tests/benchmarks/priors.py results/renge2023 results/carpool --go human_gene2go.tsv.gz --ppi
+    edges.tsv.gz
 
-Every gene is held out by one fold of every seed. The table gives the mean over perturbations with co-expression alone, and the paired
-difference of every other choice of sources, turned so that above zero is better, with its 95 % interval over perturbations. With
---dimensions, sizes of the priors' vectors are compared instead, by inner folds over training genes: held-out perturbations are not used.
+Every gene is held out by one fold of every seed. The table gives the mean over perturbations with co-expression alone,
+and the paired difference of every other choice of sources, turned so that above zero is better, with its 95 % interval
+over perturbations. With --dimensions, sizes of the priors' vectors are compared instead, by inner folds over training
+genes: held-out perturbations are not used.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python workflow_tests/benchmarks/priors_scale.py --genes 19000 --pairs 6000000
 
-Genes are in modules of unequal size, most pairs within them; degrees vary as a power law does. The file has every pair in both directions. It is written
-and read in processes of their own, so that the memory told is that of the step.
+Genes are in modules of unequal size, most pairs within them; degrees vary as a power law does. The file has every pair
+in both directions. It is written and read in processes of their own, so that the memory told is that of the step.
 """
 
 import argparse

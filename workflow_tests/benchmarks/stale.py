@@ -2,7 +2,8 @@
 
     python workflow_tests/benchmarks/stale.py --sequences 200 --folder sequences
 
-The short form of this is `workflow_tests/test_sequences.py`. What is found is written to the folder as it is found; started again, it goes on.
+The short form of this is `workflow_tests/test_sequences.py`. What is found is written to the folder as it is found;
+started again, it goes on.
 """
 
 import argparse

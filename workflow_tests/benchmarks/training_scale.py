@@ -1,10 +1,11 @@
 """Training and prediction of learned families at full size: seconds of the passes, of a step and of its data, and peak memory.
 
-    python workflow_tests/benchmarks/training_scale.py --cells 20000 200000 --models scppdm jepa counterfactual --predict 100 400
+    python workflow_tests/benchmarks/training_scale.py --cells 20000 200000 --models scppdm jepa counterfactual
+    --predict 100 400
 
-makes files of the shape of pairs.h5ad (2,000 genes, chunks and compression as anndata writes them; without the layer of counts, which
-training does not read) and prints Markdown tables. Every measurement is a process of its own. `scppdm:counts` and `scppdm:pca`
-are scppdm with that latent space.
+makes files of the shape of pairs.h5ad (2,000 genes, chunks and compression as anndata writes them; without the layer of
+counts, which training does not read) and prints Markdown tables. Every measurement is a process of its own.
+`scppdm:counts` and `scppdm:pca` are scppdm with that latent space.
 """
 
 import argparse

@@ -1,13 +1,15 @@
 """Print scores and verdicts of two versions of the workflow beside one another.
 
-    python workflow_tests/benchmarks/verdicts.py --before ../before/results --now results
-    python workflow_tests/benchmarks/verdicts.py --before before/* --now now/* --before-without fewer_before/* --now-without fewer_now/*
+    python workflow_tests/benchmarks/verdicts.py --before ../before/results --now results python
+    workflow_tests/benchmarks/verdicts.py --before before/* --now now/* --before-without fewer_before/* --now-without
+    fewer_now/*
 
-Folders hold the tables of runs with the same configurations, those of several runs are put together. Per screen, split and model:
-`pearson_delta_ctrl` before and now, with the perturbed gene, and `pearson_delta_ctrl_off_target` now, without it (means over seeds; 95 % intervals
-over perturbations). Then both verdicts with the sizes of what was won and lost, intervals in brackets: before in the units of the metric, now in percent
-of the way from no change to the ceiling. Then how often each verdict was given, to all models. With --before-without and --now-without, the same
-runs that list fewer models: which headline metrics can tell there and cannot here, or the other way round.
+Folders hold the tables of runs with the same configurations, those of several runs are put together. Per screen, split
+and model: `pearson_delta_ctrl` before and now, with the perturbed gene, and `pearson_delta_ctrl_off_target` now,
+without it (means over seeds; 95 % intervals over perturbations). Then both verdicts with the sizes of what was won and
+lost, intervals in brackets: before in the units of the metric, now in percent of the way from no change to the ceiling.
+Then how often each verdict was given, to all models. With --before-without and --now-without, the same runs that list
+fewer models: which headline metrics can tell there and cannot here, or the other way round.
 """
 
 import argparse

@@ -1,10 +1,12 @@
 """Warranties of trained models, and how often a search finds what was done.
 
-    python workflow_tests/benchmarks/warranties.py results renge2023/unseen_context carpool/unseen_combination --models counterfactual scppdm_hybrid
+    python workflow_tests/benchmarks/warranties.py results renge2023/unseen_context carpool/unseen_combination --models
+    counterfactual scppdm_hybrid
 
-The first table is read from warranty.json of all seeds. The second asks: given one half of the cells of a held-out perturbation as the target, at which place
-among all perturbations of the screen does the model rank it? Asked of perturbations of reproducible effect: the effects of the two halves correlate by
-more than 0.5, perturbed genes left out. Place: (rank − 1) / (candidates − 1), 0 is best, 0.5 chance; its mean with the 95 % bootstrap interval over
+The first table is read from warranty.json of all seeds. The second asks: given one half of the cells of a held-out
+perturbation as the target, at which place among all perturbations of the screen does the model rank it? Asked of
+perturbations of reproducible effect: the effects of the two halves correlate by more than 0.5, perturbed genes left
+out. Place: (rank − 1) / (candidates − 1), 0 is best, 0.5 chance; its mean with the 95 % bootstrap interval over
 perturbations, and the share in the best tenth with its exact 95 % interval.
 """
 

@@ -1,7 +1,7 @@
 """All scores in tables: means with intervals, on a scale, against every baseline, by stratum, and a verdict per model.
 
-One bootstrap serves all of them (`bootstrap`): 95 % intervals over perturbations, and over seeds where there are several.
-Everything but a metric's own mean is computed on losses, so that lower is better whatever the metric.
+One bootstrap serves all of them (`bootstrap`): 95 % intervals over perturbations, and over seeds where there are
+several. Everything but a metric's own mean is computed on losses, so that lower is better whatever the metric.
 """
 
 import logging
@@ -32,23 +32,23 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _caveats(audits: list[Path], harmonizations: list[Path]) -> dict[tuple[str, str], list[str]]:
-    """Return dataset and split → what has to be said with its verdicts; what pools folds has the caveats of all of them."""
+    """Return dataset and split → the caveats of its verdicts; pooled folds have the caveats of all of them."""
     found: dict[tuple[str, str], list[str]] = {}
     warnings = {path.parent.name: read_json(path)["warnings"] for path in harmonizations}
     for path in audits:
         dataset, split = path.parts[-3:-1]
-        said = read_json(path)["caveats"]
-        found.setdefault((dataset, split), []).extend(said)
+        caveats = read_json(path)["caveats"]
+        found.setdefault((dataset, split), []).extend(caveats)
         if fold := FOLD.match(split):
-            found.setdefault((dataset, fold["name"]), []).extend(f"{split}: {caveat}" for caveat in said)
+            found.setdefault((dataset, fold["name"]), []).extend(f"{split}: {caveat}" for caveat in caveats)
     return {
-        place: said + [f"{text[0].upper()}{text[1:]}" for text in warnings.get(place[0], [])]
-        for place, said in found.items()
+        place: caveats + [f"{text[0].upper()}{text[1:]}" for text in warnings.get(place[0], [])]
+        for place, caveats in found.items()
     }
 
 
 def _with_quality(scores: pd.DataFrame, paths: list[Path]) -> pd.DataFrame:
-    """Return scores with what is known of their perturbations (columns `QUALITY` of quality.tsv); without a table it is missing."""
+    """Return scores with the columns `QUALITY` of quality.tsv; without a table they are missing."""
     words = {"perturbation": str, "responds": str}
     tables = [
         pd.read_csv(
@@ -91,7 +91,7 @@ def benchmark(
     benchmark
         Table to be written: per run × metric the mean with its interval, raw and scaled (`tables.summarize`).
     calibration
-        Table to be written: what every metric can tell on these data (`tables.calibrate`).
+        Table to be written: whether every metric distinguishes good from bad on these data (`tables.calibrate`).
     comparisons
         Table to be written: every model against every baseline and ablation (`tables.compare`).
     strata
@@ -99,13 +99,13 @@ def benchmark(
     verdicts
         Table to be written: one line per model × dataset × split (`verdicts.judge`).
     qualities
-        quality.tsv of every dataset: scores are also told by what it says of their perturbations.
+        quality.tsv of every dataset: its facts on perturbations make strata.
     audits
         The audit.json of every dataset × split, whose caveats stand with the verdicts.
     harmonizations
         The harmonization.json of every dataset, whose warnings do, too.
     least_difference
-        Share of the way from no change to the ceiling below which a difference does not count.
+        Share of the way from no change to the ceiling; a smaller difference does not count.
 
     Raises
     ------

@@ -46,7 +46,7 @@ class Panel:
 
     @property
     def keys(self) -> dict[str, str]:
-        """What every row of a table begins with."""
+        """The first columns of every row of a table."""
         return {"dataset": self.dataset, "split": self.split}
 
     def model_of(self, family: str, families: dict[str, str]) -> int | None:
@@ -71,7 +71,7 @@ def _panel(dataset: str, split: str, scores: pd.DataFrame) -> Panel:
 
 
 def panels(scores: pd.DataFrame) -> Iterator[Panel]:
-    """Yield a panel per dataset × split and, after the folds of a k-fold split, one that pools the perturbations of all folds.
+    """Yield a panel per dataset × split and, after the folds of a k-fold split, one that pools all folds.
 
     Parameters
     ----------

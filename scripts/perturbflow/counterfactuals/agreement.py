@@ -1,45 +1,41 @@
-"""Agreement of predicted with measured effects, beside guesses that know nothing of the perturbation and what the truth itself would reach.
+"""Agreement of predicted with measured effects, beside that of two floors and of a ceiling.
 
-All of it is correlation over genes that were not perturbed, per test perturbation, and of two kinds:
+The floors are guesses that know nothing of the perturbation; the ceiling is the agreement of the truth itself.
+Agreement is a correlation over genes that were not perturbed, per test perturbation, and of two kinds:
 
-* whole: of the whole effect. No change is 0 by definition, since it says nothing of any gene.
-* specific: of what is left of both when the mean effect e of training is taken out, at whatever size: the partial correlation r(p, m | e). Every
-  multiple of e, no change included, leaves nothing of a prediction, and is 0 by definition.
+* whole: of the whole effect. No change is 0 by definition, since it predicts nothing of any gene.
+* specific: of the rest of both without the mean effect e of training, at whatever size: the partial correlation
+  r(p, m | e). Every multiple of e, no change included, leaves nothing of a prediction, and is 0 by definition.
 
-Both minus e, r(p − e, m − e), would not do: no change becomes −e there, which correlates with m − e by half wherever effects are weak; a prediction of
-0.5 e gets the same, one of 1.5 e its negative, and they know equally much.
+Subtracting e from both, r(p − e, m − e), would not do. No change becomes −e there, and −e correlates with m −
+e by half wherever effects are weak. A prediction of 0.5 e gets the same, one of 1.5 e its negative, and they know
+equally much.
 """
 
 from typing import Any
 
 import numpy as np
 
-from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS, Estimates, estimate
+from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS, mean_with_interval
+from perturbflow.evaluation.similarity import correlation
 
 FLOORS = {"no_change": "predicting no change", "perturbed_mean": "the mean effect of training"}
 KINDS = ("whole", "specific")
-LEAST = 0.02  # of the way from a floor to the ceiling: what a difference has to be above to count
-NEGLIGIBLE = 1e-3  # of an effect: what rounding may leave of a multiple of the mean
-NOTHING = 1e-6  # deviation over genes, log1p units: what rounding may leave of no change
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the correlation of a prediction with a measurement: 0 for a prediction that is the same for all genes, NaN for such a measurement."""
-    if b.std() <= NOTHING:
-        return np.nan
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > NOTHING else 0.0
+LEAST = 0.02  # of the way from a floor to the ceiling: a difference that counts is above it
+NEGLIGIBLE = 1e-3  # of an effect: rounding may leave this of a multiple of the mean
 
 
 def without(effect: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Return what is left of an effect when the mean effect, at the size that fits best, is taken out, (genes,)."""
+    """Return the rest of an effect minus the mean effect at the size that fits best, (genes,)."""
     effect, mean = effect - effect.mean(), mean - mean.mean()
     rest = effect - mean * (effect @ mean) / max(float(mean @ mean), 1e-12)
     return rest if np.linalg.norm(rest) > NEGLIGIBLE * np.linalg.norm(effect) else np.zeros_like(rest)
 
 
 def ceiling(a: np.ndarray, b: np.ndarray) -> float:
-    """Return what the truth itself would correlate with the whole measurement, from that of its halves: √(2r / (1 + r)) (Spearman 1910; Brown 1910).
+    """Return the correlation of the truth with the whole measurement, from that of its halves: √(2r / (1 + r)).
 
+    The formula is that of Spearman (1910) and Brown (1910).
     Halves share their controls, whose noise is in both: if anything it is too high.
     """
     r = max(correlation(a, b), 0.0)
@@ -69,31 +65,33 @@ def agreement(
     return found
 
 
-def _estimate(values: list[float]) -> Estimates:
-    return estimate(np.array(values, dtype=float)[None, None])
-
-
-def numbers(found: Estimates) -> dict[str, float]:
-    """Return a mean over perturbations and its 95 % interval."""
-    return {"mean": float(found.mean[0]), "low": float(found.low[0]), "high": float(found.high[0])}
-
-
 def summary(rows: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Return means over perturbations with intervals, per kind: of the model, floors and ceiling, and of the model minus each floor, paired."""
+    """Return means over perturbations with intervals, per kind.
+
+    They are of the model, the floors and the ceiling, and of the model minus each floor, paired.
+    """
     found: dict[str, Any] = {}
     for kind in KINDS:
         of = [row[kind] for row in rows]
-        found[kind] = {name: numbers(_estimate([row[name] for row in of])) for name in ("model", *FLOORS, "ceiling")}
+        found[kind] = {name: mean_with_interval([row[name] for row in of]) for name in ("model", *FLOORS, "ceiling")}
         found[kind]["above"] = {
-            floor: numbers(_estimate([row["model"] - row[floor] for row in of])) for floor in FLOORS
+            floor: mean_with_interval([row["model"] - row[floor] for row in of]) for floor in FLOORS
         }
     return found
 
 
 def verdict(summed: dict[str, Any], n: int) -> str:
-    """Return in words whether whole effects are predicted better than by either floor; `summed` is what `summary` gives, n the perturbations."""
+    """Return in words whether whole effects are predicted better than by either floor.
+
+    Parameters
+    ----------
+    summed
+        The result of `summary`.
+    n
+        Number of perturbations.
+    """
     if n < MIN_PERTURBATIONS:
-        return f"cannot tell: {n} test perturbations, and fewer than {MIN_PERTURBATIONS} tell nothing"
+        return f"cannot tell: {n} test perturbations, and fewer than {MIN_PERTURBATIONS} are too few"
     whole = summed["whole"]
     for floor, words in FLOORS.items():
         least = LEAST * np.nan_to_num(whole["ceiling"]["mean"] - whole[floor]["mean"], nan=1.0)
@@ -103,7 +101,8 @@ def verdict(summed: dict[str, Any], n: int) -> str:
     above = whole["above"][best]
     way = whole["ceiling"]["mean"] - whole[best]["mean"]
     share = f", {100 * above['mean'] / way:.0f} % of the way to the ceiling" if way > 0 else ""
-    return f"better than {FLOORS[best]} by {above['mean']:.2f} ({above['low']:.2f} to {above['high']:.2f}) in agreement{share}"
+    size = f"{above['mean']:.2f} ({above['low']:.2f} to {above['high']:.2f})"
+    return f"better than {FLOORS[best]} by {size} in agreement{share}"
 
 
 def sentence(summed: dict[str, Any]) -> str:
@@ -112,7 +111,7 @@ def sentence(summed: dict[str, Any]) -> str:
         {name: found["mean"] for name, found in summed[kind].items() if name != "above"} for kind in KINDS
     )
     return (
-        f"Agreement of whole effects {whole['model']:.2f}: no change {whole['no_change']:.0f}, the mean effect of training "
-        f"{whole['perturbed_mean']:.2f}, ceiling {whole['ceiling']:.2f}. Beyond that mean {specific['model']:.2f}: both floors "
-        f"{specific['no_change']:.0f}, ceiling {specific['ceiling']:.2f}"
+        f"Agreement of whole effects {whole['model']:.2f}: no change {whole['no_change']:.0f}, the mean effect of "
+        f"training {whole['perturbed_mean']:.2f}, ceiling {whole['ceiling']:.2f}. Beyond that mean "
+        f"{specific['model']:.2f}: both floors {specific['no_change']:.0f}, ceiling {specific['ceiling']:.2f}"
     )

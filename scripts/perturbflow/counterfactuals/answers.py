@@ -1,27 +1,30 @@
-"""What if these genes were perturbed in these cells? Answered per cell, with a distribution of outcomes and an interval that was tested."""
+"""What if these genes were perturbed in these cells? Each cell has a distribution of outcomes and a tested interval."""
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-from scipy.spatial.distance import cdist
 
-from perturbflow.counterfactuals.contexts import Place, Places, contexts_of
+from perturbflow.counterfactuals.contexts import contexts_of
+from perturbflow.counterfactuals.novelty import Novelty, TrainingKnowledge
 from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes
 from perturbflow.counterfactuals.search import Direction, ranked
-from perturbflow.counterfactuals.warranty import fitting, was_checked
+from perturbflow.counterfactuals.warranty import Fitting, fitting, was_checked
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
-from perturbflow.genes.symbols import CONTROL, entities_of, entity_of, members_of
+from perturbflow.genes.symbols import CONTROL, entities_of
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, read_json
 from perturbflow.models.base import Model, build
-from perturbflow.models.calibration import Calibration, Scale, case_of
+from perturbflow.models.calibration import Calibration, Scale
 from perturbflow.pairs import Context, Pairs
 from perturbflow.progress import Progress
 
@@ -31,9 +34,9 @@ QUANTILES = (0.05, 0.5, 0.95)
 LEVEL = 0.9  # of the intervals
 MAX_CELLS = 1000
 MAX_ROWS = 20_000  # perturbations × cells that are written
-LEAST_CELLS = 50  # of a perturbation, however many are asked
+LEAST_CELLS = 50  # of a perturbation, whatever their number
 CELLS_PER_BLOCK = 32
-PROBED = 4  # cells that are asked first, whether the model has an answer
+PROBED = 4  # cells that are asked first, to see whether the model has an answer
 MANY = 20  # perturbations: of more, the table has the strongest genes only
 GENES_OF_MANY = 50
 LAYERS = ("before", "effect", *(f"q{int(100 * quantile):02d}" for quantile in QUANTILES))
@@ -60,84 +63,87 @@ def selected_cells(cells: Pairs, selection: str | dict) -> Pairs:
         mask &= holding(test.obs, selection, "cells")
     if not mask.any():
         raise InputError(
-            f"cells: {selection} selects no test control; what-if questions start from controls that no model was trained on."
+            f"cells: {selection} selects no test control. What-if questions start from controls that no model was "
+            "trained on."
         )
     return test.select(mask)
 
 
 @dataclass(frozen=True)
-class Known:
-    """What training knew of a perturbation.
+class Question:
+    """A model, and the cells that it is asked about.
 
     Attributes
     ----------
-    words
-        In words.
-    case
-        One of `conformal.CASES`.
-    distance
-        Of its unseen gene (the farthest, of several) to the nearest training gene, in units of the median distance of training genes to their nearest;
-        0 where all genes were seen, NaN for a gene without a vector.
-    is_elsewhere
-        Whether training measured it in none of the contexts that are asked.
+    start
+        Control cells, (cells, genes).
+    context
+        Their batches and cell types.
+    samples
+        Outcomes per cell.
     """
 
-    words: str
-    case: str
-    distance: float
-    is_elsewhere: bool = False
+    model: Model
+    start: np.ndarray
+    context: Context
+    samples: int
+    seed: int
 
 
-class Knowledge:
-    """Tells what training knew of perturbations."""
+@dataclass(frozen=True)
+class Checks:
+    """The checks of a model: its warranty, the words of it, and the calibration of its intervals.
 
-    def __init__(self, training: Pairs, vectors: Embeddings, chosen: Pairs) -> None:
-        self.labels = set(training.perturbations)
-        self.seen = sorted({gene for other in training.perturbations for gene in entities_of(other)})
-        table = vectors.standardized(sorted({gene for other in training.perturbations for gene in members_of(other)}))
-        self.table = table.groupby(
-            list(map(entity_of, table.index))
-        ).first()  # a compound has one vector, whatever its dose
-        self.without_vector = set(map(entity_of, vectors.without_vector))
-        own = self.table.reindex(self.seen).dropna().to_numpy()
-        among = cdist(own, own)
-        np.fill_diagonal(among, np.inf)
-        self.typical = float(np.median(among.min(axis=1))) if len(own) > 1 else np.nan
-        self.own = own
-        self.asked = set(contexts_of(chosen.obs))
-        self.places = Places(training)
+    Attributes
+    ----------
+    content
+        Of warranty.json.
+    words
+        For perturbations that training measured in other contexts alone (True), and for others.
+    """
 
-    def of(self, label: str, asked: set[Place] | None = None) -> Known:
-        """Return what was known of a canonical label in some of the contexts that are asked; in all of them without `asked`."""
-        if label == CONTROL:
-            return Known("no perturbation", "measured", 0.0)
-        asked = self.asked if asked is None else asked
-        case = case_of(label, self.labels, set(self.seen))
-        where, is_elsewhere = self.places.words(label, asked), self.places.is_elsewhere(label, asked)
-        unseen = [gene for gene in entities_of(label) if gene not in self.seen]
-        if not unseen:
-            is_single = len(members_of(label)) == 1
-            words = (
-                "measured"
-                if case == "measured"
-                else "measured at other doses"
-                if is_single
-                else "composed of measured genes"
+    content: dict
+    words: dict[bool, Fitting]
+    calibration: Calibration
+    scale: Scale
+
+    @classmethod
+    def read(cls, warranty: Path, calibration: Path) -> Self:
+        """Read the files of the rule warranty."""
+        content = read_json(warranty)
+        with np.load(calibration) as arrays:
+            stored = dict(arrays)
+        return cls(
+            content,
+            {elsewhere: fitting(content, elsewhere) for elsewhere in (False, True)},
+            Calibration.from_arrays(stored),
+            Scale(stored["variance"], stored["spread"]),
+        )
+
+    def half_width(self, answer: Answer, is_elsewhere: bool) -> np.ndarray:
+        """Return half the width of the intervals of an answer, (genes,); NaN where no such answer was checked."""
+        own = self.calibration.for_case(answer.novelty.kind)
+        if not own.labels or answer.label == CONTROL or not was_checked(self.content, is_elsewhere):
+            return np.full(answer.effects.shape[1], np.nan)
+        return own.reach(LEVEL) * self.scale.at(own.typical_sampling, answer.uncertainty)
+
+    def words_of(self, is_elsewhere: dict[str, bool]) -> dict[str, str]:
+        """Return verdict and warranty of an answer in words.
+
+        Parameters
+        ----------
+        is_elsewhere
+            Label → whether it was measured in other contexts alone. If some labels were, their words come last.
+        """
+        labels = [label for label, elsewhere in is_elsewhere.items() if elsewhere]
+        verdict, warranty = self.words[len(labels) == len(is_elsewhere)]
+        if len(labels) not in (0, len(is_elsewhere)):
+            named = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
+            verdict, warranty = (
+                f"{own}. Of {named}, measured in other contexts: {other}"
+                for own, other in zip(self.words[False], self.words[True], strict=True)
             )
-            return Known(words + where, case, 0.0, is_elsewhere)
-        without = [gene for gene in unseen if gene not in self.table.index or gene in self.without_vector]
-        words = f"extrapolation{',' if where else ''}{where}: {len(unseen)} gene(s) never perturbed in training"
-        if without:
-            return Known(f"{words}, {len(without)} of them without a vector", case, np.nan, is_elsewhere)
-        distance = float(cdist(self.table.loc[unseen].to_numpy(), self.own).min(axis=1).max() / self.typical)
-        words += f", {distance:.1f} times as far from the nearest as training genes are from one another"
-        return Known(words, case, distance, is_elsewhere)
-
-    def by_group(self, label: str, chosen: Pairs, groups: pd.Series) -> dict[str, Known]:
-        """Return what was known of a label in all cells that are asked, and in every group of them."""
-        contexts = pd.Series(contexts_of(chosen.obs), index=groups.index)
-        of_groups = {name: self.of(label, set(contexts[groups == name])) for name in sorted(groups.unique())}
-        return {"all": self.of(label), **of_groups}
+        return {"verdict": verdict, "warranty": warranty}
 
 
 @dataclass
@@ -147,33 +153,38 @@ class Answer:
     Attributes
     ----------
     effects
-        Expected effect of each cell, (cells, genes).
+        Expected effect in each cell, (cells, genes).
     up
         Share of samples above the start cell, ties half, per cell, (cells, genes).
     uncertainty
-        Variance that the model gives its own idea of the mean effect, (genes,); None where it has none.
+        The model's own variance of the mean effect, (genes,); None where it has none.
     """
 
     label: str
-    known: Known
+    novelty: Novelty
     effects: np.ndarray
     up: np.ndarray
     uncertainty: np.ndarray | None
 
     def response(self, is_target: np.ndarray) -> np.ndarray:
-        """Return how far each cell goes the way of the mean effect, (cells,): 1 as the mean does, 0 not at all; perturbed genes left out."""
+        """Return how far each cell goes along the mean effect, (cells,): 1 as far as the mean, 0 not at all.
+
+        Perturbed genes are left out.
+        """
         mean = np.where(is_target, 0.0, self.effects.mean(axis=0))
         return self.effects @ mean / max(float(mean @ mean), 1e-12)
 
 
-def blocks_of(
-    model: Model, start: np.ndarray, context: Context, label: str, samples: int, seed: int
-) -> Iterator[tuple[slice, np.ndarray]]:
+def blocks_of(question: Question, label: str) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield outcomes of a few cells at a time, (cells, samples, genes)."""
+    start, context = question.start, question.context
     for first in range(0, len(start), CELLS_PER_BLOCK):
         block = slice(first, min(first + CELLS_PER_BLOCK, len(start)))
         here = Context(context.strata[block], context.levels)
-        yield block, model.counterfactual(start[block], [label], samples, seed + first, here)[0]
+        yield (
+            block,
+            question.model.counterfactual(start[block], [label], question.samples, question.seed + first, here)[0],
+        )
 
 
 class Writer:
@@ -196,7 +207,7 @@ class Writer:
             table.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
     def finish(self, obs: pd.DataFrame, uns: dict) -> None:
-        """Write what tells the rows."""
+        """Write the tables that describe the rows."""
         for column in ("perturbation", "cell_type", "batch", "known"):
             obs[column] = pd.Categorical(obs[column])
         for place, content in (("obs", obs), ("var", pd.DataFrame(index=self.genes)), ("uns", uns)):
@@ -204,13 +215,13 @@ class Writer:
 
 
 def answered(
-    model: Model, start: np.ndarray, context: Context, label: str, known: Known, samples: int, seed: int, writer: Writer, first_row: int,
-    progress: Progress,
-) -> Answer:  # fmt: skip
+    question: Question, label: str, novelty: Novelty, writer: Writer, first_row: int, progress: Progress
+) -> Answer:
     """Ask one perturbation of all cells, writing as the answers come."""
-    effects = model.individual_effects(start, label, seed, context).astype(np.float32)
+    start, context = question.start, question.context
+    effects = question.model.individual_effects(start, label, question.seed, context).astype(np.float32)
     up = np.zeros(start.shape, dtype=np.float32)
-    for block, outcomes in blocks_of(model, start, context, label, samples, seed):
+    for block, outcomes in blocks_of(question, label):
         rows = slice(first_row + block.start, first_row + block.stop)
         written = {"X": outcomes.mean(axis=1), "before": start[block], "effect": effects[block]}
         written |= dict(zip(LAYERS[2:], _quantiles(outcomes), strict=True))
@@ -221,11 +232,11 @@ def answered(
         before = start[block][:, None]
         up[block] = (outcomes > before).mean(axis=1) + 0.5 * (outcomes == before).mean(axis=1)
         progress.step()
-    return Answer(label, known, effects, up, model.uncertainty(label, context))
+    return Answer(label, novelty, effects, up, question.model.uncertainty(label, context))
 
 
 def _quantiles(outcomes: np.ndarray) -> list[np.ndarray]:
-    """Return the sample at each of QUANTILES, (cells, genes) each: an outcome that a cell can have, not a number between two."""
+    """Return the sample at each of QUANTILES, (cells, genes) each: an outcome of a cell, not a number between two."""
     n = outcomes.shape[1]
     ranks = [min(n - 1, max(0, round(quantile * n - 0.5))) for quantile in QUANTILES]
     placed = np.partition(outcomes, sorted(set(ranks)), axis=1)
@@ -233,40 +244,76 @@ def _quantiles(outcomes: np.ndarray) -> list[np.ndarray]:
 
 
 def effect_table(
-    answer: Answer,
-    genes: list[str],
-    groups: pd.Series,
-    calibration: Calibration,
-    scale: Scale,
-    known: dict[str, Known],
-    warranty: dict,
+    answer: Answer, genes: list[str], groups: pd.Series, novelties: dict[str, Novelty], checks: Checks
 ) -> pd.DataFrame:
-    """Return one row per group of cells × gene, strongest first, see `counterfactual`; no interval where the warranty checked no such answer."""
-    own = calibration.for_case(answer.known.case)
-    reach = (
-        own.reach(LEVEL) * scale.at(own.typical_sampling, answer.uncertainty)
-        if own.labels and answer.label != CONTROL
-        else np.full(len(genes), np.nan)
-    )
+    """Return one row per group of cells × gene, strongest first, see `counterfactual`."""
     is_target = np.isin(genes, entities_of(answer.label))
     masks = {"all": np.ones(len(groups), dtype=bool)}
     if len(names := sorted(groups.unique())) > 1:
         masks |= {name: (groups == name).to_numpy() for name in names}
     tables = []
     for name, mask in masks.items():
-        half = reach if was_checked(warranty, known[name].is_elsewhere) else np.full(len(genes), np.nan)
+        novelty = novelties[name]
+        half = checks.half_width(answer, novelty.is_elsewhere)
         effect, up = answer.effects[mask].mean(axis=0), answer.up[mask].mean(axis=0)
         table = pd.DataFrame(
             {
-                "perturbation": answer.label, "group": name, "gene": genes, "effect": effect, "low": effect - half, "high": effect + half,
-                "cells_low": np.quantile(answer.effects[mask], 0.05, axis=0), "cells_high": np.quantile(answer.effects[mask], 0.95, axis=0),
-                "probability_of_sign": np.where(effect >= 0, up, 1.0 - up), "is_perturbed_gene": is_target, "known": known[name].words,
-                "in_other_contexts": known[name].is_elsewhere,
+                "perturbation": answer.label,
+                "verdict": checks.words[novelty.is_elsewhere].verdict,
+                "group": name,
+                "gene": genes,
+                "effect": effect,
+                "low": effect - half,
+                "high": effect + half,
+                "cells_low": np.quantile(answer.effects[mask], 0.05, axis=0),
+                "cells_high": np.quantile(answer.effects[mask], 0.95, axis=0),
+                "probability_of_sign": np.where(effect >= 0, up, 1.0 - up),
+                "is_perturbed_gene": is_target,
+                "known": novelty.words,
+                "in_other_contexts": novelty.is_elsewhere,
             }
-        )  # fmt: skip
+        )
         table["rank"] = table["effect"].abs().rank(ascending=False, method="first").astype(int)
         tables.append(table.sort_values("rank"))
     return pd.concat(tables)
+
+
+class Results:
+    """Tables of the answers to one query, gathered as the answers come.
+
+    Parameters
+    ----------
+    chosen, groups
+        The cells of the question, and the group of each.
+    is_long
+        Whether tables of effects have the strongest genes only.
+    """
+
+    def __init__(
+        self, chosen: Pairs, groups: pd.Series, knowledge: TrainingKnowledge, checks: Checks, is_long: bool
+    ) -> None:
+        self.chosen, self.groups, self.knowledge, self.checks = chosen, groups, knowledge, checks
+        self.is_long = is_long
+        self.obs: list[pd.DataFrame] = []
+        self.effects: list[pd.DataFrame] = []
+        self.ranking: list[dict] = []
+        self.means: dict[str, np.ndarray] = {}
+
+    def add(self, answer: Answer) -> None:
+        """Take in the answer on one perturbation."""
+        label, chosen = answer.label, self.chosen
+        response = answer.response(np.isin(chosen.genes, entities_of(label)))
+        in_context = {context: self.knowledge.of(label, {context}).words for context in self.knowledge.asked}
+        known = [in_context[context] for context in contexts_of(chosen.obs)]
+        obs = chosen.obs[["cell_type", "batch"]].astype(str)
+        obs = obs.assign(perturbation=label, cell=chosen.obs.index, known=known, response=response)
+        self.obs.append(obs.set_axis([f"{label}:{cell}" for cell in chosen.obs.index]))
+        novelties = self.knowledge.by_group(label, chosen, self.groups)
+        table = effect_table(answer, chosen.genes, self.groups, novelties, self.checks)
+        self.effects.append(table[table["rank"] <= GENES_OF_MANY] if self.is_long else table)
+        self.means[label] = answer.effects.mean(axis=0)
+        self.ranking.append(_row(answer, table, response))
+        logger.info("%s (%s): largest effects %s", label, answer.novelty.words, self.ranking[-1]["strongest"])
 
 
 def counterfactual(
@@ -289,29 +336,34 @@ def counterfactual(
     Parameters
     ----------
     pairs, embeddings, model, warranty, calibration
-        The pairs of the split, its gene vectors, a model trained on both, and what its warranty has shown.
+        The pairs of the split, its gene vectors, a model trained on both, and the files of its warranty.
     cells
-        AnnData to be written, one row per perturbation × cell: X mean outcome; layers before, effect (expected change of this cell), q05, q50, q95
-        of its outcomes; obsm samples (cells, samples, genes), if asked for; obs perturbation, cell (name of the start cell), cell_type, batch, known,
-        response (how far the cell goes the way of the mean effect); uns["perturbflow"] with the warranty.
+        AnnData to be written, one row per perturbation × cell. X is the mean outcome. Layers are before, effect (the
+        expected change of this cell), and q05, q50, q95 of its outcomes. obsm has samples (cells, samples, genes), if
+        asked for. obs has perturbation, cell (name of the start cell), cell_type, batch, known, and response (how far
+        the cell goes along the mean effect). uns["perturbflow"] has the warranty.
     effects
-        Table to be written, one row per perturbation × group of cells × gene: verdict (of the warranty, in words), effect (mean over cells,
-        log1p-normalized), low and high (90 % conformal interval of what a screen would measure; empty without held-out perturbations), cells_low and cells_high (5 and 95 % quantile of
-        the cells' effects), probability_of_sign (share of outcomes on the effect's side of the start cell), rank (by size), is_perturbed_gene, known, in_other_contexts
-        (training measured it in none of the contexts of these cells: low and high are empty unless the warranty was checked on such perturbations).
-        Of more than 20 perturbations, the 50 strongest genes of each.
+        Table to be written, one row per perturbation × group of cells × gene; of more than 20 perturbations, the 50
+        strongest genes of each. verdict is that of the warranty, in words. effect is the mean over cells,
+        log1p-normalized. low and high are the 90 % conformal interval of a screen's measurement. cells_low and
+        cells_high are the 5 and 95 % quantile of the cells' effects. probability_of_sign is the share of outcomes on
+        the effect's side of the start cell. rank is by size. is_perturbed_gene and known follow. in_other_contexts
+        marks perturbations that training measured in none of the contexts of these cells. low and high are empty
+        without held-out perturbations, or if the warranty was not checked on such perturbations.
     ranking
-        Table to be written, one row per perturbation: size of the effect, genes whose interval leaves out zero, share of non-responding cells, known,
-        distance, verdict, and for a search its score, chance and whether it is within the budget.
+        Table to be written, one row per perturbation: size of the effect, genes whose interval leaves out zero, share
+        of cells that do not respond, known, distance, verdict. A search adds its score, chance and whether the
+        perturbation is within the budget.
     query
         perturbations, cells, samples_per_cell, keep_samples, groups and search.
     scored
-        Role that the model is scored on: it has learned from the others.
+        Role that the model is scored on. It has learned from the others.
 
     Raises
     ------
     InputError
-        For a gene that the screen does not know or the model cannot tell from others, or a selection without cells.
+        For a gene that the screen does not know or the model does not distinguish from others, or a selection without
+        cells.
     """
     everything = Pairs.open(pairs)
     chosen = selected_cells(everything, query["cells"])
@@ -319,117 +371,66 @@ def counterfactual(
     family.restore(load_artefact(model))
     training, vectors = everything.fitted_on(scored).roles("train"), Embeddings.read(embeddings)
     labels = expanded(query["perturbations"], perturbed_genes(vectors, everything.perturbations), chosen.genes)
-    knowledge = Knowledge(training, vectors, chosen)
+    knowledge = TrainingKnowledge(training, vectors, chosen)
     _check_answerable(family, labels, knowledge, chosen.X[:PROBED].toarray(), seed)
-    most = max(LEAST_CELLS, min(MAX_CELLS, MAX_ROWS // len(labels)))
-    if len(chosen.rows) > most:
-        keep = np.zeros(len(chosen.rows), dtype=bool)
-        keep[np.random.default_rng(seed).choice(len(keep), most, replace=False)] = True
-        logger.info("%d of %d selected cells are asked", most, len(keep))
-        chosen = chosen.select(keep)
-    groups = _groups(chosen, query["groups"])
-    shown = read_json(warranty)
-    checked = {elsewhere: fitting(shown, elsewhere) for elsewhere in (False, True)}
-    said = {
-        **_warranty_words(checked, {label: knowledge.of(label).is_elsewhere for label in labels}), "cells": str(query["cells"]), "samples_per_cell": query["samples_per_cell"], "seed": seed,
-        "level_of_intervals": LEVEL,
-    }  # fmt: skip
-    logger.info("verdict on this model: %s", said["verdict"])
-    direction = Direction.of(query["search"], everything, chosen) if query["search"] else None
-    with np.load(calibration) as arrays:
-        stored = dict(arrays)
-    found, scale = Calibration.from_arrays(stored), Scale(stored["variance"], stored["spread"])
-    start, context = chosen.X[:].toarray(), chosen.context_of(np.arange(len(chosen.rows)))
-    tables, rows, observed, means = [], [], [], {}
-    logger.info(
-        "%d perturbations are asked in %d cells, %d outcomes each", len(labels), len(start), query["samples_per_cell"]
+    chosen = _few_enough(chosen, len(labels), seed)
+    results = Results(
+        chosen, _groups(chosen, query["groups"]), knowledge, Checks.read(warranty, calibration), len(labels) > MANY
     )
+    words = results.checks.words_of({label: knowledge.of(label).is_elsewhere for label in labels})
+    logger.info("verdict on this model: %s", words["verdict"])
+    direction = Direction.of(query["search"], everything, chosen) if query["search"] else None
+    samples = query["samples_per_cell"]
+    facts = {"cells": str(query["cells"]), "samples_per_cell": samples, "seed": seed, "level_of_intervals": LEVEL}
+    start, context = chosen.X[:].toarray(), chosen.context_of(np.arange(len(chosen.rows)))
+    question = Question(family, start, context, samples, seed)
+    logger.info("%d perturbations are asked in %d cells, %d outcomes each", len(labels), len(start), samples)
     progress = Progress(f"blocks of {CELLS_PER_BLOCK} cells", len(labels) * -(-len(start) // CELLS_PER_BLOCK))
     with atomic(cells) as partial, h5py.File(partial, "w") as file:
-        writer = Writer(
-            file, len(labels) * len(start), chosen.genes, query["samples_per_cell"] if query["keep_samples"] else None
-        )
+        writer = Writer(file, len(labels) * len(start), chosen.genes, samples if query["keep_samples"] else None)
         for i, label in enumerate(labels):
-            answer = answered(
-                family,
-                start,
-                context,
-                label,
-                knowledge.of(label),
-                query["samples_per_cell"],
-                seed,
-                writer,
-                i * len(start),
-                progress,
-            )
-            response = answer.response(np.isin(chosen.genes, entities_of(label)))
-            in_context = {context: knowledge.of(label, {context}).words for context in knowledge.asked}
-            known = [in_context[context] for context in contexts_of(chosen.obs)]
-            obs = (
-                chosen.obs[["cell_type", "batch"]]
-                .astype(str)
-                .assign(perturbation=label, cell=chosen.obs.index, known=known)
-            )
-            observed.append(obs.assign(response=response).set_axis([f"{label}:{cell}" for cell in chosen.obs.index]))
-            table = effect_table(
-                answer, chosen.genes, groups, found, scale, knowledge.by_group(label, chosen, groups), shown
-            )
-            table.insert(
-                1,
-                "verdict",
-                table["in_other_contexts"].map({elsewhere: words[0] for elsewhere, words in checked.items()}),
-            )
-            means[label] = answer.effects.mean(axis=0)
-            rows.append(_row(answer, table, response))
-            tables.append(table[table["rank"] <= GENES_OF_MANY] if len(labels) > MANY else table)
-            logger.info("%s (%s): largest effects %s", label, answer.known.words, rows[-1]["strongest"])
-        writer.finish(pd.concat(observed), {"perturbflow": said})
-    with atomic(effects) as partial:
-        pd.concat(tables, ignore_index=True).to_csv(partial, sep="\t", index=False, float_format="%.6g")
-    summary = pd.DataFrame(rows)
+            results.add(answered(question, label, knowledge.of(label), writer, i * len(start), progress))
+        writer.finish(pd.concat(results.obs), {"perturbflow": words | facts})
+    _write_table(effects, pd.concat(results.effects, ignore_index=True))
+    summary = pd.DataFrame(results.ranking)
     if direction:
-        summary = ranked(summary, means, chosen.genes, direction, query["search"]["budget"])
+        summary = ranked(summary, results.means, chosen.genes, direction, query["search"]["budget"])
         logger.info("towards %s: %s", direction.words, ", ".join(summary["perturbation"].head(5)))
-    with atomic(ranking) as partial:
-        summary.to_csv(partial, sep="\t", index=False, float_format="%.6g")
-    logger.info("warranty: %s", said["warranty"])
+    _write_table(ranking, summary)
+    logger.info("warranty: %s", words["warranty"])
 
 
-def _check_answerable(model: Model, labels: list[str], knowledge: Knowledge, cells: np.ndarray, seed: int) -> None:
-    """Raise InputError for labels that the model refuses, or that it never saw and answers with no change at all: that is no answer."""
+def _few_enough(chosen: Pairs, n_perturbations: int, seed: int) -> Pairs:
+    """Return a sample of the chosen cells, if they are too many for so many perturbations."""
+    most = max(LEAST_CELLS, min(MAX_CELLS, MAX_ROWS // n_perturbations))
+    if len(chosen.rows) <= most:
+        return chosen
+    keep = np.zeros(len(chosen.rows), dtype=bool)
+    keep[np.random.default_rng(seed).choice(len(keep), most, replace=False)] = True
+    logger.info("%d of %d selected cells are asked", most, len(keep))
+    return chosen.select(keep)
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    with atomic(path) as partial:
+        table.to_csv(partial, sep="\t", index=False, float_format="%.6g")
+
+
+def _check_answerable(
+    model: Model, labels: list[str], knowledge: TrainingKnowledge, cells: np.ndarray, seed: int
+) -> None:
+    """Raise InputError for labels that the model refuses, or answers with no change because it never saw them."""
     refused = {label: reason for label in labels if (reason := model.refusal(label))}
     for label in labels:
-        if (
-            label not in refused
-            and knowledge.of(label).case.startswith("unseen")
-            and not model.individual_effects(cells, label, seed).any()
-        ):
+        is_unseen = label not in refused and knowledge.of(label).kind.startswith("unseen")
+        if is_unseen and not model.individual_effects(cells, label, seed).any():
             refused[label] = (
-                "it never saw it perturbed, and what it says of it is no change at all. Ask another model, such as set_gp"
+                "it never saw it perturbed, and predicts no change at all. Ask another model, such as set_gp"
             )
     if refused:
         raise InputError(
             " ".join(f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items())
         )
-
-
-def _warranty_words(checked: dict[bool, tuple[str, str]], is_elsewhere: dict[str, bool]) -> dict[str, str]:
-    """Return verdict and warranty of an answer in words; where some perturbations were measured in other contexts alone, theirs after it.
-
-    Parameters
-    ----------
-    checked
-        Verdict and warranty on perturbations that are measured in other contexts alone (True), and on others.
-    """
-    labels = [label for label, elsewhere in is_elsewhere.items() if elsewhere]
-    verdict, words = checked[len(labels) == len(is_elsewhere)]
-    if len(labels) not in (0, len(is_elsewhere)):
-        named = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
-        verdict, words = (
-            f"{own}. Of {named}, measured in other contexts: {other}"
-            for own, other in zip(*checked.values(), strict=True)
-        )
-    return {"verdict": verdict, "warranty": words}
 
 
 def _groups(chosen: Pairs, column: str) -> pd.Series:
@@ -442,10 +443,16 @@ def _row(answer: Answer, table: pd.DataFrame, response: np.ndarray) -> dict[str,
     """Return one perturbation's row of the ranking."""
     table = table[table["group"] == "all"]
     others = table[~table["is_perturbed_gene"]]
-    told = (others["low"] > 0) | (others["high"] < 0)
+    leaves_out_zero = (others["low"] > 0) | (others["high"] < 0)
     return {
-        "perturbation": answer.label, "verdict": table["verdict"].iloc[0], "size": float(np.linalg.norm(others["effect"])), "n_genes_told": int(told.sum()),
-        "not_responding": float((response < 0.5).mean()), "spread_of_response": float(response.std()),
+        "perturbation": answer.label,
+        "verdict": table["verdict"].iloc[0],
+        "size": float(np.linalg.norm(others["effect"])),
+        "n_genes_told": int(leaves_out_zero.sum()),
+        "not_responding": float((response < 0.5).mean()),
+        "spread_of_response": float(response.std()),
         "strongest": ", ".join(f"{row.gene} {row.effect:+.2f}" for row in table.head(5).itertuples()),
-        "known": answer.known.words, "distance": answer.known.distance, "in_other_contexts": answer.known.is_elsewhere,
-    }  # fmt: skip
+        "known": answer.novelty.words,
+        "distance": answer.novelty.distance,
+        "in_other_contexts": answer.novelty.is_elsewhere,
+    }

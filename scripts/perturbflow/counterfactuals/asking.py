@@ -27,8 +27,9 @@ def ask(
 ) -> None:
     """Ask what would become of control cells if genes were perturbed in them.
 
-    Needs a finished training: a folder results/{dataset}/{split}/{model}/seed_{n} of this workflow. Writes OUTPUT.h5ad, OUTPUT.tsv,
-    OUTPUT.ranking.tsv and four figures; the first question about a model also writes its warranty beside it.
+    Needs a finished training: a folder results/{dataset}/{split}/{model}/seed_{n} of this workflow. Writes OUTPUT.h5ad,
+    OUTPUT.tsv, OUTPUT.ranking.tsv and four figures; the first question about a model also writes its warranty beside
+    it.
 
     Parameters
     ----------
@@ -58,9 +59,10 @@ def ask(
     }
     missing = [str(path) for path in needed.values() if not path.is_file()]
     if model is None or missing:
+        absent = "there is no " + ("model.ckpt or model.npz in it" if model is None else " and no ".join(missing))
         raise InputError(
-            f"--run {run}: {'there is no model.ckpt or model.npz in it' if model is None else 'there is no ' + ' and no '.join(missing)}. "
-            "It takes the folder of a model that the workflow has trained, results/{dataset}/{split}/{model}/seed_{n}."
+            f"--run {run}: {absent}. It takes the folder of a model that the workflow has trained, "
+            "results/{dataset}/{split}/{model}/seed_{n}."
         )
     trained = read_json(needed["run.json"])
     about = (trained["implementation"], trained["params"])

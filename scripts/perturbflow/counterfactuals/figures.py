@@ -1,4 +1,4 @@
-"""Figures of an answer: effects with intervals, who responds, cells before and after, and all perturbations beside one another."""
+"""Figures of an answer: effects with intervals, cells that respond, cells before and after, and a heatmap."""
 
 import logging
 from pathlib import Path
@@ -23,24 +23,32 @@ GENES_OF_HEATMAP = 40
 PERTURBATIONS_OF_HEATMAP = 60
 ARROWS = 150
 STYLE: Any = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "font.family": ["DejaVu Sans"], "font.size": 8, "text.parse_math": False,
-    "savefig.dpi": 150, "figure.facecolor": "white",
-}  # fmt: skip
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8,
+    "text.parse_math": False,
+    "savefig.dpi": 150,
+    "figure.facecolor": "white",
+}
 
 
 def draw(
     cells: Path, effects: Path, ranking: Path, effects_figure: Path, responders: Path, map: Path, heatmap: Path
 ) -> None:
-    """Draw the answer to one query.
+    """Plot the answer to one query.
 
     Parameters
     ----------
     cells, effects, ranking
-        What `counterfactual` has written.
+        The files of `counterfactual`.
     effects_figure
-        PNG to be written: the strongest genes of up to six perturbations, with their intervals and the spread over cells.
+        PNG to be written: the strongest genes of up to six perturbations, with their intervals and the spread over
+        cells.
     responders
-        How far cells go the way of the mean effect, and the strongest genes in the cells that go farthest and least far.
+        How far cells go the way of the mean effect, and the strongest genes in the cells that go farthest and least
+        far.
     map
         Cells before and after, on the principal components of both.
     heatmap
@@ -50,18 +58,17 @@ def draw(
     table = pd.read_csv(
         effects, sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str, "group": str}
     )
-    order = pd.read_csv(ranking, sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str})
-    shown = order["perturbation"].tolist()[:PANELS]
+    ranked = pd.read_csv(ranking, sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str})
+    shown = ranked["perturbation"].tolist()[:PANELS]
+    of_all = table[table["group"] == "all"]
     with mpl.rc_context(STYLE):
-        for path, figure in (
-            (
-                effects_figure,
-                _effects(table[table["group"] == "all"], shown, str(answer.uns["perturbflow"]["verdict"])),
-            ),
-            (responders, _responders(answer, shown)),
-            (map, _map(answer, shown)),
-            (heatmap, _heatmap(answer, order)),
-        ):
+        figures = {
+            effects_figure: _effects(of_all, shown, str(answer.uns["perturbflow"]["verdict"])),
+            responders: _responders(answer, shown),
+            map: _map(answer, shown),
+            heatmap: _heatmap(answer, ranked),
+        }
+        for path, figure in figures.items():
             with atomic(path) as partial:
                 figure.savefig(partial, format="png", bbox_inches="tight")
 
@@ -183,8 +190,8 @@ def _map(answer: ad.AnnData, shown: list[str]) -> Figure:
     return figure
 
 
-def _heatmap(answer: ad.AnnData, order: pd.DataFrame) -> Figure:
-    shown = order["perturbation"].tolist()[:PERTURBATIONS_OF_HEATMAP]
+def _heatmap(answer: ad.AnnData, ranked: pd.DataFrame) -> Figure:
+    shown = ranked["perturbation"].tolist()[:PERTURBATIONS_OF_HEATMAP]
     labels = answer.obs["perturbation"].to_numpy()
     effects = np.stack([np.asarray(answer.layers["effect"][labels == label]).mean(axis=0) for label in shown])
     top = np.argsort(-np.abs(effects).max(axis=0))[:GENES_OF_HEATMAP]
@@ -196,9 +203,9 @@ def _heatmap(answer: ad.AnnData, order: pd.DataFrame) -> Figure:
     image = axes.imshow(effects[:, top], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axes.set_xticks(np.arange(len(top)), answer.var_names[top], rotation=90, fontsize=6)
     names = shown
-    if "score" in order:
+    if "score" in ranked:
         names = [
-            f"{row.search_rank}. {row.perturbation} ({row.score:+.2f})" for row in order.head(len(shown)).itertuples()
+            f"{row.search_rank}. {row.perturbation} ({row.score:+.2f})" for row in ranked.head(len(shown)).itertuples()
         ]
     axes.set_yticks(np.arange(len(shown)), names, fontsize=6)
     figure.colorbar(image, ax=axes, label="effect on log1p expression", shrink=min(1.0, 6 / (1 + len(shown)) + 0.4))

@@ -1,4 +1,4 @@
-"""What is asked, in the words of the screen: labels and cells of a question, refused in one message where the screen does not know them."""
+"""Labels and cells of a question, in the words of the screen; one message refuses those that it does not know."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -26,6 +26,19 @@ from perturbflow.screens.doses import parsed
 from perturbflow.splits.named import FIELD_CONTROLS
 
 
+def _written(perturbations: list[str] | str | dict, genes: list[str]) -> list[str]:
+    """Return the labels of a question as they are written, see `expanded`."""
+    if perturbations == "all_single":
+        return list(genes)
+    if isinstance(perturbations, dict):
+        return [SEPARATOR.join(pair) for pair in itertools.combinations(perturbations["all_pairs_of"], 2)]
+    if isinstance(perturbations, str):
+        raise InputError(
+            f"perturbations: {perturbations!r} is no list. Write all_single, or a list: [{perturbations}]."
+        )
+    return list(perturbations)
+
+
 def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: list[str]) -> list[str]:
     """Return canonical labels of a question.
 
@@ -39,18 +52,9 @@ def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: 
     Raises
     ------
     InputError
-        If a member is neither, all of them in one message: whatever a model says of it would be said of any word.
+        If a member is neither, all of them in one message. A model would give the same answer to any such word.
     """
-    if perturbations == "all_single":
-        texts = list(genes)
-    elif isinstance(perturbations, dict):
-        texts = [SEPARATOR.join(pair) for pair in itertools.combinations(perturbations["all_pairs_of"], 2)]
-    elif isinstance(perturbations, str):
-        raise InputError(
-            f"perturbations: {perturbations!r} is no list. Write all_single, or a list: [{perturbations}]."
-        )
-    else:
-        texts = list(perturbations)
+    texts = _written(perturbations, genes)
     names = {name: name for name in [*measured, *map(entity_of, genes)]}
     controls = [name for name in FIELD_CONTROLS if name not in names]
 
@@ -58,27 +62,36 @@ def expanded(perturbations: list[str] | str | dict, genes: list[str], measured: 
         return canonical_label(text, controls, SEPARATOR, measured=names)
 
     labels = list(dict.fromkeys(map(label, texts)))
-    # A name that is unknown is told as it was written, not as what it is called today.
-    written = {entity_of(label(member)): member.strip() for text in texts for member in text.split(SEPARATOR)}
-    if not any(without_dose(gene)[1] for gene in genes) and (
-        dosed := [label for label in labels if without_dose(label)[1] is not None]
-    ):
-        raise InputError(
-            f"perturbations: {', '.join(map(repr, dosed))}: this screen has no doses. Leave out {DOSE_SIGN} and what follows."
-        )
+    _check_doses(labels, genes)
     asked = dict.fromkeys(name for label in labels for name in entities_of(label))
     if unknown := [name for name in asked if name not in names]:
+        # The message has an unknown name as it was written, not the symbol of today.
+        written = {entity_of(label(member)): member.strip() for text in texts for member in text.split(SEPARATOR)}
+        suggested = ", ".join(_suggested(written.get(name, name), [*names, "all_single"]) for name in unknown)
         raise InputError(
-            f"perturbations: neither perturbed in this screen nor among its {len(measured):,} measured genes (pairs.h5ad): "
-            f"{', '.join(_asked_back(written.get(name, name), [*names, 'all_single']) for name in unknown)}. Correct the name; for a gene with few counts raise genes.n_hvg."
+            f"perturbations: neither perturbed in this screen nor among its {len(measured):,} measured genes "
+            f"(pairs.h5ad): {suggested}. Correct the name; for a gene with few counts raise genes.n_hvg."
         )
     return labels
 
 
-def _asked_back(name: str, names: Iterable[str]) -> str:
+def _check_doses(labels: list[str], genes: list[str]) -> None:
+    """Raise InputError for labels with a dose, if the screen has none."""
+    dosed = [label for label in labels if without_dose(label)[1] is not None]
+    if dosed and not any(without_dose(gene)[1] for gene in genes):
+        raise InputError(
+            f"perturbations: {', '.join(map(repr, dosed))}: this screen has no doses. Leave out {DOSE_SIGN} and the "
+            "text after it."
+        )
+
+
+def _suggested(name: str, names: Iterable[str]) -> str:
     drug, _, amount = name.rpartition(DOSE_SIGN)
     if drug in names and (dose := parsed(amount)):
-        return f"'{name}' (did you mean {at_dose(drug, dose[0])}? a dose is a number in the unit of the screen, without that unit)"
+        return (
+            f"'{name}' (did you mean {at_dose(drug, dose[0])}? a dose is a number in the unit of the screen, without "
+            "that unit)"
+        )
     return did_you_mean(name, names)
 
 
@@ -90,7 +103,10 @@ def check_question(pairs: Path, embeddings: Path, perturbations: list[str] | str
 
 
 def perturbed_genes(vectors: Embeddings, labels: Iterable[str]) -> list[str]:
-    """Return the genes with a row that are perturbed in the screen, in the order of the rows; the others are of a user's table."""
+    """Return the genes with a row that are perturbed in the screen, in the order of the rows.
+
+    A user's table may have rows of other genes.
+    """
     members = {member for label in labels for member in members_of(label)}
     return [gene for gene in vectors.table.index if gene in members]
 
@@ -101,7 +117,7 @@ def holding(obs: pd.DataFrame, selection: dict[str, Sequence], place: str) -> np
     Raises
     ------
     InputError
-        If a column or a value is not there: the rest would be another question.
+        If a column or a value is not there: the others alone would be another question.
     """
     mask = np.ones(len(obs), dtype=bool)
     for column, values in selection.items():
@@ -117,6 +133,7 @@ def _check_values(column: str, values: list[str], known: Iterable[str], place: s
     known = list(known)
     if unknown := [value for value in values if value not in known]:
         raise InputError(
-            f"{place}: obs column '{column}' does not hold {', '.join(did_you_mean(value, known) for value in unknown)}. "
+            f"{place}: obs column '{column}' does not hold "
+            f"{', '.join(did_you_mean(value, known) for value in unknown)}. "
             f"It holds {', '.join(sorted(known)[:20])}{', ...' if len(known) > 20 else ''}."
         )

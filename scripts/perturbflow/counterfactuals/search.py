@@ -1,4 +1,4 @@
-"""Which perturbations move these cells towards that state? Ranked by predicted effects, with the level that chance reaches."""
+"""Which perturbations move these cells towards that state? Ranked by predicted effects, beside the level of chance."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,15 @@ N_CHANCE = 500  # directions of nothing
 
 @dataclass(frozen=True)
 class Direction:
-    """Where cells are to go.
+    """The wanted change of cells, and changes towards nothing.
 
     Attributes
     ----------
     wanted
-        The change that is wanted, (genes,); 0 for genes that do not matter.
+        The wanted change, (genes,); 0 for genes that do not matter.
     noise
-        What the same would be towards nothing, (directions, genes): random halves of the start cells, or the signature on random genes.
+        Changes towards nothing, (directions, genes): random halves of the start cells, or the signature on random
+        genes.
     words
         The target, in words.
     """
@@ -43,20 +44,7 @@ class Direction:
         towards, rng = search["towards"], np.random.default_rng(seed)
         X = start.X[:].toarray()
         if "signature" in towards:
-            row = {gene: i for i, gene in enumerate(pairs.genes)}
-            absent = [gene for gene in towards["signature"] if gene not in row]
-            if len(absent) == len(towards["signature"]):
-                raise InputError(
-                    f"search.towards.signature: none of its genes is among the {len(row)} of this screen: {', '.join(absent)}."
-                )
-            wanted = np.zeros(len(row))
-            for gene, value in towards["signature"].items():
-                if gene in row:
-                    wanted[row[gene]] = value
-            words = f"a signature of {np.count_nonzero(wanted)} genes" + (
-                f" ({', '.join(absent)} not measured)" if absent else ""
-            )
-            return cls(wanted, np.stack([rng.permutation(wanted) for _ in range(N_CHANCE)]), words)
+            return cls._of_signature(towards["signature"], pairs.genes, rng)
         mask = holding(pairs.obs, towards["cells"], "search.towards.cells")
         if not mask.any():
             raise InputError(f"search.towards.cells: {towards['cells']} selects no cell.")
@@ -64,15 +52,32 @@ class Direction:
         wanted = pairs.mean_of(rows) - X.mean(axis=0)
         return cls(wanted, directions_of_nothing(X, len(rows), rng), f"{len(rows)} cells of {towards['cells']}")
 
+    @classmethod
+    def _of_signature(cls, signature: dict[str, float], genes: list[str], rng: np.random.Generator) -> "Direction":
+        row = {gene: i for i, gene in enumerate(genes)}
+        absent = [gene for gene in signature if gene not in row]
+        if len(absent) == len(signature):
+            raise InputError(
+                f"search.towards.signature: none of its genes is among the {len(row)} of this screen: "
+                f"{', '.join(absent)}."
+            )
+        wanted = np.zeros(len(row))
+        for gene, value in signature.items():
+            if gene in row:
+                wanted[row[gene]] = value
+        not_measured = f" ({', '.join(absent)} not measured)" if absent else ""
+        words = f"a signature of {np.count_nonzero(wanted)} genes{not_measured}"
+        return cls(wanted, np.stack([rng.permutation(wanted) for _ in range(N_CHANCE)]), words)
+
 
 def directions_of_nothing(X: np.ndarray, n_target: int, rng: np.random.Generator) -> np.ndarray:
-    """Return differences of means of n_target start cells, drawn with replacement, from all of them, (N_CHANCE, genes)."""
+    """Return means of n_target start cells, sampled with replacement, minus the mean of all, (N_CHANCE, genes)."""
     share = rng.multinomial(n_target, np.full(len(X), 1.0 / len(X)), N_CHANCE) / n_target
     return share @ X - X.mean(axis=0)
 
 
 def scores(effects: np.ndarray, wanted: np.ndarray, is_target: np.ndarray) -> np.ndarray:
-    """Return the cosine of effects with wanted changes, each without its own perturbed genes, (directions, perturbations).
+    """Return the cosine of effects with wanted changes, without perturbed genes, (directions, perturbations).
 
     Parameters
     ----------
@@ -94,9 +99,9 @@ def ranked(
 ) -> pd.DataFrame:
     """Return the candidates, best first.
 
-    Adds score (cosine of the predicted effect with the wanted change; perturbed genes left out), reach (how much of the wanted change it makes:
-    the projection, 1 is all), chance (how often the best of all candidates scores as high towards nothing: small is told), search_rank and
-    within_budget.
+    New columns: score is the cosine of the predicted effect with the wanted change, perturbed genes left out. reach is
+    the share of the wanted change that it makes: the projection, 1 is all. chance is how often the best of all
+    candidates scores as high towards nothing; a small chance is a finding. search_rank and within_budget follow.
     """
     labels = summary["perturbation"].tolist()
     effects = np.stack([means[label] for label in labels])

@@ -1,11 +1,14 @@
 """The bootstrap: how much a mean would vary with other perturbations of the same kind, and other seeds.
 
-Perturbations are drawn with replacement, and so are seeds where there are several; a model keeps the score that it has for a
-drawn perturbation and seed, and all models get the same draws, so that differences between them are paired. Intervals are
-expanded percentile intervals (Hesterberg 2015, Am. Stat. 69, 371, section 5.3): the percentiles are moved out by as much
-as Student's t and the n of the plug-in variance ask for, without which intervals over few perturbations are too narrow.
+Perturbations are sampled with replacement, and so are seeds where there are several. A model keeps its score for a
+sampled perturbation and seed. All models get the same samples, so that differences between them are paired.
+
+Intervals are expanded percentile intervals (Hesterberg 2015, Am. Stat. 69, 371, section 5.3). The percentiles are
+moved out as far as Student's t and the n of the plug-in variance ask for. Without that, intervals over few
+perturbations are too narrow.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +18,7 @@ from scipy.stats import beta, norm, t
 N_RESAMPLES = 5_000
 CONFIDENCE = 0.95
 
-# Fewer tell nothing at 95 %: five coins fall on one side by chance in 1 of 16 throws, six in 1 of 32.
+# Fewer show nothing at 95 %: five coins fall on one side by chance in 1 of 16 throws, six in 1 of 32.
 MIN_PERTURBATIONS = 6
 
 
@@ -29,33 +32,33 @@ class Estimates(NamedTuple):
 
     @property
     def sign(self) -> np.ndarray:
-        """1 where the mean is told to be above zero, -1 below, 0 where it is not told."""
-        is_told = self.n >= MIN_PERTURBATIONS
-        return np.where(is_told & (self.low > 0), 1, np.where(is_told & (self.high < 0), -1, 0))
+        """1 where the interval is above zero, -1 below; 0 where it holds zero, or the perturbations are too few."""
+        are_enough = self.n >= MIN_PERTURBATIONS
+        return np.where(are_enough & (self.low > 0), 1, np.where(are_enough & (self.high < 0), -1, 0))
 
 
 @lru_cache(maxsize=4)
-def _draws(n: int, seed: int) -> np.ndarray:
-    """Return how often each of n was drawn in every resample, (resamples, n)."""
-    drawn = np.random.default_rng(seed).integers(0, n, (N_RESAMPLES, n)) + n * np.arange(N_RESAMPLES)[:, None]
-    return np.bincount(drawn.ravel(), minlength=N_RESAMPLES * n).reshape(N_RESAMPLES, n).astype(float)
+def _times_sampled(n: int, seed: int) -> np.ndarray:
+    """Return how often each of n is in every resample, (resamples, n)."""
+    sampled = np.random.default_rng(seed).integers(0, n, (N_RESAMPLES, n)) + n * np.arange(N_RESAMPLES)[:, None]
+    return np.bincount(sampled.ravel(), minlength=N_RESAMPLES * n).reshape(N_RESAMPLES, n).astype(float)
 
 
 def mean(values: np.ndarray) -> np.ndarray:
-    """Return the means over seeds and perturbations of what is defined, (N, S, P) → (N,); NaN where nothing is."""
+    """Return the means of the defined values over seeds and perturbations, (N, S, P) → (N,); NaN without any."""
     n = (~np.isnan(values)).sum(axis=(1, 2))
     return np.divide(np.nansum(values, axis=(1, 2)), n, out=np.full(len(values), np.nan), where=n > 0)
 
 
 def n_perturbations(values: np.ndarray) -> np.ndarray:
-    """Return for how many perturbations anything is defined, (N, S, P) → (N,)."""
+    """Return the number of perturbations with a defined value, (N, S, P) → (N,)."""
     return (~np.isnan(values)).any(axis=1).sum(axis=1)
 
 
 def resampled_means(values: np.ndarray) -> np.ndarray:
     """Return the means of all resamples.
 
-    Rows that are defined for the same perturbations get the same draws. What is undefined is not drawn.
+    Rows that are defined for the same perturbations get the same samples. Undefined values are never sampled.
 
     Parameters
     ----------
@@ -87,10 +90,10 @@ def resampled_means(values: np.ndarray) -> np.ndarray:
 def _weighted_sums(block: np.ndarray) -> np.ndarray:
     """Return the sums of every resample, (N, S, P) → (N, resamples)."""
     _, n_seeds, n_columns = block.shape
-    perturbations = _draws(n_columns, seed=0).T
+    perturbations = _times_sampled(n_columns, seed=0).T
     if n_seeds == 1:
         return block[:, 0] @ perturbations
-    seeds = _draws(n_seeds, seed=1)
+    seeds = _times_sampled(n_seeds, seed=1)
     return sum((block[:, s] @ perturbations) * seeds[:, s] for s in range(n_seeds))
 
 
@@ -102,7 +105,7 @@ def interval(resampled: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarr
     resampled
         (N, resamples).
     n
-        How many perturbations each row rests on, (N,).
+        Number of perturbations behind each row, (N,).
     """
     bounds = np.full((2, len(resampled)), np.nan)
     quantile = np.nanquantile if np.isnan(resampled[n > 1]).any() else np.quantile  # the former takes many times longer
@@ -116,6 +119,12 @@ def estimate(values: np.ndarray) -> Estimates:
     """Return means over seeds and perturbations with their intervals, (N, S, P) → N rows."""
     n = n_perturbations(values)
     return Estimates(mean(values), *interval(resampled_means(values), n), n)
+
+
+def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean over perturbations and its 95 % interval, as warranty.json has them."""
+    found = estimate(np.array(values, dtype=float)[None, None])
+    return {"mean": float(found.mean[0]), "low": float(found.low[0]), "high": float(found.high[0])}
 
 
 def share_interval(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

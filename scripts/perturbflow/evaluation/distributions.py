@@ -1,13 +1,24 @@
-"""Metrics of whole distributions of cells: distances on principal components of training cells, variances and quantiles.
+"""Metrics of distributions of cells: distances on principal components of training cells, variances and quantiles.
 
-Distances take at most 1,000 cells of each side. Predicted cells of one starting control are no independent draws: where a distance
-is free of bias, such pairs are left out.
+Distances take at most 1,000 cells of each side. Predicted cells of one starting control are no independent samples:
+distances that are free of bias leave such pairs out.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
+from perturbflow.evaluation.metric import (
+    DISTANCE,
+    KERNEL,
+    OURS,
+    RATIO,
+    SCPERTEVAL,
+    SHARE,
+    SIGNED_DISTANCE,
+    SZEKELY,
+    metric,
+)
 from perturbflow.evaluation.scored import Scored
 
 SINKHORN_CELLS = 300
@@ -43,26 +54,29 @@ def _energy_distance(predicted: np.ndarray, measured: np.ndarray, independent: n
     return 2 * cdist(predicted, measured).mean() - _mean(pdist(predicted)[independent]) - _mean(pdist(measured))
 
 
+@metric("distribution", SZEKELY, "lower", SIGNED_DISTANCE, "cells", perfect=0.0)
 def energy_distance(scored: Scored) -> np.ndarray:
-    """2 E‖X−Y‖ − E‖X−X′‖ − E‖Y−Y′‖ of predicted and measured cells, unsquared Euclidean, U-statistic, 50 components.
+    """2 E‖X−Y‖ − E‖X−X′‖ − E‖Y−Y′‖ of predicted and measured cells, 50 components.
 
-    It can fall below 0. NaN for a single cell.
+    Distances are unsquared Euclidean, the means U-statistics. It can fall below 0. NaN for a single cell.
     """
     return _two_samples(
         _energy_distance, scored.predicted_components, scored.measured_components, scored.predicted_start
     )
 
 
+@metric("distribution", OURS, "lower", SIGNED_DISTANCE, "cells", perfect=0.0, headline=True)
 def energy_distance_off_target(scored: Scored) -> np.ndarray:
     """energy_distance of cells whose perturbed genes are set to 0 on both sides before the components are taken."""
     sides = (scored.predicted_off_target_components, scored.measured_off_target_components)
     return _two_samples(_energy_distance, *sides, scored.predicted_start)
 
 
+@metric("distribution", SCPERTEVAL, "lower", KERNEL, "cells", perfect=0.0)
 def mmd(scored: Scored) -> np.ndarray:
-    """E k(X,X′) + E k(Y,Y′) − 2 E k(X,Y), U-statistic, k(x,y) = exp(−‖x−y‖²/2σ²), σ the median distance of all cells, 50 components.
+    """E k(X,X′) + E k(Y,Y′) − 2 E k(X,Y), U-statistic, k(x,y) = exp(−‖x−y‖²/2σ²), 50 components.
 
-    It can fall below 0. NaN for a single cell.
+    σ is the median distance of all cells. It can fall below 0. NaN for a single cell.
     """
     from scipy.spatial.distance import cdist, pdist
 
@@ -88,7 +102,8 @@ def _softmin(epsilon: float, cost: np.ndarray, potential: np.ndarray) -> np.ndar
 def sinkhorn_divergence(x: np.ndarray, y: np.ndarray) -> float:
     """Return the debiased entropic transport cost of ‖x−y‖²/2, ε = blur² (Feydy et al. 2019, algorithm 1).
 
-    ε falls from the diameter's square by SINKHORN_SCALING² a step, one averaged update each, as geomloss does by default.
+    ε falls from the diameter's square by SINKHORN_SCALING² a step, with one averaged update each. That is geomloss'
+    default.
     """
     from scipy.spatial.distance import cdist
 
@@ -110,10 +125,12 @@ def sinkhorn_divergence(x: np.ndarray, y: np.ndarray) -> float:
     return float((f - f_own).mean() + (g - g_own).mean())
 
 
+@metric("distribution", SCPERTEVAL, "lower", DISTANCE, "cells", perfect=0.0)
 def sinkhorn_w2(scored: Scored) -> np.ndarray:
-    """√(2 S_ε) of predicted and measured cells, S_ε the debiased Sinkhorn divergence of ‖x−y‖²/2 at ε = 0.05², 50 components.
+    """√(2 S_ε) of predicted and measured cells, 50 components.
 
-    At most 300 cells of each side. A second sample of the measured cells is above 0.
+    S_ε is the debiased Sinkhorn divergence of ‖x−y‖²/2 at ε = 0.05². At most 300 cells of each side. A second
+    sample of the measured cells is above 0.
     """
 
     def spread(cells: np.ndarray) -> np.ndarray:
@@ -123,10 +140,12 @@ def sinkhorn_w2(scored: Scored) -> np.ndarray:
     return np.array([np.sqrt(max(0.0, 2 * sinkhorn_divergence(spread(x), spread(y)))) for x, y in pairs])
 
 
+@metric("distribution", OURS, "target", RATIO, "cells", perfect=1.0)
 def variance_ratio(scored: Scored) -> np.ndarray:
-    """Variance of predicted cells / variance of measured cells, each summed over the 1,000 genes most expressed in controls.
+    """Variance of predicted cells / variance of measured cells.
 
-    Below 1 predicted cells are too alike. NaN for a single cell.
+    Each is summed over the 1,000 genes most expressed in controls. Below 1 predicted cells are too alike. NaN for a
+    single cell.
     """
     genes = scored.highly_expressed
     predicted, measured = (
@@ -135,10 +154,12 @@ def variance_ratio(scored: Scored) -> np.ndarray:
     return np.divide(predicted, measured, out=np.full(len(measured), np.nan), where=measured > 0)
 
 
+@metric("distribution", OURS, "target", SHARE, "cells", perfect=0.9)
 def quantile_coverage(scored: Scored) -> np.ndarray:
-    """Share of measured cells between the 5 and 95 % quantiles of predicted cells, mean over the 1,000 genes most expressed in controls.
+    """Share of measured cells between the 5 and 95 % quantiles of predicted cells.
 
-    A cell that ties with predicted ones counts in expectation (randomized probability integral transform): equal
-    distributions have 0.9, discrete ones too. Below, predicted cells are too alike or elsewhere; above, too different.
+    It is the mean over the 1,000 genes most expressed in controls. A cell that ties with predicted ones counts in
+    expectation (randomized probability integral transform): equal distributions have 0.9, discrete ones too. Below,
+    predicted cells are too alike or elsewhere; above, too different.
     """
     return scored.coverage[:, scored.highly_expressed].mean(axis=1)

@@ -1,19 +1,21 @@
-"""From cells to what the metrics read: one pass over pairs.h5ad (`measured`), then one perturbation after another.
+"""From cells to the inputs of the metrics: one pass over pairs.h5ad (`measured`), then one perturbation at a time.
 
-Memory is bounded by the cells of the scored half and the controls of the role; predicted cells are read a perturbation at a time.
+Memory is bounded by the cells of the scored half and the controls of the role. Predicted cells are read one
+perturbation at a time.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.evaluation.controls import stratify
+from perturbflow.evaluation.control_pools import ControlPools, strata_of
 from perturbflow.evaluation.measured import ROWS_AT_ONCE, Measured, run_of_rows
-from perturbflow.evaluation.profiles import bulk, mean_and_variance, mean_profile
+from perturbflow.evaluation.profiles import Spread, bulk, mean_and_variance, mean_profile
 from perturbflow.evaluation.ranks import SortedCells, adjusted, p_value
 from perturbflow.evaluation.scored import NEEDED, NO_EFFECT, Differential, Scored
 from perturbflow.genes.symbols import entities_of
@@ -51,9 +53,8 @@ class Predictions:
         self.rows = predictions.obs.groupby("perturbation", observed=True).indices
         # A ceiling's cells are measured ones: they started from nothing.
         declared = predictions.uns.get("perturbflow", {}).get("starts_from_controls")
-        self.has_set_mean = bool(
-            declared
-        )  # as `predict` writes it, whose cells have the mean of all controls plus the effect
+        # `predict` declares it. Its cells have the mean of all controls plus the effect.
+        self.has_set_mean = bool(declared)
         self.starts_from_controls = declared in (None, True) and "control_index" in predictions.obs
         if self.starts_from_controls:
             self._index = predictions.obs["control_index"].to_numpy()
@@ -65,27 +66,28 @@ class Predictions:
                 )
             stratum, strata = measured.stratum[self._index], measured.strata
         elif {"batch", "cell_type"} <= set(predictions.obs):
-            stratum, strata = stratify(predictions.obs)
+            stratum, strata = strata_of(predictions.obs)
             if missing := {
                 cell_type
                 for (_, cell_type), pool in zip(strata, measured.controls.pools(strata), strict=True)
                 if pool < 0
             }:
                 raise InputError(
-                    f"predictions: no control of the scored role has the cell type {', '.join(sorted(missing))}, which obs.cell_type holds."
+                    f"predictions: no control of the scored role has the cell type {', '.join(sorted(missing))}, "
+                    "which obs.cell_type holds."
                 )
         else:
             raise InputError(
-                "predictions: obs needs control_index, or batch and cell_type, to be compared with controls of the same kind."
+                "predictions: obs needs control_index, or batch and cell_type. They say which controls a cell is "
+                "compared with."
             )
         self.pool = measured.controls.pools(strata)[stratum]  # of controls that serves each cell
 
     def cells(self, label: str) -> sparse.csr_matrix:
         """Return the predicted cells of a perturbation."""
         rows = self.rows[label]
-        is_run = (
-            rows[-1] - rows[0] == len(rows) - 1
-        )  # as `predict` writes them; rows here and there take longer to read
+        # `predict` writes them in one run; scattered rows take longer to read.
+        is_run = rows[-1] - rows[0] == len(rows) - 1
         X = sparse.csr_matrix(self._run(rows[0], rows[-1] + 1) if is_run else self._X[rows]).astype(
             np.float32, copy=False
         )
@@ -97,7 +99,7 @@ class Predictions:
         return X
 
     def _run(self, first: int, last: int) -> sparse.csr_matrix:
-        """Return a copy of a range of rows; from disk those after it are read with it, as every reading has its price."""
+        """Return a copy of a range of rows. From disk, the rows after it are read in the same access."""
         if sparse.issparse(self._X):
             return run_of_rows(self._X, first, last)
         if not self._block_start <= first < last <= self._block_start + self._block.shape[0]:
@@ -118,15 +120,32 @@ def _fit_components(training: sparse.csr_matrix) -> PCA:
 
 
 def _resolution(X: sparse.csr_matrix) -> float:
-    """Return how far the mean of cells may be off what they were made to show: half of what a count adds to it in the smallest cell."""
+    """Return the error of a mean of cells that whole counts force: half of a count in the smallest cell."""
     if not X.nnz:
         return 0.0
     filled = X.indptr[:-1][np.diff(X.indptr) > 0]
     return float(np.minimum.reduceat(X.data, filled).max()) / (2 * X.shape[0])
 
 
+@dataclass(frozen=True)
+class _Control:
+    """The controls of a perturbation: each pool has the weight that it has among the measured cells."""
+
+    weights: np.ndarray  # (pools,)
+    mean: np.ndarray  # log1p-normalized, (genes,)
+    profile: np.ndarray  # mean normalized counts, (genes,)
+    spread: Spread  # of the profile
+
+    @classmethod
+    def of(cls, controls: ControlPools, pool: np.ndarray) -> _Control:
+        """Weigh the pools, given the pool of each measured cell."""
+        weights = controls.shares(pool)
+        profiles, spread = controls.profiles
+        return cls(weights, weights @ controls.means[0], weights @ profiles, spread.weighted(weights))
+
+
 class _Comparison:
-    """All that is compared of one perturbation after another, as far as it is needed."""
+    """Compares one perturbation after another, as far as it is needed."""
 
     def __init__(self, measured: Measured, predicted: Predictions, needs: frozenset[str]) -> None:
         self.measured, self.predicted, self.controls, self._needs = measured, predicted, measured.controls, needs
@@ -144,7 +163,7 @@ class _Comparison:
         self._rng = np.random.default_rng(0)
 
     def _components(self, X: sparse.csr_matrix, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the components of at most MAX_CELLS_OF_DISTANCE cells, these without the own genes, and which cells these are."""
+        """Return the components of at most MAX_CELLS_OF_DISTANCE cells, those without the own genes, and the cells."""
         n = X.shape[0]
         chosen = (
             np.arange(n)
@@ -159,7 +178,7 @@ class _Comparison:
     def _differential(
         self, X: sparse.csr_matrix, profile: np.ndarray, pool: np.ndarray, is_tested: np.ndarray
     ) -> np.ndarray:
-        """Return what `Differential` holds of cells with this mean profile, tested against the controls of their pools, (3, genes)."""
+        """Return the fields of `Differential`, (3, genes), of cells with this mean profile."""
         control = self.controls.shares(pool) @ self.controls.profiles[0]
         z = np.where(is_tested, self._sorted.rank_sum(X, pool), np.nan)
         q = np.full(len(z), np.nan)
@@ -168,56 +187,63 @@ class _Comparison:
         return np.stack([z, q, np.where(is_tested, np.log2((profile + LFC_OFFSET) / (control + LFC_OFFSET)), np.nan)])
 
     def of(self, label: str, own_target: np.ndarray) -> dict:
-        """Return what `Scored` holds of one perturbation, given the mask of its own genes."""
-        controls, is_tested, rows = self.controls, self._is_expressed & ~own_target, self.measured.rows[label]
-        X, Y = self.predicted.cells(label), self.measured.at(rows)
-        pool = self._pool[rows]
-        weights = controls.shares(pool)
-        control, control_profile = weights @ controls.means[0], weights @ controls.profiles[0]
-        control_spread = controls.profiles[1].weighted(weights)
+        """Return the fields of `Scored` for one perturbation, given the mask of its own genes."""
+        predicted, measured = self.predicted.cells(label), self.measured.at(self.measured.rows[label])
+        is_tested = self._is_expressed & ~own_target
+        control = _Control.of(self.controls, self._pool[self.measured.rows[label]])
+        found = {
+            "control": control.mean,
+            "control_bulk": bulk(control.profile),
+            "control_bulk_variance": control.spread.of_bulk(control.profile),
+            **self._of_measured(label, measured, control, is_tested),
+            **self._of_predicted(label, predicted, control, is_tested),
+        }
+        return found | self._of_cells(label, predicted, measured, own_target) if "cells" in self._needs else found
 
-        mean, variance = mean_and_variance(Y)
-        profile, spread = mean_profile(Y.expm1())
-        noise = np.nansum(variance) / len(rows) + (weights**2 @ controls.means[1]).sum()
+    def _of_measured(self, label: str, cells: sparse.csr_matrix, control: _Control, is_tested: np.ndarray) -> dict:
+        """Return the fields of `Scored` that are means and tests of measured cells."""
+        mean, variance = mean_and_variance(cells)
+        profile, spread = mean_profile(cells.expm1())
+        n = cells.shape[0]
+        noise = np.nansum(variance) / n + (control.weights**2 @ self.controls.means[1]).sum()
         found = {
             "measured": mean,
             "measured_variance": variance,
             "measured_bulk": bulk(profile),
             "measured_bulk_variance": spread.of_bulk(profile),
-            "control": control,
-            "control_bulk": bulk(control_profile),
-            "control_bulk_variance": control_spread.of_bulk(control_profile),
-            "n_cells": len(rows),
+            "n_cells": n,
             "reliability": self.measured.reliability(label, mean),
-            "effect_size": np.sqrt(max(0.0, np.square(mean - control).sum() - noise)),
+            "effect_size": np.sqrt(max(0.0, np.square(mean - control.mean).sum() - noise)),
         }
         if "de" in self._needs:
-            found["measured_test"] = self._differential(Y, profile, pool, is_tested)
+            pool = self._pool[self.measured.rows[label]]
+            found["measured_test"] = self._differential(cells, profile, pool, is_tested)
+        return found
 
-        mean, variance = mean_and_variance(X)
-        profile, spread = mean_profile(X.expm1())
+    def _of_predicted(self, label: str, cells: sparse.csr_matrix, control: _Control, is_tested: np.ndarray) -> dict:
+        """Return the fields of `Scored` that are means and tests of predicted cells."""
+        mean, variance = mean_and_variance(cells)
+        profile, spread = mean_profile(cells.expm1())
         pool = self.predicted.pool[self.predicted.rows[label]]
-        if "de" in self._needs:
-            found["predicted_test"] = self._differential(X, profile, pool, is_tested)
+        test = {"predicted_test": self._differential(cells, profile, pool, is_tested)} if "de" in self._needs else {}
         # Predicted cells of another composition of batches and cell types are moved to that of the measured ones.
-        moved = weights - controls.shares(pool)
-        mean, profile = mean + moved @ controls.means[0], np.maximum(profile + moved @ controls.profiles[0], 0.0)
+        moved = control.weights - self.controls.shares(pool)
+        mean = mean + moved @ self.controls.means[0]
+        profile = np.maximum(profile + moved @ self.controls.profiles[0], 0.0)
         if self.predicted.has_set_mean:
-            spread = control_spread  # all that their mean does not know is the mean of the controls
-            if (np.abs(mean - control) <= _resolution(X) + NO_EFFECT).all():
-                mean, profile = control, control_profile
-        if "cells" in self._needs:
-            found |= self._of_cells(label, X, Y, own_target)
-        return found | {
+            spread = control.spread  # only the mean of the controls is uncertain in their mean
+            if (np.abs(mean - control.mean) <= _resolution(cells) + NO_EFFECT).all():
+                mean, profile = control.mean, control.profile
+        return test | {
             "predicted": mean,
             "predicted_variance": variance,
             "predicted_bulk": bulk(profile),
             "predicted_bulk_variance": spread.of_bulk(profile),
-            "n_predicted": X.shape[0],
+            "n_predicted": cells.shape[0],
         }
 
     def _of_cells(self, label: str, X: sparse.csr_matrix, Y: sparse.csr_matrix, own: np.ndarray) -> dict:
-        """Return what `Scored` holds of the distribution of predicted cells X and of measured cells Y, given the mask of the own genes."""
+        """Return the fields of `Scored` on distributions of predicted cells X and measured cells Y."""
         measured, measured_off_target, _ = self._components(Y, own)
         predicted, predicted_off_target, chosen = self._components(X, own)
         return {
@@ -231,17 +257,18 @@ class _Comparison:
 
 
 def _check_table(predictions: ad.AnnData, genes: list[str]) -> None:
-    """Raise InputError unless the predicted cells have the genes of pairs.h5ad in their order, and a perturbation each."""
+    """Raise InputError unless predicted cells have the genes of pairs.h5ad, in its order, and a perturbation."""
     found = list(predictions.var_names)
     if found != genes:
         missing, strange = [sorted(set(these) - set(others)) for these, others in ((genes, found), (found, genes))]
-        told = [
+        differences = [
             f"{len(them)} {what} ({', '.join(them[:5])})"
             for them, what in ((missing, "missing"), (strange, "unknown"))
             if them
         ]
         raise InputError(
-            f"predictions and pairs differ in their genes or gene order: {', '.join(told) or 'the same genes in another order'}. "
+            "predictions and pairs differ in their genes or gene order: "
+            f"{', '.join(differences) or 'the same genes in another order'}. "
             "var_names must be those of pairs.h5ad, in its order."
         )
     if "perturbation" not in predictions.obs:
@@ -273,8 +300,9 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = 
     is_scored = (cells.obs["role"] == role).to_numpy() & (cells.obs["half"] == "b").to_numpy()
     if missing := sorted(set(labels) - set(cells.labels[is_scored])):
         raise InputError(
-            f"predictions of the role {role} hold {', '.join(missing[:5])}, of which no cell has that role: only held-out cells can be "
-            "scored. Predict the perturbations of this split, or name the right role in uns['perturbflow']['role']."
+            f"predictions of the role {role} hold {', '.join(missing[:5])}, but no cell of these has that role. Only "
+            "held-out cells can be scored. Predict the perturbations of this split, or name the right role in "
+            "uns['perturbflow']['role']."
         )
     measured = Measured(cells, labels, role, is_sampled="cells" in needs)
     comparison = _Comparison(measured, Predictions(predictions, measured), needs)

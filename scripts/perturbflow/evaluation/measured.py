@@ -1,4 +1,4 @@
-"""One pass over the measured cells: all that metrics need of them but the cells of the scored half and the controls of the role."""
+"""One pass over the measured cells: sums of groups, the cells of the scored half, and the controls of the role."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.evaluation.controls import Controls, stratify
+from perturbflow.evaluation.control_pools import ControlPools, strata_of
 from perturbflow.evaluation.profiles import add_sums
 from perturbflow.genes.symbols import CONTROL
 from perturbflow.splits.divisions import KNOWN
@@ -47,7 +47,7 @@ def _blocks(cells: Pairs) -> Iterator[tuple[slice, sparse.csr_matrix]]:
 
 
 class Measured:
-    """What one pass over all measured cells leaves.
+    """The sums and cells that one pass over all measured cells keeps.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ class Measured:
 
     def __init__(self, cells: Pairs, labels: list[str], role: str, is_sampled: bool) -> None:
         self.labels, self.genes = labels, cells.genes
-        self.stratum, self.strata = stratify(cells.obs)
+        self.stratum, self.strata = strata_of(cells.obs)
         of_role = (cells.obs["role"] == role).to_numpy()
         is_train = cells.obs["role"].isin(KNOWN[role]).to_numpy()
         is_scored = of_role & np.isin(cells.labels, labels)
@@ -94,7 +94,7 @@ class Measured:
         )
         shares = shares.reshape(-1, len(self.strata))
         self._training_shares = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)  # (strata,)
-        self.controls = Controls(self.at(np.flatnonzero(self.is_control)), cells.obs[self.is_control])
+        self.controls = ControlPools(self.at(np.flatnonzero(self.is_control)), cells.obs[self.is_control])
         self.halves = self.controls.halves(cells.obs[self.is_control])
         self.training_sample = self.at(of_pca)
 
@@ -133,12 +133,12 @@ class Measured:
         return groups[self._groups["use"].to_numpy()[groups] == use]
 
     def references(self) -> np.ndarray:
-        """Return r per perturbation: the mean of the training perturbations' means, in the perturbation's strata, (P, genes).
+        """Return r per perturbation, (P, genes): the mean of the training perturbations' means, in its own strata.
 
-        mean_q x̄_q + Σ_s w_s k_s − mean_q c̄_q over training perturbations q, where w_s is the share of the perturbation's cells
-        in stratum s, k_s the mean of the training controls there and c̄_q the training controls' mean in q's strata. With one
-        stratum that is mean_q x̄_q, as published. Where training has no controls of a stratum (a context that was held
-        out), k_s is the mean of the scored role's.
+        r = mean_q x̄_q + Σ_s w_s k_s − mean_q c̄_q over training perturbations q. w_s is the share of the
+        perturbation's cells in stratum s, k_s the mean of the training controls there, c̄_q their mean in q's strata.
+        With one stratum that is mean_q x̄_q, as published. Where training has no controls of a stratum (a context that
+        was held out), k_s is the mean of the scored role's.
         """
         trained = [
             groups for label in self._of_label if label != CONTROL and len(groups := self._groups_of(label, "train"))
@@ -164,7 +164,9 @@ class Measured:
         )
 
     def reliability(self, label: str, mean: np.ndarray) -> float:
-        """Return Pearson's r of the effects of both halves, each against its own half of the controls; NaN where a half is empty.
+        """Return Pearson's r of the effects of both halves, each against its own half of the controls.
+
+        It is NaN where a half is empty.
 
         Parameters
         ----------

@@ -1,34 +1,44 @@
-"""Metrics of mean expression: error, effect, ranking, discrimination, error weighted by significance, and error on target.
+"""Metrics of mean expression: error, effect, ranking, discrimination, weighted error, and error on target.
 
-What compares perturbations with one another does so on effects, Δ̂ = x̂ − c̄ and Δ = x̄ − c̄, each against its own c̄:
-otherwise the batches that perturbations were measured in would tell them apart. Where c̄ is common, that is the published form.
+Metrics that compare perturbations with one another use effects, Δ̂ = x̂ − c̄ and Δ = x̄ − c̄, each against
+its own c̄. Otherwise the batches of the perturbations would distinguish them. Where c̄ is common, that is the
+published form.
 """
 
 import numpy as np
 
+from perturbflow.evaluation.metric import (
+    AHLMANN_ELTZE,
+    CELL_EVAL,
+    CORRELATION,
+    LOG1P,
+    LOG1P_SQUARED,
+    MEJIA,
+    OURS,
+    PERTURBENCH,
+    R_SQUARED,
+    SHARE,
+    SIGNED_RATIO,
+    SYSTEMA,
+    VCC,
+    VCC_2025,
+    metric,
+)
+from perturbflow.evaluation.reachable import (
+    of_correlations,
+    of_errors,
+    of_weighted_errors,
+    of_weighted_r2,
+    of_weighted_r2_off_target,
+)
 from perturbflow.evaluation.scored import NO_EFFECT, Scored
+from perturbflow.evaluation.similarity import correlations, correlations_over, cosines
 
-TOLERANCE = 1e-6  # distances this near, relative to the largest, are equal: equal predictions differ by rounding
-ALIKE = 0.1  # predicted effects this near, relative to their norm, are one: clipping at zero tells them apart by their starting controls
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return Pearson's r per row; 0 where a row is constant or smaller than NO_EFFECT."""
-    is_flat = (np.abs(a).max(axis=1) < NO_EFFECT) | (np.abs(b).max(axis=1) < NO_EFFECT)
-    return np.where(is_flat, 0.0, _cosine(a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)))
-
-
-def _correlation_over(genes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return `_correlation` of each row over its own genes, a mask (P, genes)."""
-    return np.array(
-        [_correlation(x[None, of_row], y[None, of_row])[0] for x, y, of_row in zip(a, b, genes, strict=True)]
-    )
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine per row; 0 where a row is zero."""
-    norm = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.divide((a * b).sum(axis=1), norm, out=np.zeros(len(a)), where=norm > 0)
+# Distances this near, relative to the largest, are equal: equal predictions differ by rounding.
+TOLERANCE = 1e-6
+# Predicted effects this near, relative to their norm, are one: equal ones differ by clipping at zero, as their
+# starting controls do.
+ALIKE = 0.1
 
 
 def _effects(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +61,10 @@ def _distances(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _nearer(distance: np.ndarray, is_alike: np.ndarray | bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Return, per row, the share of the others that are nearer than the diagonal, and of those as near or alike; NaN for a single row."""
+    """Return, per row, the share of the others that are nearer than the diagonal, and of those as near or alike.
+
+    A single row has NaN.
+    """
     n = len(distance)
     if n < 2:
         return np.full(n, np.nan), np.full(n, np.nan)
@@ -63,30 +76,35 @@ def _nearer(distance: np.ndarray, is_alike: np.ndarray | bool = False) -> tuple[
 # --- error ----------------------------------------------------------------------------------------------------------
 
 
+@metric("error", VCC_2025, "lower", LOG1P, "pseudobulk", perfect=0.0, correction=of_errors)
 def mae(scored: Scored) -> np.ndarray:
     """Mean over genes of abs(x̂ − x̄)."""
     return np.abs(scored.predicted - scored.measured).mean(axis=1)
 
 
+@metric("error", AHLMANN_ELTZE, "lower", LOG1P, "pseudobulk", perfect=0.0, correction=of_errors)
 def l2_heg1000(scored: Scored) -> np.ndarray:
     """‖x̂ − x̄‖ over the 1,000 genes most expressed in controls."""
     genes = scored.highly_expressed
     return np.linalg.norm(scored.predicted[:, genes] - scored.measured[:, genes], axis=1)
 
 
+@metric("error", OURS, "lower", LOG1P, "pseudobulk", perfect=0.0, headline=True, correction=of_errors)
 def l2_heg1000_off_target(scored: Scored) -> np.ndarray:
     """l2_heg1000 without the perturbed genes themselves, whose level is the easiest part of an effect to predict."""
     difference = np.where(scored.own_target, 0.0, scored.predicted - scored.measured)
     return np.linalg.norm(difference[:, scored.highly_expressed], axis=1)
 
 
+@metric("error", VCC, "lower", SIGNED_RATIO, "counts", perfect=0.0, useless=1.0)
 def expr_mse_unbiased_norm(scored: Scored) -> np.ndarray:
     """N_p / mean_q D_q, N = mean over genes of (b̂ − b)² − min(Ĉ, C) − C, D of (b − b_c)² − C − C_c.
 
-    b = log(1 + 5·10⁴·P/ΣP) of summed normalized counts P of cells and controls (c), C their sampling variances by the
-    infinitesimal jackknife; without the perturbed genes. The mean over perturbations is ΣN/ΣD. Ĉ is the noise of c̄ where the mean of the
-    cells was set to c̄ plus an effect, as by every model here: no change has 1. Below 0 for cells nearer to the measured ones than a second
-    sample. Ĉ has no cap ρ as in the source. NaN where measured effects do not exceed their noise, or of a single cell.
+    b = log(1 + 5·10⁴·P/ΣP) of summed normalized counts P of cells and controls (c), C their sampling variances by
+    the infinitesimal jackknife; without the perturbed genes. The mean over perturbations is ΣN/ΣD. Ĉ is the noise of
+    c̄ where the mean of the cells was set to c̄ plus an effect, as by every model here: no change has 1. It is below
+    0 for cells nearer to the measured ones than a second sample. Ĉ has no cap ρ as in the source. NaN where measured
+    effects do not exceed their noise, or for a single cell.
     """
     genes = ~scored.own_target
     noise = np.minimum(scored.predicted_bulk_variance, scored.measured_bulk_variance) + scored.measured_bulk_variance
@@ -105,6 +123,9 @@ def expr_mse_unbiased_norm(scored: Scored) -> np.ndarray:
 # --- effect ---------------------------------------------------------------------------------------------------------
 
 
+@metric(
+    "effect", AHLMANN_ELTZE, "higher", CORRELATION, "pseudobulk", perfect=1.0, useless=0.0, correction=of_correlations
+)
 def pearson_delta_ctrl(scored: Scored) -> np.ndarray:
     """Pearson's r of Δ̂ and Δ over the 1,000 genes most expressed in controls; 0 where nothing is predicted.
 
@@ -112,34 +133,50 @@ def pearson_delta_ctrl(scored: Scored) -> np.ndarray:
     """
     genes = scored.highly_expressed
     control = scored.control[:, genes]
-    return _correlation(scored.predicted[:, genes] - control, scored.measured[:, genes] - control)
+    return correlations(scored.predicted[:, genes] - control, scored.measured[:, genes] - control)
 
 
+@metric("effect", OURS, "higher", CORRELATION, "pseudobulk", perfect=1.0, useless=0.0, correction=of_correlations)
 def pearson_delta_ctrl_off_target(scored: Scored) -> np.ndarray:
     """pearson_delta_ctrl without the perturbed genes themselves."""
     genes = scored.highly_expressed & ~scored.own_target
-    return _correlation_over(genes, scored.predicted - scored.control, scored.measured - scored.control)
+    return correlations_over(genes, scored.predicted - scored.control, scored.measured - scored.control)
 
 
+@metric("effect", SYSTEMA, "higher", CORRELATION, "pseudobulk", perfect=1.0, useless=0.0, correction=of_correlations)
 def pearson_delta_pert(scored: Scored) -> np.ndarray:
     """Pearson's r of x̂ − r and x̄ − r over all genes, r the mean of the training perturbations' means.
 
-    r is moved to the perturbation's composition of batches and cell types by the training controls of these (by those of the
-    scored role where training has none). The average response scores about 0.
+    Training controls move r to the perturbation's composition of batches and cell types (controls of the scored role
+    where training has none). The average response scores about 0.
     """
-    return _correlation(scored.predicted - scored.reference, scored.measured - scored.reference)
+    return correlations(scored.predicted - scored.reference, scored.measured - scored.reference)
 
 
+@metric(
+    "effect",
+    OURS,
+    "higher",
+    CORRELATION,
+    "pseudobulk",
+    perfect=1.0,
+    useless=0.0,
+    headline=True,
+    correction=of_correlations,
+)
 def pearson_delta_pert_off_target(scored: Scored) -> np.ndarray:
     """pearson_delta_pert without the perturbed genes themselves."""
-    return _correlation_over(
+    return correlations_over(
         ~scored.own_target, scored.predicted - scored.reference, scored.measured - scored.reference
     )
 
 
+@metric(
+    "effect", PERTURBENCH, "higher", CORRELATION, "pseudobulk", perfect=1.0, useless=0.0, correction=of_correlations
+)
 def cosine_logfc(scored: Scored) -> np.ndarray:
     """Cosine of Δ̂ and Δ over all genes; 0 where nothing is predicted."""
-    return _cosine(*_effects(scored))
+    return cosines(*_effects(scored))
 
 
 # --- ranking --------------------------------------------------------------------------------------------------------
@@ -155,20 +192,24 @@ def _rank(scored: Scored, kind: str, is_left_out: np.ndarray | None = None) -> n
     return nearer + 0.5 * ties
 
 
+@metric("ranking", PERTURBENCH, "lower", SHARE, "pseudobulk", perfect=0.0, useless=0.5)
 def rank_cosine(scored: Scored) -> np.ndarray:
-    """Share of the other perturbations q with d(Δ̂_q, Δ_p) < d(Δ̂_p, Δ_p), d the cosine distance; ties count half (whole in the source).
+    """Share of the other perturbations q with d(Δ̂_q, Δ_p) < d(Δ̂_p, Δ_p), d the cosine distance.
 
-    Predictions that differ by less than a tenth of their norm are ties: counts tell one prediction for all apart by the
-    cells it started from. One prediction for all has 0.5; a mean above 0.4 is a sign of mode collapse.
+    Ties count half (whole in the source). Predictions that differ by less than a tenth of their norm are ties: even
+    one prediction for all differs in counts by the cells it started from. One prediction for all has 0.5; a mean
+    above 0.4 is a sign of mode collapse.
     """
     return _rank(scored, "cosine")
 
 
+@metric("ranking", OURS, "lower", SHARE, "pseudobulk", perfect=0.0, useless=0.5, headline=True)
 def rank_cosine_off_target(scored: Scored) -> np.ndarray:
-    """rank_cosine without the perturbed genes of all scored perturbations: otherwise these alone tell perturbations apart."""
+    """rank_cosine without the perturbed genes of all scored perturbations: these alone distinguish perturbations."""
     return _rank(scored, "cosine", np.any(scored.own_target, axis=0))
 
 
+@metric("ranking", PERTURBENCH, "lower", SHARE, "pseudobulk", perfect=0.0, useless=0.5)
 def rank_rmse(scored: Scored) -> np.ndarray:
     """rank_cosine with the root mean squared error for d."""
     return _rank(scored, "euclidean")
@@ -185,27 +226,34 @@ def _pds(scored: Scored, kind: str) -> np.ndarray:
     return 1.0 - nearer - 0.5 * ties
 
 
+@metric("discrimination", VCC_2025, "higher", SHARE, "counts", perfect=1.0, useless=0.5)
 def pds_l1(scored: Scored) -> np.ndarray:
     """pds_cosine with the sum of absolute differences for the distance."""
     return _pds(scored, "cityblock")
 
 
+@metric("discrimination", CELL_EVAL, "higher", SHARE, "counts", perfect=1.0, useless=0.5)
 def pds_l2(scored: Scored) -> np.ndarray:
     """pds_cosine with the Euclidean distance."""
     return _pds(scored, "euclidean")
 
 
+@metric("discrimination", VCC, "higher", SHARE, "counts", perfect=1.0, useless=0.5, headline=True)
 def pds_cosine(scored: Scored) -> np.ndarray:
     """1 − k/(n − 1), k the measured effects that are nearer to the prediction than its own; ties count half.
 
-    By the cosine distance of b − b_c, b the log bulk log(1 + 5·10⁴·P/ΣP) of normalized counts. All perturbed genes of the panel
-    are left out.
+    By the cosine distance of b − b_c, b the log bulk log(1 + 5·10⁴·P/ΣP) of normalized counts. All perturbed
+    genes of the panel are left out.
     """
     return _pds(scored, "cosine")
 
 
+@metric("discrimination", SYSTEMA, "higher", SHARE, "pseudobulk", perfect=1.0, useless=0.5)
 def centroid_accuracy(scored: Scored) -> np.ndarray:
-    """Share of the other perturbations q with ‖Δ̂_p − Δ_q‖ > ‖Δ̂_p − Δ_p‖ over all genes; ties count half."""
+    """Share of the other perturbations q with ‖Δ̂_p − Δ_q‖ > ‖Δ̂_p − Δ_p‖; ties count half.
+
+    Distances are over all genes.
+    """
     nearer, ties = _nearer(_distances(*_effects(scored), "euclidean"))
     return 1.0 - nearer - 0.5 * ties
 
@@ -225,6 +273,7 @@ def _weighted_r2(scored: Scored, weight: np.ndarray) -> np.ndarray:
     return 1.0 - np.divide(_weighted_error(scored, weight), spread, out=np.full(len(spread), np.nan), where=spread > 0)
 
 
+@metric("weighted", MEJIA, "lower", LOG1P_SQUARED, "pseudobulk", perfect=0.0, correction=of_weighted_errors)
 def wmse(scored: Scored) -> np.ndarray:
     """Σ w (x̂ − x̄)² over all genes, w ∝ (abs(t) − min abs(t))², Σ w = 1.
 
@@ -233,14 +282,26 @@ def wmse(scored: Scored) -> np.ndarray:
     return _weighted_error(scored, scored.weight)
 
 
+@metric("weighted", MEJIA, "higher", R_SQUARED, "pseudobulk", perfect=1.0, useless=0.0, correction=of_weighted_r2)
 def r2_w_delta(scored: Scored) -> np.ndarray:
-    """1 − Σ w (x̂ − x̄)² / Σ w (δ − Σ w δ)², w as in wmse, δ = x̄ − r with r as in pearson_delta_pert.
+    """1 − Σ w (x̂ − x̄)² / Σ w (δ − Σ w δ)², w as in wmse, δ = x̄ − r.
 
-    The average response has at most 0.
+    r is that of pearson_delta_pert. The average response has at most 0.
     """
     return _weighted_r2(scored, scored.weight)
 
 
+@metric(
+    "weighted",
+    OURS,
+    "higher",
+    R_SQUARED,
+    "pseudobulk",
+    perfect=1.0,
+    useless=0.0,
+    headline=True,
+    correction=of_weighted_r2_off_target,
+)
 def r2_w_delta_off_target(scored: Scored) -> np.ndarray:
     """r2_w_delta without the perturbed genes themselves, w of the others divided by its sum."""
     return _weighted_r2(scored, scored.weight_off_target)
@@ -249,6 +310,7 @@ def r2_w_delta_off_target(scored: Scored) -> np.ndarray:
 # --- on target ------------------------------------------------------------------------------------------------------
 
 
+@metric("on_target", OURS, "lower", LOG1P, "pseudobulk", perfect=0.0, correction=of_errors)
 def mae_on_target(scored: Scored) -> np.ndarray:
     """Mean of abs(x̂ − x̄) over the perturbed genes themselves; NaN where none of them is measured."""
     n = scored.own_target.sum(axis=1)

@@ -1,7 +1,8 @@
-"""Rank sums and quantiles of sparse cells, all genes at once: compiled walks along each gene's nonzero values in order; zeros are counted.
+"""Rank sums and quantiles of sparse cells, all genes at once.
 
-Positive float32 numbers are ordered as their bits are: a nonzero value becomes the integer (gene · groups + group) · 2³² + bits, so that
-one sort puts the values of all genes and groups in order. Nothing is densified, and the counts are exact.
+Compiled loops go along each gene's nonzero values in order; zeros are counted. Positive float32 numbers have the order
+of their bits: a nonzero value becomes the integer (gene · groups + group) · 2³² + bits. So one sort puts the values
+of all genes and groups in order. Nothing is densified, and the counts are exact.
 """
 
 import numpy as np
@@ -36,7 +37,7 @@ def _segments(keys: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sorted_bits(X: sparse.csr_matrix, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of cells by gene and group, ascending, as bits, and where those of gene · groups + group begin."""
+    """Return values by gene and group, ascending, as bits, and where those of gene · groups + group begin."""
     keys = _keys(X.indptr, X.indices, X.data.view(np.uint32), group, n_groups)
     keys.sort()
     return _segments(keys, X.shape[1] * n_groups)
@@ -44,7 +45,10 @@ def _sorted_bits(X: sparse.csr_matrix, group: np.ndarray, n_groups: int) -> tupl
 
 @compiled
 def _below(values: np.ndarray, first: int, last: int, value: int, is_near: bool) -> int:
-    """Return the place of the first of the ascending values[first:last] that is not less; is_near: a step at a time is faster."""
+    """Return the place of the first of the ascending values[first:last] that is not smaller than a value.
+
+    With is_near, a step at a time is faster than halving.
+    """
     if is_near:
         while first < last and values[first] < value:
             first += 1
@@ -87,7 +91,7 @@ def _rank_sums(
             place, last = sorted_start[there], sorted_start[there + 1]
             n_sorted = size[present[group]]
             zeros, sorted_zeros = n[group] - (start[here + 1] - start[here]), n_sorted - (last - place)
-            # Of sorted cells: those with less, zeros among them, and half of those with as much.
+            # Of sorted cells: those with smaller values, zeros among them, and half of those with equal values.
             u = 0.5 * zeros * sorted_zeros
             ties = own_ties[there] + _ties(zeros + sorted_zeros)
             is_near = last - place < STEPS * (start[here + 1] - start[here])
@@ -114,7 +118,7 @@ def _rank_sums(
 
 @compiled
 def _covered(below: float, ties: float, n_sorted: float, low: float, high: float) -> float:
-    """Return the share of the ranks of the ties, or of the one place between values, that lies between two quantiles."""
+    """Return the share of the ranks of the ties, or of the place between values, that is between two quantiles."""
     begin, width = below / n_sorted, ties / n_sorted
     inside = min(begin + width, high) - max(begin, low)
     if ties > 0:
@@ -178,8 +182,8 @@ class SortedCells:
     def rank_sum(self, X: sparse.csr_matrix, group: np.ndarray) -> np.ndarray:
         """Return the standardized Wilcoxon rank sum of cells against the sorted cells, stratified by group, (genes,).
 
-        Mann and Whitney's U, its mean and its variance, corrected for ties, are summed over the groups that the cells are in
-        (van Elteren 1960, strata weighted alike); half a step is taken off for continuity. With one group this is
+        Mann and Whitney's U, its mean and its variance, corrected for ties, are summed over the groups of the cells
+        (van Elteren 1960, strata weighted alike). Half a step is taken off for continuity. With one group this is
         scipy.stats.mannwhitneyu(method="asymptotic").
 
         Parameters
@@ -196,8 +200,9 @@ class SortedCells:
     def coverage(self, X: sparse.csr_matrix, low: float = 0.05, high: float = 0.95) -> np.ndarray:
         """Return the share of cells between two quantiles of the sorted cells, which are one group, (genes,).
 
-        A cell that ties with sorted ones stands on each of their ranks with equal probability (randomized probability integral
-        transform, Smith 1985), in expectation: the sorted cells themselves are covered by exactly high − low, whatever the ties.
+        A cell that ties with sorted ones has each of their ranks with equal probability (randomized probability
+        integral transform, Smith 1985). This is the expectation: the sorted cells themselves have exactly
+        high − low, whatever the ties.
         """
         return _coverage(
             X.indptr, X.indices, X.data.view(np.uint32), X.shape[1], self._values, self._start, self.size[0], low, high
@@ -210,7 +215,10 @@ def p_value(z: np.ndarray) -> np.ndarray:
 
 
 def adjusted(p: np.ndarray) -> np.ndarray:
-    """Return p-values adjusted for the false discovery rate (Benjamini and Hochberg 1995); scipy.stats takes a second to import."""
+    """Return p-values adjusted for the false discovery rate (Benjamini and Hochberg 1995).
+
+    scipy.stats has the same, but takes a second to import.
+    """
     order = np.argsort(p)[::-1]
     q = np.empty(len(p))
     q[order] = np.minimum.accumulate(p[order] * (len(p) / np.arange(len(p), 0, -1)))

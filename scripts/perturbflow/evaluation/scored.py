@@ -1,11 +1,11 @@
-"""What the metrics read of a model: pseudobulks, tests and components of every perturbation."""
+"""Inputs of the metrics for one model: pseudobulks, tests and components of every perturbation."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-NO_EFFECT = 1e-5  # an effect smaller than this in every gene is none: its direction would be that of rounding errors
+NO_EFFECT = 1e-5  # an effect smaller than this in every gene is none: rounding errors would give its direction
 BULK_TOTAL = 5e4
 FDR = 0.05
 # Fields of `Scored` that are None where no metric needs tests or cells.
@@ -23,13 +23,13 @@ class Differential:
         Standardized rank sum; positive where expression is higher than in controls.
     q
         p-value, adjusted within the perturbation (Benjamini and Hochberg 1995).
-    lfc
+    log_fold_change
         log2((m + 10⁻⁹) / (m_c + 10⁻⁹)) of the mean normalized counts of cells and of controls.
     """
 
     z: np.ndarray
     q: np.ndarray
-    lfc: np.ndarray
+    log_fold_change: np.ndarray
 
     @cached_property
     def is_significant(self) -> np.ndarray:
@@ -39,9 +39,9 @@ class Differential:
 
 @dataclass(frozen=True)
 class Scored:
-    """All perturbations of one model, as the metrics read them. (P perturbations, genes) throughout, unless said otherwise.
+    """All perturbations of one model, as the metrics read them. Arrays are (P perturbations, genes) without a note.
 
-    Where only some metrics are asked for, what none of them needs (`Metric.needs`) is None.
+    Where only some metrics are asked for, a field that none of them needs (`Metric.needs`) is None.
 
     Attributes
     ----------
@@ -74,7 +74,8 @@ class Scored:
     n_cells, n_predicted
         Measured cells that are scored, and predicted ones, (P,).
     reliability
-        Pearson's r of the effects of the two halves of the measured cells, each against its own half of the controls, (P,).
+        Pearson's r of the effects of the two halves of the measured cells, each against its own half of the
+        controls, (P,).
     effect_size
         √max(0, ‖x̄ − c̄‖² − sampling variance of x̄ and c̄, summed over genes), (P,).
     """
@@ -111,7 +112,8 @@ class Scored:
     def weight(self) -> np.ndarray:
         """((|t| − min|t|) / (max|t| − min|t|))² of each gene, divided by its sum (Mejia et al. 2025), (P, genes).
 
-        t is Welch's, of the measured cells against those of all other perturbations that are scored; NaN where either is a single cell.
+        t is Welch's, of the measured cells against those of all other perturbations that are scored. The weight is
+        NaN where either is a single cell.
         """
         n, n_others = self.n_cells[:, None], self.n_cells.sum() - self.n_cells[:, None]
         sums, squares = n * self.measured, (n - 1) * np.nan_to_num(self.measured_variance) + n * self.measured**2

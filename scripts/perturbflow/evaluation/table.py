@@ -30,12 +30,12 @@ def scores(
     Parameters
     ----------
     predictions
-        Predicted cells, in memory or backed by their file. Where uns["perturbflow"]["noise_removed"] is true, they are half of
-        the measured cells, and stand for what a perfect predictor of the mean would reach (`Metric.reachable`).
+        Predicted cells, in memory or backed by their file. Where uns["perturbflow"]["noise_removed"] is true, they
+        are half of the measured cells. They stand for a perfect predictor of the mean (`Metric.reachable`).
     cells
         All cells of pairs.h5ad.
     members_seen
-        Members of every predicted perturbation that training saw alone.
+        Number of members of every predicted perturbation that training saw alone.
     provenance
         Values of the columns dataset, split, model and seed; empty where there are none.
 

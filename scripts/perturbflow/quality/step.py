@@ -7,7 +7,7 @@ from perturbflow.io.files import atomic, read_json, write_json
 from perturbflow.quality.facts import batch_table, perturbation_facts, summary
 from perturbflow.quality.response import responses
 from perturbflow.quality.sample import Sample
-from perturbflow.report.drawing import Drawings
+from perturbflow.report.plotting import Plots
 from perturbflow.report.rendering import render
 from perturbflow.report.screens import screen_section
 
@@ -45,6 +45,6 @@ def quality(harmonized: Path, harmonization: Path, table: Path, account: Path, p
     write_json(account, told)
     for finding in told["findings"]:
         logger.info("%s: %s", finding["about"], finding["text"])
-    drawings = Drawings("screens", FIGURE_BYTES)
+    plots = Plots("screens", FIGURE_BYTES)
     with atomic(page) as partial:
-        partial.write_text(render(TEMPLATE, screen=screen_section(account, drawings, ROWS)), encoding="utf-8")
+        partial.write_text(render(TEMPLATE, screen=screen_section(account, plots, ROWS)), encoding="utf-8")

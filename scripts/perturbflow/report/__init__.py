@@ -1,6 +1,7 @@
 """One self-contained page that a biologist can read: what was run, how well it did, on what, and at what cost.
 
-Numbers are read from the files of the run, never computed a second way. What a page cannot hold is cut, and the page says so.
+Numbers are read from the files of the run, never computed a second way. If there is no room for a part, the page names
+it.
 """
 
 from perturbflow.report.page import report

@@ -9,7 +9,7 @@ import pandas as pd
 from perturbflow.colours import COLOURS, MARKERS
 from perturbflow.errors import InputError
 from perturbflow.registry.families import FAMILIES, Family
-from perturbflow.report.drawing import INK
+from perturbflow.report.plotting import INK
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def _family(run: dict) -> Family:
         if family.implementation == run["implementation"]:
             return family
     raise InputError(
-        f"run.json of {run['provenance']} names {run['implementation']}, which is no family of this version; train it again."
+        f"run.json of {run['provenance']} names {run['implementation']}, which is no family of this version. Train it "
+        "again."
     )
 
 
@@ -57,8 +58,9 @@ def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
     kinds = {model: family.kind for model, family in families.items()}
     coloured = [model for kind in ("learned", "baseline", "ablation") for model in first if kinds[model] == kind]
     looks = {
-        model: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]) for i, model in enumerate(coloured)
-    }  # fmt: skip
+        model: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)])
+        for i, model in enumerate(coloured)
+    }
     return {
         model: ModelCard(
             model,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from perturbflow.benchmark.tables import CEILINGS, PRIMARY
 from perturbflow.evaluation import METRICS
 from perturbflow.report.cards import ModelCard
-from perturbflow.report.drawing import INK, STYLE, Drawings, interval, name_rows, new_axes, number, room_for
+from perturbflow.report.plotting import INK, STYLE, Plots, interval, name_rows, new_axes, number, room_for
 
 SCALED = "scaled_{}_{}".format(*PRIMARY)
 
@@ -43,11 +43,14 @@ class Leaderboard:
 
 
 def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[str, Score]]:
-    """Return model → metric → score; the mean over seeds, and the interval that holds the intervals of all seeds."""
+    """Return model → metric → score: the mean over seeds, with an interval that holds those of all seeds."""
     means = rows.groupby(["model", "metric"], sort=False).agg(
-        value=("value", "mean"), low=("ci_low", "min"), high=("ci_high", "max"), n_perturbations=("n_perturbations", "max"),
+        value=("value", "mean"),
+        low=("ci_low", "min"),
+        high=("ci_high", "max"),
+        n_perturbations=("n_perturbations", "max"),
         scaled=(SCALED, "mean"),
-    )  # fmt: skip
+    )
     loss = pd.Series(
         [float(METRICS[metric].loss(value)) for (_, metric), value in means["value"].items()], index=means.index
     )
@@ -56,9 +59,13 @@ def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[s
     table: dict[str, dict[str, Score]] = {}
     for (model, metric), row in means.iterrows():
         table.setdefault(model, {})[metric] = Score(
-            row["value"], row["low"], row["high"], int(row["n_perturbations"]), bool(loss[model, metric] == best[model, metric]),
-            row["scaled"],
-        )  # fmt: skip
+            row["value"],
+            row["low"],
+            row["high"],
+            int(row["n_perturbations"]),
+            is_best=bool(loss[model, metric] == best[model, metric]),
+            scaled=row["scaled"],
+        )
     return table
 
 
@@ -74,54 +81,78 @@ def _leaderboard_figure(
                 [score.low, score.high], [y, y], color=card.colour, linewidth=4, alpha=0.35, solid_capstyle="butt"
             )
         axes.plot(score.value, y, card.marker, color=card.colour, markersize=5)
-    for score in list(ceilings.values())[:1]:  # one line: two of them could not be told apart
+    for score in list(ceilings.values())[:1]:  # one line: two of them would look alike
         if np.isfinite(score.low):
             axes.axvspan(score.low, score.high, color=INK, alpha=0.07, linewidth=0)
         axes.axvline(score.value, color=INK, linewidth=1, linestyle="--")
-        axes.annotate("ceiling", (score.value, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      ha="center", fontsize=7)  # fmt: skip
+        axes.annotate(
+            "ceiling",
+            (score.value, 1),
+            (0, 2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+        )
     name_rows(axes, list(models))
     axes.set_xlabel(METRICS[metric].reading)
     return figure
 
 
-def leaderboard(
-    rows: pd.DataFrame, cards: dict[str, ModelCard], drawings: Drawings, mute: Collection[str] = ()
-) -> Leaderboard:
-    """Return the scores of one dataset × split, drawn and put in sentences.
-
-    Parameters
-    ----------
-    mute
-        Metrics that cannot tell on these data: nothing is best by them.
-    """
-    scores = _scores(rows, cards)
-    models = {model: row for model, row in scores.items() if cards[model].kind != "ceiling"}
-    families = rows.drop_duplicates("model").set_index("model")["family"]
-    in_order = sorted(
-        (model for model in scores if cards[model].kind == "ceiling"), key=lambda model: CEILINGS.index(families[model])
-    )
-    ceilings = {model: scores[model] for model in in_order}
-    metrics = [metric for metric in METRICS if any(metric in row for row in scores.values())]
-    headlines = [metric for metric in metrics if METRICS[metric].headline]
-    on_target = [metric for metric in metrics if METRICS[metric].family == "on_target"]
-    best = rows[rows["is_best_baseline"] & rows["headline"] & ~rows["metric"].isin(mute)].drop_duplicates("metric")
+def _figures(
+    metrics: list[str],
+    models: dict[str, dict[str, Score]],
+    ceilings: dict[str, dict[str, Score]],
+    cards: dict[str, ModelCard],
+    plots: Plots,
+) -> list[dict]:
+    """Return a figure per metric, as long as there is room."""
     figures = []
-    for metric in headlines:
+    for metric in metrics:
         shown, limits = (
             {model: row[metric] for model, row in some.items() if metric in row} for some in (models, ceilings)
         )
         if not shown:
             continue
-        alt = "; ".join(
+        scores = "; ".join(
             f"{model} {number(score.value)} ({interval(score.low, score.high)})"
             for model, score in {**shown, **limits}.items()
         )
-        alt = f"{metric}, {METRICS[metric].reading}, 95 % intervals in brackets: {alt}."
-        if svg := drawings.svg(alt, _leaderboard_figure, metric, shown, limits, cards):
+        alt = f"{metric}, {METRICS[metric].reading}, 95 % intervals in brackets: {scores}."
+        if svg := plots.svg(alt, _leaderboard_figure, metric, shown, limits, cards):
             figures.append({"svg": svg, "metric": metric})
-    led = best.groupby("model", sort=False)["metric_family"].agg(list).to_dict()
-    n = max((score.n_perturbations for row in scores.values() for score in row.values()), default=0)
-    others = [metric for metric in metrics if metric not in (*headlines, *on_target)]
-    best_baselines = dict(sorted(led.items(), key=lambda item: -len(item[1])))
-    return Leaderboard(models, ceilings, headlines, on_target, others, best_baselines, n, figures)
+    return figures
+
+
+def leaderboard(
+    rows: pd.DataFrame, cards: dict[str, ModelCard], plots: Plots, uninformative: Collection[str] = ()
+) -> Leaderboard:
+    """Return the scores of one dataset × split, with a figure per headline metric.
+
+    Parameters
+    ----------
+    uninformative
+        Metrics that do not distinguish on these data: no baseline is best by them.
+    """
+    scores = _scores(rows, cards)
+    models = {model: row for model, row in scores.items() if cards[model].kind != "ceiling"}
+    families = rows.drop_duplicates("model").set_index("model")["family"]
+    in_order = sorted(
+        (model for model in scores if model not in models), key=lambda model: CEILINGS.index(families[model])
+    )
+    ceilings = {model: scores[model] for model in in_order}
+    metrics = [metric for metric in METRICS if any(metric in row for row in scores.values())]
+    headlines = [metric for metric in metrics if METRICS[metric].headline]
+    on_target = [metric for metric in metrics if METRICS[metric].family == "on_target"]
+    is_best = rows["is_best_baseline"] & rows["headline"] & ~rows["metric"].isin(uninformative)
+    best = rows[is_best].drop_duplicates("metric").groupby("model", sort=False)["metric_family"].agg(list).to_dict()
+    return Leaderboard(
+        models,
+        ceilings,
+        headlines,
+        on_target,
+        others=[metric for metric in metrics if metric not in (*headlines, *on_target)],
+        best_baselines=dict(sorted(best.items(), key=lambda item: -len(item[1]))),
+        n_perturbations=max((score.n_perturbations for row in scores.values() for score in row.values()), default=0),
+        figures=_figures(headlines, models, ceilings, cards, plots),
+    )

@@ -7,7 +7,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from perturbflow.report.drawing import interval, number, signed
+from perturbflow.report.plotting import interval, number, signed
 
 FOLDER = Path(__file__).parent
 PARTS = ("head.html", "style.html", "tables.html", "screen_section.html")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from perturbflow.colours import COLOURS
 from perturbflow.io.files import read_json
-from perturbflow.report.drawing import INK, STYLE, Drawings, new_axes, number
+from perturbflow.report.plotting import INK, STYLE, Plots, new_axes, number
 
 POINTS = 400
 """Perturbations that a figure shows one by one: of more, this many in even steps."""
@@ -148,19 +148,85 @@ def _quantiles(values: pd.Series) -> str:
     return f"{middle} in the middle, {low} to {high} for the middle 80 %"
 
 
-def screen_section(path: Path, drawings: Drawings, n_rows: int) -> dict[str, Any]:
+class _Panel(NamedTuple):
+    """A figure of a screen; without content (n is 0) it is not plotted."""
+
+    title: str
+    alt: str
+    plot: Callable[..., Figure]
+    content: object
+    n: int
+
+
+def _panels(account: dict, table: pd.DataFrame) -> list[_Panel]:
+    """Return the figures of a screen, given quality.json and quality.tsv."""
+    batches = pd.DataFrame(account["batches"])
+    by_size = batches.assign(n=batches["controls"] + batches["perturbed"])
+    by_size = by_size.sort_values("n", ascending=False, kind="stable").head(BATCHES)
+    n_without = (batches["controls"] == 0).sum()
+    multiplicity = account["cells_by_n_perturbations"]
+    n_cells, escaping = table["n_cells"], table["escaping"].dropna().to_numpy()
+    own, tested = (_spread(table, column) for column in ("ratio", "energy_distance"))
+    return [
+        _Panel(
+            "Cells per perturbation",
+            f"Cells of a perturbation: {_quantiles(n_cells)}.",
+            _cells_figure,
+            n_cells.to_numpy(),
+            len(table),
+        ),
+        _Panel(
+            f"Cells per batch × cell type{f', the largest {BATCHES}' if len(batches) > BATCHES else ''}",
+            f"{n_without} of {len(batches)} batches × cell types hold no controls; perturbed cells: "
+            f"{_quantiles(batches['perturbed'])}.",
+            _batches_figure,
+            by_size,
+            len(by_size),
+        ),
+        _Panel(
+            "Perturbations per cell",
+            "; ".join(f"{n} perturbations: {size:,} cells" for n, size in multiplicity.items()) + ".",
+            _multiplicity_figure,
+            multiplicity,
+            len(multiplicity),
+        ),
+        _Panel(
+            "On target: every perturbation's own gene, with its 95 % interval",
+            f"Level of the own gene over that of controls: {_quantiles(table['ratio'])}.",
+            _own_genes_figure,
+            own,
+            len(own),
+        ),
+        _Panel(
+            "Does it do anything? Energy distance to controls",
+            f"Energy distance: {_quantiles(table['energy_distance'])}.",
+            _response_figure,
+            tested,
+            len(tested),
+        ),
+        _Panel(
+            "Escaping cells, of perturbations that respond",
+            f"Share of cells like controls: {_quantiles(table['escaping'])}.",
+            _escaping_figure,
+            escaping,
+            len(escaping),
+        ),
+    ]
+
+
+def screen_section(path: Path, plots: Plots, n_rows: int) -> dict[str, Any]:
     """Return what the section on one screen holds.
 
     Parameters
     ----------
     path
         quality.json; quality.tsv lies beside it.
-    drawings
-        Where the figures are drawn.
+    plots
+        They make the figures.
     n_rows
         Perturbations in the table: of more, those with fewest cells.
     """
-    told = read_json(path)
+    account = read_json(path)
     # A gene called NA stays a word.
     table = pd.read_csv(
         path.with_suffix(".tsv"),
@@ -170,37 +236,15 @@ def screen_section(path: Path, drawings: Drawings, n_rows: int) -> dict[str, Any
         dtype={"perturbation": str, "own_gene": str},
     )
     table["responds"] = table["responds"].map({True: True, False: False, "True": True, "False": False})
-    batches = pd.DataFrame(told["batches"])
-    by_size = (
-        batches.assign(n=batches["controls"] + batches["perturbed"])
-        .sort_values("n", ascending=False, kind="stable")
-        .head(BATCHES)
-    )
-    own, tested, escaping = (_spread(table, column) for column in ("ratio", "energy_distance", "escaping"))
-    multiplicity = told["cells_by_n_perturbations"]
-    drawn: list[tuple[str, str, Callable[..., Figure], object, int]] = [
-        ("Cells per perturbation", f"Cells of a perturbation: {_quantiles(table['n_cells'])}.", _cells_figure, table["n_cells"].to_numpy(), len(table)),
-        (f"Cells per batch × cell type{f', the largest {BATCHES}' if len(batches) > BATCHES else ''}",
-         f"{(batches['controls'] == 0).sum()} of {len(batches)} batches × cell types hold no controls; perturbed cells: {_quantiles(batches['perturbed'])}.",
-         _batches_figure, by_size, len(by_size)),
-        ("Perturbations per cell", "; ".join(f"{n} perturbations: {size:,} cells" for n, size in multiplicity.items()) + ".",
-         _multiplicity_figure, multiplicity, len(multiplicity)),
-        ("On target: every perturbation's own gene, with its 95 % interval",
-         f"Level of the own gene over that of controls: {_quantiles(table['ratio'])}.", _own_genes_figure, own, len(own)),
-        ("Does it do anything? Energy distance to controls", f"Energy distance: {_quantiles(table['energy_distance'])}.",
-         _response_figure, tested, len(tested)),
-        ("Escaping cells, of perturbations that respond", f"Share of cells like controls: {_quantiles(table['escaping'])}.",
-         _escaping_figure, table["escaping"].dropna().to_numpy(), len(escaping)),
-    ]  # fmt: skip
     figures = [
-        {"title": title, "svg": svg}
-        for title, alt, draw, content, n in drawn
-        if n and (svg := drawings.svg(alt, draw, content))
+        {"title": panel.title, "svg": svg}
+        for panel in _panels(account, table)
+        if panel.n and (svg := plots.svg(panel.alt, panel.plot, panel.content))
     ]
     order = table.sort_values("n_cells", kind="stable")
     shown = order.head(n_rows)
     return {
-        **told,
+        **account,
         "figures": figures,
         "rows": shown.astype(object).where(shown.notna(), "").to_dict("records"),
         "n_rows_left_out": len(order) - len(shown),

@@ -1,4 +1,4 @@
-"""Measured controls, by batch and cell type: what perturbed cells are compared with."""
+"""Measured control cells, by batch and cell type: all perturbed cells are compared with them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from perturbflow.evaluation.profiles import Spread, mean_and_variance, mean_prof
 from perturbflow.evaluation.ranks import SortedCells
 
 
-def stratify(obs: pd.DataFrame) -> tuple[np.ndarray, list[tuple[str, str]]]:
+def strata_of(obs: pd.DataFrame) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Return the stratum of each cell, and the batch and cell type of each stratum."""
     grouped = obs.groupby(["batch", "cell_type"], observed=True, sort=False)
     return grouped.ngroup().to_numpy(), [(str(batch), str(cell_type)) for batch, cell_type in grouped.size().index]
 
 
-class Controls:
-    """Measured controls of one role, in pools: one of each stratum (batch and cell type), and one of each cell type."""
+class ControlPools:
+    """Measured controls of one role, in pools: one per stratum (batch and cell type), and one per cell type."""
 
     def __init__(self, X: sparse.csr_matrix, obs: pd.DataFrame) -> None:
         keys = obs[["batch", "cell_type"]].astype(str)
@@ -27,9 +27,9 @@ class Controls:
         self.rows = {**keys.groupby(["batch", "cell_type"]).indices, **keys.groupby("cell_type").indices}
 
     def pools(self, strata: list[tuple[str, str]]) -> np.ndarray:
-        """Return the pool that serves each stratum, -1 for none.
+        """Return the pool of each stratum, -1 for none.
 
-        Where a stratum holds no control, those of its cell type in other batches serve, as in `pairs.match_controls`.
+        A stratum without controls has those of its cell type in other batches, as in `pairs.match_controls`.
         """
         place = {name: i for i, name in enumerate(self.rows)}
         return np.array([place.get(stratum, place.get(stratum[1], -1)) for stratum in strata])
@@ -64,8 +64,8 @@ class Controls:
             self.X, [rows if pool in pools else rows[:0] for pool, rows in enumerate(self.rows.values())]
         )
 
-    def halves(self, obs: pd.DataFrame) -> list[Controls]:
+    def halves(self, obs: pd.DataFrame) -> list[ControlPools]:
         """Divide the controls, whose obs this is, in two, evenly over strata."""
         half = np.empty(len(obs), dtype=int)
-        half[np.argsort(stratify(obs)[0], kind="stable")] = np.arange(len(obs)) % 2
-        return [Controls(self.X[half == i], obs[half == i]) for i in (0, 1)]
+        half[np.argsort(strata_of(obs)[0], kind="stable")] = np.arange(len(obs)) % 2
+        return [ControlPools(self.X[half == i], obs[half == i]) for i in (0, 1)]

@@ -1,4 +1,4 @@
-"""Predicted against measured effects, a scatter plot per perturbation and model; the best and worst perturbations first."""
+"""Predicted against measured effects: a scatter plot per perturbation and model, best and worst perturbations first."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +10,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from perturbflow.evaluation import score_inputs
+from perturbflow.evaluation import Scored, score_inputs
 from perturbflow.genes.symbols import entities_of
 from perturbflow.pairs import Pairs
 from perturbflow.report.cards import ModelCard
-from perturbflow.report.drawing import INK, STYLE, Drawings, new_axes, number
+from perturbflow.report.plotting import INK, STYLE, Plots, new_axes, number
 
 # What the page holds of this section, besides its bytes of figures.
 LEARNED_MODELS_OF_EFFECTS = 5
 LABELLED_GENES = 5
-VECTOR_POINTS = 400  # more points than this are drawn as pixels: they would be most of the page
+VECTOR_POINTS = 400  # more points than this are plotted as pixels: they would be most of the page
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,18 @@ def _effect_figure(
     axes.plot([-limit, limit], [-limit, limit], color="#888888", linewidth=0.8, linestyle="--")
     is_target = np.isin(genes, targets)
     is_vector = len(genes) <= VECTOR_POINTS
-    axes.plot(measured[~is_target], predicted[~is_target], "o", color=card.colour, alpha=0.6, markersize=3 if is_vector else 2,
-              markeredgewidth=0, rasterized=not is_vector)  # fmt: skip
-    # A gene that was switched off lies far beyond the genes that answer: it is drawn in its direction at the edge, its place in words.
+    axes.plot(
+        measured[~is_target],
+        predicted[~is_target],
+        "o",
+        color=card.colour,
+        alpha=0.6,
+        markersize=3 if is_vector else 2,
+        markeredgewidth=0,
+        rasterized=not is_vector,
+    )
+    # A gene that was switched off lies far beyond the others. It is plotted at the edge, in its direction, with its
+    # place in words.
     edge = 0.96 * limit
     reach = np.maximum(np.abs(measured), np.abs(predicted))
     is_beyond = is_target & (reach > edge)
@@ -131,13 +140,30 @@ def _effect_figure(
     return figure
 
 
+Effects = tuple[np.ndarray, np.ndarray, list[str]]  # measured, predicted, and their genes
+
+
+def _effects_of(label: str, inputs: Scored, genes: np.ndarray) -> Effects:
+    """Return measured and predicted effects of a perturbation on the highly expressed and the perturbed genes."""
+    row = inputs.labels.index(label)
+    mask = inputs.highly_expressed | np.isin(genes, entities_of(label))
+    control = inputs.control[row]
+    return (inputs.measured[row] - control)[mask], (inputs.predicted[row] - control)[mask], genes[mask].tolist()
+
+
+def _limit(effects: list[Effects], targets: list[str]) -> float:
+    """Return the scale of a perturbation's panels: the same for all models, so that they can be compared by eye."""
+    largest = [np.abs(values[~np.isin(names, targets)]).max(initial=0) for *both, names in effects for values in both]
+    return 1.12 * max(largest, default=1) or 1
+
+
 def effect_figures(
     chosen: Chosen,
     pairs: Path,
     predictions: dict[str, Path],
     correlations: dict[tuple, float],
     cards: dict[str, ModelCard],
-    drawings: Drawings,
+    plots: Plots,
 ) -> list[dict]:
     """Return scatter plots of predicted against measured effects, one list of panels per perturbation.
 
@@ -154,34 +180,20 @@ def effect_figures(
     shown = []
     for label, why in chosen.perturbations.items():
         targets = entities_of(label)
+        # A model may have refused the perturbation.
+        effects = {
+            model: _effects_of(label, inputs, genes) for model, inputs in scored.items() if label in inputs.labels
+        }
+        limit = _limit(list(effects.values()), targets)
         panels = []
-        effects = {}
-        for model, inputs in scored.items():
-            if label in inputs.labels:  # a model may have refused it
-                row = inputs.labels.index(label)
-                mask = inputs.highly_expressed | np.isin(genes, targets)
-                control = inputs.control[row]
-                effects[model] = (
-                    (inputs.measured[row] - control)[mask],
-                    (inputs.predicted[row] - control)[mask],
-                    genes[mask].tolist(),
-                )
-        # One scale per perturbation, so that the models' panels can be compared by eye.
-        limit = 1.12 * max(
-            (
-                np.abs(values[~np.isin(names, targets)]).max(initial=0)
-                for *both, names in effects.values()
-                for values in both
-            ),
-            default=1,
-        )
         for model, (measured, predicted, names) in effects.items():
             r = correlations.get((model, label), float("nan"))
             alt = (
-                f"Scatter plot of predicted against measured effects of {label} by {model}, {len(names)} genes, r {number(r)} without perturbed genes. "
+                f"Scatter plot of predicted against measured effects of {label} by {model}, {len(names)} genes, "
+                f"r {number(r)} without perturbed genes. "
                 f"Perturbed genes shown: {', '.join(gene for gene in targets if gene in names) or 'none'}."
             )
-            svg = drawings.svg(alt, _effect_figure, measured, predicted, names, targets, limit or 1, cards[model])
+            svg = plots.svg(alt, _effect_figure, measured, predicted, names, targets, limit, cards[model])
             if svg:
                 panels.append({"svg": svg, "model": model, "r": r})
         if panels:

@@ -17,15 +17,26 @@ from matplotlib.figure import Figure
 INK = "#010203"  # stands for the colour of the text around the figure: the page is read in light and in dark
 # matplotlib has a type of its own for the names of settings, which no dictionary of some of them fits.
 STYLE: Any = {
-    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
-    "font.family": ["DejaVu Sans"], "font.size": 8, "text.parse_math": False,
-    "svg.fonttype": "none", "svg.hashsalt": "perturbflow",
-}  # fmt: skip
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "perturbflow",
+}
 
 
 @dataclass
-class Drawings:
+class Plots:
     """Turns figures into inline SVG until a section's bytes are spent.
 
     Attributes
@@ -34,23 +45,23 @@ class Drawings:
         Prefix of the ids within the figures: ids are unique on a page.
     bytes_left
         What the section may still take.
-    n_drawn, n_left_out
+    n_plotted, n_left_out
         Figures so far.
     """
 
     section: str
     bytes_left: int
-    n_drawn: int = 0
+    n_plotted: int = 0
     n_left_out: int = 0
 
     @mpl.rc_context(STYLE)
-    def svg(self, alt: str, draw: Callable[..., Figure], *arguments: object) -> Markup | None:
-        """Return what `draw` draws with its alternative text, or None, undrawn, where the section is full."""
+    def svg(self, alt: str, plot: Callable[..., Figure], *arguments: object) -> Markup | None:
+        """Return the figure that `plot` makes, with its alternative text, or None where the section is full."""
         if self.bytes_left <= 0:
             self.n_left_out += 1
             return None
         buffer = io.StringIO()
-        draw(*arguments).savefig(
+        plot(*arguments).savefig(
             buffer,
             format="svg",
             transparent=True,
@@ -62,12 +73,12 @@ class Drawings:
         referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
         text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referred else "", text)
         for reference in (' id="', 'href="#', "url(#"):
-            text = text.replace(reference, f"{reference}{self.section}-{self.n_drawn}-")
+            text = text.replace(reference, f"{reference}{self.section}-{self.n_plotted}-")
         for idle in (r"<!--.*?-->\s*", r"<style.*?</style>\s*", r' transform="rotate\(-0 [^"]*\)"', r"\s+(?=[<\n])"):
             text = re.sub(idle, "", text, flags=re.DOTALL)
         text = text.replace(INK, "currentColor")
         text = text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
-        self.n_drawn += 1
+        self.n_plotted += 1
         self.bytes_left -= len(text)
         return Markup(text)  # noqa: S704  matplotlib escapes the text that it writes
 
@@ -77,7 +88,7 @@ class Drawings:
         if len(data) > self.bytes_left:
             self.n_left_out += 1
             return None
-        self.n_drawn += 1
+        self.n_plotted += 1
         self.bytes_left -= len(data)
         return f"data:image/png;base64,{data}"
 
@@ -116,7 +127,7 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float) -> str:
-    """Return two significant digits with the sign, as differences are read; what is smaller than the noise of single precision is 0."""
+    """Return two significant digits with the sign; a value below the noise of single precision is 0."""
     if not np.isfinite(value):
         return "–"
     return "0" if abs(value) < 1e-6 else np.format_float_positional(float(f"{value:.2g}"), sign=True, trim="-")

@@ -1,0 +1,195 @@
+"""Sections on the runs of one dataset × split: data, roles, audit, every perturbation, effects and training curves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import anndata as ad
+import pandas as pd
+
+from perturbflow.io.files import read_json
+from perturbflow.report.boards import Titled
+from perturbflow.report.cards import ModelCard, place_of, read_table
+from perturbflow.report.plotting import Plots
+from perturbflow.report.scatter_plots import Chosen, choose, effect_figures
+from perturbflow.report.sections import (
+    CORRELATION,
+    Names,
+    PerturbationTable,
+    history_of,
+    perturbation_table,
+    training_curves,
+)
+from perturbflow.splits.divisions import ROLES
+
+logger = logging.getLogger(__name__)
+
+PERTURBATION_ROWS = 4000  # of the tables of perturbations, on a page of less than 10 MB
+
+Place = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Files of the runs by place: dataset, split, model and seed, or dataset and split.
+
+    Attributes
+    ----------
+    facts
+        The content of every run.json.
+    scores
+        All rows of metrics.tsv.
+    divisions, audits
+        The content of every split.json and audit.json.
+    predictions, pairs
+        Paths.
+    """
+
+    facts: dict[Place, dict]
+    scores: pd.DataFrame
+    predictions: dict[Place, Path]
+    divisions: dict[Place, dict]
+    audits: dict[Place, dict]
+    pairs: dict[Place, Path]
+
+    @classmethod
+    def read(
+        cls,
+        runs: Iterable[Path],
+        metrics: Iterable[Path],
+        predictions: Iterable[Path],
+        splits: Iterable[Path],
+        audits: Iterable[Path],
+        pairs: Iterable[Path],
+    ) -> Self:
+        """Read the files, as `report` has them."""
+        return cls(
+            {place_of(path, 4): read_json(path) for path in runs},
+            read_table(metrics),
+            {place_of(path, 4): path for path in predictions},
+            {place_of(path, 2): read_json(path) for path in splits},
+            {place_of(path, 2): read_json(path) for path in audits},
+            {place_of(path, 2): path for path in pairs},
+        )
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds, in the order of the runs."""
+        return list(dict.fromkeys(int(run["seed"]) for run in self.facts.values()))
+
+    def scores_of(self, dataset: str, split: str) -> pd.DataFrame:
+        """Return the rows of metrics.tsv of one dataset × split."""
+        return self.scores[(self.scores["dataset"] == dataset) & (self.scores["split"] == split)]
+
+
+@dataclass
+class SplitSection(Titled):
+    """The runs of one dataset × split: its data, roles and audit, its scores, effects and curves."""
+
+    dataset: str
+    split: str
+    spec: dict
+    roles: dict[str, dict]
+    contexts: dict[str, list[str]]  # per role, where contexts are held out
+    n_cells: int
+    n_genes: int
+    checks: dict[str, str]  # of the audit → passed
+    perturbations: PerturbationTable
+    left_out: Names
+    without_row: dict[str, Names]
+    without_vector: Names
+    matched: dict[str, Any]  # across batches, of the audit
+    matched_batches: Names
+    chosen: Chosen | None = None
+    effects: list[dict] = field(default_factory=list)
+    other_effects: list[dict] = field(default_factory=list)
+    curves: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, dataset: str, split: str, run: RunFiles, cards: dict[str, ModelCard]) -> Self:
+        """Gather the facts of one dataset × split; effects and curves come later."""
+        division, audited = run.divisions[dataset, split], run.audits[dataset, split]
+        n_cells, n_genes = ad.read_h5ad(run.pairs[dataset, split], backed="r").shape
+        scores = run.scores_of(dataset, split)
+        models = [model for model in cards if model in set(scores["model"])]
+        matched = audited["matched_across_batches"]
+        return cls(
+            dataset,
+            split,
+            division["spec"],
+            {role: _role(division, role) for role in ROLES},
+            division.get("contexts") or {},
+            n_cells,
+            n_genes,
+            audited["checks"],
+            perturbation_table(scores, models, PERTURBATION_ROWS // len(run.divisions)),
+            Names.of(division["left_out"]),
+            {source: Names.of(genes) for source, genes in audited["without_row"].items() if genes},
+            Names.of(audited["without_vector"]),
+            matched,
+            Names.of(f"{batch} ({n:,})" for batch, n in matched["batches"].items()),
+            choose(scores[scores["metric"] == CORRELATION], cards),
+        )
+
+
+def _role(division: dict, role: str) -> dict[str, Any]:
+    """Return the perturbations and numbers of cells of one role."""
+    labels = division["perturbations"][role]
+    return {
+        "perturbations": Names.of(labels),
+        "n": len(labels),
+        "controls": division["controls"][role],
+        "cells": len(division["cells"][role]),
+    }
+
+
+def _curves(section: SplitSection, run: RunFiles, cards: dict[str, ModelCard], plots: Plots) -> list[dict]:
+    """Return the training curves of the models of one dataset × split."""
+    histories: dict[str, list[list[dict]]] = {}
+    for place, facts in run.facts.items():
+        if place[:2] == (section.dataset, section.split) and facts["history"]:
+            histories.setdefault(place[2], []).append(history_of(facts))
+    return training_curves(histories, section.title, cards, plots)
+
+
+def _effects(
+    section: SplitSection, chosen: Chosen, run: RunFiles, cards: dict[str, ModelCard], plots: Plots
+) -> list[dict]:
+    """Return the scatter plots of the chosen perturbations and models of one dataset × split, for the first seed."""
+    if plots.bytes_left <= 0:
+        return []
+    place = section.dataset, section.split
+    here = run.scores_of(*place)
+    here = here[(here["metric"] == CORRELATION) & (here["seed"] == run.seeds[0])]
+    predictions = {model: run.predictions[(*place, model, f"seed_{run.seeds[0]}")] for model in chosen.models}
+    correlations = here.set_index(["model", "perturbation"])["value"].to_dict()
+    return effect_figures(chosen, run.pairs[place], predictions, correlations, cards, plots)
+
+
+def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, Plots]) -> list[SplitSection]:
+    """Return a section per dataset × split of the runs.
+
+    Parameters
+    ----------
+    plots
+        Those of the sections "training" and "effects".
+    """
+    sections = []
+    for dataset, split in dict.fromkeys((dataset, split) for dataset, split, _, _ in run.facts):
+        section = SplitSection.of(dataset, split, run, cards)
+        section.curves = _curves(section, run, cards, plots["training"])
+        n_figures = sum(len(model["panels"]) for model in section.curves)
+        logger.info("%s: %d figures of training", section.title, n_figures)
+        sections.append(section)
+    # The best and worst perturbations of every split first, then as many others as there is room for.
+    for section in sections:
+        if section.chosen:
+            section.effects = _effects(section, section.chosen, run, cards, plots["effects"])
+    for section in sections:
+        if section.chosen and section.chosen.others:
+            section.other_effects = _effects(section, section.chosen.rest(), run, cards, plots["effects"])
+    return sections
