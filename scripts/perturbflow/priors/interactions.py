@@ -13,7 +13,15 @@ from scipy import sparse
 from scipy.sparse.linalg import eigsh
 
 from perturbflow.errors import InputError
-from perturbflow.priors.tables import N_DIMENSIONS, approved, blocks_of, first_line, leading_factors, read_table, signed
+from perturbflow.priors.reading import (
+    N_DIMENSIONS,
+    approved,
+    blocks_of,
+    first_line,
+    leading_factors,
+    read_table,
+    signed,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import pandas as pd
 from perturbflow.errors import InputError
 from perturbflow.registry.config import COEXPRESSION, complete, held_out_of
 from perturbflow.registry.families import FAMILIES, REFERENCES, Family
-from perturbflow.registry.origins import CONTENT_KEYS, content_of, files_of
 from perturbflow.registry.schemas import Places
+from perturbflow.registry.sources import CONTENT_KEYS, content_of, files_of
 
 # Keys of a dataset's `perturbation` by which a label is read.
 NAMING = ("control", "control_pattern", "separator", "pattern", "rename")
