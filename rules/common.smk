@@ -21,7 +21,7 @@ from perturbflow.provenance import records
 from perturbflow.provenance.code_version import code_version
 from perturbflow.errors import InputError
 from perturbflow.io.files import require_writable
-from perturbflow.registry.origins import labels_file, own_files
+from perturbflow.registry.sources import labels_file, own_files
 from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.schemas import CommandLine

@@ -27,7 +27,7 @@ from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.plan import Plan
 from perturbflow.screens.annotation import canonical_labels, gene_table
-from perturbflow.screens.doses import doses_in, parsed
+from perturbflow.screens.dose_labels import doses_in, parsed
 from perturbflow.screens.doubts import doubtful_labels
 
 NO_GENES = gene_table(pd.DataFrame(index=pd.Index([], dtype=str)), {"organism": "human"})

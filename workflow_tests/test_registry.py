@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from perturbflow.errors import InputError
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES, REFERENCES
-from perturbflow.registry.origins import SAFE_NAME, file_name, scperturb_files
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.shipped import shipped_files
+from perturbflow.registry.sources import SAFE_NAME, file_name, scperturb_files
 
 CONFIG = REPOSITORY / "config"
 CLOSED = ["no_change", "additive", "linear"]

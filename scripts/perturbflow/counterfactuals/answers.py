@@ -20,7 +20,7 @@ from perturbflow.counterfactuals.warranty import Fitting, fitting, was_checked
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, entities_of
-from perturbflow.io.anndatas import begin_anndata, write_tables
+from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, read_json
 from perturbflow.models.base import Model, build

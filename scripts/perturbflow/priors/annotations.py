@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.priors.tables import N_DIMENSIONS, approved, first_line, leading_factors, opened, read_table
+from perturbflow.priors.reading import N_DIMENSIONS, approved, first_line, leading_factors, opened, read_table
 
 LEAST_GENES = 3  # a term of fewer genes hardly shows which genes are alike
 # ND means that nothing is known. IEP and HEP are inferred from expression, and models are scored on expression.

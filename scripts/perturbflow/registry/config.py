@@ -6,7 +6,6 @@ from pathlib import Path
 
 from perturbflow.errors import InputError
 from perturbflow.registry.families import FAMILIES, REFERENCES
-from perturbflow.registry.origins import labels_file, own_files, problem_of, problem_of_folder, resolved
 from perturbflow.registry.schemas import (
     Places,
     check_schema,
@@ -17,6 +16,7 @@ from perturbflow.registry.schemas import (
     with_texts,
     with_values,
 )
+from perturbflow.registry.sources import labels_file, own_files, problem_of, problem_of_folder, resolved
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 COEXPRESSION = "coexpression"  # the source of embeddings that needs no files

@@ -7,8 +7,8 @@ import pandas as pd
 from perturbflow.errors import InputError
 from perturbflow.registry.config import COEXPRESSION, complete, held_out_of
 from perturbflow.registry.families import FAMILIES, REFERENCES, Family
-from perturbflow.registry.origins import CONTENT_KEYS, content_of, files_of
 from perturbflow.registry.schemas import Places
+from perturbflow.registry.sources import CONTENT_KEYS, content_of, files_of
 
 # Keys of a dataset's `perturbation` by which a label is read.
 NAMING = ("control", "control_pattern", "separator", "pattern", "rename")
@@ -35,8 +35,8 @@ class Plan:
     divisions
         One row per dataset × split of the runs. Where no model is selected, it has all possible ones.
     runs
-        One row per dataset × split × model × seed, with the model's family: the selected models, and a floor or ceiling
-        of every family of REFERENCES. It is empty where no split or no model is selected.
+        One row per dataset × split × model × seed, with the model's family: the selected models, and a floor
+        or ceiling of every family of REFERENCES. It is empty where no split or no model is selected.
     queries
         One row per counterfactual query × seed.
     warranties

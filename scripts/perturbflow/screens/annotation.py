@@ -21,8 +21,16 @@ from perturbflow.genes.symbols import (
     label_of,
     members_of,
 )
-from perturbflow.screens.control_labels import Controls, counted, declaration, look_alikes
-from perturbflow.screens.doses import UNKNOWN_DOSE, Member, Scale, members_in, names_in, warn_of_doses, with_doses
+from perturbflow.screens.control_labels import DeclaredControls, counted, declaration, look_alikes
+from perturbflow.screens.dose_labels import (
+    UNKNOWN_DOSE,
+    DoseScale,
+    Member,
+    members_in,
+    names_in,
+    warn_of_doses,
+    with_doses,
+)
 from perturbflow.screens.naming import gene_names
 from perturbflow.screens.organism import names_now
 from perturbflow.screens.separators import another_name, torn
@@ -101,7 +109,7 @@ def is_control_label(obs: pd.DataFrame, dataset: dict, path: Path) -> np.ndarray
         If perturbation.drop has all such labels.
     """
     declared = dataset["perturbation"]
-    control = Controls.of(declared)
+    control = DeclaredControls.of(declared)
     text = as_text(column_of(obs, declared["column"], "perturbation.column", path))
     dropped = set(declared["drop"])
     named = {
@@ -145,9 +153,9 @@ class _Reader:
     dose_place: str
 
     @cached_property
-    def control(self) -> Controls:
+    def control(self) -> DeclaredControls:
         """The declared controls."""
-        return Controls.of(self.declared)
+        return DeclaredControls.of(self.declared)
 
     def members(self, label: str, amount: str) -> list[Member] | None:
         """Return the members of a label, each with its dose; None where the cell has no single known perturbation."""
@@ -177,7 +185,7 @@ class _Reader:
 
 
 def _genes_in_other_letters(
-    named: list[list[Member] | None], measured: dict[str, str], control: Controls
+    named: list[list[Member] | None], measured: dict[str, str], control: DeclaredControls
 ) -> dict[str, str]:
     """Return name → gene now, of members that are a human gene's symbol but for small and capital letters."""
     others = {name for members in named for name, _ in members or []} - set(measured) - human_symbols().approved
@@ -217,7 +225,7 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
     named = [reader.members(*both) for both in texts]
     if organism == "human":
         measured |= _genes_in_other_letters(named, measured, reader.control)
-    scale = Scale.of((amount for members in named for _, amount in members or []), dose_place)
+    scale = DoseScale.of((amount for members in named for _, amount in members or []), dose_place)
     canonical = [label_of(map(scale.member, members or []), (), organism, measured) or None for members in named]
     n_cells = np.bincount(codes[codes >= 0], minlength=len(canonical))
     warn_of_doses(canonical, n_cells, path, is_declared=dose is not None)
@@ -236,7 +244,9 @@ def _no_controls(obs: pd.DataFrame, dataset: dict, path: Path) -> str:
     declared = dataset["perturbation"]
     n_cells = cells_of_labels(obs, dataset, path)
     is_drug = dataset["perturbation_type"] == "drug"
-    alike = look_alikes(n_cells, Controls.of(declared), lambda label: names_in(label, declared), is_drug=is_drug)
+    alike = look_alikes(
+        n_cells, DeclaredControls.of(declared), lambda label: names_in(label, declared), is_drug=is_drug
+    )
     hint = (
         f"These look like controls (cells): {counted(alike)}. If they are, set {declaration(alike)}."
         if alike

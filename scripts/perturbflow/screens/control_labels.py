@@ -91,7 +91,7 @@ SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Controls:
+class DeclaredControls:
     """The labels, and members of labels, that a dataset's block declares to be controls.
 
     Attributes
@@ -106,7 +106,7 @@ class Controls:
     pattern: re.Pattern[str] | None = None
 
     @classmethod
-    def of(cls, declared: Mapping) -> "Controls":
+    def of(cls, declared: Mapping) -> "DeclaredControls":
         """Read `control` and `control_pattern` of a block's `perturbation`.
 
         Of `0|0` under the separator `|`, the member 0 is a control.
@@ -175,7 +175,11 @@ def _is_form(text: str, name: str) -> bool:
 
 
 def look_alikes(
-    n_cells: Mapping[str, int], controls: Controls, members: Callable[[str], Iterable[str]], *, is_drug: bool = False
+    n_cells: Mapping[str, int],
+    controls: DeclaredControls,
+    members: Callable[[str], Iterable[str]],
+    *,
+    is_drug: bool = False,
 ) -> dict[str, int]:
     """Return members that look like controls and are not declared as such → their cells, most cells first.
 
@@ -196,7 +200,7 @@ def look_alikes(
 
 
 def counted(n_cells: Mapping[str, int]) -> str:
-    """Return labels, each with its number of cells, as many as a message holds."""
+    """Return labels, each with its number of cells; after the first SHOWN, only their number."""
     shown = ", ".join(f"'{label}' ({n:,})" for label, n in list(n_cells.items())[:SHOWN])
     return f"{shown}, {len(n_cells) - SHOWN:,} more" if len(n_cells) > SHOWN else shown
 

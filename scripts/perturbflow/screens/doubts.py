@@ -12,8 +12,8 @@ import pandas as pd
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import approved_symbol, human_symbols, in_other_letters
 from perturbflow.screens.annotation import as_text, cells_of_labels, column_of
-from perturbflow.screens.control_labels import Controls, counted, look_alikes, warning
-from perturbflow.screens.doses import UNKNOWN_DOSE, is_unit, names_in, parsed
+from perturbflow.screens.control_labels import DeclaredControls, counted, look_alikes, warning
+from perturbflow.screens.dose_labels import UNKNOWN_DOSE, is_unit, names_in, parsed
 from perturbflow.screens.organism import names_now
 from perturbflow.screens.separators import Unsplit, torn, unsplit
 from perturbflow.screens.unassigned import message, no_genes, unassigned_labels
@@ -63,9 +63,9 @@ class _Checked:
         return self.block["organism"] == "human" and not self.is_drug
 
     @cached_property
-    def controls(self) -> Controls:
+    def controls(self) -> DeclaredControls:
         """The declared controls."""
-        return Controls.of(self.declared)
+        return DeclaredControls.of(self.declared)
 
     def members(self, label: str) -> list[str]:
         """Return the names in a label."""

@@ -16,7 +16,7 @@ from perturbflow.errors import InputError
 from perturbflow.genes.symbols import GUIDE, human_symbols
 from perturbflow.io.hdf5 import AppendedRows
 from perturbflow.screens.naming import ensembl_column, texts
-from perturbflow.screens.readers.base import SomeGenes, Source
+from perturbflow.screens.readers.source import SomeGenes, Source
 from perturbflow.screens.readers.types import doubtful_types, types_of, word
 
 logger = logging.getLogger(__name__)

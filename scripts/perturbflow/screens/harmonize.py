@@ -21,7 +21,7 @@ import pandas as pd
 from perturbflow import __version__
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, SEPARATOR, entities_of
-from perturbflow.io.anndatas import begin_anndata, write_tables
+from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.files import (
     atomic,
     bytes_of,
@@ -31,7 +31,7 @@ from perturbflow.io.files import (
     remove_leftovers,
     write_json,
 )
-from perturbflow.registry.origins import labels_file
+from perturbflow.registry.sources import labels_file
 from perturbflow.screens.annotation import (
     ambiguous,
     as_text,

@@ -11,8 +11,9 @@ import pandas as pd
 
 from perturbflow.genes.symbols import ENSEMBL_ID, human_symbols
 from perturbflow.screens.organism import without_genome
+from perturbflow.screens.readers.types import word
 
-# Names of columns, in lower case and letters alone, the likeliest first.
+# GeneNames of columns, in lower case and letters alone, the likeliest first.
 ENSEMBL_WORDS = (
     "geneid",
     "ensemblid",
@@ -48,8 +49,8 @@ NO_NAMES = {"", "nan", "NaN", "None", "<NA>"}
 
 
 @dataclass(frozen=True)
-class Names:
-    """Names and Ensembl ids of the genes of a file, without prefixes of genomes, in its order.
+class GeneNames:
+    """GeneNames and Ensembl ids of the genes of a file, without prefixes of genomes, in its order.
 
     Attributes
     ----------
@@ -70,11 +71,6 @@ def texts(values: pd.Series | pd.Index) -> pd.Series:
     """Return values as texts, empty where they are missing."""
     values = pd.Series(np.asarray(values, dtype=object))
     return values.where(values.notna(), "").astype(str)
-
-
-def word(text: object) -> str:
-    """Return a name in lower case and letters alone."""
-    return re.sub(r"[^a-z]", "", str(text).lower())
 
 
 def columns_of(var: pd.DataFrame, words: tuple[str, ...]) -> list[str]:
@@ -128,7 +124,7 @@ def _divided(names: pd.Series) -> tuple[pd.Series, pd.Series] | None:
     return None
 
 
-def gene_names(var: pd.DataFrame) -> Names:
+def gene_names(var: pd.DataFrame) -> GeneNames:
     """Return the names of the genes of a file: the index of var where it holds names, else the columns that do."""
     index = without_genome(texts(var.index))
     column = ensembl_column(var)
@@ -138,13 +134,13 @@ def gene_names(var: pd.DataFrame) -> Names:
             f"names of genes hold their Ensembl ids ({index.iloc[0]}): they are divided, the first is "
             f"{divided[0].iloc[0]}."
         )
-        return Names(*divided, [note])
+        return GeneNames(*divided, [note])
     has_ids, is_number = (index.str.fullmatch(pattern) for pattern in (ENSEMBL_ID, r"\d*"))
     if has_ids.mean() > 0.5:
         symbols = _symbol_column(var)
-        return Names(index if symbols is None else _filled(without_genome(texts(var[symbols])), index), index)
+        return GeneNames(index if symbols is None else _filled(without_genome(texts(var[symbols])), index), index)
     if not is_number.all() or not len(index):
-        return Names(_filled(index.where(~index.isin(NO_NAMES), ""), ids), ids)
+        return GeneNames(_filled(index.where(~index.isin(NO_NAMES), ""), ids), ids)
     symbols = _symbol_column(var) or column
     shown = ", ".join(index.head(3))
     if symbols is None:
@@ -153,9 +149,9 @@ def gene_names(var: pd.DataFrame) -> Names:
             f"{', '.join(map(str, var)) or 'none'}). No perturbed gene is found among them. "
             "Put the names of genes into var_names."
         )
-        return Names(index, ids, [note])
+        return GeneNames(index, ids, [note])
     note = f"the index of var holds numbers ({shown}, ...): names of genes are those of var['{symbols}']."
-    return Names(_filled(_filled(without_genome(texts(var[symbols])), ids), index), ids, [note])
+    return GeneNames(_filled(_filled(without_genome(texts(var[symbols])), ids), index), ids, [note])
 
 
 def _filled(names: pd.Series, others: pd.Series) -> pd.Series:

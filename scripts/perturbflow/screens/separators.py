@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from perturbflow.genes.symbols import approved_symbol, gene_within, human_symbols
-from perturbflow.screens.control_labels import NAMED, Controls, quoted
-from perturbflow.screens.doses import parsed
+from perturbflow.screens.control_labels import NAMED, DeclaredControls, quoted
+from perturbflow.screens.dose_labels import parsed
 
 _SIGNS = (
     "->",
@@ -98,10 +98,10 @@ class Unsplit:
         return f"Set perturbation.separator: {separator}"
 
 
-class _Names:
+class _KnownParts:
     """Names that a part of a label may be."""
 
-    def __init__(self, members: set[str], controls: Controls, genes: Iterable[str], *, is_human: bool) -> None:
+    def __init__(self, members: set[str], controls: DeclaredControls, genes: Iterable[str], *, is_human: bool) -> None:
         self.labels, self.controls = members, controls
         self.genes = {*genes, *(human_symbols().approved if is_human else ())}
         # HLA-A and INS-IGF2 are genes of their own, and so they were by earlier names.
@@ -152,15 +152,15 @@ def unsplit(
         Whether perturbations are human genes: approved symbols are names too, also of genes that are not measured.
     """
     of_label = {
-        label: [member for member in members(label) if member not in Controls.of(declared)] for label in n_cells
+        label: [member for member in members(label) if member not in DeclaredControls.of(declared)] for label in n_cells
     }
-    of_label = {label: found for label, found in of_label.items() if label not in Controls.of(declared)}
+    of_label = {label: found for label, found in of_label.items() if label not in DeclaredControls.of(declared)}
     named = {member for found in of_label.values() for member in found}
     best = None
     for separator in SEPARATORS:
         if separator.strip() == (declared["separator"] or "").strip() != "" or separator == declared["separator"]:
             continue
-        names = _Names(named, Controls.of({**declared, "separator": separator}), genes, is_human=is_human)
+        names = _KnownParts(named, DeclaredControls.of({**declared, "separator": separator}), genes, is_human=is_human)
         whole = names.whole
         holding = {
             member: parts

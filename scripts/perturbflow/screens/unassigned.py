@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import numpy as np
 
 from perturbflow.genes.symbols import GUIDE, candidates, entity_of
-from perturbflow.screens.control_labels import Controls, counted, quoted
+from perturbflow.screens.control_labels import DeclaredControls, counted, quoted
 
 _NO = r"(?:no|not|non|without)[\W_]*"
 _DONE = (
@@ -50,7 +50,10 @@ def is_word(text: str, genes: Collection[str]) -> bool:
 
 
 def unassigned_labels(
-    n_cells: Mapping[str, int], controls: Controls, members: Callable[[str], Iterable[str]], genes: Collection[str]
+    n_cells: Mapping[str, int],
+    controls: DeclaredControls,
+    members: Callable[[str], Iterable[str]],
+    genes: Collection[str],
 ) -> dict[str, int]:
     """Return such labels, or members of labels, that the block does not declare → their cells, most cells first.
 
@@ -94,7 +97,10 @@ def message(words: Mapping[str, int], declared: Iterable[str]) -> str:
 
 
 def no_genes(
-    n_cells: Mapping[str, int], controls: Controls, members: Callable[[str], Iterable[str]], genes: Collection[str]
+    n_cells: Mapping[str, int],
+    controls: DeclaredControls,
+    members: Callable[[str], Iterable[str]],
+    genes: Collection[str],
 ) -> dict[str, int]:
     """Return frequent members of labels that are no gene and no control → their cells.
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import SEPARATOR, gene_within
-from perturbflow.screens.control_labels import Controls, quoted
-from perturbflow.screens.doses import NUMBER, names_in
+from perturbflow.screens.control_labels import DeclaredControls, quoted
+from perturbflow.screens.dose_labels import NUMBER, names_in
 from perturbflow.screens.separators import another_name, torn
 
 KEEP = "perturbation.pattern: '^(.*)$'"
@@ -159,8 +159,8 @@ Tails = dict[str, dict[str, re.Match]]
 def of_compounds(names: Iterable[str], *, are_genes: bool) -> Variants | None:
     """Return compounds that go by several names, which differ in a dose, a time or a level at their end.
 
-    A bare number is a dose where it has a decimal point, where several stems have the same numbers,
-    or behind other signs than - (not AG-490, AG-14361). Where perturbations are genes, it is a guide.
+    A bare number is a dose where it has a decimal point, or where several stems have the same numbers. It is one, too,
+    behind other signs than - (not AG-490, AG-14361). Where perturbations are genes, it is a guide.
     """
     names = list(names)
     stems = _tails(names)
@@ -314,7 +314,7 @@ def twins(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _names_in(n_cells: Iterable[str], declared: Mapping, is_gene: Callable[[str], bool]) -> list[str]:
     """Return the members of labels that are no controls, unassigned or like controls, each once."""
-    controls = Controls.of(declared)
+    controls = DeclaredControls.of(declared)
     members: dict[str, None] = {}
     for label in n_cells:
         if label not in controls:
@@ -383,7 +383,7 @@ def _check_torn(n_cells: Iterable[str], declared: Mapping, path: Path) -> None:
     """Raise InputError where the separator stands within a name."""
     if "pattern" in declared:
         return
-    separator, known = declared["separator"], {*declared.get("rename", {}), *Controls.of(declared).names}
+    separator, known = declared["separator"], {*declared.get("rename", {}), *DeclaredControls.of(declared).names}
     pieces = {label: torn(label, separator) for label in n_cells if label not in known}
     apart = [label for label, parts in pieces.items() if set(parts) & set(names_in(label, declared))]
     if not apart:

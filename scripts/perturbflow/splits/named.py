@@ -21,8 +21,8 @@ from perturbflow.genes.symbols import (
 )
 from perturbflow.io.files import read_json
 from perturbflow.nearest import did_you_mean, nearest
-from perturbflow.screens.control_labels import Controls
-from perturbflow.screens.doses import Scale, members_in
+from perturbflow.screens.control_labels import DeclaredControls
+from perturbflow.screens.dose_labels import DoseScale, members_in
 from perturbflow.splits.divisions import ROLES
 
 # Names of the roles elsewhere: GEARS, cell-load, scikit-learn.
@@ -60,9 +60,9 @@ class Labels:
         field_controls = [name for name in FIELD_CONTROLS if name not in genes]
         found = [canonical_label(text, field_controls, SEPARATOR, self.organism, genes)]
         if self.declared:
-            controls = Controls.of(self.declared)
+            controls = DeclaredControls.of(self.declared)
             named = members_in(text, self.declared)
-            scale = Scale.of((dose for _, dose in named), f"'{text}'")
+            scale = DoseScale.of((dose for _, dose in named), f"'{text}'")
             members = [CONTROL if name in controls else scale.member((name, dose)) for name, dose in named]
             found.append(CONTROL if text in controls else label_of(members, field_controls, self.organism, genes))
         return found

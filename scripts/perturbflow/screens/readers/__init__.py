@@ -12,13 +12,13 @@ import h5py
 
 from perturbflow.errors import InputError
 from perturbflow.io.hdf5 import Rows
-from perturbflow.registry.origins import folder_kind, layout_of, problem_of_folder, renaming
+from perturbflow.registry.sources import folder_kind, layout_of, problem_of_folder, renaming
 from perturbflow.screens.readers.anndatas import open_anndata
-from perturbflow.screens.readers.base import InMemory, NotCounts, SomeGenes, Source, as_counts
 from perturbflow.screens.readers.containers import damaged, open_hdf5
 from perturbflow.screens.readers.labels import with_labels
 from perturbflow.screens.readers.matrices import Values
 from perturbflow.screens.readers.modalities import open_mudata
+from perturbflow.screens.readers.source import InMemory, NotCounts, SomeGenes, Source, as_counts
 from perturbflow.screens.readers.tenx import matrices_of, open_tenx
 from perturbflow.screens.readers.triplets import Place, Triplet, triplets_in
 from perturbflow.screens.readers.zarrs import ZarrRows, open_zarr

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.screens.readers.base import Block, NotCounts, Source, rounded
 from perturbflow.screens.readers.matrices import Csc, Csr, Dense, Values
+from perturbflow.screens.readers.source import Block, NotCounts, Source, rounded
 
 Matrix = Dense | Csr
 

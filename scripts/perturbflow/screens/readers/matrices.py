@@ -11,7 +11,7 @@ from scipy import sparse
 from perturbflow.errors import InputError
 from perturbflow.io.kernels import compress_rows, group_entries, place_counts
 from perturbflow.io.streaming import Spool, in_order
-from perturbflow.screens.readers.base import BLOCK_VALUES, HIGHEST_COUNT, Block, as_counts, rounded
+from perturbflow.screens.readers.source import BLOCK_VALUES, HIGHEST_COUNT, Block, as_counts, rounded
 
 Columns = tuple[int, np.ndarray, np.ndarray, np.ndarray]
 """Some columns of a matrix: number of the first, and indptr, row numbers and counts of their entries."""

@@ -12,8 +12,8 @@ from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.screens.readers.anndatas import open_anndata
-from perturbflow.screens.readers.base import Block, NotCounts, Source
 from perturbflow.screens.readers.matrices import Values
+from perturbflow.screens.readers.source import Block, NotCounts, Source
 from perturbflow.screens.readers.types import EXPRESSION, EXPRESSION_WORDS, types_of, word
 
 logger = logging.getLogger(__name__)

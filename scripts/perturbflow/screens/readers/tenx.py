@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.screens.readers.base import Block, Source
 from perturbflow.screens.readers.matrices import Csr, Values
+from perturbflow.screens.readers.source import Block, Source
 
 
 def lane_of(barcodes: pd.Index) -> np.ndarray:

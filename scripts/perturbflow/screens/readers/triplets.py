@@ -21,8 +21,8 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.screens.readers.base import Block, Source, as_counts, rounded
 from perturbflow.screens.readers.matrices import Columns, regrouped
+from perturbflow.screens.readers.source import Block, Source, as_counts, rounded
 from perturbflow.screens.readers.tenx import lane_of
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import numpy as np
 
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, DOSE_SIGN, at_dose, members_of, without_dose
-from perturbflow.screens.control_labels import Controls
+from perturbflow.screens.control_labels import DeclaredControls
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _by_pattern(label: str, declared: Mapping) -> list[Member]:
     """
     pattern, separator = declared["pattern"], declared["separator"]
     parts = [part.strip() for part in label.split(separator)] if separator else [label]
-    controls, unassigned = Controls.of(declared), declared.get("drop", ())
+    controls, unassigned = DeclaredControls.of(declared), declared.get("drop", ())
     others = {part for part in parts if part in controls or part in unassigned}
     if not all(part in others or re.search(pattern, part) for part in parts):
         parts = [label]
@@ -228,7 +228,7 @@ def with_doses(
 
 
 @dataclass(frozen=True)
-class Scale:
+class DoseScale:
     """The unit that all doses of a screen are converted to.
 
     Attributes
@@ -243,7 +243,7 @@ class Scale:
     factors: dict[str, float]
 
     @classmethod
-    def of(cls, texts: Iterable[str], where: str) -> "Scale":
+    def of(cls, texts: Iterable[str], where: str) -> "DoseScale":
         """Find the unit: the only one, or µM for several molar ones.
 
         Raises
