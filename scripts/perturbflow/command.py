@@ -58,9 +58,10 @@ def _require(folder: Path, names: tuple[str, ...]) -> list[Path]:
     """Return files of results/DATASET/SPLIT; InputError names those that are not there."""
     files = [folder / name for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
-        what = "there is no such folder" if not folder.is_dir() else f"there is no {' and no '.join(missing)} in it"
+        fault = "there is no such folder" if not folder.is_dir() else f"there is no {' and no '.join(missing)} in it"
         raise InputError(
-            f"{folder}: {what}. It takes results/DATASET/SPLIT of a run of the workflow; `snakemake pairs` makes what it needs."
+            f"{folder}: {fault}. It takes results/DATASET/SPLIT of a run of the workflow; `snakemake pairs` makes its "
+            "files."
         )
     return files
 
@@ -211,7 +212,7 @@ def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **opti
 @click.option(
     "--cells", default="control", show_default=True, help='control, or JSON that selects, such as \'{"batch": ["1"]}\'.'
 )
-@click.option("--samples-per-cell", default=50, show_default=True, help="Outcomes drawn per cell.")
+@click.option("--samples-per-cell", default=50, show_default=True, help="Outcomes sampled per cell.")
 @click.option("--keep-samples", is_flag=True, help="Store every outcome, not their mean alone.")
 @click.option("--groups", default="cell_type", show_default=True, help="The obs column that answers are given by.")
 @click.option("--search", default="null", help="JSON: the state to search perturbations towards.")

@@ -1,10 +1,10 @@
-"""What bfloat16 and compilation do to a step of training: paired times of the same steps, in turn, on the device that is there.
+"""What bfloat16 and compilation do to a step of training: paired times of the same steps, in turn, on this device.
 
     python workflow_tests/benchmarks/steps.py
 
 prints a Markdown table, a row per network that a model trains: milliseconds of a step in float32, and the times of the
 other settings over that (median of the rounds, the smallest and largest of them in brackets), with the seconds that
-compilation takes at first. Data are not in it: batches are drawn before. Cells are made, as in training_scale.py;
+compilation takes at first. Data are not in it: batches are sampled before. Cells are made, as in training_scale.py;
 networks are as large as the default params make them.
 """
 
@@ -43,7 +43,10 @@ N_BATCHES = 10
 
 
 def networks_of(name: str, folder: Path) -> dict[str, tuple[Learner, list]]:
-    """Return what a model optimizes, stage by stage, untrained, with batches for it; without the closed forms that it may choose among."""
+    """Return the untrained networks of a model, stage by stage, with batches for each.
+
+    The closed forms that it may choose among are left out.
+    """
     found: dict[str, tuple[Learner, list]] = {}
 
     def noted(learner: Learner, batches: Batches, run: Run, stage: str) -> None:
@@ -69,7 +72,7 @@ def networks_of(name: str, folder: Path) -> dict[str, tuple[Learner, list]]:
 
 
 def steps(learner: Learner, batches: list, setting: str, device: torch.device) -> Iterator[float]:
-    """Yield the seconds that as many steps as there are batches take, again and again; the first of them with compilation."""
+    """Yield the seconds of as many steps as there are batches, again and again; the first with compilation."""
     precision, compiled = SETTINGS[setting]
     network = copy.deepcopy(learner.network).to(device)
     trained = Learner(network, 0, 10**6, Optimization(1e-3, 0.01, 0.99, precision, compiled)).to(device)

@@ -114,7 +114,7 @@ def complaints(runs: dict[tuple, dict]) -> list[tuple[tuple, str]]:
 
 
 def _curves(history: list[dict]) -> dict[str, dict[str, Points]]:
-    """Return quantity → training or validation → points; steps are a row's `step`, else `epoch`, else its number."""
+    """Return quantity → training or validation → points; a step is `step`, else `epoch`, else the row's number."""
     curves: dict[str, dict[str, Points]] = {}
     for i, row in enumerate(history):
         step = row.get("step", row.get("epoch", i))
