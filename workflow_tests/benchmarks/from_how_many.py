@@ -3,8 +3,9 @@ r"""From how many perturbations on a network passes the closed form, in worlds w
     python workflow_tests/benchmarks/from_how_many.py --sizes 100 300 1000 --seeds 0 1 --rows rows.tsv [--models \
         set_gp jepa] [--steps 1] [--figure figure.png]
 
-In a world, a gene's vector x, 8 numbers, determines 70 % of 16 hidden features z by two layers of a random network; 30 % are
-its own. With members i of a perturbation and a cell's state s of 3 axes, the log fold change of a measured gene is
+In a world, a gene's vector x, 8 numbers, determines 70 % of 16 hidden features z by two layers of a random network; 30
+% are its own. With members i of a perturbation and a cell's state s of 3 axes, the log fold change of a measured gene
+is
 
     A tanh( ( Σ_i Σ_h m_h(s) z_ih B_hg + Σ_{i<j} tanh(z_i P) ∘ tanh(z_j P) R_g ) / A ), m_h(s) = 1 or 2 σ(3
     s_a(h)), half of the features each:

@@ -1,7 +1,10 @@
-r"""Write pairs.h5ad, split.json and predictions.h5ad of a made screen, of any size: cells are written as they are sampled.
+r"""Write pairs.h5ad, split.json and predictions.h5ad of a made screen, of any size, in blocks of cells.
 
     python workflow_tests/benchmarks/made_predictions.py made --genes 2000 --perturbations 300 --controls 30000 \
         --scored 500 --predicted 1000
+    python scripts/evaluate.py --predictions made/predictions.h5ad --pairs made/pairs.h5ad --split made/split.json \
+        --metrics made/metrics.tsv
+"""
 
 import argparse
 import sys

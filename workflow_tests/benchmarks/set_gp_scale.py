@@ -3,8 +3,8 @@
     python workflow_tests/benchmarks/set_gp_scale.py 230x2000 2000x8000 10000x8000
 
 Effects are single genes' alone, or with --doubles a third of them combinations, made of 60 directions, half of them
-determined by gene vectors of 64 dimensions, with the sampling noise of 60 cells. Each size runs in a process of its own.
-Printed: seconds to learn and to answer 100 questions with their uncertainty, processor seconds, peak memory, and
+determined by gene vectors of 64 dimensions, with the sampling noise of 60 cells. Each size runs in a process of its
+own. Printed: seconds to learn and to answer 100 questions with their uncertainty, processor seconds, peak memory, and
 Pearson's r of the answers for genes that were held out, to see that something was learned.
 """
 
