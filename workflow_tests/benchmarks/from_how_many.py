@@ -1,14 +1,14 @@
 r"""From how many perturbations on a network passes the closed form, in worlds whose truth is known.
 
-    python workflow_tests/benchmarks/from_how_many.py --sizes 100 300 1000 --seeds 0 1 --rows rows.tsv [--models \
-        set_gp jepa] [--steps 1] [--figure figure.png]
+    python workflow_tests/benchmarks/from_how_many.py --sizes 100 300 1000 --seeds 0 1 --rows rows.tsv \
+        [--models set_gp jepa] [--steps 1] [--figure figure.png]
 
 In a world, a gene's vector x, 8 numbers, determines 70 % of 16 hidden features z by two layers of a random network; 30
 % are its own. With members i of a perturbation and a cell's state s of 3 axes, the log fold change of a measured gene
 is
 
-    A tanh( ( Σ_i Σ_h m_h(s) z_ih B_hg + Σ_{i<j} tanh(z_i P) ∘ tanh(z_j P) R_g ) / A ), m_h(s) = 1 or 2 σ(3
-    s_a(h)), half of the features each:
+    A tanh( ( Σ_i Σ_h m_h(s) z_ih B_hg + Σ_{i<j} tanh(z_i P) ∘ tanh(z_j P) R_g ) / A ),
+    m_h(s) = 1 or 2 σ(3 s_a(h)), half of the features each:
 
 non-linear in the vectors, saturating and epistatic in combinations, and different between cells. Counts are Poisson
 around rates with noise of the cell's own (gamma), 300 genes, 1,500 counts a cell. No perturbed gene is measured, so

@@ -1,7 +1,7 @@
 """Print the tables of the benchmark as Markdown, as they stand in the READMEs.
 
     python workflow_tests/benchmarks/leaderboard.py results renge2023
-    python workflow_tests/benchmarks/leaderboard.py results renge2023 --brief no_change perturbed_mean set_gp perfect_mean
+    python workflow_tests/benchmarks/leaderboard.py results renge2023 --brief no_change set_gp perfect_mean
 
 One leaderboard per split, with the headline metrics unless --all is given: the mean, its 95 % interval in round
 brackets, the value scaled from no change (0) to the ceiling (1) in square ones, the best baseline in bold; below it

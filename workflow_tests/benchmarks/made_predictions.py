@@ -4,6 +4,8 @@ r"""Write pairs.h5ad, split.json and predictions.h5ad of a made screen, of any s
         --scored 500 --predicted 1000
     python scripts/evaluate.py --predictions made/predictions.h5ad --pairs made/pairs.h5ad --split made/split.json \
         --metrics made/metrics.tsv
+
+The second command scores the predictions of the first.
 """
 
 import argparse
