@@ -44,21 +44,21 @@ Cells: TypeAlias = ad.AnnData | Path | str
 
 
 class _Folder(ExitStack):
-    """A folder for what the steps read and write; it is removed at the end of the block."""
+    """A folder for the files of the steps; it is removed at the end of the block."""
 
     def __enter__(self) -> _Folder:
         self.path = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="perturbflow_")))
         return self
 
     def file(self, cells: Cells, name: str) -> Path:
-        """Return the file of cells: the path that was given, or a copy of what is in memory."""
+        """Return the file of cells: the path that was given, or a copy of the cells in memory."""
         if not isinstance(cells, ad.AnnData):
             if not Path(cells).exists():
                 raise InputError(f"there is no file {cells}.")
             return Path(cells)
         if cells.X is not None and not isinstance(
             cells.X, sparse.csr_matrix
-        ):  # what the steps write, and read in blocks of rows
+        ):  # the steps write such matrices, and read them in blocks of rows
             raw = cells.raw
             cells = ad.AnnData(
                 sparse.csr_matrix(cells.X),
@@ -178,7 +178,7 @@ def split(
 
     Returns
     -------
-    The content of split.json: perturbations and cells per role, what was left out, what scores are evidence of.
+    The content of split.json: perturbations and cells per role, those without a role, and a sentence on the scores.
 
     Raises
     ------
@@ -256,7 +256,7 @@ def pair(harmonized: Cells, split: Mapping[str, Any], n_hvg: int = 2000) -> ad.A
 def audit(
     harmonized: Cells, split: Mapping[str, Any] | Path | str, pairs: Cells, embeddings: pd.DataFrame | None = None
 ) -> dict[str, str]:
-    """Look for anything of held-out cells in what a model is trained on.
+    """Look for anything of held-out cells in the data that a model is trained on.
 
     Parameters
     ----------
@@ -360,7 +360,7 @@ def score(predictions: Cells, pairs: Cells) -> pd.DataFrame:
     predictions
         X log1p-normalized on the scale of the pairs, (predicted cells, genes of the pairs in their order), 0 or more;
         obs.perturbation; obs.control_index (the row of the pairs that a cell started from) or obs.batch and
-        obs.cell_type. uns["perturbflow"]["role"] says which cells are the truth (test where it is silent).
+        obs.cell_type. uns["perturbflow"]["role"] names the cells that are the truth (test without it).
     pairs
         The result of `pair`, or pairs.h5ad of the workflow.
 

@@ -1,4 +1,4 @@
-"""The command `perturbflow`: what exists, scores of predictions made anywhere, audits, splits and what-if questions.
+"""The command `perturbflow`: lists of blocks, scores of predictions made anywhere, audits, splits and what-if questions.
 
 Each verb calls one function of the package, imported when it is needed, so that help waits for no library.
 """
@@ -20,7 +20,7 @@ from perturbflow.listing import KINDS, listed
 if TYPE_CHECKING:
     import pandas as pd
 
-REFERENCES = ("no_change", "technical_duplicate", "perfect_mean")  # what a score is read between
+REFERENCES = ("no_change", "technical_duplicate", "perfect_mean")  # a score is read between these
 EXTRAS = {"torch": "models", "pytorch_lightning": "models"}
 Folder = click.Path(path_type=Path)
 
@@ -144,7 +144,7 @@ def _summary(table: "pd.DataFrame", folder: Path) -> "pd.DataFrame":
 def audit(folder: Path) -> None:
     """Check a split for leaks.
 
-    A leak is anything of held-out cells in what models are trained on. All checks are made anew; nothing is written.
+    A leak is anything of held-out cells in the data that models are trained on. All checks are made anew; nothing is written.
     """
     split, pairs, embeddings = _require(folder, ("split.json", "pairs.h5ad", "embeddings.parquet"))
     (harmonized,) = _require(folder.resolve().parent, ("harmonized.h5ad",))
@@ -220,7 +220,7 @@ def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any)
     """Ask a trained model a what-if question.
 
     What would become of cells if these genes were perturbed in them? The first question about a model also checks the
-    model and writes its warranty beside it. What each option means: config/README.md, counterfactuals.yaml.
+    model and writes its warranty beside it. Options are explained in config/README.md, counterfactuals.yaml.
     """
     logger.info("%s is asked, with OMP_NUM_THREADS %s", run, THREADS)
     from perturbflow.counterfactuals import asking

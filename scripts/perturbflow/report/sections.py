@@ -152,7 +152,7 @@ def _curve_figure(of_seeds: list[dict[str, Points]], card: ModelCard) -> Figure:
 
 
 def _notes(curves: list[dict[str, dict[str, Points]]], card: ModelCard) -> list[str]:
-    """Return, per stage of a model's training, whether its trainings learned by heart and what the loss means."""
+    """Return, per stage of a model's training, whether its trainings learned by heart, and the meaning of the loss."""
     notes = []
     for name in dict.fromkeys(name for by_name in curves for name in by_name if name.split(": ")[-1] == "loss"):
         stage = name.removesuffix("loss").removesuffix(": ")
