@@ -1,4 +1,4 @@
-"""The command `perturbflow`: lists of blocks, scores of predictions made anywhere, audits, splits and what-if questions.
+"""The command `perturbflow`: lists, scores of predictions made anywhere, audits, splits and what-if questions.
 
 Each verb calls one function of the package, imported when it is needed, so that help waits for no library.
 """
@@ -144,7 +144,8 @@ def _summary(table: "pd.DataFrame", folder: Path) -> "pd.DataFrame":
 def audit(folder: Path) -> None:
     """Check a split for leaks.
 
-    A leak is anything of held-out cells in the data that models are trained on. All checks are made anew; nothing is written.
+    A leak is anything of held-out cells in the data that models are trained on. All checks are made anew; nothing is
+    written.
     """
     split, pairs, embeddings = _require(folder, ("split.json", "pairs.h5ad", "embeddings.parquet"))
     (harmonized,) = _require(folder.resolve().parent, ("harmonized.h5ad",))

@@ -164,8 +164,8 @@ def _batches_panel(batches: pd.DataFrame) -> _Panel:
     by_size = by_size.sort_values("n", ascending=False, kind="stable").head(BATCHES)
     return _Panel(
         f"Cells per batch × cell type{f', the largest {BATCHES}' if len(batches) > BATCHES else ''}",
-        f"{(batches['controls'] == 0).sum()} of {len(batches)} batches × cell types hold no controls; perturbed cells: "
-        f"{_quantiles(batches['perturbed'])}.",
+        f"{(batches['controls'] == 0).sum()} of {len(batches)} batches × cell types hold no controls; "
+        f"perturbed cells: {_quantiles(batches['perturbed'])}.",
         _batches_figure,
         by_size,
         len(by_size),
