@@ -11,7 +11,7 @@ from perturbflow.report.plotting import interval, number, signed
 
 FOLDER = Path(__file__).parent
 PARTS = ("head.html", "style.html", "tables.html", "screen_section.html")
-"""Parts that pages share: their head and style, the script that sorts and filters tables, and the section on a screen."""
+"""Parts that pages share: head and style, the script that sorts and filters tables, and the section on a screen."""
 
 
 def _words(name: str) -> Markup:
