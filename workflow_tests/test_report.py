@@ -624,7 +624,7 @@ def test_calibration_says_what_cannot_tell(page: str, tree: Tree) -> None:
         for row in rows.itertuples():
             assert f'<data value="{row.drf}">range {number(row.drf)}</data>' in cells
         assert cells.count("<tr>") == 1 + rows["metric"].nunique()
-    assert "Cannot tell here" in page or "All metrics tell" in page
+    assert "Cannot tell here" in page or "All metrics distinguish" in page
 
 
 def test_without_a_ceiling_nothing_is_calibrated_and_the_page_says_so(

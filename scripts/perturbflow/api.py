@@ -1,7 +1,9 @@
-"""The steps as functions of AnnData, for notebooks and other programs: `from perturbflow import api`. Nothing here needs torch.
+"""The steps as functions of AnnData, for notebooks and other programs: `from perturbflow import api`.
 
-Each gives what the step of the same name gives. The steps work from file to file: what comes in memory is laid aside in
-a folder that is removed afterwards, so a screen needs room for a copy in the folder of temporary files (TMPDIR).
+Nothing here needs torch.
+
+Each returns the result of the step of the same name. The steps work from file to file: objects in memory are written to
+a folder that is removed afterwards. So a screen needs room for a copy in the folder of temporary files (TMPDIR).
 Predictions are scored, and splits made, in memory. A path in place of an AnnData is read where it lies.
 """
 
@@ -42,21 +44,21 @@ Cells: TypeAlias = ad.AnnData | Path | str
 
 
 class _Folder(ExitStack):
-    """A folder for what the steps read and write; it is removed at the end of the block."""
+    """A folder for the files of the steps; it is removed at the end of the block."""
 
     def __enter__(self) -> _Folder:
         self.path = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="perturbflow_")))
         return self
 
     def file(self, cells: Cells, name: str) -> Path:
-        """Return the file of cells: the path that was given, or a copy of what is in memory."""
+        """Return the file of cells: the path that was given, or a copy of the cells in memory."""
         if not isinstance(cells, ad.AnnData):
             if not Path(cells).exists():
                 raise InputError(f"there is no file {cells}.")
             return Path(cells)
         if cells.X is not None and not isinstance(
             cells.X, sparse.csr_matrix
-        ):  # what the steps write, and read in blocks of rows
+        ):  # the steps write such matrices, and read them in blocks of rows
             raw = cells.raw
             cells = ad.AnnData(
                 sparse.csr_matrix(cells.X),
@@ -72,7 +74,7 @@ class _Folder(ExitStack):
         return path
 
     def embeddings(self, table: pd.DataFrame | None, pairs: Path) -> Path:
-        """Return the file of the vectors of genes: those that were given, or what the training cells of the pairs tell."""
+        """Return the file of the vectors of genes: those that were given, or co-expression in training cells."""
         path = self.path / "embeddings.parquet"
         if table is None:
             vectors.embeddings(pairs, path, ["coexpression"])
@@ -102,7 +104,9 @@ def _read(cells: Cells, name: str) -> ad.AnnData:
 def harmonize(
     screen: Cells, block: Mapping[str, Any], qc: Mapping[str, Any] | None = None, name: str = "screen"
 ) -> ad.AnnData:
-    """Bring a screen to one schema: raw counts, canonical labels, approved symbols; cells without an assigned perturbation are dropped.
+    """Bring a screen to one schema: raw counts, canonical labels, approved symbols.
+
+    Cells without an assigned perturbation are dropped.
 
     Parameters
     ----------
@@ -115,11 +119,12 @@ def harmonize(
     qc
         Limits that differ from config/config.yaml, such as {"min_counts": 1000}; None in it switches a limit off.
     name
-        What obs.dataset holds.
+        The value of obs.dataset.
 
     Returns
     -------
-    harmonized.h5ad: X CSR float32, integer-valued; obs and var as config/README.md says; uns["perturbflow"] counts what was dropped.
+    harmonized.h5ad: X CSR float32, integer-valued; obs and var as in config/README.md; uns["perturbflow"] counts the
+    dropped cells and genes.
 
     Raises
     ------
@@ -166,14 +171,14 @@ def split(
     organism
         Whose symbols the labels of a file are: human or mouse.
     name
-        What messages and the result call the split.
+        The name of the split in messages and in the result.
     **options
         As in config/splits.yaml: test_fraction (0.25), validation_fraction (0.1), seed (0), covariate, path; folds with
         fold, which counts from 0; held_out, a list of genes, combinations or contexts.
 
     Returns
     -------
-    The content of split.json: perturbations and cells per role, what was left out, what scores are evidence of.
+    The content of split.json: perturbations and cells per role, those without a role, and a sentence on the scores.
 
     Raises
     ------
@@ -198,7 +203,7 @@ def split_labels(labels: Sequence[str], kind: str, **options: Any) -> dict[str, 
 
     Returns
     -------
-    Labels per role: as JSON, what a split of the kind file reads.
+    Labels per role: as JSON, a split of the kind file reads them.
 
     Raises
     ------
@@ -224,7 +229,7 @@ def pair(harmonized: Cells, split: Mapping[str, Any], n_hvg: int = 2000) -> ad.A
     harmonized
         A screen as `harmonize` gives it.
     split
-        What `split` gave for it.
+        The result of `split` for it.
     n_hvg
         Highly variable genes, chosen on training cells; measured perturbed genes are kept besides.
 
@@ -251,14 +256,15 @@ def pair(harmonized: Cells, split: Mapping[str, Any], n_hvg: int = 2000) -> ad.A
 def audit(
     harmonized: Cells, split: Mapping[str, Any] | Path | str, pairs: Cells, embeddings: pd.DataFrame | None = None
 ) -> dict[str, str]:
-    """Look for anything of held-out cells in what a model is trained on.
+    """Look for anything of held-out cells in the data that a model is trained on.
 
     Parameters
     ----------
     harmonized, split, pairs
         The screen, the roles of its cells, and their pairs.
     embeddings
-        Vectors of perturbed genes, genes × dimensions; without them, what training cells tell, which cannot leak.
+        Vectors of perturbed genes, genes × dimensions; without them, co-expression in training cells, which cannot
+        leak.
 
     Returns
     -------
@@ -290,7 +296,7 @@ def baseline(
     max_cells: int | None = None,
     role: str = "test",
 ) -> ad.AnnData:
-    """Fit a model in closed form and predict the held-out perturbations: what any other prediction is to be held against.
+    """Fit a model in closed form and predict the held-out perturbations, to compare other predictions with it.
 
     Parameters
     ----------
@@ -298,11 +304,11 @@ def baseline(
         Of config/models.yaml: a baseline, an ablation or a ceiling, such as no_change, additive, stacked or
         technical_duplicate.
     pairs
-        What `pair` gave.
+        The result of `pair`.
     embeddings
-        Vectors of perturbed genes, genes × dimensions; without them, what training cells tell.
+        Vectors of perturbed genes, genes × dimensions; without them, co-expression in training cells.
     params
-        What differs from the block of config/models.yaml.
+        Values that differ from the block of config/models.yaml.
     seed
         Governs all that is random.
     max_cells
@@ -313,8 +319,8 @@ def baseline(
 
     Returns
     -------
-    predictions.h5ad: X CSR float32, log1p-normalized, (predicted cells, genes of the pairs); obs.perturbation, cell_type, batch and
-    control_index.
+    predictions.h5ad: X CSR float32, log1p-normalized, (predicted cells, genes of the pairs); obs.perturbation,
+    cell_type, batch and control_index.
 
     Raises
     ------
@@ -354,14 +360,14 @@ def score(predictions: Cells, pairs: Cells) -> pd.DataFrame:
     predictions
         X log1p-normalized on the scale of the pairs, (predicted cells, genes of the pairs in their order), 0 or more;
         obs.perturbation; obs.control_index (the row of the pairs that a cell started from) or obs.batch and
-        obs.cell_type. uns["perturbflow"]["role"] says which cells are the truth (test where it is silent).
+        obs.cell_type. uns["perturbflow"]["role"] names the cells that are the truth (test without it).
     pairs
-        What `pair` gave, or pairs.h5ad of the workflow.
+        The result of `pair`, or pairs.h5ad of the workflow.
 
     Returns
     -------
-    metrics.tsv: one row per metric × perturbation, with n_cells, reliability, effect_size, metric and value; values NaN where a metric
-    is undefined. Units, ranges and directions: config/README.md, or `perturbflow list metrics`.
+    metrics.tsv: one row per metric × perturbation, with n_cells, reliability, effect_size, metric and value. It is NaN
+    where a metric is undefined. Units, ranges and directions: config/README.md, or `perturbflow list metrics`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The command `perturbflow`: what exists, scores of predictions made anywhere, audits, splits and what-if questions.
+"""The command `perturbflow`: lists, scores of predictions made anywhere, audits, splits and what-if questions.
 
 Each verb calls one function of the package, imported when it is needed, so that help waits for no library.
 """
@@ -20,7 +20,7 @@ from perturbflow.listing import KINDS, listed
 if TYPE_CHECKING:
     import pandas as pd
 
-REFERENCES = ("no_change", "technical_duplicate", "perfect_mean")  # what a score is read between
+REFERENCES = ("no_change", "technical_duplicate", "perfect_mean")  # a score is read between these
 EXTRAS = {"torch": "models", "pytorch_lightning": "models"}
 Folder = click.Path(path_type=Path)
 
@@ -58,9 +58,10 @@ def _require(folder: Path, names: tuple[str, ...]) -> list[Path]:
     """Return files of results/DATASET/SPLIT; InputError names those that are not there."""
     files = [folder / name for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
-        what = "there is no such folder" if not folder.is_dir() else f"there is no {' and no '.join(missing)} in it"
+        fault = "there is no such folder" if not folder.is_dir() else f"there is no {' and no '.join(missing)} in it"
         raise InputError(
-            f"{folder}: {what}. It takes results/DATASET/SPLIT of a run of the workflow; `snakemake pairs` makes what it needs."
+            f"{folder}: {fault}. It takes results/DATASET/SPLIT of a run of the workflow; `snakemake pairs` makes its "
+            "files."
         )
     return files
 
@@ -143,7 +144,8 @@ def _summary(table: "pd.DataFrame", folder: Path) -> "pd.DataFrame":
 def audit(folder: Path) -> None:
     """Check a split for leaks.
 
-    A leak is anything of held-out cells in what models are trained on. All checks are made anew; nothing is written.
+    A leak is anything of held-out cells in the data that models are trained on. All checks are made anew; nothing is
+    written.
     """
     split, pairs, embeddings = _require(folder, ("split.json", "pairs.h5ad", "embeddings.parquet"))
     (harmonized,) = _require(folder.resolve().parent, ("harmonized.h5ad",))
@@ -211,7 +213,7 @@ def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **opti
 @click.option(
     "--cells", default="control", show_default=True, help='control, or JSON that selects, such as \'{"batch": ["1"]}\'.'
 )
-@click.option("--samples-per-cell", default=50, show_default=True, help="Outcomes drawn per cell.")
+@click.option("--samples-per-cell", default=50, show_default=True, help="Outcomes sampled per cell.")
 @click.option("--keep-samples", is_flag=True, help="Store every outcome, not their mean alone.")
 @click.option("--groups", default="cell_type", show_default=True, help="The obs column that answers are given by.")
 @click.option("--search", default="null", help="JSON: the state to search perturbations towards.")
@@ -219,7 +221,7 @@ def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any)
     """Ask a trained model a what-if question.
 
     What would become of cells if these genes were perturbed in them? The first question about a model also checks the
-    model and writes its warranty beside it. What each option means: config/README.md, counterfactuals.yaml.
+    model and writes its warranty beside it. Options are explained in config/README.md, counterfactuals.yaml.
     """
     logger.info("%s is asked, with OMP_NUM_THREADS %s", run, THREADS)
     from perturbflow.counterfactuals import asking

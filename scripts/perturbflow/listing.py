@@ -1,4 +1,4 @@
-"""What exists, as tables: datasets, splits, models and metrics, those of a user's own configuration too."""
+"""Tables of all datasets, splits, models and metrics, those of a user's own configuration too."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -43,7 +43,7 @@ def losses(folder: Path, metric: str) -> pd.DataFrame:
 
 
 def is_baseline(folder: Path) -> bool:
-    """Tell whether a model is a closed form that others have to beat."""
+    """Return whether a model is a closed form that others have to beat."""
     implementation = read_json(next(folder.glob("seed_*/run.json")))["implementation"]
     return any(family.implementation == implementation and family.kind == "baseline" for family in FAMILIES.values())
 
@@ -74,12 +74,14 @@ def main() -> None:
             against = of_seeds.loc[own.index] if set(own.index) <= set(of_seeds.index) else reference
             gain = estimate((against.to_numpy().reshape(-1, len(reference)) - own.to_numpy())[None])
             row.append(
-                f"{value(own.mean().mean(), metric):.3f}: {gain.mean[0]:+.3f} ({gain.low[0]:+.3f}, {gain.high[0]:+.3f}) {WORDS[int(gain.sign[0])]}"
+                f"{value(own.mean().mean(), metric):.3f}: {gain.mean[0]:+.3f} "
+                f"({gain.low[0]:+.3f}, {gain.high[0]:+.3f}) {WORDS[int(gain.sign[0])]}"
             )
         rows[metric] = row
     n_seeds = max(len(losses(folder / model, arguments.metrics[0])) for model in arguments.models)
     print(
-        f"**{arguments.dataset}, {arguments.split}**: {len(np.unique(reference.index))} held-out perturbations, {n_seeds} seed(s)\n"
+        f"**{arguments.dataset}, {arguments.split}**: {len(np.unique(reference.index))} held-out perturbations, "
+        f"{n_seeds} seed(s)\n"
     )
     heads = [f"{'baseline' if arguments.baseline else 'best baseline'}", *arguments.models]
     print(markdown(pd.DataFrame.from_dict(rows, orient="index"), heads, "metric") + "\n")

@@ -1,17 +1,19 @@
-"""Is a predicted population of cells more than controls moved by the mean? Distances of a model's cells, and of controls shifted by its mean.
+r"""Distances of a model's cells, and of controls moved by its mean effect, to the measured cells.
 
-    python workflow_tests/benchmarks/distributions.py results renge2023 unseen_context --models scppdm scppdm_hybrid
-    [--figure cells.png]
+They show whether a predicted population of cells is more than controls moved by the mean.
 
-After a run that holds technical_duplicate and these models. Per metric: the model's cells, the same controls shifted by
+    python workflow_tests/benchmarks/distributions.py results renge2023 unseen_context --models scppdm scppdm_hybrid \
+        [--figure cells.png]
+
+After a run that holds technical_duplicate and these models. Per metric: the model's cells, the same controls moved by
 the mean change that the model predicts (clipped at zero as every prediction is), the technical duplicate, the paired
 difference in loss between the first two with its 95 % interval over perturbations and seeds (above zero: the model's
-cells are better), and how much of the way from shifted controls to the duplicate the model goes.
+cells are better), and how much of the way from moved controls to the duplicate the model goes.
 
 Most of a distance is of the mean where that is hard to predict. --mean-given takes it out: closed forms, and models
 with a closed-form mean, are asked again with the mean that the duplicate (half a of the measured cells) has, so that
-all three know the same mean and what is left is the spread. With --together: one table, a row per model and its shifted
-controls, with differential expression beside the distances. With --figure: predicted, shifted and measured cells of the
+all three know the same mean and what is left is the spread. With --together: one table, a row per model and its moved
+controls, with differential expression beside the distances. With --figure: predicted, moved and measured cells of the
 three held-out perturbations of greatest effect, on the two leading components of measured cells.
 """
 
@@ -46,7 +48,7 @@ NEEDS = frozenset({"cells", "pseudobulk"})
 N_DRAWN = 3
 
 
-def shifted(predictions: ad.AnnData, cells: Pairs) -> ad.AnnData:
+def moved_controls(predictions: ad.AnnData, cells: Pairs) -> ad.AnnData:
     """Return the cells that the predictions started from, moved by the mean change of their perturbation."""
     start = cells.X[predictions.obs["control_index"].to_numpy()]
     moved = sparse.lil_matrix(start.shape, dtype=np.float32)
@@ -75,13 +77,13 @@ class MeasuredMean:
             ((cells.obs["half"] == "a") & (cells.obs["role"] == "test")).to_numpy() | cells.is_control
         ).roles("test")
 
-    def effect_in(self, perturbation: str, context: object = None, said: object = None) -> np.ndarray:
-        """Return the measured mean effect, (genes,), whatever a model says."""
+    def effect_in(self, perturbation: str, context: object = None, _: object = None) -> np.ndarray:
+        """Return the measured mean effect, (genes,), whatever the model."""
         return self._cells.effect_of(perturbation)
 
 
 def with_measured_mean(predictions: ad.AnnData, cells: Pairs, folder: Path) -> ad.AnnData:
-    """Return what a model with a closed-form mean predicts from the same controls if it is told the measured mean."""
+    """Return what a model with a closed-form mean predicts from the same controls given the measured mean."""
     run = read_json(folder / "run.json")
     model = build(run["implementation"], run["params"])
     model.restore(load_artefact(next(folder.glob("model.*"))))
@@ -99,10 +101,13 @@ def with_measured_mean(predictions: ad.AnnData, cells: Pairs, folder: Path) -> a
 
 
 def table(of: dict[str, dict[str, np.ndarray]]) -> str:
-    """Return one row per metric from values and losses of model, shifted controls and duplicate, each (seeds, 2, perturbations)."""
+    """Return one row per metric from values and losses, each (seeds, 2, perturbations).
+
+    They are of the model, the moved controls and the duplicate.
+    """
     rows = {}
     for metric in of["model"]:
-        model, moved, duplicate = (np.asarray(of[name][metric]) for name in ("model", "shifted", "duplicate"))
+        model, moved, duplicate = (np.asarray(of[name][metric]) for name in ("model", "moved", "duplicate"))
         gain = estimate((moved[:, 1] - model[:, 1])[None])
         mean_loss = [np.nanmean(side[:, 1]) for side in (model, moved, duplicate)]
         way = (mean_loss[1] - mean_loss[0]) / (mean_loss[1] - mean_loss[2]) if mean_loss[1] > mean_loss[2] else np.nan
@@ -112,7 +117,7 @@ def table(of: dict[str, dict[str, np.ndarray]]) -> str:
             f"{gain.mean[0]:+.4f} ({gain.low[0]:+.4f}, {gain.high[0]:+.4f})",
             "–" if np.isnan(way) else f"{way:.0%}",
         ]
-    heads = ["model", "shifted controls", "technical duplicate", "gain over shifted (95 %)", "of the way"]
+    heads = ["model", "moved controls", "technical duplicate", "gain over moved (95 %)", "of the way"]
     return markdown(pd.DataFrame.from_dict(rows, orient="index"), heads, "metric")
 
 
@@ -126,7 +131,7 @@ def together(of: dict[str, list[Scored]]) -> str:
 
 
 def figure(scored: dict[str, Scored], path: Path) -> None:
-    """Draw measured cells and, beside them, predicted and shifted ones of the perturbations of greatest effect."""
+    """Plot measured cells and, beside them, predicted and moved ones of the perturbations of greatest effect."""
     from matplotlib.figure import Figure
 
     first = next(iter(scored.values()))
@@ -186,7 +191,7 @@ def main() -> None:
             predictions = read(model)
             found |= {
                 model: compared(predictions),
-                f"controls shifted by {model}": compared([shifted(one, cells) for one in predictions]),
+                f"controls moved by {model}": compared([moved_controls(one, cells) for one in predictions]),
             }
         found["technical duplicate"] = compared(read("technical_duplicate")[:1])
         n = len(found["technical duplicate"][0].labels)
@@ -194,17 +199,20 @@ def main() -> None:
         return
 
     duplicate = stacked(compared(read("technical_duplicate")[:1]))
-    drawn: dict[str, Scored] = {}
+    plotted: dict[str, Scored] = {}
     for model in arguments.models:
         predictions = read(model)
-        own, moved = compared(predictions), compared([shifted(one, cells) for one in predictions])
-        of = {"model": stacked(own), "shifted": stacked(moved)}
+        own, moved = compared(predictions), compared([moved_controls(one, cells) for one in predictions])
+        of = {"model": stacked(own), "moved": stacked(moved)}
         of["duplicate"] = {metric: np.repeat(value, len(own), axis=0) for metric, value in duplicate.items()}
-        drawn |= {model: own[0], f"controls shifted by {model}": moved[0]}
-        head = f"**{arguments.dataset}, {arguments.split}, {model}{given}**: {len(own[0].labels)} held-out perturbations, {len(own)} seed(s)"
+        plotted |= {model: own[0], f"controls moved by {model}": moved[0]}
+        head = (
+            f"**{arguments.dataset}, {arguments.split}, {model}{given}**: {len(own[0].labels)} held-out perturbations, "
+            f"{len(own)} seed(s)"
+        )
         print(f"{head}\n\n{table(of)}\n")
     if arguments.figure:
-        figure(drawn, arguments.figure)
+        figure(plotted, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What trainings watched: whether the embedding holds cells apart, and whether the world model uses the perturbation.
+r"""What trainings watched: whether the embedding holds cells apart, and whether the world model uses the perturbation.
 
-    python workflow_tests/benchmarks/embeddings_and_actions.py results renge2023 unseen_context --models jepa jepa_off
-    --figure monitors.png
+    python workflow_tests/benchmarks/embeddings_and_actions.py results renge2023 unseen_context --models jepa \
+        jepa_off --figure monitors.png
 
 Reads run.json of all seeds. Monitors are those of the last step: distances of measured group means to those predicted
 with the right action, over those predicted with a wrong or the null action (below 1: the action is used), on training
@@ -47,7 +47,7 @@ def monitors(run: dict) -> dict[str, float]:
     return {**row, "action effect": last["action_effect"], "seconds": run["seconds"], "peak, MB": run["peak_memory_mb"]}
 
 
-def told(run: dict) -> dict[str, float]:
+def last_values(run: dict) -> dict[str, float]:
     """Return separability, column by column."""
     return {
         f"{column}, {classifier}, {space}": of[f"{key}_{classifier}"]
@@ -57,8 +57,8 @@ def told(run: dict) -> dict[str, float]:
     }
 
 
-def draw(runs: dict[str, list[dict]], figure: Path) -> None:
-    """Draw the curves of all models, a panel per quantity; seeds share a colour."""
+def plot(runs: dict[str, list[dict]], figure: Path) -> None:
+    """Plot the curves of all models, a panel per quantity; seeds share a colour."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -94,16 +94,20 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     runs = runs_of(arguments)
-    for measured in (monitors, told):
+    for measured in (monitors, last_values):
         table = pd.DataFrame(
             {model: pd.DataFrame(map(measured, of_seeds)).mean() for model, of_seeds in runs.items()}
         ).T
         print(
-            markdown(table.map(lambda value: "–" if np.isnan(value) else f"{value:.4g}"), list(table.columns), "model")
+            markdown(
+                table.map(lambda value: "–" if np.isnan(value) else f"{value:.4g}"),
+                list(table.columns),
+                "model",
+            )
             + "\n"
         )
     if arguments.figure:
-        draw(runs, arguments.figure)
+        plot(runs, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Compare this workflow's scores with those of the field's evaluators, cell-eval and scperteval, on the same predictions.
+r"""Compare this workflow's scores with those of the field's evaluators, cell-eval and scperteval.
 
-    pip install -r envs/requirements.txt -r workflow_tests/benchmarks/field_evaluators.txt python
-    workflow_tests/benchmarks/field_evaluators.py agreement python workflow_tests/benchmarks/field_evaluators.py
-    agreement --results results/renge2023/unseen_perturbation/additive/seed_0 python
-    workflow_tests/benchmarks/field_evaluators.py nearness --results results/*/unseen_combination/no_change/seed_0
-    python workflow_tests/benchmarks/field_evaluators.py speed python workflow_tests/benchmarks/field_evaluators.py
-    scale
+All score the same predictions.
+
+    pip install -r envs/requirements.txt -r workflow_tests/benchmarks/field_evaluators.txt
+    python workflow_tests/benchmarks/field_evaluators.py agreement
+    python workflow_tests/benchmarks/field_evaluators.py agreement --results \
+        results/renge2023/unseen_perturbation/additive/seed_0
+    python workflow_tests/benchmarks/field_evaluators.py nearness --results \
+        results/*/unseen_combination/no_change/seed_0
+    python workflow_tests/benchmarks/field_evaluators.py speed
+    python workflow_tests/benchmarks/field_evaluators.py scale
 
 agreement: the greatest difference per metric over the perturbations of a made screen, or of a model's folder in a
 finished run: on the files as they are, and on inputs from which everything is taken out in which we differ by design.
@@ -123,7 +127,10 @@ FEEDS = {
     "weighted": "cells in double precision, our reference in the place of the control",
 }
 HEG = "all genes; ours the 1,000 highest in controls"
-PDS = "log differences of means, own target left out (of singles only), 1 − k/n, ties as sorted; ours log bulks, all targets of the panel left out, 1 − k/(n − 1), ties half"
+PDS = (
+    "log differences of means, own target left out (of singles only), 1 − k/n, ties as sorted; ours log bulks, all "
+    "targets of the panel left out, 1 − k/(n − 1), ties half"
+)
 TEST = "all genes, geometric means; ours genes above 5 CPM in controls, own target left out, arithmetic means"
 PCA = "components fitted on what is scored; ours on training cells"
 COMPARISONS = (
@@ -131,23 +138,73 @@ COMPARISONS = (
     Comparison("l2_heg1000", "cell-eval", "mse", "highest", "mse", HEG, _norm),
     Comparison("l2_heg1000", "scperteval", "l2_heg_k=1000", "highest", "l2_heg_k=1000", "–"),
     Comparison("pearson_delta_ctrl", "cell-eval", "pearson_delta", "highest", "pearson_delta", HEG),
-    Comparison("pearson_delta_ctrl", "scperteval", "pearson_ctrl_heg_k=1000", "highest", "pearson_ctrl_heg_k=1000", "–"),
-    Comparison("pearson_delta_pert", "scperteval", "pearson_pert", "centred", "pearson_ctrl", "mean of the other scored perturbations as reference; ours of training's"),
-    Comparison("pds_l1", "cell-eval", "discrimination_score_l1", "bulks", "discrimination_score_l1", PDS, _discrimination),
-    Comparison("pds_l2", "cell-eval", "discrimination_score_l2", "bulks", "discrimination_score_l2", PDS, _discrimination),
-    Comparison("pds_cosine", "cell-eval", "discrimination_score_cosine", "bulks", "discrimination_score_cosine", PDS, _discrimination),
+    Comparison(
+        "pearson_delta_ctrl", "scperteval", "pearson_ctrl_heg_k=1000", "highest", "pearson_ctrl_heg_k=1000", "–"
+    ),
+    Comparison(
+        "pearson_delta_pert",
+        "scperteval",
+        "pearson_pert",
+        "centred",
+        "pearson_ctrl",
+        "mean of the other scored perturbations as reference; ours of training's",
+    ),
+    Comparison(
+        "pds_l1", "cell-eval", "discrimination_score_l1", "bulks", "discrimination_score_l1", PDS, _discrimination
+    ),
+    Comparison(
+        "pds_l2", "cell-eval", "discrimination_score_l2", "bulks", "discrimination_score_l2", PDS, _discrimination
+    ),
+    Comparison(
+        "pds_cosine",
+        "cell-eval",
+        "discrimination_score_cosine",
+        "bulks",
+        "discrimination_score_cosine",
+        PDS,
+        _discrimination,
+    ),
     Comparison("centroid_accuracy", "scperteval", "nir", "effects", "nir", "–"),
     Comparison("rank_rmse", "scperteval", "rank", "effects", "rank", "–"),
     Comparison("wmse", "scperteval", "wmse_exp2", "weighted", "wmse_exp2", "–"),
-    Comparison("r2_w_delta", "scperteval", "weighted_r2_pert_exp2", "weighted", "weighted_r2_ctrl_exp2", "reference as for pearson_delta_pert"),
+    Comparison(
+        "r2_w_delta",
+        "scperteval",
+        "weighted_r2_pert_exp2",
+        "weighted",
+        "weighted_r2_ctrl_exp2",
+        "reference as for pearson_delta_pert",
+    ),
     Comparison("overlap_at_n", "cell-eval", "overlap_at_N", "tested", "overlap_at_N", TEST, _overlap),
-    Comparison("auprc", "cell-eval", "pr_auc", "ordered", "pr_auc", f"{TEST}; ordered by q, equal below 1e-10; ours by p"),
-    Comparison("sig_jaccard", "cell-eval", "de_sig_genes_recall", "tested", "de_sig_genes_recall", f"{TEST}; from recall and numbers of genes", _jaccard),
-    Comparison("energy_distance", "scperteval", "energy_distance_pca_k=50", "components", "energy_distance_top_k=50", PCA),
+    Comparison(
+        "auprc", "cell-eval", "pr_auc", "ordered", "pr_auc", f"{TEST}; ordered by q, equal below 1e-10; ours by p"
+    ),
+    Comparison(
+        "sig_jaccard",
+        "cell-eval",
+        "de_sig_genes_recall",
+        "tested",
+        "de_sig_genes_recall",
+        f"{TEST}; from recall and numbers of genes",
+        _jaccard,
+    ),
+    Comparison(
+        "energy_distance", "scperteval", "energy_distance_pca_k=50", "components", "energy_distance_top_k=50", PCA
+    ),
     Comparison("mmd", "scperteval", "unbiased_mmd_median_pca_k=50", "components", "unbiased_mmd_median_top_k=50", PCA),
-    Comparison("sinkhorn_w2", "scperteval", "sinkhorn_w2_pca_k=50", "components", "sinkhorn_w2_top_k=50", f"{PCA}; in single precision", is_same=False),
-    Comparison("sinkhorn_w2", "geomloss", "sinkhorn", "components", "sinkhorn", "what scperteval calls, in double precision"),
-)  # fmt: skip
+    Comparison(
+        "sinkhorn_w2",
+        "scperteval",
+        "sinkhorn_w2_pca_k=50",
+        "components",
+        "sinkhorn_w2_top_k=50",
+        f"{PCA}; in single precision",
+        is_same=False,
+    ),
+    Comparison(
+        "sinkhorn_w2", "geomloss", "sinkhorn", "components", "sinkhorn", "what scperteval calls, in double precision"
+    ),
+)
 # The same on the made screen alone: one batch, few cells, that started from nothing, and no two predictions alike.
 MADE_ONLY = {"tested", "ordered", "weighted", "components"}
 TIES_DIFFER = {"rank_rmse", "centroid_accuracy"}
@@ -175,7 +232,10 @@ def cell_eval(
 
 
 def pdex_tests(measured: ad.AnnData, predicted: ad.AnnData, tested: pd.DataFrame, is_ordered: bool) -> dict:
-    """Return pdex' tests of some genes per perturbation, adjusted for these; with is_ordered, predicted q are ranks of p."""
+    """Return pdex' tests of some genes per perturbation, adjusted for these.
+
+    With is_ordered, predicted q are ranks of p.
+    """
     import polars
     from pdex import pdex
     from scipy.stats import false_discovery_control
@@ -245,7 +305,7 @@ def field_inputs(pairs: Path, predictions: Path) -> tuple[ad.AnnData, ad.AnnData
 
 
 def feeds(scored: "Scored") -> Iterator[tuple[str, list[str], list[str], np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield what FEEDS promises of rows: name, labels of measured and of predicted rows, the rows, and those of controls."""
+    """Yield the rows of FEEDS: name, labels of measured and of predicted rows, the rows, and those of controls."""
     labels = scored.labels
     common = scored.control.mean(axis=0)
     measured, predicted = scored.measured - scored.control + common, scored.predicted - scored.control + common
@@ -333,7 +393,7 @@ def work_ours(folder: Path) -> None:
 
 
 def work_nearness(folder: Path) -> None:
-    """What the evaluators say of the error of the cells as they are, and of the mean of test controls of their batches and cell types."""
+    """The evaluators' errors of the cells as they are, and of the mean of test controls of their strata."""
     from perturbflow.pairs import Pairs
 
     measured, predicted = field_inputs(folder / "pairs.h5ad", folder / "predictions.h5ad")
@@ -393,7 +453,7 @@ def work_cell_eval_shared(folder: Path) -> None:
 
 
 def second_time(folder: Path, load: Callable[[], tuple], score: Callable[..., object]) -> None:
-    """Write wall seconds and CPU seconds from loaded inputs to scores, with everything imported and compiled by a first time."""
+    """Write wall and CPU seconds from loaded inputs to scores; a first run has imported and compiled everything."""
     for _ in range(2):
         inputs = load()
         wall, cpu = time.perf_counter(), sum(os.times()[:4])
@@ -470,7 +530,7 @@ def greatest_difference(ours: pd.Series, theirs: pd.Series) -> float:
 
 
 def agreement(folder: Path, is_made: bool = True) -> pd.DataFrame:
-    """Return one row per comparison: greatest differences over perturbations, and whether the definitions are the same."""
+    """Return one row per comparison: greatest differences over perturbations, and whether definitions are equal."""
     for name in ("prepare", "ours", "cell-eval", "scperteval", "geomloss"):
         work(name, folder)
 
@@ -518,7 +578,7 @@ def show_agreement(folder: Path, is_made: bool) -> None:
 
 
 def show_nearness(results: list[Path]) -> None:
-    """Print one row per model's folder: mean errors over perturbations of its cells, and as shares of those of the controls' mean."""
+    """Print one row per model's folder: mean errors of its cells, and as shares of those of the controls' mean."""
     rows = []
     for model in results:
         with tempfile.TemporaryDirectory() as temporary:
@@ -555,7 +615,7 @@ def in_memory(name: str, folder: Path) -> tuple[float, float, float]:
 
 
 def show_speed(folder: Path) -> None:
-    """Print wall time, CPU time and peak memory of each, and the ratios to cell-eval's: of processes, and from cells in memory."""
+    """Print wall time, CPU time and peak memory of each, and ratios to cell-eval's, as processes and from memory."""
     work("prepare", folder)
     processes = ("cell-eval, shared metrics", "ours, shared metrics", "ours, all metrics")
     for measure, names in ((work, processes), (in_memory, ("cell-eval, in memory", "ours, in memory"))):

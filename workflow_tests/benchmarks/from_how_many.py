@@ -1,13 +1,14 @@
-"""From how many perturbations on a network passes the closed form, in worlds whose truth is known.
+r"""From how many perturbations on a network passes the closed form, in worlds whose truth is known.
 
-    python workflow_tests/benchmarks/from_how_many.py --sizes 100 300 1000 --seeds 0 1 --rows rows.tsv [--models set_gp
-    jepa] [--steps 1] [--figure figure.png]
+    python workflow_tests/benchmarks/from_how_many.py --sizes 100 300 1000 --seeds 0 1 --rows rows.tsv \
+        [--models set_gp jepa] [--steps 1] [--figure figure.png]
 
-In a world, a gene's vector x, 8 numbers, tells 70 % of 16 hidden features z by two layers of a random network; 30 % are
-its own. With members i of a perturbation and a cell's state s of 3 axes, the log fold change of a measured gene is
+In a world, a gene's vector x, 8 numbers, determines 70 % of 16 hidden features z by two layers of a random network; 30
+% are its own. With members i of a perturbation and a cell's state s of 3 axes, the log fold change of a measured gene
+is
 
-    A tanh( ( Σ_i Σ_h m_h(s) z_ih B_hg + Σ_{i<j} tanh(z_i P) ∘ tanh(z_j P) R_g ) / A ), m_h(s) = 1 or 2 σ(3
-    s_a(h)), half of the features each:
+    A tanh( ( Σ_i Σ_h m_h(s) z_ih B_hg + Σ_{i<j} tanh(z_i P) ∘ tanh(z_j P) R_g ) / A ),
+    m_h(s) = 1 or 2 σ(3 s_a(h)), half of the features each:
 
 non-linear in the vectors, saturating and epistatic in combinations, and different between cells. Counts are Poisson
 around rates with noise of the cell's own (gamma), 300 genes, 1,500 counts a cell. No perturbed gene is measured, so
@@ -18,7 +19,7 @@ genes seen at every size are held out. Per model: root mean squared error and Pe
 ones; `pds_cosine` among the true ones; energy distance of predicted to measured cells; root mean squared error of
 individual effects on 100 control cells to each cell's expected one; the same of the differences between cells alone,
 with its ratio to saying none; processor seconds of training and of 1,000 predicted cells. `true_mean` knows every mean
-effect, `truth` draws cells from the world. A row is added to the file as soon as a model is done; rows that are there
+effect, `truth` samples cells from the world. A row is added to the file as soon as a model is done; rows that are there
 are not made again. Steps of all networks are those of the registry times √(perturbations / 100), or times --steps:
 with the registry's own at 1,000, `scppdm` was worse than at 100, in a world (seed 50) that is not among those shown.
 """
@@ -49,13 +50,14 @@ from test_models import registered  # noqa: E402
 from perturbflow.colours import COLOURS, MARKERS  # noqa: E402
 from perturbflow.embeddings import Embeddings  # noqa: E402
 from perturbflow.evaluation import METRICS, score_inputs  # noqa: E402
+from perturbflow.evaluation.similarity import correlation  # noqa: E402
 from perturbflow.genes.symbols import members_of  # noqa: E402
 from perturbflow.models.base import Model, Run, build  # noqa: E402
 from perturbflow.pairs import CONTROLS_PER_CELL, Context, Pairs, match_controls  # noqa: E402
 from perturbflow.predict import nonnegative  # noqa: E402
 
 N_GENES, N_VECTOR, N_HIDDEN, N_STATES = 300, 8, 16, 3
-DEPTH, SATURATION, TOLD = 1500.0, 1.2, 0.7
+DEPTH, SATURATION, KNOWN_SHARE = 1500.0, 1.2, 0.7
 CELLS, CONTROLS, TEST_CONTROLS = 50, 1000, 300
 HELD_OUT, ASKED_CELLS, ASKED_SINGLES, ASKED_DOUBLES = 40, 100, 6, 20
 POPULATION = 500  # cells that a true mean effect is the mean over
@@ -87,7 +89,7 @@ class Cells:
 
 
 class World:
-    """The equations, drawn from a seed; `n` perturbed genes, those held out last."""
+    """The equations, sampled from a seed; `n` perturbed genes, those held out last."""
 
     def __init__(self, seed: int, n: int) -> None:
         rng = np.random.default_rng((seed, 1))
@@ -104,14 +106,14 @@ class World:
         self.genes = [f"GENE{i}" for i in range(N_GENES)]
         self.perturbed = [f"P{i:04d}" for i in range(n)]
         rng = np.random.default_rng((seed, 2))  # gene by gene, so that smaller worlds are parts of larger ones
-        drawn = rng.normal(size=(n, N_VECTOR + N_HIDDEN + 1))
-        self.vectors = drawn[:, :N_VECTOR]
-        told = np.tanh(self.vectors @ first) @ second / scale.std(axis=0)
-        z = np.sqrt(TOLD) * told + np.sqrt(1 - TOLD) * drawn[:, N_VECTOR:-1]
-        self.z = dict(zip(self.perturbed, z * np.exp(0.4 * drawn[:, -1:]), strict=True))
+        sampled = rng.normal(size=(n, N_VECTOR + N_HIDDEN + 1))
+        self.vectors = sampled[:, :N_VECTOR]
+        known_part = np.tanh(self.vectors @ first) @ second / scale.std(axis=0)
+        z = np.sqrt(KNOWN_SHARE) * known_part + np.sqrt(1 - KNOWN_SHARE) * sampled[:, N_VECTOR:-1]
+        self.z = dict(zip(self.perturbed, z * np.exp(0.4 * sampled[:, -1:]), strict=True))
 
     def cells(self, n: int, seed: int) -> Cells:
-        """Draw cells; one axis of the state is a switch."""
+        """Sample cells; one axis of the state is a switch."""
         rng = np.random.default_rng((self.seed, 3, seed))
         state = rng.normal(0.0, 1.0, (n, N_STATES))
         state[:, 0] = rng.choice([-1.0, 1.0], n) + 0.35 * state[:, 0]
@@ -154,7 +156,10 @@ TABLE = _table()
 
 
 def expected(rates: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Return E log(1 + k · depth / size) of k ~ Poisson(rate), (cells, genes), from a table; above 400 counts without their noise."""
+    """Return E log(1 + k · depth / size) of k ~ Poisson(rate), (cells, genes), from a table.
+
+    Above 400 counts, their noise is left out.
+    """
     scale = np.broadcast_to((DEPTH / size)[:, None], rates.shape)
     row = np.sqrt(rates) / (ROOTS[1] - ROOTS[0])
     column = (np.log(scale) - LOG_SCALES[0]) / (LOG_SCALES[1] - LOG_SCALES[0])
@@ -314,11 +319,6 @@ def energy_distances(model: Model | Known, screen: Screen, seed: int) -> tuple[d
     return dict(zip(scored.labels, map(float, values), strict=True)), 1000 * seconds / len(table)
 
 
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Pearson's r; 0 where nothing is said."""
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 else 0.0
-
-
 def scored(model: Model | Known, screen: Screen, truth: Known, seed: int) -> list[dict]:
     """Return one row per kind of held-out perturbation."""
     energy, seconds = energy_distances(model, screen, seed)
@@ -329,7 +329,7 @@ def scored(model: Model | Known, screen: Screen, truth: Known, seed: int) -> lis
     rows = []
     for kind, labels in screen.held_out.items():
         own, differing, alike = [], [], []
-        said = {}
+        predicted = {}
         for i, label in enumerate(labels):
             if i < (ASKED_SINGLES if kind == "single" else ASKED_DOUBLES):
                 answer, right = individual(model, screen, start, cells, label, seed), screen.world.effects(cells, label)
@@ -337,8 +337,8 @@ def scored(model: Model | Known, screen: Screen, truth: Known, seed: int) -> lis
                 apart = right - right.mean(axis=0)
                 differing.append(((answer - answer.mean(axis=0) - apart) ** 2).mean())
                 alike.append((apart**2).mean())
-            said[label] = model.effect(label) if isinstance(model, Known) else mean_effect(model, label)
-        values, right = np.stack(list(said.values())), np.stack([truth.effect(label) for label in labels])
+            predicted[label] = model.effect(label) if isinstance(model, Known) else mean_effect(model, label)
+        values, right = np.stack(list(predicted.values())), np.stack([truth.effect(label) for label in labels])
         unit = [rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (values, right)]
         cosine = unit[0] @ unit[1].T
         nearer = (cosine > cosine.diagonal()[:, None]).sum(axis=1) + 0.5 * (
@@ -346,12 +346,17 @@ def scored(model: Model | Known, screen: Screen, truth: Known, seed: int) -> lis
         )
         rows.append(
             {
-                "stratum": STRATA[kind], "rmse": np.sqrt(((values - right) ** 2).mean()), "r": np.mean(list(map(correlation, values, right))),
-                "pds": 1 - nearer.mean() / (len(labels) - 1), "energy": np.mean([energy[label] for label in labels]),
-                "individual": np.mean(own), "differences": np.sqrt(np.mean(differing)),
-                "differences, ratio": np.sqrt(np.mean(differing) / np.mean(alike)), "predict": seconds,
+                "stratum": STRATA[kind],
+                "rmse": np.sqrt(((values - right) ** 2).mean()),
+                "r": np.mean(list(map(correlation, values, right))),
+                "pds": 1 - nearer.mean() / (len(labels) - 1),
+                "energy": np.mean([energy[label] for label in labels]),
+                "individual": np.mean(own),
+                "differences": np.sqrt(np.mean(differing)),
+                "differences, ratio": np.sqrt(np.mean(differing) / np.mean(alike)),
+                "predict": seconds,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -386,9 +391,15 @@ def read(path: Path) -> pd.DataFrame:
 def tables(rows: pd.DataFrame) -> str:
     """Return one table per kind: means over worlds."""
     formats = {
-        "rmse": "{:.4f}", "r": "{:.3f}", "pds": "{:.3f}", "energy": "{:.3f}", "individual": "{:.4f}", "differences, ratio": "{:.3f}",
-        "train": "{:.0f}", "predict": "{:.2f}",
-    }  # fmt: skip
+        "rmse": "{:.4f}",
+        "r": "{:.3f}",
+        "pds": "{:.3f}",
+        "energy": "{:.3f}",
+        "individual": "{:.4f}",
+        "differences, ratio": "{:.3f}",
+        "train": "{:.0f}",
+        "predict": "{:.2f}",
+    }
     found = []
     for stratum, of in rows.groupby("stratum", sort=False):
         shown = of.groupby(["size", "model"], sort=False).agg({**dict.fromkeys(formats, "mean"), "seed": "nunique"})
@@ -399,7 +410,7 @@ def tables(rows: pd.DataFrame) -> str:
 
 
 def figure(rows: pd.DataFrame, path: Path) -> None:
-    """Draw errors of mean and of individual effects against the number of training perturbations, one line per model."""
+    """Plot errors of mean and of individual effects against training perturbations, one line per model."""
     from matplotlib.figure import Figure
 
     panels = [("rmse", "error of mean effects"), ("individual", "error of individual effects")]
@@ -429,7 +440,7 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
 
 
 def main() -> None:
-    """Add rows to the file, print tables and draw the figure."""
+    """Add rows to the file, print tables and plot the figure."""
     logging.disable(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 300, 1000], help="training perturbations")

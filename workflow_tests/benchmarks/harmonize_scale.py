@@ -256,7 +256,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
             folder = arguments.folder or Path(temporary)
             print(
-                "| cells | file, GB | harmonized, GB | bare pass, s | harmonize, s | wall ratio | CPU ratio | peak, MB | scanpy, s | peak, MB |"
+                "| cells | file, GB | harmonized, GB | bare pass, s | harmonize, s | wall ratio | CPU ratio | peak, MB "
+                "| scanpy, s | peak, MB |"
             )
             print("| " + "---: | " * 10)
             for n_cells in arguments.cells:

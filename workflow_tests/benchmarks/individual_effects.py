@@ -1,14 +1,14 @@
-"""Individual effects where they are known: models against the mean shift, on structural worlds.
+r"""Individual effects where they are known: models against the mean effect, on structural simulations.
 
-    python workflow_tests/benchmarks/individual_effects.py --seeds 0 1 2 python
-    workflow_tests/benchmarks/individual_effects.py --seeds 100 101 102 --rows rows.tsv # worlds that no param was
-    chosen on
+    python workflow_tests/benchmarks/individual_effects.py --seeds 0 1 2
+    # Simulations that no param was chosen on.
+    python workflow_tests/benchmarks/individual_effects.py --seeds 100 101 102 --rows rows.tsv
 
 A world (workflow_tests/structural.py) has 12 perturbed genes, 6 of them with effects that depend on a cell's state and
 one with none at all, and six combinations, half of them held out. Every control of the test role is asked; the truth is
 the same cell, with the same noise of its own and of its measurement, under the perturbation ("the cell itself"), or the
 mean of that over measurements ("expected"). Root mean squared errors over cells and genes; the ratio is to the mean
-shift, the measured mean effect given to every cell (`additive`). "Spread" is the slope of the true on the predicted
+effect, the measured mean effect given to every cell (`additive`). "Spread" is the slope of the true on the predicted
 differences between cells: 1 where they are of the right size, 0 where they are noise. Rows of a world go to the file of
 --rows as soon as it is done, and worlds that the file holds are not trained again.
 """
@@ -76,8 +76,8 @@ def rows_of(seed: int, models: list[str]) -> list[dict]:
             for labels in kinds.values()
             for label in labels
         }
-        shift = build(*registered("additive"))
-        shift.fit(pairs.roles("train", "validation"), embeddings, Run(seed=seed))
+        mean_model = build(*registered("additive"))
+        mean_model.fit(pairs.roles("train", "validation"), embeddings, Run(seed=seed))
         rows = []
         for name in models:
             started = time.perf_counter()
@@ -90,23 +90,29 @@ def rows_of(seed: int, models: list[str]) -> list[dict]:
             seconds = time.perf_counter() - started
             for kind, labels in kinds.items():
                 for label in labels:
-                    said, mean, (own, expected) = (
+                    predicted, mean, (own, expected) = (
                         model.individual_effects(start, label, seed),
-                        shift.effect(label)[None],
+                        mean_model.effect(label)[None],
                         truth[label],
                     )
                     rows.append(
                         {
-                            "effect": kind, "model": name, "the cell itself": error(said, own), "ratio": error(said, own) / max(error(mean, own), 1e-12),
-                            "expected": error(said, expected), "ratio, expected": error(said, expected) / max(error(mean, expected), 1e-12),
-                            "spread": spread(said, expected), "seconds": seconds, "seed": seed,
+                            "effect": kind,
+                            "model": name,
+                            "the cell itself": error(predicted, own),
+                            "ratio": error(predicted, own) / max(error(mean, own), 1e-12),
+                            "expected": error(predicted, expected),
+                            "ratio, expected": error(predicted, expected) / max(error(mean, expected), 1e-12),
+                            "spread": spread(predicted, expected),
+                            "seconds": seconds,
+                            "seed": seed,
                         }
-                    )  # fmt: skip
+                    )
     return rows
 
 
 def main() -> None:
-    """Print one row per kind of effect and model: means over perturbations and worlds, with the range of the worlds' ratios."""
+    """Print one row per kind of effect and model: means over perturbations and simulations, with ranges of ratios."""
     logging.disable(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -100,8 +100,18 @@ def main() -> None:
                     params = {**models[name]["params"], **differing}
                     started = time.perf_counter()
                     model = fold / family.artefact
-                    train(fold / "pairs.h5ad", fold / "embeddings.parquet", fold / "audit.json", model, fold / "run.json",
-                          family.implementation, params, seed, "cpu", 1)  # fmt: skip
+                    train(
+                        fold / "pairs.h5ad",
+                        fold / "embeddings.parquet",
+                        fold / "audit.json",
+                        model,
+                        fold / "run.json",
+                        family.implementation,
+                        params,
+                        seed,
+                        "cpu",
+                        1,
+                    )
                     predict(
                         fold / "pairs.h5ad", model, fold / "predictions.h5ad", family.implementation, params, seed, 1000
                     )

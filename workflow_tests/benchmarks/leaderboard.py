@@ -1,13 +1,13 @@
 """Print the tables of the benchmark as Markdown, as they stand in the READMEs.
 
-python workflow_tests/benchmarks/leaderboard.py results renge2023 python workflow_tests/benchmarks/leaderboard.py
-results renge2023 --brief no_change perturbed_mean set_gp jepa perfect_mean
+    python workflow_tests/benchmarks/leaderboard.py results renge2023
+    python workflow_tests/benchmarks/leaderboard.py results renge2023 --brief no_change set_gp perfect_mean
 
 One leaderboard per split, with the headline metrics unless --all is given: the mean, its 95 % interval in round
 brackets, the value scaled from no change (0) to the ceiling (1) in square ones, the best baseline in bold; below it
-what the metrics can tell here, and the verdict on every model. With --brief and names: these models alone, value and
-scaled value, the verdict in a word, and a ✗ at metrics that cannot tell. With --against MODEL: the paired differences
-to that baseline instead; above zero is better than it, whatever the metric's direction.
+which metrics distinguish here, and the verdict on every model. With --brief and names: these models alone, value and
+scaled value, the verdict in a word, and a ✗ at metrics that do not distinguish. With --against MODEL: the paired
+differences to that baseline instead; above zero is better than it, whatever the metric's direction.
 """
 
 import argparse
@@ -96,10 +96,10 @@ def brief(rows: pd.DataFrame, verdicts: pd.DataFrame, models: list[str]) -> str:
 
 
 def calibration(rows: pd.DataFrame) -> str:
-    """Return, per metric, DRF and BDS of the technical duplicate against both negative controls; ✗ where it cannot tell."""
+    """Return DRF and BDS of the technical duplicate against both negative references; ✗ for "cannot tell"."""
     rows = rows[rows["positive"] == "technical_duplicate"]
-    told = rows["verdict"].map({"tells": ""}).fillna(" ✗")
-    rows = rows.assign(drf=rows["drf"].map("{:.2f}".format), bds=rows["bds"].map("{:.2f}".format) + told)
+    mark = rows["verdict"].map({"tells": ""}).fillna(" ✗")
+    rows = rows.assign(drf=rows["drf"].map("{:.2f}".format), bds=rows["bds"].map("{:.2f}".format) + mark)
     cells = rows.set_index(["metric", "negative"])[["drf", "bds"]].unstack().loc[rows["metric"].unique()]
     return markdown(cells, [f"{score.upper()} against {negative}" for score, negative in cells.columns], "metric")
 

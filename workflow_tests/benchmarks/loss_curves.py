@@ -1,7 +1,7 @@
-"""Losses of trainings: where they began, where they ended, and whether those of validation perturbations went with them.
+r"""Losses of trainings: where they began and ended, and whether those of validation perturbations went along.
 
-    python workflow_tests/benchmarks/loss_curves.py results carpool unseen_combination --models scppdm scppdm_hybrid
-    jepa --figure loss_curves.png
+    python workflow_tests/benchmarks/loss_curves.py results carpool unseen_combination --models scppdm scppdm_hybrid \
+        jepa --figure loss_curves.png
 
 Reads run.json of all seeds: means over seeds of the first and last logged loss, of the least loss of validation
 perturbations, and of the step that had it.
@@ -34,8 +34,8 @@ def ends(run: dict) -> dict[str, float]:
     return {**row, "steps": history.index[-1]}
 
 
-def draw(runs: dict[str, list[dict]], figure: Path) -> None:
-    """Draw a panel per model; one line per seed and role."""
+def plot(runs: dict[str, list[dict]], figure: Path) -> None:
+    """Plot a panel per model; one line per seed and role."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -69,7 +69,7 @@ def main() -> None:
     table = pd.DataFrame({model: pd.DataFrame(map(ends, of_seeds)).mean() for model, of_seeds in runs.items()}).T
     print(markdown(table.map(lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.4g}"), list(table.columns)))
     if arguments.figure:
-        draw(runs, arguments.figure)
+        plot(runs, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Write pairs.h5ad, split.json and predictions.h5ad of a made screen, of any size: cells are written as they are drawn.
+r"""Write pairs.h5ad, split.json and predictions.h5ad of a made screen, of any size, in blocks of cells.
 
-python workflow_tests/benchmarks/made_predictions.py made --genes 2000 --perturbations 300 --controls 30000 --scored 500
---predicted 1000 python scripts/evaluate.py --predictions made/predictions.h5ad --pairs made/pairs.h5ad --split
-made/split.json --metrics made/metrics.tsv
+    python workflow_tests/benchmarks/made_predictions.py made --genes 2000 --perturbations 300 --controls 30000 \
+        --scored 500 --predicted 1000
+    python scripts/evaluate.py --predictions made/predictions.h5ad --pairs made/pairs.h5ad --split made/split.json \
+        --metrics made/metrics.tsv
+
+The second command scores the predictions of the first.
 """
 
 import argparse
@@ -121,11 +124,11 @@ def generate(folder: Path, size: Size, seed: int, starts_from_controls: bool) ->
     def sampled(effect: np.ndarray, n: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         rate = level * np.exp(effect)
         totals = rng.poisson(rng.lognormal(0.0, 0.3, n) * rate.sum())
-        drawn = np.searchsorted(
+        sampled = np.searchsorted(
             np.cumsum(rate) / rate.sum(), rng.random(totals.sum())
         )  # a molecule each: Poisson counts, given totals
         cells = np.repeat(np.arange(n), totals)
-        counts = sparse.csr_matrix((np.ones(len(drawn), dtype=np.float32), (cells, drawn)), shape=(n, size.genes))
+        counts = sparse.csr_matrix((np.ones(len(sampled), dtype=np.float32), (cells, sampled)), shape=(n, size.genes))
         X = sparse.csr_matrix(sparse.diags((target_sum / totals).astype(np.float32)) @ counts)
         return X.log1p(), counts
 
@@ -165,7 +168,7 @@ def main() -> None:
         parser.add_argument(f"--{field.name}", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--from-nothing", action="store_true", help="say of the predicted cells that they started from no control"
+        "--from-nothing", action="store_true", help="declare that the predicted cells started from no control"
     )
     arguments = parser.parse_args()
     size = Size(**{field.name: getattr(arguments, field.name) for field in fields(Size)})

@@ -1,9 +1,11 @@
-"""Mean effects by closed forms, and by those of another version, on the same splits: no cells are predicted, so it takes minutes.
+r"""Mean effects by closed forms, and by those of another version, on the same splits.
 
-    python workflow_tests/benchmarks/mean_models.py results/carpool:unseen_combination results/renge2023:unseen_context
-    --seeds 10 11 12
-        [--go human_gene2go.tsv.gz --ppi edges.tsv.gz] [--models set_gp additive] [--beside
-        OTHER/scripts:stacked,transfer] [--figure doubles.png]
+No cells are predicted, so it takes minutes.
+
+    python workflow_tests/benchmarks/mean_models.py results/carpool:unseen_combination \
+        results/renge2023:unseen_context --seeds 10 11 12 \
+        [--go human_gene2go.tsv.gz --ppi edges.tsv.gz] [--models set_gp additive] \
+        [--beside OTHER/scripts:stacked,transfer] [--figure doubles.png]
 
 Of harmonized screens (`snakemake data`), each split by several seeds; `unseen_context` holds out each batch in turn
 instead. Models learn from training and validation perturbations. Scores are of the whole measured effect of a test
@@ -12,8 +14,8 @@ the mean effect of training, and `pds_cosine`, the share of other test perturbat
 alike. Printed per stratum: means, and the paired difference of set_gp to the reference (the first model of --beside,
 else the first other one) and to the best other model by that score, chosen with hindsight, with 95 % intervals over
 perturbations and splits; above zero set_gp is better. --beside takes models from another checkout of this repository:
-its splits and pairs are those of this one. --figure draws six held-out doubles with posterior intervals. --intervals
-tells instead how wide conformal intervals are in units of the posterior deviation and of one spread for all, at what
+its splits and pairs are those of this one. --figure plots six held-out doubles with posterior intervals. --intervals
+prints instead how wide conformal intervals are in units of the posterior deviation and of one spread for all, at what
 coverage.
 """
 
@@ -34,6 +36,7 @@ sys.path.insert(0, os.environ.get("PERTURBFLOW_SCRIPTS") or str(ROOT / "scripts"
 
 from perturbflow.embeddings import Embeddings, coexpression, rows_of  # noqa: E402
 from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
+from perturbflow.evaluation.similarity import correlation  # noqa: E402
 from perturbflow.genes.symbols import entities_of, members_of  # noqa: E402
 from perturbflow.models.base import build  # noqa: E402
 from perturbflow.models.closed_form.base import TrainingSet  # noqa: E402
@@ -79,15 +82,13 @@ def predicted(cells: Pairs, embeddings: Embeddings, models: list[str]) -> dict[s
         family = "gaussian_process" if name == "set_gp" else name
         model = build(FAMILIES[family].implementation, {}).learned(training)
         looks = hasattr(model, "effect_in") and hasattr(test, "context_of")
-        found[name] = np.stack([
-            model.effect_in(label, test.context_of(test.cells_of(label))) if looks else model.effect(label) for label in test.perturbations
-        ])  # fmt: skip
+        found[name] = np.stack(
+            [
+                model.effect_in(label, test.context_of(test.cells_of(label))) if looks else model.effect(label)
+                for label in test.perturbations
+            ]
+        )
     return found
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Pearson's r; 0 where nothing is said."""
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 and b.std() > 1e-9 else 0.0
 
 
 def scored(cells: Pairs, effects: dict[str, np.ndarray]) -> list[dict]:
@@ -114,11 +115,15 @@ def scored(cells: Pairs, effects: dict[str, np.ndarray]) -> list[dict]:
             kind = "single" if len(members_of(label)) == 1 else "combination"
             rows.append(
                 {
-                    "stratum": f"{kind}, {n_unseen} unseen" if n_unseen else f"{kind}, seen", "model": model, "perturbation": label,
-                    "rmse": float(np.sqrt(((guess - measured) ** 2).mean())), "r": correlation(guess, measured),
-                    "centred": correlation(guess - reference[kept], measured - reference[kept]), "pds_cosine": float(ranks[i]),
+                    "stratum": f"{kind}, {n_unseen} unseen" if n_unseen else f"{kind}, seen",
+                    "model": model,
+                    "perturbation": label,
+                    "rmse": float(np.sqrt(((guess - measured) ** 2).mean())),
+                    "r": correlation(guess, measured),
+                    "centred": correlation(guess - reference[kept], measured - reference[kept]),
+                    "pds_cosine": float(ranks[i]),
                 }
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -164,7 +169,10 @@ def table(rows: pd.DataFrame, reference: str) -> None:
 
 
 def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
-    """Draw predicted against measured effects of six held-out doubles, with 90 % posterior intervals scaled by held-out perturbations."""
+    """Plot predicted against measured effects of six held-out doubles.
+
+    Their 90 % posterior intervals are scaled by held-out perturbations.
+    """
     from matplotlib.figure import Figure
 
     from perturbflow.models.calibration import Scale, case_of, measured_by
@@ -176,7 +184,7 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
     calibration, scale = model.held_out(known, embeddings, 0), Scale.of(training.pairs, training.effects)
     doubles = [label for label in test.perturbations if len(members_of(label)) == 2]
     chosen = [doubles[i] for i in np.linspace(0, len(doubles) - 1, 6).round().astype(int)]
-    panels = (drawn := Figure(figsize=(11, 7.4), layout="constrained")).subplots(2, 3).ravel()
+    panels = (canvas := Figure(figsize=(11, 7.4), layout="constrained")).subplots(2, 3).ravel()
     for panel, label in zip(panels, chosen, strict=True):
         context, measured = test.context_of(test.cells_of(label)), test.effect_of(label)
         effect = model.effect_in(label, context)
@@ -199,16 +207,20 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
         )
         panel.axline((0, 0), slope=1, color="#444444", linewidth=0.6)
         panel.set_title(
-            f"{label}\nr = {correlation(effect[kept], measured[kept]):.2f}, {100 * held:.0f} % of genes in the 90 % interval",
+            f"{label}\nr = {correlation(effect[kept], measured[kept]):.2f}, {100 * held:.0f} % of genes in the 90 % "
+            "interval",
             fontsize=8,
         )
         panel.set_xlabel("predicted effect, log1p")
         panel.set_ylabel("measured effect, log1p")
-    drawn.savefig(path, dpi=110)
+    canvas.savefig(path, dpi=110)
 
 
 def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
-    """Return, per test perturbation, coverage and width of 90 % intervals in units of the posterior and of one spread, and both errors."""
+    """Return, per test perturbation, coverage and width of 90 % intervals, and both errors.
+
+    Intervals are in units of the posterior, and of one spread.
+    """
     from perturbflow.models.calibration import Scale, case_of, measured_by
     from perturbflow.models.gaussian_process.set_gp import SetGP
 
@@ -216,7 +228,7 @@ def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
         """The same model, without an uncertainty of its own."""
 
         def uncertainty(self, *_: object, **__: object) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
     known, test = cells.fitted_on("test"), cells.roles("test")
     training = TrainingSet.of(known, embeddings, 0)
@@ -230,13 +242,21 @@ def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
             off = np.abs(test.effect_of(label) - model.effect_in(label, context))[kept]
             unit = scale.at(measured_by(test, label), model.uncertainty(label, context))[kept]
             half = calibration.for_case(case_of(label, measured, entities)).reach(0.9) * unit
-            rows.append({"units": units, "perturbation": label, "coverage": float((off <= half).mean()), "width": float(2 * half.mean()),
-                         "promised": float(np.sqrt((unit**2).mean())), "error": float(np.sqrt((off**2).mean()))})  # fmt: skip
+            rows.append(
+                {
+                    "units": units,
+                    "perturbation": label,
+                    "coverage": float((off <= half).mean()),
+                    "width": float(2 * half.mean()),
+                    "promised": float(np.sqrt((unit**2).mean())),
+                    "error": float(np.sqrt((off**2).mean())),
+                }
+            )
     return rows
 
 
 def table_of_intervals(rows: pd.DataFrame) -> None:
-    """Print means over splits and perturbations, and the rank correlation of promised and actual errors within splits."""
+    """Print means over splits and perturbations, and rank correlations of promised and actual errors in splits."""
     print(
         "\n| 90 % intervals in units of | coverage | width | promised and actual errors, rank correlation |\n"
         + "| --- " * 4
@@ -305,7 +325,8 @@ def main() -> None:
                 arguments.figure = None
         found = pd.DataFrame(rows)
         print(
-            f"\n**{Path(folder).name}, {kind}**, {json.dumps([held_out or seed for seed, held_out in splits])}; sources {', '.join(embeddings.sources)}"
+            f"\n**{Path(folder).name}, {kind}**, {json.dumps([held_out or seed for seed, held_out in splits])}; "
+            f"sources {', '.join(embeddings.sources)}"
         )
         if arguments.intervals:
             table_of_intervals(found)

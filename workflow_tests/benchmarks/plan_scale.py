@@ -29,7 +29,10 @@ LOOP = 20_000_000
 
 
 def mission() -> dict:
-    """Return a configuration of that size: the first screens of the registry, four divisions of their genes, learned models and closed forms."""
+    """Return a configuration of that size.
+
+    It has the first screens of the registry, four divisions of their genes, learned models and closed forms.
+    """
     config = merged({})
     models = [name for name, block in config["models"].items() if not FAMILIES[block["family"]].split_kinds]
     learned = [name for name in models if FAMILIES[config["models"][name]["family"]].kind == "learned"]

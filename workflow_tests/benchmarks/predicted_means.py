@@ -1,7 +1,7 @@
-"""Tell how near the means of predicted cells, as they stand in predictions.h5ad, are to the means of the measured cells.
+r"""Print how near the means of predicted cells, as they stand in predictions.h5ad, are to those of measured cells.
 
-    python workflow_tests/benchmarks/predicted_means.py results/renge2023 results/carpool:unseen_combination [--seeds 0
-    1 2]
+    python workflow_tests/benchmarks/predicted_means.py results/renge2023 results/carpool:unseen_combination \
+        [--seeds 0 1 2]
 
 Of harmonized screens (`snakemake data`) and closed forms, each split by several seeds. Per model, means over splits and
 perturbations, with 95 % intervals over them: the root mean squared error of the mean of the cells, Pearson's r of its
@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import perturbflow.api as pf  # noqa: E402
 from perturbflow import splits  # noqa: E402
 from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
+from perturbflow.evaluation.similarity import correlation  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
 
 MODELS = ("no_change", "perturbed_mean", "additive", "set_gp", "technical_duplicate")
@@ -43,11 +44,6 @@ def measured_in(pairs: ad.AnnData) -> Pairs:
         np.asarray(pairs.obsm["control_index"]),
         np.arange(pairs.n_obs),
     )
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Pearson's r; 0 where nothing is said."""
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 else 0.0
 
 
 def rows_of(
@@ -110,7 +106,8 @@ def main() -> None:
         table = pd.DataFrame(rows)
         columns = ["rmse", "effect", "centred", *(() if arguments.means_only else SPREAD)]
         print(
-            f"\n**{Path(folder).name}, {kind}**, {len(arguments.seeds)} splits, {len(table[table['model'] == 'no_change'])} perturbations\n"
+            f"\n**{Path(folder).name}, {kind}**, {len(arguments.seeds)} splits, "
+            f"{len(table[table['model'] == 'no_change'])} perturbations\n"
         )
         print("| model | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
         for model, of_model in table.groupby("model", sort=False):

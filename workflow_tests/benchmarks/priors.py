@@ -1,7 +1,9 @@
-"""What do priors bring? The same models on co-expression, GO, interactions and all of them, on genes that they never saw perturbed.
+r"""What do priors bring? The same models on co-expression, GO, interactions and all of them.
 
-    python workflow_tests/benchmarks/priors.py results/renge2023 results/carpool --go human_gene2go.tsv.gz --ppi
-    edges.tsv.gz
+They are scored on genes that they never saw perturbed.
+
+    python workflow_tests/benchmarks/priors.py results/renge2023 results/carpool --go human_gene2go.tsv.gz --ppi \
+        edges.tsv.gz
 
 Every gene is held out by one fold of every seed. The table gives the mean over perturbations with co-expression alone,
 and the paired difference of every other choice of sources, turned so that above zero is better, with its 95 % interval
@@ -42,7 +44,7 @@ from perturbflow.train import train  # noqa: E402
 
 SOURCES = {"coexpression": ["coexpression"], "go": ["go"], "ppi": ["ppi"], "all three": ["coexpression", "go", "ppi"]}
 NEEDS = frozenset({"pseudobulk", "counts"})
-CELLS = 100  # predicted per perturbation: a shift needs no more
+CELLS = 100  # predicted per perturbation: an effect needs no more
 FOLDS = 5
 
 
@@ -80,8 +82,18 @@ def scores(here: Path, cells: Pairs, tables: dict[str, pd.DataFrame], models: li
         )
         for model in models:
             implementation, started = FAMILIES[model].implementation, time.perf_counter()
-            train(here / "pairs.h5ad", here / "embeddings.parquet", here / "audit.json", here / "model.npz", here / "run.json",
-                  implementation, {}, 0, "cpu", 1)  # fmt: skip
+            train(
+                here / "pairs.h5ad",
+                here / "embeddings.parquet",
+                here / "audit.json",
+                here / "model.npz",
+                here / "run.json",
+                implementation,
+                {},
+                0,
+                "cpu",
+                1,
+            )
             seconds = time.perf_counter() - started
             predict(here / "pairs.h5ad", here / "model.npz", here / "predictions.h5ad", implementation, {}, 0, CELLS)
             scored = score_inputs(ad.read_h5ad(here / "predictions.h5ad"), cells, NEEDS)
@@ -121,7 +133,7 @@ def inner_errors(cells: Pairs, tables: dict[str, pd.DataFrame], sizes: list[int]
 
 
 def paired(rows: pd.DataFrame, metric: str) -> dict[str, str]:
-    """Return the mean with co-expression and the paired difference of every other choice of sources, better above zero."""
+    """Return the mean with co-expression, and the paired difference of every other choice; better is above zero."""
     # A perturbation of two genes is held out by both their folds: its scores of one seed are averaged.
     losses = {
         name: METRICS[metric].loss(of.pivot_table(index="seed", columns="perturbation", values="value").to_numpy())
@@ -130,10 +142,10 @@ def paired(rows: pd.DataFrame, metric: str) -> dict[str, str]:
     baseline = losses.pop("coexpression")
     mean = rows.loc[rows["sources"] == "coexpression", "value"].mean()
     found = estimate(np.stack([baseline - of for of in losses.values()]))
-    told = ["**" if sign else "" for sign in found.sign]
+    marks = ["**" if sign else "" for sign in found.sign]
     cells = [
         f"{bold}{d:+.3f}{bold} ({low:+.3f}, {high:+.3f})"
-        for bold, d, low, high in zip(told, found.mean, found.low, found.high, strict=True)
+        for bold, d, low, high in zip(marks, found.mean, found.low, found.high, strict=True)
     ]
     return {"coexpression": f"{mean:.3f}", **dict(zip(losses, cells, strict=True))}
 
@@ -142,7 +154,8 @@ def report(table: pd.DataFrame) -> None:
     """Print a Markdown table per metric, and the seconds that a training takes."""
     for metric in [name for name in table["metric"].unique() if name != "seconds"]:
         print(
-            f"\n**{metric}** ({METRICS[metric].reading})\n\n| screen | model | {' | '.join(SOURCES)} |\n| {'--- | ' * (1 + len(SOURCES))}--- |"
+            f"\n**{metric}** ({METRICS[metric].reading})\n\n| screen | model | {' | '.join(SOURCES)} |\n"
+            f"| {'--- | ' * (1 + len(SOURCES))}--- |"
         )
         for (dataset, model), rows in table[table["metric"] == metric].groupby(["dataset", "model"], sort=False):
             found = paired(rows, metric)

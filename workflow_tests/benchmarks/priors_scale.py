@@ -1,9 +1,9 @@
-"""How long and how much memory do associations of the size of STRING's take? A generated file in its format, read and decomposed.
+"""Time and memory of associations of the size of STRING's: a generated file in its format, read and decomposed.
 
     python workflow_tests/benchmarks/priors_scale.py --genes 19000 --pairs 6000000
 
 Genes are in modules of unequal size, most pairs within them; degrees vary as a power law does. The file has every pair
-in both directions. It is written and read in processes of their own, so that the memory told is that of the step.
+in both directions. It is written and read in processes of their own, so that the memory is that of the step.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from perturbflow.priors import prior  # noqa: E402
 
 N_MODULES = 150
 WITHIN = 0.6  # share of pairs within a module
-MANY = 1_000_000  # pairs that are drawn at a time
+MANY = 1_000_000  # pairs that are sampled at a time
 
 
 def pairs_of(n_genes: int, n_pairs: int) -> np.ndarray:
@@ -86,7 +86,8 @@ def read(folder: Path) -> None:
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{time.perf_counter() - started:.0f} s, {peak:,.0f} MiB at the most, links of {(folder / 'links.txt.gz').stat().st_size / 1e6:.0f} MB"
+        f"{time.perf_counter() - started:.0f} s, {peak:,.0f} MiB at the most, "
+        f"links of {(folder / 'links.txt.gz').stat().st_size / 1e6:.0f} MB"
     )
     print(pd.read_parquet(folder / "embedding.parquet").shape)
 

@@ -3,8 +3,8 @@
     python workflow_tests/benchmarks/set_gp_scale.py 230x2000 2000x8000 10000x8000
 
 Effects are single genes' alone, or with --doubles a third of them combinations, made of 60 directions, half of them
-told by gene vectors of 64 dimensions, with the sampling noise of 60 cells. Each size runs in a process of its own.
-Printed: seconds to learn and to answer 100 questions with their uncertainty, processor seconds, peak memory, and
+determined by gene vectors of 64 dimensions, with the sampling noise of 60 cells. Each size runs in a process of its
+own. Printed: seconds to learn and to answer 100 questions with their uncertainty, processor seconds, peak memory, and
 Pearson's r of the answers for genes that were held out, to see that something was learned.
 """
 
@@ -38,8 +38,8 @@ class Generated:
         rng = np.random.default_rng(0)
         names = [f"P{i:05d}" for i in range(n + HELD_OUT)]
         vectors = rng.normal(size=(len(names), DIMENSIONS))
-        told = vectors @ rng.normal(size=(DIMENSIONS, DIRECTIONS)) / np.sqrt(DIMENSIONS)
-        z = (told + rng.normal(size=told.shape)) * np.exp(0.5 * rng.normal(size=(len(names), 1)))
+        known_part = vectors @ rng.normal(size=(DIMENSIONS, DIRECTIONS)) / np.sqrt(DIMENSIONS)
+        z = (known_part + rng.normal(size=known_part.shape)) * np.exp(0.5 * rng.normal(size=(len(names), 1)))
         of_gene = z @ (rng.normal(size=(DIRECTIONS, n_genes)) * np.arange(1, DIRECTIONS + 1)[:, None] ** -0.5) * 0.05
         self.held_out, self.truth = names[n:], of_gene[n:]
         singles = n - n // 3 if doubles else n
@@ -61,8 +61,15 @@ class Generated:
         )
         ones = np.ones((len(labels), 1))
         self.rows = EffectRows(
-            labels, ["all"], ones, np.ones(1), np.full((1, n_genes), 0.5), values, np.eye(len(labels)) / CELLS + 1 / CONTROLS, np.full(n_genes, 0.1)
-        )  # fmt: skip
+            labels,
+            ["all"],
+            ones,
+            np.ones(1),
+            np.full((1, n_genes), 0.5),
+            values,
+            np.eye(len(labels)) / CELLS + 1 / CONTROLS,
+            np.full(n_genes, 0.1),
+        )
 
 
 def one(size: str, doubles: bool) -> None:

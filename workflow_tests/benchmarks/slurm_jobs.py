@@ -1,4 +1,4 @@
-"""Run the workflow on a SLURM of this machine and print its jobs, and those of a run that goes wrong, as tables in Markdown.
+"""Run the workflow on a SLURM of this machine and print its jobs as tables in Markdown, and those of a faulty run.
 
 python workflow_tests/benchmarks/slurm_jobs.py
 """

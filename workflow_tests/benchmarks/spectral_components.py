@@ -1,7 +1,7 @@
-"""Spectral components of a network of genes, with and without a regularized degree, beside vectors of the kind `ppi`.
+r"""Spectral components of a network of genes, with and without a regularized degree, beside vectors of the kind `ppi`.
 
-    python workflow_tests/benchmarks/spectral_components.py results/carpool results/norman_mini --edges edges.tsv.gz
-    --seeds 0 1
+    python workflow_tests/benchmarks/spectral_components.py results/carpool results/norman_mini --edges edges.tsv.gz \
+        --seeds 0 1
 
 All are of one network. Printed are on how many genes a component lies (median participation ratio), and squared errors
 on genes that inner folds over training genes hold out, in units of that of the mean effect. Held-out perturbations are

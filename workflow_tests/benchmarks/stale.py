@@ -1,8 +1,10 @@
-"""Random sequences of edits, deletions, damage, interruptions and copies, each run to the end and compared with a run from nothing.
+"""Random sequences of edits, deletions, damage, interruptions and copies.
+
+Each is run to the end and compared with a run from nothing.
 
     python workflow_tests/benchmarks/stale.py --sequences 200 --folder sequences
 
-The short form of this is `workflow_tests/test_sequences.py`. What is found is written to the folder as it is found;
+The short form of this is `workflow_tests/test_sequences.py`. Findings are written to the folder at once;
 started again, it goes on.
 """
 

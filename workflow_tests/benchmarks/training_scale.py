@@ -1,7 +1,7 @@
-"""Training and prediction of learned families at full size: seconds of the passes, of a step and of its data, and peak memory.
+r"""Training and prediction of learned families at full size: seconds of passes, of a step and its data, and memory.
 
-    python workflow_tests/benchmarks/training_scale.py --cells 20000 200000 --models scppdm jepa counterfactual
-    --predict 100 400
+    python workflow_tests/benchmarks/training_scale.py --cells 20000 200000 --models scppdm jepa counterfactual \
+        --predict 100 400
 
 makes files of the shape of pairs.h5ad (2,000 genes, chunks and compression as anndata writes them; without the layer of
 counts, which training does not read) and prints Markdown tables. Every measurement is a process of its own.
@@ -74,7 +74,7 @@ def _obs(n_cells: int, label: np.ndarray, rng: np.random.Generator) -> pd.DataFr
 
 
 def generate(folder: Path, n_cells: int, seed: int = 0) -> None:
-    """Write pairs.h5ad, embeddings.parquet and audit.json; cells come again from block to block, under other batches."""
+    """Write pairs.h5ad, embeddings.parquet and audit.json; blocks repeat the same cells under other batches."""
     rng = np.random.default_rng(seed)
     level = rng.lognormal(0, SPREAD, N_GENES)
     level *= UMI_PER_CELL / level.sum()
@@ -126,7 +126,7 @@ def generate(folder: Path, n_cells: int, seed: int = 0) -> None:
 
 
 def model_of(name: str, n_steps: int) -> tuple[str, dict]:
-    """Return implementation and params of a model of the registry; `name:counts` and `name:pca` have that latent space."""
+    """Return implementation and params of a model; `name:counts` and `name:pca` have that latent space."""
     name, _, latent = name.partition(":")
     config: dict = {
         "select": {"datasets": ["renge2023"], "splits": ["unseen_perturbation"], "models": [name], "seeds": [0]}
@@ -213,7 +213,10 @@ def predict_here(folder: Path, name: str, n_steps: int, threads: int, max_cells:
 
 
 def read_here(folder: Path) -> None:
-    """Draw batches of 256 rows of X from runs of 256 cells, as the latent space of counts does, and with scDataset; print rows per second."""
+    """Print rows per second of batches of 256 rows of X from runs of 256 cells.
+
+    They are sampled as the latent space of counts does, and with scDataset.
+    """
     from scdataset import BlockShuffling, scDataset
 
     from perturbflow.models.latents.vae import N_RUNS, RUN

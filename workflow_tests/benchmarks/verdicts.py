@@ -1,15 +1,15 @@
-"""Print scores and verdicts of two versions of the workflow beside one another.
+r"""Print scores and verdicts of two versions of the workflow beside one another.
 
-    python workflow_tests/benchmarks/verdicts.py --before ../before/results --now results python
-    workflow_tests/benchmarks/verdicts.py --before before/* --now now/* --before-without fewer_before/* --now-without
-    fewer_now/*
+    python workflow_tests/benchmarks/verdicts.py --before ../before/results --now results
+    python workflow_tests/benchmarks/verdicts.py --before before/* --now now/* --before-without fewer_before/* \
+        --now-without fewer_now/*
 
 Folders hold the tables of runs with the same configurations, those of several runs are put together. Per screen, split
 and model: `pearson_delta_ctrl` before and now, with the perturbed gene, and `pearson_delta_ctrl_off_target` now,
 without it (means over seeds; 95 % intervals over perturbations). Then both verdicts with the sizes of what was won and
 lost, intervals in brackets: before in the units of the metric, now in percent of the way from no change to the ceiling.
 Then how often each verdict was given, to all models. With --before-without and --now-without, the same runs that list
-fewer models: which headline metrics can tell there and cannot here, or the other way round.
+fewer models: which headline metrics distinguish there and not here, or the other way round.
 """
 
 import argparse
@@ -125,13 +125,13 @@ def changed(more: pd.DataFrame, fewer: pd.DataFrame, column: str, by: list[str])
 
 
 def telling(calibration: pd.DataFrame) -> pd.DataFrame:
-    """Return per headline metric whether it tells: one of the positive controls beats every negative one, as verdicts have it."""
+    """Return per headline metric whether it distinguishes: a positive reference beats every negative one."""
     headline = calibration[calibration["headline"]]
     beaten = (headline["verdict"] == "tells").groupby(
         [headline[name] for name in ("dataset", "split", "metric", "positive")], sort=False
     )
-    tells = beaten.all().groupby(level=["dataset", "split", "metric"], sort=False).any()
-    return tells.map({True: "tells", False: "cannot tell"}).rename("verdict").reset_index()
+    distinguishes = beaten.all().groupby(level=["dataset", "split", "metric"], sort=False).any()
+    return distinguishes.map({True: "tells", False: "cannot tell"}).rename("verdict").reset_index()
 
 
 def main() -> None:
@@ -150,12 +150,13 @@ def main() -> None:
         if not folders:
             continue
         fewer = tables_of(folders)
-        said = changed(
+        changes = changed(
             telling(both[when]["calibration"]), telling(fewer["calibration"]), "verdict", ["dataset", "split", "metric"]
         )
-        print(f"* {when}: of headline metrics another power to tell, {said}")
+        print(f"* {when}: of headline metrics another power to distinguish, {changes}")
         print(
-            f"* {when}: of models another verdict, {changed(both[when]['verdicts'], fewer['verdicts'], 'verdict', KEYS)}"
+            f"* {when}: of models another verdict, "
+            f"{changed(both[when]['verdicts'], fewer['verdicts'], 'verdict', KEYS)}"
         )
 
 

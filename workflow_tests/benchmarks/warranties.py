@@ -1,7 +1,7 @@
-"""Warranties of trained models, and how often a search finds what was done.
+r"""Warranties of trained models, and how often a search finds what was done.
 
-    python workflow_tests/benchmarks/warranties.py results renge2023/unseen_context carpool/unseen_combination --models
-    counterfactual scppdm_hybrid
+    python workflow_tests/benchmarks/warranties.py results renge2023/unseen_context carpool/unseen_combination \
+        --models counterfactual scppdm_hybrid
 
 The first table is read from warranty.json of all seeds. The second asks: given one half of the cells of a held-out
 perturbation as the target, at which place among all perturbations of the screen does the model rank it? Asked of
@@ -12,6 +12,7 @@ perturbations, and the share in the best tenth with its exact 95 % interval.
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -53,22 +54,36 @@ def warranty_row(place: str, model: str, shown: list[dict]) -> dict[str, object]
     def agreed(kind: str) -> str:
         return f"{interval(of('agreement', kind, 'model'))} of {np.nanmean(of('agreement', kind, 'ceiling')):.3f}"
 
+    def mean_of(value: Callable[[dict], float]) -> str:
+        return f"{np.mean([value(warranty) for warranty in shown]):.2f}"
+
     target = shown[0]["on_target"]
     return {
-        "screen, split": place, "model": model, "seeds": len(shown), "held-out measurements": shown[0]["coverage"][0]["n_calibration"],
-        "tested on": shown[0]["coverage"][0]["n_test"], "in 80 %": interval(of("coverage_80")), "in 90 %": interval(of("coverage_90")),
+        "screen, split": place,
+        "model": model,
+        "seeds": len(shown),
+        "held-out measurements": shown[0]["coverage"][0]["n_calibration"],
+        "tested on": shown[0]["coverage"][0]["n_test"],
+        "in 80 %": interval(of("coverage_80")),
+        "in 90 %": interval(of("coverage_90")),
         "no change's": interval(of("coverage_of_floors_90", "no_change")),
-        "width, no change = 1": f"{np.mean([c['coverage'][-1]['relative_width']['no_change']['mean'] for c in shown]):.2f}",
-        "agreement, whole": agreed("whole"), "the mean effect": interval(of("agreement", "whole", "perturbed_mean")),
-        "agreement, specific": agreed("specific"), "verdict": "; ".join(dict.fromkeys(c["verdict"] for c in shown)),
+        "width, no change = 1": mean_of(lambda c: c["coverage"][-1]["relative_width"]["no_change"]["mean"]),
+        "agreement, whole": agreed("whole"),
+        "the mean effect": interval(of("agreement", "whole", "perturbed_mean")),
+        "agreement, specific": agreed("specific"),
+        "verdict": "; ".join(dict.fromkeys(c["verdict"] for c in shown)),
         "placebo, % called at 5": " to ".join(
-            f"{100 * np.mean([c['placebo'][key] for c in shown]):.1f}" for key in ("share_called_low", "share_called_high")
+            f"{100 * np.mean([c['placebo'][key] for c in shown]):.1f}"
+            for key in ("share_called_low", "share_called_high")
         ),
-        "discoveries": f"{sum(c['placebo']['repeats_with_discoveries'] for c in shown)} of {sum(c['placebo']['repeats'] for c in shown)}",
+        "discoveries": f"{sum(c['placebo']['repeats_with_discoveries'] for c in shown)} of "
+        f"{sum(c['placebo']['repeats'] for c in shown)}",
         "identity": f"{max(c['identity'] for c in shown):.1g}",
-        "on target": f"{np.mean([c['on_target']['same_sign'] for c in shown]):.2f} of {target['n']} (halves {target['same_sign_of_halves']:.2f})"
-        if target["n"] else "–",
-    }  # fmt: skip
+        "on target": f"{mean_of(lambda c: c['on_target']['same_sign'])} of {target['n']} "
+        f"(halves {target['same_sign_of_halves']:.2f})"
+        if target["n"]
+        else "–",
+    }
 
 
 def places(folder: Path, pairs: Pairs) -> dict[str, float]:
@@ -114,7 +129,8 @@ def main() -> None:
             shown = [read_json(folder / "warranty.json") for folder in folders if (folder / "warranty.json").is_file()]
             if not shown:
                 sys.exit(
-                    f"{arguments.results / place / model} holds no seed_*/warranty.json: run the target `counterfactuals` with this model first."
+                    f"{arguments.results / place / model} holds no seed_*/warranty.json: run the target "
+                    "`counterfactuals` with this model first."
                 )
             warranties.append(warranty_row(place, model, shown))
             if arguments.search is not None and model not in arguments.search:
@@ -127,10 +143,14 @@ def main() -> None:
             low, high = share_interval(share, np.array([len(of_seeds)]))
             searches.append(
                 {
-                    "screen, split": place, "model": model, "perturbations": len(of_seeds), "candidates": len(pairs.perturbations),
-                    "mean place": interval(of_seeds.to_numpy()), "in the best tenth": f"{share[0]:.2f} ({low[0]:.2f}, {high[0]:.2f})",
+                    "screen, split": place,
+                    "model": model,
+                    "perturbations": len(of_seeds),
+                    "candidates": len(pairs.perturbations),
+                    "mean place": interval(of_seeds.to_numpy()),
+                    "in the best tenth": f"{share[0]:.2f} ({low[0]:.2f}, {high[0]:.2f})",
                 }
-            )  # fmt: skip
+            )
     print(markdown_of(pd.DataFrame(warranties)), "\n")
     if searches:
         print(markdown_of(pd.DataFrame(searches)))

@@ -108,8 +108,8 @@ def _summary_of_seed(panel: Panel, families: dict[str, str], s: int) -> pd.DataF
 def summarize(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
     """Return one row per model × seed × metric: the mean over perturbations, raw and scaled, with 95 % intervals.
 
-    scaled_{b}_{r} is s = (u − b)/(r − b) on mean losses, over the perturbations for which all three are defined, of one
-    seed. 0 is as good as b, 1 as good as r; it is never clipped. It is NaN where b or r is not among the runs, or
+    scaled_{b}_{r} is s = (u − b)/(r − b) on mean losses, over the perturbations for which all three are defined, of
+    one seed. 0 is as good as b, 1 as good as r; it is never clipped. It is NaN where b or r is not among the runs, or
     r is not shown to be better than b: then there is no scale. scaled_ci_low and scaled_ci_high belong to the pair
     PRIMARY.
     """

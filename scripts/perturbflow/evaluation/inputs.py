@@ -31,7 +31,7 @@ N_COMPONENTS = 50
 MAX_CELLS_OF_DISTANCE = 1000
 TESTED_CPM = 5.0
 LFC_OFFSET = 1e-9
-NEEDS = frozenset({"pseudobulk", "counts", "de", "cells"})  # what a metric may be computed from
+NEEDS = frozenset({"pseudobulk", "counts", "de", "cells"})  # data that a metric may be computed from
 
 
 class Predictions:
@@ -262,8 +262,8 @@ def _check_table(predictions: ad.AnnData, genes: list[str]) -> None:
     if found != genes:
         missing, strange = [sorted(set(these) - set(others)) for these, others in ((genes, found), (found, genes))]
         differences = [
-            f"{len(them)} {what} ({', '.join(them[:5])})"
-            for them, what in ((missing, "missing"), (strange, "unknown"))
+            f"{len(them)} {fault} ({', '.join(them[:5])})"
+            for them, fault in ((missing, "missing"), (strange, "unknown"))
             if them
         ]
         raise InputError(
@@ -281,7 +281,7 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = 
     Parameters
     ----------
     predictions
-        predictions.h5ad, in memory or backed by its file. uns["perturbflow"]["role"] says which cells are the truth
+        predictions.h5ad, in memory or backed by its file. uns["perturbflow"]["role"] names the cells that are the truth
         (test where it is silent).
     cells
         All cells of pairs.h5ad, in memory or opened.

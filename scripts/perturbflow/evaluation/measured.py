@@ -74,7 +74,7 @@ class Measured:
         is_kept = self.is_control | (is_scored & (half == "b"))
         is_kept[of_pca] = True
 
-        # Sums are taken over groups: training controls by stratum, perturbed cells by label and by what they are to us.
+        # Sums are taken over groups: training controls by stratum, perturbed cells by label and by use.
         keys = pd.DataFrame(
             {
                 "perturbation": pd.Categorical(cells.labels),

@@ -48,7 +48,7 @@ def add_sums(total: np.ndarray, X: sparse.csr_matrix, group: np.ndarray) -> None
 
 @dataclass(frozen=True)
 class Spread:
-    """Sampling variance of a mean profile P, and its covariance with ΣP: what the variance of a bulk is made of."""
+    """Sampling variance of a mean profile P, and its covariance with ΣP: both make the variance of a bulk."""
 
     variance: np.ndarray
     covariance: np.ndarray

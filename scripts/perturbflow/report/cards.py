@@ -1,4 +1,4 @@
-"""What was run: the models as every section shows them, and where the files of a run stand."""
+"""Cards of the models, as every section shows them, and the places of the files of a run."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

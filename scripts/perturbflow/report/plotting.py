@@ -44,7 +44,7 @@ class Plots:
     section
         Prefix of the ids within the figures: ids are unique on a page.
     bytes_left
-        What the section may still take.
+        The room that the section still has.
     n_plotted, n_left_out
         Figures so far.
     """

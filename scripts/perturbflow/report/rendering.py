@@ -1,4 +1,4 @@
-"""Templates to pages: what they are put together from, and how names and values are written in them."""
+"""Templates to pages: their parts, and how names and values are written in them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from perturbflow.report.plotting import interval, number, signed
 
 FOLDER = Path(__file__).parent
 PARTS = ("head.html", "style.html", "tables.html", "screen_section.html")
-"""What pages share: their head and style, the script that sorts and filters tables, and the section on one screen."""
+"""Parts that pages share: head and style, the script that sorts and filters tables, and the section on a screen."""
 
 
 def _words(name: str) -> Markup:

@@ -16,7 +16,7 @@ from perturbflow.pairs import Pairs
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.plotting import INK, STYLE, Plots, new_axes, number
 
-# What the page holds of this section, besides its bytes of figures.
+# Bounds of this section, besides its bytes of figures.
 LEARNED_MODELS_OF_EFFECTS = 5
 LABELLED_GENES = 5
 VECTOR_POINTS = 400  # more points than this are plotted as pixels: they would be most of the page

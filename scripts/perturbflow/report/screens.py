@@ -158,12 +158,22 @@ class _Panel(NamedTuple):
     n: int
 
 
-def _panels(account: dict, table: pd.DataFrame) -> list[_Panel]:
-    """Return the figures of a screen, given quality.json and quality.tsv."""
-    batches = pd.DataFrame(account["batches"])
+def _batches_panel(batches: pd.DataFrame) -> _Panel:
+    """Return the figure of the batches × cell types of a screen, the largest first."""
     by_size = batches.assign(n=batches["controls"] + batches["perturbed"])
     by_size = by_size.sort_values("n", ascending=False, kind="stable").head(BATCHES)
-    n_without = (batches["controls"] == 0).sum()
+    return _Panel(
+        f"Cells per batch × cell type{f', the largest {BATCHES}' if len(batches) > BATCHES else ''}",
+        f"{(batches['controls'] == 0).sum()} of {len(batches)} batches × cell types hold no controls; "
+        f"perturbed cells: {_quantiles(batches['perturbed'])}.",
+        _batches_figure,
+        by_size,
+        len(by_size),
+    )
+
+
+def _panels(account: dict, table: pd.DataFrame) -> list[_Panel]:
+    """Return the figures of a screen, given quality.json and quality.tsv."""
     multiplicity = account["cells_by_n_perturbations"]
     n_cells, escaping = table["n_cells"], table["escaping"].dropna().to_numpy()
     own, tested = (_spread(table, column) for column in ("ratio", "energy_distance"))
@@ -175,14 +185,7 @@ def _panels(account: dict, table: pd.DataFrame) -> list[_Panel]:
             n_cells.to_numpy(),
             len(table),
         ),
-        _Panel(
-            f"Cells per batch × cell type{f', the largest {BATCHES}' if len(batches) > BATCHES else ''}",
-            f"{n_without} of {len(batches)} batches × cell types hold no controls; perturbed cells: "
-            f"{_quantiles(batches['perturbed'])}.",
-            _batches_figure,
-            by_size,
-            len(by_size),
-        ),
+        _batches_panel(pd.DataFrame(account["batches"])),
         _Panel(
             "Perturbations per cell",
             "; ".join(f"{n} perturbations: {size:,} cells" for n, size in multiplicity.items()) + ".",
@@ -215,7 +218,7 @@ def _panels(account: dict, table: pd.DataFrame) -> list[_Panel]:
 
 
 def screen_section(path: Path, plots: Plots, n_rows: int) -> dict[str, Any]:
-    """Return what the section on one screen holds.
+    """Return the content of the section on one screen.
 
     Parameters
     ----------

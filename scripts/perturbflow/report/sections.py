@@ -114,7 +114,7 @@ def complaints(runs: dict[tuple, dict]) -> list[tuple[tuple, str]]:
 
 
 def _curves(history: list[dict]) -> dict[str, dict[str, Points]]:
-    """Return quantity → training or validation → points; steps are a row's `step`, else `epoch`, else its number."""
+    """Return quantity → training or validation → points; a step is `step`, else `epoch`, else the row's number."""
     curves: dict[str, dict[str, Points]] = {}
     for i, row in enumerate(history):
         step = row.get("step", row.get("epoch", i))
@@ -152,7 +152,7 @@ def _curve_figure(of_seeds: list[dict[str, Points]], card: ModelCard) -> Figure:
 
 
 def _notes(curves: list[dict[str, dict[str, Points]]], card: ModelCard) -> list[str]:
-    """Return, per stage of a model's training, whether its trainings learned by heart and what the loss means."""
+    """Return, per stage of a model's training, whether its trainings learned by heart, and the meaning of the loss."""
     notes = []
     for name in dict.fromkeys(name for by_name in curves for name in by_name if name.split(": ")[-1] == "loss"):
         stage = name.removesuffix("loss").removesuffix(": ")
