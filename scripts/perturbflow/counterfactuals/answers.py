@@ -21,7 +21,7 @@ from perturbflow.genes.symbols import CONTROL, entities_of, entity_of, members_o
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, read_json
 from perturbflow.models.base import Model, build
-from perturbflow.models.calibration import Calibration, Scale, case_of
+from perturbflow.models.calibration import Calibration, Scale, novelty_of
 from perturbflow.pairs import Context, Pairs
 from perturbflow.progress import Progress
 
@@ -74,7 +74,7 @@ class Known:
     words
         In words.
     case
-        One of `conformal.CASES`.
+        One of `calibration.NOVELTIES`.
     distance
         Of its unseen gene (the farthest, of several) to the nearest training gene, in units of the median distance of training genes to their nearest;
         0 where all genes were seen, NaN for a gene without a vector.
@@ -112,7 +112,7 @@ class Knowledge:
         if label == CONTROL:
             return Known("no perturbation", "measured", 0.0)
         asked = self.asked if asked is None else asked
-        case = case_of(label, self.labels, set(self.seen))
+        case = novelty_of(label, self.labels, set(self.seen))
         where, is_elsewhere = self.places.words(label, asked), self.places.is_elsewhere(label, asked)
         unseen = [gene for gene in entities_of(label) if gene not in self.seen]
         if not unseen:
@@ -242,7 +242,7 @@ def effect_table(
     warranty: dict,
 ) -> pd.DataFrame:
     """Return one row per group of cells × gene, strongest first, see `counterfactual`; no interval where the warranty checked no such answer."""
-    own = calibration.for_case(answer.known.case)
+    own = calibration.for_novelty(answer.known.case)
     reach = (
         own.reach(LEVEL) * scale.at(own.typical_sampling, answer.uncertainty)
         if own.labels and answer.label != CONTROL

@@ -30,7 +30,7 @@ from perturbflow.genes.symbols import CONTROL, entities_of
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, write_json
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.calibration import Calibration, Scale, case_of, measured_by
+from perturbflow.models.calibration import Calibration, Scale, measured_by, novelty_of
 from perturbflow.models.closed_form.baselines import NoChange, PerturbedMean
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
@@ -71,7 +71,7 @@ def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) ->
     if labels:
         known = set(effects.labels), set(effects.entities)
         found += Calibration.of(
-            labels, [case_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in progressed(labels, "validation perturbations")]),
+            labels, [novelty_of(label, *known) for label in labels], np.stack([asked_effect(model, validation, label, seed) for label in progressed(labels, "validation perturbations")]),
             np.stack([validation.effect_of(label) for label in labels]), [measured_by(validation, label) for label in labels], scale, pairs.genes,
             [model.uncertainty(label, validation.context_of(validation.cells_of(label))) for label in labels],
         )  # fmt: skip
@@ -175,9 +175,9 @@ def held_to_test(
             test.effect_of(label),
             _halves(test, label),
         )
-        case = case_of(label, *seen)
+        case = novelty_of(label, *seen)
         kept = ~np.isin(test.genes, entities_of(label))
-        own = {name: calibration.for_case(case) for name, calibration in calibrations.items()}
+        own = {name: calibration.for_novelty(case) for name, calibration in calibrations.items()}
         if case not in relative:
             relative[case] = {level: relative_widths(own, level) for level in NOMINAL}
         row: dict[str, Any] = {"perturbation": label, "case": case}
@@ -317,7 +317,7 @@ def warranty(
         "identity": identity(family, controls, seed),
         "placebo": placebo(family, test, seed),
         "calibrated_on": {
-            label: sorted({c for other, c in zip(found.labels, found.cases, strict=True) if other == label})
+            label: sorted({c for other, c in zip(found.labels, found.novelties, strict=True) if other == label})
             for label in found.labels
         },
     }

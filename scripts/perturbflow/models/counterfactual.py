@@ -219,8 +219,8 @@ class StateSpace(LatentSpace):
     def spanned(cls, training: Pairs, effects: Effects, most: int) -> "StateSpace":
         """Span states and effects of training cells, in at most so many dimensions."""
         states = States.fit(training, max(1, most // 2))
-        moved = effect_directions(effects, most - len(states.reliability))
-        basis = np.linalg.qr(np.hstack([states.basis, moved]))[0]
+        of_effects = effect_directions(effects, most - len(states.reliability))
+        basis = np.linalg.qr(np.hstack([states.basis, of_effects]))[0]
         sums, squares = np.zeros((2, basis.shape[1]))
         for _, X in training.blocks():
             z = X @ basis - states.mean @ basis
@@ -284,15 +284,15 @@ class Velocity(nn.Module):
         t = torch.rand(len(start), device=start.device)
         path = torch.lerp(start, batch.target, t[:, None]) + self.bridge_noise * torch.randn_like(start)
         shift = self.shift(self.gene_encoder(batch.genes).sum(dim=1))
-        moved = batch.target - start
-        velocity = nn.functional.mse_loss(self(path, t, batch.genes), moved)
-        return {"loss": velocity + nn.functional.mse_loss(shift, moved), "velocity": velocity}
+        difference = batch.target - start
+        velocity = nn.functional.mse_loss(self(path, t, batch.genes), difference)
+        return {"loss": velocity + nn.functional.mse_loss(shift, difference), "velocity": velocity}
 
 
 class Counterfactual(LearnedModel):
     """Flow from control to perturbed cells, cell by cell."""
 
-    cells_per_draw = 64
+    cells_together = 64
     params: CounterfactualParams
     net: Velocity
 

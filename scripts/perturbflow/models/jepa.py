@@ -47,7 +47,7 @@ from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.set_gp import FitMean
 from perturbflow.models.latents.pca import Latent
-from perturbflow.models.latents.vae import WIDTH, Cells, DrawnCells, NetworkLatent, negative_binomial
+from perturbflow.models.latents.vae import WIDTH, Cells, CellSampler, NetworkLatent, negative_binomial
 from perturbflow.models.learned import LearnedModel, Response, unseen_among
 from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.training.batches import N_WATCHED, WATCHED, Batch, Batches, PairedCells, encoded
@@ -283,7 +283,7 @@ class Recipe:
         """Return how a stage's network is optimized."""
         return Learner(network, seed, n_steps, self.optimization, stops=self.stops)
 
-    def trained(self, run: Run, network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
+    def trained(self, run: Run, network: nn.Module, cells: CellSampler, n_steps: int, stage: str) -> nn.Module:
         """Return the averaged network after its training; what was watched goes into the run's history, and what is wrong into its facts."""
         own = replace(run, checkpoints=run.checkpoints / stage, history=[], facts={})
         learner = self.learner(network, run.seed, n_steps)
@@ -293,7 +293,7 @@ class Recipe:
         }
         return learner.average.module.cpu().eval()
 
-    def trained_briefly(self, seed: int, network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
+    def trained_briefly(self, seed: int, network: nn.Module, cells: CellSampler, n_steps: int, stage: str) -> nn.Module:
         """Return the same without checkpoints and history; watched at its end alone, and not trained at all if the embedding does not ask for it."""
         if stage == "stage_c" and self.params.self_supervised:
             return network
@@ -310,7 +310,7 @@ class Recipe:
 
 
 # Trains the network of a stage: from the network, cells to draw from, steps and the stage's name.
-Optimized = Callable[[nn.Module, DrawnCells, int, str], nn.Module]
+Optimized = Callable[[nn.Module, CellSampler, int, str], nn.Module]
 
 
 class JepaLatent(NetworkLatent):
@@ -341,7 +341,7 @@ class JepaLatent(NetworkLatent):
 
     @classmethod
     def _learned(cls, training: Pairs, seed: int, recipe: Recipe, optimized: Optimized) -> "JepaLatent":
-        cells, n_genes, params = DrawnCells(training.X), training.X.shape[1], recipe.params
+        cells, n_genes, params = CellSampler(training.X), training.X.shape[1], recipe.params
         torch.manual_seed(seed)
         encoder = Encoder(n_genes, params.n_latent)
         encoder.fit_scale(training)
@@ -400,9 +400,9 @@ class JepaLatent(NetworkLatent):
         """Return the same embedding with an effect map fitted to the same cells and to these perturbations, see `shared_map`."""
         return JepaLatent(self.network, shared_map(*self._of_cells, shifts, effects))
 
-    def mean_change(self, moved: np.ndarray) -> np.ndarray:
+    def mean_change(self, shifts: np.ndarray) -> np.ndarray:
         """Return mean shift · M, (genes,)."""
-        return moved.mean(axis=0) @ self.effect_map
+        return shifts.mean(axis=0) @ self.effect_map
 
 
 # --- stage B: predictor -------------------------------------------------------------------------------------------------
@@ -515,15 +515,15 @@ class Predictor(nn.Module):
         start, target, genes, group = (
             getattr(batch, name)[is_perturbed] for name in ("start", "target", "genes", "group")
         )
-        groups, told = CellGroups(group), torch.full((len(start),), not self.is_withheld, device=start.device)
+        groups, has_action = CellGroups(group), torch.full((len(start),), not self.is_withheld, device=start.device)
         predicted = {
-            "right": self.predicted(start, genes, told)[0],
-            "null": self.predicted(start, genes, torch.zeros_like(told))[0],
+            "right": self.predicted(start, genes, has_action)[0],
+            "null": self.predicted(start, genes, torch.zeros_like(has_action))[0],
         }
         watched = {}
         actions, action = genes.unique(dim=0, return_inverse=True)
         if len(actions) > 1:
-            predicted["wrong"] = self.predicted(start, actions[(action + 1) % len(actions)], told)[0]
+            predicted["wrong"] = self.predicted(start, actions[(action + 1) % len(actions)], has_action)[0]
             shift, of_actions = predicted["right"] - start, CellGroups(action)
             between = of_actions.mean(shift)[of_actions.member] - shift.mean(dim=0)
             watched = {
@@ -584,8 +584,8 @@ def separability(pairs: Pairs, latent: Latent, seed: int) -> dict[str, dict[str,
                 ("knn", KNeighborsClassifier(N_NEIGHBOURS)),
             ):
                 folds = StratifiedKFold(N_FOLDS, shuffle=True, random_state=0)
-                told = cross_val_predict(make_pipeline(StandardScaler(), classifier), z, labels[rows], cv=folds)
-                found[column][f"{space}_{name}"] = round(float(balanced_accuracy_score(labels[rows], told)), 4)
+                predicted = cross_val_predict(make_pipeline(StandardScaler(), classifier), z, labels[rows], cv=folds)
+                found[column][f"{space}_{name}"] = round(float(balanced_accuracy_score(labels[rows], predicted)), 4)
     return found
 
 
@@ -599,7 +599,7 @@ ROWS_AT_ONCE = 2**16  # cells that what is borrowed is the mean over
 class Jepa(LearnedModel):
     """Embedding, predictor and decoder."""
 
-    cells_per_draw = 16
+    cells_together = 16
     params: JepaParams
     latent: JepaLatent
     net: Predictor

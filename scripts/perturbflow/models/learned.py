@@ -60,7 +60,7 @@ class LearnedModel(Model):
 
     params: NetworkParams
     reads_blocks = True
-    cells_per_draw: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
+    cells_together: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
     stops_when_broken: bool = True  # whether a network that complains of itself ends the training
     learns_residuals: bool = False  # whether the network sees targets minus the mean effect of their perturbation
 
@@ -104,7 +104,7 @@ class LearnedModel(Model):
     def training_cells(self, pairs: Pairs, z: Tensor, conditions: Conditions, seed: int) -> PairedCells:
         """Return matched cells to sample batches from; z are their latent coordinates, (cells, dimensions)."""
         of = self.params
-        shares = (of.control_share, of.synthetic_share, of.shifted_share, self.cells_per_draw)
+        shares = (of.control_share, of.synthetic_share, of.shifted_share, self.cells_together)
         return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals)
 
     def network_means(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
@@ -258,7 +258,7 @@ class LearnedModel(Model):
         row = {gene: i for i, gene in enumerate(self.genes)}
         for gene in map(entity_of, unseen_among(members_of(perturbation), self.seen)):
             if gene in row:
-                change[row[gene]] += self.own_gene.shift(float(population[:, row[gene]].mean()))
+                change[row[gene]] += self.own_gene.effect(float(population[:, row[gene]].mean()))
         return change
 
     def network_means_heard(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray] | None:

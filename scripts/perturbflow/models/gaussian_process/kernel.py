@@ -132,7 +132,7 @@ STRENGTH = 0.25  # power of the squared norm of a gene's effect that its strengt
 LEAST_STRENGTH = 0.1  # of the median
 DOSE_WIDTH = 0.5  # decades
 N_FEATURES = 10  # directions in which combinations are compared
-N_DRAWS = 32  # genes that stand for one never measured alone
+N_SAMPLES = 32  # genes that stand for one never measured alone
 LEAST_COMBINATIONS = 6  # with fewer there is no interaction
 LEAST_GENES = 4  # with a vector: with fewer, a source says nothing
 
@@ -415,8 +415,8 @@ class SetKernel:
         A label with a member never measured alone has as many rows as members stand for it.
         """
         F, n_known = self.state["features"], len(self.known)
-        draws = (
-            np.random.default_rng(0).permuted(np.tile(np.arange(n_known), (8, 1)), axis=1)[:, :N_DRAWS]
+        samples = (
+            np.random.default_rng(0).permuted(np.tile(np.arange(n_known), (8, 1)), axis=1)[:, :N_SAMPLES]
             if n_known
             else np.zeros((8, 0), int)
         )
@@ -427,10 +427,10 @@ class SetKernel:
                 continue
             nearest = [self.doses.nearest(member) for member in members]
             unknown = nearest.count(None)
-            stand_ins = itertools.cycle(draws)
+            stand_ins = itertools.cycle(samples)
             of = np.stack(
                 [
-                    F[[self.known[name]]].repeat(draws.shape[1] if unknown else 1, axis=0)
+                    F[[self.known[name]]].repeat(samples.shape[1] if unknown else 1, axis=0)
                     if name
                     else F[next(stand_ins)]
                     for name in nearest

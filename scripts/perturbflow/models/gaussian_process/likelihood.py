@@ -53,13 +53,13 @@ class Directions:
     def around(self, found: "Directions", directions: np.ndarray) -> "Directions":
         """Return starts that are what was found for some directions, and for the others have its mean change of τ."""
         means = self.means + (found.means - self.means[:, directions]).mean(axis=1, keepdims=True)
-        moved = Directions(self.signal.copy(), self.noise.copy(), means)
-        moved.signal[directions], moved.noise[directions], moved.means[:, directions] = (
+        around = Directions(self.signal.copy(), self.noise.copy(), means)
+        around.signal[directions], around.noise[directions], around.means[:, directions] = (
             found.signal,
             found.noise,
             found.means,
         )
-        return moved
+        return around
 
 
 class Diagonal:

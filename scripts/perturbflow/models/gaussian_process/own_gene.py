@@ -40,12 +40,12 @@ class OwnGene:
         targets = [(pairs.control_level[row[gene]], effect[row[gene]]) for gene, effect in single if gene in row]
         if len(targets) < LEAST_TARGETS:
             return cls(np.zeros(2))
-        level, moved = np.array(targets).T
+        level, effect = np.array(targets).T
         design = np.column_stack([np.ones_like(level), level])
         penalty = RIDGE * len(level) * np.diag([0.1, max(level.var(), 1e-6)])
-        return cls(np.linalg.solve(design.T @ design + penalty, design.T @ moved))
+        return cls(np.linalg.solve(design.T @ design + penalty, design.T @ effect))
 
-    def shift(self, level: float) -> float:
+    def effect(self, level: float) -> float:
         """Return the expected effect on a gene of this control level; no gene falls below zero."""
         return max(float(self.coefficients @ [1.0, level]), -level)
 
@@ -92,7 +92,7 @@ class OwnLevels:
             effects, weights = np.array(measured).T
             values.append(np.average(effects, weights=weights))
             variances.append(rows.variance[training.row[gene]] / weights.sum())
-            left.append((values[-1] - own.shift(float(level[training.row[gene]]))) ** 2 - variances[-1])
+            left.append((values[-1] - own.effect(float(level[training.row[gene]]))) ** 2 - variances[-1])
         spread = max(float(np.mean(left)), 0.0) if left else 0.0
         levels = cls(
             np.array(list(found), dtype=str), np.array(values), np.array(variances), own.coefficients, spread, level
@@ -134,7 +134,7 @@ class OwnLevels:
         if len(place := np.flatnonzero(self.genes == gene)):
             return float(self.values[place[0]]), float(self.variances[place[0]])
         level = self.level if context is None else context.level
-        return OwnGene(self.coefficients).shift(float(level[column])), self.spread
+        return OwnGene(self.coefficients).effect(float(level[column])), self.spread
 
     def arrays(self) -> Artefact:
         """Return what is to be stored."""

@@ -64,7 +64,7 @@ import numpy as np
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import entities_of, members_of
 from perturbflow.models.base import Artefact, Run
-from perturbflow.models.closed_form.base import MeanShift, TrainingSet
+from perturbflow.models.closed_form.base import ClosedForm, TrainingSet
 from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel, places_of
 from perturbflow.models.gaussian_process.likelihood import Directions, Problem
 from perturbflow.models.gaussian_process.own_gene import OwnLevels
@@ -84,7 +84,7 @@ LEAST_HELD_OUT = 20  # perturbations, to judge another model's means by
 FitMean = Callable[[TrainingSet, np.ndarray], Callable[[str], np.ndarray]]
 
 
-class SetGP(MeanShift):
+class SetGP(ClosedForm):
     """One Gaussian process over sets of perturbed genes in contexts: own effects, vectors, interactions and doses.
 
     It gives learned models their mean, too, and intervals their scale. The head of its module is a page of maths.
@@ -114,24 +114,31 @@ class SetGP(MeanShift):
         asked = Questions(rows.labels, rows.shares, np.zeros(len(rows.contexts)))
         self.out_of_fold = self.out_of_fold or _out_of_fold(self.other_means, training)
         root_h, h = kernel.strength_of(rows.labels)
-        orders = np.array([len(members_of(label)) for label in rows.labels])
-        mean_orders = np.array([orders[kind].mean() if kind.any() else 0.0 for kind in (orders == 1, orders > 1)])
-        M = _columns(orders, root_h, mean_orders, [_said(said, rows.labels, V) for said in self.out_of_fold.values()])
-        n_means = int((mean_orders > 0).sum())
+        n_members = np.array([len(members_of(label)) for label in rows.labels])
+        mean_n_members = np.array(
+            [n_members[kind].mean() if kind.any() else 0.0 for kind in (n_members == 1, n_members > 1)]
+        )
+        M = _columns(
+            n_members,
+            root_h,
+            mean_n_members,
+            [_in_directions(predicted, rows.labels, V) for predicted in self.out_of_fold.values()],
+        )
+        n_means = int((mean_n_members > 0).sum())
         problem = Problem(kernel, asked, rows.sampling / unit, Y, M, h, _starts(Y, noise, M.shape[2], n_means), n_means)
-        telling = _telling(Y, noise)
-        weights, found = problem.part(_learned_from(rows.labels, training.seed), telling).learned(kernel.weights)
+        informative = _informative(Y, noise)
+        weights, found = problem.part(_learned_from(rows.labels, training.seed), informative).learned(kernel.weights)
         data = problem.diagonal(weights)
-        of = Problem.conditioned(data, problem.start.around(found, telling))
+        of = Problem.conditioned(data, problem.start.around(found, informative))
         solved = data.solved(of)
         return {
             **{f"kernel.{name}": value for name, value in kernel.state.items()}, **{f"own.{name}": value for name, value in own.arrays().items()},
-            "weights": weights.values, "V": V, "labels": np.array(rows.labels, dtype=str), "shares": rows.shares, "mean_orders": mean_orders,
+            "weights": weights.values, "V": V, "labels": np.array(rows.labels, dtype=str), "shares": rows.shares, "mean_n_members": mean_n_members,
             "alpha": data.T @ (solved.p * np.exp(of.signal)), "beta": solved.beta, "B": solved.B, "signal": np.exp(of.signal),
             "T": data.T.astype(np.float32), "inverse": solved.inverse.astype(np.float32), "scaled": solved.scaled.astype(np.float32),
             "genes": np.array(training.genes, dtype=str), "others": np.array(list(self.out_of_fold), dtype=str),
-            **{f"said.{name}": np.stack(list(said.values())) for name, said in self.out_of_fold.items()},
-            **{f"said_of.{name}": np.array(list(said), dtype=str) for name, said in self.out_of_fold.items()},
+            **{f"predicted.{name}": np.stack(list(predicted.values())) for name, predicted in self.out_of_fold.items()},
+            **{f"predicted_for.{name}": np.array(list(predicted), dtype=str) for name, predicted in self.out_of_fold.items()},
         }  # fmt: skip
 
     def restore(self, artefact: Artefact) -> None:
@@ -147,7 +154,7 @@ class SetGP(MeanShift):
         self.asked = Questions(artefact["labels"].tolist(), artefact["shares"], np.zeros(len(self.kernel.contexts)))
         self.column = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
         self.out_of_fold = {
-            name: dict(zip(artefact[f"said_of.{name}"].tolist(), artefact[f"said.{name}"], strict=True))
+            name: dict(zip(artefact[f"predicted_for.{name}"].tolist(), artefact[f"predicted.{name}"], strict=True))
             for name in artefact["others"].tolist()
         }
 
@@ -212,9 +219,9 @@ class SetGP(MeanShift):
         if other_means is not None:
             # The rows of a measured perturbation were explained by its out-of-fold prediction: so is its answer.
             known = {name: {perturbation: other_means[name]} | of for name, of in known.items()}
-        others = [_said(of, [perturbation], self.artefact["V"]) for of in known.values()]
+        others = [_in_directions(of, [perturbation], self.artefact["V"]) for of in known.values()]
         root_h, _ = self.kernel.strength_of([perturbation])
-        M = _columns(np.array([len(members_of(perturbation))]), root_h, self.artefact["mean_orders"], others)
+        M = _columns(np.array([len(members_of(perturbation))]), root_h, self.artefact["mean_n_members"], others)
         M = np.broadcast_to(M, (1, len(self.artefact["beta"]), M.shape[2]))
         return M, np.einsum("qko,ko->qk", M, self.artefact["beta"])
 
@@ -254,64 +261,72 @@ def _starts(Y: np.ndarray, noise: np.ndarray, n_columns: int, n_means: int) -> D
     return Directions(np.log(0.7 * signal), np.log(np.maximum(noise, 0.3 * signal)), np.log(means))
 
 
-def _telling(Y: np.ndarray, noise: np.ndarray) -> np.ndarray:
+def _informative(Y: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """Return the directions that shared weights are learned from, (directions,)."""
     size = (Y**2).mean(axis=0)
-    telling = size - noise > LEAST_SIGNAL * size
-    if telling.sum() >= LEAST_DIRECTIONS:
-        return telling
+    informative = size - noise > LEAST_SIGNAL * size
+    if informative.sum() >= LEAST_DIRECTIONS:
+        return informative
     return np.isin(np.arange(len(size)), np.argsort(noise - size, kind="stable")[:LEAST_DIRECTIONS])
 
 
-def _columns(orders: np.ndarray, root_h: np.ndarray, mean_orders: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+def _columns(
+    n_members: np.ndarray, root_h: np.ndarray, mean_n_members: np.ndarray, others: list[np.ndarray]
+) -> np.ndarray:
     """Return M, (questions, directions or 1, columns): means of singles, of combinations, and others' means of either.
 
     Parameters
     ----------
-    orders, root_h
+    n_members, root_h
         Members and mean √h of questions.
-    mean_orders
+    mean_n_members
         Mean number of members of training's singles and combinations; 0 where there is none. Where one kind is missing, the other serves, in
         proportion to the members.
     others
         What another model says in directions, (questions, directions) each.
     """
-    is_single = orders == 1
-    kinds = [kind for kind, mean in zip((is_single, ~is_single), mean_orders, strict=True) if mean]
+    is_single = n_members == 1
+    kinds = [kind for kind, mean in zip((is_single, ~is_single), mean_n_members, strict=True) if mean]
     if len(kinds) == 1:
-        kinds = [np.ones(len(orders))]
+        kinds = [np.ones(len(n_members))]
     means = np.stack(
-        [kind * root_h * orders / mean for kind, mean in zip(kinds, mean_orders[mean_orders > 0], strict=True)], axis=1
+        [
+            kind * root_h * n_members / mean
+            for kind, mean in zip(kinds, mean_n_members[mean_n_members > 0], strict=True)
+        ],
+        axis=1,
     )[:, None]
     if not others:
         return means
-    said = np.stack([table * kind[:, None] for table in others for kind in (is_single, ~is_single)], axis=2)
-    return np.concatenate([np.broadcast_to(means, (*said.shape[:2], means.shape[2])), said], axis=2)
+    predicted = np.stack([table * kind[:, None] for table in others for kind in (is_single, ~is_single)], axis=2)
+    return np.concatenate([np.broadcast_to(means, (*predicted.shape[:2], means.shape[2])), predicted], axis=2)
 
 
-def _said(said: Mapping[str, np.ndarray], labels: Sequence[str], V: np.ndarray) -> np.ndarray:
+def _in_directions(predicted: Mapping[str, np.ndarray], labels: Sequence[str], V: np.ndarray) -> np.ndarray:
     """Return what another model says in directions, (labels, directions); zeros where it says nothing."""
-    return np.stack([said[label] @ V if label in said else np.zeros(V.shape[1]) for label in labels])
+    return np.stack([predicted[label] @ V if label in predicted else np.zeros(V.shape[1]) for label in labels])
 
 
 def _learned_from(labels: list[str], seed: int) -> np.ndarray:
     """Return the rows that shared weights are learned from: all, or at most MOST_LEARNED_FROM, by perturbation."""
     rows = places_of(labels)
-    drawn = (
+    sampled = (
         np.random.default_rng(seed).permutation(sorted(rows)).tolist()
         if len(labels) > MOST_LEARNED_FROM
         else sorted(rows)
     )
-    ends = np.cumsum([len(rows[name]) for name in drawn])
+    ends = np.cumsum([len(rows[name]) for name in sampled])
     return np.sort(
-        np.concatenate([rows[name] for name, end in zip(drawn, ends, strict=True) if end <= MOST_LEARNED_FROM])
+        np.concatenate([rows[name] for name, end in zip(sampled, ends, strict=True) if end <= MOST_LEARNED_FROM])
     )
 
 
 def _out_of_fold(others: Mapping[str, FitMean], training: TrainingSet) -> dict[str, dict[str, np.ndarray]]:
     """Return what others say of training perturbations that inner folds held out, by name and label."""
     found: dict[str, dict[str, np.ndarray]] = {name: {} for name in others}
-    kinds = [of_genes for of_genes in (False, True) if of_genes or (training.effects.order > 1).any()] if others else []
+    kinds = (
+        [of_genes for of_genes in (False, True) if of_genes or (training.effects.n_members > 1).any()] if others else []
+    )
     rounds = [
         one
         for of_genes in kinds
