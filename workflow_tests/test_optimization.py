@@ -194,7 +194,7 @@ def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_cop
     os.killpg(job.pid, by)
     said = job.communicate()[1].decode()
     assert job.returncode
-    assert ("the next attempt goes on from the last checkpoint" in said) == (by == signal.SIGTERM)
+    assert ("the next attempt resumes from the last checkpoint" in said) == (by == signal.SIGTERM)
     assert "Traceback" not in said
     assert not (tmp_path / "model.ckpt").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
