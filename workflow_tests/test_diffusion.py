@@ -122,7 +122,7 @@ def test_sampler_recovers_a_gaussian_and_runs_backwards() -> None:
 
 def test_a_width_that_heads_cannot_share_is_refused() -> None:
     implementation, params = registered("scppdm", width=64, n_heads=3)
-    with pytest.raises(InputError, match="width = 64 cannot be shared by n_heads = 3"):
+    with pytest.raises(InputError, match="width = 64 is not a multiple of n_heads = 3"):
         build(implementation, params)
 
 
