@@ -115,7 +115,7 @@ class Model(ABC):
         return None
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Return this model's errors on training perturbations that inner folds held out; none where it has no folds."""
+        """Return this model's errors on training perturbations that inner folds held out, where it has such folds."""
         return Calibration.none()
 
     def refusal(self, perturbation: str) -> str | None:

@@ -150,8 +150,8 @@ def _halves(X: sparse.csr_matrix, rng: np.random.Generator) -> tuple[sparse.csr_
 def effect_directions(effects: Effects, most: int) -> np.ndarray:
     """Return orthonormal directions in which effects exceed sampling noise, (genes, at most so many).
 
-    Without any effect, values in units of their standard errors are noise of variance 1. No singular value of P × G such
-    numbers exceeds √P + √G (Marchenko & Pastur 1967). The first direction is always kept.
+    Without any effect, values in units of their standard errors are noise of variance 1. No singular value of P × G
+    such numbers exceeds √P + √G (Marchenko & Pastur 1967). The first direction is always kept.
     """
     error = np.sqrt(np.maximum(effects.errors, 1e-8))
     values = effects.values.astype(np.float64)
@@ -167,9 +167,10 @@ def coupled(start: Tensor, target: Tensor, group: Tensor, weights: Tensor) -> Te
     """Return the start cell of each target, within groups, such that their states are most likely the same, (B,).
 
     Let Δ be the difference of states minus the group's mean shift e, and w = ρ / (1 − ρ²). The cost of a pair is
-    Σ_k w_k Δ_k² minus the part that the perturbation can have caused: a response of unknown size changes the state along
-    e. With this the cost is
-    Δᵀ (W⁻¹ + e eᵀ)⁻¹ Δ = Σ_k w_k Δ_k² − (Σ_k w_k Δ_k e_k)² / (1 + Σ_k w_k e_k²).
+    Σ_k w_k Δ_k² minus the part that the perturbation can have caused: a response of unknown size changes the state
+    along e. So the cost is
+
+        Δᵀ (W⁻¹ + e eᵀ)⁻¹ Δ = Σ_k w_k Δ_k² − (Σ_k w_k Δ_k e_k)² / (1 + Σ_k w_k e_k²).
 
     Parameters
     ----------

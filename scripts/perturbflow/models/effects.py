@@ -36,8 +36,8 @@ class Effects:
     def with_disjoint_controls(cls, pairs: Pairs) -> "tuple[Effects, Effects]":
         """Measure the effects of all training perturbations twice, each time against half of the controls.
 
-        Effects against the same controls share the controls' noise and look alike because of it. With a hundred controls
-        this noise is half of a weak effect. Effects are compared across disjoint controls, which share none.
+        Effects against the same controls share the controls' noise and look alike because of it. With a hundred
+        controls this noise is half of a weak effect. Effects are compared across disjoint controls, which share none.
         """
         training = pairs.roles("train")
         return cls._measured(training, 1), cls._measured(training, 0)

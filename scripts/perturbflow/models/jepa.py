@@ -432,8 +432,8 @@ class CellGroups:
 class Predictor(nn.Module):
     """Stage B: mean and variance of the embedding after a perturbation.
 
-    The shift is the sum of f(h, vector) over members, plus g(h, Σ vectors) for the interaction of a combination. Without
-    a member it is zero.
+    The shift is the sum of f(h, vector) over members, plus g(h, Σ vectors) for the interaction of a combination.
+    Without a member it is zero.
     """
 
     def __init__(self, latent: JepaLatent, conditions: Conditions, params: JepaParams) -> None:
@@ -484,7 +484,7 @@ class Predictor(nn.Module):
         return h + shift, (self.own_log_variance + log_variance).clamp(*LOG_VARIANCES)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Error of group means in units of genes, likelihood of the groups' cells, and variance of an action's shifts."""
+        """Error of group means in units of genes, likelihood of the groups' cells, variance of an action's shifts."""
         groups = CellGroups(batch.group)
         withheld = 1.0 if self.is_withheld else self.params.action_dropout if self.training else 0.0
         has_action = torch.rand(groups.n, device=batch.start.device)[groups.member] >= withheld
@@ -504,8 +504,8 @@ class Predictor(nn.Module):
     def watch(self, batch: Batch) -> dict[str, Tensor]:
         """Return numbers that show whether the predictor uses the action.
 
-        action_share: share of the variance of predicted shifts that lies between actions. distance_*_action: mean squared
-        distance between measured group means and those predicted with the right, a wrong and the null action.
+        action_share: share of the variance of predicted shifts that lies between actions. distance_*_action: mean
+        squared distance between measured group means and those predicted with the right, a wrong and the null action.
         action_effect: squared distance between predictions with right and wrong action, as a share of their squared
         distance to the start. With one action alone there is no wrong one.
         """

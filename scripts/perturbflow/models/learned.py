@@ -210,8 +210,8 @@ class LearnedModel(Model):
         z
             Latent coordinates of the cells, (cells, dimensions).
         rng, generator
-            Of the neighbours that unseen members borrow from, and of the network's noise. Without a generator the shifts
-            are expected ones, averaged over `BORROWED` samples of neighbours.
+            Of the neighbours that unseen members borrow from, and of the network's noise. Without a generator the
+            shifts are expected ones, averaged over `BORROWED` samples of neighbours.
         """
         start, members = torch.from_numpy(z), members_of(perturbation)
         unseen = unseen_among(members, self.seen)

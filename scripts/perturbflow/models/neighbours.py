@@ -1,9 +1,9 @@
 """Unseen genes: which training genes an unseen gene borrows its latent shifts from, and how strongly.
 
 A network cannot know how far it may trust the vector of a gene that training never perturbed. So such a gene borrows.
-For each cell a training gene is sampled, by the similarity of gene vectors. The cell gets the latent shift of this gene,
-times a strength. Bandwidth, tempering and strength are those that predict each training gene best from the others, by
-the mean Euclidean distance of effects.
+For each cell a training gene is sampled, by the similarity of gene vectors. The cell gets the latent shift of this
+gene, times a strength. Bandwidth, tempering and strength are those that predict each training gene best from the
+others, by the mean Euclidean distance of effects.
 """
 
 import itertools

@@ -209,8 +209,8 @@ class Denoiser(nn.Module):
     def aligned(self, batch: Batch) -> Tensor:
         """InfoNCE between perturbations and their changes (van den Oord et al. 2018, eq. 4; scPPDM's alignment loss).
 
-        It classifies each change z_0 − state among the perturbations of the batch. Cells of the same perturbation are one
-        candidate.
+        It classifies each change z_0 − state among the perturbations of the batch. Cells of the same perturbation are
+        one candidate.
         """
         perturbed = (batch.genes >= 0).any(dim=1)
         if perturbed.sum() < 2:
@@ -224,8 +224,8 @@ class Denoiser(nn.Module):
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 #
-# A denoiser splits z_t into the clean latent ẑ_0 and the noise ε̂. A sampler is a function of such a denoiser, so that an
-# exact one can replace a network in a test.
+# A denoiser splits z_t into the clean latent ẑ_0 and the noise ε̂. A sampler is a function of such a denoiser, so that
+# an exact one can replace a network in a test.
 
 # z (B, D) and t () → clean latent and noise, both (B, D)
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -234,8 +234,9 @@ Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def split(objective: str, z: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """Return ẑ_0 and ε̂ of a network's output.
 
-    With objective v, v = α ε − σ z_0 (Salimans & Ho 2022), so ẑ_0 = α z − σ v and ε̂ = σ z + α v. With objective noise, ε̂
-    is the output (Ho et al. 2020), and ẑ_0 = (z − σ ε̂) / α. Pure noise (α = 0) leaves this undefined, see `last_time`.
+    With objective v, v = α ε − σ z_0 (Salimans & Ho 2022), so ẑ_0 = α z − σ v and ε̂ = σ z + α v. With objective noise,
+    ε̂ is the output (Ho et al. 2020), and ẑ_0 = (z − σ ε̂) / α. Pure noise (α = 0) leaves this undefined, see
+    `last_time`.
     """
     alpha, sigma = cosine_schedule(t)
     if objective == "noise":
@@ -258,8 +259,9 @@ def ddim(denoise: Denoise, z: Tensor, times: Tensor) -> Tensor:
 
 
 def dpm(denoise: Denoise, z: Tensor, times: Tensor) -> Tensor:
-    """Follow DPM-Solver++(2M) from noise to cells (Lu et al. 2022, algorithm 2); first and last step are of first order.
+    """Follow DPM-Solver++(2M) from noise to cells (Lu et al. 2022, algorithm 2).
 
+    The first and the last step are of first order.
     z_s = (σ_s/σ_t) z_t − α_s (e^{−h} − 1) D with h = λ_s − λ_t and λ = log(α/σ). D = (1 + 1/2r) ẑ_0 − (1/2r) ẑ_0' with
     r = h'/h; ẑ_0' and h' are those of the step before.
     """

@@ -84,8 +84,8 @@ class DoseInterpolation(Additive):
 
     e(d) = (1 − t) e(d₁) + t e(d₂) with t = log(d / d₁) / log(d₂ / d₁) for the nearest doses d₁ < d < d₂. The area under
     a dose-response curve uses the same interpolation (trapezium rule). Below the lowest dose the effect falls in
-    proportion to the dose, as a Hill curve of slope 1 does far below its half-maximum. Above the highest dose it is that
-    of the highest. A compound never measured alone counts as the mean single effect.
+    proportion to the dose, as a Hill curve of slope 1 does far below its half-maximum. Above the highest dose it is
+    that of the highest. A compound never measured alone counts as the mean single effect.
     """
 
     def known(self, member: str) -> np.ndarray | None:
@@ -111,10 +111,10 @@ class MatchingMean(Additive):
 
 
 class ShrunkenAdditive(Additive):
-    """The sum of single effects times the factor that fits held-out training combinations best; the plain sum without any.
+    """The sum of single effects times the factor that fits held-out training combinations best.
 
-    One factor serves combinations whose members were all measured alone, another one all others: unseen members add
-    noise.
+    Without any combination it is the plain sum. One factor serves combinations whose members were all measured alone,
+    another one the others: unseen members add noise.
     """
 
     def learn(self, training: TrainingSet) -> Artefact:
@@ -142,8 +142,8 @@ class LatentSum(ClosedForm):
     """Members add up in a latent space; their vectors are fitted to all training perturbations at once.
 
     y_p = (μ_n + Σ_{g ∈ p} z_g) V. V are the leading principal directions of training effects. μ_n is an intercept for
-    perturbations of n members. z_g comes from ridge regression on the indicators of members. An unseen member has z = 0;
-    a compound at a dose that training lacks has the z of its nearest dose.
+    perturbations of n members. z_g comes from ridge regression on the indicators of members. It is zero for an unseen
+    member. A compound at a dose that training lacks has the z of its nearest dose.
 
     Parameters
     ----------
@@ -253,8 +253,8 @@ class Linear(ClosedForm):
 
     Ŷ = G W P + b with W = (GᵀG + λI)⁻¹ Gᵀ (Y − b) Pᵀ (P Pᵀ + λI)⁻¹. Y (genes × conditions) holds training effects, with
     the control as a condition of zeros; b are its row means. G (genes × K) are the scores of a centred PCA of Y. P (K ×
-    conditions) holds the rows of G of the perturbed genes, summed over members, zero for control. A condition whose gene
-    is not measured does not enter the fit and is predicted by b.
+    conditions) holds the rows of G of the perturbed genes, summed over members, zero for control. A condition whose
+    gene is not measured does not enter the fit and is predicted by b.
     """
 
     def __init__(self, params: LinearParams) -> None:

@@ -1,4 +1,4 @@
-"""Ceilings: predictions by measured cells of the same perturbation. They are no models; every model is read against them."""
+"""Ceilings: predictions by measured cells of the same perturbation. They are no models but the scale for models."""
 
 from collections.abc import Sequence
 
@@ -64,9 +64,9 @@ class PerfectMean(TechnicalDuplicate):
 class InterpolatedDuplicate(TechnicalDuplicate):
     """The duplicate for genes that differ from controls beyond doubt, the mean training effect for the others.
 
-    x̂_g = α_g x̄^a_g + (1 − α_g)(c̄_g + μ_g). α_g is 1 minus the adjusted p of gene g in half 'a' against controls (Welch's
-    t, Benjamini-Hochberg); μ is the mean effect of training perturbations (Miller et al. 2025). The cells are those of
-    half 'a', with the difference of means added gene by gene.
+    x̂_g = α_g x̄^a_g + (1 − α_g)(c̄_g + μ_g). α_g is 1 minus the adjusted p of gene g in half 'a' against controls
+    (Welch's t, Benjamini-Hochberg); μ is the mean effect of training perturbations (Miller et al. 2025). The cells are
+    those of half 'a', with the difference of means added gene by gene.
     """
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:

@@ -58,7 +58,15 @@ class VectorTable(GeneTable):
 
     @abstractmethod
     def regress(self, X: np.ndarray, Y: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """Return (new, genes) from standardized vectors X (known, dimensions), effects Y (known, genes) and new vectors."""
+        """Return effects of new genes, (new, genes).
+
+        Parameters
+        ----------
+        X, Y
+            Standardized vectors, (known, dimensions), and effects, (known, genes), of known genes.
+        new
+            Standardized vectors, (new, dimensions).
+        """
 
     def predicted(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
         """Regress effects on vectors."""

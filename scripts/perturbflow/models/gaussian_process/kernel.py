@@ -373,8 +373,8 @@ class SetKernel:
     def _features(self, labels: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
         """Return features of combinations, and the place of the label that each row belongs to, (rows,).
 
-        The features are sums of the members' effects, (rows, n), and these beside mean differences, (rows, 2 n). A label
-        with a member never measured alone has a row for each gene that is sampled in its place.
+        The features are sums of the members' effects, (rows, n), and these beside mean differences, (rows, 2 n). A
+        label with a member never measured alone has a row for each gene that is sampled in its place.
         """
         F, n_known = self.state["features"], len(self.known)
         samples = np.zeros((8, 0), int)

@@ -1,7 +1,7 @@
 """The effect of a perturbation on the level of the perturbed gene itself.
 
-The perturbation of an unseen gene changes the gene's own level, too: a knock-out lowers it, an activation raises it. The
-other targets of training show by how much. On small panels this effect is most of the predictable signal.
+The perturbation of an unseen gene changes the gene's own level, too: a knock-out lowers it, an activation raises it.
+The other targets of training show by how much. On small panels this effect is most of the predictable signal.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -61,7 +61,7 @@ class OwnLevels:
     Attributes
     ----------
     genes, values, variances
-        Measured genes that training perturbs, their mean effect on themselves, and its sampling variance, (genes,) each.
+        Measured genes that training perturbs, their mean effect on themselves, its sampling variance, (genes,) each.
     coefficients, spread
         Of `OwnGene`, and the variance of effects around it.
     level
@@ -118,7 +118,7 @@ class OwnLevels:
 
     @staticmethod
     def replaced(rows: EffectRows, genes: list[str]) -> np.ndarray:
-        """Return effects, (rows, genes); in place of the effect on a perturbed gene stands the mean of the other rows."""
+        """Return effects, (rows, genes); the mean of the other rows replaces the effect on a perturbed gene."""
         values = rows.values.astype(float)
         is_own = np.zeros(values.shape, dtype=bool)
         column = {gene: i for i, gene in enumerate(genes)}

@@ -41,9 +41,9 @@ together (`EffectRows`).
    mean over them. ν is the part that does not come back in other rows, one for singles and one for combinations.
 
 4. Hyper-parameters maximize the marginal likelihood of the training rows. Weak priors keep each near its start. Another
-   prior pulls the weights of sources to zero, −log p = 10 √a: with few genes, sources cannot be told apart. The log τ_kj
-   of all directions share a mean, which is learned. Shared hyper-parameters are learned from directions with more signal
-   than sampling noise, and from at most 1,000 rows. Then every direction learns its own.
+   prior pulls the weights of sources to zero, −log p = 10 √a: with few genes, sources cannot be told apart. The log
+   τ_kj of all directions share a mean, which is learned. Shared hyper-parameters are learned from directions with more
+   signal than sampling noise, and from at most 1,000 rows. Then every direction learns its own.
 
 5. One factorization serves all directions. Let S = L Lᵀ, L⁻¹ K L⁻ᵀ = U Λ Uᵀ and T = L⁻ᵀ U. In the coordinates of T
    every covariance C_k = σ_k² K + b_k S + M T_k Mᵀ is diagonal but for the columns of M: D_k = σ_k² Λ + b_k. The
@@ -94,8 +94,8 @@ class SetGP(ClosedForm):
     Parameters
     ----------
     other_means
-        By name, how to fit the means of other models, such as a network. Each enters as columns of M: its predictions of
-        training perturbations, by inner folds that held them out.
+        By name, how to fit the means of other models, such as a network. Each enters as columns of M: its predictions
+        of training perturbations, by inner folds that held them out.
     """
 
     def __init__(self, params: Params | None = None, other_means: Mapping[str, FitMean] | None = None) -> None:
@@ -323,7 +323,7 @@ def _learned_from(labels: list[str], seed: int) -> np.ndarray:
 
 
 def _out_of_fold(others: Mapping[str, FitMean], training: TrainingSet) -> dict[str, dict[str, np.ndarray]]:
-    """Return effects that other models predict for training perturbations held out by inner folds, by name and label."""
+    """Return other models' predictions of training perturbations that inner folds held out, by name and label."""
     found: dict[str, dict[str, np.ndarray]] = {name: {} for name in others}
     has_combinations = (training.effects.n_members > 1).any()
     rounds: list[tuple[TrainingSet, Effects]] = []

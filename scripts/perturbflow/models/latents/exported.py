@@ -106,13 +106,14 @@ class ExportedEncoder:
         if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != len(k):
             made = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
             raise InputError(
-                f"{self.path} returns {made} for {len(k)} cells, not one row per cell and one column per dimension; {HOW}."
+                f"{self.path} returns {made} for {len(k)} cells; it has to return one row per cell and one column per "
+                f"dimension; {HOW}."
             )
         if n_broken := int((~torch.isfinite(z)).any(dim=1).sum()):
             n_empty = int((own.sum(dim=1) == 0).sum())
             raise InputError(
-                f"{self.path} returns no finite numbers for {n_broken} of {len(z)} cells; {n_empty} of these have no count "
-                "in its genes. Where it divides by the sum of counts, let it divide by at least 1."
+                f"{self.path} returns no finite numbers for {n_broken} of {len(z)} cells; {n_empty} of these have no "
+                "count in its genes. Where it divides by the sum of counts, let it divide by at least 1."
             )
         return z.float()
 

@@ -98,9 +98,9 @@ class Cells:
 class CellSampler:
     """Samples batches of training cells, the same for the same seed.
 
-    Batches are sampled from all cells where these are in memory or small enough to be read. Of a larger file, N_RUNS runs
-    of RUN neighbouring cells are read from random places and serve STEPS_PER_READ batches. Meanwhile a thread reads the
-    next runs.
+    Batches are sampled from all cells where these are in memory or small enough to be read. Of a larger file, N_RUNS
+    runs of RUN neighbouring cells are read from random places and serve STEPS_PER_READ batches. Meanwhile a thread
+    reads the next runs.
 
     Parameters
     ----------

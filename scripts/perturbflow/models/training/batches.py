@@ -83,8 +83,8 @@ class PairedCells:
         Share of composed combinations: targets plus the mean effect of another single perturbation. They assume
         additivity, which measured combinations can correct. Used only where training holds combinations.
     shifted_share
-        Share of start cells that are perturbed training cells, of the same batch and cell type, minus the mean effect of
-        their perturbation. Screens with a hundred controls have thousands of these cells. Without them a network
+        Share of start cells that are perturbed training cells, of the same batch and cell type, minus the mean effect
+        of their perturbation. Screens with a hundred controls have thousands of these cells. Without them a network
         memorizes its few controls.
     cells_together
         Cells of one perturbation that are sampled together. 1 mixes best; more gives groups to couple within.

@@ -204,7 +204,7 @@ class _History(Callback):
 
 
 class _WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all; Lightning copies its own from a temporary folder to the final name."""
+    """Checkpoints that appear whole or not at all. Lightning copies its own to the final name byte by byte."""
 
     def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object | None = None) -> None:
         save_checkpoint(Path(path), checkpoint)
@@ -227,7 +227,7 @@ def resumable(last: Path, name: str) -> dict | None:
 
 
 def optimize_briefly(learner: Learner, cells: Sampler, batch_size: int) -> nn.Module:
-    """Return the averaged network after the same steps as in `optimize`, on the CPU, without checkpoints and history."""
+    """Return the averaged network after the steps of `optimize`, on the CPU, without checkpoints and history."""
     configured = learner.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     learner.network.train()

@@ -39,8 +39,8 @@ class GeneEncoder(nn.Module):
 
     Training learns the own part, and drops it at random: then the projection has to serve alone, as it does for genes
     that training never perturbed. Their own part is zero. At a dose d the vector is scaled by
-    2 sigmoid(a (log(1 + d) − m) / s). m and s are mean and deviation of log(1 + d) over the screen's doses; a is learned
-    (scPPDM, eq. 16: strength rises with log dose and saturates). Without a dose the factor is 1.
+    2 sigmoid(a (log(1 + d) − m) / s). m and s are mean and deviation of log(1 + d) over the screen's doses; a is
+    learned (scPPDM, eq. 16: strength rises with log dose and saturates). Without a dose the factor is 1.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ class GeneEncoder(nn.Module):
     own_dropout
         Probability that a gene's own part is dropped in a training step.
     drops_together
-        Whether it is dropped for all cells of the step or none. Under a loss on means over cells, a part that is dropped
-        in some cells would be learned too large, to make up for these.
+        Whether it is dropped for all cells of the step or none. Under a loss on means over cells, a part that is
+        dropped in some cells would be learned too large, to make up for these.
     """
 
     def __init__(self, conditions: Conditions, width: int, own_dropout: float, *, drops_together: bool = False) -> None:
