@@ -20,7 +20,7 @@ def poisson_cells(n: int = 4000, n_genes: int = 6, seed: int = 0) -> tuple[np.nd
     return counts, normalized(counts)
 
 
-def drawn(cells: np.ndarray, fold: np.ndarray, seed: int = 1) -> np.ndarray:
+def sampled(cells: np.ndarray, fold: np.ndarray, seed: int = 1) -> np.ndarray:
     """Return cells at these fold changes as they are."""
     nothing = np.zeros(cells.shape[1])
     change = thinning.CommonChange(thinning.Levels.of(thinning.Counted.of(cells)), nothing, nothing)
@@ -31,7 +31,7 @@ def drawn(cells: np.ndarray, fold: np.ndarray, seed: int = 1) -> np.ndarray:
 def test_thinned_poisson_counts_are_poisson(fold: float) -> None:
     counts, cells = poisson_cells()
     log_fold = np.tile(np.r_[np.full(6, np.log(fold)), 0.0], (len(cells), 1))
-    out = np.rint(np.expm1(drawn(cells, log_fold)))
+    out = np.rint(np.expm1(sampled(cells, log_fold)))
     for gene, level in enumerate([0.3, 1.0, 3.0, 8.0, 60.0, 200.0]):
         k = out[:, gene]
         assert k.mean() == pytest.approx(fold * level, rel=0.06, abs=0.02)
@@ -45,7 +45,7 @@ def test_what_is_added_follows_the_level_and_the_cell() -> None:
     rate = rng.gamma(2.0, 2.0, (5000, 1))  # cells differ: their own rate, a Gamma mixture of shape 2
     counts = np.column_stack([rng.poisson(rate[:, 0]), rng.poisson(4.0, 5000), np.ones(5000)])
     cells = np.log1p(counts.astype(float))
-    out = np.expm1(drawn(cells, np.tile([np.log(3.0), np.log(3.0), 0.0], (5000, 1))))
+    out = np.expm1(sampled(cells, np.tile([np.log(3.0), np.log(3.0), 0.0], (5000, 1))))
     np.testing.assert_allclose(out[:, :2].mean(axis=0), [12.0, 12.0], rtol=0.05)
     # Of a mixture, 3λ: variance 12 + 144/2; of one rate 12.
     assert out[:, 0].var() == pytest.approx(84.0, rel=0.25)

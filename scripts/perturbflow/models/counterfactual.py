@@ -6,7 +6,7 @@ Abduction, action, prediction (Pearl 2009, section 7.1), cell by cell:
    (`States`). Each molecule falls to one of two halves (count splitting, Neufeld et al. 2024,
    doi:10.1093/biostatistics/kxac047). The halves share the cell's rates and no noise, so the covariance of one half's
    expression with the other's is that of the rates. Eigenvalues of its noise lie as far below zero as above: directions
-   beyond the most negative one are states. Along each, the halves tell the reliability ρ of a measured cell. A measured
+   beyond the most negative one are states. Along each, the halves give the reliability ρ of a measured cell. A measured
    position s means the state ρ s, known up to √(ρ(1−ρ)).
 2. Action. The perturbation.
 3. Prediction. The end of a flow that starts in the cell. Conditional flow matching (Lipman et al. 2023,
@@ -14,10 +14,10 @@ Abduction, action, prediction (Pearl 2009, section 7.1), cell by cell:
    batch and cell type. Coupled cells are those of most likely the same state (`coupled`; minibatch optimal transport,
    Tong et al. 2024, arXiv 2302.00482, with the likelihood of a shared state for its cost).
 
-The mean effect is that of `set_gp`; the flow says how cells differ from it.
+The mean effect is that of `set_gp`; the flow gives each cell's deviation from it.
 
 It assumes three things. (1) Within batch and cell type, perturbations are assigned without regard to the cell's state.
-This holds for pooled screens, but for survival. (2) The part of a cell that the perturbation leaves alone tells its
+This holds for pooled screens, but for survival. (2) The part of a cell that the perturbation leaves alone shows its
 state: two cells of one state that got different perturbations still look alike in most directions. (3) Cells of the
 same state respond alike: any other difference between them, such as the efficacy of a guide, is noise here. No unpaired
 data can prove (2) and (3). On simulated data, whose counterfactuals are known, the error is measured.

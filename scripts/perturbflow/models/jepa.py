@@ -5,14 +5,14 @@ A joint-embedding predictive architecture in three stages, trained in the order 
 A. Embedding (Assran et al. 2023, arXiv 2301.08243, with cells for images and genes for patches). The embedding of one
    part of a cell predicts the embedding that a moving average of the encoder gives the other part. The parts are of its
    counts: each molecule falls to one of them by chance. If counts are Poisson given the cell's rates, the parts share
-   the rates and no noise (count splitting, Neufeld et al. 2024). So one part can tell of the other only what the cell
-   is. Genes are hidden in the first part besides. The share of hidden genes falls to zero and the share of kept
-   molecules rises to nearly all: training ends where inference starts. With the whole cell as target, as with images,
-   the task would end in copying noise. Variance and covariance terms (VICReg, Bardes, Ponce & LeCun 2022,
-   arXiv 2105.04906) keep the embedding from collapsing. This stage uses no labels.
+   the rates and no noise (count splitting, Neufeld et al. 2024). So one part can predict nothing of the other but the
+   cell's state. Genes are hidden in the first part besides. The share of hidden genes falls to zero and the share of
+   kept molecules rises to nearly all: training ends where inference starts. With the whole cell as target, as with
+   images, the task would end in copying noise. Variance and covariance terms (VICReg, Bardes, Ponce & LeCun 2022, arXiv
+   2105.04906) keep the embedding from collapsing. This stage uses no labels.
 C. Way back to genes. Shares of genes from the embedding, by a negative binomial likelihood with the cell's library
-   size, as in `latents.vae`. And a linear map from mean shifts of the embedding to mean effects on log1p expression,
-   fitted to cells and to measured effects at once, so that effects come back in their true size.
+   size, as in `latents.vae`. And a linear map from mean shifts of the embedding to mean effects on log1p expression. It
+   is fitted to cells and to measured effects at once, so that effects come back in their true size.
 B. Predictor. It gives mean and variance of the embedding after a perturbation, from the control embedding and the
    perturbation. It is compared with groups of cells that share perturbation, batch and cell type: cells are not paired.
 
