@@ -1,4 +1,4 @@
-"""Gather all scores, with intervals and verdicts: every metrics.tsv → results/benchmark.tsv and the tables beside it."""
+"""Gather all scores, with intervals and verdicts: all metrics.tsv → results/benchmark.tsv and tables beside it."""
 
 from perturbflow.benchmark import benchmark
 from perturbflow.cli import run

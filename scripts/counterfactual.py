@@ -1,7 +1,7 @@
 """Answer one what-if question: a trained model + control cells → {query}.h5ad, {query}.tsv and {query}.ranking.tsv.
 
 From the command line, for a question of your own about a model that the workflow has trained:
-python scripts/counterfactual.py --run results/SCREEN/SPLIT/MODEL/seed_0 --perturbations GENE OTHER+GENE --output answers/mine
+python scripts/counterfactual.py --run results/SCREEN/SPLIT/MODEL/seed_0 --perturbations GENE A+B --output answers/mine
 """
 
 from perturbflow.cli import run

@@ -1,4 +1,4 @@
-"""Retrieve a dataset's files: what is declared → resources/{dataset}/raw/manifest.json and the verified files beside it."""
+"""Retrieve a dataset's files: its block → resources/{dataset}/raw/manifest.json and the verified files beside it."""
 
 from perturbflow.cli import run
 from perturbflow.download import download

@@ -1,4 +1,4 @@
-"""Ask every registered host for headers: what is declared → results/download_check.tsv."""
+"""Ask every registered host for headers: all sources → results/download_check.tsv."""
 
 from perturbflow.cli import run
 from perturbflow.download.check import download_check

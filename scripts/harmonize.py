@@ -1,4 +1,4 @@
-"""Bring a screen to one schema: the file as it came → harmonized.h5ad and harmonization.json."""
+"""Bring a screen to one schema: its retrieved files → harmonized.h5ad and harmonization.json."""
 
 from perturbflow.cli import run
 from perturbflow.screens.harmonize import harmonize

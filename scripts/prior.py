@@ -1,4 +1,4 @@
-"""Turn what is known of genes into vectors: GO annotations or interactions → resources/{dataset}/embedding.parquet."""
+"""Turn knowledge of genes into vectors: GO annotations or interactions → resources/{dataset}/embedding.parquet."""
 
 from perturbflow.cli import run
 from perturbflow.priors import prior

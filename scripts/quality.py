@@ -1,4 +1,4 @@
-"""Describe a screen before any training: harmonized.h5ad and harmonization.json → quality.tsv, quality.json and quality.html."""
+"""Describe a screen before any training: harmonized.h5ad, harmonization.json → quality.tsv, .json and .html."""
 
 from perturbflow.cli import run
 from perturbflow.quality import quality

@@ -12,7 +12,7 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import members_of
 from perturbflow.models.base import Run, build
 from perturbflow.models.closed_form.ablations import BatchOnly, ShuffledLabels
-from perturbflow.models.closed_form.base import MeanShift, TrainingSet, least_error
+from perturbflow.models.closed_form.base import ClosedForm, TrainingSet, least_error
 from perturbflow.models.closed_form.baselines import Additive, LatentSum, Transfer
 from perturbflow.models.closed_form.ceilings import InterpolatedDuplicate
 from perturbflow.models.closed_form.regressions import KernelRidge
@@ -76,13 +76,13 @@ def doubles(singles: dict[str, np.ndarray], factor: float = 1.0) -> dict[str, np
     }
 
 
-def error(model: MeanShift, label: str, truth: np.ndarray, off: tuple[str, ...] = ()) -> float:
+def error(model: ClosedForm, label: str, truth: np.ndarray, off: tuple[str, ...] = ()) -> float:
     """Return the relative error of a predicted effect, some genes left out."""
     kept = ~np.isin([f"G{i}" for i in range(N_GENES)], off)
     return float(np.linalg.norm((model.effect(label) - truth)[kept]) / np.linalg.norm(truth[kept]))
 
 
-def family(name: str) -> MeanShift:
+def family(name: str) -> ClosedForm:
     """Return a new model of a family."""
     return build(FAMILIES[name].implementation, {})
 

@@ -22,7 +22,7 @@ from perturbflow.counterfactuals.warranty import calibrations_of, held_to_test, 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.calibration import Calibration, Scale, case_of, measured_by
+from perturbflow.models.calibration import Calibration, Scale, measured_by, novelty_of
 from perturbflow.models.closed_form.baselines import Additive
 from perturbflow.models.counterfactual import States, effect_directions
 from perturbflow.models.effects import Effects
@@ -196,8 +196,8 @@ def test_a_question_gets_the_scores_of_its_own_case_where_there_are_enough() -> 
     few = planted(3, 1.0, rng, scale)
     many = planted(9, 2.0, rng, scale)
     both = Calibration(few.labels, ["unseen gene"] * 3, few.scores, few.sampling) + many
-    assert len(both.for_case("seen").labels) == 9
-    assert len(both.for_case("unseen gene").labels) == 12
+    assert len(both.for_novelty("seen").labels) == 9
+    assert len(both.for_novelty("unseen gene").labels) == 12
 
 
 def test_the_scale_knows_noise_from_effects(prepared: dict[str, Prepared]) -> None:
@@ -222,7 +222,7 @@ def test_the_scale_knows_noise_from_effects(prepared: dict[str, Prepared]) -> No
     [("A", "measured"), ("A+B", "seen"), ("C", "unseen gene"), ("A+C", "unseen member"), ("B", "seen")],
 )
 def test_cases_are_told_apart(label: str, case: str) -> None:
-    assert case_of(label, {"A", "B+D"}, {"A", "B", "D"}) == case
+    assert novelty_of(label, {"A", "B+D"}, {"A", "B", "D"}) == case
 
 
 # --- the warranty and its planted faults ----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from conftest import Prepared, make_screen, merged, prepare
 from scipy import sparse, stats
 from test_models import registered, small_conditions, trained
-from test_recount import normalized
+from test_thinning import normalized
 from torch import Tensor
 
 from perturbflow.embeddings import Embeddings, rows_of
@@ -24,7 +24,7 @@ from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.models.latents.pca import LatentSpace
-from perturbflow.models.latents.vae import CountLatent, DrawnCells, negative_binomial
+from perturbflow.models.latents.vae import CellSampler, CountLatent, negative_binomial
 from perturbflow.models.training import networks
 from perturbflow.models.training.batches import Batch
 from perturbflow.models.training.conditions import Conditions
@@ -122,7 +122,7 @@ def test_sampler_recovers_a_gaussian_and_runs_backwards() -> None:
 
 def test_a_width_that_heads_cannot_share_is_refused() -> None:
     implementation, params = registered("scppdm", width=64, n_heads=3)
-    with pytest.raises(InputError, match="width = 64 cannot be shared by n_heads = 3"):
+    with pytest.raises(InputError, match="width = 64 is not a multiple of n_heads = 3"):
         build(implementation, params)
 
 
@@ -363,7 +363,7 @@ def two_states() -> tuple[Pairs, np.ndarray, np.ndarray, np.ndarray]:
 
 def test_the_latent_of_counts_tells_states_apart_and_moves_between_them(tmp_path: Path) -> None:
     pairs, _, shares, state = two_states()
-    drawn = DrawnCells(pairs.X).batch(32, (0, 0))
+    drawn = CellSampler(pairs.X).batch(32, (0, 0))
     np.testing.assert_allclose(drawn.k.numpy(), np.rint(drawn.k.numpy()))
     latent = CountLatent.fit(
         pairs, 4, 300, 64, Optimization(1e-3, 0.0, 0.9), Run(seed=0, checkpoints=tmp_path, identity="test")

@@ -16,7 +16,7 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import at_dose, canonical_label, entities_of, entity_of, members_of, without_dose
 from perturbflow.models.base import Run, build
-from perturbflow.models.calibration import case_of
+from perturbflow.models.calibration import novelty_of
 from perturbflow.models.closed_form.baselines import Additive, DoseInterpolation, LatentSum
 from perturbflow.models.closed_form.doses import Doses
 from perturbflow.models.effects import Effects
@@ -290,8 +290,8 @@ def test_a_new_dose_is_no_new_compound(compounds: dict[str, np.ndarray]) -> None
     np.testing.assert_allclose(
         latent.effect("C0@9"), latent.effect("C0@1"), err_msg="the nearest dose by its logarithm"
     )
-    assert case_of("C0@10", set(known), set(training.effects.entities)) == "seen"
-    assert case_of("D@10", set(known), set(training.effects.entities)) == "unseen gene"
+    assert novelty_of("C0@10", set(known), set(training.effects.entities)) == "seen"
+    assert novelty_of("D@10", set(known), set(training.effects.entities)) == "unseen gene"
 
 
 @pytest.mark.parametrize("of_genes", [True, False])

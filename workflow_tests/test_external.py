@@ -82,14 +82,14 @@ class Two(Directions):
     [
         (lambda path: path.write_text("gene\ta\nG0\t1\n"), "cannot be read as a program of torch.export"),
         (lambda path: torch.export.save(torch.export.export(Directions(2), (torch.ones(7, 2),)), path), "does not name its genes"),
-        (lambda path: exported(path, ["ENSG1", "ENSG2"]), r"none of its 2 genes \(ENSG1, \.\.\.\) is among"),
+        (lambda path: exported(path, ["ENSG1", "ENSG2"]), r"none of its 2 genes \(ENSG1, \.\.\.\) is a gene of this screen"),
         (lambda path: exported(path, ["G0", "G1"], any_number=False), "does not take 5 cells of 2 genes"),
         (lambda path: exported(path, ["G0", "G1", "G2"], names=["G0", "G1"]), "does not take 5 cells of 2 genes"),
-        (lambda path: exported(path, ["G0", "G1"], torch.nn.Flatten(0)), r"a tensor of shape \(10,\) of 5 cells"),
-        (lambda path: exported(path, ["G0", "G1"], Two(2)), "makes a tuple of 5 cells"),
-        (lambda path: exported(path, ["G0", "G1"], Divides(2)), "1 of 5 cells, 1 of which have no count in its genes"),
-        (lambda path: exported(path, ["G0", "G1"], Samples(2)), "the same place twice, or in other company"),
-        (lambda path: exported(path, ["G0", "G1"], LooksAround(2)), "the same place twice, or in other company"),
+        (lambda path: exported(path, ["G0", "G1"], torch.nn.Flatten(0)), r"a tensor of shape \(10,\) for 5 cells"),
+        (lambda path: exported(path, ["G0", "G1"], Two(2)), "returns a tuple for 5 cells"),
+        (lambda path: exported(path, ["G0", "G1"], Divides(2)), "1 of 5 cells; 1 of these have no count in its genes"),
+        (lambda path: exported(path, ["G0", "G1"], Samples(2)), "the same coordinates twice, or beside other cells"),
+        (lambda path: exported(path, ["G0", "G1"], LooksAround(2)), "the same coordinates twice, or beside other cells"),
     ],
     ids=["no program", "genes not named", "other genes", "one number of cells", "more genes than names", "no rows", "two tensors", "no number", "samples",
          "looks around"],
@@ -126,5 +126,5 @@ def test_scppdm_trains_on_an_encoder_from_a_file_and_asks_for_the_same_file_agai
     with pytest.raises(InputError, match="not the file that this model was trained with"):
         again.restore(load_artefact(tmp_path / "model.ckpt"))
     path.unlink()
-    with pytest.raises(InputError, match="not there, or not the file that this model was trained with"):
+    with pytest.raises(InputError, match="is missing, or it is not the file that this model was trained with"):
         again.restore(load_artefact(tmp_path / "model.ckpt"))

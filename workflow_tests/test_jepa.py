@@ -37,7 +37,7 @@ from perturbflow.models.jepa import (
     shared_map,
     variance_term,
 )
-from perturbflow.models.latents.vae import Cells, DrawnCells
+from perturbflow.models.latents.vae import Cells, CellSampler
 from perturbflow.models.training.batches import Batch, PairedCells
 from perturbflow.models.training.conditions import Conditions
 from perturbflow.models.training.loop import Optimization
@@ -64,7 +64,7 @@ def planted_cells(
 
 
 def cells_of(X: np.ndarray) -> Cells:
-    drawn = DrawnCells(sparse.csr_matrix(X))
+    drawn = CellSampler(sparse.csr_matrix(X))
     return drawn.batch(len(X), (0, 0, 0))
 
 
@@ -153,7 +153,7 @@ def stage_a(weights: dict[str, float], tmp_path: Path, *, stops: bool) -> tuple[
     X, _ = planted_cells()
     net = masked(40, 32, weights)
     run = Run(seed=0, checkpoints=tmp_path, identity="test")
-    return recipe(stops=stops).trained(run, net, DrawnCells(sparse.csr_matrix(X)), 300, "stage_a"), run
+    return recipe(stops=stops).trained(run, net, CellSampler(sparse.csr_matrix(X)), 300, "stage_a"), run
 
 
 def test_without_vicreg_the_embedding_collapses_and_the_training_says_so(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_an_embedding_that_learns_with_its_decoder_is_watched_too(tmp_path: Path
     X, _ = planted_cells()
     run = Run(seed=0, checkpoints=tmp_path, identity="test")
     encoder = Encoder(40, 8)
-    recipe().trained(run, Representation(encoder, 8, 40), DrawnCells(sparse.csr_matrix(X)), 100, "stage_c")
+    recipe().trained(run, Representation(encoder, 8, 40), CellSampler(sparse.csr_matrix(X)), 100, "stage_c")
     assert run.facts["stage_c"]["history"][-1]["effective_rank"] > 2
     frozen = Representation(encoder.requires_grad_(requires_grad=False), 8, 40)
     assert frozen.watch(cells_of(X)) == {}
@@ -536,7 +536,7 @@ def test_inner_folds_know_nothing_of_what_they_hold_out(
 
 
 def test_an_embedding_that_collapses_in_a_fold_stops_the_training_or_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    cells = DrawnCells(sparse.csr_matrix(planted_cells()[0]))
+    cells = CellSampler(sparse.csr_matrix(planted_cells()[0]))
     alone = {"invariance": 25.0, "variance": 0.0, "covariance": 0.0}
     with pytest.raises(InputError, match="stopped in an inner fold: the embedding has collapsed"):
         recipe().trained_briefly(0, masked(40, 32, alone), cells, 300, "stage_a")

@@ -162,13 +162,13 @@ def make_pairs_of_cells(
     latent = LatentSpace.fit(pairs, effects, 16)
     table = embeddings.standardized(effects.genes)
     conditions = Conditions(list(table.index), table.to_numpy())
-    shares = {"control_share": 0.0, "synthetic_share": 0.0, "shifted_share": 0.0, "cells_per_draw": 1, **changes}
+    shares = {"control_share": 0.0, "synthetic_share": 0.0, "shifted_share": 0.0, "cells_together": 1, **changes}
     cells = pairs.roles(role)
     return PairedCells(cells, encoded(cells, latent), conditions, **shares), cells, conditions
 
 
 def test_batches_pair_cells_of_one_stratum_and_depend_on_the_seed_alone(screen: tuple[Pairs, Embeddings]) -> None:
-    cells, pairs, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
+    cells, pairs, conditions = make_pairs_of_cells(screen, cells_together=8)
     first, again, other = cells.batch(64, (0, 1)), cells.batch(64, (0, 1)), cells.batch(64, (0, 2))
     for name in ("start", "target", "genes", "group"):
         assert torch.equal(getattr(first, name), getattr(again, name))
@@ -321,7 +321,7 @@ def test_inner_folds_of_a_closed_mean_calibrate_its_intervals(
     training = set(screen[0].roles("train").perturbations)
     if "mean" in run.facts:
         assert set(found[0].labels) == training
-        assert {"unseen gene", "seen"} <= set(found[0].cases)
+        assert {"unseen gene", "seen"} <= set(found[0].novelties)
         np.testing.assert_allclose(found[0].scores, found[1].scores, rtol=1e-5)
     else:
         assert found[0].labels == []

@@ -94,15 +94,15 @@ def test_batches_are_drawn_ahead_in_their_order_and_no_thread_is_left() -> None:
             return size * seed[0]
 
     before = threading.active_count()
-    assert list(batches.drawn_ahead(Numbers(), 10, [])) == []
-    assert list(batches.drawn_ahead(Numbers(), 10, [(2,), (0,), (1,)])) == [20, 0, 10]
+    assert list(batches.sampled_ahead(Numbers(), 10, [])) == []
+    assert list(batches.sampled_ahead(Numbers(), 10, [(2,), (0,), (1,)])) == [20, 0, 10]
     assert threading.active_count() == before
-    broken = batches.drawn_ahead(Numbers(), 10, [(1,), (3,), (2,)])
+    broken = batches.sampled_ahead(Numbers(), 10, [(1,), (3,), (2,)])
     assert next(broken) == 10
     with pytest.raises(ValueError, match="no fourth"):
         next(broken)
     Numbers.drawn.clear()
-    cut = batches.drawn_ahead(Numbers(), 10, ((i,) for i in (0, 1, 2, 4, 5, 6)))
+    cut = batches.sampled_ahead(Numbers(), 10, ((i,) for i in (0, 1, 2, 4, 5, 6)))
     next(cut)
     cut.close()
     assert Numbers.drawn == [0, 1]
@@ -110,7 +110,7 @@ def test_batches_are_drawn_ahead_in_their_order_and_no_thread_is_left() -> None:
 
 
 def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
-    cells, _, conditions = make_pairs_of_cells(screen, cells_per_draw=8)
+    cells, _, conditions = make_pairs_of_cells(screen, cells_together=8)
     identity = np.eye(cells.z.shape[1])
     latent = counterfactual.StateSpace(
         np.zeros(len(identity)), identity, np.ones(len(identity)), identity, np.full(len(identity), 0.5)
@@ -194,7 +194,7 @@ def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_cop
     os.killpg(job.pid, by)
     said = job.communicate()[1].decode()
     assert job.returncode
-    assert ("the next attempt goes on from the last checkpoint" in said) == (by == signal.SIGTERM)
+    assert ("the next attempt resumes from the last checkpoint" in said) == (by == signal.SIGTERM)
     assert "Traceback" not in said
     assert not (tmp_path / "model.ckpt").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -87,7 +87,7 @@ def test_run_json_has_all_it_takes_to_repeat_a_run(once: Path, tmp_path: Path) -
         "--pairs", str(inputs["pairs.h5ad"]), "--embeddings", str(inputs["embeddings.parquet"]), "--audit", str(inputs["audit.json"]),
         "--model", str(tmp_path / "model.ckpt"), "--run", str(tmp_path / "run.json"),
         "--implementation", run["implementation"], "--params", json.dumps(run["params"]), "--seed", str(run["seed"]),
-        "--device", run["device"], "--devices", str(run["n_devices"]), "--threads", str(run["threads"]),
+        "--device", run["device"], "--threads", str(run["threads"]),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(run["threads"])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

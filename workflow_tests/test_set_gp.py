@@ -224,8 +224,8 @@ def test_it_is_surer_of_what_it_knows_better(singles: dict[str, np.ndarray]) -> 
 def test_intervals_in_its_own_units_hold_what_is_measured(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
     training = make_training({**singles, **doubles(singles)}, vectors(), n=12, noise=1.0)
     found = SetGP().held_out(training.pairs, training.embeddings, 0)
-    assert {"unseen gene", "unseen member", "seen"} == set(found.cases)
-    assert 0.5 < found.for_case("seen").reach(0.9) < 4.0
+    assert {"unseen gene", "unseen member", "seen"} == set(found.novelties)
+    assert 0.5 < found.for_novelty("seen").reach(0.9) < 4.0
 
 
 # --- another model's means -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.models.latents import vae as autoencoder
 from perturbflow.models.latents.pca import LatentSpace
-from perturbflow.models.latents.vae import DrawnCells
+from perturbflow.models.latents.vae import CellSampler
 from perturbflow.models.training import batches
 from perturbflow.models.training.batches import PairedCells, encoded
 from perturbflow.models.training.conditions import Conditions
@@ -33,7 +33,7 @@ from perturbflow.pairs import Pairs
 from perturbflow.train import train
 
 COMBINATION = "unseen_combination"
-SHARES = {"control_share": 0.2, "synthetic_share": 0.3, "shifted_share": 0.3, "cells_per_draw": 4}
+SHARES = {"control_share": 0.2, "synthetic_share": 0.3, "shifted_share": 0.3, "cells_together": 4}
 TINY = {"n_steps": 10, "batch_size": 16, "n_latent": 8}
 TINY_JEPA = {**TINY, "n_steps_representation": 10, "n_steps_decoder": 10, "when_broken": "report"}
 
@@ -291,13 +291,13 @@ def test_batches_of_counts_from_disk_depend_on_seed_and_step_alone(
 ) -> None:
     X = both[1].roles("train").X
     watched = Watched(monkeypatch)
-    through = DrawnCells(X)
+    through = CellSampler(X)
     seen = [through.batch(10, (0, 1, step)) for step in range(7)]
     for read in through._ahead.values():
         read.result()
     assert len(watched.at_once) == 3 + 1  # the next one is read ahead
     assert max(watched.at_once) <= 32
-    resumed = DrawnCells(X)
+    resumed = CellSampler(X)
     for step in (4, 2, 6):
         torch.testing.assert_close(resumed.batch(10, (0, 1, step)).x, seen[step].x, rtol=0, atol=0)
     assert not torch.equal(seen[0].x, seen[1].x)
@@ -310,14 +310,14 @@ def test_cells_are_read_ahead_from_epoch_to_epoch_whoever_looks_at_others_in_bet
     both: tuple[Pairs, Pairs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     X, read = both[1].roles("train").X, []
-    runs = DrawnCells._runs
+    runs = CellSampler._runs
     monkeypatch.setattr(
-        DrawnCells,
+        CellSampler,
         "_runs",
         lambda cells, seed: read.append((seed, threading.current_thread().name)) or runs(cells, seed),
     )
     monkeypatch.setattr(autoencoder, "STEPS_PER_EPOCH", 6)
-    through = DrawnCells(X)
+    through = CellSampler(X)
     for epoch in range(3):
         for step in range(6):
             through.batch(10, (0, epoch, step))
@@ -335,7 +335,7 @@ def test_cells_are_read_ahead_from_epoch_to_epoch_whoever_looks_at_others_in_bet
 def test_all_cells_come_in_batches_from_disk(both: tuple[Pairs, Pairs]) -> None:
     X = both[1].roles("train").X
     cells = {row.tobytes() for row in X[:].toarray()}
-    drawn = DrawnCells(X)
+    drawn = CellSampler(X)
     came = {row.tobytes() for step in range(1500) for row in drawn.batch(16, (0, 0, step)).x.numpy()}
     assert came <= cells
     assert len(came) > 0.98 * len(cells)

@@ -1,6 +1,7 @@
 """Predict cells for held-out perturbations, each from a control of its own role, batch and cell type."""
 
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic
 from perturbflow.io.hdf5 import AppendedRows
-from perturbflow.models.base import Ceiling, build
+from perturbflow.models.base import Ceiling, Model, build
 from perturbflow.pairs import Context, Pairs
 
 logger = logging.getLogger(__name__)
@@ -24,14 +24,15 @@ CELLS_PER_BLOCK = 2048
 
 
 def block_seed(seed: int, label: str, block: int) -> int:
-    """Return the seed of a block of cells of one perturbation; that of the first is the model's, as if there were no other."""
+    """Return the seed of a block of cells of one perturbation. The first block has the seed of the run."""
     return int(np.random.SeedSequence([seed, crc32(label.encode()), block]).generate_state(1)[0]) if block else seed
 
 
 def nonnegative(cells: np.ndarray) -> np.ndarray:
-    """Return cells without negative expression and, gene by gene, with the same mean over cells where that is positive.
+    """Return cells without negative expression, with the same mean of every gene where that is positive.
 
-    A shifted zero falls below zero; clipping it alone would raise the mean. Here the positive values give way in proportion.
+    An effect can take a zero below zero, and clipping alone would raise the mean. So the positive values are scaled
+    down.
 
     Parameters
     ----------
@@ -58,68 +59,79 @@ def predict(
     Parameters
     ----------
     pairs
-        The pairs of one split; starting cells are the controls matched to the measured cells.
+        The pairs of one split. Cells start from the controls that are matched to the measured cells.
     model
         A trained model.
     predictions
-        AnnData to be written: X log1p-normalized like pairs.h5ad; obs perturbation, cell_type, batch, control_index (row of
-        pairs.h5ad of the control that the cell started from); uns["perturbflow"] starts_from_controls, role and noise_removed. The mean of a perturbation's
-        cells is that of all controls of their batches and cell types plus the predicted effect.
+        AnnData to be written. X is log1p-normalized like pairs.h5ad. obs has perturbation, cell_type, batch and
+        control_index, the row of pairs.h5ad of the control that the cell started from. uns["perturbflow"] has
+        starts_from_controls, role and noise_removed. The mean of a perturbation's cells is that of all controls of
+        their batches and cell types plus the predicted effect.
     role
         test, or validation for choosing hyper-parameters.
     """
     cells = Pairs.open(pairs).roles(role)
     family = build(implementation, params)
     family.restore(load_artefact(model))
+    chosen = _chosen(cells, family, seed, max_cells)
+    n_cells = sum(map(len, chosen.values()))
+    is_ceiling = isinstance(family, Ceiling)
+    with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
+        written = AppendedRows(file.create_group("X"), len(cells.genes), n_cells, pool)
+        for predicted in _predicted(cells, family, chosen, seed):
+            written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
+        written.finish()
+        obs = _table(cells, chosen, starts_from_controls=not is_ceiling)
+        noise_removed = isinstance(family, Ceiling) and family.noise_removed
+        about = {"starts_from_controls": not is_ceiling, "role": role, "noise_removed": noise_removed}
+        uns = {"perturbflow": about}
+        begin_anndata(file)
+        write_tables(file, obs, pd.DataFrame(index=cells.genes), uns)
+
+
+def _chosen(cells: Pairs, family: Model, seed: int, max_cells: int) -> dict[str, np.ndarray]:
+    """Return, by label, rows of the measured cells that predictions stand for; a ceiling has rows of its own."""
     rng = np.random.default_rng(seed)
     chosen = {}
     for label in cells.perturbations:
         measured = cells.cells_of(label)
         if len(measured) > max_cells:
             measured = np.sort(rng.choice(measured, max_cells, replace=False))
-        if isinstance(family, Ceiling):  # its cells are measured ones: it says which
+        if isinstance(family, Ceiling):
             measured = np.searchsorted(cells.rows, family.rows(label, len(measured), seed))
         chosen[label] = measured
-    # Controls are few and start again and again: they are kept, and no other cell is read.
+    return chosen
+
+
+def _predicted(cells: Pairs, family: Model, chosen: dict[str, np.ndarray], seed: int) -> Iterator[np.ndarray]:
+    """Yield predicted cells block by block, (cells, genes), in the order of the chosen ones."""
+    # The same few controls start many cells: they stay in memory, and no other cell is read.
     is_control = np.flatnonzero(cells.is_control)
     controls = replace(cells.select(cells.is_control), X=cells.X[is_control])
-    strata, measured = controls.strata, np.concatenate(list(chosen.values()))
-    start = cells.control_index[measured, 0]
+    strata = controls.strata
+    for label, rows in chosen.items():
+        place = np.searchsorted(is_control, cells.control_index[rows, 0])
+        # By chance the mean of these controls differs from that of all controls, which predicted cells shall have.
+        levels = controls.context_of(place).levels
+        # A ceiling samples without replacement: in one block.
+        size = len(rows) if isinstance(family, Ceiling) else CELLS_PER_BLOCK
+        for block, first in enumerate(range(0, len(rows), size)):
+            starts = place[first : first + size]
+            context = Context(strata[starts], levels)
+            start, of_block = controls.X[starts].toarray(), block_seed(seed, label, block)
+            yield family.predict(start, [label], len(starts), of_block, context)[0]
+        logger.info("%s: %d cells", label, len(rows))
 
-    with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
-        written = AppendedRows(file.create_group("X"), len(cells.genes), len(start), pool)
-        for label, rows in chosen.items():
-            place = np.searchsorted(is_control, cells.control_index[rows, 0])
-            # The mean of a few controls is off that of all by chance; predicted cells are to have the mean of the population.
-            levels = controls.context_of(place).levels
-            size = (
-                len(rows) if isinstance(family, Ceiling) else CELLS_PER_BLOCK
-            )  # a ceiling draws without replacement, from few
-            for block, first in enumerate(range(0, len(rows), size)):
-                starts = place[first : first + size]
-                context = Context(strata[starts], levels)
-                predicted = family.predict(
-                    controls.X[starts].toarray(), [label], len(starts), block_seed(seed, label, block), context
-                )[0]
-                written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
-            logger.info("%s: %d cells", label, len(rows))
-        written.finish()
-        obs = cells.obs.iloc[measured if isinstance(family, Ceiling) else start][["cell_type", "batch"]].astype(str)
-        obs = obs.assign(
-            perturbation=np.repeat(list(chosen), list(map(len, chosen.values()))),
-            control_index=cells.rows[start].astype(np.int32),
-        )
-        obs = obs[["perturbation", "cell_type", "batch", "control_index"]]
-        obs.index = [f"predicted_{i}" for i in range(len(obs))]
-        for column in ("perturbation", "cell_type", "batch"):
-            obs[column] = pd.Categorical(obs[column])
-        noise_removed = isinstance(family, Ceiling) and family.noise_removed
-        uns = {
-            "perturbflow": {
-                "starts_from_controls": not isinstance(family, Ceiling),
-                "role": role,
-                "noise_removed": noise_removed,
-            }
-        }
-        begin_anndata(file)
-        write_tables(file, obs, pd.DataFrame(index=cells.genes), uns)
+
+def _table(cells: Pairs, chosen: dict[str, np.ndarray], *, starts_from_controls: bool) -> pd.DataFrame:
+    """Return obs of the predicted cells; batch and cell type are those of the start cells, or of measured ones."""
+    measured = np.concatenate(list(chosen.values()))
+    start = cells.control_index[measured, 0]
+    obs = cells.obs.iloc[start if starts_from_controls else measured][["cell_type", "batch"]].astype(str)
+    labels = np.repeat(list(chosen), list(map(len, chosen.values())))
+    obs = obs.assign(perturbation=labels, control_index=cells.rows[start].astype(np.int32))
+    obs = obs[["perturbation", "cell_type", "batch", "control_index"]]
+    obs.index = [f"predicted_{i}" for i in range(len(obs))]
+    for column in ("perturbation", "cell_type", "batch"):
+        obs[column] = pd.Categorical(obs[column])
+    return obs

@@ -1,4 +1,4 @@
-"""Train one model and leave behind what prediction and readers of the run need."""
+"""Train one model: write its artefact for prediction, and run.json for readers of the run."""
 
 import logging
 import platform
@@ -21,15 +21,15 @@ from perturbflow.provenance.records import FOLDER, content_digest, digest, read_
 
 logger = logging.getLogger(__name__)
 
-# Finished trainings of a network that stay beside its checkpoint: going back to a configuration repeats none.
+# So many finished trainings of a network stay beside its checkpoint: going back to a configuration repeats none.
 KEPT = 3
 
 
 class Finished:
-    """The finished trainings of one network, by all that went in.
+    """The finished trainings of one network, by the digest of all inputs.
 
-    A job runs again when its inputs were made again, though they may hold what they held before. A training takes minutes to
-    days, so the same training is not repeated. To repeat it all the same, delete the folder of the run.
+    A job runs again when its inputs were made again, even with the same content. A training takes minutes to days, so
+    the same training is not repeated. To repeat it nevertheless, delete the folder of the run.
     """
 
     def __init__(self, model: Path, identity: str) -> None:
@@ -37,7 +37,7 @@ class Finished:
         self.folder = model.parent / FOLDER / "finished" / identity
 
     def restore(self) -> dict | None:
-        """Bring the checkpoint back and return what run.json said of it; None where it is not there, or damaged."""
+        """Bring the checkpoint back and return its run.json; None where either is missing or damaged."""
         files = self.folder / self.model.name, self.folder / "run.json"
         for file in files:
             record = read_record(file)
@@ -49,7 +49,7 @@ class Finished:
         return read_json(files[1])
 
     def keep(self, content: dict) -> None:
-        """Keep the checkpoint and what run.json says of it; the oldest of too many go."""
+        """Keep the checkpoint and the content of its run.json; delete the oldest of more than KEPT."""
         with atomic(self.folder / self.model.name) as partial:
             shutil.copyfile(self.model, partial)
         write_json(self.folder / "run.json", content)
@@ -82,15 +82,16 @@ def train(
     audit
         The leak audit of this split, which must have passed.
     model, run
-        To be written: the artefact, and JSON with params, seed, digests, versions, device, time, memory and training history.
+        To be written: the artefact; and JSON with params, seed, digests, versions, device, time, memory and history.
     implementation, params
-        "module:Class" below perturbflow.models, and what it is built from.
+        "module:Class" below perturbflow.models, and its params.
     seed
         Governs all that is random in training.
     device
         auto, cpu, cuda or mps.
     scored
-        Role that predictions are scored on: for test a model learns from training and validation cells, for validation from training alone.
+        Role that predictions are scored on. For test a model learns from training and validation cells, for validation
+        from training cells alone.
     """
     family = build(implementation, params)
     digests = {path.name: content_digest(path) for path in (pairs, embeddings)} | {
@@ -109,11 +110,11 @@ def train(
         "inputs_sha256": {**digests, "audit.json": content_digest(audit)},
         "split_sha256": read_json(audit)["split_sha256"],
     }
-    # Closed forms take seconds.
+    # Only checkpoints are kept: closed forms take seconds.
     finished = Finished(model, digest(circumstances.identity, device)) if model.suffix == ".ckpt" else None
     if finished and (content := finished.restore()):
         write_json(run, {**content, **about})
-        logger.info("this very training was finished before and is not repeated; to repeat it, delete %s", model.parent)
+        logger.info("the same training was finished before and is not repeated; to repeat it, delete %s", model.parent)
         return
     started = time.perf_counter()
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
@@ -132,26 +133,21 @@ def train(
     write_json(run, content)
     if finished:
         finished.keep(content)
-    # Only now is the state of the training of no more use.
+    # From here on the state of the training is not needed.
     shutil.rmtree(circumstances.checkpoints, ignore_errors=True)
     logger.info("trained in %.1f s, %s parameters", seconds, f"{content['n_parameters']:,}")
 
 
 def _account(circumstances: Run, artefact: dict, seconds: float) -> dict:
-    """Return what run.json says of how a training went."""
+    """Return the entries of run.json about the course of a training."""
     facts = dict(circumstances.facts)
     n_parameters = facts.pop("n_parameters", None)
     if n_parameters is None:
-        n_parameters = int(
-            sum(
-                np.size(value)
-                for value in artefact.values()
-                if isinstance(value, np.ndarray) and value.dtype.kind == "f"
-            )
-        )
+        arrays = [value for value in artefact.values() if isinstance(value, np.ndarray)]
+        n_parameters = int(sum(array.size for array in arrays if array.dtype.kind == "f"))
+    versions = {"perturbflow": __version__, "numpy": np.__version__, "anndata": version("anndata")}
     return {
-        "versions": {"python": platform.python_version(), "perturbflow": __version__, "numpy": np.__version__, "anndata": version("anndata"),
-                     **facts.pop("versions", {})},
+        "versions": {"python": platform.python_version(), **versions, **facts.pop("versions", {})},
         "device": facts.pop("device", "cpu"),
         "threads": circumstances.threads,
         "seconds": round(seconds, 2),
@@ -159,4 +155,4 @@ def _account(circumstances: Run, artefact: dict, seconds: float) -> dict:
         "n_parameters": n_parameters,
         "facts": facts,
         "history": circumstances.history,
-    }  # fmt: skip
+    }

@@ -38,7 +38,7 @@ from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
 from perturbflow.io.artefacts import load_artefact  # noqa: E402
 from perturbflow.io.files import read_json  # noqa: E402
 from perturbflow.models.base import build  # noqa: E402
-from perturbflow.models.closed_form.base import MeanShift  # noqa: E402
+from perturbflow.models.closed_form.base import ClosedForm  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
 from perturbflow.predict import nonnegative  # noqa: E402
 
@@ -87,7 +87,7 @@ def with_measured_mean(predictions: ad.AnnData, cells: Pairs, folder: Path) -> a
     run = read_json(folder / "run.json")
     model = build(run["implementation"], run["params"])
     model.restore(load_artefact(next(folder.glob("model.*"))))
-    if isinstance(model, MeanShift):
+    if isinstance(model, ClosedForm):
         model.effect_in = MeasuredMean(cells).effect_in
     else:
         model.mean = MeasuredMean(cells)

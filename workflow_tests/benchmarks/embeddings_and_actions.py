@@ -1,4 +1,4 @@
-r"""What trainings watched: whether the embedding holds cells apart, and whether the world model uses the perturbation.
+"""What trainings watched: whether the embedding holds cells apart, and whether the predictor uses the perturbation.
 
     python workflow_tests/benchmarks/embeddings_and_actions.py results renge2023 unseen_context --models jepa \
         jepa_off --figure monitors.png

@@ -175,7 +175,7 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from perturbflow.models.calibration import Scale, case_of, measured_by
+    from perturbflow.models.calibration import Scale, measured_by, novelty_of
     from perturbflow.models.gaussian_process.set_gp import SetGP
 
     known, test = cells.fitted_on("test"), cells.roles("test")
@@ -188,8 +188,8 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
     for panel, label in zip(panels, chosen, strict=True):
         context, measured = test.context_of(test.cells_of(label)), test.effect_of(label)
         effect = model.effect_in(label, context)
-        case = case_of(label, set(training.effects.labels), set(training.effects.entities))
-        half = calibration.for_case(case).reach(0.9) * scale.at(
+        case = novelty_of(label, set(training.effects.labels), set(training.effects.entities))
+        half = calibration.for_novelty(case).reach(0.9) * scale.at(
             measured_by(test, label), model.uncertainty(label, context)
         )
         kept = ~np.isin(test.genes, entities_of(label))
@@ -217,11 +217,8 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
 
 
 def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
-    """Return, per test perturbation, coverage and width of 90 % intervals, and both errors.
-
-    Intervals are in units of the posterior, and of one spread.
-    """
-    from perturbflow.models.calibration import Scale, case_of, measured_by
+    """Return, per test perturbation, coverage and width of 90 % intervals in units of the posterior and of one spread, and both errors."""
+    from perturbflow.models.calibration import Scale, measured_by, novelty_of
     from perturbflow.models.gaussian_process.set_gp import SetGP
 
     class OneSpread(SetGP):
@@ -241,17 +238,9 @@ def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
             context, kept = test.context_of(test.cells_of(label)), ~np.isin(test.genes, entities_of(label))
             off = np.abs(test.effect_of(label) - model.effect_in(label, context))[kept]
             unit = scale.at(measured_by(test, label), model.uncertainty(label, context))[kept]
-            half = calibration.for_case(case_of(label, measured, entities)).reach(0.9) * unit
-            rows.append(
-                {
-                    "units": units,
-                    "perturbation": label,
-                    "coverage": float((off <= half).mean()),
-                    "width": float(2 * half.mean()),
-                    "promised": float(np.sqrt((unit**2).mean())),
-                    "error": float(np.sqrt((off**2).mean())),
-                }
-            )
+            half = calibration.for_novelty(novelty_of(label, measured, entities)).reach(0.9) * unit
+            rows.append({"units": units, "perturbation": label, "coverage": float((off <= half).mean()), "width": float(2 * half.mean()),
+                         "promised": float(np.sqrt((unit**2).mean())), "error": float(np.sqrt((off**2).mean()))})  # fmt: skip
     return rows
 
 

@@ -186,7 +186,7 @@ def train_here(folder: Path, name: str, n_steps: int, threads: int) -> None:
         module.optimize = clock.timed("optimize", module.optimize)
     for module in (jepa, representation):
         module.optimize_briefly = clock.timed("inner folds", module.optimize_briefly)
-    batches.drawn_ahead = clock.waited("batch", batches.drawn_ahead)
+    batches.sampled_ahead = clock.waited("batch", batches.sampled_ahead)
     implementation, params = model_of(name, n_steps)
     family = type(base.build(implementation, params))
     family.fit = clock.timed("fit", family.fit)

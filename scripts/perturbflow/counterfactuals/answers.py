@@ -122,7 +122,7 @@ class Checks:
 
     def half_width(self, answer: Answer, is_elsewhere: bool) -> np.ndarray:
         """Return half the width of the intervals of an answer, (genes,); NaN where no such answer was checked."""
-        own = self.calibration.for_case(answer.novelty.kind)
+        own = self.calibration.for_novelty(answer.novelty.kind)
         if not own.labels or answer.label == CONTROL or not was_checked(self.content, is_elsewhere):
             return np.full(answer.effects.shape[1], np.nan)
         return own.reach(LEVEL) * self.scale.at(own.typical_sampling, answer.uncertainty)

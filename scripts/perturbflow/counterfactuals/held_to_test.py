@@ -13,7 +13,7 @@ from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS, mean_with_interv
 from perturbflow.evaluation.similarity import correlation
 from perturbflow.genes.symbols import entities_of
 from perturbflow.models.base import Model
-from perturbflow.models.calibration import Calibration, Scale, case_of, measured_by
+from perturbflow.models.calibration import Calibration, Scale, measured_by, novelty_of
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 from perturbflow.progress import progressed
@@ -104,7 +104,7 @@ class _Test:
         rows = self.test.cells_of(label)
         return _Prediction(
             label,
-            case_of(label, *self.seen),
+            novelty_of(label, *self.seen),
             asked_effect(self.model, self.test, label, self.seed),
             self.test.effect_of(label),
             _halves(self.test, label),
@@ -136,7 +136,7 @@ class _Test:
     def _intervals(self, found: _Prediction, level: float) -> dict[str, Any]:
         """Return coverage and width of the intervals of one level, of the model, the floors and the truth."""
         kept = found.is_kept
-        own = {name: calibration.for_case(found.novelty) for name, calibration in self.calibrations.items()}
+        own = {name: calibration.for_novelty(found.novelty) for name, calibration in self.calibrations.items()}
         guesses = {
             "model": found.predicted,
             "no_change": np.zeros_like(self.mean_effect),

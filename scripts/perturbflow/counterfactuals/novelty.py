@@ -9,7 +9,7 @@ from scipy.spatial.distance import cdist
 from perturbflow.counterfactuals.contexts import ContextName, MeasuredContexts, contexts_of
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import CONTROL, entities_of, entity_of, members_of
-from perturbflow.models.calibration import case_of
+from perturbflow.models.calibration import novelty_of
 from perturbflow.pairs import Pairs
 
 
@@ -60,7 +60,7 @@ class TrainingKnowledge:
         if label == CONTROL:
             return Novelty("no perturbation", "measured", 0.0)
         asked = self.asked if asked is None else asked
-        kind = case_of(label, self.labels, set(self.seen))
+        kind = novelty_of(label, self.labels, set(self.seen))
         where, is_elsewhere = self.measured.words(label, asked), self.measured.is_elsewhere(label, asked)
         unseen = [gene for gene in entities_of(label) if gene not in self.seen]
         if not unseen:

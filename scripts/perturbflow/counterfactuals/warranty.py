@@ -29,7 +29,7 @@ from perturbflow.genes.symbols import CONTROL
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, write_json
 from perturbflow.models.base import Model, Run, build
-from perturbflow.models.calibration import Calibration, Scale, case_of, measured_by
+from perturbflow.models.calibration import Calibration, Scale, measured_by, novelty_of
 from perturbflow.models.closed_form.baselines import NoChange, PerturbedMean
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
@@ -62,7 +62,7 @@ def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) ->
         ]
         found += Calibration.of(
             labels,
-            [case_of(label, *known) for label in labels],
+            [novelty_of(label, *known) for label in labels],
             np.stack(predicted),
             np.stack([validation.effect_of(label) for label in labels]),
             [measured_by(validation, label) for label in labels],
@@ -187,7 +187,7 @@ def warranty(
         "identity": identity(family, controls, seed),
         "placebo": placebo(family, test, seed),
         "calibrated_on": {
-            label: sorted({c for other, c in zip(found.labels, found.cases, strict=True) if other == label})
+            label: sorted({c for other, c in zip(found.labels, found.novelties, strict=True) if other == label})
             for label in found.labels
         },
     }

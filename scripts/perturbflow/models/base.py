@@ -15,7 +15,7 @@ from perturbflow.pairs import Context, Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.params import Params, made
 
-# What training leaves behind: arrays of a closed form, tensors and plain values of a network.
+# A trained model: arrays of a closed form, tensors and plain values of a network.
 Artefact = dict[str, Any]
 
 
@@ -34,11 +34,11 @@ class Run:
     checkpoints
         Folder for resumable state; no result.
     identity
-        Digest of all that went in: state of another identity is not resumed.
+        Digest of all inputs: state of another identity is not resumed.
     history
         Filled by training: one row of numbers per logged step.
     facts
-        Filled by training: what else run.json should say.
+        Filled by training: other entries of run.json.
     """
 
     seed: int
@@ -57,15 +57,15 @@ class Model(ABC):
     Expression is log1p-normalized, on the scale of pairs.h5ad, in that file's gene order.
     """
 
-    reads_blocks: bool = False  # fit goes through the cells block by block: their expression may stay on disk
-    files: tuple[Path, ...] = ()  # that the params name: what is in them is part of a training's identity
+    reads_blocks: bool = False  # fit reads the cells block by block: their expression may stay on disk
+    files: tuple[Path, ...] = ()  # files that the params name: their content is part of a training's identity
 
     def __init__(self, params: Params | None = None) -> None:
         self.params = params or Params()
 
     @abstractmethod
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Learn from training cells (validation cells are reported on, no more) and return all that prediction needs."""
+        """Learn from training cells and return all that prediction needs. Validation cells serve reports alone."""
 
     @abstractmethod
     def restore(self, artefact: Artefact) -> None:
@@ -80,7 +80,7 @@ class Model(ABC):
         Parameters
         ----------
         cells
-            Control cells, (m, genes); the i-th prediction starts from cells[i % m].
+            Control cells, (m, genes). Prediction i starts from cells[i % m].
         perturbations
             Canonical labels.
         n
@@ -88,18 +88,18 @@ class Model(ABC):
         seed
             Same seed, same cells.
         context
-            Where the cells are. The predicted cells have its level plus the effect for their mean, so that they do not carry the chance by which a
-            few controls were drawn. None: the mean of the cells themselves.
+            Context of the cells. The mean of the predicted cells is its level plus the effect: the sampling error of a
+            few controls does not enter. None: the mean of the cells themselves replaces its level.
 
         Returns
         -------
-        (perturbations, n, genes); a ceiling has no more cells than were measured.
+        (perturbations, n, genes). A ceiling has no more cells than were measured.
         """
 
     def counterfactual(
         self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Return what each of these cells might become, (perturbations, cells, samples, genes)."""
+        """Return samples of each cell after each perturbation, (perturbations, cells, samples, genes)."""
         repeated = np.repeat(cells, samples, axis=0)
         predicted = self.predict(repeated, perturbations, len(repeated), seed, context)
         return predicted.reshape(len(perturbations), len(cells), samples, cells.shape[1])
@@ -107,15 +107,15 @@ class Model(ABC):
     def individual_effects(
         self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Return what the perturbation is expected to change in each of these cells, (cells, genes): the mean over what is not known of it."""
+        """Return the expected effect on each of these cells, (cells, genes): the mean over its samples."""
         return self.predict(cells, [perturbation], len(cells), seed, context)[0] - cells
 
     def uncertainty(self, perturbation: str, context: Context | None = None) -> np.ndarray | None:
-        """Return the variance that the model gives its own idea of the mean effect, (genes,); None where it has none."""
+        """Return the model's own variance of the mean effect, (genes,); None where it has none."""
         return None
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Return how far this model is off on training perturbations that it was not trained on, as far as that can be known."""
+        """Return this model's errors on training perturbations that inner folds held out, where it has such folds."""
         return Calibration.none()
 
     def refusal(self, perturbation: str) -> str | None:
@@ -124,9 +124,9 @@ class Model(ABC):
 
 
 class Ceiling(Model):
-    """What may see measured test cells, and predicts with some of them; a model never does."""
+    """A predictor that sees measured test cells and predicts with some of them. A model never sees them."""
 
-    noise_removed: ClassVar[bool] = False  # its scores are to be told without the noise of its cells
+    noise_removed: ClassVar[bool] = False  # whether the noise of its cells is removed from its scores
 
     @abstractmethod
     def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
@@ -142,7 +142,7 @@ def build(implementation: str, params: dict) -> Model:
 
 
 def off_level(cells: np.ndarray, context: Context | None) -> np.ndarray:
-    """Return what the mean of cells lacks of the level of their context, (genes,); zeros without one."""
+    """Return the level of the cells' context minus the mean of the cells, (genes,); zeros without a context."""
     return np.zeros(cells.shape[1]) if context is None else context.level - cells.mean(axis=0, dtype=np.float64)
 
 

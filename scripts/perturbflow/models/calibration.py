@@ -1,14 +1,19 @@
-"""Intervals of mean effects by split-conformal prediction, with perturbations as what is exchanged.
+"""Intervals of mean effects by split-conformal prediction; perturbations are the exchangeable units.
 
-What a model says of perturbations that it was not trained on is held against what was measured of them. The score of a gene is |measured − predicted|
-in units of what it may differ by,
+1. Score. A model predicts perturbations that it was not trained on. The score of a gene is |measured − predicted| / s:
 
-    s_pg² = v_g (1/n + 1/n₀) + τ_g²,
+    s_pg² = v_g (1/n + 1/n₀) + τ_g².
 
-with v_g the gene's variance over controls, n and n₀ the cells and controls that the measurement is a mean of, τ_g² the variance of true effects over
-training perturbations; a model that is unsure of each effect by a variance of its own (`uncertainty`) has that in place of τ_g². An interval of level 1 − α reaches q s to both sides, q the 1 − α quantile of the scores, each held-out measurement having the same
-weight (the pooled distribution of groups: Dunn, Wasserman & Ramdas 2022, doi:10.1080/01621459.2022.2060112, section 3). Over perturbations like those held out,
-it covers what a screen of as many cells would measure; with few held out, only roughly.
+   v_g is the gene's variance over controls. The measurement is a mean over n cells minus one over n₀ controls. τ_g² is
+   the variance of true effects over training perturbations. Where a model has its own variance of each effect
+   (`uncertainty`), that replaces τ_g².
+
+2. Interval. At level 1 − α it reaches q s to both sides; q is the 1 − α quantile of the scores. Each held-out
+   measurement has the same weight (the pooled distribution of groups: Dunn, Wasserman & Ramdas 2022,
+   doi:10.1080/01621459.2022.2060112, section 3).
+
+3. Promise. For perturbations like those held out, it covers the measurement of a screen with as many cells. With few
+   held out, the level holds only roughly.
 """
 
 from collections.abc import Sequence
@@ -20,13 +25,21 @@ from perturbflow.genes.symbols import entities_of
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 
-CASES = ("measured", "seen", "unseen gene", "unseen member")  # what training knew of a perturbation
-LEVELS = np.linspace(0.0, 1.0, 201)  # of the scores that are kept of a perturbation
-LEAST_OF_CASE = 4  # perturbations: with fewer of its own case, a question gets the scores of all
+NOVELTIES = ("measured", "seen", "unseen gene", "unseen member")  # how new a perturbation is to training
+LEVELS = np.linspace(0.0, 1.0, 201)  # of a perturbation's scores, of which these quantiles are kept
+LEAST_OF_NOVELTY = 4  # perturbations: with fewer of its own novelty, a question gets the scores of all
 
 
-def case_of(perturbation: str, measured: set[str], known: set[str]) -> str:
-    """Return which case a perturbation is, given the labels of training and the genes or compounds perturbed in it, at whatever dose."""
+def novelty_of(perturbation: str, measured: set[str], known: set[str]) -> str:
+    """Return how new a perturbation is to training.
+
+    Parameters
+    ----------
+    measured
+        Labels of training.
+    known
+        Genes or compounds that training perturbs, at any dose.
+    """
     entities = entities_of(perturbation)
     if perturbation in measured:
         return "measured"
@@ -37,7 +50,7 @@ def case_of(perturbation: str, measured: set[str], known: set[str]) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """What a measured effect may differ from a predicted one by.
+    """The scale s of the difference between a measured and a predicted effect.
 
     Attributes
     ----------
@@ -52,7 +65,7 @@ class Scale:
 
     @classmethod
     def of(cls, training: Pairs, effects: Effects) -> "Scale":
-        """Measure it on training cells."""
+        """Estimate both variances from training cells."""
         groups, (sums, squares) = training.groups, training.sums
         first = len(groups.labels)
         n = groups.n_cells[first:].reshape(-1, 2).sum(axis=1)[:, None]
@@ -63,19 +76,27 @@ class Scale:
         return cls(variance, np.maximum((effects.values.astype(float) ** 2).mean(axis=0) - noise, 0.0))
 
     def at(self, sampling: float, uncertainty: np.ndarray | None = None) -> np.ndarray:
-        """Return s, (genes,), for a measurement with 1/n + 1/n₀ as given; where a model has a variance of its own, (genes,), in place of τ²."""
+        """Return s, (genes,).
+
+        Parameters
+        ----------
+        sampling
+            1/n + 1/n₀ of the measurement.
+        uncertainty
+            The model's own variance, (genes,), which replaces τ²; None keeps τ².
+        """
         return np.sqrt(self.variance * sampling + (self.spread if uncertainty is None else uncertainty))
 
 
 def measured_by(pairs: Pairs, label: str, rows: np.ndarray | None = None, share: float = 1.0) -> float:
-    """Return 1/n + 1/n₀ of a perturbation's mean effect: its cells, and the controls of their batches, weighted as the cells are.
+    """Return 1/n + 1/n₀ of a perturbation's mean effect, with the controls of each batch weighted as its cells are.
 
     Parameters
     ----------
     rows
-        The cells; None takes all of the perturbation.
+        The cells; None takes all cells of the perturbation.
     share
-        Of the controls, that it was measured against.
+        Share of the controls that the effect was measured against.
     """
     rows = pairs.cells_of(label) if rows is None else rows
     stratum = pairs.groups.stratum
@@ -91,16 +112,16 @@ class Calibration:
 
     Attributes
     ----------
-    labels, cases
-        Of every perturbation: its label, and what was known of it (CASES).
+    labels, novelties
+        Label and novelty of every perturbation (NOVELTIES).
     scores
-        Quantiles of its genes' scores at LEVELS, the perturbed genes left out, (perturbations, levels).
+        Quantiles at LEVELS of the scores of its genes without the perturbed ones, (perturbations, levels).
     sampling
         1/n + 1/n₀ of its measurement, (perturbations,).
     """
 
     labels: list[str]
-    cases: list[str]
+    novelties: list[str]
     scores: np.ndarray
     sampling: np.ndarray
 
@@ -113,7 +134,7 @@ class Calibration:
     def of(
         cls,
         labels: Sequence[str],
-        cases: Sequence[str],
+        novelties: Sequence[str],
         predicted: np.ndarray,
         measured: np.ndarray,
         sampling: Sequence[float],
@@ -122,33 +143,28 @@ class Calibration:
         uncertainty: Sequence[np.ndarray | None] | None = None,
     ) -> "Calibration":
         """Score predictions of held-out perturbations, (perturbations, genes), in units of `Scale.at`."""
-        scores = []
-        for label, p, m, s, u in zip(
-            labels, predicted, measured, sampling, uncertainty or [None] * len(labels), strict=True
-        ):
-            kept = ~np.isin(genes, entities_of(label))
-            scores.append(np.quantile((np.abs(m - p) / scale.at(s, u))[kept], LEVELS))
-        return cls(
-            list(labels),
-            list(cases),
-            np.array(scores).reshape(len(scores), len(LEVELS)),
-            np.array(sampling, dtype=float),
-        )
+        scores = np.empty((len(labels), len(LEVELS)))
+        uncertainty = uncertainty or [None] * len(labels)
+        for i, (label, variance) in enumerate(zip(labels, uncertainty, strict=True)):
+            scored = np.abs(measured[i] - predicted[i]) / scale.at(sampling[i], variance)
+            scores[i] = np.quantile(scored[~np.isin(genes, entities_of(label))], LEVELS)
+        return cls(list(labels), list(novelties), scores, np.array(sampling, dtype=float))
 
     def __add__(self, other: "Calibration") -> "Calibration":
         return Calibration(
             [*self.labels, *other.labels],
-            [*self.cases, *other.cases],
+            [*self.novelties, *other.novelties],
             np.concatenate([self.scores, other.scores]),
             np.concatenate([self.sampling, other.sampling]),
         )
 
-    def for_case(self, case: str) -> "Calibration":
-        """Return the perturbations of a case; all, where these are too few."""
-        rows = [i for i, of in enumerate(self.cases) if of == case]
-        if len(rows) < LEAST_OF_CASE:
+    def for_novelty(self, novelty: str) -> "Calibration":
+        """Return the perturbations of one novelty; all, where these are too few."""
+        rows = [i for i, of in enumerate(self.novelties) if of == novelty]
+        if len(rows) < LEAST_OF_NOVELTY:
             return self
-        return Calibration([self.labels[i] for i in rows], [case] * len(rows), self.scores[rows], self.sampling[rows])
+        labels = [self.labels[i] for i in rows]
+        return Calibration(labels, [novelty] * len(rows), self.scores[rows], self.sampling[rows])
 
     def reach(self, level: float) -> float:
         """Return q, in units of s; infinite without a perturbation."""
@@ -162,15 +178,16 @@ class Calibration:
         return float(np.median(self.sampling)) if self.labels else np.nan
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return what is to be stored."""
+        """Return the arrays to be stored."""
         return {
-            "labels": np.array(self.labels, dtype=str), "cases": np.array(self.cases, dtype=str), "scores": self.scores.astype(np.float32),
+            "labels": np.array(self.labels, dtype=str),
+            "cases": np.array(self.novelties, dtype=str),
+            "scores": self.scores.astype(np.float32),
             "sampling": self.sampling,
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Calibration":
-        """Rebuild what `arrays` returned."""
-        return cls(
-            arrays["labels"].tolist(), arrays["cases"].tolist(), arrays["scores"].astype(float), arrays["sampling"]
-        )
+        """Undo `arrays`."""
+        labels, novelties = arrays["labels"].tolist(), arrays["cases"].tolist()
+        return cls(labels, novelties, arrays["scores"].astype(float), arrays["sampling"])

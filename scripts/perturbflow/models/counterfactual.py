@@ -6,7 +6,7 @@ Abduction, action, prediction (Pearl 2009, section 7.1), cell by cell:
    (`States`). Each molecule falls to one of two halves (count splitting, Neufeld et al. 2024,
    doi:10.1093/biostatistics/kxac047). The halves share the cell's rates and no noise, so the covariance of one half's
    expression with the other's is that of the rates. Eigenvalues of its noise lie as far below zero as above: directions
-   beyond the most negative one are states. Along each, the halves tell the reliability ρ of a measured cell. A measured
+   beyond the most negative one are states. Along each, the halves give the reliability ρ of a measured cell. A measured
    position s means the state ρ s, known up to √(ρ(1−ρ)).
 2. Action. The perturbation.
 3. Prediction. The end of a flow that starts in the cell. Conditional flow matching (Lipman et al. 2023,
@@ -14,13 +14,13 @@ Abduction, action, prediction (Pearl 2009, section 7.1), cell by cell:
    batch and cell type. Coupled cells are those of most likely the same state (`coupled`; minibatch optimal transport,
    Tong et al. 2024, arXiv 2302.00482, with the likelihood of a shared state for its cost).
 
-The mean effect is that of `set_gp`; the flow says how cells differ from it.
+The mean effect is that of `set_gp`; the flow gives each cell's deviation from it.
 
 It assumes three things. (1) Within batch and cell type, perturbations are assigned without regard to the cell's state.
-This holds for pooled screens, but for survival. (2) The part of a cell that the perturbation leaves alone tells its
+This holds for pooled screens, but for survival. (2) The part of a cell that the perturbation leaves alone shows its
 state: two cells of one state that got different perturbations still look alike in most directions. (3) Cells of the
-same state respond alike: anything else that sets them apart, such as the efficacy of a guide, is noise here. No unpaired
-data can prove (2) and (3). On simulated worlds, whose counterfactuals are known, the error is measured.
+same state respond alike: any other difference between them, such as the efficacy of a guide, is noise here. No unpaired
+data can prove (2) and (3). On simulated data, whose counterfactuals are known, the error is measured.
 """
 
 from dataclasses import dataclass
@@ -73,27 +73,22 @@ class States:
 
     @classmethod
     def fit(cls, training: Pairs, most: int) -> "States":
-        """Find the states of training cells; what their perturbation or batch does to the mean is none of theirs."""
+        """Find the states of training cells, within perturbation, batch and cell type."""
         rows = np.arange(len(training.rows))
         rng = np.random.default_rng(0)
         if len(rows) > MAX_CELLS:
             rows = np.sort(rng.choice(rows, MAX_CELLS, replace=False))
-        X = training.X[rows]
-        group = training.groups.of_cell[rows]
-        group = np.where(
-            group < len(training.groups.labels), group, len(training.groups.labels)
-        )  # the halves of controls are one
-        group = np.unique(
-            group * (training.groups.stratum.max() + 1) + training.groups.stratum[rows], return_inverse=True
-        )[1]
+        X, groups = training.X[rows], training.groups
+        of_cell = np.minimum(groups.of_cell[rows], len(groups.labels))  # the two halves of controls are one group
+        code = of_cell * (groups.stratum.max() + 1) + groups.stratum[rows]
+        group = np.unique(code, return_inverse=True)[1]
         whole, *halves = (_Centred.of(table, group) for table in (X, *_halves(X, rng)))
-        shared = LinearOperator(
-            (X.shape[1],) * 2,
-            matvec=lambda v: (
-                (halves[0].across(halves[1].along(v)) + halves[1].across(halves[0].along(v))) / (2 * len(rows))
-            ),
-            dtype=np.float64,
-        )
+
+        def across_halves(v: np.ndarray) -> np.ndarray:
+            both = halves[0].across(halves[1].along(v)) + halves[1].across(halves[0].along(v))
+            return both / (2 * len(rows))
+
+        shared = LinearOperator((X.shape[1],) * 2, matvec=across_halves, dtype=np.float64)
         most = min(most, MAX_STATES, X.shape[1] - 2)
         start = np.random.default_rng(0).normal(size=X.shape[1])
         values, vectors = eigsh(shared, most, which="LA", v0=start, tol=1e-6)
@@ -102,20 +97,18 @@ class States:
         order = order[: max(1, int((values > noise).sum()))]
         basis = vectors[:, order] * np.sign(vectors[np.abs(vectors[:, order]).argmax(axis=0), order])
         a, b = (half.along(basis) for half in halves)
-        shared = (a * b).mean(
-            axis=0
-        ) - noise  # directions were chosen by what halves share here: by as much as noise has, they look better
-        agreement = np.clip(shared / np.sqrt((a**2).mean(axis=0) * (b**2).mean(axis=0)), 0.01, 1.0)
-        reliability = np.minimum(
-            2 * agreement / (1 + agreement), HIGHEST_RELIABILITY
-        )  # of the whole (Spearman 1910; Brown 1910)
+        # The directions were chosen for the covariance of these halves, which chance has raised by about the noise.
+        covariance = (a * b).mean(axis=0) - noise
+        agreement = np.clip(covariance / np.sqrt((a**2).mean(axis=0) * (b**2).mean(axis=0)), 0.01, 1.0)
+        of_whole = 2 * agreement / (1 + agreement)  # Spearman 1910; Brown 1910
+        reliability = np.minimum(of_whole, HIGHEST_RELIABILITY)
         scale = np.maximum(np.sqrt((whole.along(basis) ** 2).mean(axis=0)), 1e-3)
         return cls(np.asarray(training.control_level, dtype=np.float64), basis, scale, reliability)
 
 
 @dataclass(frozen=True)
 class _Centred:
-    """Cells less the mean of their group, without ever being dense."""
+    """Cells minus the mean of their group, in sparse form."""
 
     X: sparse.csr_matrix
     group: np.ndarray
@@ -157,8 +150,8 @@ def _halves(X: sparse.csr_matrix, rng: np.random.Generator) -> tuple[sparse.csr_
 def effect_directions(effects: Effects, most: int) -> np.ndarray:
     """Return orthonormal directions in which effects exceed sampling noise, (genes, at most so many).
 
-    Effects in units of their standard errors are noise of variance 1 where nothing happens. No singular value of P × G
-    such numbers exceeds √P + √G (Marchenko & Pastur 1967). The greatest one is kept in any case.
+    Without any effect, values in units of their standard errors are noise of variance 1. No singular value of P × G
+    such numbers exceeds √P + √G (Marchenko & Pastur 1967). The first direction is always kept.
     """
     error = np.sqrt(np.maximum(effects.errors, 1e-8))
     values = effects.values.astype(np.float64)
@@ -171,12 +164,13 @@ def effect_directions(effects: Effects, most: int) -> np.ndarray:
 
 
 def coupled(start: Tensor, target: Tensor, group: Tensor, weights: Tensor) -> Tensor:
-    """Return the order of start cells, within groups, in which they are most likely of the targets' states, (B,).
+    """Return the start cell of each target, within groups, such that their states are most likely the same, (B,).
 
     Let Δ be the difference of states minus the group's mean shift e, and w = ρ / (1 − ρ²). The cost of a pair is
-    Σ_k w_k Δ_k² minus the part that the perturbation itself can have caused: by a response of unknown size the state may
-    differ along e, so that distance counts as
-    Δᵀ (W⁻¹ + e eᵀ)⁻¹ Δ = Σ_k w_k Δ_k² − (Σ_k w_k Δ_k e_k)² / (1 + Σ_k w_k e_k²).
+    Σ_k w_k Δ_k² minus the part that the perturbation can have caused: a response of unknown size changes the state
+    along e. So the cost is
+
+        Δᵀ (W⁻¹ + e eᵀ)⁻¹ Δ = Σ_k w_k Δ_k² − (Σ_k w_k Δ_k e_k)² / (1 + Σ_k w_k e_k²).
 
     Parameters
     ----------
@@ -202,7 +196,7 @@ def coupled(start: Tensor, target: Tensor, group: Tensor, weights: Tensor) -> Te
 
 @dataclass(frozen=True)
 class StateSpace(LatentSpace):
-    """A linear latent space of the cells' states and of the directions in which perturbations move them.
+    """A linear latent space of the cells' states and of the directions of effects.
 
     Attributes
     ----------
@@ -219,8 +213,8 @@ class StateSpace(LatentSpace):
     def spanned(cls, training: Pairs, effects: Effects, most: int) -> "StateSpace":
         """Span states and effects of training cells, in at most so many dimensions."""
         states = States.fit(training, max(1, most // 2))
-        moved = effect_directions(effects, most - len(states.reliability))
-        basis = np.linalg.qr(np.hstack([states.basis, moved]))[0]
+        of_effects = effect_directions(effects, most - len(states.reliability))
+        basis = np.linalg.qr(np.hstack([states.basis, of_effects]))[0]
         sums, squares = np.zeros((2, basis.shape[1]))
         for _, X in training.blocks():
             z = X @ basis - states.mean @ basis
@@ -239,8 +233,8 @@ class Velocity(nn.Module):
 
     c is the sum of the members' vectors, s the state and ρ its reliability.
 
-    m is linear, so shifts of a combination's members add up; u transports what is left in a frame that moves with the shift,
-    so that it meets cells where it has seen them, whatever the combination.
+    m is linear, so shifts of a combination's members add up. u transports the rest, in a frame that moves with the
+    shift: so it meets cells in places known from training, for any combination.
     """
 
     def __init__(self, latent: StateSpace, conditions: Conditions, params: CounterfactualParams) -> None:
@@ -267,7 +261,7 @@ class Velocity(nn.Module):
         genes
             (B, members), -1 for none.
         unknown
-            Difference of the state from the most likely one, (B, states), in standard deviations of its posterior.
+            Difference between the state and the most likely one, (B, states), in standard deviations of its posterior.
         """
         action = self.gene_encoder(genes).sum(dim=1)
         shift = self.shift(action)
@@ -278,26 +272,26 @@ class Velocity(nn.Module):
         return (shift + residual) * (genes >= 0).any(dim=1, keepdim=True)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean squared error of the velocity on the straight path between coupled cells, with a little noise around it."""
+        """Mean squared error of the velocity on the straight path between coupled cells, with some noise around it."""
         weights = self.reliability / (1.0 - self.reliability.pow(2))
         start = batch.start[coupled(batch.start @ self.to_state, batch.target @ self.to_state, batch.group, weights)]
         t = torch.rand(len(start), device=start.device)
         path = torch.lerp(start, batch.target, t[:, None]) + self.bridge_noise * torch.randn_like(start)
         shift = self.shift(self.gene_encoder(batch.genes).sum(dim=1))
-        moved = batch.target - start
-        velocity = nn.functional.mse_loss(self(path, t, batch.genes), moved)
-        return {"loss": velocity + nn.functional.mse_loss(shift, moved), "velocity": velocity}
+        difference = batch.target - start
+        velocity = nn.functional.mse_loss(self(path, t, batch.genes), difference)
+        return {"loss": velocity + nn.functional.mse_loss(shift, difference), "velocity": velocity}
 
 
 class Counterfactual(LearnedModel):
     """Flow from control to perturbed cells, cell by cell."""
 
-    cells_per_draw = 64
+    cells_together = 64
     params: CounterfactualParams
     net: Velocity
 
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> StateSpace:
-        """Span states and effects: how many of each is for the data to say."""
+        """Span states and effects; the data decide how many of each."""
         latent = StateSpace.spanned(pairs.roles("train"), effects, self.params.n_latent)
         run.facts["states"] = {
             "n_states": len(latent.reliability),
@@ -315,10 +309,9 @@ class Counterfactual(LearnedModel):
         return Velocity(latent, conditions, self.params)
 
     def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Integrate the flow by the midpoint rule, and return how far it went.
+        """Integrate the flow by the midpoint rule, and return its end minus its start.
 
-        It starts in the cell's state, sampled within what is not known of it; without a generator in the most likely
-        state.
+        With a generator the cell's state is sampled from its posterior; without one it is the most likely state.
         """
         n_states = len(self.net.reliability)
         unknown = None if generator is None else torch.randn((len(z), n_states), generator=generator)

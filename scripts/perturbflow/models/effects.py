@@ -36,8 +36,8 @@ class Effects:
     def with_disjoint_controls(cls, pairs: Pairs) -> "tuple[Effects, Effects]":
         """Measure the effects of all training perturbations twice, each time against half of the controls.
 
-        Effects that are measured against the same controls share the controls' noise, and look alike for it: with a hundred
-        controls that is half of a weak effect. Whether effects resemble one another is told from two of disjoint controls.
+        Effects against the same controls share the controls' noise and look alike because of it. With a hundred
+        controls this noise is half of a weak effect. Effects are compared across disjoint controls, which share none.
         """
         training = pairs.roles("train")
         return cls._measured(training, 1), cls._measured(training, 0)
@@ -50,7 +50,7 @@ class Effects:
         return cls(groups.labels, groups.effects(sums, half).astype(training.X.dtype), errors)
 
     def without(self, labels: Collection[str]) -> "Effects":
-        """Return all effects but these."""
+        """Return all effects except these."""
         keep = [i for i, label in enumerate(self.labels) if label not in labels]
         return Effects([self.labels[i] for i in keep], self.values[keep], self.errors[keep])
 
@@ -59,8 +59,8 @@ class Effects:
         return self.values[self.labels.index(label)]
 
     @property
-    def order(self) -> np.ndarray:
-        """Members of every label, (perturbations,)."""
+    def n_members(self) -> np.ndarray:
+        """Number of members of every label, (perturbations,)."""
         return np.array([len(members_of(label)) for label in self.labels])
 
     def indicators(self) -> np.ndarray:
@@ -79,14 +79,15 @@ class Effects:
         }
 
     def by_gene(self) -> dict[str, np.ndarray]:
-        """Return the effect of each gene: alone, or where training holds combinations only, the mean of all it takes part in."""
-        return self.single or {
-            gene: np.mean(
-                [value for label, value in zip(self.labels, self.values, strict=True) if gene in members_of(label)],
-                axis=0,
-            )
-            for gene in self.genes
-        }
+        """Return the effect of each gene perturbed alone.
+
+        Where training holds combinations only, a gene has the mean effect of those that it is a member of.
+        """
+        if self.single:
+            return self.single
+        members = [members_of(label) for label in self.labels]
+        of_gene = {gene: [i for i, of_label in enumerate(members) if gene in of_label] for gene in self.genes}
+        return {gene: np.mean([self.values[i] for i in rows], axis=0) for gene, rows in of_gene.items()}
 
     @property
     def genes(self) -> list[str]:
@@ -95,5 +96,5 @@ class Effects:
 
     @property
     def entities(self) -> list[str]:
-        """The genes or compounds that these are, whatever their doses, sorted."""
+        """The genes or compounds among the members, at any dose, sorted."""
         return sorted({entity for label in self.labels for entity in entities_of(label)})

@@ -5,14 +5,14 @@ A joint-embedding predictive architecture in three stages, trained in the order 
 A. Embedding (Assran et al. 2023, arXiv 2301.08243, with cells for images and genes for patches). The embedding of one
    part of a cell predicts the embedding that a moving average of the encoder gives the other part. The parts are of its
    counts: each molecule falls to one of them by chance. If counts are Poisson given the cell's rates, the parts share
-   the rates and no noise (count splitting, Neufeld et al. 2024). So one part can tell of the other only what the cell
-   is. Genes are hidden in the first part besides. The share of hidden genes falls to zero and the share of kept
-   molecules rises to nearly all: training ends where inference starts. With the whole cell as target, as with images,
-   the task would end in copying noise. Variance and covariance terms (VICReg, Bardes, Ponce & LeCun 2022,
-   arXiv 2105.04906) keep the embedding from collapsing. No label is looked at.
+   the rates and no noise (count splitting, Neufeld et al. 2024). So one part can predict nothing of the other but the
+   cell's state. Genes are hidden in the first part besides. The share of hidden genes falls to zero and the share of
+   kept molecules rises to nearly all: training ends where inference starts. With the whole cell as target, as with
+   images, the task would end in copying noise. Variance and covariance terms (VICReg, Bardes, Ponce & LeCun 2022, arXiv
+   2105.04906) keep the embedding from collapsing. This stage uses no labels.
 C. Way back to genes. Shares of genes from the embedding, by a negative binomial likelihood with the cell's library
-   size, as in `latents.vae`. And a linear map from mean shifts of the embedding to mean effects on log1p expression,
-   fitted to cells and to measured effects at once, so that effects come back in their true size.
+   size, as in `latents.vae`. And a linear map from mean shifts of the embedding to mean effects on log1p expression. It
+   is fitted to cells and to measured effects at once, so that effects come back in their true size.
 B. Predictor. It gives mean and variance of the embedding after a perturbation, from the control embedding and the
    perturbation. It is compared with groups of cells that share perturbation, batch and cell type: cells are not paired.
 
@@ -47,7 +47,7 @@ from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.set_gp import FitMean
 from perturbflow.models.latents.pca import Latent
-from perturbflow.models.latents.vae import WIDTH, Cells, DrawnCells, NetworkLatent, negative_binomial
+from perturbflow.models.latents.vae import WIDTH, Cells, CellSampler, NetworkLatent, negative_binomial
 from perturbflow.models.learned import LearnedModel, Response, unseen_among
 from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.training.batches import N_WATCHED, WATCHED, Batch, Batches, PairedCells, encoded
@@ -58,20 +58,18 @@ from perturbflow.pairs import Pairs
 from perturbflow.provenance.records import digest
 from perturbflow.registry.families import JepaParams
 
-# --- stage A: embedding -------------------------------------------------------------------------------------------------
+# --- stage A: embedding -----------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
 
 HIDDEN = 256
 LARGEST = 6.0  # standard deviations of a gene's input
-LEAST_SPREAD = 0.05  # of the most variable gene's deviation: less variable genes are not blown up further
-FULL_FROM = 0.8  # of the training: no gene is hidden any more, and most molecules are kept
+LEAST_SPREAD = 0.05  # of the most variable gene's deviation: less variable genes are divided by this
+FULL_FROM = 0.8  # of the training: from here on no gene is hidden, and most molecules are kept
 KEPT_AT_FIRST, KEPT_AT_LAST = 0.5, 0.9  # share of molecules in the part that is embedded
 RIDGE = 1e-3  # of the effect map, in units of the embedding's variance
-LEAST_RANK, LEAST_SD = (
-    0.25,
-    0.1,
-)  # below: collapsed; share of the dimensions, and of the standard deviation that VICReg asks for
+# Below either, an embedding has collapsed: share of the dimensions, and of the standard deviation that VICReg asks for.
+LEAST_RANK, LEAST_SD = 0.25, 0.1
 
 
 def variance_term(h: Tensor) -> Tensor:
@@ -94,22 +92,22 @@ def effective_rank(h: Tensor) -> Tensor:
 
 
 def watched_embedding(h: Tensor) -> dict[str, Tensor]:
-    """Return what tells a collapse, (B, D): mean standard deviation and effective rank."""
+    """Return the signs of a collapse, (B, D) → (): mean standard deviation and effective rank."""
     return {"embedding_sd": h.std(dim=0).mean(), "effective_rank": effective_rank(h)}
 
 
 def collapse(watched: dict[str, float], n_embedding: int, remedy: str) -> str | None:
-    """Return what is wrong with the numbers of `watched_embedding`, and what helps, or None."""
+    """Return a complaint about the numbers of `watched_embedding`, with the remedy, or None."""
     if watched["embedding_sd"] >= LEAST_SD and watched["effective_rank"] >= LEAST_RANK * n_embedding:
         return None
     return (
-        f"the embedding has collapsed: its mean standard deviation is {watched['embedding_sd']:.3g} and its effective rank "
-        f"{watched['effective_rank']:.1f} of {n_embedding}; {remedy} in the model's params."
+        f"the embedding has collapsed: its mean standard deviation is {watched['embedding_sd']:.3g} and its effective "
+        f"rank {watched['effective_rank']:.1f} of {n_embedding}; {remedy} in the model's params."
     )
 
 
 def count_split(cells: Cells, kept: float) -> tuple[Tensor, Tensor]:
-    """Return two parts of every cell, log1p expression on the cells' own scale, (B, genes) each: a share of its molecules, and the others."""
+    """Return a share of every cell's molecules, and the others, as log1p expression on the cell's scale, (B, genes)."""
     first = torch.zeros_like(cells.k)
     is_there = cells.k.nonzero(as_tuple=True)
     counts = cells.k[is_there]
@@ -143,7 +141,7 @@ class Encoder(nn.Module):
         Parameters
         ----------
         hidden
-            Share of genes to be hidden at random, by their mean; the others are scaled up for it.
+            Share of genes that random masking replaces by their mean; the others are scaled up to compensate.
         """
         x = self.standardized(x)
         if hidden > 0.0:
@@ -182,18 +180,18 @@ class MaskedPrediction(nn.Module):
         return watched_embedding(self.target_encoder(cells.x))
 
     def complaint(self, watched: dict[str, float]) -> str | None:
-        """Tell a collapse."""
+        """Return a complaint about a collapse, or None."""
         return collapse(watched, self.predictor[-1].out_features, "raise weights.variance or weights.covariance")
 
     def after_step(self, progress: float) -> None:
-        """Move the target encoder: θ̄ ← d θ̄ + (1 − d) θ."""
+        """Update the target encoder: θ̄ ← d θ̄ + (1 − d) θ."""
         self.progress.fill_(progress)
         with torch.no_grad():
             for average, parameter in zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True):
                 average.lerp_(parameter, 1.0 - self.params.target_decay)
 
 
-# --- stage C: way back to genes -----------------------------------------------------------------------------------------
+# --- stage C: way back to genes ---------------------------------------------------------------------------------------
 
 
 class Representation(nn.Module):
@@ -202,7 +200,7 @@ class Representation(nn.Module):
     Parameters
     ----------
     encoder
-        Of stage A; one whose parameters ask for gradients learns from the likelihood.
+        Of stage A. If its parameters ask for gradients, it learns from the likelihood.
     """
 
     def __init__(self, encoder: Encoder, n_embedding: int, n_genes: int) -> None:
@@ -233,20 +231,19 @@ class Representation(nn.Module):
         return watched_embedding(self.embed(cells.x)) if is_learned else {}
 
     def complaint(self, watched: dict[str, float]) -> str | None:
-        """Tell a collapse."""
-        return (
-            collapse(watched, self.decoder[0].in_features, "lower learning_rate")
-            if "effective_rank" in watched
-            else None
-        )
+        """Return a complaint about a collapse, or None."""
+        if "effective_rank" not in watched:
+            return None
+        return collapse(watched, self.decoder[0].in_features, "lower learning_rate")
 
 
 def shared_map(inner: np.ndarray, across: np.ndarray, shifts: np.ndarray, effects: np.ndarray) -> np.ndarray:
-    """Return a linear map that cells and perturbations share, (dimensions, genes).
+    """Return a linear map M that cells and perturbations share, (dimensions, genes).
 
-    With H and X embeddings and expression of n cells less the means of their groups, D and E shifts and effects of the perturbations, M minimizes
-    ‖X − H M‖²/n + w ‖E − D M‖² + λ‖M‖², and w gives cells and perturbations the same total variance of the embedding. Effects alone would
-    leave most directions open; cells alone give them the size of what cells differ in.
+    M minimizes ‖X − H M‖²/n + w ‖E − D M‖² + λ‖M‖². H and X are embeddings and expression of n cells minus the means of
+    their groups; D and E are shifts and effects of the perturbations. w gives cells and perturbations the same total
+    variance of the embedding. Effects alone would leave most directions undetermined; cells alone give effects a wrong
+    size.
 
     Parameters
     ----------
@@ -283,25 +280,26 @@ class Recipe:
         """Return how a stage's network is optimized."""
         return Learner(network, seed, n_steps, self.optimization, stops=self.stops)
 
-    def trained(self, run: Run, network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
-        """Return the averaged network after its training; what was watched goes into the run's history, and what is wrong into its facts."""
+    def trained(self, run: Run, network: nn.Module, cells: CellSampler, n_steps: int, stage: str) -> nn.Module:
+        """Return the averaged network after its training, whose history and complaints become facts of the run."""
         own = replace(run, checkpoints=run.checkpoints / stage, history=[], facts={})
         learner = self.learner(network, run.seed, n_steps)
         optimize(learner, Batches(cells, None, self.params.batch_size, run.seed), own, f"jepa {stage}")
-        run.facts[stage] = {key: own.facts[key] for key in ("n_parameters", "complaint") if key in own.facts} | {
-            "history": own.history
-        }
+        facts = {key: own.facts[key] for key in ("n_parameters", "complaint") if key in own.facts}
+        run.facts[stage] = {**facts, "history": own.history}
         return learner.average.module.cpu().eval()
 
-    def trained_briefly(self, seed: int, network: nn.Module, cells: DrawnCells, n_steps: int, stage: str) -> nn.Module:
-        """Return the same without checkpoints and history; watched at its end alone, and not trained at all if the embedding does not ask for it."""
+    def trained_briefly(self, seed: int, network: nn.Module, cells: CellSampler, n_steps: int, stage: str) -> nn.Module:
+        """Return the same without checkpoints and history, watched at its end alone.
+
+        A decoder that the embedding does not need is not trained.
+        """
         if stage == "stage_c" and self.params.self_supervised:
             return network
         network = optimize_briefly(self.learner(network, seed, n_steps), cells, self.params.batch_size)
         with torch.no_grad():
-            watched = {
-                name: float(value) for name, value in network.watch(cells.batch(N_WATCHED, (seed, WATCHED, 0))).items()
-            }
+            found = network.watch(cells.batch(N_WATCHED, (seed, WATCHED, 0)))
+        watched = {name: float(value) for name, value in found.items()}
         if complaint := network.complaint(watched):
             if self.stops:
                 raise InputError(f"training was stopped in an inner fold: {complaint}")
@@ -309,12 +307,12 @@ class Recipe:
         return network
 
 
-# Trains the network of a stage: from the network, cells to draw from, steps and the stage's name.
-Optimized = Callable[[nn.Module, DrawnCells, int, str], nn.Module]
+# Trains the network of a stage: from the network, cells to sample from, steps and the stage's name.
+Optimized = Callable[[nn.Module, CellSampler, int, str], nn.Module]
 
 
 class JepaLatent(NetworkLatent):
-    """Cells in the embedding of stage A, standardized, and what moves there mean for their genes.
+    """The latent space of stage A: standardized embeddings, and the effects of their shifts on genes.
 
     Parameters
     ----------
@@ -331,17 +329,17 @@ class JepaLatent(NetworkLatent):
 
     @classmethod
     def learned(cls, pairs: Pairs, run: Run, recipe: Recipe) -> "JepaLatent":
-        """Train stages A and C on the cells of the training role; goes on from checkpoints of the same training."""
+        """Train stages A and C on training cells; resumes from checkpoints of the same training."""
         return cls._learned(pairs.roles("train"), run.seed, recipe, partial(recipe.trained, run))
 
     @classmethod
     def learned_briefly(cls, training: Pairs, seed: int, recipe: Recipe) -> "JepaLatent":
-        """Train the same embedding on these cells, on the CPU, without checkpoints, and without a decoder where the embedding does not need it."""
+        """Train the same embedding on these cells, on the CPU, without checkpoints and without an unneeded decoder."""
         return cls._learned(training, seed, recipe, partial(recipe.trained_briefly, seed))
 
     @classmethod
     def _learned(cls, training: Pairs, seed: int, recipe: Recipe, optimized: Optimized) -> "JepaLatent":
-        cells, n_genes, params = DrawnCells(training.X), training.X.shape[1], recipe.params
+        cells, n_genes, params = CellSampler(training.X), training.X.shape[1], recipe.params
         torch.manual_seed(seed)
         encoder = Encoder(n_genes, params.n_latent)
         encoder.fit_scale(training)
@@ -371,18 +369,16 @@ class JepaLatent(NetworkLatent):
         return {**super().state(), "effect_map": torch.from_numpy(self.effect_map)}
 
     def fit_effect_map(self, training: Pairs) -> None:
-        """Centre and scale the embedding and fit M: mean effects ≈ mean shifts · M, by ridge regression. One pass over the cells.
+        """Centre and scale the embedding and fit M, mean effects ≈ mean shifts · M, in one pass over the cells.
 
-        See `shared_map`; what cells are less is the mean of their perturbation, of controls that of their batch and cell type.
+        See `shared_map`. The group of a perturbed cell is its perturbation, that of a control its batch and cell type.
         """
         groups, n = training.groups, len(training.rows)
         sums = np.zeros((len(groups.n_cells), self.n_dimensions))
-        inner, across = (
-            np.zeros((self.n_dimensions, self.n_dimensions)),
-            np.zeros((self.n_dimensions, len(training.genes))),
-        )
+        inner = np.zeros((self.n_dimensions, self.n_dimensions))
+        across = np.zeros((self.n_dimensions, len(training.genes)))
         for rows, X in training.blocks():
-            h = self.encode(X).astype(np.float64)  # centre 0 and scale 1 as yet
+            h = self.encode(X).astype(np.float64)  # centre is 0 and scale 1 until now
             sums += groups.indicator(rows) @ h
             inner += h.T @ h
             across += (X.T @ h).T
@@ -397,22 +393,24 @@ class JepaLatent(NetworkLatent):
         self.effect_map = shared_map(*self._of_cells, shifts, Effects.of_training(training).values)
 
     def with_effects(self, shifts: np.ndarray, effects: np.ndarray) -> "JepaLatent":
-        """Return the same embedding with an effect map fitted to the same cells and to these perturbations, see `shared_map`."""
+        """Return the same embedding with an effect map that is fitted to the same cells and to these perturbations."""
         return JepaLatent(self.network, shared_map(*self._of_cells, shifts, effects))
 
-    def mean_change(self, moved: np.ndarray) -> np.ndarray:
+    def mean_change(self, shifts: np.ndarray) -> np.ndarray:
         """Return mean shift · M, (genes,)."""
-        return moved.mean(axis=0) @ self.effect_map
+        return shifts.mean(axis=0) @ self.effect_map
 
 
-# --- stage B: predictor -------------------------------------------------------------------------------------------------
+# --- stage B: predictor -----------------------------------------------------------------------------------------------
 
-LEAST_ACTION = 1e-3  # below: ignored; squared distance of predictions with right and wrong action, of their squared distance to the start
+# An action is ignored if the squared distance between predictions with right and wrong action is a smaller share of
+# their squared distance to the start.
+LEAST_ACTION = 1e-3
 LOG_VARIANCES = (-6.0, 3.0)
 
 
 class CellGroups:
-    """Cells that share perturbation, batch and cell type: not truly paired, so only their distributions can be compared.
+    """Cells that share perturbation, batch and cell type. They are not paired: only their distributions compare.
 
     Parameters
     ----------
@@ -434,8 +432,8 @@ class CellGroups:
 class Predictor(nn.Module):
     """Stage B: mean and variance of the embedding after a perturbation.
 
-    The shift is f(h, Σ vectors) for a combination's interaction plus f(h, vector) of every member, and nothing without
-    a member.
+    The shift is the sum of f(h, vector) over members, plus g(h, Σ vectors) for the interaction of a combination.
+    Without a member it is zero.
     """
 
     def __init__(self, latent: JepaLatent, conditions: Conditions, params: JepaParams) -> None:
@@ -475,9 +473,8 @@ class Predictor(nn.Module):
         if has_action is None:
             has_action = torch.full((len(h),), not self.is_withheld, device=h.device)
         withheld = ~has_action & is_member.any(dim=1)
-        tokens = torch.cat(
-            [torch.where(withheld[:, None], self.null_action, tokens[:, 0])[:, None], tokens[:, 1:]], dim=1
-        )
+        first = torch.where(withheld[:, None], self.null_action, tokens[:, 0])
+        tokens = torch.cat([first[:, None], tokens[:, 1:]], dim=1)
         is_member = torch.cat([is_member[:, :1], is_member[:, 1:] & ~withheld[:, None]], dim=1)
         joint = torch.cat([h[:, None].expand(-1, tokens.shape[1], -1), tokens], dim=-1)
         out = ((self.of_member(joint) + self.direct(tokens)) * is_member[..., None]).sum(dim=1)
@@ -487,7 +484,7 @@ class Predictor(nn.Module):
         return h + shift, (self.own_log_variance + log_variance).clamp(*LOG_VARIANCES)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Error of group means in units of genes, likelihood of the groups' cells, and how much shifts of one action differ."""
+        """Error of group means in units of genes, likelihood of the groups' cells, variance of an action's shifts."""
         groups = CellGroups(batch.group)
         withheld = 1.0 if self.is_withheld else self.params.action_dropout if self.training else 0.0
         has_action = torch.rand(groups.n, device=batch.start.device)[groups.member] >= withheld
@@ -505,49 +502,47 @@ class Predictor(nn.Module):
         return {"loss": sum(getattr(weights, name) * value for name, value in terms.items()), **terms}
 
     def watch(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what tells whether the action is used.
+        """Return numbers that show whether the predictor uses the action.
 
-        Share of the variance of predicted shifts that lies between actions; mean squared distance of measured group means to those predicted
-        with the right, a wrong and the null action; and the squared distance of predictions with right and wrong action, of that to the start.
-        Where there is one action alone, no other can be wrong.
+        action_share: share of the variance of predicted shifts that lies between actions. distance_*_action: mean
+        squared distance between measured group means and those predicted with the right, a wrong and the null action.
+        action_effect: squared distance between predictions with right and wrong action, as a share of their squared
+        distance to the start. With one action alone there is no wrong one.
         """
         is_perturbed = (batch.genes >= 0).any(dim=1)
-        start, target, genes, group = (
-            getattr(batch, name)[is_perturbed] for name in ("start", "target", "genes", "group")
-        )
-        groups, told = CellGroups(group), torch.full((len(start),), not self.is_withheld, device=start.device)
+        start, genes = batch.start[is_perturbed], batch.genes[is_perturbed]
+        groups = CellGroups(batch.group[is_perturbed])
+        has_action = torch.full((len(start),), not self.is_withheld, device=start.device)
         predicted = {
-            "right": self.predicted(start, genes, told)[0],
-            "null": self.predicted(start, genes, torch.zeros_like(told))[0],
+            "right": self.predicted(start, genes, has_action)[0],
+            "null": self.predicted(start, genes, torch.zeros_like(has_action))[0],
         }
         watched = {}
         actions, action = genes.unique(dim=0, return_inverse=True)
         if len(actions) > 1:
-            predicted["wrong"] = self.predicted(start, actions[(action + 1) % len(actions)], told)[0]
+            predicted["wrong"] = self.predicted(start, actions[(action + 1) % len(actions)], has_action)[0]
             shift, of_actions = predicted["right"] - start, CellGroups(action)
             between = of_actions.mean(shift)[of_actions.member] - shift.mean(dim=0)
+            apart = (predicted["right"] - predicted["wrong"]).pow(2).mean()
             watched = {
                 "action_share": between.pow(2).sum() / (shift - shift.mean(dim=0)).pow(2).sum().clamp(min=1e-12),
-                "action_effect": (predicted["right"] - predicted["wrong"]).pow(2).mean()
-                / shift.pow(2).mean().clamp(min=1e-12),
+                "action_effect": apart / shift.pow(2).mean().clamp(min=1e-12),
             }
-        measured = groups.mean(target)
-        return watched | {
-            f"distance_{name}_action": (groups.mean(cells) - measured).pow(2).mean()
-            for name, cells in predicted.items()
-        }
+        measured = groups.mean(batch.target[is_perturbed])
+        distances = {name: (groups.mean(cells) - measured).pow(2).mean() for name, cells in predicted.items()}
+        return watched | {f"distance_{name}_action": distance for name, distance in distances.items()}
 
     def complaint(self, watched: dict[str, float]) -> str | None:
-        """Return what is wrong with these numbers, or None."""
+        """Return a complaint about these numbers, or None."""
         if watched.get("action_effect", np.inf) >= LEAST_ACTION:
             return None
         return (
-            "the predictor ignores its action: with another perturbation it predicts the same "
-            f"(action_effect {watched['action_effect']:.2g}); train longer, or lower action_dropout in the model's params."
+            "the predictor ignores its action: with another perturbation it predicts the same (action_effect "
+            f"{watched['action_effect']:.2g}); train longer, or lower action_dropout in the model's params."
         )
 
 
-# --- probes of the embedding --------------------------------------------------------------------------------------------
+# --- probes of the embedding ------------------------------------------------------------------------------------------
 
 MAX_CELLS = 4000
 MAX_LABELS = 30  # the commonest
@@ -556,11 +551,12 @@ N_FOLDS = 3
 
 
 def separability(pairs: Pairs, latent: Latent, seed: int) -> dict[str, dict[str, float]]:
-    """Return how well classifiers tell cells apart, by obs column.
+    """Return how well classifiers separate cells, by obs column.
 
-    Balanced accuracy of a logistic regression (linear probe) and of the 15 nearest neighbours, cross-validated over cells, in the latent space and
-    in principal components of the same number and cells; beside it chance, 1 / number of labels. At most 30 labels and 4,000 cells, controls
-    left out of perturbations. A column with one label is left out.
+    The numbers are balanced accuracies of a logistic regression (linear probe) and of the 15 nearest neighbours,
+    cross-validated over cells: in the latent space, and in as many principal components of the same cells. Beside them
+    stands chance, 1 / number of labels. There are at most 30 labels and 4,000 cells. Controls are no perturbation. A
+    column with one label is left out.
     """
     found = {}
     for column in ("batch", "cell_type", "perturbation"):
@@ -579,27 +575,25 @@ def separability(pairs: Pairs, latent: Latent, seed: int) -> dict[str, dict[str,
         spaces = {"embedding": latent.encode(X), "pca": PCA(n_components, random_state=0).fit_transform(X)}
         found[column] = {"n_labels": len(commonest), "n_cells": len(rows), "chance": round(1 / len(commonest), 4)}
         for space, z in spaces.items():
-            for name, classifier in (
-                ("linear", LogisticRegression(max_iter=200)),
-                ("knn", KNeighborsClassifier(N_NEIGHBOURS)),
-            ):
+            classifiers = {"linear": LogisticRegression(max_iter=200), "knn": KNeighborsClassifier(N_NEIGHBOURS)}
+            for name, classifier in classifiers.items():
                 folds = StratifiedKFold(N_FOLDS, shuffle=True, random_state=0)
-                told = cross_val_predict(make_pipeline(StandardScaler(), classifier), z, labels[rows], cv=folds)
-                found[column][f"{space}_{name}"] = round(float(balanced_accuracy_score(labels[rows], told)), 4)
+                predicted = cross_val_predict(make_pipeline(StandardScaler(), classifier), z, labels[rows], cv=folds)
+                found[column][f"{space}_{name}"] = round(float(balanced_accuracy_score(labels[rows], predicted)), 4)
     return found
 
 
-# --- model --------------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------------
 
-STARTS = 512  # control cells that a mean effect is the mean over
-INNER_CELLS = 200_000  # perturbed ones of an inner fold
-ROWS_AT_ONCE = 2**16  # cells that what is borrowed is the mean over
+STARTS = 512  # control cells over which a mean effect is averaged
+INNER_CELLS = 200_000  # perturbed cells of an inner fold
+ROWS_AT_ONCE = 2**16  # cells over which a borrowed shift is averaged, over all neighbours
 
 
 class Jepa(LearnedModel):
     """Embedding, predictor and decoder."""
 
-    cells_per_draw = 16
+    cells_together = 16
     params: JepaParams
     latent: JepaLatent
     net: Predictor
@@ -637,7 +631,7 @@ class Jepa(LearnedModel):
     def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the difference between the perturbed embedding, sampled, and the cell's own.
 
-        The same noise serves both, so that no perturbation makes no difference.
+        The same noise serves both, so that control has a shift of zero.
         """
         mean, log_variance = self.net.predicted(z, genes)
         if generator is None:
@@ -670,7 +664,7 @@ class Jepa(LearnedModel):
         Parameters
         ----------
         start
-            Rows of pairs.h5ad that hold the controls to start from.
+            Rows of pairs.h5ad of the controls to start from.
         """
         rng = np.random.default_rng(run.seed)
         is_known = _cells_of(inner, rng)
@@ -691,8 +685,8 @@ class Jepa(LearnedModel):
         conditions: Conditions,
         start: np.ndarray,
     ) -> tuple[JepaLatent, Predictor]:
-        """Return embedding and predictor of an inner fold, from the disk if this very fold was trained before."""
-        # A predictor that was trained in another embedding is of no use.
+        """Return embedding and predictor of an inner fold, from the disk if the same fold was trained before."""
+        # A predictor belongs to the embedding that it was trained in.
         embedding = self.latent.network.centre.tolist() if self.params.fold_embedding == "shared" else None
         kept = run.checkpoints / run.identity / f"inner_{digest(inner.effects.labels, start.tolist(), embedding)}.ckpt"
         if trained := resumable(kept, "jepa, inner fold"):
@@ -715,7 +709,7 @@ class Jepa(LearnedModel):
     ) -> tuple[JepaLatent, Tensor]:
         """Return the embedding of an inner fold and the coordinates of its cells, (known, dimensions).
 
-        Its map to effects is fitted to the effects that the fold knows.
+        Its map to effects is fitted to the effects of the fold's training set.
         """
         if self.params.fold_embedding == "own":
             latent = JepaLatent.learned_briefly(known, run.seed, self.recipe)
@@ -745,7 +739,7 @@ def _encoded_rows(latent: JepaLatent, pairs: Pairs, rows: np.ndarray) -> Tensor:
 class PredictedMean:
     """Mean effects of a trained predictor on some control cells, by label.
 
-    An unseen member has the mean of those that it borrows from, by weight and strength; see `Neighbours`.
+    An unseen member has the weighted mean shift of its neighbours times the strength; see `Neighbours`.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What the learned families share: from control cells to perturbed cells through a latent space.
+"""The base of the learned families: from control cells to perturbed cells through a latent space.
 
 1. Latent space. A cell x has coordinates z = encode(x). `latents/` holds the spaces.
 2. Network. It gives each cell a latent shift, given its coordinates and the perturbed genes. Every family has its own.
@@ -6,7 +6,7 @@
 4. Mean effect. It is the mean of the shifts (`mean: learned`) or that of `SetGP` (`mean: closed_form`).
 5. Perturbed cells. Counts of a control cell are thinned or added to, see `thinning`. The log fold change of a gene has
    two parts: each cell's own, from its latent shift; and one that all cells have in common. The common part is found on
-   a population of control cells, such that their mean moves by the mean effect. `Response` does this.
+   a population of control cells, such that their mean changes by the mean effect. `Response` does this.
 
 `predict` takes the cells that it is given for the population: their mean is exact, as a score of means asks.
 `counterfactual` takes controls of training: the answer for a cell does not depend on which other cells are asked.
@@ -41,9 +41,9 @@ from perturbflow.pairs import Context, Pairs
 from perturbflow.registry.families import NetworkParams
 
 CELLS_PER_BLOCK = 2048
-CENTRED_FROM = 16  # cells: fewer say little of where their mean is
-POPULATION = 512  # training controls that a mean effect is the mean over
-BORROWED = 16  # samples of whom an unseen gene borrows from, to average over
+CENTRED_FROM = 16  # cells: the mean of fewer is mostly chance
+POPULATION = 512  # training controls over which a mean effect is averaged
+BORROWED = 16  # samples of neighbours over which the shift of an unseen gene is averaged
 
 
 def unseen_among(members: Sequence[str], seen: Collection[str]) -> list[str]:
@@ -55,12 +55,12 @@ def unseen_among(members: Sequence[str], seen: Collection[str]) -> list[str]:
 class LearnedModel(Model):
     """A network on latent differences between control and perturbed cells.
 
-    A family gives `network` and `shift`. It may give a latent space, and what its network says of mean effects.
+    A family gives `network` and `shift`. It may give a latent space, and mean effects of its network.
     """
 
     params: NetworkParams
     reads_blocks = True
-    cells_per_draw: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
+    cells_together: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
     stops_when_broken: bool = True  # whether a network that complains of itself ends the training
     learns_residuals: bool = False  # whether the network sees targets minus the mean effect of their perturbation
 
@@ -104,15 +104,15 @@ class LearnedModel(Model):
     def training_cells(self, pairs: Pairs, z: Tensor, conditions: Conditions, seed: int) -> PairedCells:
         """Return matched cells to sample batches from; z are their latent coordinates, (cells, dimensions)."""
         of = self.params
-        shares = (of.control_share, of.synthetic_share, of.shifted_share, self.cells_per_draw)
+        shares = (of.control_share, of.synthetic_share, of.shifted_share, self.cells_together)
         return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals)
 
     def network_means(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
-        """Return, by name, mean effects on cells in latent space that a mean in closed form should know, (genes,)."""
+        """Return, by name, mean effects on cells in latent space for a mean in closed form to use, (genes,) each."""
         return {}
 
     def fit_network_means(self, cells: PairedCells, run: Run) -> dict[str, FitMean]:
-        """Return, by name, how to learn the same without the perturbations of an inner fold."""
+        """Return, by name, how to fit the same means without the perturbations of an inner fold."""
         return {}
 
     # --- training ---
@@ -139,7 +139,7 @@ class LearnedModel(Model):
         return self._artefact()
 
     def _train(self, pairs: Pairs, run: Run) -> PairedCells:
-        """Train the network, and return the training cells that it saw."""
+        """Train the network, and return its training cells."""
         torch.manual_seed(run.seed)
         net = self.network(self.latent, self.conditions)
         roles = {role: pairs.roles(role) for role in ("train", "validation")}
@@ -210,8 +210,8 @@ class LearnedModel(Model):
         z
             Latent coordinates of the cells, (cells, dimensions).
         rng, generator
-            Of whom unseen members borrow from, and of the network's noise; without a generator the shifts are expected
-            ones, over `BORROWED` samples of whom to borrow from.
+            Of the neighbours that unseen members borrow from, and of the network's noise. Without a generator the
+            shifts are expected ones, averaged over `BORROWED` samples of neighbours.
         """
         start, members = torch.from_numpy(z), members_of(perturbation)
         unseen = unseen_among(members, self.seen)
@@ -258,10 +258,10 @@ class LearnedModel(Model):
         row = {gene: i for i, gene in enumerate(self.genes)}
         for gene in map(entity_of, unseen_among(members_of(perturbation), self.seen)):
             if gene in row:
-                change[row[gene]] += self.own_gene.shift(float(population[:, row[gene]].mean()))
+                change[row[gene]] += self.own_gene.effect(float(population[:, row[gene]].mean()))
         return change
 
-    def network_means_heard(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray] | None:
+    def network_means_in_use(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray] | None:
         """Return the network's mean effects, where the mean in closed form was fitted with them; else None."""
         return self.network_means(z, perturbation) if self.mean.out_of_fold else None
 
@@ -270,10 +270,10 @@ class LearnedModel(Model):
         if not self.has_closed_mean:
             return None
         z = self.latent.encode(self.population) if self.mean.out_of_fold else self.population[:0]
-        return self.mean.uncertainty(perturbation, context, self.network_means_heard(z, perturbation))
+        return self.mean.uncertainty(perturbation, context, self.network_means_in_use(z, perturbation))
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Return what inner folds of a mean in closed form show; nothing where the network owns the mean."""
+        """Return the errors of a mean in closed form in inner folds; none where the network owns the mean."""
         return self.mean.held_out(pairs, embeddings, seed) if self.has_closed_mean else Calibration.none()
 
     # --- cells ---
@@ -302,7 +302,7 @@ class LearnedModel(Model):
     def counterfactual(
         self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Return what each of these cells might become, (perturbations, cells, samples, genes)."""
+        """Return samples of each cell after each perturbation, (perturbations, cells, samples, genes)."""
         outcomes = np.empty((len(perturbations), len(cells), samples, cells.shape[1]), dtype=np.float32)
         start, of_cell = np.repeat(cells, samples, axis=0), np.repeat(np.arange(len(cells)), samples)
         for p, perturbation in enumerate(perturbations):
@@ -324,7 +324,7 @@ class LearnedModel(Model):
     def individual_effects(
         self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Return the mean effect plus each cell's own difference from it, (cells, genes)."""
+        """Return the mean effect plus each cell's own deviation from it, (cells, genes)."""
         if perturbation == CONTROL:
             return np.zeros_like(cells)
         response = self._response_of_training(perturbation)
@@ -340,7 +340,7 @@ class LearnedModel(Model):
         return self.latent.change(z, shifts, np.expm1(cells).sum(axis=1))
 
     def _response_of_training(self, perturbation: str) -> "Response":
-        """Return the response of training's controls. The last one stays: questions come block by block."""
+        """Return the response of training's controls. The last one is kept: cells are asked block by block."""
         last = getattr(self, "_last", None)
         if last is None or last.perturbation != perturbation or last.population is not self.population:
             if reason := self.refusal(perturbation):
@@ -388,8 +388,8 @@ class Response:
         if (name := self._name(context)) not in self._means:
             model = self.model
             if model.has_closed_mean:
-                heard = model.network_means_heard(self.z, self.perturbation)
-                self._means[name] = model.mean.effect_in(self.perturbation, context, heard)
+                network_means = model.network_means_in_use(self.z, self.perturbation)
+                self._means[name] = model.mean.effect_in(self.perturbation, context, network_means)
             else:
                 own_level = model.own_level_change(self.population, self.perturbation)
                 self._means[name] = model.learned_mean(self, self.rng) + own_level
@@ -397,7 +397,7 @@ class Response:
 
     @cached_property
     def expected_change(self) -> np.ndarray:
-        """The mean of what expected shifts change in the population, (genes,)."""
+        """The mean change of the population by expected shifts, (genes,)."""
         return self.model.expected_change(self.population, self.perturbation).mean(axis=0)
 
     def of_population(self, context: Context | None) -> np.ndarray:

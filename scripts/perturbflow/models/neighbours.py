@@ -1,9 +1,9 @@
-"""What training says about a gene that it never saw perturbed: which genes to borrow from, and how much to believe them.
+"""Unseen genes: which training genes an unseen gene borrows its latent shifts from, and how strongly.
 
-A network that is handed the vector of an unseen gene answers with the confidence of one that it knows. Here the answer is
-borrowed: each cell gets what the perturbation of one training gene would do to it, drawn by similarity of gene vectors, and
-the displacement is scaled by a strength. Bandwidth, tempering and strength are those that predict best each training gene
-from the others, by the mean Euclidean distance of effects.
+A network cannot know how far it may trust the vector of a gene that training never perturbed. So such a gene borrows.
+For each cell a training gene is sampled, by the similarity of gene vectors. The cell gets the latent shift of this
+gene, times a strength. Bandwidth, tempering and strength are those that predict each training gene best from the
+others, by the mean Euclidean distance of effects.
 """
 
 import itertools
@@ -25,7 +25,7 @@ LEAST_GENES = 3
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Weights over training genes, and the share of their effect that an unseen gene is expected to have.
+    """Weights over training genes, and the share of their effect that an unseen gene has in expectation.
 
     Attributes
     ----------
@@ -36,11 +36,11 @@ class Neighbours:
     sizes
         Norms of their effects, (genes,).
     bandwidth
-        Of the Gaussian kernel, in units of the median distance; infinite weighs all genes alike.
+        Of the Gaussian kernel, in units of the median distance. Infinite: all genes have the same weight.
     tempering
-        1 weighs genes by the inverse norm of their effect, so that one strong gene does not speak for all; 0 does not.
+        1: a gene's weight is divided by the norm of its effect, so that no strong gene dominates. 0: it is not.
     strength
-        0 to 1: how much of the borrowed effect an unseen gene is expected to have.
+        0 to 1: share of the borrowed effect that an unseen gene has.
     """
 
     genes: list[str]
@@ -52,36 +52,37 @@ class Neighbours:
 
     @classmethod
     def fit(cls, first: Effects, second: Effects, vectors: dict[str, np.ndarray]) -> "Neighbours":
-        """Choose bandwidth, tempering and strength by leaving out each training gene, or compound with all its doses, in turn.
+        """Choose bandwidth, tempering and strength by leaving out one training gene, or compound, at a time.
+
+        A compound is left out with all its doses.
 
         Parameters
         ----------
         first, second
-            The same effects against disjoint controls: what is borrowed comes from one, what is predicted from the other.
+            The same effects against disjoint controls: one table predicts the other, in both directions.
         vectors
             Standardized embedding per gene.
         """
         by_gene = first.by_gene(), second.by_gene()
         genes = [gene for gene in by_gene[0] if gene in vectors]
-        moved = [np.stack([effects[gene] for gene in genes]) for effects in by_gene]
-        best = cls(
-            genes, np.stack([vectors[gene] for gene in genes]), np.linalg.norm((moved[0] + moved[1]) / 2, axis=1)
-        )
+        effects = [np.stack([table[gene] for gene in genes]) for table in by_gene]
+        sizes = np.linalg.norm((effects[0] + effects[1]) / 2, axis=1)
+        first_guess = cls(genes, np.stack([vectors[gene] for gene in genes]), sizes)
         if len(set(map(entity_of, genes))) < LEAST_GENES:
-            return best
-        lowest, chosen = np.inf, best
+            return first_guess
+        lowest, chosen = np.inf, first_guess
         for bandwidth, tempering in itertools.product(BANDWIDTHS, TEMPERINGS):
-            candidate = replace(best, bandwidth=bandwidth, tempering=tempering)
-            weights = candidate.weights(best.vectors, leave_out_self=True)
-            borrowed = [weights @ effects for effects in moved]
+            candidate = replace(first_guess, bandwidth=bandwidth, tempering=tempering)
+            weights = candidate.weights(first_guess.vectors, leave_out_self=True)
+            borrowed = [weights @ table for table in effects]
             for strength in STRENGTHS:
-                errors = [np.linalg.norm(moved[1 - i] - strength * borrowed[i], axis=1).mean() for i in (0, 1)]
+                errors = [np.linalg.norm(effects[1 - i] - strength * borrowed[i], axis=1).mean() for i in (0, 1)]
                 if sum(errors) < lowest:
                     lowest, chosen = sum(errors), replace(candidate, strength=float(strength))
         return chosen
 
     def state(self) -> dict[str, Any]:
-        """Return all of it as a checkpoint may hold it."""
+        """Return all attributes as a checkpoint may hold them."""
         return {**vars(self), "vectors": torch.as_tensor(self.vectors), "sizes": torch.as_tensor(self.sizes)}
 
     @classmethod
@@ -94,11 +95,9 @@ class Neighbours:
         distances = cdist(vectors, self.vectors)
         among = pdist(self.vectors)
         scale = float(np.median(among[among > 0])) if (among > 0).any() else 1.0
-        logits = (
-            -0.5 * (distances / (self.bandwidth * scale)) ** 2
-            if np.isfinite(self.bandwidth)
-            else np.zeros_like(distances)
-        )
+        logits = np.zeros_like(distances)
+        if np.isfinite(self.bandwidth):
+            logits = -0.5 * (distances / (self.bandwidth * scale)) ** 2
         logits = logits - self.tempering * np.log(np.maximum(self.sizes, 1e-12))
         if leave_out_self:
             names = np.array(list(map(entity_of, self.genes)))

@@ -68,12 +68,9 @@ class Attention(nn.Module):
         query = self.query(h).unflatten(-1, heads)  # (..., tokens, heads, width / heads)
         key, value = (part.unflatten(-1, heads) for part in self.key_value(keys).chunk(2, dim=-1))
         # Two tokens by two keys: products and sums are several times as fast as a kernel made for long sequences.
-        score = (query.unsqueeze(-3) * key.unsqueeze(-4)).sum(dim=-1) / math.sqrt(
-            query.shape[-1]
-        )  # (..., tokens, keys, heads)
-        attended = (score.softmax(dim=-2).unsqueeze(-1) * value.unsqueeze(-4)).sum(
-            dim=-3
-        )  # (..., tokens, heads, width / heads)
+        products = (query.unsqueeze(-3) * key.unsqueeze(-4)).sum(dim=-1)  # (..., tokens, keys, heads)
+        weights = (products / math.sqrt(query.shape[-1])).softmax(dim=-2)
+        attended = (weights.unsqueeze(-1) * value.unsqueeze(-4)).sum(dim=-3)  # (..., tokens, heads, width / heads)
         return self.out(attended.flatten(-2))
 
 
@@ -103,8 +100,8 @@ class Block(nn.Module):
         perturbation
             (B, members, tokens, width).
         members
-            (B, members), 1 where there is a member. Each member is attended to alone and the results are summed, so
-            that effects of a combination's members add up unless the layers learn otherwise.
+            (B, members), 1 where there is a member. Each member is attended to alone, and the results are summed: the
+            effects of a combination's members add up unless the layers learn otherwise.
         """
         scale_shift = self.modulate(time)[:, None].chunk(8, dim=-1)
 
@@ -166,13 +163,13 @@ class Denoiser(nn.Module):
         state
             Latent of the control cell, (B, n_latent).
         genes
-            (B, members), -1 for none; all -1 is the control condition, which is not the same as a dropped one.
+            (B, members), -1 for none. All -1 is the control condition; a dropped condition is another input.
         has_state, has_perturbation
             (B,) booleans: False where the condition is dropped.
         """
         is_used = (genes >= 0).any(dim=0)
         is_used[0] = True
-        genes = genes[:, is_used]  # a column that no cell of the batch has a member in costs time and says nothing
+        genes = genes[:, is_used]  # columns without any member only take time
         shape = (self.n_tokens, self.width)
         state = torch.where(has_state[:, None, None], self.state_tokens(state).unflatten(1, shape), self.no_state)
         tokens = self.gene_tokens(self.gene_encoder(genes)).unflatten(2, shape)  # (B, members, tokens, width)
@@ -191,7 +188,10 @@ class Denoiser(nn.Module):
         return self.out(h.flatten(1))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean squared error of v or of the noise at a random time, conditions dropped independently; and alignment, if it has weight."""
+        """Mean squared error of v or of the noise at a random time, plus the alignment term where it has weight.
+
+        The two conditions are dropped independently.
+        """
         B = len(batch.target)
         device = batch.target.device
         t = torch.rand(B, device=device)
@@ -207,9 +207,10 @@ class Denoiser(nn.Module):
         return {"loss": loss + self.alignment * aligned, "denoising": loss, "alignment": aligned}
 
     def aligned(self, batch: Batch) -> Tensor:
-        """InfoNCE between perturbations and the changes that they make (van den Oord et al. 2018, eq. 4; scPPDM's alignment loss).
+        """InfoNCE between perturbations and their changes (van den Oord et al. 2018, eq. 4; scPPDM's alignment loss).
 
-        A change z_0 − state has to find its own perturbation among those of the batch; cells of the same perturbation are one candidate.
+        It classifies each change z_0 − state among the perturbations of the batch. Cells of the same perturbation are
+        one candidate.
         """
         perturbed = (batch.genes >= 0).any(dim=1)
         if perturbed.sum() < 2:
@@ -223,8 +224,8 @@ class Denoiser(nn.Module):
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 #
-# A denoiser says what z_t holds: the clean latent ẑ_0 and the noise ε̂. A sampler is a function of such a denoiser, so
-# that an exact one can replace a network in a test.
+# A denoiser splits z_t into the clean latent ẑ_0 and the noise ε̂. A sampler is a function of such a denoiser, so that
+# an exact one can replace a network in a test.
 
 # z (B, D) and t () → clean latent and noise, both (B, D)
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -233,8 +234,9 @@ Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def split(objective: str, z: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """Return ẑ_0 and ε̂ of a network's output.
 
-    v: v = α ε − σ z_0 (Salimans & Ho 2022), so ẑ_0 = α z − σ v and ε̂ = σ z + α v. noise: ε̂ is the output (Ho et al. 2020), and
-    ẑ_0 = (z − σ ε̂) / α, which pure noise (α = 0) leaves undefined: the last time is `last_time`.
+    With objective v, v = α ε − σ z_0 (Salimans & Ho 2022), so ẑ_0 = α z − σ v and ε̂ = σ z + α v. With objective noise,
+    ε̂ is the output (Ho et al. 2020), and ẑ_0 = (z − σ ε̂) / α. Pure noise (α = 0) leaves this undefined, see
+    `last_time`.
     """
     alpha, sigma = cosine_schedule(t)
     if objective == "noise":
@@ -243,12 +245,12 @@ def split(objective: str, z: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor,
 
 
 def last_time(objective: str) -> float:
-    """Return where sampling starts: all noise, or where a predicted noise still says something of the latent."""
+    """Return the time at which sampling starts: 1, or less where pure noise leaves the latent undefined."""
     return 0.97 if objective == "noise" else 1.0
 
 
 def ddim(denoise: Denoise, z: Tensor, times: Tensor) -> Tensor:
-    """Follow the deterministic sampler along times, from noise to cells or back (Song et al. 2021, eq. 12 with η = 0)."""
+    """Follow the deterministic sampler from noise to cells or back (Song et al. 2021, eq. 12 with η = 0)."""
     for now, then in itertools.pairwise(times):
         clean, noise = denoise(z, now)
         alpha, sigma = cosine_schedule(then)
@@ -257,11 +259,13 @@ def ddim(denoise: Denoise, z: Tensor, times: Tensor) -> Tensor:
 
 
 def dpm(denoise: Denoise, z: Tensor, times: Tensor) -> Tensor:
-    """Follow DPM-Solver++(2M) from noise to cells (Lu et al. 2022, algorithm 2); first and last step are of first order.
+    """Follow DPM-Solver++(2M) from noise to cells (Lu et al. 2022, algorithm 2).
 
-    z_s = (σ_s/σ_t) z_t − α_s (e^{−h} − 1) D, h = λ_s − λ_t, λ = log(α/σ), D = (1 + 1/2r) ẑ_0 − (1/2r) ẑ_0', r = h'/h of the step before.
+    The first and the last step are of first order.
+    z_s = (σ_s/σ_t) z_t − α_s (e^{−h} − 1) D with h = λ_s − λ_t and λ = log(α/σ). D = (1 + 1/2r) ẑ_0 − (1/2r) ẑ_0' with
+    r = h'/h; ẑ_0' and h' are those of the step before.
     """
-    before = h_before = z  # of no step as yet, and not read in the first
+    before = h_before = z  # the first step does not read them
     for i, (now, then) in enumerate(itertools.pairwise(times)):
         clean, _ = denoise(z, now)
         (alpha, sigma), (alpha_s, sigma_s) = cosine_schedule(now), cosine_schedule(then)
@@ -276,7 +280,9 @@ def dpm(denoise: Denoise, z: Tensor, times: Tensor) -> Tensor:
 
 
 def ancestral(denoise: Denoise, z: Tensor, times: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
-    """Follow the posterior of the forward process from noise to cells (Ho et al. 2020, eq. 7; Song et al. 2021, eq. 16 with η = 1).
+    """Follow the posterior of the forward process from noise to cells.
+
+    It is Ho et al. 2020, eq. 7; Song et al. 2021, eq. 16 with η = 1.
 
     Parameters
     ----------
@@ -287,11 +293,8 @@ def ancestral(denoise: Denoise, z: Tensor, times: Tensor, fresh: Callable[[], Te
         clean, noise = denoise(z, now)
         (alpha, sigma), (alpha_s, sigma_s) = cosine_schedule(now), cosine_schedule(then)
         variance = (sigma_s / sigma) ** 2 * (1 - (alpha / alpha_s) ** 2)
-        z = (
-            alpha_s * clean
-            + (sigma_s**2 - variance).clamp(min=0).sqrt() * noise
-            + variance.clamp(min=0).sqrt() * fresh()
-        )
+        kept = (sigma_s**2 - variance).clamp(min=0).sqrt() * noise
+        z = alpha_s * clean + kept + variance.clamp(min=0).sqrt() * fresh()
     return z
 
 
@@ -313,8 +316,7 @@ class Diffusion(LearnedModel):
         super().__init__(params)
         if params.width % params.n_heads:
             raise InputError(
-                f"params width = {params.width} cannot be shared by n_heads = {params.n_heads}; "
-                "choose a multiple of it."
+                f"params width = {params.width} is not a multiple of n_heads = {params.n_heads}; choose a multiple."
             )
         self.files = (Path(params.latent.file),) if isinstance(params.latent, LatentFile) else ()
         self.has_exported_encoder = any(path.suffix == ENCODER for path in self.files)
@@ -331,9 +333,9 @@ class Diffusion(LearnedModel):
             return CountLatent.fit(pairs, of.n_latent, of.n_steps, of.batch_size, self.optimization, run)
         if self.has_exported_encoder:
             return ExportedLatent.fit(self.files[0], pairs, of.n_steps, of.batch_size, self.optimization, run)
-        return (
-            LatentSpace.from_loadings(self.files[0], pairs) if self.files else super().fit_latent(pairs, effects, run)
-        )
+        if self.files:
+            return LatentSpace.from_loadings(self.files[0], pairs)
+        return super().fit_latent(pairs, effects, run)
 
     def restore_latent(self, state: dict[str, Tensor]) -> Latent:
         """Return the latent space of an artefact."""
@@ -359,12 +361,12 @@ class Diffusion(LearnedModel):
     def flow(
         self, z: Tensor, state: Tensor, genes: Tensor, *, to_noise: bool, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Sample cells from noise; or run the deterministic sampler backwards, from cells to the noise they come from.
+        """Sample cells from noise; or run the deterministic sampler backwards, from cells to their noise.
 
         Parameters
         ----------
         generator
-            Of the fresh noise of the ancestral sampler; without it the deterministic one replaces it.
+            Of the fresh noise of the ancestral sampler. Without one the deterministic sampler replaces it.
         """
         times = torch.linspace(0.0, last_time(self.params.objective), self.params.n_sampling_steps + 1)
         denoise = partial(self.guided, state=state, genes=genes)
@@ -388,14 +390,13 @@ class Diffusion(LearnedModel):
         if generator is not None:
             share = self.params.fresh_noise
             noise = math.sqrt(1.0 - share**2) * own + share * torch.randn(z.shape, generator=generator)
-        both = self.flow(
-            noise.repeat(2, 1), z.repeat(2, 1), torch.cat([genes, control]), to_noise=False, generator=generator
-        )
+        conditions = z.repeat(2, 1), torch.cat([genes, control])
+        both = self.flow(noise.repeat(2, 1), *conditions, to_noise=False, generator=generator)
         perturbed, unperturbed = both.chunk(2)
         return perturbed - unperturbed
 
     def mean_shift(self, z: Tensor, several: Sequence[Tensor]) -> Tensor:
-        """Return the mean of the expected shifts: all have the cells' own noise and unperturbed ends in common."""
+        """Return the mean of the expected shifts. All share the cells' own noise and unperturbed samples."""
         control = torch.full_like(several[0], -1)
         own = self.flow(z, z, control, to_noise=True)
         after = partial(self.flow, own, z, to_noise=False)

@@ -1,15 +1,23 @@
-"""Perturbed cells as counts: a control cell's own counts thinned or added to, until the mean is the one that is predicted.
+"""Perturbed cells as counts: a control cell's own counts are thinned or added to until the mean is the predicted one.
 
-A log-normalized control cell plus a shift is no cell: its zeros become small numbers, its variance stays that of the control, and what
-falls below zero has to be cut off. Here the shift acts on counts. If a gene's count is Poisson given the cell's rate, k ~ Poisson(λ), then
+An effect added to log-normalized expression makes no cell. Zeros become small numbers, the variance stays that of the
+control, and negative values have to be cut off. Here the effect acts on counts.
 
-    k' ~ Binomial(k, f)                  for a fold change f ≤ 1 is exactly Poisson(f λ),
-    k' = k + Poisson((f − 1) λ̂)          for f > 1, λ̂ = μ (k + θ) / (μ + θ)
+1. One gene of one cell. Its count is Poisson given the cell's rate, k ~ Poisson(λ). Then, with a fold change f,
 
-with λ̂ the posterior mean of a Gamma prior of mean μ (the gene's level times the cell's size) and shape θ (Robbins 1956; in this field
-Grün, Kester & van Oudenaarden 2014 for the Gamma mixture). So a cell keeps its own counts as far as they agree with the perturbation, its
-size, and the zeros and the noise of a measured cell. The fold change of a gene has one part for all cells, found on the very numbers that are
-drawn so that their mean is the predicted one, and a part of each cell. Last counts in a few cells settle the mean.
+    k' ~ Binomial(k, f)                  for f ≤ 1, which is exactly Poisson(f λ),
+    k' = k + Poisson((f − 1) λ̂)          for f > 1,  λ̂ = μ (k + θ) / (μ + θ).
+
+   λ̂ is the posterior mean of the rate under a Gamma prior with mean μ and shape θ (Robbins 1956; in this field Grün,
+   Kester & van Oudenaarden 2014 for the Gamma mixture). μ is the gene's level times the cell's size.
+
+2. One cell. It keeps its size, and its own counts as far as they agree with the perturbation. It has the zeros and the
+   noise of a measured cell.
+
+3. All cells. The log fold change of a gene has two parts: each cell's own, and one that all cells have in common. The
+   common part is found on the sampled counts themselves, such that their mean is the predicted one.
+
+4. Last, single counts in a few cells settle the mean.
 """
 
 import sys
@@ -21,15 +29,15 @@ import numpy as np
 
 from perturbflow.io.compiled import compiled
 
-MAX_UNITS = 12  # the smallest count of a cell is looked for up to this
+MAX_UNITS = 12  # the smallest count of a cell is assumed to be at most this
 SMALLEST_RATE = 0.05  # of the target, where no start cell holds a count of a gene that is to appear
 LOWEST, HIGHEST = -14.0, 9.0  # of the logarithm of a fold change
 FIRST_STEP = 0.25
 MAX_TRIALS = 20
-MAX_ENUMERATED = 40.0  # larger means are drawn from the Gaussian limit
-AVERAGED_AT_LEAST = 512  # cells that tell what fold changes do to a mean
-DRAWN_AT_LEAST = 16  # cells that calibrate a gene; of fewer, each counts several times
-SETTLED_AMONG = 256  # cells whose counts settle a mean: their pairs are enough
+MAX_ENUMERATED = 40.0  # larger means are sampled from the Gaussian limit
+AVERAGED_AT_LEAST = 512  # cells over which the effect of fold changes on a mean is averaged
+SAMPLED_AT_LEAST = 16  # cells that calibrate a gene; fewer cells are repeated
+SETTLED_AMONG = 256  # cells whose counts settle a mean: there are pairs enough among them
 MAX_SETTLED = 8  # pairs
 
 
@@ -55,14 +63,14 @@ def _units(normalized: np.ndarray, units: np.ndarray) -> None:
 
 
 def counts_of(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the counts behind log1p-normalized cells, (cells, genes), and what one of them is worth in every cell, (cells,)."""
+    """Return the counts behind log1p-normalized cells, (cells, genes), and the unit of every cell, see `unit_of`."""
     normalized = np.expm1(cells.astype(np.float64))
     unit = unit_of(normalized)
     return np.rint(normalized / unit[:, None]), unit
 
 
 def unit_of(normalized: np.ndarray) -> np.ndarray:
-    """Return what one count is worth in every cell, (cells,): the greatest number of which all values are multiples.
+    """Return the value of one count in every cell, (cells,): the greatest number that divides all its values.
 
     Parameters
     ----------
@@ -117,13 +125,19 @@ def _added(mean: float, u: float) -> int:
 
 
 @compiled(nogil=True)
-def _draw(
-    k: np.ndarray, unit: np.ndarray, fold: np.ndarray, level: float, rate: np.ndarray, u: np.ndarray, out: np.ndarray
+def _sample(
+    k: np.ndarray,
+    unit: np.ndarray,
+    log_fold_change: np.ndarray,
+    common: float,
+    rate: np.ndarray,
+    u: np.ndarray,
+    out: np.ndarray,
 ) -> float:
-    """Draw a gene in all cells at log fold changes level + fold, and return the mean of log1p."""
+    """Sample a gene in all cells at log fold changes common + log_fold_change, and return the mean of log1p."""
     total = 0.0
     for i in range(len(k)):
-        f = np.exp(min(HIGHEST, max(LOWEST, level + fold[i])))
+        f = np.exp(min(HIGHEST, max(LOWEST, common + log_fold_change[i])))
         n = k[i]
         if f < 1.0:
             n = _kept(n, f, u[i])
@@ -138,17 +152,18 @@ def _draw(
 def _calibrated(
     k: np.ndarray,
     unit: np.ndarray,
-    fold: np.ndarray,
+    log_fold_change: np.ndarray,
     rate: np.ndarray,
     u: np.ndarray,
     target: np.ndarray,
     common: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Draw all genes, each at the common fold change that meets its target; (genes, cells) throughout, but for target and common, (genes,).
+    """Sample all genes, each at the common log fold change that meets its target.
 
-    The mean rises with the common fold change, in steps of one count in one cell: false position with the Illinois rule (Dowell & Jarratt
-    1971) on the numbers that are drawn, until the mean is within half a count.
+    The mean rises with the common log fold change, in steps of one count in one cell. False position with the Illinois
+    rule (Dowell & Jarratt 1971) runs on the sampled counts until the mean is within half a count of the target. `unit`
+    is (cells,), `target` and `common` are (genes,), the others (genes, cells).
     """
     half_a_count = 0.5 * np.log1p(unit.min()) / len(unit)
     for gene in range(len(k)):
@@ -157,26 +172,30 @@ def _calibrated(
             common[gene] = -np.inf
             continue
         low, high, step = 0.0, 0.0, FIRST_STEP
-        at_low = at_high = _draw(k[gene], unit, fold[gene], 0.0, rate[gene], u[gene], out[gene]) - target[gene]
+        at_low = at_high = (
+            _sample(k[gene], unit, log_fold_change[gene], 0.0, rate[gene], u[gene], out[gene]) - target[gene]
+        )
         if abs(at_low) <= half_a_count:
             continue
         while at_high < 0.0 and high < HIGHEST:
             low, at_low = high, at_high
             high += step
             step *= 2.0
-            at_high = _draw(k[gene], unit, fold[gene], high, rate[gene], u[gene], out[gene]) - target[gene]
+            at_high = _sample(k[gene], unit, log_fold_change[gene], high, rate[gene], u[gene], out[gene]) - target[gene]
         while at_low > 0.0 and low > LOWEST:
             high, at_high = low, at_low
             low -= step
             step *= 2.0
-            at_low = _draw(k[gene], unit, fold[gene], low, rate[gene], u[gene], out[gene]) - target[gene]
-        # The bounds' own distances guide the search; their halves, where one bound stays, do not say which is nearer.
+            at_low = _sample(k[gene], unit, log_fold_change[gene], low, rate[gene], u[gene], out[gene]) - target[gene]
+        # The Illinois rule halves the weight of a bound that stays; the choice at the end needs the true distances.
         weight_low, weight_high = at_low, at_high
         for _ in range(MAX_TRIALS):
             if min(-at_low, at_high) <= half_a_count or high - low < 1e-6:
                 break
             middle = (low * weight_high - high * weight_low) / (weight_high - weight_low)
-            at_middle = _draw(k[gene], unit, fold[gene], middle, rate[gene], u[gene], out[gene]) - target[gene]
+            at_middle = (
+                _sample(k[gene], unit, log_fold_change[gene], middle, rate[gene], u[gene], out[gene]) - target[gene]
+            )
             if at_middle < 0.0:
                 low, at_low, weight_low = middle, at_middle, at_middle
                 weight_high *= 0.5
@@ -184,12 +203,15 @@ def _calibrated(
                 high, at_high, weight_high = middle, at_middle, at_middle
                 weight_low *= 0.5
         common[gene] = low if abs(at_low) < abs(at_high) else high
-        _draw(k[gene], unit, fold[gene], common[gene], rate[gene], u[gene], out[gene])
+        _sample(k[gene], unit, log_fold_change[gene], common[gene], rate[gene], u[gene], out[gene])
 
 
 @compiled
-def _nearest_move(up: np.ndarray, down: np.ndarray, missing: float) -> tuple[int, int]:
-    """Return which value of `up` is to be added and which of `down` taken off so that their sum is nearest to what is missing; -1 for none."""
+def _nearest_step(up: np.ndarray, down: np.ndarray, missing: float) -> tuple[int, int]:
+    """Return a place in `up` and one in `down`, -1 for none: adding one value and subtracting the other.
+
+    Of all such choices this one changes the sum by the amount nearest to `missing`.
+    """
     by_up, by_down = np.argsort(up), np.argsort(down)
     best, first, second = abs(missing), -1, -1
     for i in by_up:
@@ -212,9 +234,10 @@ def _nearest_move(up: np.ndarray, down: np.ndarray, missing: float) -> tuple[int
 
 @compiled(nogil=True)
 def _settle(unit: np.ndarray, target: np.ndarray, out: np.ndarray) -> None:
-    """Add a count to one cell and take one off another, gene by gene and a few times, so that the mean comes as near to its target as it can.
+    """Move the mean of every gene as near to its target as counts can: one cell gains a count, another loses one.
 
-    Cells differ in size, so what a count adds to one and what it takes off another differ by little, and many such pairs are to choose from.
+    This is done at most MAX_SETTLED times. Cells differ in size, so the same count changes their expression by slightly
+    different amounts. Among many pairs of cells, one pair changes the mean by almost exactly the missing amount.
     """
     size = unit[:SETTLED_AMONG]
     for gene in range(len(out)):
@@ -225,7 +248,7 @@ def _settle(unit: np.ndarray, target: np.ndarray, out: np.ndarray) -> None:
                 break
             n = np.rint(np.expm1(some) / size)
             more, fewer = np.log1p((n + 1.0) * size), np.log1p(np.maximum(n - 1.0, 0.0) * size)
-            first, second = _nearest_move(more - some, np.where(n > 0, some - fewer, np.inf), missing)
+            first, second = _nearest_step(more - some, np.where(n > 0, some - fewer, np.inf), missing)
             if first >= 0:
                 some[first] = more[first]
             if second >= 0:
@@ -243,7 +266,7 @@ class Counted:
     k
         Counts, (genes, cells).
     unit
-        What one count is worth, (cells,).
+        Value of one count, (cells,).
     """
 
     k: np.ndarray
@@ -258,7 +281,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class Levels:
-    """What a population of cells says of the rates in any of them: the Gamma prior of every gene.
+    """The Gamma prior of every gene's rate, from a population of cells.
 
     Attributes
     ----------
@@ -273,7 +296,7 @@ class Levels:
 
     @classmethod
     def of(cls, cells: Counted) -> "Levels":
-        """Measure them on a population."""
+        """Estimate it from a population."""
         size = 1.0 / cells.unit
         level = cells.k.sum(axis=1) / size.sum()
         return cls(level, _shape(cells.k, level[:, None] * size))
@@ -288,16 +311,16 @@ class Levels:
 
 @dataclass(frozen=True)
 class CommonChange:
-    """What a perturbation does to a population, to be done to single cells of it.
+    """The change of a population by a perturbation, in a form that applies to single cells.
 
     Attributes
     ----------
     levels
-        Of the population.
+        Prior of the population.
     common
-        Logarithm of the fold change that all cells have, on top of each one's own, (genes,).
+        Log fold change that all cells have in common; each cell adds its own, (genes,).
     arriving
-        Rate per size of a cell of genes that no cell of the population holds and that are to appear, (genes,).
+        Rate per cell size of genes that no cell of the population expresses but the perturbed cells shall, (genes,).
     """
 
     levels: Levels
@@ -310,53 +333,57 @@ def _arriving(levels: Levels, target: np.ndarray) -> np.ndarray:
 
 
 def _in_parts(n_genes: int, work: Callable[[slice], None]) -> None:
-    """Do work on ranges of genes, side by side."""
-    torch = sys.modules.get("torch")  # what a network has is ours; a closed form, which needs none, has one
+    """Do work on ranges of genes, in parallel threads."""
+    torch = sys.modules.get("torch")  # a network uses its own number of threads; a closed form uses one
     parts = [part for part in np.array_split(np.arange(n_genes), torch.get_num_threads() if torch else 1) if len(part)]
     with ThreadPoolExecutor(len(parts)) as threads:
         list(threads.map(lambda part: work(slice(part[0], part[-1] + 1)), parts))
 
 
 def _met(
-    cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator
+    cells: np.ndarray, mean_change: np.ndarray, log_fold_change: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, CommonChange]:
-    """Return cells whose mean has changed as it is to but for less than a count, (genes, cells) at least, and how that was done."""
-    repeats = -(-DRAWN_AT_LEAST // len(cells))
+    """Return cells with the wanted mean, up to less than a count, (genes, at least so many cells), and their change."""
+    repeats = -(-SAMPLED_AT_LEAST // len(cells))
     counted = Counted.of(cells)
     levels = Levels.of(counted)
     target = cells.mean(axis=0, dtype=np.float64) + mean_change
     arriving = _arriving(levels, target)
     k, unit, rate = counted.k, counted.unit, levels.rates(counted) + arriving[:, None] / counted.unit
-    folds = np.zeros(k.shape) if fold is None else np.ascontiguousarray(fold.T, dtype=np.float64)
+    own = np.zeros(k.shape)
+    if log_fold_change is not None:
+        own = np.ascontiguousarray(log_fold_change.T, dtype=np.float64)
     if repeats > 1:
-        k, rate, folds = (np.tile(table, repeats) for table in (k, rate, folds))
+        k, rate, own = (np.tile(table, repeats) for table in (k, rate, own))
         unit = np.tile(unit, repeats)
     u = rng.random(k.shape)
     out, common = np.empty(k.shape), np.zeros(len(k))
-    _in_parts(
-        len(k),
-        lambda genes: _calibrated(
-            k[genes], unit, folds[genes], rate[genes], u[genes], target[genes], common[genes], out[genes]
-        ),
-    )
+
+    def calibrate(genes: slice) -> None:
+        of_genes = (table[genes] for table in (own, rate, u, target, common, out))
+        _calibrated(k[genes], unit, *of_genes)
+
+    _in_parts(len(k), calibrate)
     return out, CommonChange(levels, common, arriving)
 
 
 def with_mean_effect(
-    cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator
+    cells: np.ndarray, mean_change: np.ndarray, log_fold_change: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return perturbed cells, (cells, genes), log1p-normalized: counts of the cells' own sizes, whose mean is met as nearly as counts can.
+    """Return perturbed cells, (cells, genes), log1p-normalized: counts, with the size of their start cells.
+
+    Their mean is the wanted one as nearly as counts can have it.
 
     Parameters
     ----------
     cells
         Log1p-normalized start cells, (cells, genes).
     mean_change
-        What the mean over cells is to change by, (genes,).
-    fold
-        Logarithm of each cell's fold change, (cells, genes), up to a constant per gene; None: alike in all cells.
+        Wanted change of the mean over cells, (genes,).
+    log_fold_change
+        Each cell's own, (cells, genes), up to a constant per gene; None: the same in all cells.
     """
-    out, _ = _met(cells, mean_change, fold, rng)
+    out, _ = _met(cells, mean_change, log_fold_change, rng)
     out = np.ascontiguousarray(out[:, : len(cells)])
     unit, target = unit_of(np.expm1(cells.astype(np.float64))), cells.mean(axis=0, dtype=np.float64) + mean_change
     _in_parts(len(out), lambda genes: _settle(unit, target[genes], out[genes]))
@@ -364,47 +391,47 @@ def with_mean_effect(
 
 
 def common_change(
-    cells: np.ndarray, mean_change: np.ndarray, fold: np.ndarray | None, rng: np.random.Generator
+    cells: np.ndarray, mean_change: np.ndarray, log_fold_change: np.ndarray | None, rng: np.random.Generator
 ) -> CommonChange:
-    """Return what changes the mean of a population as it is to change; parameters as of `with_mean_effect`."""
-    return _met(cells, mean_change, fold, rng)[1]
+    """Return the change of a population that gives its mean this change; parameters as of `with_mean_effect`."""
+    return _met(cells, mean_change, log_fold_change, rng)[1]
 
 
-def applied(cells: np.ndarray, change: CommonChange, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return perturbed cells, (cells, genes), log1p-normalized: each one's outcome is the same, whoever else is asked.
+def applied(
+    cells: np.ndarray, change: CommonChange, log_fold_change: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Return perturbed cells, (cells, genes), log1p-normalized. No cell's outcome depends on the other cells.
 
     Parameters
     ----------
     cells
-        Log1p-normalized start cells, (cells, genes); one may be there many times.
+        Log1p-normalized start cells, (cells, genes); the same cell may occur many times.
     change
         Of the population.
-    fold
-        Logarithm of each cell's own fold change, (cells, genes).
+    log_fold_change
+        Each cell's own, (cells, genes).
     """
     counted = Counted.of(cells)
     rate = change.levels.rates(counted) + change.arriving[:, None] / counted.unit
-    folds, u, out = (
-        np.ascontiguousarray(fold.T, dtype=np.float64),
-        rng.random(counted.k.shape),
-        np.empty(counted.k.shape),
-    )
+    own = np.ascontiguousarray(log_fold_change.T, dtype=np.float64)
+    u, out = rng.random(counted.k.shape), np.empty(counted.k.shape)
 
-    def draw(genes: slice) -> None:
+    def sample(genes: slice) -> None:
         for gene in range(genes.start, genes.stop):
-            _draw(counted.k[gene], counted.unit, folds[gene], change.common[gene], rate[gene], u[gene], out[gene])
+            of_gene = (rate[gene], u[gene], out[gene])
+            _sample(counted.k[gene], counted.unit, own[gene], change.common[gene], *of_gene)
 
-    _in_parts(len(out), draw)
+    _in_parts(len(out), sample)
     return np.ascontiguousarray(out.T, dtype=np.float32)
 
 
-def mean_effect_of(cells: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return what these fold changes do to the mean of log1p-normalized cells, (genes,): the mean of enough draws of the same cells."""
+def mean_effect_of(cells: np.ndarray, log_fold_change: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the effect of these fold changes on the mean of log1p-normalized cells, (genes,), over enough samples."""
     repeats = -(-AVERAGED_AT_LEAST // len(cells))
     levels = Levels.of(Counted.of(cells))
-    as_they_are = CommonChange(levels, np.zeros(cells.shape[1]), np.zeros(cells.shape[1]))
-    drawn = applied(np.tile(cells, (repeats, 1)), as_they_are, np.tile(fold, (repeats, 1)), rng)
-    return drawn.mean(axis=0, dtype=np.float64) - cells.mean(axis=0, dtype=np.float64)
+    nothing_common = CommonChange(levels, np.zeros(cells.shape[1]), np.zeros(cells.shape[1]))
+    sampled = applied(np.tile(cells, (repeats, 1)), nothing_common, np.tile(log_fold_change, (repeats, 1)), rng)
+    return sampled.mean(axis=0, dtype=np.float64) - cells.mean(axis=0, dtype=np.float64)
 
 
 def _shape(k: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Ablations: models from which one thing is taken away. What they still score needs no more than what they have left."""
+"""Ablations: models without one kind of information. The score that they still reach does not need it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,24 +16,23 @@ from perturbflow.pairs import Context, Pairs
 
 
 class ShuffledLabels(SetGP):
-    """`SetGP` on training cells whose perturbations were exchanged at random, singles with singles, combinations with combinations."""
+    """`SetGP` on training cells with exchanged labels: singles among singles, combinations among combinations."""
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
         """Exchange labels, then learn."""
         rng = np.random.default_rng(run.seed)
         new_label = {CONTROL: CONTROL}
-        for order in sorted({len(members_of(label)) for label in pairs.perturbations}):
-            labels = [label for label in pairs.perturbations if len(members_of(label)) == order]
-            drawn = [str(label) for label in rng.permutation(labels)]
-            new_label |= dict(
-                zip(drawn, [*drawn[1:], drawn[0]], strict=True)
-            )  # a cycle: none keeps its own, unless it is alone
+        for n in sorted({len(members_of(label)) for label in pairs.perturbations}):
+            labels = [label for label in pairs.perturbations if len(members_of(label)) == n]
+            shuffled = [str(label) for label in rng.permutation(labels)]
+            following = [*shuffled[1:], shuffled[0]]  # a cycle: no label keeps its own cells, unless it is alone
+            new_label |= dict(zip(shuffled, following, strict=True))
         obs = pairs.obs.assign(perturbation=[new_label[label] for label in pairs.labels])
         return super().fit(replace(pairs, obs=obs), embeddings, run)
 
 
 class BatchOnly(Model):
-    """The mean effect of all training perturbations in the cell's batch and cell type: the perturbation is not looked at."""
+    """The mean effect of all training perturbations in the cell's batch and cell type; it ignores the perturbation."""
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
         """Average effects over perturbations, per batch × cell type."""
@@ -60,15 +59,13 @@ class BatchOnly(Model):
     def predict(
         self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Change control cells by the mean effect of their strata; by that of all where a stratum is new or not told."""
+        """Change control cells by the mean effect of their strata; by the overall one where a stratum is unknown."""
         known = self.artefact["strata"].tolist()
-        told = [""] if context is None else list(context.strata)
         effects = [
             self.artefact["effects"][known.index(stratum)] if stratum in known else self.artefact["overall"]
-            for stratum in told
+            for stratum in ([""] if context is None else context.strata)
         ]
         start = start_cells(cells, n)
-        changed = with_mean_effect(
-            start, np.mean(effects, axis=0) + off_level(start, context), None, np.random.default_rng(seed)
-        )
+        mean_change = np.mean(effects, axis=0) + off_level(start, context)
+        changed = with_mean_effect(start, mean_change, None, np.random.default_rng(seed))
         return np.repeat(changed[None], len(perturbations), axis=0)

@@ -1,4 +1,4 @@
-"""What closed forms share: one effect per perturbation, added to control cells, and inner cross-validation over perturbations."""
+"""The base of all closed forms: one mean effect per perturbation, and inner cross-validation over perturbations."""
 
 import copy
 import itertools
@@ -13,19 +13,19 @@ import numpy as np
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import CONTROL, SEPARATOR, entities_of, members_of
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
-from perturbflow.models.calibration import Calibration, Scale, case_of, measured_by
+from perturbflow.models.calibration import Calibration, Scale, measured_by, novelty_of
 from perturbflow.models.effects import Effects
 from perturbflow.models.thinning import with_mean_effect
 from perturbflow.pairs import Context, Pairs
 
 N_FOLDS = 5
-MAX_GENES_ONE_BY_ONE = 20  # few genes are held out one by one
-MAX_CONTEXTS = 8  # held out
+MAX_GENES_ONE_BY_ONE = 20  # up to so many genes are held out one by one
+MAX_CONTEXTS = 8  # at most so many contexts are held out
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a closed form learns from.
+    """The data that a closed form learns from.
 
     Attributes
     ----------
@@ -34,14 +34,14 @@ class TrainingSet:
     embeddings
         Vectors of the perturbed genes.
     seed
-        Governs folds and whatever is drawn.
+        Governs folds and all samples.
     effects
         Mean effects of the training perturbations.
     halves
-        The same, each against half of the controls: what is learned from one is judged on the other, so that the noise of
-        shared controls does not pass for skill.
+        The same, each against half of the controls. Models learn from one and are judged on the other, so that the
+        noise of shared controls does not count as skill.
     half
-        Which half of the controls `effects` are measured against; None is all.
+        The half of the controls that `effects` are measured against; None is all.
     """
 
     pairs: Pairs
@@ -73,7 +73,16 @@ class TrainingSet:
         return self.pairs.is_control if self.half is None else self.pairs.groups.is_of_half(self.half)
 
     def folds(self, *, of_genes: bool, one_by_one: bool = True) -> list[set[str]]:
-        """Return sets of perturbations to be held out: all that involve some of the genes or compounds, at whatever dose, or combinations alone."""
+        """Return sets of perturbations to be held out.
+
+        Parameters
+        ----------
+        of_genes
+            True: a set has all perturbations of some genes or compounds, at any dose. False: a set has combinations
+            alone.
+        one_by_one
+            Whether few genes are held out one by one.
+        """
         rng = np.random.default_rng(self.seed)
         labels = self.effects.labels
         if of_genes:
@@ -88,28 +97,36 @@ class TrainingSet:
         return [fold for fold in folds if fold and len(fold) < len(labels)]
 
     def rounds(self, *, of_genes: bool, one_by_one: bool = True) -> Iterator[tuple["TrainingSet", Effects]]:
-        """Yield inner training sets and the effects held out from them, measured against controls that they do not hold."""
+        """Yield inner training sets and held-out effects, which are measured against the other half of the controls."""
         for held_out in self.folds(of_genes=of_genes, one_by_one=one_by_one):
             rest = [half.without(held_out) for half in self.halves]
             known = set(rest[0].labels)
             for seen, judged in ((0, 1), (1, 0)):
-                inner = replace(
-                    self, effects=rest[seen], halves=(rest[0], rest[1]), half=judged
-                )  # halves[0] is against half 1
+                # halves[0] is measured against half 1.
+                inner = replace(self, effects=rest[seen], halves=(rest[0], rest[1]), half=judged)
                 yield inner, self.halves[judged].without(known)
 
     def rounds_of_contexts(self) -> Iterator[tuple["TrainingSet", Effects, Context]]:
-        """Yield trainings without the cells of one context, the effects in it of perturbations that the others hold too, and the context."""
+        """Yield inner training sets without the cells of one context, effects in this context, and the context.
+
+        The effects are those of perturbations that the inner training set holds too.
+        """
         by_context = self.effects_by_context
         names = list(by_context) if len(by_context) > 1 else []
-        drawn = np.random.default_rng(self.seed).permutation(len(names))[:MAX_CONTEXTS]
-        for name in (names[i] for i in sorted(drawn)):
+        sampled = np.random.default_rng(self.seed).permutation(len(names))[:MAX_CONTEXTS]
+        for name in (names[i] for i in sorted(sampled)):
             inner = TrainingSet.of(self.pairs.without_context(name), self.embeddings, self.seed)
             labels = [label for label in by_context[name] if label in inner.effects.labels]
             if labels:
                 values = np.stack([by_context[name][label] for label in labels])
                 here = np.flatnonzero(self.pairs.is_of_context(name) & self.pairs.is_control)
                 yield inner, Effects(labels, values, np.zeros_like(values)), self.pairs.context_of(here)
+
+    def sampling_of(self, label: str, context: Context | None) -> float:
+        """Return 1/n + 1/n₀ of a held-out effect: against half of the controls, or in a held-out context."""
+        if context is None:
+            return measured_by(self.pairs, label, share=0.5)
+        return measured_by(self.pairs, label, self.pairs.cells_in(label, context.strata[0]))
 
     @property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
@@ -122,8 +139,8 @@ class TrainingSet:
         return {context: effects for context, effects in of_known.items() if effects}
 
 
-class MeanShift(Model):
-    """A model that says one mean effect per perturbation, and nothing of how cells differ in it."""
+class ClosedForm(Model):
+    """A model with one mean effect per perturbation, the same for all cells."""
 
     artefact: Artefact
 
@@ -136,7 +153,7 @@ class MeanShift(Model):
         """Return the predicted mean effect, (genes,)."""
 
     def effect_in(self, perturbation: str, context: Context | None) -> np.ndarray:
-        """Return the predicted mean effect in a context, (genes,); most closed forms do not look at it."""
+        """Return the predicted mean effect in a context, (genes,); most closed forms ignore the context."""
         return self.effect(perturbation)
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
@@ -153,31 +170,31 @@ class MeanShift(Model):
         self.artefact = artefact
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Fit anew without combinations, genes and contexts, in turn, and score what is said of them."""
+        """Fit again without combinations, genes and contexts, in turn, and score the predictions of these."""
         training = TrainingSet.of(pairs, embeddings, seed)
         scale, found = Scale.of(training.pairs, training.effects), Calibration.none()
-        # Against one half of the controls.
+        # Every second round: those against one half of the controls.
         of_labels = (training.rounds(of_genes=of_genes, one_by_one=False) for of_genes in (False, True))
         rounds = [(*one, None) for of in of_labels for one in itertools.islice(of, 0, None, 2)]
         for inner, held, context in itertools.chain(rounds, training.rounds_of_contexts()):
             fitted = copy.copy(self).learned(inner)
             measured, known = set(inner.effects.labels), set(inner.effects.entities)
-            sampling = [
-                measured_by(training.pairs, label, share=0.5) if context is None
-                else measured_by(training.pairs, label, training.pairs.cells_in(label, context.strata[0]))
-                for label in held.labels
-            ]  # fmt: skip
             found += Calibration.of(
-                held.labels, [case_of(label, measured, known) for label in held.labels],
-                np.stack([fitted.effect_in(label, context) for label in held.labels]), held.values, sampling, scale, training.genes,
+                held.labels,
+                [novelty_of(label, measured, known) for label in held.labels],
+                np.stack([fitted.effect_in(label, context) for label in held.labels]),
+                held.values,
+                [training.sampling_of(label, context) for label in held.labels],
+                scale,
+                training.genes,
                 [fitted.uncertainty(label, context) for label in held.labels],
-            )  # fmt: skip
+            )
         return found
 
     def predict(
         self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Change the counts of control cells until their mean has moved by the effect. No perturbation leaves them as they are."""
+        """Change the counts of control cells until their mean has changed by the effect; control changes nothing."""
         start = start_cells(cells, n)
         predicted = np.empty((len(perturbations), *start.shape), dtype=np.float32)
         for p, perturbation in enumerate(perturbations):
@@ -191,15 +208,14 @@ class MeanShift(Model):
     def counterfactual(
         self, cells: np.ndarray, perturbations: Sequence[str], samples: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Shift every cell by the effect: what it becomes does not depend on who else is asked. No perturbation shifts nothing."""
-        effects = np.stack(
-            [
-                np.zeros_like(cells)
-                if perturbation == CONTROL
-                else self.individual_effects(cells, perturbation, seed, context)
-                for perturbation in perturbations
-            ]
-        )
+        """Add the effect to every cell; control adds nothing. No cell's outcome depends on the other cells."""
+
+        def effect(perturbation: str) -> np.ndarray:
+            if perturbation == CONTROL:
+                return np.zeros_like(cells)
+            return self.individual_effects(cells, perturbation, seed, context)
+
+        effects = np.stack([effect(perturbation) for perturbation in perturbations])
         return np.repeat((cells + effects)[:, :, None], samples, axis=2).astype(np.float32)
 
     def individual_effects(
@@ -212,13 +228,16 @@ class MeanShift(Model):
         return effects
 
 
-Candidate = TypeVar("Candidate", bound=MeanShift)
+Candidate = TypeVar("Candidate", bound=ClosedForm)
 
 
 def least_error(
     candidates: Sequence[Candidate], training: TrainingSet, *, of_genes: bool, one_by_one: bool = True
 ) -> Candidate:
-    """Return the candidate that predicts held-out training perturbations with the least squared error; the first where none can be held out."""
+    """Return the candidate with the least squared error on held-out training perturbations.
+
+    It is the first candidate where none can be held out.
+    """
     errors = np.zeros(len(candidates))
     for inner, held_out in training.rounds(of_genes=of_genes, one_by_one=one_by_one):
         for i, candidate in enumerate(candidates):

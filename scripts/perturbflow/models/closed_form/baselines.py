@@ -1,10 +1,10 @@
-"""Closed forms that know a gene by its effect alone: means, sums, and the bilinear form of the field's benchmarks."""
+"""Closed forms that need measured effects alone: means, sums, and the bilinear form of the field's benchmarks."""
 
 import numpy as np
 
 from perturbflow.genes.symbols import entities_of, entity_of, members_of
 from perturbflow.models.base import Artefact
-from perturbflow.models.closed_form.base import MeanShift, TrainingSet, least_error
+from perturbflow.models.closed_form.base import ClosedForm, TrainingSet, least_error
 from perturbflow.models.closed_form.doses import Doses
 from perturbflow.registry.families import LinearParams
 
@@ -13,8 +13,8 @@ LATENT_COMPONENTS = (5, 15, 50)
 TRANSFERRED = (0.0, 0.25, 0.5, 0.6)  # share of the centred effect, by the number of contexts
 
 
-class NoChange(MeanShift):
-    """Perturbed cells look like controls: the floor."""
+class NoChange(ClosedForm):
+    """Perturbed cells look like controls: the floor of every comparison."""
 
     def learn(self, training: TrainingSet) -> Artefact:
         """Nothing to learn."""
@@ -25,7 +25,7 @@ class NoChange(MeanShift):
         return self.artefact["effect"]
 
 
-class PerturbedMean(MeanShift):
+class PerturbedMean(ClosedForm):
     """Every perturbation has the mean effect of the training perturbations (Systema's non-control mean)."""
 
     def learn(self, training: TrainingSet) -> Artefact:
@@ -37,18 +37,21 @@ class PerturbedMean(MeanShift):
         return self.artefact["effect"]
 
 
-class Additive(MeanShift):
+class Additive(ClosedForm):
     """The sum of the members' single effects; a member never measured alone counts as the mean single effect.
 
-    Ahlmann-Eltze, Huber & Anders 2025, x̂_{a+b} = x̄_a + x̄_b − c̄. A compound at a dose that training lacks has its effect at the
-    nearest dose.
+    Ahlmann-Eltze, Huber & Anders 2025, x̂_{a+b} = x̄_a + x̄_b − c̄. A compound at a dose that training lacks has its
+    effect at the nearest dose.
     """
 
     def learn(self, training: TrainingSet) -> Artefact:
-        """Keep single effects and their mean; without any single, the mean effect per member of all combinations."""
+        """Keep single effects and their mean.
+
+        Where training holds combinations only, the mean is that of their effects, each divided by its members.
+        """
         effects, single = training.effects, training.effects.single
         values = np.stack(list(single.values())) if single else np.zeros((0, len(training.genes)))
-        mean = values.mean(axis=0) if single else (effects.values / effects.order[:, None]).mean(axis=0)
+        mean = values.mean(axis=0) if single else (effects.values / effects.n_members[:, None]).mean(axis=0)
         return {"genes": np.array(list(single), dtype=str), "effects": values, "mean": mean}
 
     def restore(self, artefact: Artefact) -> None:
@@ -68,7 +71,7 @@ class Additive(MeanShift):
         return np.stack([self.artefact["mean"] if effect is None else effect for effect in effects])
 
     def knows(self, perturbation: str) -> bool:
-        """Tell whether every member was measured alone, at whatever dose."""
+        """Return whether every member was measured alone, at any dose."""
         return all(map(self.doses.holds, members_of(perturbation)))
 
     def effect(self, perturbation: str) -> np.ndarray:
@@ -77,11 +80,12 @@ class Additive(MeanShift):
 
 
 class DoseInterpolation(Additive):
-    """The effect at a dose between those that training holds of a compound, by interpolation over the log dose; members add up.
+    """The effect of a compound between two of its training doses, interpolated over the log dose; members add up.
 
-    e(d) = (1 − t) e(d₁) + t e(d₂) with t = log(d / d₁) / log(d₂ / d₁) for the nearest doses d₁ < d < d₂: the trapezium that dose-response
-    curves are summarized by, too. Below the lowest dose the effect falls in proportion to the dose, as that of a Hill curve of slope 1 does
-    far from its half; above the highest it is that of the highest. A compound never measured alone counts as the mean single effect.
+    e(d) = (1 − t) e(d₁) + t e(d₂) with t = log(d / d₁) / log(d₂ / d₁) for the nearest doses d₁ < d < d₂. The area under
+    a dose-response curve uses the same interpolation (trapezium rule). Below the lowest dose the effect falls in
+    proportion to the dose, as a Hill curve of slope 1 does far below its half-maximum. Above the highest dose it is
+    that of the highest. A compound never measured alone counts as the mean single effect.
     """
 
     def known(self, member: str) -> np.ndarray | None:
@@ -107,9 +111,10 @@ class MatchingMean(Additive):
 
 
 class ShrunkenAdditive(Additive):
-    """The sum of single effects times the factor that fits held-out training combinations best; the plain sum without any.
+    """The sum of single effects times the factor that fits held-out training combinations best.
 
-    One factor for combinations whose members were all measured alone, one for the others: what is unseen adds noise.
+    Without any combination it is the plain sum. One factor serves combinations whose members were all measured alone,
+    another one the others: unseen members add noise.
     """
 
     def learn(self, training: TrainingSet) -> Artefact:
@@ -128,18 +133,17 @@ class ShrunkenAdditive(Additive):
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Shrink the sum of a combination; a single effect stays as it is."""
-        factor = (
-            self.artefact["factors"][int(not self.knows(perturbation))] if len(members_of(perturbation)) > 1 else 1.0
-        )
-        return super().effect(perturbation) * factor
+        if len(members_of(perturbation)) == 1:
+            return super().effect(perturbation)
+        return super().effect(perturbation) * self.artefact["factors"][int(not self.knows(perturbation))]
 
 
-class LatentSum(MeanShift):
-    """Members add up in a latent space; their vectors are fitted to all training perturbations, alone or combined, at once.
+class LatentSum(ClosedForm):
+    """Members add up in a latent space; their vectors are fitted to all training perturbations at once.
 
-    y_p = (μ_o + Σ_{g ∈ p} z_g) V with V the leading principal directions of training effects, μ_o an intercept for
-    perturbations of o members, and z_g by ridge regression on the indicators of members. An unseen member has z = 0, a compound at a
-    dose that training lacks the z of its nearest dose.
+    y_p = (μ_n + Σ_{g ∈ p} z_g) V. V are the leading principal directions of training effects. μ_n is an intercept for
+    perturbations of n members. z_g comes from ridge regression on the indicators of members. It is zero for an unseen
+    member. A compound at a dose that training lacks has the z of its nearest dose.
 
     Parameters
     ----------
@@ -158,12 +162,13 @@ class LatentSum(MeanShift):
         effects = training.effects
         _, _, directions = np.linalg.svd(effects.values, full_matrices=False)
         V = directions[: self.n_components]  # (K, genes)
-        genes, orders = effects.genes, sorted(set(effects.order.tolist()))
-        design = np.hstack([effects.order[:, None] == orders, effects.indicators()])  # (perturbations, orders + genes)
-        penalty = np.diag([1e-6] * len(orders) + [self.ridge] * len(genes))
+        genes, numbers = effects.genes, sorted(set(effects.n_members.tolist()))
+        n = len(numbers)  # intercepts
+        design = np.hstack([effects.n_members[:, None] == numbers, effects.indicators()])  # (perturbations, n + genes)
+        penalty = np.diag([1e-6] * n + [self.ridge] * len(genes))
         solved = np.linalg.solve(design.T @ design + penalty, design.T @ (effects.values @ V.T))
-        return {"V": V, "orders": np.array(orders), "intercepts": solved[: len(orders)],
-                "genes": np.array(genes, dtype=str), "z": solved[len(orders) :]}  # fmt: skip
+        members = {"genes": np.array(genes, dtype=str), "z": solved[n:]}
+        return {"V": V, "n_members": np.array(numbers), "intercepts": solved[:n], **members}
 
     def restore(self, artefact: Artefact) -> None:
         """Take over the arrays."""
@@ -172,29 +177,33 @@ class LatentSum(MeanShift):
         self._doses = Doses(self._row)
 
     def effect(self, perturbation: str) -> np.ndarray:
-        """Add up and decode; an order that training lacks has the intercept of the nearest, by the number of members."""
+        """Add up and decode.
+
+        For a number of members that training lacks, the intercept of the nearest number is scaled by their ratio.
+        """
         members = members_of(perturbation)
-        orders, known = self.artefact["orders"], filter(None, map(self._doses.nearest, members))
-        nearest = int(np.abs(orders - len(members)).argmin())
-        latent = self.artefact["intercepts"][nearest] * len(members) / orders[nearest]
-        return (latent + self.artefact["z"][[self._row[member] for member in known]].sum(axis=0)) @ self.artefact["V"]
+        numbers, known = self.artefact["n_members"], filter(None, map(self._doses.nearest, members))
+        nearest = int(np.abs(numbers - len(members)).argmin())
+        intercept = self.artefact["intercepts"][nearest] * len(members) / numbers[nearest]
+        z = self.artefact["z"][[self._row[member] for member in known]].sum(axis=0)
+        return (intercept + z) @ self.artefact["V"]
 
 
-class LatentAdditive(MeanShift):
-    """The linear form of PerturBench's latent additive model (arXiv 2408.10609): `LatentSum`, its two constants by inner folds.
+class LatentAdditive(ClosedForm):
+    """The linear form of PerturBench's latent additive model (arXiv 2408.10609).
 
-    Held-out combinations choose them for perturbations of seen members, held-out genes for the others.
+    It is `LatentSum`; inner folds choose its two constants. Held-out combinations choose them for perturbations of seen
+    members, held-out genes for the others.
     """
 
     def learn(self, training: TrainingSet) -> Artefact:
         """Choose the number of directions and the penalty for both, then fit."""
         candidates = [LatentSum(k, ridge) for k in LATENT_COMPONENTS for ridge in LATENT_RIDGES]
         unseen = least_error(candidates, training, of_genes=True).learn(training)
-        has_combinations = (training.effects.order > 1).any()
+        has_combinations = (training.effects.n_members > 1).any()
         seen = least_error(candidates, training, of_genes=False).learn(training) if has_combinations else unseen
-        return {
-            f"{name}.{key}": value for name, part in (("seen", seen), ("unseen", unseen)) for key, value in part.items()
-        }
+        parts = {"seen": seen, "unseen": unseen}
+        return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
 
     def restore(self, artefact: Artefact) -> None:
         """Take over the arrays."""
@@ -202,10 +211,9 @@ class LatentAdditive(MeanShift):
         self._known = {entity_of(member) for member in artefact["seen.genes"].tolist()}
         self._chosen = {}
         for name in ("seen", "unseen"):
+            part = {key.split(".")[1]: value for key, value in artefact.items() if key.split(".")[0] == name}
             self._chosen[name] = LatentSum(0, 0.0)
-            self._chosen[name].restore(
-                {key.split(".")[1]: value for key, value in artefact.items() if key.split(".")[0] == name}
-            )
+            self._chosen[name].restore(part)
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Add up in the latent space."""
@@ -213,12 +221,13 @@ class LatentAdditive(MeanShift):
         return self._chosen["seen" if is_seen else "unseen"].effect(perturbation)
 
 
-class Transfer(MeanShift):
-    """The mean effect, and a share of what the same perturbation differs by from it in the contexts that it was measured in.
+class Transfer(ClosedForm):
+    """The mean effect, plus a share of the perturbation's difference from it in the contexts that measured it.
 
-    δ̂ = m̄ + w_k · mean over k contexts of (δ_c − m_c), m_c the mean effect in context c, m̄ their mean, w = 0, 0.25, 0.5 for k = 0, 1, 2: chosen by
-    nested leave-one-line-out in the four essential-gene screens (GenBio 2026); from three contexts on w = 0.6. The whole effect of one other context
-    (w = 1) does worse than no change there. A context is a batch × cell type with controls of its own and at least ten cells of the perturbation.
+    δ̂ = m̄ + w_k · mean over k contexts of (δ_c − m_c). m_c is the mean effect in context c, m̄ the mean of these. w is 0,
+    0.25, 0.5 for k = 0, 1, 2 and 0.6 for three or more contexts: chosen by nested leave-one-line-out in the four
+    essential-gene screens (GenBio 2026). There the whole effect of one other context (w = 1) is worse than no change. A
+    context is a batch × cell type with controls of its own and at least ten cells of the perturbation.
     """
 
     def learn(self, training: TrainingSet) -> Artefact:
@@ -239,13 +248,13 @@ class Transfer(MeanShift):
         return self.artefact["effects"][labels.index(perturbation)] if perturbation in labels else self.artefact["mean"]
 
 
-class Linear(MeanShift):
+class Linear(ClosedForm):
     """The bilinear closed form of Ahlmann-Eltze, Huber & Anders 2025.
 
-    Ŷ = G W P + b with W = (GᵀG + λI)⁻¹ Gᵀ (Y − b) Pᵀ (P Pᵀ + λI)⁻¹, where Y (genes × conditions) holds training effects with
-    the control as a condition of zeros, b its row means, G (genes × K) the scores of a centred PCA of Y and P (K × conditions)
-    the rows of G of the perturbed genes (summed over members, zero for control). A condition whose gene is not measured
-    does not enter the fit and is predicted by b.
+    Ŷ = G W P + b with W = (GᵀG + λI)⁻¹ Gᵀ (Y − b) Pᵀ (P Pᵀ + λI)⁻¹. Y (genes × conditions) holds training effects, with
+    the control as a condition of zeros; b are its row means. G (genes × K) are the scores of a centred PCA of Y. P (K ×
+    conditions) holds the rows of G of the perturbed genes, summed over members, zero for control. A condition whose
+    gene is not measured does not enter the fit and is predicted by b.
     """
 
     def __init__(self, params: LinearParams) -> None:
@@ -262,9 +271,8 @@ class Linear(MeanShift):
         U, s, _ = np.linalg.svd(centred, full_matrices=False)
         k = min(self.n_components, int((s > 1e-10 * s[0]).sum())) if s[0] > 0 else 1
         G = U[:, :k] * s[:k]  # (genes, K)
-        P = np.column_stack(
-            [np.zeros(k), *[G[[row[gene] for gene in entities_of(effects.labels[i])]].sum(axis=0) for i in usable]]
-        )  # (K, conditions)
+        members = [[row[gene] for gene in entities_of(effects.labels[i])] for i in usable]
+        P = np.column_stack([np.zeros(k), *[G[rows].sum(axis=0) for rows in members]])  # (K, conditions)
         penalty = self.ridge * np.eye(k)
         W = np.linalg.solve(G.T @ G + penalty, G.T @ (Y - b[:, None]) @ P.T) @ np.linalg.inv(P @ P.T + penalty)
         return {"G": G, "W": W, "b": b, "genes": np.array(genes, dtype=str)}

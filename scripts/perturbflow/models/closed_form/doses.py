@@ -1,4 +1,4 @@
-"""Members that training holds, found by gene or compound and dose."""
+"""Doses of training: which members training holds, found by gene or compound and dose."""
 
 from bisect import bisect
 from collections.abc import Iterable
@@ -31,14 +31,15 @@ class Doses:
             known.sort()
 
     def holds(self, member: str) -> bool:
-        """Tell whether the gene or compound is known, at whatever dose."""
+        """Return whether the gene or compound is known, at any dose."""
         name, _ = without_dose(member)
         return name in self._with or name in self._without
 
     def nearest(self, member: str) -> str | None:
-        """Return the known member of the same gene or compound at the nearest dose by its logarithm; None where it has none.
+        """Return the known member of the same gene or compound at the nearest log dose; None for an unknown one.
 
-        Where no dose is asked for, or known, that is the highest one, or the member without a dose.
+        A member asked for without a dose gets the highest known dose. Where no dose is known, the member without a dose
+        is returned.
         """
         if member in self._members:
             return member
@@ -50,7 +51,10 @@ class Doses:
         return known[0][1] if dose == 0 else min(known, key=lambda pair: abs(log10(pair[0] / dose)))[1]
 
     def weights(self, member: str) -> dict[str, float]:
-        """Return the known members that a dose lies between, and their weights, see `DoseInterpolation`; none for an unknown compound."""
+        """Return the known members on both sides of a dose, with their weights; none for an unknown compound.
+
+        The weights are those of `DoseInterpolation`.
+        """
         name, dose = without_dose(member)
         known = self._with.get(name, [])
         if member in self._members or dose is None or not known:

@@ -1,4 +1,4 @@
-"""Closed forms that guess the effect of a gene never seen alone from its vector or its covariance; known genes keep their effect."""
+"""Closed forms that predict unseen genes from vectors or covariances; genes measured alone keep their effect."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,28 +22,30 @@ LEAST_GENES = 3
 
 
 class GeneTable(Additive):
-    """Effects of single genes, measured where training holds them and guessed elsewhere; members of a combination add up."""
+    """Effects of single genes: measured where training holds them, predicted elsewhere; members add up."""
 
     @abstractmethod
-    def guess(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
+    def predicted(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
         """Return effects of genes that training does not hold alone, (len(genes), measured genes)."""
 
     def learn(self, training: TrainingSet) -> Artefact:
-        """Measure what is known and guess the other perturbed genes."""
+        """Keep measured effects, and predict those of the other perturbed genes."""
         known = training.effects.by_gene()
         doses = Doses(known)
         unknown = [gene for gene in training.embeddings.table.index if not doses.holds(gene)]
         mean = np.mean(list(known.values()), axis=0)
-        guessed = self.guess(training, known, unknown) if unknown else np.zeros((0, len(mean)))
+        predicted = self.predicted(training, known, unknown) if unknown else np.zeros((0, len(mean)))
         return {
             "genes": np.array([*known, *unknown], dtype=str),
-            "effects": np.vstack([*known.values(), guessed]),
+            "effects": np.vstack([*known.values(), predicted]),
             "mean": mean,
         }
 
 
 class VectorTable(GeneTable):
-    """A guess from gene vectors: those of one source, or of all. Without a vector, or with under three known genes, the mean effect.
+    """A prediction from gene vectors: those of one source, or of all.
+
+    It is the mean effect for a gene without a vector, and where fewer than three known genes have one.
 
     Parameters
     ----------
@@ -56,11 +58,19 @@ class VectorTable(GeneTable):
 
     @abstractmethod
     def regress(self, X: np.ndarray, Y: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """Return (new, genes) from standardized vectors X (known, dimensions), effects Y (known, genes) and new vectors."""
+        """Return effects of new genes, (new, genes).
 
-    def guess(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
+        Parameters
+        ----------
+        X, Y
+            Standardized vectors, (known, dimensions), and effects, (known, genes), of known genes.
+        new
+            Standardized vectors, (new, dimensions).
+        """
+
+    def predicted(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
         """Regress effects on vectors."""
-        guessed = np.tile(np.mean(list(known.values()), axis=0), (len(genes), 1))
+        predicted = np.tile(np.mean(list(known.values()), axis=0), (len(genes), 1))
         vectors = training.embeddings if self.source is None else training.embeddings.of_source(self.source)
         has_vector = vectors.table.index[vectors.table.notna().any(axis=1)]
         usable = [gene for gene in known if gene in has_vector]
@@ -68,8 +78,8 @@ class VectorTable(GeneTable):
         if len(usable) >= LEAST_GENES and new:
             table = vectors.standardized(usable)
             X, wanted = table.loc[usable].to_numpy(float), table.loc[[genes[i] for i in new]].to_numpy(float)
-            guessed[new] = self.regress(X, np.stack([known[gene] for gene in usable]), wanted)
-        return guessed
+            predicted[new] = self.regress(X, np.stack([known[gene] for gene in usable]), wanted)
+        return predicted
 
 
 class KernelRidge(VectorTable):
@@ -80,7 +90,7 @@ class KernelRidge(VectorTable):
     ridge
         Penalty, in units of the kernel's mean diagonal.
     bandwidth
-        Of a Gaussian kernel, in units of the median distance; None takes the linear kernel, which is plain ridge regression.
+        Of a Gaussian kernel, in units of the median distance. None takes the linear kernel: plain ridge regression.
     """
 
     def __init__(self, ridge: float, bandwidth: float | None = None, source: str | None = None) -> None:
@@ -114,7 +124,7 @@ class Nearest(VectorTable):
 
 
 class Forest(VectorTable):
-    """Random forest on gene vectors, of the leading principal directions of the effects."""
+    """Random forest from gene vectors to the leading principal directions of the effects."""
 
     def __init__(self, leaf_size: int, n_trees: int, seed: int) -> None:
         super().__init__()
@@ -122,7 +132,7 @@ class Forest(VectorTable):
 
     def regress(self, X: np.ndarray, Y: np.ndarray, new: np.ndarray) -> np.ndarray:
         """Grow the trees on scores and decode."""
-        from sklearn.ensemble import RandomForestRegressor  # a second to import, and stacked needs none
+        from sklearn.ensemble import RandomForestRegressor  # the import takes a second, and most models need none
 
         mean = Y.mean(axis=0)
         _, _, directions = np.linalg.svd(Y - mean, full_matrices=False)
@@ -135,7 +145,10 @@ class Forest(VectorTable):
 
 
 class Ridge(Additive):
-    """Ridge regression of single effects on the gene embeddings (Csendes et al. 2025); its penalty by inner folds over genes."""
+    """Ridge regression of single effects on the gene embeddings (Csendes et al. 2025).
+
+    Inner folds over genes choose its penalty.
+    """
 
     def learn(self, training: TrainingSet) -> Artefact:
         """Choose the penalty, then fit."""
@@ -143,7 +156,7 @@ class Ridge(Additive):
 
 
 class NearestPerturbation(Additive):
-    """The mean effect of the training genes with the nearest embeddings; their number by inner folds over genes."""
+    """The mean effect of the training genes with the nearest embeddings; inner folds over genes choose their number."""
 
     def learn(self, training: TrainingSet) -> Artefact:
         """Choose the number of neighbours, then look them up."""
@@ -151,7 +164,10 @@ class NearestPerturbation(Additive):
 
 
 class RandomForest(Additive):
-    """Random forest on the gene embeddings (Ahlmann-Eltze et al. 2025, Csendes et al. 2025); its leaf size by inner folds over genes."""
+    """Random forest on the gene embeddings (Ahlmann-Eltze et al. 2025, Csendes et al. 2025).
+
+    Inner folds over genes choose its leaf size.
+    """
 
     def learn(self, training: TrainingSet) -> Artefact:
         """Choose the leaf size on small forests, then grow a large one."""
@@ -161,13 +177,13 @@ class RandomForest(Additive):
 
 
 class CovarianceResponse(GeneTable):
-    """Linear response: a perturbation moves genes as they covary with its target in control cells (CIPHER).
+    """Linear response: a perturbation changes genes as they covary with its target in control cells (CIPHER).
 
-    Δ = c · Σ_{·t} / Σ_tt · δ_t with Σ the covariance of training controls, δ_t the expected effect on the target itself (`OwnGene`), and
-    c fitted to training genes. A target that is not measured has no response.
+    Δ = c · Σ_{·t} / Σ_tt · δ_t. Σ is the covariance of training controls, δ_t the expected effect on the target itself
+    (`OwnGene`); c is fitted to training genes. A target that is not measured has no response.
     """
 
-    def guess(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
+    def predicted(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
         """Respond in proportion to the covariance."""
         covariance, level = training.pairs.control_covariance, training.pairs.control_level
         own = OwnGene.fit(training.pairs, training.effects)
@@ -177,7 +193,7 @@ class CovarianceResponse(GeneTable):
             if gene not in training.row:
                 return np.zeros(len(level))
             target = training.row[gene]
-            return covariance[target] / max(covariance[target, target], 1e-12) * own.shift(float(level[target]))
+            return covariance[target] / max(covariance[target, target], 1e-12) * own.effect(float(level[target]))
 
         responses = np.stack([response(gene) for gene in known])
         energy = (responses**2).sum()

@@ -1,4 +1,4 @@
-"""The kernel of `set_gp`: what makes the effects of two sets of perturbed genes in two contexts alike (section 3 of its page of maths)."""
+"""The kernel of `set_gp`: how alike the effects of two perturbations in two contexts are (section 3 of its head)."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.spatial.distance import cdist, pdist
 
+from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import CONTROL, entity_of, members_of, without_dose
 from perturbflow.models.base import Artefact
 from perturbflow.models.closed_form.base import TrainingSet
@@ -18,7 +19,7 @@ from perturbflow.models.closed_form.doses import Doses
 from perturbflow.pairs import LEAST_CELLS, Context, Groups, Pairs
 
 MOST_CONTEXTS = 8
-MOST_ROWS = 3000  # rows of their own for contexts are no more than this: kernels are rows × rows
+MOST_ROWS = 3000  # with more, a perturbation has one row over all contexts: kernels are rows × rows
 LEAST_VARIANCE = 1e-6
 
 
@@ -26,14 +27,15 @@ LEAST_VARIANCE = 1e-6
 class EffectRows:
     """Mean effects of training perturbations against matched controls.
 
-    A row is a perturbation in one context (batch × cell type) where it has at least ten cells; where contexts are many, all its cells.
+    A row is a perturbation in one context, a batch × cell type with at least ten of its cells. Where contexts are many,
+    a row is a perturbation in all of them.
 
     Attributes
     ----------
     labels
         Perturbation of every row.
     contexts
-        Batch × cell type, as `Pairs.strata` writes them; `all`, where rows are over all of them.
+        Batch × cell type, as `Pairs.strata` writes them; `all` where rows are over all contexts.
     shares
         Share of a row's cells in each context, (rows, contexts).
     population
@@ -43,10 +45,10 @@ class EffectRows:
     values
         Effects, (rows, genes), log1p.
     sampling
-        Their sampling covariance in units of a gene's variance, (rows, rows): 1/n on the diagonal for the perturbed cells, and 1/n₀ between rows
-        for the controls that they share.
+        Their sampling covariance in units of a gene's variance, (rows, rows): 1/n on the diagonal for the perturbed
+        cells, and 1/n₀ between rows for shared controls.
     variance
-        Variance of a gene over cells of one row, (genes,).
+        Variance of a gene over the cells of a row, (genes,).
     """
 
     labels: list[str]
@@ -60,41 +62,40 @@ class EffectRows:
 
     @classmethod
     def of(cls, training: TrainingSet) -> "EffectRows":
-        """Measure what a training knows, against its controls."""
+        """Measure the training set's effects against its controls."""
         groups, labels, sums, squares = _sums(training.pairs)
         is_known = np.isin(labels, training.effects.labels)
-        n_controls, first = groups.n_controls(training.half), len(labels)
-        has_controls, n = n_controls > 0, groups.n_cells[:first]
-        levels = groups.control_means(sums, training.half)[has_controls]
-        within = (squares[:first] - sums[:first] ** 2 / n[:, None])[is_known].sum(axis=0) / max(
-            1, (n[is_known] - 1).sum()
-        )
+        n = groups.n_cells[: len(labels)]
+        squared_errors = squares[: len(n)] - sums[: len(n)] ** 2 / n[:, None]
+        within = squared_errors[is_known].sum(axis=0) / max(1, (n[is_known] - 1).sum())
+        n_controls = groups.n_controls(training.half)
+        has_controls = n_controls > 0
         shares, n0 = groups.control_weights(training.half)[is_known][:, has_controls], n_controls[has_controls]
-        sampling, population = np.diag(1.0 / n[is_known]) + (shares / n0) @ shares.T, n0 / n0.sum()
-        contexts = [stratum for stratum, has in zip(groups.strata, has_controls, strict=True) if has]
-        if (
-            groups is training.pairs.groups and len(contexts) > 1
-        ):  # rows hold cells of many contexts: there is one, for all
-            contexts, shares, population, levels = (
-                ["all"],
-                np.ones((len(shares), 1)),
-                np.ones(1),
-                (population @ levels)[None],
-            )
-        return cls(
+        rows = cls(
             labels=[label for label, known in zip(labels, is_known, strict=True) if known],
-            contexts=contexts,
+            contexts=[stratum for stratum, has in zip(groups.strata, has_controls, strict=True) if has],
             shares=shares,
-            population=population,
-            levels=levels,
+            population=n0 / n0.sum(),
+            levels=groups.control_means(sums, training.half)[has_controls],
             values=groups.effects(sums, training.half)[is_known],
-            sampling=sampling,
+            sampling=np.diag(1.0 / n[is_known]) + (shares / n0) @ shares.T,
             variance=np.maximum(within, LEAST_VARIANCE),
         )
+        is_over_all = groups is training.pairs.groups and len(rows.contexts) > 1
+        return rows._over_all() if is_over_all else rows
+
+    def _over_all(self) -> "EffectRows":
+        """Return the same rows with one context, the whole of all contexts."""
+        levels = (self.population @ self.levels)[None]
+        shares = np.ones((len(self.shares), 1))
+        return replace(self, contexts=["all"], shares=shares, population=np.ones(1), levels=levels)
 
 
 def _sums(pairs: Pairs) -> tuple[Groups, list[str], np.ndarray, np.ndarray]:
-    """Return the groups of cells whose means are rows, the label of each, and sums of expression and its squares, (groups, genes) each."""
+    """Return groups of cells whose means are rows, their labels, and sums of expression and of its squares.
+
+    The sums are (groups, genes) each. They are computed once per table of pairs.
+    """
     if (found := vars(pairs).get("_rows")) is None:
         found = vars(pairs)["_rows"] = _measured(pairs)
     return found
@@ -107,7 +108,7 @@ def _measured(pairs: Pairs) -> tuple[Groups, list[str], np.ndarray, np.ndarray]:
     own = sizes[(sizes >= LEAST_CELLS) & sizes.index.isin(sorted(set(pairs.strata[pairs.is_control])), level="context")]
     if not 1 < own.index.get_level_values("context").nunique() <= MOST_CONTEXTS or len(own) > MOST_ROWS:
         return pairs.groups, pairs.groups.labels, *pairs.sums
-    # Cells of a perturbation outside of these have no row, unless there is no other.
+    # Cells outside of these contexts have no row, unless their perturbation has no other cells.
     names = pd.Series([f"{label}\n{context}" for label, context in own.index], index=own.index)
     row = names.reindex(pd.MultiIndex.from_frame(cells)).to_numpy(object)
     is_alone = ~np.isin(pairs.labels, own.index.get_level_values("label"))
@@ -119,22 +120,16 @@ def _measured(pairs: Pairs) -> tuple[Groups, list[str], np.ndarray, np.ndarray]:
     return groups, [name.split("\n")[0] for name in rows], *pairs.sums_over(groups.of_cell, is_row, len(groups.n_cells))
 
 
-STARTS = {
-    "own": -0.5,
-    "dose": -0.5,
-    "source": -3.0,
-    "context": -1.0,
-    "interaction": -3.0,
-    "nugget": -3.0,
-}  # of the logarithms of weights
+# Starts of the logarithms of weights.
+STARTS = {"own": -0.5, "dose": -0.5, "source": -3.0, "context": -1.0, "interaction": -3.0, "nugget": -3.0}
 START_OF_MEMBERS = 1.0  # logit of ω / 1.5
-STRENGTH = 0.25  # power of the squared norm of a gene's effect that its strength is
+STRENGTH = 0.25  # a gene's strength is this power of the squared norm of its effect
 LEAST_STRENGTH = 0.1  # of the median
 DOSE_WIDTH = 0.5  # decades
 N_FEATURES = 10  # directions in which combinations are compared
-N_DRAWS = 32  # genes that stand for one never measured alone
+N_SAMPLES = 32  # genes sampled in place of one never measured alone
 LEAST_COMBINATIONS = 6  # with fewer there is no interaction
-LEAST_GENES = 4  # with a vector: with fewer, a source says nothing
+LEAST_GENES = 4  # with a vector: with fewer, a source is not used
 
 
 @dataclass(frozen=True)
@@ -146,11 +141,11 @@ class Questions:
     labels
         Perturbations.
     shares
-        Share of each context of training in them, (questions, contexts); what is left is of a new context.
+        Share of each context of training in them, (questions, contexts). The rest is of a new context.
     alike
         How alike the new context is to those of training, (contexts,).
     kept
-        What a kernel made of them, to be made once.
+        Tables that a kernel made of them, which are made once.
     """
 
     labels: list[str]
@@ -180,7 +175,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Weights:
-    """The shared hyper-parameters, and where each stands in one vector of logarithms (of ω: the logit of ω / 1.5).
+    """The shared hyper-parameters as one vector of logarithms, with names. For ω it holds the logit of ω / 1.5.
 
     Attributes
     ----------
@@ -209,13 +204,13 @@ class Weights:
         return [np.exp(a), 1.5 / (1.0 + np.exp(-omega)), np.exp(c), np.exp(e), np.exp(nu)]
 
     def starts(self, of_weights: Mapping[str, float] = STARTS) -> np.ndarray:
-        """Return where they start, (weights,)."""
+        """Return the starts of `values`, (weights,)."""
         of_members = [of_weights.get(name, of_weights["source"]) for name in self.members]
         others = [(self.contexts, "context"), (self.interactions, "interaction"), (self.nuggets, "nugget")]
         return np.array([*of_members, START_OF_MEMBERS, *(of_weights[kind] for names, kind in others for _ in names)])
 
     def covariance(self, terms: Terms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return K but for nuggets, its part of members alone, and the factor of contexts."""
+        """Return K without nuggets, its part of members alone, and the factor of contexts."""
         a, omega, c, e, _ = self.groups
         left, right = (np.where(is_combination > 0, omega[0], 1.0) for is_combination in terms.is_combination)
         of_members = _weighted(a, terms.members)
@@ -232,7 +227,7 @@ def _weighted(weights: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
 
 
 class SetKernel:
-    """K: what of two questions makes their effects alike.
+    """K, the covariance of the effects of two lists of questions.
 
     Parameters
     ----------
@@ -252,7 +247,7 @@ class SetKernel:
 
     @classmethod
     def of(cls, rows: EffectRows, training: TrainingSet, values: np.ndarray, noise: np.ndarray) -> "SetKernel":
-        """Prepare what a kernel needs.
+        """Prepare the arrays of a kernel.
 
         Parameters
         ----------
@@ -261,47 +256,19 @@ class SetKernel:
         """
         singles = places_of([label if len(members_of(label)) == 1 else "" for label in rows.labels])
         singles.pop("", None)
-        strength, features = np.ones(0), np.zeros((0, min(N_FEATURES, values.shape[1])))
-        if singles:
-            of_single = list(singles.values())
-            features = np.stack([values[i, :N_FEATURES].mean(axis=0) for i in of_single])
-            size = np.array([((values[i] ** 2).sum(axis=1) - noise[i]).mean() for i in of_single])
-            size = np.maximum(size, max(LEAST_STRENGTH * np.median(np.maximum(size, 0.0)), 1e-12)) ** STRENGTH
-            strength = np.sqrt(size / size.mean())
-        members = sorted({member for label in rows.labels for member in members_of(label)})
-        table = (
-            training.embeddings.standardized(members)
-            if len(training.embeddings.table.columns)
-            else training.embeddings.table
-        )
-        table = table.groupby([entity_of(name) for name in table.index]).first()
-        trained = table.index.isin(sorted(set(map(entity_of, members))))
+        strength, features = _strengths(list(singles.values()), values, noise)
         state: Artefact = {
-            "entities": np.array(table.index, dtype=str), "known": np.array(list(singles), dtype=str), "strength": strength,
-            "features": features, "contexts": np.array(rows.contexts, dtype=str), "population": rows.population,
-        }  # fmt: skip
-        raw = training.embeddings.table
-        for source in training.embeddings.sources:
-            columns = [column for column in raw if column.split(":")[0] == source]
-            has = set(map(entity_of, raw.index[raw[columns].notna().any(axis=1)]))
-            X = table[columns].to_numpy(float)
-            X[~table.index.isin(sorted(has))] = np.nan
-            own = X[trained & ~np.isnan(X).any(axis=1)]
-            distances = pdist(own) ** 2
-            if len(own) >= LEAST_GENES and (distances > 1e-9).any():
-                state[f"vectors.{source}"] = X.astype(np.float32)
-                state[f"widths.{source}"] = np.array(
-                    [np.median(distances[distances > 1e-9]), (own**2).sum(axis=1).mean()]
-                )
-        state["sources"] = np.array(
-            [name.removeprefix("vectors.") for name in state if name.startswith("vectors.")], dtype=str
-        )
+            "known": np.array(list(singles), dtype=str),
+            "strength": strength,
+            "features": features,
+            "contexts": np.array(rows.contexts, dtype=str),
+            "population": rows.population,
+            **_vectors(rows.labels, training.embeddings),
+        }
         if len(rows.contexts) > 1:
             between = cdist(rows.levels, rows.levels, "sqeuclidean")
-            state["levels"], state["apart"] = (
-                rows.levels,
-                np.array(max(np.median(between[between > 0]) if between.any() else 1.0, 1e-12)),
-            )
+            typical = np.median(between[between > 0]) if between.any() else 1.0
+            state["levels"], state["apart"] = rows.levels, np.array(max(typical, 1e-12))
         kernel = cls(state)
         combinations = [label for label in dict.fromkeys(rows.labels) if len(members_of(label)) > 1]
         if len(combinations) >= LEAST_COMBINATIONS and len(features) > 1:
@@ -312,36 +279,35 @@ class SetKernel:
 
     @property
     def weights(self) -> Weights:
-        """The hyper-parameters that it has, at their starts."""
-        members = [
-            "own",
-            *(["dose"] if self.has_doses else []),
-            *(f"{name} {form}" for name in self.sources for form in ("near", "linear")),
-        ]
+        """The kernel's hyper-parameters at their starts."""
+        members = ["own", "dose"] if self.has_doses else ["own"]
+        members += [f"{name} {form}" for name in self.sources for form in ("near", "linear")]
         contexts = ["own context", "alike contexts"] if "levels" in self.state else []
-        interactions = (
-            ["interaction of sums", "interaction of sums and differences"] if "apart.interactions" in self.state else []
-        )
+        interactions = []
+        if "apart.interactions" in self.state:
+            interactions += ["interaction of sums", "interaction of sums and differences"]
         interactions += ["mean of a context", "mean of alike contexts"] if contexts else []
         weights = Weights(members, contexts, interactions, ["single", "combination"], np.zeros(0))
         return replace(weights, values=weights.starts())
 
     def questions(self, labels: Sequence[str], context: Context | None = None) -> Questions:
-        """Return perturbations asked in one context; without one, in contexts as training's controls are."""
+        """Return perturbations in one context; without one, in all contexts in the shares of training's controls."""
         shares, alike = self.state["population"], np.zeros(len(self.contexts))
         if context is not None and "levels" in self.state:
             shares = np.array([context.shares.get(name, 0.0) for name in self.contexts])
             if new := {name: share for name, share in context.shares.items() if name not in self.contexts}:
-                alike = np.average(
-                    self._alike(np.stack([context.levels[name] for name in new])), axis=0, weights=list(new.values())
-                )
+                levels = np.stack([context.levels[name] for name in new])
+                alike = np.average(self._alike(levels), axis=0, weights=list(new.values()))
         return Questions(list(labels), np.tile(shares, (len(labels), 1)), alike)
 
     def _alike(self, levels: np.ndarray) -> np.ndarray:
         return np.exp(-cdist(levels, self.state["levels"], "sqeuclidean") / self.state["apart"])
 
     def strengths(self, members: Sequence[str]) -> np.ndarray:
-        """Return √h of members; between doses by interpolation, of a member never measured alone the mean, (members,)."""
+        """Return √h of members, (members,).
+
+        Between doses it is interpolated. A member never measured alone has the mean.
+        """
         strength = self.state["strength"]
         typical = strength.mean() if len(strength) else 1.0
         found = np.full(len(members), typical)
@@ -349,9 +315,8 @@ class SetKernel:
             if member in self.known:
                 found[i] = strength[self.known[member]]
             elif without_dose(member)[1] is not None and self.doses.holds(member):
-                found[i] = sum(
-                    weight * strength[self.known[name]] for name, weight in self.doses.weights(member).items()
-                )
+                weights = self.doses.weights(member).items()
+                found[i] = sum(weight * strength[self.known[name]] for name, weight in weights)
         return found
 
     def terms(self, a: Questions, b: Questions) -> Terms:
@@ -374,16 +339,14 @@ class SetKernel:
         return np.array([of.mean() for of in found]), np.array([(of**2).mean() for of in found])
 
     def _incidence(self, questions: Questions) -> tuple[list[str], sparse.csr_matrix]:
-        """Return all members, and √h where a question holds one, (questions, members)."""
+        """Return all members, and a table of √h where a question has a member, else 0, (questions, members)."""
         if "incidence" in questions.kept:
             return questions.kept["incidence"]
         of = [members_of(label) for label in questions.labels]
         members = sorted({member for names in of for member in names})
         column = {member: i for i, member in enumerate(members)}
-        rows, columns = (
-            np.repeat(np.arange(len(of)), [len(names) for names in of]),
-            [column[name] for names in of for name in names],
-        )
+        rows = np.repeat(np.arange(len(of)), [len(names) for names in of])
+        columns = [column[name] for names in of for name in names]
         strength = self.strengths(members)
         table = sparse.csr_matrix((strength[columns], (rows, columns)), shape=(len(of), len(members)))
         return questions.kept.setdefault("incidence", (members, table))
@@ -394,9 +357,7 @@ class SetKernel:
         same = np.equal.outer(np.array(names_a, dtype=object), np.array(names_b, dtype=object)).astype(float)
         parts = [same]
         if self.has_doses:
-            logs = [
-                np.array([np.nan if not dose else np.log10(dose) for dose in doses]) for doses in (doses_a, doses_b)
-            ]
+            logs = (np.array([np.log10(dose) if dose else np.nan for dose in doses]) for doses in (doses_a, doses_b))
             apart = np.nan_to_num(np.subtract.outer(*logs))
             parts.append(same * np.exp(-0.5 * (apart / DOSE_WIDTH) ** 2))
         places = [np.array([self.place.get(name, -1) for name in names]) for names in (names_a, names_b)]
@@ -410,42 +371,36 @@ class SetKernel:
         return parts
 
     def _features(self, labels: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Return where combinations stand: sums of members' effects, and these and mean differences, and the label that each row is of.
+        """Return features of combinations, and the place of the label that each row belongs to, (rows,).
 
-        A label with a member never measured alone has as many rows as members stand for it.
+        The features are sums of the members' effects, (rows, n), and these beside mean differences, (rows, 2 n). A
+        label with a member never measured alone has a row for each gene that is sampled in its place.
         """
         F, n_known = self.state["features"], len(self.known)
-        draws = (
-            np.random.default_rng(0).permuted(np.tile(np.arange(n_known), (8, 1)), axis=1)[:, :N_DRAWS]
-            if n_known
-            else np.zeros((8, 0), int)
-        )
+        samples = np.zeros((8, 0), int)
+        if n_known:
+            samples = np.random.default_rng(0).permuted(np.tile(np.arange(n_known), (8, 1)), axis=1)[:, :N_SAMPLES]
         sums, differences, owner = [], [], []
         for i, label in enumerate(labels):
             members = members_of(label)
             if len(members) < 2:
                 continue
-            nearest = [self.doses.nearest(member) for member in members]
-            unknown = nearest.count(None)
-            stand_ins = itertools.cycle(draws)
-            of = np.stack(
-                [
-                    F[[self.known[name]]].repeat(draws.shape[1] if unknown else 1, axis=0)
-                    if name
-                    else F[next(stand_ins)]
-                    for name in nearest
-                ]
-            )
+            of = self._effects_of(members, samples)
             total = of.sum(axis=0)
             pairs = [np.abs(of[j] - of[k]) for j in range(len(of)) for k in range(j)]
             sums.append(total)
             differences.append(np.hstack([total, np.mean(pairs, axis=0)]))
             owner += [i] * len(total)
         width = F.shape[1]
-        return [
-            np.vstack(sums or [np.zeros((0, width))]),
-            np.vstack(differences or [np.zeros((0, 2 * width))]),
-        ], np.array(owner, dtype=int)
+        tables = [np.vstack(sums or [np.zeros((0, width))]), np.vstack(differences or [np.zeros((0, 2 * width))])]
+        return tables, np.array(owner, dtype=int)
+
+    def _effects_of(self, members: Sequence[str], samples: np.ndarray) -> np.ndarray:
+        """Return features of each member's effect, (members, rows, n); sampled genes replace an unknown member."""
+        F, nearest = self.state["features"], [self.doses.nearest(member) for member in members]
+        n_rows = samples.shape[1] if None in nearest else 1
+        sampled = itertools.cycle(samples)
+        return np.stack([F[[self.known[of]]].repeat(n_rows, axis=0) if of else F[next(sampled)] for of in nearest])
 
     def _interactions(self, a: Questions, b: Questions) -> list[np.ndarray]:
         if "apart.interactions" not in self.state:
@@ -462,13 +417,47 @@ class SetKernel:
         ]
 
 
+def _strengths(of_single: list[np.ndarray], values: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return √h of genes measured alone, (genes,), and their leading directions, (genes, n), from the rows of each."""
+    if not of_single:
+        return np.ones(0), np.zeros((0, min(N_FEATURES, values.shape[1])))
+    features = np.stack([values[i, :N_FEATURES].mean(axis=0) for i in of_single])
+    size = np.array([((values[i] ** 2).sum(axis=1) - noise[i]).mean() for i in of_single])
+    size = np.maximum(size, max(LEAST_STRENGTH * np.median(np.maximum(size, 0.0)), 1e-12)) ** STRENGTH
+    return np.sqrt(size / size.mean()), features
+
+
+def _vectors(labels: Sequence[str], embeddings: Embeddings) -> Artefact:
+    """Return the entities that have vectors, and per usable source the vectors and their typical distance and size."""
+    members = sorted({member for label in labels for member in members_of(label)})
+    raw = embeddings.table
+    table = embeddings.standardized(members) if len(raw.columns) else raw
+    table = table.groupby([entity_of(name) for name in table.index]).first()
+    trained = table.index.isin(sorted(set(map(entity_of, members))))
+    found: Artefact = {"entities": np.array(table.index, dtype=str)}
+    sources = []
+    for source in embeddings.sources:
+        columns = [column for column in raw if column.split(":")[0] == source]
+        has = set(map(entity_of, raw.index[raw[columns].notna().any(axis=1)]))
+        X = table[columns].to_numpy(float)
+        X[~table.index.isin(sorted(has))] = np.nan
+        own = X[trained & ~np.isnan(X).any(axis=1)]
+        distances = pdist(own) ** 2
+        if len(own) >= LEAST_GENES and (distances > 1e-9).any():
+            sources.append(source)
+            found[f"vectors.{source}"] = X.astype(np.float32)
+            typical = np.median(distances[distances > 1e-9])
+            found[f"widths.{source}"] = np.array([typical, (own**2).sum(axis=1).mean()])
+    return {**found, "sources": np.array(sources, dtype=str)}
+
+
 def places_of(names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the places of every name, names in order."""
+    """Return the places of every name, names sorted."""
     order = np.array(names, dtype=str)
     return {str(name): np.flatnonzero(order == name) for name in np.unique(order)}
 
 
 def _averages(owner: np.ndarray, n: int) -> sparse.csr_matrix:
-    """Return the matrix that takes the mean over rows of one owner, (owners, rows)."""
+    """Return the matrix that averages over the rows of each owner, (owners, rows)."""
     size = np.bincount(owner, minlength=n)
     return sparse.csr_matrix((1.0 / size[owner], (owner, np.arange(len(owner)))), shape=(n, len(owner)))

@@ -1,4 +1,4 @@
-"""How `set_gp` learns its hyper-parameters, with one factorization for all directions (sections 4 and 5 of its page of maths)."""
+"""The hyper-parameters of `set_gp`: learned with one factorization for all directions (sections 4, 5 of its head)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +10,8 @@ from scipy.optimize import minimize
 
 from perturbflow.models.gaussian_process.kernel import STARTS, Questions, SetKernel, Terms, Weights
 
-# Sources may stay where they start: they start low, and high beside little that is a gene's own.
+# The weight of a source may stay near its start. So learning starts twice: with low weights of sources, and with high
+# ones beside low weights of the genes' own effects.
 SECOND_STARTS = {"own": -6.0, "source": -0.5, "nugget": -6.0}
 WIDTH = 3.0  # of priors on logarithms of shared weights
 WIDTH_OF_DIRECTIONS = 1.0  # of priors on logarithms of a direction's own σ², b and τ
@@ -22,7 +23,7 @@ N_STEPS = 80  # of L-BFGS
 
 @dataclass(frozen=True)
 class Directions:
-    """What is each direction's own: signal, noise and the variances of means, as logarithms.
+    """The hyper-parameters of each direction: signal, noise and the variances of means, as logarithms.
 
     Attributes
     ----------
@@ -51,19 +52,17 @@ class Directions:
         return Directions(self.signal[directions], self.noise[directions], self.means[:, directions])
 
     def around(self, found: "Directions", directions: np.ndarray) -> "Directions":
-        """Return starts that are what was found for some directions, and for the others have its mean change of τ."""
+        """Return starts of all directions: values found for some, and for the others their mean change of τ."""
         means = self.means + (found.means - self.means[:, directions]).mean(axis=1, keepdims=True)
-        moved = Directions(self.signal.copy(), self.noise.copy(), means)
-        moved.signal[directions], moved.noise[directions], moved.means[:, directions] = (
-            found.signal,
-            found.noise,
-            found.means,
-        )
-        return moved
+        around = Directions(self.signal.copy(), self.noise.copy(), means)
+        around.signal[directions] = found.signal
+        around.noise[directions] = found.noise
+        around.means[:, directions] = found.means
+        return around
 
 
 class Diagonal:
-    """The data where K and S are diagonal, section 5; Z and M are U ᵀ L⁻¹ of Y and of M.
+    """The data in coordinates where K and S are diagonal, see section 5: Z = Uᵀ L⁻¹ Y, and M is turned likewise.
 
     Attributes
     ----------
@@ -78,7 +77,7 @@ class Diagonal:
     """
 
     def __init__(self, K: np.ndarray, root: np.ndarray, Y: np.ndarray, M: np.ndarray) -> None:
-        # Each of these may be the size of the memory that is left: what is no longer needed goes.
+        # Each of these arrays may fill most of the memory: none stays longer than needed.
         K = solve_triangular(root, K, lower=True, check_finite=False).T
         K = solve_triangular(root, K, lower=True, overwrite_b=True, check_finite=False)
         eigenvalues, U = eigh(K, overwrite_a=True, check_finite=False)
@@ -89,7 +88,7 @@ class Diagonal:
         self.M = np.tensordot(self.T.T, M, axes=1) if M.shape[1] > 1 else (self.T.T @ M[:, 0])[:, None]
 
     def solved(self, of: Directions) -> "Solved":
-        """Return C⁻¹ and what follows from it, for all directions at once."""
+        """Return C⁻¹, its products and the loss, for all directions at once."""
         variance, tau = np.exp(of.signal), np.exp(of.means)
         inverse = 1.0 / (variance * self.eigenvalues[:, None] + np.exp(of.noise))  # D⁻¹, (rows, directions)
         scaled = inverse[:, :, None] * self.M
@@ -106,7 +105,23 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Solved:
-    """C⁻¹ in diagonal coordinates: D⁻¹, D⁻¹ M, Mᵀ D⁻¹ M, the covariance and mean of β, p = C⁻¹ Y, and −log likelihood but for constants."""
+    """C⁻¹ in diagonal coordinates, and its products.
+
+    Attributes
+    ----------
+    inverse
+        D⁻¹, (rows, directions).
+    scaled
+        D⁻¹ M, (rows, directions, columns).
+    gram
+        Mᵀ D⁻¹ M, (directions, columns, columns).
+    B, beta
+        Covariance, (directions, columns, columns), and mean, (directions, columns), of β given the data.
+    p
+        C⁻¹ Y, (rows, directions).
+    loss
+        −log likelihood without constants.
+    """
 
     inverse: np.ndarray
     scaled: np.ndarray
@@ -117,20 +132,19 @@ class Solved:
     loss: float
 
     def gradient(self, data: Diagonal, of: Directions) -> tuple[Directions, np.ndarray]:
-        """Return the gradient by what is a direction's own, and H, (rows, directions, columns)."""
+        """Return the gradient of the loss by the directions' hyper-parameters, and H, (rows, directions, columns)."""
         H = np.einsum("iko,kop->ikp", self.scaled, np.linalg.cholesky(self.B))
         core = self.inverse - (H**2).sum(axis=2) - self.p**2
         of_means = np.einsum("koo->ok", self.gram) - np.einsum("kop,kpq,kqo->ok", self.gram, self.B, self.gram)
         along = np.einsum("iko,ik->ok", np.broadcast_to(data.M, self.scaled.shape), self.p)
         signal = 0.5 * np.exp(of.signal) * (data.eigenvalues[:, None] * core).sum(axis=0)
-        return Directions(
-            signal, 0.5 * np.exp(of.noise) * core.sum(axis=0), 0.5 * np.exp(of.means) * (of_means - along**2)
-        ), H
+        noise = 0.5 * np.exp(of.noise) * core.sum(axis=0)
+        return Directions(signal, noise, 0.5 * np.exp(of.means) * (of_means - along**2)), H
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What hyper-parameters are learned from, and what answers are conditioned on.
+    """The data that hyper-parameters are learned from and answers are conditioned on.
 
     Attributes
     ----------
@@ -143,9 +157,9 @@ class Problem:
     strength
         h of rows, (rows,).
     start
-        Where a direction's own start.
+        Starts of the directions' hyper-parameters.
     n_means
-        Columns of M that are means of singles and combinations; the others are what another model says.
+        Number of columns of M that are means of singles and combinations; the others are means of other models.
     """
 
     kernel: SetKernel
@@ -161,9 +175,14 @@ class Problem:
         """Return the problem of some rows and directions."""
         M = self.M[rows][:, directions] if self.M.shape[1] > 1 else self.M[rows]
         return replace(
-            self, asked=self.asked.part(rows), sampling=self.sampling[np.ix_(rows, rows)], Y=self.Y[np.ix_(rows, directions)], M=M,
-            strength=self.strength[rows], start=self.start.part(directions),
-        )  # fmt: skip
+            self,
+            asked=self.asked.part(rows),
+            sampling=self.sampling[np.ix_(rows, rows)],
+            Y=self.Y[np.ix_(rows, directions)],
+            M=M,
+            strength=self.strength[rows],
+            start=self.start.part(directions),
+        )
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -177,15 +196,15 @@ class Problem:
 
     @cached_property
     def of_nuggets(self) -> list[np.ndarray]:
-        """Return h of singles and of combinations, 0 for the others, (rows,) each."""
+        """Return h of singles and h of combinations, each 0 in rows of the other kind, (rows,) each."""
         is_combination = self.asked.is_combination
         return [self.strength * (1.0 - is_combination), self.strength * is_combination]
 
     def diagonal(self, weights: Weights) -> "Diagonal":
-        """Return the data where K and S are diagonal."""
+        """Return the data in coordinates where K and S are diagonal."""
         if "terms" in vars(self):
             K = weights.covariance(self.terms)[0]
-        else:  # of many rows all parts together would not fit
+        else:  # the parts of many rows would not fit into memory together
             K = np.empty(self.sampling.shape)
             for first in range(0, len(K), ROWS_AT_ONCE):
                 block = slice(first, first + ROWS_AT_ONCE)
@@ -194,13 +213,9 @@ class Problem:
         return Diagonal(K, self.root, self.Y, self.M)
 
     def learned(self, weights: Weights) -> tuple[Weights, Directions]:
-        """Return shared weights and a direction's own of greatest posterior density."""
+        """Return the shared weights and directions' hyper-parameters of greatest posterior density."""
         self.terms  # noqa: B018 (they are needed at every step)
-        n, starts, has_sources = (
-            len(weights.values),
-            weights.values,
-            any(name not in STARTS for name in weights.members),
-        )
+        n, starts = len(weights.values), weights.values
 
         def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
             shared, of = replace(weights, values=values[:n]), self.start.like(values[n:])
@@ -217,16 +232,15 @@ class Problem:
             gradient = np.concatenate([self._by_weights(shared, by_K) + slope, own.values + slope_of_own])
             return solved.loss + penalty + of_own, gradient
 
-        tried = [
-            np.concatenate([first, self.start.values])
-            for first in (starts, *([weights.starts(STARTS | SECOND_STARTS)] if has_sources else []))
-        ]
-        found = min((minimized(loss, first, N_STEPS) for first in tried), key=lambda values: loss(values)[0])
+        has_sources = any(name not in STARTS for name in weights.members)
+        tried = [starts, *([weights.starts(STARTS | SECOND_STARTS)] if has_sources else [])]
+        minima = (minimized(loss, np.concatenate([first, self.start.values]), N_STEPS) for first in tried)
+        found = min(minima, key=lambda values: loss(values)[0])
         return replace(weights, values=found[:n]), self.start.like(found[n:])
 
     @staticmethod
     def conditioned(data: "Diagonal", start: Directions) -> Directions:
-        """Return a direction's own of greatest posterior density, given shared weights."""
+        """Return the directions' hyper-parameters of greatest posterior density, given shared weights."""
 
         def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
             of = start.like(values)
@@ -244,18 +258,14 @@ class Problem:
         factor = np.where(is_combination > 0, omega[0], 1.0)
         outer = by_K * np.outer(factor, factor)
         times_contexts = outer * of_contexts
-        by_omega = (
-            2.0
-            * omega
-            * (1.0 - omega / 1.5)
-            * (by_K * np.outer(is_combination, factor) * of_members * of_contexts).sum()
-        )
+        of_combinations = (by_K * np.outer(is_combination, factor) * of_members * of_contexts).sum()
+        by_omega = 2.0 * omega * (1.0 - omega / 1.5) * of_combinations
         diagonal = by_K.diagonal()
-        return np.concatenate([
-            a * [(times_contexts * part).sum() for part in self.terms.members], by_omega,
-            c * [(outer * of_members * part).sum() for part in self.terms.contexts], e * [(by_K * part).sum() for part in self.terms.interactions],
-            nu * [(diagonal * of).sum() for of in self.of_nuggets],
-        ])  # fmt: skip
+        by_a = a * [(times_contexts * part).sum() for part in self.terms.members]
+        by_c = c * [(outer * of_members * part).sum() for part in self.terms.contexts]
+        by_e = e * [(by_K * part).sum() for part in self.terms.interactions]
+        by_nu = nu * [(diagonal * of).sum() for of in self.of_nuggets]
+        return np.concatenate([by_a, by_omega, by_c, by_e, by_nu])
 
 
 def _prior_of_shared(weights: Weights, starts: np.ndarray) -> tuple[float, np.ndarray]:
@@ -270,7 +280,10 @@ def _prior_of_shared(weights: Weights, starts: np.ndarray) -> tuple[float, np.nd
 
 
 def _prior_of_directions(of: Directions, start: Directions, n_free: int = 0) -> tuple[float, np.ndarray]:
-    """Return −log p of a direction's own and its gradient; of the first `n_free` columns of M, log τ varies around a mean that is free."""
+    """Return −log p of the directions' hyper-parameters and its gradient.
+
+    In the first `n_free` columns of M, log τ varies around a mean of its own, which is free.
+    """
     own = [(of.signal - start.signal) / WIDTH_OF_DIRECTIONS**2, (of.noise - start.noise) / WIDTH_OF_DIRECTIONS**2]
     loss = 0.5 * WIDTH_OF_DIRECTIONS**2 * sum(float((slope**2).sum()) for slope in own)
     apart = of.means - start.means
@@ -282,8 +295,6 @@ def _prior_of_directions(of: Directions, start: Directions, n_free: int = 0) -> 
 
 
 def minimized(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray, n_steps: int) -> np.ndarray:
-    """Return where a function, that gives value and gradient, is least (L-BFGS-B), within e⁻¹² to e⁸ times the start."""
-    bounds = np.column_stack([start - 12.0, start + 8.0])
-    return minimize(
-        loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": n_steps, "maxcor": 20}
-    ).x
+    """Return the minimum of a function with value and gradient (L-BFGS-B), within e⁻¹² to e⁸ times the start."""
+    bounds, options = np.column_stack([start - 12.0, start + 8.0]), {"maxiter": n_steps, "maxcor": 20}
+    return minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x

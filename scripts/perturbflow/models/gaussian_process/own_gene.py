@@ -1,7 +1,7 @@
-"""How far a perturbation moves the level of the perturbed gene itself.
+"""The effect of a perturbation on the level of the perturbed gene itself.
 
-A gene that was never perturbed in training still has a level that its perturbation will move: a knock-out lowers it,
-an activation raises it. That is known from the other targets, and on small panels it is most of what can be known.
+The perturbation of an unseen gene changes the gene's own level, too: a knock-out lowers it, an activation raises it.
+The other targets of training show by how much. On small panels this effect is most of the predictable signal.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -40,34 +40,34 @@ class OwnGene:
         targets = [(pairs.control_level[row[gene]], effect[row[gene]]) for gene, effect in single if gene in row]
         if len(targets) < LEAST_TARGETS:
             return cls(np.zeros(2))
-        level, moved = np.array(targets).T
+        level, effect = np.array(targets).T
         design = np.column_stack([np.ones_like(level), level])
         penalty = RIDGE * len(level) * np.diag([0.1, max(level.var(), 1e-6)])
-        return cls(np.linalg.solve(design.T @ design + penalty, design.T @ moved))
+        return cls(np.linalg.solve(design.T @ design + penalty, design.T @ effect))
 
-    def shift(self, level: float) -> float:
+    def effect(self, level: float) -> float:
         """Return the expected effect on a gene of this control level; no gene falls below zero."""
         return max(float(self.coefficients @ [1.0, level]), -level)
 
 
 @dataclass(frozen=True)
 class OwnLevels:
-    """How far perturbations move the levels of the perturbed genes themselves, which directions do not tell.
+    """The effects of perturbations on the levels of the perturbed genes themselves, apart from the directions.
 
-    A gene perturbed in training has the mean of its effects on itself, one that is not follows the others' (`OwnGene`). By CRISPRi, genes that start
-    within 5 kb of an unseen target get a share of its effect: that which neighbours of training's targets had, by least squares, drawn to
-    none as by one target more.
+    A gene perturbed in training has the mean of its effects on itself; any other gene follows `OwnGene`. By CRISPRi,
+    genes that start within 5 kb of an unseen target get a share of its effect. This share is a least squares fit to the
+    neighbours of training's targets, shrunk towards zero as by one more target.
 
     Attributes
     ----------
     genes, values, variances
-        Measured genes that training perturbs, their mean effect on themselves and its sampling variance, (genes,) each.
+        Measured genes that training perturbs, their mean effect on themselves, its sampling variance, (genes,) each.
     coefficients, spread
-        Of `OwnGene`, and the variance that it leaves over.
+        Of `OwnGene`, and the variance of effects around it.
     level
         Mean control, (measured genes,).
     share
-        What neighbours have of an effect; 0 where perturbations are not by CRISPRi.
+        Share of an effect that neighbours have; 0 where perturbations are not by CRISPRi.
     """
 
     genes: np.ndarray
@@ -80,7 +80,7 @@ class OwnLevels:
 
     @classmethod
     def of(cls, rows: EffectRows, training: TrainingSet) -> "OwnLevels":
-        """Measure them."""
+        """Measure the effects of training perturbations on their own genes."""
         own, level = OwnGene.fit(training.pairs, training.effects), rows.population @ rows.levels
         found: dict[str, list[tuple[float, float]]] = {}
         for i, label in enumerate(rows.labels):
@@ -92,7 +92,7 @@ class OwnLevels:
             effects, weights = np.array(measured).T
             values.append(np.average(effects, weights=weights))
             variances.append(rows.variance[training.row[gene]] / weights.sum())
-            left.append((values[-1] - own.shift(float(level[training.row[gene]]))) ** 2 - variances[-1])
+            left.append((values[-1] - own.effect(float(level[training.row[gene]]))) ** 2 - variances[-1])
         spread = max(float(np.mean(left)), 0.0) if left else 0.0
         levels = cls(
             np.array(list(found), dtype=str), np.array(values), np.array(variances), own.coefficients, spread, level
@@ -111,14 +111,14 @@ class OwnLevels:
         return max(0.0, crossed / max(sum(squared) + max(squared), 1e-12))
 
     def neighbours_of(self, gene: str, genes: list[str]) -> list[str]:
-        """Return the measured genes that an unseen target takes with it."""
+        """Return the measured genes that share the effect on an unseen target."""
         if not self.share or gene in self.genes:
             return []
         return [name for name, _ in neighbours([gene], genes, _organism(genes))[gene]]
 
     @staticmethod
     def replaced(rows: EffectRows, genes: list[str]) -> np.ndarray:
-        """Return effects with the mean of the other rows where a gene is the perturbed one, (rows, genes)."""
+        """Return effects, (rows, genes); the mean of the other rows replaces the effect on a perturbed gene."""
         values = rows.values.astype(float)
         is_own = np.zeros(values.shape, dtype=bool)
         column = {gene: i for i, gene in enumerate(genes)}
@@ -134,18 +134,18 @@ class OwnLevels:
         if len(place := np.flatnonzero(self.genes == gene)):
             return float(self.values[place[0]]), float(self.variances[place[0]])
         level = self.level if context is None else context.level
-        return OwnGene(self.coefficients).shift(float(level[column])), self.spread
+        return OwnGene(self.coefficients).effect(float(level[column])), self.spread
 
     def arrays(self) -> Artefact:
-        """Return what is to be stored."""
+        """Return the arrays to be stored."""
         return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_arrays(cls, arrays: Artefact) -> "OwnLevels":
-        """Rebuild what `arrays` returned."""
+        """Undo `arrays`."""
         return cls(**{**arrays, **{name: float(arrays[name]) for name in ("spread", "share")}})
 
 
 def _organism(genes: list[str]) -> str:
-    """Return the organism whose table of gene starts knows most of these genes."""
+    """Return the organism whose table of gene starts has most of these genes."""
     return max(TABLES, key=lambda organism: len(starts(organism).keys() & set(genes)))

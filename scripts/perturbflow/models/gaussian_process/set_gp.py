@@ -26,11 +26,11 @@ together (`EffectRows`).
            + Σ_q e_q ⟨φ_q(r), φ_q(s)⟩ + e_c s_r·s_s + e_A s_rᵀ A s_s + [r = s] ν_r h_r
     κ(i, j) = a₀ [i = j] + a₁ [i = j] δ(i, j) + Σ_e ( a_e exp(−|x_i − x_j|² / m_e) + a'_e x_i·x_j )
 
-   Genes. Members add up. A gene has an effect of its own, plus one that its vectors x tell, with a weight per source e.
-   A source that tells nothing gets no weight. In a combination every member counts ω, in (0, 1.5). A gene's strength
-   h_i, relative to the mean, is known where it was perturbed alone. Strong effects are rare and heavy-tailed, so effects
-   resemble one another in direction rather than in size. Doses of a compound share its effect, and share more the nearer
-   their logarithms are, δ. Strengths between doses are interpolated (`DoseInterpolation`).
+   Genes. Members add up. A gene has an effect of its own, plus one that its vectors x predict, with a weight per source
+   e. A source that predicts nothing gets no weight. In a combination every member counts ω, in (0, 1.5). A gene's
+   strength h_i, relative to the mean, is known where it was perturbed alone. Strong effects are rare and heavy-tailed,
+   so effects resemble one another in direction rather than in size. Doses of a compound share its effect, and share
+   more the nearer their logarithms are, δ. Strengths between doses are interpolated (`DoseInterpolation`).
 
    Contexts. A context shares one part with all contexts, keeps a part of its own, c₁, and shares a part with contexts
    whose controls look alike, c₂: A = exp(−|level − level'|² / m). All perturbations of a context have a part in common,
@@ -41,12 +41,13 @@ together (`EffectRows`).
    mean over them. ν is the part that does not come back in other rows, one for singles and one for combinations.
 
 4. Hyper-parameters maximize the marginal likelihood of the training rows. Weak priors keep each near its start. Another
-   prior draws the weights of sources to zero, −log p = 10 √a: few genes cannot tell sources apart. The log τ_kj of all
-   directions share a mean, which is learned. Shared hyper-parameters are learned from directions with more signal than
-   sampling noise, and from at most 1,000 rows. Then every direction learns its own.
+   prior pulls the weights of sources to zero, −log p = 10 √a: with few genes, sources cannot be told apart. The log
+   τ_kj of all directions share a mean, which is learned. Shared hyper-parameters are learned from directions with more
+   signal than sampling noise, and from at most 1,000 rows. Then every direction learns its own.
 
-5. One factorization serves all directions. Let S = L Lᵀ, L⁻¹ K L⁻ᵀ = U Λ Uᵀ and T = L⁻ᵀ U. In the coordinates of T every
-   covariance C_k = σ_k² K + b_k S + M T_k Mᵀ is diagonal but for the columns of M: D_k = σ_k² Λ + b_k. The gradient is
+5. One factorization serves all directions. Let S = L Lᵀ, L⁻¹ K L⁻ᵀ = U Λ Uᵀ and T = L⁻ᵀ U. In the coordinates of T
+   every covariance C_k = σ_k² K + b_k S + M T_k Mᵀ is diagonal but for the columns of M: D_k = σ_k² Λ + b_k. The
+   gradient is
 
     ∂ℓ/∂K = ½ T ( Σ_k σ_k² [ D_k⁻¹ − H_k H_kᵀ − p_k p_kᵀ ] ) Tᵀ,
     p_k = C_k⁻¹ Y_k in coordinates of T,    H_k H_kᵀ = D_k⁻¹ M (T_k⁻¹ + Mᵀ D_k⁻¹ M)⁻¹ Mᵀ D_k⁻¹.
@@ -64,7 +65,8 @@ import numpy as np
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import entities_of, members_of
 from perturbflow.models.base import Artefact, Run
-from perturbflow.models.closed_form.base import MeanShift, TrainingSet
+from perturbflow.models.closed_form.base import ClosedForm, TrainingSet
+from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel, places_of
 from perturbflow.models.gaussian_process.likelihood import Directions, Problem
 from perturbflow.models.gaussian_process.own_gene import OwnLevels
@@ -75,7 +77,7 @@ from perturbflow.registry.params import Params
 MOST_DIRECTIONS = 300
 LEAST_SIGNAL = 0.5  # share of a direction's variance that shared weights are learned from
 LEAST_DIRECTIONS = 3
-LEAST_SHARE = 0.05  # of a direction's variance that signal is taken for at least
+LEAST_SHARE = 0.05  # of a direction's variance: signal starts at least there
 MOST_LEARNED_FROM = 1000  # rows
 LEAST_HELD_OUT = 20  # perturbations, to judge another model's means by
 
@@ -84,16 +86,16 @@ LEAST_HELD_OUT = 20  # perturbations, to judge another model's means by
 FitMean = Callable[[TrainingSet, np.ndarray], Callable[[str], np.ndarray]]
 
 
-class SetGP(MeanShift):
+class SetGP(ClosedForm):
     """One Gaussian process over sets of perturbed genes in contexts: own effects, vectors, interactions and doses.
 
-    It gives learned models their mean, too, and intervals their scale. The head of its module is a page of maths.
+    It also gives learned models their mean, and intervals their scale. The head of its module is a page of maths.
 
     Parameters
     ----------
     other_means
-        By name, how to fit means that are no closed forms, as that of a network. Each enters as columns of M: its
-        predictions of training perturbations, by inner folds that held them out.
+        By name, how to fit the means of other models, such as a network. Each enters as columns of M: its predictions
+        of training perturbations, by inner folds that held them out.
     """
 
     def __init__(self, params: Params | None = None, other_means: Mapping[str, FitMean] | None = None) -> None:
@@ -114,25 +116,37 @@ class SetGP(MeanShift):
         asked = Questions(rows.labels, rows.shares, np.zeros(len(rows.contexts)))
         self.out_of_fold = self.out_of_fold or _out_of_fold(self.other_means, training)
         root_h, h = kernel.strength_of(rows.labels)
-        orders = np.array([len(members_of(label)) for label in rows.labels])
-        mean_orders = np.array([orders[kind].mean() if kind.any() else 0.0 for kind in (orders == 1, orders > 1)])
-        M = _columns(orders, root_h, mean_orders, [_said(said, rows.labels, V) for said in self.out_of_fold.values()])
-        n_means = int((mean_orders > 0).sum())
+        n_members = np.array([len(members_of(label)) for label in rows.labels])
+        kinds = (n_members == 1, n_members > 1)
+        mean_n_members = np.array([n_members[kind].mean() if kind.any() else 0.0 for kind in kinds])
+        others = [_in_directions(effects, rows.labels, V) for effects in self.out_of_fold.values()]
+        M = _columns(n_members, root_h, mean_n_members, others)
+        n_means = int((mean_n_members > 0).sum())
         problem = Problem(kernel, asked, rows.sampling / unit, Y, M, h, _starts(Y, noise, M.shape[2], n_means), n_means)
-        telling = _telling(Y, noise)
-        weights, found = problem.part(_learned_from(rows.labels, training.seed), telling).learned(kernel.weights)
+        informative = _informative(Y, noise)
+        weights, found = problem.part(_learned_from(rows.labels, training.seed), informative).learned(kernel.weights)
         data = problem.diagonal(weights)
-        of = Problem.conditioned(data, problem.start.around(found, telling))
+        of = Problem.conditioned(data, problem.start.around(found, informative))
         solved = data.solved(of)
+        signal = np.exp(of.signal)
         return {
-            **{f"kernel.{name}": value for name, value in kernel.state.items()}, **{f"own.{name}": value for name, value in own.arrays().items()},
-            "weights": weights.values, "V": V, "labels": np.array(rows.labels, dtype=str), "shares": rows.shares, "mean_orders": mean_orders,
-            "alpha": data.T @ (solved.p * np.exp(of.signal)), "beta": solved.beta, "B": solved.B, "signal": np.exp(of.signal),
-            "T": data.T.astype(np.float32), "inverse": solved.inverse.astype(np.float32), "scaled": solved.scaled.astype(np.float32),
-            "genes": np.array(training.genes, dtype=str), "others": np.array(list(self.out_of_fold), dtype=str),
-            **{f"said.{name}": np.stack(list(said.values())) for name, said in self.out_of_fold.items()},
-            **{f"said_of.{name}": np.array(list(said), dtype=str) for name, said in self.out_of_fold.items()},
+            **{f"kernel.{name}": value for name, value in kernel.state.items()},
+            **{f"own.{name}": value for name, value in own.arrays().items()},
+            **self._stored_means(),
+            "weights": weights.values, "V": V, "labels": np.array(rows.labels, dtype=str), "shares": rows.shares,
+            "mean_n_members": mean_n_members, "genes": np.array(training.genes, dtype=str),
+            "alpha": data.T @ (solved.p * signal), "beta": solved.beta, "B": solved.B, "signal": signal,
+            "T": data.T.astype(np.float32), "inverse": solved.inverse.astype(np.float32),
+            "scaled": solved.scaled.astype(np.float32),
         }  # fmt: skip
+
+    def _stored_means(self) -> Artefact:
+        """Return the arrays of `out_of_fold`, as `restore` reads them."""
+        stored: Artefact = {"others": np.array(list(self.out_of_fold), dtype=str)}
+        for name, effects in self.out_of_fold.items():
+            stored[f"predicted.{name}"] = np.stack(list(effects.values()))
+            stored[f"predicted_for.{name}"] = np.array(list(effects), dtype=str)
+        return stored
 
     def restore(self, artefact: Artefact) -> None:
         """Rebuild the kernel around its arrays."""
@@ -147,7 +161,7 @@ class SetGP(MeanShift):
         self.asked = Questions(artefact["labels"].tolist(), artefact["shares"], np.zeros(len(self.kernel.contexts)))
         self.column = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
         self.out_of_fold = {
-            name: dict(zip(artefact[f"said_of.{name}"].tolist(), artefact[f"said.{name}"], strict=True))
+            name: dict(zip(artefact[f"predicted_for.{name}"].tolist(), artefact[f"predicted.{name}"], strict=True))
             for name in artefact["others"].tolist()
         }
 
@@ -157,7 +171,7 @@ class SetGP(MeanShift):
         return "levels" in self.kernel.state
 
     def effect(self, perturbation: str) -> np.ndarray:
-        """Answer for cells as training's controls are."""
+        """Return the posterior mean, (genes,), for contexts in the shares of training's controls."""
         return self.effect_in(perturbation)
 
     def effect_in(
@@ -170,10 +184,9 @@ class SetGP(MeanShift):
         other_means
             Effects by the models of `other_means`, by name, (genes,) each.
         """
-        effect = (
-            self._across(perturbation, context)[0] @ self.artefact["alpha"]
-            + self._in_common(perturbation, other_means)[1]
-        )[0] @ self.artefact["V"].T
+        K, _ = self._across(perturbation, context)
+        _, in_common = self._in_common(perturbation, other_means)
+        effect = (K @ self.artefact["alpha"] + in_common)[0] @ self.artefact["V"].T
         for gene in entities_of(perturbation):
             if gene in self.column:
                 effect[self.column[gene]] = self.own.at(gene, self.column[gene], context)[0]
@@ -189,9 +202,8 @@ class SetGP(MeanShift):
         itself = self.weights.covariance(self.kernel.terms(questions, questions))[0]
         signal, R = self.artefact["signal"], K @ self.artefact["T"]  # (1, rows)
         of_g = itself[0, 0] * signal - (R**2 @ self.artefact["inverse"])[0] * signal**2
-        columns = self._in_common(perturbation, other_means)[0][0] - np.einsum(
-            "i,iko,k->ko", R[0], self.artefact["scaled"], signal
-        )
+        M, _ = self._in_common(perturbation, other_means)
+        columns = M[0] - np.einsum("i,iko,k->ko", R[0], self.artefact["scaled"], signal)
         variance = np.maximum(of_g, 0.0) + np.einsum("ko,kop,kp->k", columns, self.artefact["B"], columns)
         found = self.artefact["V"] ** 2 @ variance
         for gene in entities_of(perturbation):
@@ -210,22 +222,22 @@ class SetGP(MeanShift):
         """Return the columns of M of a question, (1, directions, columns), and M β̂, (1, directions)."""
         known = self.out_of_fold
         if other_means is not None:
-            # The rows of a measured perturbation were explained by its out-of-fold prediction: so is its answer.
+            # A measured perturbation keeps its out-of-fold prediction: its rows were conditioned on that.
             known = {name: {perturbation: other_means[name]} | of for name, of in known.items()}
-        others = [_said(of, [perturbation], self.artefact["V"]) for of in known.values()]
+        others = [_in_directions(of, [perturbation], self.artefact["V"]) for of in known.values()]
         root_h, _ = self.kernel.strength_of([perturbation])
-        M = _columns(np.array([len(members_of(perturbation))]), root_h, self.artefact["mean_orders"], others)
+        M = _columns(np.array([len(members_of(perturbation))]), root_h, self.artefact["mean_n_members"], others)
         M = np.broadcast_to(M, (1, len(self.artefact["beta"]), M.shape[2]))
         return M, np.einsum("qko,ko->qk", M, self.artefact["beta"])
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Learn, and tell the weights."""
+        """Learn, and report the weights."""
         artefact = super().fit(pairs, embeddings, run)
         run.facts["mean"] = self.account()
         return artefact
 
     def account(self) -> dict[str, float]:
-        """Return the weights: what every source of vectors, every context and combination was worth on this screen."""
+        """Return the learned weights of sources of vectors, contexts and combinations on this screen, by name."""
         a, omega, c, e, nu = self.weights.groups
         return {
             name: round(float(value), 4)
@@ -236,93 +248,93 @@ class SetGP(MeanShift):
 def _directions(values: np.ndarray) -> np.ndarray:
     """Return the leading singular vectors, (genes, directions): all, or MOST_DIRECTIONS."""
     if min(values.shape) > 4 * MOST_DIRECTIONS:
-        from sklearn.utils.extmath import randomized_svd  # a second to import, and most screens need none
+        from sklearn.utils.extmath import randomized_svd  # the import takes a second, and most screens need none
 
         _, size, Vt = randomized_svd(values, MOST_DIRECTIONS, n_iter=4, random_state=0)
     else:
         _, size, Vt = np.linalg.svd(values, full_matrices=False)
     n = max(1, min(MOST_DIRECTIONS, int((size > 1e-8 * size[0]).sum())))
-    # The sign of a singular vector is arbitrary: fixed, so that equal data give equal numbers.
-    return (Vt[:n] * np.sign(Vt[np.arange(n), np.abs(Vt[:n]).argmax(axis=1)])[:, None]).T
+    # The sign of a singular vector is arbitrary. It is fixed here, so that equal data give equal numbers.
+    sign = np.sign(Vt[np.arange(n), np.abs(Vt[:n]).argmax(axis=1)])
+    return (Vt[:n] * sign[:, None]).T
 
 
 def _starts(Y: np.ndarray, noise: np.ndarray, n_columns: int, n_means: int) -> Directions:
-    """Return starts of a direction's own hyper-parameters: its variance minus noise is mostly signal."""
+    """Return the starts of each direction's hyper-parameters: its variance minus noise counts mostly as signal."""
     size = np.maximum((Y**2).mean(axis=0), 1e-24)
     signal = np.maximum(size - noise, LEAST_SHARE * size)
     means = np.vstack([np.tile(0.3 * signal, (n_means, 1)), np.full((n_columns - n_means, len(size)), 0.3)])
     return Directions(np.log(0.7 * signal), np.log(np.maximum(noise, 0.3 * signal)), np.log(means))
 
 
-def _telling(Y: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Return the directions that shared weights are learned from, (directions,)."""
+def _informative(Y: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Return True for the directions that shared weights are learned from, (directions,)."""
     size = (Y**2).mean(axis=0)
-    telling = size - noise > LEAST_SIGNAL * size
-    if telling.sum() >= LEAST_DIRECTIONS:
-        return telling
+    informative = size - noise > LEAST_SIGNAL * size
+    if informative.sum() >= LEAST_DIRECTIONS:
+        return informative
     return np.isin(np.arange(len(size)), np.argsort(noise - size, kind="stable")[:LEAST_DIRECTIONS])
 
 
-def _columns(orders: np.ndarray, root_h: np.ndarray, mean_orders: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
-    """Return M, (questions, directions or 1, columns): means of singles, of combinations, and others' means of either.
+def _columns(
+    n_members: np.ndarray, root_h: np.ndarray, mean_n_members: np.ndarray, others: list[np.ndarray]
+) -> np.ndarray:
+    """Return M, (questions, directions or 1, columns): means of singles and of combinations, then those of others.
 
     Parameters
     ----------
-    orders, root_h
-        Members and mean √h of questions.
-    mean_orders
-        Mean number of members of training's singles and combinations; 0 where there is none. Where one kind is missing, the other serves, in
-        proportion to the members.
+    n_members, root_h
+        Number of members and mean √h of questions, (questions,) each.
+    mean_n_members
+        Mean number of members of training's singles and combinations, 0 where there is none, (2,). Where one kind is
+        missing, the other serves it in proportion to the members.
     others
-        What another model says in directions, (questions, directions) each.
+        Means of other models in directions, (questions, directions) each.
     """
-    is_single = orders == 1
-    kinds = [kind for kind, mean in zip((is_single, ~is_single), mean_orders, strict=True) if mean]
+    is_single = n_members == 1
+    kinds = [kind for kind, mean in zip((is_single, ~is_single), mean_n_members, strict=True) if mean]
     if len(kinds) == 1:
-        kinds = [np.ones(len(orders))]
-    means = np.stack(
-        [kind * root_h * orders / mean for kind, mean in zip(kinds, mean_orders[mean_orders > 0], strict=True)], axis=1
-    )[:, None]
+        kinds = [np.ones(len(n_members))]
+    present = zip(kinds, mean_n_members[mean_n_members > 0], strict=True)
+    means = np.stack([kind * root_h * n_members / mean for kind, mean in present], axis=1)[:, None]
     if not others:
         return means
-    said = np.stack([table * kind[:, None] for table in others for kind in (is_single, ~is_single)], axis=2)
-    return np.concatenate([np.broadcast_to(means, (*said.shape[:2], means.shape[2])), said], axis=2)
+    predicted = np.stack([table * kind[:, None] for table in others for kind in (is_single, ~is_single)], axis=2)
+    return np.concatenate([np.broadcast_to(means, (*predicted.shape[:2], means.shape[2])), predicted], axis=2)
 
 
-def _said(said: Mapping[str, np.ndarray], labels: Sequence[str], V: np.ndarray) -> np.ndarray:
-    """Return what another model says in directions, (labels, directions); zeros where it says nothing."""
-    return np.stack([said[label] @ V if label in said else np.zeros(V.shape[1]) for label in labels])
+def _in_directions(effects: Mapping[str, np.ndarray], labels: Sequence[str], V: np.ndarray) -> np.ndarray:
+    """Return another model's effects in directions, (labels, directions); zeros for labels that it lacks."""
+    return np.stack([effects[label] @ V if label in effects else np.zeros(V.shape[1]) for label in labels])
 
 
 def _learned_from(labels: list[str], seed: int) -> np.ndarray:
-    """Return the rows that shared weights are learned from: all, or at most MOST_LEARNED_FROM, by perturbation."""
+    """Return the rows that shared weights are learned from: all, or those of sampled perturbations.
+
+    A sample has at most MOST_LEARNED_FROM rows.
+    """
     rows = places_of(labels)
-    drawn = (
-        np.random.default_rng(seed).permutation(sorted(rows)).tolist()
-        if len(labels) > MOST_LEARNED_FROM
-        else sorted(rows)
-    )
-    ends = np.cumsum([len(rows[name]) for name in drawn])
-    return np.sort(
-        np.concatenate([rows[name] for name, end in zip(drawn, ends, strict=True) if end <= MOST_LEARNED_FROM])
-    )
+    names = sorted(rows)
+    if len(labels) > MOST_LEARNED_FROM:
+        names = np.random.default_rng(seed).permutation(names).tolist()
+    ends = np.cumsum([len(rows[name]) for name in names])
+    kept = [rows[name] for name, end in zip(names, ends, strict=True) if end <= MOST_LEARNED_FROM]
+    return np.sort(np.concatenate(kept))
 
 
 def _out_of_fold(others: Mapping[str, FitMean], training: TrainingSet) -> dict[str, dict[str, np.ndarray]]:
-    """Return what others say of training perturbations that inner folds held out, by name and label."""
+    """Return other models' predictions of training perturbations that inner folds held out, by name and label."""
     found: dict[str, dict[str, np.ndarray]] = {name: {} for name in others}
-    kinds = [of_genes for of_genes in (False, True) if of_genes or (training.effects.order > 1).any()] if others else []
-    rounds = [
-        one
-        for of_genes in kinds
-        for one in itertools.islice(training.rounds(of_genes=of_genes, one_by_one=False), 0, None, 2)
-    ]
+    has_combinations = (training.effects.n_members > 1).any()
+    rounds: list[tuple[TrainingSet, Effects]] = []
+    kinds = [False, True] if has_combinations else [True]  # of folds: over genes or over combinations
+    for of_genes in kinds if others else []:
+        rounds += itertools.islice(training.rounds(of_genes=of_genes, one_by_one=False), 0, None, 2)
     if sum(len(held_out.labels) for _, held_out in rounds) < LEAST_HELD_OUT:
         return {}
     for inner, held_out in progressed(rounds, "inner folds", len(rounds)):
         for name, fit in others.items():
             effect = fit(inner, training.pairs.rows[inner.controls])
-            found[name] |= {
-                label: effect(label) for label in held_out.labels if label not in found[name]
-            }  # a combination by its own fold
+            # Folds of combinations come first: a combination keeps the prediction of its own fold.
+            found[name] |= {label: effect(label) for label in held_out.labels if label not in found[name]}
     return found

@@ -1,10 +1,11 @@
-"""A latent space whose encoder was learned elsewhere and comes as a file; the decoder to counts is learned here.
+"""A latent space of an external encoder: the encoder comes as a file, the decoder to counts is learned here.
 
-The file is a program of `torch.export`, the format of PyTorch for networks without their Python code: from counts to coordinates of cells. A decoder
-with the count likelihood of `autoencoder` is trained on training cells, so that moves among the coordinates mean something for genes.
+The file is a program of `torch.export`, PyTorch's format for networks without their Python code. It takes counts and
+returns coordinates of cells. A decoder with the count likelihood of `vae` is trained on training cells: it turns latent
+shifts into changes of genes.
 
-Such a file can run code when it is loaded. It is the user's own and stays where it is: an artefact holds its digest, not its content, so that
-artefacts can be loaded whoever made them.
+Such a file can run code when it is loaded. It belongs to the user and stays in its place. An artefact holds its digest
+and not its content, so that artefacts of any origin can be loaded safely.
 """
 
 import logging
@@ -25,7 +26,7 @@ from perturbflow.models.latents.vae import (
     CELLS_PER_BLOCK,
     WIDTH,
     Cells,
-    DrawnCells,
+    CellSampler,
     NetworkLatent,
     negative_binomial,
     trained,
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 ENCODER = ".pt2"  # suffix of its file
 N_PROBES = 5
-HOW = "config/README.md says how to export one (latent)"
+HOW = "config/README.md shows how to export one (latent)"
 
 
 class ExportedEncoder:
@@ -50,24 +51,23 @@ class ExportedEncoder:
     path
         A file of `torch.export.save`, which names its genes in the extra file `genes`, one per line.
     genes
-        Columns of the screen. Where it has not measured one of the program's genes, the program gets zeros.
+        Genes of the screen, in the order of its columns. The program gets zeros for genes that the screen lacks.
 
     Raises
     ------
     InputError
-        If the file holds no program, does not name its genes or none that is measured, or if the program does not give every cell
-        finite numbers that depend on this cell alone.
+        If the file holds no program or names no measured gene. If the program does not return finite numbers for every
+        cell, which depend on this cell alone.
     """
 
     def __init__(self, path: Path, genes: Sequence[str]) -> None:
         self.path, self.sha256, extra = path, file_digest(path), {"genes": ""}
         try:
-            with _quiet("torch.export"):  # it logs a page of traceback before it raises
+            with _quiet("torch.export"):  # it logs a long traceback before it raises
                 self.program = torch.export.load(path, extra_files=extra).module()
-        except Exception as error:  # of whatever kind the reader of the archive has
-            raise InputError(
-                f"{path} cannot be read as a program of torch.export ({str(error)[:200]}); {HOW}."
-            ) from error
+        except Exception as error:  # the reader of the archive raises errors of any kind
+            text = str(error)[:200]
+            raise InputError(f"{path} cannot be read as a program of torch.export ({text}); {HOW}.") from error
         names = extra["genes"].splitlines()
         if not names:
             raise InputError(f"{path} does not name its genes; {HOW}.")
@@ -76,11 +76,11 @@ class ExportedEncoder:
         n_measured = int((self.columns >= 0).sum())
         if not n_measured:
             raise InputError(
-                f"{path}: none of its {len(names)} genes ({names[0]}, ...) is among those of this screen, which are symbols."
+                f"{path}: none of its {len(names)} genes ({names[0]}, ...) is a gene of this screen, which has symbols."
             )
         level = logging.INFO if n_measured >= len(names) / 2 else logging.WARNING
-        logger.log(level, "%s: %d of its %d genes are among the %d of this screen; it gets zeros for the others", path, n_measured,
-                   len(names), len(genes))  # fmt: skip
+        text = "%s: %d of its %d genes are among the %d of this screen; it gets zeros for the others"
+        logger.log(level, text, path, n_measured, len(names), len(genes))
         self._probe(len(genes))
 
     def _probe(self, n_genes: int) -> None:
@@ -90,7 +90,8 @@ class ExportedEncoder:
         z, again, one_by_one = self(k), self(k), torch.cat([self(cell) for cell in k.split(1)])
         if not (torch.allclose(z, again, rtol=1e-3, atol=1e-4) and torch.allclose(z, one_by_one, rtol=1e-3, atol=1e-4)):
             raise InputError(
-                f"{self.path} does not give a cell the same place twice, or in other company: it samples, or was exported in training mode; {HOW}."
+                f"{self.path} does not give a cell the same coordinates twice, or beside other cells. "
+                f"It samples, or it was exported in training mode; {HOW}."
             )
 
     @torch.no_grad()
@@ -99,26 +100,27 @@ class ExportedEncoder:
         own = k[:, self.columns.clamp(min=0)] * (self.columns >= 0)
         try:
             z = self.program(own)
-        except Exception as error:  # of whatever kind a program may raise
+        except Exception as error:  # a program may raise errors of any kind
             shape = f"{own.shape[0]} cells of {own.shape[1]} genes as float32"
             raise InputError(f"{self.path} does not take {shape} ({str(error)[:200]}); {HOW}.") from error
         if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != len(k):
             made = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
             raise InputError(
-                f"{self.path} makes {made} of {len(k)} cells, and not one row per cell, one column per dimension; {HOW}."
+                f"{self.path} returns {made} for {len(k)} cells; it has to return one row per cell and one column per "
+                f"dimension; {HOW}."
             )
         if n_broken := int((~torch.isfinite(z)).any(dim=1).sum()):
             n_empty = int((own.sum(dim=1) == 0).sum())
             raise InputError(
-                f"{self.path} makes no finite numbers of {n_broken} of {len(z)} cells, {n_empty} of which have no count in its genes; "
-                "where it divides by their sum, let it be by at least 1."
+                f"{self.path} returns no finite numbers for {n_broken} of {len(z)} cells; {n_empty} of these have no "
+                "count in its genes. Where it divides by the sum of counts, let it divide by at least 1."
             )
         return z.float()
 
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Let a library's logger say nothing for a while."""
+    """Silence a library's logger for a while."""
     noisy = logging.getLogger(name)
     level = noisy.level
     noisy.setLevel(logging.CRITICAL + 1)
@@ -129,15 +131,15 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 class _EncodedCells:
-    """Draws batches of cells with their coordinates in place of their expression."""
+    """Samples batches of cells with their coordinates in place of their expression."""
 
-    def __init__(self, cells: DrawnCells, encoder: ExportedEncoder) -> None:
+    def __init__(self, cells: CellSampler, encoder: ExportedEncoder) -> None:
         self.cells, self.encoder = cells, encoder
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Cells:
         """Return a batch that depends on the seed alone."""
-        drawn = self.cells.batch(size, seed)
-        return Cells(self.encoder(drawn.k), drawn.k, drawn.unit)
+        sampled = self.cells.batch(size, seed)
+        return Cells(self.encoder(sampled.k), sampled.k, sampled.unit)
 
 
 class CountDecoder(nn.Module):
@@ -183,31 +185,26 @@ class ExportedLatent(NetworkLatent):
     def fit(
         cls, path: Path, pairs: Pairs, n_steps: int, batch_size: int, optimization: Optimization, run: Run
     ) -> "ExportedLatent":
-        """Read the encoder and train a decoder on the cells of the training role; goes on from a checkpoint of the same training."""
+        """Read the encoder and train a decoder on training cells; resumes from a checkpoint of the same training."""
         training = pairs.roles("train")
         encoder = ExportedEncoder(path, pairs.genes)
         rows = sampled_rows(training)
-        h = torch.cat(
-            [
-                encoder(_counts(training.X[part].toarray()))
-                for part in np.split(rows, range(CELLS_PER_BLOCK, len(rows), CELLS_PER_BLOCK))
-            ]
-        )
+        blocks = np.split(rows, range(CELLS_PER_BLOCK, len(rows), CELLS_PER_BLOCK))
+        h = torch.cat([encoder(_counts(training.X[block].toarray())) for block in blocks])
         torch.manual_seed(run.seed)
         network = CountDecoder(h.mean(dim=0), h.std(dim=0).clamp(min=1e-3), len(pairs.genes))
-        return cls(
-            encoder,
-            trained(network, _EncodedCells(DrawnCells(training.X), encoder), n_steps, batch_size, optimization, run),
-        )
+        cells = _EncodedCells(CellSampler(training.X), encoder)
+        return cls(encoder, trained(network, cells, n_steps, batch_size, optimization, run))
 
     @classmethod
     def restored(cls, state: dict[str, Tensor], path: Path, genes: Sequence[str]) -> "ExportedLatent":
-        """Read the encoder, which has to be the same file, and rebuild the decoder around its weights."""
+        """Read the encoder and rebuild the decoder around its weights; the encoder's file must be the same."""
         weights = dict(state)
         digest = weights.pop("encoder_sha256").numpy().tobytes().hex()
         if not path.is_file() or file_digest(path) != digest:
             raise InputError(
-                f"{path} is not there, or not the file that this model was trained with (sha256 {digest}); bring it back, or train anew."
+                f"{path} is missing, or it is not the file that this model was trained with (sha256 {digest}). "
+                "Bring it back, or train again."
             )
         network = CountDecoder(weights["centre"], weights["scale"], len(weights["log_shape"]))
         network.load_state_dict(weights)
@@ -215,13 +212,11 @@ class ExportedLatent(NetworkLatent):
 
     def state(self) -> dict[str, Tensor]:
         """Return the decoder's weights and the digest of the encoder's file."""
-        return {
-            **super().state(),
-            "encoder_sha256": torch.frombuffer(bytearray.fromhex(self.encoder.sha256), dtype=torch.uint8),
-        }
+        digest = torch.frombuffer(bytearray.fromhex(self.encoder.sha256), dtype=torch.uint8)
+        return {**super().state(), "encoder_sha256": digest}
 
     def embed(self, x: np.ndarray) -> Tensor:
-        """Return what the encoder makes of log1p-normalized cells, (cells, genes) → (cells, dimensions)."""
+        """Return the encoder's coordinates of log1p-normalized cells, (cells, genes) → (cells, dimensions)."""
         return self.encoder(_counts(x))
 
 

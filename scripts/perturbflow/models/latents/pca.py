@@ -1,4 +1,4 @@
-"""Latent spaces of expression: what every one of them offers, and the linear ones."""
+"""Latent spaces of expression: the interface of all, and the linear ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,36 +15,42 @@ from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 
 MAX_CELLS = 20_000
-LOWEST_SHARE = 0.3  # of a gene's mean that a cell's own level is at least taken for
-LEAST_LEFT = 0.05  # of a gene's level, whatever a cell's part of a change is
+LOWEST_SHARE = 0.3  # of a gene's mean: lower levels of a cell count as this
+LEAST_LEFT = 0.05  # of a gene's level: no change leaves less
 
 
 class Latent(Protocol):
-    """Cells as points, and what a move means for their genes."""
+    """Coordinates of cells, and the effects of latent shifts on their genes."""
 
     @property
     def n_dimensions(self) -> int:
         """Number of latent dimensions."""
 
     def encode(self, X: np.ndarray | sparse.csr_matrix) -> np.ndarray:
-        """Return latent coordinates of log1p-normalized cells, (cells, dimensions); training cells have about unit variance."""
+        """Return latent coordinates of log1p-normalized cells, (cells, dimensions).
 
-    def mean_change(self, moved: np.ndarray) -> np.ndarray | None:
-        """Return what moves change in the mean of log1p expression, (genes,); None where that is for the counts to say."""
+        Training cells have about unit variance in every dimension.
+        """
 
-    def log_fold_change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
-        """Return the logarithms of the fold changes of the cells' rates, (cells, genes)."""
+    def mean_change(self, shifts: np.ndarray) -> np.ndarray | None:
+        """Return the mean effect of latent shifts on log1p expression, (genes,); None where counts decide it."""
+
+    def log_fold_change(self, z: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+        """Return the log fold changes of the cells' rates by latent shifts, (cells, genes)."""
 
     def state(self) -> Mapping[str, Any]:
-        """Return what is to be stored, arrays or tensors."""
+        """Return the arrays or tensors to be stored."""
 
-    def change(self, z: np.ndarray, moved: np.ndarray, total: np.ndarray) -> np.ndarray:
-        """Return what moves change in cells' expected log1p expression, (cells, genes); total is their normalized size, (cells,)."""
+    def change(self, z: np.ndarray, shifts: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Return the effects of latent shifts on the cells' expected log1p expression, (cells, genes).
+
+        `total` is the normalized size of each cell, (cells,).
+        """
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """z = (x − mean) V / scale, and back. Cells have about unit variance in every dimension.
+    """The linear latent space z = (x − mean) V / scale. Cells have about unit variance in every dimension.
 
     Attributes
     ----------
@@ -62,39 +68,40 @@ class LatentSpace:
 
     @classmethod
     def fit(cls, pairs: Pairs, effects: Effects, n_dimensions: int) -> "LatentSpace":
-        """Span the directions in which training cells vary and those in which training perturbations move them.
+        """Span the directions in which training cells vary and those of training effects.
 
-        A principal component analysis of cells alone drops rare effects, a perturbed gene's own above all. Here effects are
-        appended to the centred cells with a weight that gives both the same total variance, and the leading singular
-        vectors of the two together are kept.
+        A principal component analysis of cells alone drops rare effects, above all the effect on the perturbed gene. So
+        effects are appended to the centred cells, with a weight that gives both the same total variance. The leading
+        singular vectors of the two together are the directions.
         """
         X = training_sample(pairs)
         mean = X.mean(axis=0)
         cells = (X - mean) / np.sqrt(len(X))
-        moved = effects.values.astype(np.float64)
-        weight = np.sqrt((cells**2).sum() / max((moved**2).sum(), 1e-12))
-        stacked = np.vstack([cells, weight * moved])
+        values = effects.values.astype(np.float64)
+        weight = np.sqrt((cells**2).sum() / max((values**2).sum(), 1e-12))
+        stacked = np.vstack([cells, weight * values])
         n_dimensions = min(n_dimensions, stacked.shape[1], len(stacked) - 1)
         _, _, Vt = randomized_svd(stacked, n_dimensions, random_state=0, n_iter=7)
         return cls._scaled(X, mean, Vt.T)
 
     @classmethod
     def from_loadings(cls, path: Path, pairs: Pairs) -> "LatentSpace":
-        """Take the directions from a table of gene loadings, learned elsewhere: gene symbol first, one column per dimension.
+        """Take the directions from a table of external gene loadings: gene symbol first, one column per dimension.
 
-        Genes without a row have none; the directions are made orthonormal, and means and scales are those of the training cells.
+        Genes without a row have loadings of zero. The directions are made orthonormal. Means and scales are those of
+        training cells.
 
         Raises
         ------
         InputError
-            If the table cannot be read, knows no measured gene, or its directions are linearly dependent on these genes.
+            If the table cannot be read, knows no measured gene, or has linearly dependent directions on these genes.
         """
         loadings = from_table(Path(path), pairs.genes).fillna(0.0).to_numpy(np.float64)
         basis, triangle = np.linalg.qr(loadings)
         if loadings.shape[1] > loadings.shape[0] or np.abs(np.diag(triangle)).min() < 1e-8 * np.abs(triangle).max():
             raise InputError(
-                f"{path}: its {loadings.shape[1]} directions are linearly dependent on the {len(pairs.genes)} genes of this screen; "
-                "leave some columns out."
+                f"{path}: its {loadings.shape[1]} directions are linearly dependent on the {len(pairs.genes)} genes of "
+                "this screen; leave some columns out."
             )
         X = training_sample(pairs)
         return cls._scaled(X, X.mean(axis=0), basis)
@@ -116,22 +123,23 @@ class LatentSpace:
         """Return expression, (cells, genes)."""
         return (z * self.scale) @ self.basis.T + self.mean
 
-    def change(self, z: np.ndarray, moved: np.ndarray, total: np.ndarray) -> np.ndarray:
-        """Return what moves change in log1p expression, (cells, genes): the same wherever a cell is."""
-        return self._linear(moved)
+    def change(self, z: np.ndarray, shifts: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Return the effects of latent shifts on log1p expression, (cells, genes); they do not depend on z."""
+        return self._linear(shifts)
 
-    def _linear(self, moved: np.ndarray) -> np.ndarray:
-        return (moved * self.scale) @ self.basis.T
+    def _linear(self, shifts: np.ndarray) -> np.ndarray:
+        return (shifts * self.scale) @ self.basis.T
 
-    def mean_change(self, moved: np.ndarray) -> np.ndarray:
+    def mean_change(self, shifts: np.ndarray) -> np.ndarray:
         """Return the mean of `change`, (genes,)."""
-        return self._linear(moved.mean(axis=0, keepdims=True))[0]
+        return self._linear(shifts.mean(axis=0, keepdims=True))[0]
 
-    def log_fold_change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
-        """Return log fold changes of the cells' levels ℓ as the latent space knows them: log((ℓ + (1 + ℓ) Δ) / ℓ), Δ the change of log1p ℓ."""
+    def log_fold_change(self, z: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+        """Return log((ℓ + (1 + ℓ) Δ) / ℓ), (cells, genes): ℓ are decoded levels, Δ the changes of log1p ℓ."""
         level = np.expm1(np.maximum(self.decode(z), 0.0))
         level = np.maximum(level, LOWEST_SHARE * np.maximum(level.mean(axis=0), 1e-3))
-        return np.log(np.maximum(level + (1.0 + level) * self._linear(moved), LEAST_LEFT * level) / level)
+        changed = level + (1.0 + level) * self._linear(shifts)
+        return np.log(np.maximum(changed, LEAST_LEFT * level) / level)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the arrays to be stored."""
@@ -139,11 +147,11 @@ class LatentSpace:
 
 
 def sampled_rows(pairs: Pairs) -> np.ndarray:
-    """Return the rows of at most MAX_CELLS training cells, the same for the same screen."""
+    """Return rows of at most MAX_CELLS training cells, the same for the same screen."""
     rows = np.flatnonzero((pairs.obs["role"] == "train").to_numpy())
     return rows if len(rows) <= MAX_CELLS else np.sort(np.random.default_rng(0).choice(rows, MAX_CELLS, replace=False))
 
 
 def training_sample(pairs: Pairs) -> np.ndarray:
-    """Return these cells, (cells, genes)."""
+    """Return the cells of `sampled_rows`, (cells, genes)."""
     return pairs.X[sampled_rows(pairs)].toarray().astype(np.float64)

@@ -1,8 +1,8 @@
-"""A latent space of counts: a variational autoencoder with a negative binomial likelihood and the cell's own library size.
+"""A latent space of counts: a variational autoencoder with negative binomial likelihood and the cell's library size.
 
-As in scVI (Lopez et al. 2018, eq. 1-4): z ~ N(0, I), the share of each gene ρ = softmax(decoder(z)), counts k ~ NB(mean l ρ, shape θ) with l the
-cell's counts over the panel, which are given and not learned; θ is one number per gene. Batches are not given to it: moves between cells of
-one batch leave them alone.
+As in scVI (Lopez et al. 2018, eq. 1-4): z ~ N(0, I), the share of each gene ρ = softmax(decoder(z)), counts k ~ NB(mean
+l ρ, shape θ). The library size l is the cell's counts over the panel; it is given and not learned. θ is one number per
+gene. The network does not get batches: latent shifts stay within one batch.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,21 +17,18 @@ from torch import Tensor, nn
 from perturbflow.io.hdf5 import CsrRows
 from perturbflow.models.base import Run
 from perturbflow.models.thinning import counts_of
-from perturbflow.models.training.batches import STEPS_PER_EPOCH, WATCHED, Batches, Drawn
+from perturbflow.models.training.batches import STEPS_PER_EPOCH, WATCHED, Batches, Sampler
 from perturbflow.models.training.loop import Learner, Optimization, optimize
 from perturbflow.models.training.networks import mlp
 from perturbflow.pairs import Pairs
 
 WIDTH = 128
 LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 2e-3, 1e-4, 0.99
-PRIOR_WEIGHT = 0.1  # of the Kullback-Leibler term: the latent is to be moved in, not drawn from its prior
+PRIOR_WEIGHT = 0.1  # of the Kullback-Leibler term: low, as no cells are sampled from the prior
 CELLS_PER_BLOCK = 4096
 VALUES_IN_MEMORY = 2**26  # 0.5 GB
-N_RUNS, RUN, STEPS_PER_READ = (
-    64,
-    256,
-    100,
-)  # what is read of a larger file at once, and how many batches are drawn from it
+# A larger file is read in so many runs of neighbouring cells at once, which serve so many batches.
+N_RUNS, RUN, STEPS_PER_READ = 64, 256, 100
 
 
 def negative_binomial(k: Tensor, mean: Tensor, shape: Tensor) -> Tensor:
@@ -75,9 +72,16 @@ class CountNetwork(nn.Module):
 
 
 class Cells:
-    """A batch of cells: what a network reads of them, x, counts k, (B, genes), and what one count is worth in every cell, (B, 1).
+    """A batch of cells.
 
-    x is log1p expression, (B, genes); for a decoder without an encoder to be trained it is latent coordinates, (B, n_latent).
+    Parameters
+    ----------
+    x
+        Input of the network: log1p expression, (B, genes), or latent coordinates, (B, n_latent), for a decoder alone.
+    k
+        Counts, (B, genes).
+    unit
+        Value of one count in every cell, (B, 1).
     """
 
     def __init__(self, x: Tensor, k: Tensor, unit: Tensor) -> None:
@@ -91,11 +95,12 @@ class Cells:
         return Cells(self.x.to(device), self.k.to(device), self.unit.to(device))
 
 
-class DrawnCells:
-    """Draws batches of training cells, the same for the same seed.
+class CellSampler:
+    """Samples batches of training cells, the same for the same seed.
 
-    Cells are drawn from all where these are in memory or small enough to be read. From a larger file N_RUNS runs of RUN neighbouring
-    cells each are read, from random places, and STEPS_PER_READ batches drawn from them, while the next ones are read in a thread.
+    Batches are sampled from all cells where these are in memory or small enough to be read. Of a larger file, N_RUNS
+    runs of RUN neighbouring cells are read from random places and serve STEPS_PER_READ batches. Meanwhile a thread
+    reads the next runs.
 
     Parameters
     ----------
@@ -108,7 +113,9 @@ class DrawnCells:
         self._last: tuple[tuple[int, ...], sparse.csr_matrix] | None = None
         self._ahead: dict[tuple[int, ...], Future[sparse.csr_matrix]] = {}
         self._reader = ThreadPoolExecutor(1)
-        self._reading = Lock()  # batches are drawn in a thread, those to be watched are not
+        self._reading = (
+            Lock()
+        )  # a thread samples the batches of training; those to be watched are sampled outside of it
 
     def _runs(self, seed: tuple[int, ...]) -> sparse.csr_matrix:
         """Read runs of cells at places that depend on the seed alone."""
@@ -118,7 +125,7 @@ class DrawnCells:
         return self.X[rows[rows < self.X.shape[0]]]
 
     def _read(self, seed: tuple[int, ...]) -> sparse.csr_matrix:
-        """Return the runs of (..., epoch, read in the epoch); the last ones are kept, and those that training asks for next are on their way."""
+        """Return the runs of (..., epoch, read in the epoch), and start to read those that training needs next."""
         with self._reading:
             if self._last is None or self._last[0] != seed:
                 self._last = seed, self._ahead.pop(seed).result() if seed in self._ahead else self._runs(seed)
@@ -130,26 +137,23 @@ class DrawnCells:
             return self._last[1]
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Cells:
-        """Return cells drawn with replacement, with their counts."""
+        """Return a sample of cells with replacement, with their counts."""
         X = self.X
         if isinstance(X, CsrRows):
             *outer, step = seed
             X = self._read((*outer, step // STEPS_PER_READ))
         x = X[np.sort(np.random.default_rng(seed).integers(0, X.shape[0], size))].toarray()
         k, unit = counts_of(x)
-        return Cells(torch.from_numpy(x), *(torch.from_numpy(table.astype(np.float32)) for table in (k, unit[:, None])))
+        k, unit = (torch.from_numpy(table.astype(np.float32)) for table in (k, unit[:, None]))
+        return Cells(torch.from_numpy(x), k, unit)
 
 
 def trained(
-    network: nn.Module, cells: Drawn, n_steps: int, batch_size: int, optimization: Optimization, run: Run
+    network: nn.Module, cells: Sampler, n_steps: int, batch_size: int, optimization: Optimization, run: Run
 ) -> nn.Module:
-    """Return the averaged network after its training; goes on from a checkpoint of the same training."""
-    learner = Learner(
-        network,
-        run.seed,
-        n_steps,
-        replace(optimization, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, ema_decay=EMA_DECAY),
-    )
+    """Return the averaged network after its training; resumes from a checkpoint of the same training."""
+    of_vae = replace(optimization, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, ema_decay=EMA_DECAY)
+    learner = Learner(network, run.seed, n_steps, of_vae)
     own = replace(run, checkpoints=run.checkpoints / "autoencoder", history=[], facts={})
     optimize(learner, Batches(cells, None, batch_size, run.seed), own, "autoencoder")
     run.facts["autoencoder"] = {"n_parameters": own.facts["n_parameters"], **own.history[-1]}
@@ -157,7 +161,7 @@ def trained(
 
 
 class NetworkLatent:
-    """Latent coordinates that an encoder makes, centred and scaled by training cells, and shares of genes that a decoder makes of them.
+    """A latent space of an encoder and a decoder: centred and scaled coordinates, and shares of genes.
 
     Parameters
     ----------
@@ -188,42 +192,41 @@ class NetworkLatent:
         return np.concatenate(blocks)
 
     def embed(self, x: np.ndarray) -> Tensor:
-        """Return what the encoder makes of log1p-normalized cells, (cells, genes) → (cells, dimensions)."""
+        """Return the encoder's coordinates of log1p-normalized cells, (cells, genes) → (cells, dimensions)."""
         return self.network.embed(torch.from_numpy(x.astype(np.float32)))
 
     @torch.no_grad()
     def _log_share(self, z: np.ndarray) -> np.ndarray:
-        return self.network.log_share(
-            torch.from_numpy(z.astype(np.float32)) * self.network.scale + self.network.centre
-        ).numpy()
+        h = torch.from_numpy(z.astype(np.float32)) * self.network.scale + self.network.centre
+        return self.network.log_share(h).numpy()
 
-    def log_fold_change(self, z: np.ndarray, moved: np.ndarray) -> np.ndarray:
-        """Return log ρ(z + moved) − log ρ(z)."""
-        return self._log_share(z + moved) - self._log_share(z)
+    def log_fold_change(self, z: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+        """Return log ρ(z + shifts) − log ρ(z)."""
+        return self._log_share(z + shifts) - self._log_share(z)
 
-    def change(self, z: np.ndarray, moved: np.ndarray, total: np.ndarray) -> np.ndarray:
-        """Return log1p(l ρ(z + moved)) − log1p(l ρ(z))."""
-        after, before = (np.log1p(total[:, None] * np.exp(self._log_share(at))) for at in (z + moved, z))
+    def change(self, z: np.ndarray, shifts: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Return log1p(l ρ(z + shifts)) − log1p(l ρ(z))."""
+        after, before = (np.log1p(total[:, None] * np.exp(self._log_share(at))) for at in (z + shifts, z))
         return after - before
 
-    def mean_change(self, moved: np.ndarray) -> np.ndarray | None:
-        """Nothing: rates change, and the mean of log1p counts is what counts at these rates have."""
+    def mean_change(self, shifts: np.ndarray) -> np.ndarray | None:
+        """Return None: shifts change rates, and counts at these rates decide the mean of log1p expression."""
         return None
 
 
 class CountLatent(NetworkLatent):
-    """Latent coordinates of the autoencoder of this module: the mean of a cell's posterior."""
+    """Latent coordinates of the autoencoder: the mean of a cell's posterior."""
 
     @classmethod
     def fit(
         cls, pairs: Pairs, n_latent: int, n_steps: int, batch_size: int, optimization: Optimization, run: Run
     ) -> "CountLatent":
-        """Train on the cells of the training role; goes on from a checkpoint of the same training."""
+        """Train on training cells; resumes from a checkpoint of the same training."""
         training = pairs.roles("train")
         X = training.X
         torch.manual_seed(run.seed)
         network = CountNetwork(X.shape[1], n_latent)
-        latent = cls(trained(network, DrawnCells(X), n_steps, batch_size, optimization, run))
+        latent = cls(trained(network, CellSampler(X), n_steps, batch_size, optimization, run))
         z = np.concatenate([latent.encode(block) for _, block in training.blocks()])
         latent.network.centre.copy_(torch.from_numpy(z.mean(axis=0)))
         latent.network.scale.copy_(torch.from_numpy(np.maximum(z.std(axis=0), 1e-3)))

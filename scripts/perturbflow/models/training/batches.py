@@ -23,7 +23,7 @@ WATCHED, VALIDATED = 2**30, 2**31  # in place of an epoch: no training has as ma
 
 @dataclass(frozen=True)
 class Batch:
-    """Matched cells, in latent coordinates: B start cells, what perturbation they got, and cells that did get it.
+    """Matched cells in latent coordinates: B start cells, and B targets with their perturbations.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class Batch:
     genes
         (B, members) of gene indices, -1 for none; all -1 for control.
     group
-        (B,): equal where cells share perturbation, batch and cell type, so that any start goes with any target.
+        (B,): equal where cells share perturbation, batch and cell type. Within a group any start fits any target.
     """
 
     start: Tensor
@@ -49,25 +49,25 @@ class Batch:
 
 
 def encoded(pairs: Pairs, latent: Latent) -> Tensor:
-    """Return latent coordinates of all cells, (cells, dimensions), from one pass over them."""
+    """Return latent coordinates of all cells, (cells, dimensions), in one pass over the cells."""
     z = torch.empty(len(pairs.rows), latent.n_dimensions)
     for rows, X in pairs.blocks():
         z[rows] = torch.from_numpy(latent.encode(X))
     return z
 
 
-class Drawn(Protocol):
-    """Cells that batches are drawn from."""
+class Sampler(Protocol):
+    """Cells that batches are sampled from."""
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Any:
         """Return a batch that depends on the seed alone."""
 
 
 class PairedCells:
-    """Draws batches of matched cells, the same for the same seed and step.
+    """Samples batches of matched cells, the same for the same seed and step.
 
-    Every training perturbation is drawn equally often, controls with a share of their own: a control cell's target is
-    another control of its stratum, which teaches what no perturbation does.
+    Every training perturbation is sampled equally often. Controls have a share of their own: the target of a control
+    cell is another control of its stratum. This teaches the difference between two cells without a perturbation.
 
     Parameters
     ----------
@@ -80,16 +80,16 @@ class PairedCells:
     control_share
         Share of controls in a batch.
     synthetic_share
-        Share of targets to which the mean effect of another single perturbation is added: composed combinations, an
-        assumption of additivity that measured combinations can correct. Used only where training holds combinations.
+        Share of composed combinations: targets plus the mean effect of another single perturbation. They assume
+        additivity, which measured combinations can correct. Used only where training holds combinations.
     shifted_share
-        Share of start cells that are no controls but perturbed training cells of the same batch and cell type less the mean
-        effect of their perturbation. Screens with a hundred controls have thousands of these; without them a network learns
-        its few controls by heart.
-    cells_per_draw
-        Cells of one perturbation that are drawn together: 1 mixes best, more gives groups to couple within.
+        Share of start cells that are perturbed training cells, of the same batch and cell type, minus the mean effect
+        of their perturbation. Screens with a hundred controls have thousands of these cells. Without them a network
+        memorizes its few controls.
+    cells_together
+        Cells of one perturbation that are sampled together. 1 mixes best; more gives groups to couple within.
     residual
-        Whether targets are perturbed cells less the mean effect of their perturbation: what is left for a model whose mean is given.
+        Whether targets are perturbed cells minus the mean effect of their perturbation, for a model with a given mean.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class PairedCells:
         control_share: float,
         synthetic_share: float,
         shifted_share: float,
-        cells_per_draw: int,
+        cells_together: int,
         *,
         residual: bool = False,
     ) -> None:
-        self.cells_per_draw = cells_per_draw
+        self.cells_together = cells_together
         self.pairs, self.z = pairs, z
         groups = pairs.groups
         self.labels = pairs.perturbations
@@ -121,7 +121,7 @@ class PairedCells:
             rows[pairs.is_control[rows]] for rows in strata.indices.values() if pairs.is_control[rows].any()
         ]
         effects = torch.from_numpy(groups.effects(groups.sums(z.numpy())).astype(np.float32))
-        # What is taken off a cell: the mean effect of its perturbation, in the last row that of none.
+        # The last row is the effect of no perturbation.
         self.effect = torch.cat([effects, torch.zeros(1, z.shape[1])])
         self.perturbation = np.where(pairs.is_control, len(self.labels), groups.of_cell)
         self.residual = residual
@@ -140,18 +140,18 @@ class PairedCells:
         self.base = conditions.base
 
     def shifted(self, rows: np.ndarray) -> Tensor:
-        """Return cells less the mean effect of their perturbation, (rows, dimensions)."""
+        """Return cells minus the mean effect of their perturbation, (rows, dimensions)."""
         return self.z[rows] - self.effect[self.perturbation[rows]]
 
     def batch(self, size: int, seed: tuple[int, ...]) -> Batch:
         """Return a batch that depends on the seed alone."""
         rng = np.random.default_rng(seed)
-        draw = np.arange(size) // self.cells_per_draw
-        n_draws = int(draw[-1]) + 1
-        drawn = rng.integers(0, len(self.labels), n_draws)[draw]
-        target = self.cells[self.first_cell[drawn] + rng.integers(0, self.n_cells[drawn])]
+        sample = np.arange(size) // self.cells_together
+        n_samples = int(sample[-1]) + 1
+        label = rng.integers(0, len(self.labels), n_samples)[sample]
+        target = self.cells[self.first_cell[label] + rng.integers(0, self.n_cells[label])]
         start = self.control_index[target, rng.integers(0, self.control_index.shape[1], size)]
-        genes = self.genes[drawn].clone()
+        genes = self.genes[label].clone()
         is_control = np.flatnonzero(rng.random(size) < self.control_share)
         for i in is_control:
             pool = self.controls[rng.integers(len(self.controls))]
@@ -164,24 +164,23 @@ class PairedCells:
         before[is_shifted] = self.shifted(any_cell)
         z = self.shifted(target) if self.residual else self.z[target]
         if self.synthetic_share:
-            other = rng.integers(0, len(self.single_genes), n_draws)[draw]
-            is_composed = (rng.random(n_draws) < self.synthetic_share)[draw]
-            is_composed &= ((genes >= 0).sum(dim=1) == 1).numpy() & (
-                self.base[self.single_genes[other]] != self.base[genes[:, 0]]
-            ).numpy()
+            other = rng.integers(0, len(self.single_genes), n_samples)[sample]
+            is_composed = (rng.random(n_samples) < self.synthetic_share)[sample]
+            is_other_gene = self.base[self.single_genes[other]] != self.base[genes[:, 0]]
+            is_composed &= (((genes >= 0).sum(dim=1) == 1) & is_other_gene).numpy()
             z[is_composed] += self.single_effects[other[is_composed]]
             genes[is_composed, 1] = self.single_genes[other[is_composed]]
-        group = draw * (self.stratum.max() + 1) + self.stratum[target]
+        group = sample * (self.stratum.max() + 1) + self.stratum[target]
         group[is_control] = -1 - self.stratum[target[is_control]]
         return Batch(before, z, genes, torch.from_numpy(group))
 
 
-def drawn_ahead(cells: Drawn, size: int, seeds: Iterable[tuple[int, ...]]) -> Iterator[Any]:
-    """Yield a batch per seed, each drawn in a thread while the one before is in use."""
-    with ThreadPoolExecutor(1) as drawing:
+def sampled_ahead(cells: Sampler, size: int, seeds: Iterable[tuple[int, ...]]) -> Iterator[Any]:
+    """Yield a batch per seed. A thread samples the next batch while one is in use."""
+    with ThreadPoolExecutor(1) as thread:
         ahead: Future | None = None
         for seed in seeds:
-            last, ahead = ahead, drawing.submit(cells.batch, size, seed)
+            last, ahead = ahead, thread.submit(cells.batch, size, seed)
             if last is not None:
                 yield last.result()
         if ahead is not None:
@@ -191,17 +190,17 @@ def drawn_ahead(cells: Drawn, size: int, seeds: Iterable[tuple[int, ...]]) -> It
 class _Stream(IterableDataset):
     """The batches of one epoch."""
 
-    def __init__(self, cells: Drawn, size: int, seed: int, epoch: int, n_batches: int) -> None:
+    def __init__(self, cells: Sampler, size: int, seed: int, epoch: int, n_batches: int) -> None:
         self.cells, self.size, self.seeds = cells, size, [(seed, epoch, i) for i in range(n_batches)]
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from drawn_ahead(self.cells, self.size, self.seeds)
+        yield from sampled_ahead(self.cells, self.size, self.seeds)
 
 
 class Batches(pl.LightningDataModule):
-    """Batches that depend on seed and epoch, so that a resumed training sees what it would have seen."""
+    """Batches that depend on seed and epoch, so that a resumed training sees the same batches."""
 
-    def __init__(self, training: Drawn, validation: Drawn | None, size: int, seed: int) -> None:
+    def __init__(self, training: Sampler, validation: Sampler | None, size: int, seed: int) -> None:
         super().__init__()
         self.training, self.validation, self.size, self.seed = training, validation, size, seed
         self._watched: list[Batch] | None = None
@@ -209,13 +208,13 @@ class Batches(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the current epoch.
 
-        Counted in steps: when a training is resumed, Lightning asks for batches before it has counted its epoch on.
+        The epoch is counted in steps: Lightning asks a resumed training for batches before it updates its own epoch.
         """
         epoch = self.trainer.global_step // STEPS_PER_EPOCH
         return DataLoader(_Stream(self.training, self.size, self.seed, epoch, STEPS_PER_EPOCH), batch_size=None)
 
     def watched(self) -> list[Batch]:
-        """Return a batch of training cells and, where there are any, one of validation cells: always the same."""
+        """Return a batch of training cells and one of validation cells where there are any: always the same ones."""
         if self._watched is None:
             kinds = [cells for cells in (self.training, self.validation) if cells is not None]
             self._watched = [cells.batch(N_WATCHED, (self.seed, WATCHED, 0)) for cells in kinds]

@@ -1,4 +1,4 @@
-"""Perturbations as a network knows them: sets of entries, each a gene or a drug at a dose."""
+"""Perturbations as inputs of a network: sets of entries, each a gene or a drug at a dose."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from perturbflow.genes.symbols import members_of, without_dose
 
 
 class Conditions:
-    """The perturbed genes and drugs that a model knows, as indices of entries.
+    """The perturbed genes and drugs of a model, as indices of entries.
 
     Parameters
     ----------
     genes
-        Members of labels, in the order of `vectors`; a drug at several doses (`DRUG@dose`) is as many entries of one base.
+        Members of labels, in the order of `vectors`. A drug at several doses (`DRUG@dose`) has one entry per dose.
     vectors
         Standardized embeddings, (entries, dimensions).
 
@@ -34,7 +34,7 @@ class Conditions:
         self._base = {name: i for i, name in enumerate(dict.fromkeys(names))}
         self.base = torch.tensor([self._base[name] for name in names])
         logged = np.log1p([dose for dose in doses if dose is not None])
-        # Doses that are all the same tell nothing of doses.
+        # Equal doses have no spread to be scaled by.
         varies = len(logged) > 0 and logged.std() > 0
         self._centre, self._spread = (float(logged.mean()), float(logged.std())) if varies else (0.0, float("inf"))
         self.log_dose = torch.tensor([self._standardized(dose) for dose in doses])
@@ -44,7 +44,7 @@ class Conditions:
         return 0.0 if dose is None else float((np.log1p(dose) - self._centre) / self._spread)
 
     def add_doses(self, label: str) -> bool:
-        """Make an entry of every member that is a known drug at a new dose; tell whether there was one."""
+        """Make an entry of every member that is a known drug at a new dose; return whether there was one."""
         new = [member for member in self.unknown(label) if without_dose(member)[0] in self._base]
         for member in new:
             name, dose = without_dose(member)

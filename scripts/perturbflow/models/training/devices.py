@@ -1,4 +1,4 @@
-"""Which device a training runs on."""
+"""The device that a training runs on."""
 
 import torch
 
@@ -11,7 +11,7 @@ def accelerator(device: str) -> str:
     Raises
     ------
     InputError
-        If the device is not here.
+        If this machine lacks the device.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":

@@ -1,4 +1,4 @@
-"""A training loop that survives being killed: PyTorch Lightning's Trainer, an average of weights, and a history."""
+"""The training loop: PyTorch Lightning's Trainer, an average of weights, and a history. A killed training resumes."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from perturbflow.errors import InputError
 from perturbflow.io.artefacts import DAMAGED, load_checkpoint, save_checkpoint
 from perturbflow.models.base import Run
-from perturbflow.models.training.batches import STEPS_PER_EPOCH, Batch, Batches, Drawn, drawn_ahead
+from perturbflow.models.training.batches import STEPS_PER_EPOCH, Batch, Batches, Sampler, sampled_ahead
 from perturbflow.models.training.devices import accelerator
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,14 @@ MAX_GRADIENT = 1.0  # norm
 
 @dataclass(frozen=True)
 class Optimization:
-    """How weights are found.
+    """How weights are optimized.
 
     Attributes
     ----------
     learning_rate, weight_decay
         Of AdamW.
     ema_decay
-        Of the moving average of weights, which is what predicts.
+        Of the moving average of weights, which predicts.
     """
 
     learning_rate: float
@@ -53,10 +53,11 @@ class Learner(pl.LightningModule):
     Parameters
     ----------
     network
-        With a method `losses(batch) -> dict of tensors`; the entry "loss" is minimized, the others are reported. It may have `after_step(progress)`;
-        and `watch(batch) -> dict of tensors` with `complaint(watched) -> text or None`, which tell whether its training makes sense.
+        With a method `losses(batch) -> dict of tensors`: the entry "loss" is minimized, the others are reported. It may
+        have `after_step(progress)`. It may have `watch(batch) -> dict of tensors` and `complaint(watched) -> text or
+        None`, which check whether its training makes sense.
     stops
-        Whether a complaint in the second half of the training is an error; else that of the end is a fact of the run.
+        Whether a complaint in the second half of the training is an error. Otherwise the last one is a fact of the run.
     """
 
     def __init__(
@@ -86,15 +87,14 @@ class Learner(pl.LightningModule):
         warm_up = min(100, self.n_steps // 10)
 
         def factor(step: int) -> float:
-            return (
-                min(1.0, (step + 1) / max(1, warm_up)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.n_steps)))
-            )
+            warmth = min(1.0, (step + 1) / max(1, warm_up))
+            return warmth * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.n_steps)))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Tie noise and dropout to the step, so that a resumed training draws what it would have drawn."""
+        """Tie noise and dropout to the step, so that a resumed training has the same noise."""
         _tie_noise(self.seed, self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -106,29 +106,29 @@ class Learner(pl.LightningModule):
         return losses["loss"]
 
     def mean_losses(self) -> dict[str, float]:
-        """Return the means since the last call: Lightning's own log does the same, at a cost that small networks feel."""
+        """Return the mean losses since the last call. Lightning's own log slows the steps of small networks."""
         means = {name: float(total) / self.n_in_totals for name, total in self.totals.items()}
         self.totals, self.n_in_totals = {}, 0
         return means
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        """Move the average, and let the network do what it does after a step."""
+        """Update the average, and let the network finish its step."""
         self.after_step(self.global_step)
 
     def after_step(self, n_done: int) -> None:
-        """Move the average, and let the network do what it does after so many steps."""
+        """Update the average, and let the network finish the last of so many steps."""
         self.average.update_parameters(self.network)
         if hasattr(self.network, "after_step"):
             self.network.after_step(n_done / self.n_steps)
 
     @torch.no_grad()
     def watched(self) -> dict[str, float]:
-        """Return what the averaged network says of itself on fixed cells: of the training role and, with a prefix, of validation.
+        """Return the averaged network's report on fixed cells of training and, with a prefix, of validation.
 
         Raises
         ------
         InputError
-            If something is wrong with it in the second half of the training.
+            If the network complains in the second half of the training.
         """
         network, cells = self.average.module, self.trainer.datamodule
         if not hasattr(network, "watch"):
@@ -156,8 +156,8 @@ class Learner(pl.LightningModule):
 def _tie_noise(seed: int, step: int) -> None:
     """Seed all that is random in a step.
 
-    Without an accelerator this asks the CPU's generator itself. `torch.manual_seed` would keep a traceback for devices
-    to come, which costs a tenth of a small step.
+    Without an accelerator this seeds the CPU's generator directly. `torch.manual_seed` would also keep a traceback for
+    later devices, which takes a tenth of a small step.
     """
     seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     seed_all(seed * 1_000_003 + step)
@@ -165,7 +165,7 @@ def _tie_noise(seed: int, step: int) -> None:
 
 def _finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
     if not torch.isfinite(losses["loss"]):
-        raise InputError(f"the loss is no number at step {step}; lower learning_rate in the model's params.")
+        raise InputError(f"the loss is not finite at step {step}; lower learning_rate in the model's params.")
     return losses
 
 
@@ -190,7 +190,7 @@ class _History(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
         if self.rows and self.rows[-1]["step"] >= step:
-            return  # a resumed training ends the epoch of its checkpoint once more
+            return  # a resumed training ends the epoch of its checkpoint again
         found = {**pl_module.mean_losses(), **trainer.callback_metrics, **pl_module.watched()}
         row = {"step": step, **{name: round(float(value), 6) for name, value in found.items()}}
         self.rows.append(row)
@@ -204,7 +204,7 @@ class _History(Callback):
 
 
 class _WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all; Lightning's own are copied from the system's temporary folder to their final name."""
+    """Checkpoints that appear whole or not at all. Lightning copies its own to the final name byte by byte."""
 
     def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object | None = None) -> None:
         save_checkpoint(Path(path), checkpoint)
@@ -214,7 +214,7 @@ class _WholeCheckpoints(TorchCheckpointIO):
 
 
 def resumable(last: Path, name: str) -> dict | None:
-    """Return what is in the last checkpoint if training can go on from it; a damaged one is soon replaced."""
+    """Return the content of the last checkpoint; None if there is none, or a damaged one, which is soon replaced."""
     if not last.exists():
         return None
     try:
@@ -226,13 +226,13 @@ def resumable(last: Path, name: str) -> dict | None:
     return found
 
 
-def optimize_briefly(learner: Learner, cells: Drawn, batch_size: int) -> nn.Module:
-    """Return the averaged network after the same steps as `optimize` takes, on the CPU in float32, without checkpoints and history."""
+def optimize_briefly(learner: Learner, cells: Sampler, batch_size: int) -> nn.Module:
+    """Return the averaged network after the steps of `optimize`, on the CPU, without checkpoints and history."""
     configured = learner.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     learner.network.train()
     seeds = ((learner.seed, *divmod(step, STEPS_PER_EPOCH)) for step in range(learner.n_steps))
-    for step, batch in enumerate(drawn_ahead(cells, batch_size, seeds)):
+    for step, batch in enumerate(sampled_ahead(cells, batch_size, seeds)):
         _tie_noise(learner.seed, step)
         optimizer.zero_grad()
         _finite(learner.network.losses(batch), step)["loss"].backward()
@@ -246,56 +246,25 @@ def optimize_briefly(learner: Learner, cells: Drawn, batch_size: int) -> nn.Modu
 def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     """Train a learner to its last step, from the last checkpoint of the same training where there is one.
 
-    Checkpoints of another identity (other params, data, code or seed) are left alone and not resumed.
+    Checkpoints of another identity (other params, data, code or seed) stay as they are and are not resumed.
     """
     torch.set_num_threads(max(1, run.threads))
-    folder = run.checkpoints / run.identity
+    last = run.checkpoints / run.identity / "last.ckpt"
     history = _History(name, learner.n_steps)
-    callbacks: list[Callback] = [
-        history,
-        ModelCheckpoint(
-            dirpath=folder,
-            filename="last",
-            every_n_epochs=1,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        ),
-    ]
-    if sys.stderr.isatty():
-        callbacks.append(TQDMProgressBar(refresh_rate=20))
     for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    last = folder / "last.ckpt"
     with warnings.catch_warnings():
-        # Lightning's own use of a function of torch; nothing that a reader of the log could do about.
+        # Lightning's own use of a function of torch; a reader of the log cannot change it.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         # A job is one process; Lightning must not take it for a step of SLURM with several tasks.
         warnings.filterwarnings("ignore", message="The `srun` command is available")
-        trainer = pl.Trainer(
-            max_steps=learner.n_steps,
-            accelerator=accelerator(run.device),
-            devices=1,
-            plugins=[LightningEnvironment(), _WholeCheckpoints()],
-            logger=False,
-            callbacks=callbacks,
-            enable_progress_bar=sys.stderr.isatty(),
-            enable_model_summary=False,
-            gradient_clip_val=MAX_GRADIENT,
-            num_sanity_val_steps=0,
-            limit_val_batches=0 if batches.validation is None else 1.0,
-            reload_dataloaders_every_n_epochs=1,
-            check_val_every_n_epoch=1,
-            default_root_dir=str(run.checkpoints),
-        )
+        trainer = _trainer(learner.n_steps, batches, run, _callbacks(history, last))
+        resumed = last if resumable(last, name) else None
         try:
-            trainer.fit(
-                learner, datamodule=batches, ckpt_path=last if resumable(last, name) else None, weights_only=True
-            )
+            trainer.fit(learner, datamodule=batches, ckpt_path=resumed, weights_only=True)
         except SIGTERMException:
-            logger.warning(
-                "%s: told to end (cancelled, or its run time is over); the next attempt goes on from the last checkpoint",
-                name,
-            )
+            text = "%s: asked to end (cancelled, or out of run time); the next attempt resumes from the last checkpoint"
+            logger.warning(text, name)
             sys.exit(128 + signal.SIGTERM)
     run.history.extend(history.rows)
     run.facts["device"] = str(trainer.strategy.root_device)
@@ -304,3 +273,35 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         logger.warning("%s: %s", name, complaint)
     run.facts["n_parameters"] = sum(parameter.numel() for parameter in learner.network.parameters())
     run.facts["versions"] = {"torch": torch.__version__, "pytorch_lightning": pl.__version__}
+
+
+def _trainer(n_steps: int, batches: Batches, run: Run, callbacks: list[Callback]) -> pl.Trainer:
+    """Return Lightning's Trainer: one process on one device, no logs of its own, whole checkpoints."""
+    return pl.Trainer(
+        max_steps=n_steps,
+        accelerator=accelerator(run.device),
+        devices=1,
+        plugins=[LightningEnvironment(), _WholeCheckpoints()],
+        logger=False,
+        callbacks=callbacks,
+        enable_progress_bar=sys.stderr.isatty(),
+        enable_model_summary=False,
+        gradient_clip_val=MAX_GRADIENT,
+        num_sanity_val_steps=0,
+        limit_val_batches=0 if batches.validation is None else 1.0,
+        reload_dataloaders_every_n_epochs=1,
+        check_val_every_n_epoch=1,
+        default_root_dir=str(run.checkpoints),
+    )
+
+
+def _callbacks(history: _History, last: Path) -> list[Callback]:
+    """Return the callbacks of a training: its history, a checkpoint per epoch, and a progress bar on a terminal."""
+    checkpoint = ModelCheckpoint(
+        dirpath=last.parent,
+        filename=last.stem,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    return [history, checkpoint, *([TQDMProgressBar(refresh_rate=20)] if sys.stderr.isatty() else [])]

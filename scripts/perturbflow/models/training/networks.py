@@ -1,4 +1,4 @@
-"""Building blocks that the learned families share."""
+"""Building blocks of the learned families."""
 
 import itertools
 import math
@@ -35,24 +35,24 @@ class TimeEmbedding(nn.Module):
 
 
 class GeneEncoder(nn.Module):
-    """A vector per perturbed gene or drug: from its embedding, plus what training learned of this very one, scaled by its dose.
+    """A vector per perturbed gene or drug: a projection of its embedding plus a part of its own, scaled by its dose.
 
-    The own part is dropped at random in training, so that the embedding part has to stand alone for genes that
-    training never saw perturbed: for them the own part is zero. The vector of a drug at a dose d is that of the drug times
-    2 sigmoid(a (log(1 + d) − m) / s), m and s mean and deviation of the screen's doses and a learned (scPPDM, eq. 16: strength rises
-    with log dose and saturates); without a dose the factor is 1.
+    Training learns the own part, and drops it at random: then the projection has to serve alone, as it does for genes
+    that training never perturbed. Their own part is zero. At a dose d the vector is scaled by
+    2 sigmoid(a (log(1 + d) − m) / s). m and s are mean and deviation of log(1 + d) over the screen's doses; a is
+    learned (scPPDM, eq. 16: strength rises with log dose and saturates). Without a dose the factor is 1.
 
     Parameters
     ----------
     conditions
-        The entries that an index means.
+        The entries that indices refer to.
     width
         Size of the vector.
     own_dropout
         Probability that a gene's own part is dropped in a training step.
     drops_together
-        Whether it is dropped for all cells of the step or none. For a loss on means over cells, a part that is dropped in some of them is
-        learned too large by as much.
+        Whether it is dropped for all cells of the step or none. Under a loss on means over cells, a part that is
+        dropped in some cells would be learned too large, to make up for these.
     """
 
     def __init__(self, conditions: Conditions, width: int, own_dropout: float, *, drops_together: bool = False) -> None:
