@@ -276,9 +276,9 @@ FAMILIES = {
         "jepa:Jepa", kind="learned", params=JepaParams, rule="train_jepa",
         losses={
             "stage_a": "Loss: squared error of the target's embedding (invariance), plus terms against collapse. It "
-            "rises by design. These terms make the target's embedding grow from near 0 to a deviation of 1. The predicted "
-            "part shrinks from a half of a cell's molecules to a tenth, which is mostly noise. So the loss measures "
-            "no progress; the effective rank shows a collapse.",
+            "rises by design. These terms make the target's embedding grow from near 0 to a deviation of 1. The "
+            "predicted part shrinks from a half of a cell's molecules to a tenth, which is mostly noise. So the loss "
+            "measures no progress; the effective rank shows a collapse.",
             "stage_c": "Loss: negative log likelihood of the counts, per gene, given the embedding. It falls to what "
             "counting noise leaves.",
             "": "Loss: error of the mean effects of groups of cells (effect), negative log likelihood of their cells "
