@@ -46,7 +46,11 @@ CONFIG = {
 CODE = {
     "a message": ("files.py", "is not valid JSON", "cannot be read as JSON"),
     "a log line": ("pairs.py", "logger.info(", "logger.debug("),
-    "a new family": ("models/closed_form/baselines.py", "class Additive(", "class Another:\n    level = 3\n\n\nclass Additive("),
+    "a new family": (
+        "models/closed_form/baselines.py",
+        "class Additive(",
+        "class Another:\n    level = 3\n\n\nclass Additive(",
+    ),
     "a comment": ("models/diffusion.py", "class Diffusion(", "# a remark\nclass Diffusion("),
     "the metrics": ("evaluation/inputs.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9"),
     "the pairing": ("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 3"),
