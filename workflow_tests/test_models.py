@@ -101,9 +101,9 @@ def test_own_gene_recovers_a_planted_knock_down(screen: tuple[Pairs, Embeddings]
     for gene, effect in effects.single.items():
         assert own.effect(control[row[gene]]) == pytest.approx(effect[row[gene]], abs=0.45)
         assert own.effect(control[row[gene]]) < -0.4
-    assert own.shift(0.01) >= -0.01
+    assert own.effect(0.01) >= -0.01
     few = Effects(effects.labels[:2], effects.values[:2], effects.errors[:2])
-    assert OwnGene.fit(training, few).shift(3.0) == 0.0
+    assert OwnGene.fit(training, few).effect(3.0) == 0.0
 
 
 @pytest.mark.parametrize(("shared_part", "low", "high"), [(1.0, 0.8, 1.0), (0.0, 0.0, 0.3)])
