@@ -3,16 +3,16 @@
 Path grammar, with five wildcards only (dataset, split, model, seed, and query for counterfactuals):
 
   resources/{dataset}/raw/manifest.json                                what was retrieved, beside the files themselves
-  resources/{dataset}/embedding.parquet                                vectors of genes, where the name is that of a prior
+  resources/{dataset}/embedding.parquet                                vectors of genes, for the name of a prior
   results/{dataset}/harmonized.h5ad, harmonization.json                one schema for all; what was dropped and why
-  results/{dataset}/quality.tsv, quality.json, quality.html            what is to be known of a screen before any training
+  results/{dataset}/quality.tsv, quality.json, quality.html            quality of a screen, before any training
   results/{dataset}/{split}/split.json                                 perturbations and cells per role
-  results/{dataset}/{split}/pairs.h5ad, embeddings.parquet, audit.json what models train on, and the proof that nothing leaked
+  results/{dataset}/{split}/pairs.h5ad, embeddings.parquet, audit.json training data, and the proof that nothing leaked
   results/{dataset}/{split}/{model}/seed_{seed}/model.npz|.ckpt, run.json, predictions.h5ad, metrics.tsv
   results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, {query}.tsv
   results/{benchmark,calibration,comparisons,strata,verdicts}.tsv      all scores, and what they allow to say
   results/report.html                                                  one page to read
-  results/download_check.tsv                                           what the hosts of all registered screens say today
+  results/download_check.tsv                                           answers of the hosts of all registered screens
 """
 
 from snakemake.utils import min_version
@@ -86,7 +86,10 @@ rule evaluated:
 
 
 rule all:
-    """Everything that is selected: scores, report and counterfactual answers; data and pairs where no model is. A file behind them that was deleted is made again, too."""
+    """Everything that is selected: scores, report and counterfactual answers; without a model, data and pairs.
+
+    A deleted file that these depend on is made again, too.
+    """
     default_target: True
     input:
         [] if plan.runs.empty else [*rules.benchmark.output, *rules.report.output],

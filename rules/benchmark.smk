@@ -1,5 +1,5 @@
 rule benchmark:
-    """Gather all scores: means, what the metrics can tell, differences to baselines, strata, and a verdict per model."""
+    """Gather all scores: means, resolution of metrics, differences to baselines, strata, a verdict per model."""
     input:
         metrics=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/metrics.tsv"

@@ -1,4 +1,4 @@
-"""The plan, and the few functions that rules look things up with."""
+"""The plan, and the few functions by which rules look things up."""
 
 import gc
 import inspect
@@ -11,8 +11,8 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.iocontainers import Wildcards
 
-# Jobs find the package beside their script; rules are told where its light part is. Fetched one by one from a host, as
-# module(snakefile=github(...)) does, the rules stand alone: the package has to be installed then.
+# Jobs find the package beside their script; rules find its light part here. module(snakefile=github(...)) fetches rules
+# one by one from a host: they stand alone, and the package has to be installed then.
 _root = Path(inspect.getfile(lambda: None)).parent.parent
 if (_root / "scripts/perturbflow/registry/plan.py").is_file():
     sys.path.insert(0, str(_root / "scripts"))
@@ -21,27 +21,27 @@ from perturbflow.provenance import records
 from perturbflow.provenance.code_version import code_version
 from perturbflow.errors import InputError
 from perturbflow.io.files import require_writable
-from perturbflow.registry.origins import labels_file, own_files
+from perturbflow.registry.sources import labels_file, own_files
 from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.schemas import CommandLine
 from perturbflow.registry.shipped import above_shipped, shipped_files
 
-# A plan of 15,000 jobs is searched for garbage that it does not hold.
+# A plan of 15,000 jobs holds no garbage, so it is searched rarely.
 gc.set_threshold(100_000, 50, 100)
 
 
-# Such a plan asks a few dozen functions 400,000 times for their parameters, a seventh of the time of a dry run.
+# Such a plan asks a few dozen functions 400,000 times for their parameters: a seventh of the time of a dry run.
 def looked_up(function):
-    """Mark a function that rules look things up with: Python remembers its parameters."""
+    """Mark a function that rules call: Python remembers its parameters."""
     function.__signature__ = inspect.signature(function)
     return function
 
 
-# What the user gives (--configfile, --config, or the host of a module) lies above config/*.yaml. Messages name the file of a
-# mistake; the user's own come last, as they override.
+# The user's values (--configfile, --config, or the host of a module) override config/*.yaml. Messages name the file of
+# a mistake; the user's own files come last, as they override.
 _files = [*shipped_files(), *map(Path, workflow.overwrite_configfiles)]
-# As a module of another workflow: its rules may make the files that its configuration names.
+# The rules of a host workflow may make the files that its configuration names.
 _is_module = Path(workflow.basedir).resolve() != _root.resolve()
 if not _is_module:
     _files.append(CommandLine(workflow.config_settings.config or {}))
@@ -52,7 +52,7 @@ try:
 except InputError as error:
     raise WorkflowError(f"The configuration cannot be run.\n{error}") from None
 
-# Once: a mark that a job's own process touches would be newer than what another job has just made.
+# Once alone: if a job's own process touched the mark, it would be newer than the fresh results of another job.
 if not records.CHANGED.exists():
     records.CHANGED.parent.mkdir(parents=True, exist_ok=True)
     records.CHANGED.touch()
@@ -69,11 +69,11 @@ wildcard_constraints:
     query="[a-z0-9][a-z0-9_]*",
 
 
-# --- what makes a result stale ---------------------------------------------------------------------------------------
-# Beside every result lies a record of what it was made of (perturbflow/provenance/records.py). Time stamps, and what .snakemake/ knows of
-# this folder alone, cannot tell a touched file from a changed one, or a current folder from one that was copied and edited.
+# --- stale results ---------------------------------------------------------------------------------------------------
+# Beside every result lies a record of its code, params and inputs (perturbflow/provenance/records.py). By time stamps,
+# and by .snakemake/, a touched file looks like a changed one, and a copied and edited folder like a current one.
 
-_told = []
+_reasons = []
 
 
 def _fill(items, wildcards):
@@ -95,7 +95,10 @@ def _parts(rule):
 
 
 def _values(rule, wildcards):
-    """Return what the params of a rule say for these wildcards; of those that depend on output, Snakemake takes none for a change either."""
+    """Return the params of a rule for these wildcards, without those that depend on output.
+
+    Snakemake does not take these for a change either.
+    """
     values = dict(wildcards.items())
     for name, value in _parts(rule)[2].items():
         if not callable(value):
@@ -106,7 +109,7 @@ def _values(rule, wildcards):
 
 
 def again(rule):
-    """Return the last input of a rule: the mark that makes its job run again if its results are not what it would make now."""
+    """Return the last input of a rule: the mark that makes its job run again if its results are stale."""
 
     @cache
     def is_stale(*place):
@@ -120,14 +123,14 @@ def again(rule):
         inputs = _fill(inputs, wildcards)
         reason = records.why_stale(outputs, _values(rule, wildcards), inputs)
         if reason:
-            _tell(reason)
+            _report(reason)
             records.outdate(results)
         else:
             records.renew(*_fill([getattr(rules, rule).benchmark], wildcards), results)
         return bool(reason)
 
     def mark(wildcards):
-        # A job's own process is handed what was planned.
+        # A job's own process follows the plan of the main process.
         is_new = workflow.is_main_process and is_stale(*wildcards.items())
         return (
             local(str(records.CHANGED))
@@ -150,26 +153,26 @@ def _settle(result):
     _settle_folder(Path(*parts[: top + 1]))
 
 
-def _tell(reason):
-    """Say why a job runs again; the mark becomes newer than its results."""
-    _told.append(reason)
-    if len(_told) == 1:
+def _report(reason):
+    """Report why a job runs again; the mark becomes newer than its results."""
+    _reasons.append(reason)
+    if len(_reasons) == 1:
         records.CHANGED.write_text(f"{datetime.now(UTC).isoformat()}\n")
     with records.CHANGED.open("a") as file:
         file.write(f"{reason}\n")
-    if len(_told) <= 10:
+    if len(_reasons) <= 10:
         print(f"Made again: {reason}.", file=sys.stderr)
-    elif len(_told) == 11:
+    elif len(_reasons) == 11:
         print(f"More of these: {records.CHANGED}.", file=sys.stderr)
 
 
 def made_of(rule):
-    """Return a params function: what the record beside the results is to say."""
+    """Return a params function: the content of the record beside the results."""
     return looked_up(lambda wildcards, output: _values(rule, wildcards))
 
 
 def code(step, further=None):
-    """Return a params function: the version of the code of a step, and of what its configuration names."""
+    """Return a params function: the version of the code of a step, and of the code that its configuration names."""
     return looked_up(
         lambda wildcards: code_version(step, *(further(wildcards) if further else []))
     )
@@ -192,7 +195,9 @@ def prior_reader(wildcards):
 
 
 def own(rule, paths, wildcards):
-    """Return the user's own files for a rule: they lie where they are, whatever the prefix, and their time stamps play no part.
+    """Return the user's own files for a rule.
+
+    They stay where they are, whatever the prefix, and their time stamps play no part.
 
     In a module a rule of the host may make them in the same run, which Snakemake would not carry on from ancient files.
     """
@@ -207,12 +212,12 @@ def own(rule, paths, wildcards):
     ]
 
 
-# --- what rules look up ----------------------------------------------------------------------------------------------
+# --- look-ups of rules -----------------------------------------------------------------------------------------------
 
 
 @looked_up
 def raw_file(wildcards):
-    """Return what harmonize reads: the user's own file or folder, or the manifest of a download."""
+    """Return the raw input of harmonize: the user's own file or folder, or the manifest of a download."""
     path = plan.config["datasets"][wildcards.dataset]["source"].get("path")
     if path:
         return own("harmonize", [path], wildcards)[0]
@@ -228,7 +233,7 @@ def labels_of_cells(wildcards):
 
 @looked_up
 def prior_files(wildcards):
-    """Return what a prior is read from: the user's own files, or the manifest of a download."""
+    """Return the raw input of a prior: the user's own files, or the manifest of a download."""
     files = own_files(plan.config["priors"][wildcards.dataset])
     if files:
         return own("prior", files.values(), wildcards)
@@ -237,13 +242,13 @@ def prior_files(wildcards):
 
 @looked_up
 def prior_roles(wildcards):
-    """Return what each of the user's own files of a prior is."""
+    """Return the roles of the user's own files of a prior."""
     return [*own_files(plan.config["priors"][wildcards.dataset])]
 
 
 @looked_up
 def prior_kind(wildcards):
-    """Return what kind of knowledge a prior is."""
+    """Return the kind of a prior."""
     return plan.config["priors"][wildcards.dataset]["kind"]
 
 
@@ -255,14 +260,14 @@ def prior_organism(wildcards):
 
 @looked_up
 def source_content(wildcards):
-    """Return which files download has to end with: the same bytes are the same from any mirror."""
+    """Return the declared content of the files of a download: any mirror has the same bytes."""
     return plan.content(wildcards.dataset)
 
 
-# Snakemake takes a params function of the output for no reason to run again.
+# A params function of the output is no reason for Snakemake to run a job again.
 @looked_up
 def source_files(wildcards, output):
-    """Return what download retrieves."""
+    """Return the files that download retrieves."""
     return plan.files(wildcards.dataset)
 
 
@@ -274,7 +279,7 @@ def local_mirror(wildcards, output):
 
 @looked_up
 def dataset_block(wildcards):
-    """Return what harmonize needs of a dataset's block."""
+    """Return the part of a dataset's block that harmonize reads."""
     return plan.dataset(wildcards.dataset)
 
 
@@ -290,8 +295,8 @@ def label_naming(wildcards):
     return plan.naming(wildcards.split, wildcards.dataset)
 
 
-# The user's own files that a step finds by its configuration are inputs too, without a name, as its script is not told of them
-# again: a plan without them would be none.
+# The user's own files that a step finds by its configuration are inputs too: the plan needs them. They have no name, as
+# the script has them from its configuration.
 @looked_up
 def split_files(wildcards):
     """Return the user's own file of a split, if it has one."""
@@ -341,7 +346,7 @@ def per_dataset(pattern):
 
 
 def trained_models():
-    """Return the trained models of all selected runs, and what they say of their training."""
+    """Return the trained models of all selected runs, and the accounts of their training."""
     return [
         f"results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/{name}"
         for run in plan.runs.itertuples()
@@ -355,10 +360,10 @@ def implementation(wildcards):
     return plan.family(wildcards.model).implementation
 
 
-# Snakemake's lookup() walks through the whole of what it looks in: with thousands of jobs, half of the time of a dry run.
+# Snakemake's lookup() walks through its whole table: with thousands of jobs, half of the time of a dry run.
 @looked_up
 def model_params(wildcards):
-    """Return what a model is built from."""
+    """Return the params that a model is built from."""
     return plan.config["models"][wildcards.model]["params"]
 
 
@@ -370,12 +375,12 @@ def seed(wildcards):
 
 @looked_up
 def query_block(wildcards):
-    """Return what a what-if question asks."""
+    """Return the block of a what-if question."""
     return plan.config["counterfactuals"][wildcards.query]
 
 
-# Closed forms are many, and each of their jobs takes seconds. Of nothing else are jobs submitted together: where one of a
-# group fails, Snakemake removes what the others had finished.
+# Closed forms are many, and each of their jobs takes seconds: a cluster gets them together. It gets other jobs one by
+# one: where one of a group fails, Snakemake removes the finished results of the others.
 @looked_up
 def submitted_together(wildcards):
     """Return the group of a run's jobs that a cluster gets as one: training, prediction and scores of a closed form."""
@@ -393,9 +398,9 @@ def memory(mb):
     return looked_up(lambda wildcards, attempt: mb * 2 ** (attempt - 1))
 
 
-# Snakemake's own input.size_mb starts an event loop for every job. Where a group of jobs is submitted as one, what its later
-# jobs read is not there yet; the pairs are, and they are most of it. Without any input there is nothing to say: the dry run
-# shows <TBD>, and Snakemake asks again when the job is ready.
+# Snakemake's own input.size_mb starts an event loop for every job. Where a group of jobs is submitted as one, some
+# inputs of its later jobs are not there yet; the pairs are, and they are most of the input. Without any input the size
+# is not known: the dry run shows <TBD>, and Snakemake asks again when the job is ready.
 def input_mb(files):
     """Return the size of the input files that are there, in MB; FileNotFoundError if there is none yet."""
     found = [file for file in files if isfile(file)]

@@ -1,5 +1,5 @@
 rule warranty:
-    """Check a trained model before it answers: placebo, identity, coverage of its intervals, agreement beside the ceiling."""
+    """Check a trained model before it answers: placebo, identity, coverage, agreement with the ceiling."""
     input:
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
@@ -91,7 +91,7 @@ rule counterfactual:
 
 
 rule draw:
-    """Draw an answer: effects with intervals, who responds, cells before and after, and all perturbations beside one another."""
+    """Plot an answer: effects with intervals, responding cells, cells before and after, all perturbations together."""
     input:
         cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",
         effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",

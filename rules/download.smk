@@ -39,7 +39,7 @@ rule download_check:
             name: plan.files(name)
             for name in [*plan.config["datasets"], *plan.config["priors"]]
         },
-        # What hosts say is of the moment, and so never up to date.
+        # Answers of hosts are of the moment, and so never up to date.
         moment=datetime.now(UTC).isoformat(),
     script:
         "../scripts/download_check.py"

@@ -1,5 +1,5 @@
 rule prior:
-    """Turn what is known of all genes into vectors, once for all datasets and splits."""
+    """Turn public knowledge of all genes into vectors, once for all datasets and splits."""
     input:
         raw=prior_files,
         again=again("prior"),

@@ -101,6 +101,6 @@ use rule train_diffusion as train_jepa with:
 
 
 use rule train_diffusion as train_counterfactual with:
-    """Train a counterfactual model: a flow that carries each control cell to what it would have become."""
+    """Train a counterfactual model: a flow that carries each control cell to its perturbed state."""
     wildcard_constraints:
         model=one_of(plan.models_of_rule("train_counterfactual")),

@@ -338,7 +338,7 @@ def test_what_a_step_does_not_do_leaves_its_version(
         ("harmonize", [], ("io/kernels.py", "@compiled", "@uncompiled")),
         ("report", [], ("report/report_template.html", "<body", "<body lang='en'")),
         ("harmonize", ["perturbflow.screens.recipes:renge2023"], ("screens/recipes.py", "np.expm1(", "np.exp(")),
-        ("prior", ["perturbflow.priors:ppi"], ("priors/tables.py", "N_DIMENSIONS = 64", "N_DIMENSIONS = 32")),
+        ("prior", ["perturbflow.priors:ppi"], ("priors/reading.py", "N_DIMENSIONS = 64", "N_DIMENSIONS = 32")),
     ],
 )
 def test_what_a_step_does_is_its_version(

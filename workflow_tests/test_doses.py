@@ -26,8 +26,9 @@ from perturbflow.pairs import Pairs
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.plan import Plan
-from perturbflow.screens.annotation import canonical_labels, doubtful_labels, gene_table
-from perturbflow.screens.doses import doses_in, parsed
+from perturbflow.screens.annotation import canonical_labels, gene_table
+from perturbflow.screens.dose_labels import doses_in, parsed
+from perturbflow.screens.doubts import doubtful_labels
 
 NO_GENES = gene_table(pd.DataFrame(index=pd.Index([], dtype=str)), {"organism": "human"})
 
@@ -144,7 +145,7 @@ def test_a_number_and_its_unit_are_read_from_two_columns() -> None:
     labels, doses, units = ["A", "A", "B"], [10, 10, 1], ["nM", "uM", "uM"]
     with pytest.raises(
         InputError,
-        match=r"gives 'A' the dose 10\.0, and obs\['dose_unit'\] says nM, uM.*dose: \[dose_value, dose_unit\]",
+        match=r"gives 'A' the dose 10\.0, and obs\['dose_unit'\] has the units nM, uM.*dose: \[dose_value, dose_unit\]",
     ):
         told_of(labels, doses, units)
     assert told_of(labels, doses, units, ["dose_value", "dose_unit"]) == (["A@0.01", "A@10", "B@1"], [])

@@ -479,7 +479,7 @@ def test_two_runs_at_once_share_one_download(host: Host, manifest: Path) -> None
     assert (manifest.parent / NAME).read_bytes() == host.content
     assert host.asked == {f"/slow/{NAME}": 1}
     assert sum("another run" in log for log in logs) == 1
-    assert sum("is here already and is what it should be" in log for log in logs) == 1
+    assert sum("is here already and is valid" in log for log in logs) == 1
     assert visible(manifest) == ["manifest.json", NAME]
 
 
@@ -747,7 +747,7 @@ def test_the_workflow_keeps_what_arrived_takes_a_mirror_and_needs_nothing_again(
         ("no_head", "as declared"),
         ("redirect_elsewhere", "as declared"),
         ("grown", "another size"),
-        ("chunked", "there, size not told"),
+        ("chunked", "there, size not given"),
         ("page", "a web page"),
         ("always-404", "refused: Not Found"),
         ("always-403", "refused: Forbidden"),

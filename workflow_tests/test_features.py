@@ -174,7 +174,7 @@ def test_no_gene_of_a_real_screen_is_doubtful(name: str, shared_data: Callable[[
     with h5py.File(shared_data(name)) as file:
         var = ad.io.read_elem(file["var"])
     table = gene_table(var, {"organism": "human"})
-    assert (features_apart(var, [], name), table.attrs["told"], doubtful_features(var, table)) == ({}, [], [])
+    assert (features_apart(var, [], name), table.attrs["notes"], doubtful_features(var, table)) == ({}, [], [])
 
 
 def test_pairs_of_guides_among_the_genes_of_a_real_file_are_told(shared_data: Callable[[str], Path]) -> None:

@@ -484,7 +484,7 @@ def test_keys_that_a_form_has_no_use_for_are_told(screen: ad.AnnData, tmp_path: 
         harmonized(folder, tmp_path / "out", counts="raw")
     with pytest.raises(InputError, match=r"10x has no modalities.*Leave source\.modality out"):
         harmonized(folder, tmp_path / "out", source={"modality": "rna"})
-    with pytest.raises(InputError, match=r"datasets\.mine\.counts: recipe tenx knows what its files hold"):
+    with pytest.raises(InputError, match=r"datasets\.mine\.counts: recipe tenx knows the content of its files"):
         planned(tmp_path, {"path": str(folder)}, recipe="tenx", counts="raw")
 
 
@@ -642,7 +642,7 @@ def test_a_gzipped_h5ad_is_read(screen: ad.AnnData, expected: SimpleNamespace, t
     with pytest.raises(InputError, match=r"screen\.h5ad\.gz cannot be decompressed to its end .*Is it complete\?"):
         harmonized(tmp_path / "screen.h5ad.gz", tmp_path / "out")
     (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"a,b\n"))
-    with pytest.raises(InputError, match=r"table\.csv\.gz is gzipped, and what is in it is no h5ad file\. Save"):
+    with pytest.raises(InputError, match=r"table\.csv\.gz is gzipped, and its content is no h5ad file\. Save"):
         harmonized(tmp_path / "table.csv.gz", tmp_path / "out")
 
 

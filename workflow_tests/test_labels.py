@@ -16,15 +16,16 @@ from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, human_symbols
 from perturbflow.nearest import nearest
 from perturbflow.registry.config import complete
-from perturbflow.screens.annotation import canonical_labels, doubtful_labels, gene_table
-from perturbflow.screens.control_labels import NAMED, SHORT, Controls, declaration, look_alikes
-from perturbflow.screens.doses import names_in
+from perturbflow.screens.annotation import canonical_labels, gene_table
+from perturbflow.screens.control_labels import NAMED, SHORT, DeclaredControls, declaration, look_alikes
+from perturbflow.screens.dose_labels import names_in
+from perturbflow.screens.doubts import doubtful_labels
 from perturbflow.screens.separators import SEPARATORS, unsplit
 from perturbflow.screens.unassigned import WORD, is_word
 
 SCREEN = Path("screen.h5ad")
 NO_GENES = gene_table(pd.DataFrame(index=pd.Index([], dtype=str)), {"organism": "human"})
-DECLARED = Controls.of({"control": ["control", "6"]})
+DECLARED = DeclaredControls.of({"control": ["control", "6"]})
 APPROVED = sorted(name for name in human_symbols().approved if re.fullmatch(r"[A-Z][A-Z0-9]{2,}", name))
 
 # --- controls by other names ----------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def test_of_all_approved_symbols_two_name_a_control() -> None:
     ],
 )
 def test_what_starts_with_a_declared_control_is_told(declared: list[str], alike: list[str], others: list[str]) -> None:
-    controls = Controls.of({"control": declared})
+    controls = DeclaredControls.of({"control": declared})
     assert [text for text in [*alike, *others] if controls.resembles(text)] == alike
 
 
@@ -263,7 +264,7 @@ def test_a_configuration_takes_the_proposed_declaration(labels: list[str], tmp_p
         "source": {"path": str(tmp_path / "mine.h5ad")},
         "perturbation": {"column": "perturbation", key: yaml.safe_load(value)},
     }
-    controls = Controls.of(complete(merged({"datasets": {"mine": block}}))["datasets"]["mine"]["perturbation"])
+    controls = DeclaredControls.of(complete(merged({"datasets": {"mine": block}}))["datasets"]["mine"]["perturbation"])
     assert all(label in controls for label in labels)
 
 

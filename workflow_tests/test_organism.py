@@ -124,7 +124,7 @@ def test_names_of_genes_are_found_wherever_they_are(case: str, organism: str) ->
     assert list(table["gene_name"]) == NAMED
     has_ids = "feature_id" in columns or any("ENSG" in name for name in var.index)
     assert list(table["gene_id"]) == ([IDS[name] for name in NAMED] if has_ids else [""] * 40)
-    assert len(table.attrs["told"]) == (("numbers" in case) or ("symbol" in case and "id" in case))
+    assert len(table.attrs["notes"]) == (("numbers" in case) or ("symbol" in case and "id" in case))
 
 
 def test_numbers_that_name_no_gene_are_told(harmonized_from: Callable, tiny_screen: Callable) -> None:
@@ -174,7 +174,7 @@ def test_of_two_genomes_the_declared_one_is_kept_and_the_other_counted(
     assert list(result.adata.var_names) == list(screen.var_names[:60])
     assert np.array_equal(result.adata.obs["total_counts"], screen[result.adata.obs_names].X[:, :60].sum(axis=1).A1)
     assert "20 genes of the other genome are dropped" in result.account["warnings"][0]
-    with pytest.raises(InputError, match="hold hg19_, and organism is mouse"):
+    with pytest.raises(InputError, match="hold hg19_, but organism is mouse"):
         harmonized_from(with_genes(screen, {}, "hg19_{}"), organism="mouse")
 
 

@@ -654,7 +654,7 @@ def test_a_damaged_result_is_made_again_and_what_lies_behind_it(
         "pair": 1, "embeddings": 1, "audit": 1, **OF_RUNS, **AFTER_TRAINING,
     }  # fmt: skip
     assert outcome.text.count("Made again: ") == 1
-    assert "pairs.h5ad: it is not what was written there." in outcome.text
+    assert "pairs.h5ad: it was changed after its job wrote it." in outcome.text
 
 
 def test_a_damaged_table_that_nothing_reads_is_made_again(copied: Callable[..., Finished]) -> None:

@@ -19,7 +19,7 @@ from perturbflow.errors import InputError
 from perturbflow.priors import prior
 from perturbflow.priors.annotations import annotation_vectors, read_annotations, with_ancestors
 from perturbflow.priors.interactions import KNOWS, association_vectors, interaction_vectors, read_edges
-from perturbflow.priors.tables import leading_factors, signed
+from perturbflow.priors.reading import leading_factors, signed
 
 OBO = """format-version: 1.2
 ontology: go
@@ -367,7 +367,7 @@ def test_associations_depend_on_neither_order_nor_chance(tmp_path: Path) -> None
 def test_blocks_of_rows_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = full_string(tmp_path, random_scores())
     whole = association_vectors(files, n_dimensions=8)
-    monkeypatch.setattr("perturbflow.priors.tables.BLOCK_ROWS", 7)
+    monkeypatch.setattr("perturbflow.priors.reading.BLOCK_ROWS", 7)
     pd.testing.assert_frame_equal(whole, association_vectors(files, n_dimensions=8), check_exact=True)
 
 

@@ -156,7 +156,7 @@ def test_a_screen_of_which_nothing_was_tested_is_described_in_whole_sentences(
         one["about"]: one["text"]
         for one in findings(table.assign(responds=np.nan), pd.DataFrame(account["batches"]), {"direction": ""})
     }
-    assert said["response"].startswith("Of no perturbation it can be told whether it differs from its controls.")
+    assert said["response"].startswith("No perturbation could be compared with its controls.")
     assert "none perturbations" not in " ".join(said.values())
 
 

@@ -120,13 +120,13 @@ def test_a_record_says_params_inputs_and_content() -> None:
 def test_a_damaged_record_is_none(damage: str) -> None:
     Path("results/.made/first.h5ad.json").write_text(damage)
     assert read_record("results/first.h5ad") is None
-    assert "nothing says what it was made of" in first()
+    assert "it has no readable record" in first()
 
 
 def test_a_job_does_not_read_a_result_that_was_changed() -> None:
     edit("results/first.h5ad", "other content of results")
     with pytest.raises(
-        InputError, match=r"results/first\.h5ad is not what was written there.*Run again, and it is made anew"
+        InputError, match=r"results/first\.h5ad was changed after its job wrote it.*Run again, and it is made anew"
     ):
         inputs_as_made(["results/first.h5ad", "screen.h5ad"])
 
@@ -172,7 +172,7 @@ def test_other_inputs_are_named() -> None:
 
 def test_a_damaged_result_is_stale_and_what_was_made_from_it_before_is_not() -> None:
     edit("results/first.h5ad", "Content of results/first.h5ad", keeps_time=True)
-    assert first() == "results/first.h5ad: it is not what was written there"
+    assert first() == "results/first.h5ad: it was changed after its job wrote it"
     assert second() is None
 
 

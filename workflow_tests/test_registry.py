@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from perturbflow.errors import InputError
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES, REFERENCES
-from perturbflow.registry.origins import SAFE_NAME, file_name, scperturb_files
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.shipped import shipped_files
+from perturbflow.registry.sources import SAFE_NAME, file_name, scperturb_files
 
 CONFIG = REPOSITORY / "config"
 CLOSED = ["no_change", "additive", "linear"]
@@ -684,7 +684,7 @@ BAD = {
     "split without fraction": ("splits.mine", {"kind": "unseen_combination"}, ["splits.mine: 'test_fraction' or 'folds' or 'held_out' is missing"]),
     "folds and a fraction": (
         "splits.mine", {"kind": "unseen_combination", "folds": 3, "test_fraction": 0.2},
-        ["mine.yaml: splits.mine: folds say what is held out in turn", "remove one of them"],
+        ["mine.yaml: splits.mine: folds decide which names are held out", "remove one of them"],
     ),
     "folds and names": (
         "splits.mine", {"kind": "unseen_combination", "folds": 3, "held_out": ["A+B"]}, ["held_out has no meaning; remove one of them"],
@@ -730,7 +730,7 @@ BAD = {
     "one source of embeddings twice": ("embeddings.sources", ["go", "coexpression", "go"], ["mine.yaml: embeddings.sources: 'go' is there twice"]),
     "a dataset by the name of a prior": ("datasets.go", block({"path": "x"}), ["mine.yaml: datasets.go: there is a prior of this name"]),
     "a prior by the name of co-expression": (
-        "priors.coexpression", {"kind": "go", "source": {"path": "x"}}, ["mine.yaml: priors.coexpression: this is what training cells tell"],
+        "priors.coexpression", {"kind": "go", "source": {"path": "x"}}, ["mine.yaml: priors.coexpression: embeddings.sources has this name for vectors of training cells"],
     ),
     "a prior's own file beside the default": ("priors.go", {"source": {"path": "x"}}, ["priors.go.source: give exactly one of", "found: path, url"]),
     "a prior of no kind": ("priors.mine", {"kind": "kegg", "source": {"path": "x"}}, ["priors.mine.kind: 'kegg' is not possible", "go, ppi"]),

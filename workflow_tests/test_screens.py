@@ -26,7 +26,7 @@ from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL
 from perturbflow.io.files import file_digest
 from perturbflow.registry.config import complete
-from perturbflow.registry.origins import files_of
+from perturbflow.registry.sources import files_of
 from perturbflow.screens.harmonize import harmonize
 
 BENCHMARKS = REPOSITORY / "workflow_tests" / "benchmarks" / "README.md"

@@ -35,7 +35,7 @@ from perturbflow.io.hdf5 import Appended, Rows
 from perturbflow.io.kernels import pack_counts, unpack_counts
 from perturbflow.io.streaming import Spool, in_order
 from perturbflow.screens.harmonize import harmonize
-from perturbflow.screens.readers import base, matrices, open_source
+from perturbflow.screens.readers import matrices, open_source, source
 
 LIMITS = {
     "min_counts": 850,
@@ -49,7 +49,7 @@ LIMITS = {
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks of a few cells, so that a small screen has many, and chunks that a block does not fill."""
-    for module in (base, matrices):
+    for module in (source, matrices):
         monkeypatch.setattr(module, "BLOCK_VALUES", 80 * 37)
     monkeypatch.setattr(matrices, "BLOCK_ENTRIES", 1500)
     monkeypatch.setattr(hdf5, "CHUNK", 1000)

@@ -169,12 +169,12 @@ BROKEN = {
     "cut in a line": (
         "matrix",
         lambda text: text.rstrip()[:-2],
-        r"matrix\.mtx: after [\d,]+ entries comes what is no count|ends after",
+        r"matrix\.mtx: after [\d,]+ entries comes a value that is no count|ends after",
     ),
     "fractions": (
         "matrix",
         lambda text: text.rstrip() + b".5",
-        r"matrix\.mtx: after [\d,]+ entries comes what is no count",
+        r"matrix\.mtx: after [\d,]+ entries comes a value that is no count",
     ),
     "no matrix": (
         "matrix",

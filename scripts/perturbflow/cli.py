@@ -17,12 +17,12 @@ from perturbflow.provenance.records import inputs_as_made, write_records
 
 logger = logging.getLogger("perturbflow")
 
-# What is called by hand has one thread unless the environment says otherwise: small products of matrices lose more by waiting for one
-# another than they gain. Scripts and the command import this module first, and libraries read the variable when they are loaded. Jobs
-# come with the threads of their rule.
+# Calls by hand have one thread unless the environment sets more. With several threads small products of matrices wait
+# for each other longer than they gain. Scripts and the command import this module first, and libraries read the
+# variable when they are loaded. Jobs have the threads of their rule.
 THREADS = os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
 
-# Of a rule: what says when its job runs again, and nothing to its function.
+# Inputs and params that decide when a job runs again; its function does not take them.
 FOR_SNAKEMAKE = ("again", "code_version", "content", "descriptions", "moment")
 
 
@@ -42,7 +42,7 @@ def _configure_logging(log: str | None) -> None:
         level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
     )
     logging.captureWarnings(capture=True)
-    # A line that finds no room on a full disk is not worth a traceback on the terminal, where it stands too.
+    # On a full disk a lost log line is not worth a traceback: the terminal has the line too.
     logging.raiseExceptions = False
 
 
@@ -90,11 +90,10 @@ def _as_declared(value: Any, hint: Any) -> Any:
 
 
 def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = None) -> None:
-    """Call a script's function with named inputs, outputs and params of a Snakemake job, or of the command line.
+    """Call a script's function with the inputs, outputs and params of a Snakemake job, or of the command line.
 
-    From the command line `by_hand` is called in its place, where there is one: people ask for less than a job is told.
-
-    Bad input ends in one message and exit status 1; anything else in a traceback, in the log too.
+    The command line calls `by_hand` in its place, where there is one, as people give fewer arguments. Bad input ends in
+    one message and exit status 1; any other error in a traceback, in the log too.
     """
     made_of = None
     if snakemake is None:
@@ -131,7 +130,7 @@ def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = No
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except SystemExit:  # a training that was told to end, and has said so
+    except SystemExit:  # a training that was stopped, and has logged so
         raise
     except BaseException:
         logger.exception("%s failed", function.__name__)

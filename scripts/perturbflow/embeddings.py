@@ -1,4 +1,4 @@
-"""Vectors of perturbed genes: what a model can know of a gene that it never saw perturbed."""
+"""Vectors of perturbed genes: the knowledge of a model about a gene that it never saw perturbed."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ class Embeddings:
     Attributes
     ----------
     table
-        Genes × dimensions. Its attribute `knows` is source → what of the screen's outcome it may know, of the sources that may.
+        Genes × dimensions. Its attribute `knows` is source → the part of the screen's outcome that it may know.
     """
 
     table: pd.DataFrame
@@ -45,7 +45,7 @@ class Embeddings:
 
     @property
     def knows(self) -> dict[str, str]:
-        """Source → what of the screen's outcome it may know, in words; sources of which nothing is known are not in it."""
+        """Source → the part of the screen's outcome that it may know, in words; sources without any are not in it."""
         return self.table.attrs.get("knows", {})
 
     def of_source(self, source: str) -> "Embeddings":
@@ -65,7 +65,7 @@ class Embeddings:
         return self.table.index[self.table.isna().all(axis=1)].tolist()
 
     def standardized(self, training_genes: list[str]) -> pd.DataFrame:
-        """Return the table centred and scaled by the training genes; what is missing becomes 0, their mean."""
+        """Return the table centred and scaled by the training genes; missing values become 0, their mean."""
         reference = self.table.loc[self.table.index.intersection(training_genes)]
         scale = reference.std(ddof=0)
         return ((self.table - reference.mean()) / scale.where(scale > 0, 1.0)).fillna(0.0)
@@ -95,7 +95,8 @@ def coexpression(pairs: Pairs, genes: list[str]) -> pd.DataFrame:
 def rows_of(table: pd.DataFrame, genes: list[str]) -> pd.DataFrame:
     """Return the rows of these genes, NaN where there is none.
 
-    A gene that goes by an alias finds the row of the one gene it can be, a drug at a dose (`DRUG@dose`) that of the drug.
+    A gene that goes by an alias finds the row of the one gene it can be. A drug at a dose (`DRUG@dose`) finds that of
+    the drug.
     """
     known = set(table.index)
 
@@ -107,9 +108,10 @@ def rows_of(table: pd.DataFrame, genes: list[str]) -> pd.DataFrame:
 
 
 def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
-    """Return the rows of a user's table: gene symbol in the first column, numbers after it; NaN for genes that it has no row for.
+    """Return the rows of a user's table: gene symbol in the first column, numbers after it.
 
-    A row goes by the approved symbol, a previous one, an Ensembl id, an alias, or any of these in other letters, where that is one gene's alone.
+    Genes without a row are NaN. A row goes by the approved symbol, a previous one, an Ensembl id, an alias, or any of
+    these in other letters. The name has to be one gene's alone.
     """
     table = _read(path)
     table.index = [approved_symbol(str(gene).strip()) for gene in table.index]
@@ -126,7 +128,8 @@ def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
             found.loc[gene] = table.loc[names.pop()]
     if found.isna().all(axis=None):
         raise InputError(
-            f"{path} has no row for any of the {len(genes)} genes that are asked for (for example {', '.join(genes[:5])}); is its first column the gene symbol?"
+            f"{path} has no row for any of the {len(genes)} genes that are asked for (for example "
+            f"{', '.join(genes[:5])}); is its first column the gene symbol?"
         )
     return found
 
@@ -144,15 +147,16 @@ def _read(path: Path) -> pd.DataFrame:
     words = [column for column in table if not pd.api.types.is_numeric_dtype(table[column])]
     if words or table.shape[1] == 0:
         raise InputError(
-            f"{path}: the first column holds gene symbols, all others numbers; these hold none: {', '.join(map(str, words[:5])) or '(no columns)'}."
+            f"{path}: the first column holds gene symbols, all others numbers; these hold none: "
+            f"{', '.join(map(str, words[:5])) or '(no columns)'}."
         )
     return table
 
 
 def further_genes(paths: Iterable[Path], perturbed: Iterable[str], measured: Iterable[str]) -> list[str]:
-    """Return the measured genes that users' tables have rows for, though the screen perturbs none of them: they can be asked about.
+    """Return the measured genes of users' tables that the screen does not perturb: questions may name them.
 
-    None where they are more than MOST_FURTHER, which the log says: every model keeps an effect of each.
+    It returns none, and logs why, where they are more than MOST_FURTHER: every model keeps an effect of each.
     """
     others = sorted(set(measured) - set(perturbed))
     found: set[str] = set()
@@ -163,8 +167,9 @@ def further_genes(paths: Iterable[Path], perturbed: Iterable[str], measured: Ite
     if len(found) <= MOST_FURTHER:
         return sorted(found)
     logger.warning(
-        "%s has rows for %d measured genes that the screen does not perturb: above %d none of them is kept, and what-if questions about them are answered "
-        "without a vector. A table of the perturbed genes and of those that you mean to ask about keeps them",
+        "%s has rows for %d measured genes that the screen does not perturb: above %d none of them is kept, and "
+        "what-if questions about them are answered without a vector. A table of the perturbed genes and of those "
+        "that you mean to ask about keeps them",
         " and ".join(map(str, paths)), len(found), MOST_FURTHER,
     )  # fmt: skip
     return []
@@ -178,8 +183,8 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
     pairs
         Cells of one split; co-expression is computed on its training cells.
     embeddings
-        Parquet to be written: gene symbol as index, one float column per dimension, named after its source; NaN where that has no row. Among
-        its attributes `knows`: source → what of the screen's outcome it may know.
+        Parquet to be written: gene symbol as index, one float column per dimension, named after its source; NaN where
+        the source has no row. Its attribute `knows` is source → the part of the screen's outcome that it may know.
     sources
         "coexpression", the name of a prior, or {"file": path}, concatenated in this order.
     priors
@@ -214,8 +219,8 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
     table = pd.concat(tables, axis=1).astype(np.float32)
     table.index.name = "gene"
     table.attrs = {"knows": knows} if knows else {}
-    for source, what in knows.items():
-        logger.warning("%s: these vectors know %s", source, what)
+    for source, outcome in knows.items():
+        logger.warning("%s: these vectors know %s", source, outcome)
     found = Embeddings(table.loc[perturbed])
     for source, missing in found.without_row().items():
         logger.info(
@@ -227,7 +232,8 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
         )
     if unknown := found.without_vector:
         logger.warning(
-            "%d of %d perturbed genes have no row in any source: nothing tells them apart, and models that never saw them perturbed "
+            "%d of %d perturbed genes have no row in any source: models that never saw "
+            "them perturbed "
             "predict what they would of any gene%s", len(unknown), len(perturbed), _list_of(unknown),
         )  # fmt: skip
     with atomic(embeddings) as partial:

@@ -1,5 +1,5 @@
-"""The one kind of error that is the user's to mend."""
+"""The one kind of error that the user can repair."""
 
 
 class InputError(Exception):
-    """Bad input: the message names the file, the value and the fix, and is all that the user sees."""
+    """Bad input: the message names the file, the value and the fix, and the user sees nothing else."""

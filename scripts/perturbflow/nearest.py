@@ -1,4 +1,4 @@
-"""Did you mean ...? The names that are nearest to one that is unknown."""
+"""The names that are nearest to an unknown one, for messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,9 @@ CUTOFF = 0.6  # of difflib: two names of six letters with two different ones hav
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """Return the known names that a name may be meant for, the likeliest first: in other letters, as another name of a gene, misspelt.
+    """Return the known names that a name may stand for, the likeliest first.
+
+    It may be in other letters, another name of a gene, or misspelt.
 
     Parameters
     ----------

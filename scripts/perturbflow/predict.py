@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
-import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic
 from perturbflow.io.hdf5 import AppendedRows
@@ -121,8 +121,5 @@ def predict(
                 "noise_removed": noise_removed,
             }
         }
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        for place in ("obsm", "varm", "obsp", "varp", "layers"):
-            ad.io.write_elem(file, place, {})
-        for place, content in (("obs", obs), ("var", pd.DataFrame(index=cells.genes)), ("uns", uns)):
-            ad.io.write_elem(file, place, content, dataset_kwargs={"compression": "gzip"})
+        begin_anndata(file)
+        write_tables(file, obs, pd.DataFrame(index=cells.genes), uns)

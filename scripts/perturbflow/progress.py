@@ -1,4 +1,4 @@
-"""Lines that tell how far a long step is."""
+"""Log lines on the progress of a long step."""
 
 import logging
 import time
@@ -13,15 +13,18 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def left(seconds: float) -> str:
-    """Return what is left in words: seconds below a minute and a half, else minutes."""
+    """Return the remaining time in words: seconds below a minute and a half, else minutes."""
     return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
 
 
 class Progress:
-    """Tells in the log how many of n are done and what is left, at most every few seconds; nothing where all are done sooner."""
+    """Logs how many of n are done and the remaining time, at most every few seconds.
 
-    def __init__(self, what: str, n: int) -> None:
-        self.what, self.n, self.done = what, n, 0
+    It logs nothing where all are done sooner.
+    """
+
+    def __init__(self, task: str, n: int) -> None:
+        self.task, self.n, self.done = task, n, 0
         self.started = self.last_line = time.monotonic()
 
     def step(self) -> None:
@@ -32,16 +35,16 @@ class Progress:
             self.last_line = now
             logger.info(
                 "%s: %d of %d, %s",
-                self.what,
+                self.task,
                 self.done,
                 self.n,
                 left((now - self.started) / self.done * (self.n - self.done)),
             )
 
 
-def progressed(items: Iterable[Item], what: str, n: int | None = None) -> Iterator[Item]:
-    """Yield items, telling how many are done; without `n` there are as many as the collection holds."""
-    progress = Progress(what, len(items) if n is None else n)  # type: ignore[arg-type]  # an iterator comes with its n
+def progressed(items: Iterable[Item], task: str, n: int | None = None) -> Iterator[Item]:
+    """Yield items and log how many are done; without `n` there are as many as the collection holds."""
+    progress = Progress(task, len(items) if n is None else n)  # type: ignore[arg-type]  # an iterator comes with its n
     for item in items:
         yield item
         progress.step()

@@ -33,7 +33,7 @@ from perturbflow.pairs import Pairs, pair  # noqa: E402
 from perturbflow.predict import predict  # noqa: E402
 from perturbflow.priors.annotations import annotation_vectors  # noqa: E402
 from perturbflow.priors.interactions import interaction_vectors  # noqa: E402
-from perturbflow.priors.tables import N_DIMENSIONS  # noqa: E402
+from perturbflow.priors.reading import N_DIMENSIONS  # noqa: E402
 from perturbflow.registry.families import FAMILIES  # noqa: E402
 from perturbflow.splits.split import split  # noqa: E402
 from perturbflow.train import train  # noqa: E402

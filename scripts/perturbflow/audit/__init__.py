@@ -1,1 +1,1 @@
-"""Look for anything of held-out cells in what a model is trained on."""
+"""Look for leaks: anything of held-out cells in the training data."""

@@ -1,4 +1,4 @@
-"""Look for anything of held-out cells in what a model is trained on. A leak fails the run and is named."""
+"""Look for anything of held-out cells in the training data; a leak fails the run and is named."""
 
 import hashlib
 import logging
@@ -36,22 +36,28 @@ from perturbflow.splits.split import names_digest
 
 logger = logging.getLogger(__name__)
 
-# How many cells of a whole screen may look like copies by chance, in expectation, before copies are spoken of.
+# Expected number of chance copies in a whole screen above which a cell is no evidence of a copy.
 CHANCE_COPIES = 1e-3
 PLACES = {"uns": {"perturbflow"}, "obsm": set(), "varm": set(), "obsp": set(), "varp": set(), "layers": set()}
-PLACES_OF_PAIRS = {**PLACES, "obsm": {"control_index"}, "layers": {"counts"}, "obs": {*CARRIED_OBS, "role", "half"},
-                   "var": {"gene_name", "gene_id", "original_name", "highly_variable", "is_perturbed_gene"}}  # fmt: skip
+PLACES_OF_PAIRS = {
+    **PLACES,
+    "obsm": {"control_index"},
+    "layers": {"counts"},
+    "obs": {*CARRIED_OBS, "role", "half"},
+    "var": {"gene_name", "gene_id", "original_name", "highly_variable", "is_perturbed_gene"},
+}
 
 # --- cells ---------------------------------------------------------------------------------------------------------
 
 
 def no_cell_twice(evidence: Evidence) -> Findings:
-    """No held-out cell has the counts of a training cell in every gene: one experiment under two names, or cells copied.
+    """No held-out cell has the counts of a training cell in every gene.
 
-    UMI counts vary at least as Poisson draws around a cell's rates (Sarkar & Stephens 2021), whatever the rates: another cell
-    has the count x > 0 of a gene with probability Poisson(x; x) ≤ 1/e at most, and all counts of a cell with the product of
-    these over its expressed genes at most. Cells of which chance copies are expected in the screen, shallow ones, are
-    passed over: those where product × held-out × training cells exceeds `CHANCE_COPIES`.
+    Such cells are one experiment under two names, or copies. UMI counts vary at least as Poisson counts sampled around
+    a cell's rates (Sarkar & Stephens 2021). Whatever the rates, another cell has the count x > 0 of a gene with
+    probability Poisson(x; x) ≤ 1/e at most. It has all counts of a cell with the product of these over its expressed
+    genes at most. Shallow cells, of which the screen is expected to hold chance copies, are passed over: those where
+    product × held-out × training cells exceeds `CHANCE_COPIES`.
     """
     counts = evidence.counts
     rows = [
@@ -70,8 +76,9 @@ def no_cell_twice(evidence: Evidence) -> Findings:
         return f"{obs.index[i]} ({obs['perturbation'].iloc[i]}, {obs['dataset'].iloc[i]}, {obs['batch'].iloc[i]})"
 
     return [
-        f"{len(copies)} held-out cells have the counts of a training cell in every gene, for example {place(copies[0])} and "
-        f"{place(trained[rows[copies[0]]])}; keep one of the copies through subset in the dataset's block"
+        f"{len(copies)} held-out cells have the counts of a training cell in every gene, for example "
+        f"{place(copies[0])} and {place(trained[rows[copies[0]]])}; keep one of the copies through subset in the "
+        "dataset's block"
     ]
 
 
@@ -98,7 +105,10 @@ def controls_are_of_the_role(evidence: Evidence) -> Findings:
 
 
 def controls_are_matched_by_seed(evidence: Evidence) -> Findings:
-    """The matching is what the split's seed gives, so that a pairing can be made again and none was chosen by its outcome."""
+    """The matching is the one of the split's seed.
+
+    So a pairing can be made again, and none was chosen by its outcome.
+    """
     try:
         expected, _ = match_controls(evidence.pairs.obs, CONTROLS_PER_CELL, evidence.split["spec"]["seed"])
     except InputError as error:
@@ -109,13 +119,14 @@ def controls_are_matched_by_seed(evidence: Evidence) -> Findings:
     )
 
 
-# --- what is fitted -------------------------------------------------------------------------------------------------
+# --- fitted values -----------------------------------------------------------------------------------------------
 
 
 def nothing_else_is_carried(evidence: Evidence) -> Findings:
-    """The files hold what this workflow computes and no result of the source: DE lists, coordinates, outcome-derived columns.
+    """The files hold what this workflow computes, and no result of the source.
 
-    harmonized.h5ad keeps the source's obs; of these, only `CARRIED_OBS` reach what models read.
+    Such results are DE lists, coordinates and columns derived from outcomes. harmonized.h5ad keeps the source's obs; of
+    these, only `CARRIED_OBS` reach the models.
     """
     found = []
     # Guides and antibodies of the same cells, which pairs.h5ad does not carry.
@@ -185,7 +196,7 @@ def genes_are_of_training(evidence: Evidence) -> Findings:
 
 
 def embeddings_are_of_training(evidence: Evidence) -> Findings:
-    """The co-expression part of the embeddings is what training cells alone give."""
+    """The co-expression part of the embeddings is that of training cells alone."""
     table = evidence.embeddings.filter(like="coexpression:")
     if table.empty:
         return []
@@ -229,7 +240,10 @@ CHECKS: tuple[Callable[[Evidence], Findings], ...] = (
 
 
 def fitted_digests(evidence: Evidence) -> dict[str, str]:
-    """Return the SHA-256 of the training cells and of each thing fitted on them: equal where two runs learned from the same."""
+    """Return the SHA-256 of the training cells and of each thing fitted on them.
+
+    They are equal where two runs learned from the same.
+    """
     pairs = evidence.pairs
     table = evidence.embeddings.filter(like="coexpression:")
     vectors = [names_digest(list(table.index)).encode(), np.ascontiguousarray(table.to_numpy("<f4")).tobytes()]
@@ -247,7 +261,7 @@ def passed(evidence: Evidence, place: str) -> dict[str, str]:
     Parameters
     ----------
     evidence
-        What is looked at.
+        Everything that training reads.
     place
         Where the pairs are, for the message.
 
@@ -259,22 +273,23 @@ def passed(evidence: Evidence, place: str) -> dict[str, str]:
     results = {check.__name__: check(evidence) for check in progressed(CHECKS, "checks")}
     leaks = [f"{name}: {finding}" for name, findings in results.items() for finding in findings]
     if leaks:
-        raise InputError(f"Leak in {place}: training would see what it is tested on.\n" + "\n".join(leaks))
+        raise InputError(f"Leak in {place}: training would see its test data.\n" + "\n".join(leaks))
     logger.info("%d checks, no leak", len(results))
     return dict.fromkeys(results, "passed")
 
 
 def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: Path) -> None:
-    """Check one split for leaks and write what was checked.
+    """Check one split for leaks and write the results of the checks.
 
     Parameters
     ----------
     harmonized, split, pairs, embeddings
         The screen, the roles, the pairs and the gene vectors of one split.
     audit
-        JSON to be written: every check by name, the SHA-256 of every file that training reads, of training cells, and of each
-        thing fitted on them; the perturbed genes that each source of vectors has no row for, and those that none has; the cells that are
-        compared with controls of other batches, and what has to be said with every verdict.
+        JSON to be written. It has every check by name, and the SHA-256 of every file that training reads, of training
+        cells, and of each thing fitted on them. It has the perturbed genes that each source of vectors has no row for,
+        and those that none has. It has the cells that are compared with controls of other batches, and the caveats of
+        every verdict.
 
     Raises
     ------

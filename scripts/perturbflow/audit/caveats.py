@@ -1,4 +1,7 @@
-"""What is no leak and has to be said with every verdict: controls of other batches, scored cells of a single batch, vectors that may know the screen."""
+"""Caveats that are no leak and belong to every verdict.
+
+Controls are of other batches, all scored cells are of one batch, or vectors may know the screen.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,20 +41,20 @@ def matched_across_batches(obs: pd.DataFrame, control_index: np.ndarray) -> dict
 
 
 def caveats_of(obs: pd.DataFrame, matched: dict[str, Any], knows: Mapping[str, str] | None = None) -> list[str]:
-    """Return what has to be said with every verdict, one sentence each.
+    """Return the caveats of every verdict, one sentence each.
 
     Parameters
     ----------
     obs
         Cells of pairs.h5ad: is_control, batch and role.
     matched
-        What `matched_across_batches` gives.
+        The result of `matched_across_batches`.
     knows
-        Source of vectors → what of the screen's outcome it may know, in words.
+        Source of vectors → the part of the screen's outcome that it may know, in words.
     """
     of_vectors = [
-        f"The vectors of {source} know {what}: models that read them may have an outcome from elsewhere."
-        for source, what in (knows or {}).items()
+        f"The vectors of {source} know {outcome}: models that read them may have an outcome from elsewhere."
+        for source, outcome in (knows or {}).items()
     ]
     return _of_one_batch(obs) + _of_matches(matched) + of_vectors
 
@@ -71,7 +74,8 @@ def _of_matches(matched: dict[str, Any]) -> list[str]:
     batches = list(matched["batches"])
     more = f" and {len(batches) - SHOWN:,} more" if len(batches) > SHOWN else ""
     return [
-        f"{matched['cells']:,} perturbed cells ({100 * matched['share']:.0f} %) have no control in their own batch and are compared with controls of "
-        f"other batches ({'batch' if len(batches) == 1 else 'batches'} {', '.join(batches[:SHOWN])}{more}): "
-        "what batches differ by is part of their effects, for every model and for the measured cells alike."
+        f"{matched['cells']:,} perturbed cells ({100 * matched['share']:.0f} %) have no control in their own batch and "
+        f"are compared with controls of other batches ({'batch' if len(batches) == 1 else 'batches'} "
+        f"{', '.join(batches[:SHOWN])}{more}): the differences of batches are part of their effects, for every model "
+        "and for the measured cells alike."
     ]

@@ -1,4 +1,4 @@
-"""What training reads of one split, and the checks of its roles: nothing that is held out has a cell in training."""
+"""The data that training reads of one split, and the checks of its roles: nothing held out has a cell in training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Findings = list[str]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What training reads of one split, and what it must follow from.
+    """The data that training reads of one split, and their sources.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Evidence:
 
     @property
     def holds_out_perturbations(self) -> bool:
-        """Whether perturbations are what is held out, rather than contexts or cells."""
+        """Whether the split holds out perturbations, and not contexts or cells."""
         return self.split["spec"]["kind"] in LABEL_KINDS
 
     @cached_property
@@ -71,20 +71,26 @@ class Evidence:
 
     @property
     def holdouts(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Perturbations that are scored, and those that a model learns from which is scored on them: of validation, and of test."""
+        """Scored perturbations, and those that the scored model learns from: once for validation, once for test."""
         of_role = self.split["perturbations"]
         for role, known in KNOWN.items():
             yield of_role[role], [label for other in known for label in of_role[other]]
 
     def gene_of(self, member: str) -> str:
-        """Return the measured gene that a member is a guide of, or another form of, at the member's dose; any other member as it is."""
+        """Return the measured gene that a member is a guide or another form of, at the member's dose.
+
+        Any other member comes back as it is.
+        """
         name, dose = without_dose(member)
         gene = gene_within(name, self.screen.var_names.__contains__)
         return at_dose(gene, dose) if gene else member
 
 
 def roles_are_disjoint(evidence: Evidence) -> Findings:
-    """No cell has two roles; where perturbations are held out, no perturbation has, whatever the order of its members."""
+    """No cell has two roles.
+
+    Where perturbations are held out, no perturbation has two either, whatever the order of its members.
+    """
     split, found = evidence.split, []
     for i, first in enumerate(ROLES):
         for second in ROLES[i + 1 :]:
@@ -100,7 +106,7 @@ def roles_are_disjoint(evidence: Evidence) -> Findings:
 
 
 def labels_are_canonical(evidence: Evidence) -> Findings:
-    """Members of every label are sorted, so that A+B and B+A cannot part ways."""
+    """Members of every label are sorted, so that A+B and B+A are one perturbation."""
     labels = evidence.pairs.obs["perturbation"].unique()
     wrong = [label for label in labels if label != CONTROL and members_of(label) != sorted(set(members_of(label)))]
     return [f"labels with unsorted or repeated members: {', '.join(wrong[:5])}"] if wrong else []
@@ -123,7 +129,7 @@ def roles_of_cells_agree(evidence: Evidence) -> Findings:
 
 
 def held_out_genes_are_unseen(evidence: Evidence) -> Findings:
-    """In unseen_perturbation, no gene or compound of a held-out single occurs in any perturbation that models learn from, at whatever dose."""
+    """In unseen_perturbation, no model learns from a gene or compound of a held-out single, at any dose."""
     if evidence.split["spec"]["kind"] != "unseen_perturbation":
         return []
     leaked = set()
@@ -153,7 +159,10 @@ def held_out_combinations_are_unseen(evidence: Evidence) -> Findings:
 
 
 def held_out_doses_lie_among_others(evidence: Evidence) -> Findings:
-    """In unseen_dose, models learn from another dose of the compound of every held-out single, and from the held-out dose in no combination."""
+    """In unseen_dose, models learn from another dose of every held-out single.
+
+    They do not learn from the held-out dose in any combination.
+    """
     if evidence.split["spec"]["kind"] != "unseen_dose":
         return []
     leaked, unknown = set(), set()
@@ -172,14 +181,15 @@ def held_out_doses_lie_among_others(evidence: Evidence) -> Findings:
 
 
 def members_seen_are_told(evidence: Evidence) -> Findings:
-    """The split says of every held-out perturbation how many of its genes or compounds models saw alone, at whatever dose."""
+    """The split states how many genes or compounds of every held-out perturbation models saw alone, at any dose."""
     if not evidence.holds_out_perturbations:
         return []
-    expected, told = members_seen(evidence.split["perturbations"]), evidence.split["members_seen"]
-    wrong = sorted(label for label, n in expected.items() if told.get(label) != n)
+    expected, stated = members_seen(evidence.split["perturbations"]), evidence.split["members_seen"]
+    wrong = sorted(label for label, n in expected.items() if stated.get(label) != n)
     return (
         [
-            f"members_seen is wrong for {', '.join(f'{label} ({told.get(label)} for {expected[label]})' for label in wrong[:5])}"
+            "members_seen is wrong for "
+            f"{', '.join(f'{label} ({stated.get(label)} for {expected[label]})' for label in wrong[:5])}"
         ]
         if wrong
         else []
@@ -202,9 +212,8 @@ def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
             for label in held_out
             if trained.get(perturbed(label), label) != label
         ]
-        if (
-            evidence.split["spec"]["kind"] == "unseen_perturbation"
-        ):  # alone or in a combination, a gene is seen or it is not
+        # Alone or in a combination, a gene is seen or it is not.
+        if evidence.split["spec"]["kind"] == "unseen_perturbation":
             names = {name for label in learned for name in entities_of(label)}
             guide = {evidence.gene_of(name): name for name in names}
             unseen = [(label, name) for label in held_out for name in entities_of(label) if name not in names]
@@ -213,7 +222,8 @@ def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
             ]
     return (
         [
-            f"guides of one gene, one held out and one in training: {', '.join(dict.fromkeys(shared[:5]))}; label cells by gene"
+            f"guides of one gene, one held out and one in training: {', '.join(dict.fromkeys(shared[:5]))}; label "
+            "cells by gene"
         ]
         if shared
         else []
@@ -221,7 +231,10 @@ def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
 
 
 def held_out_contexts_are_unseen(evidence: Evidence) -> Findings:
-    """In unseen_context, training and validation hold no cell of a held-out context, controls included, and test no other."""
+    """In unseen_context, training and validation hold no cell of a held-out context, and test no other.
+
+    This includes controls.
+    """
     if evidence.split["spec"]["kind"] != "unseen_context":
         return []
     covariate, held_out = evidence.split["spec"]["covariate"], evidence.split["contexts"]["test"]

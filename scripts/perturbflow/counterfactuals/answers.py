@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from perturbflow.counterfactuals.warranty import fitting, was_checked
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, entities_of, entity_of, members_of
+from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, read_json
 from perturbflow.models.base import Model, build
@@ -183,9 +183,7 @@ class Writer:
         self.file, self.genes = file, genes
         shape, chunks = (n, len(genes)), (min(n, CELLS_PER_BLOCK), len(genes))
         of = {"dtype": "f4", "compression": "gzip", "compression_opts": 1}
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        for place in ("obsm", "varm", "obsp", "varp", "layers"):
-            ad.io.write_elem(file, place, {})
+        begin_anndata(file)
         self.tables = {"X": file.create_dataset("X", shape, chunks=chunks, **of)}
         self.tables |= {name: file["layers"].create_dataset(name, shape, chunks=chunks, **of) for name in LAYERS}
         if samples:
@@ -199,8 +197,7 @@ class Writer:
         """Write what tells the rows."""
         for column in ("perturbation", "cell_type", "batch", "known"):
             obs[column] = pd.Categorical(obs[column])
-        for place, content in (("obs", obs), ("var", pd.DataFrame(index=self.genes)), ("uns", uns)):
-            ad.io.write_elem(self.file, place, content, dataset_kwargs={"compression": "gzip"})
+        write_tables(self.file, obs, pd.DataFrame(index=self.genes), uns)
 
 
 def answered(

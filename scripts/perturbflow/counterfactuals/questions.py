@@ -22,7 +22,7 @@ from perturbflow.genes.symbols import (
     without_dose,
 )
 from perturbflow.nearest import did_you_mean
-from perturbflow.screens.doses import parsed
+from perturbflow.screens.dose_labels import parsed
 from perturbflow.splits.named import FIELD_CONTROLS
 
 

@@ -4,8 +4,6 @@ import glob
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from perturbflow.download.transfer import Partial, RefusedError, fetch
 from perturbflow.download.verification import UnfitError, verify
 from perturbflow.errors import InputError
 from perturbflow.io.files import full_disk, is_of_full_disk, read_json, write_json
+from perturbflow.io.pip import pip_download
 from perturbflow.provenance.records import digest
 
 logger = logging.getLogger(__name__)
@@ -26,12 +25,15 @@ MIRROR_VARIABLE = "PERTURBFLOW_MIRROR"
 
 
 def _hidden(final: Path, *identity: object) -> Path:
-    """Return where a file is put together: hidden, and named after the content that is expected, for other content never to go on with it."""
+    """Return the hidden path where a file is put together.
+
+    It is named after the expected content, so that other content never continues it.
+    """
     return final.with_name(f".{final.name}.{digest(*identity)}.part")
 
 
 def _settle(path: Path, final: Path, file: dict, record: dict | None) -> str:
-    """Give a file its final name if it is what it should be, and return its sha256."""
+    """Verify a file, give it its final name, and return its sha256."""
     sha256 = verify(path, file, record)
     path.chmod(0o644)
     path.replace(final)
@@ -52,9 +54,9 @@ def _from_folder(source: Path, final: Path, file: dict, record: dict | None) -> 
 
 
 def _from_url(url: str, final: Path, file: dict, record: dict | None) -> str:
-    """Fetch a file from one mirror, going on with what an earlier attempt left."""
+    """Fetch a file from one mirror; an earlier attempt's bytes are continued."""
     content = [file.get(key) for key in ("bytes", "md5", "sha256")]
-    # Without a published checksum there is nothing to say that two mirrors have the same file.
+    # Without a published checksum two mirrors may have different files.
     partial = Partial(_hidden(final, content, url if "checksum" in file else None))
     try:
         is_one_piece = fetch(url, partial, file)
@@ -73,10 +75,10 @@ def _from_url(url: str, final: Path, file: dict, record: dict | None) -> str:
 
 
 def _settle_fetched(partial: Partial, final: Path, file: dict, record: dict | None) -> str:
-    """Settle what was fetched. Of wrong bytes nothing is kept.
+    """Settle a fetched file; wrong bytes are not kept.
 
-    A host that says that it encoded the body did so on the fly, or only says so because the file's own name ends in .gz:
-    the bytes tell which.
+    A host may say that it encoded the body. Either it did so on the fly, or the file's own name ends in .gz. The bytes
+    show which.
     """
     if decoded := partial.decoded():
         try:
@@ -93,33 +95,21 @@ def _settle_fetched(partial: Partial, final: Path, file: dict, record: dict | No
 def _from_pypi(requirement: str, final: Path, file: dict, record: dict | None) -> str:
     """Fetch a source distribution through the user's own pip, which knows their index and proxies.
 
-    pip verifies the hash before it looks into the archive; installing the package is not needed.
+    pip verifies the hash before it looks into the archive, and need not install the package.
     """
     with tempfile.TemporaryDirectory(prefix=".part.", dir=final.parent) as temporary:
-        pinned = Path(temporary) / "requirements.txt"
-        pinned.write_text(f"{requirement} --hash=sha256:{file['sha256']}\n")
-        target = Path(temporary) / "files"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--require-hashes",
-            "--no-deps",
-        ]
-        # The archive's build system comes as wheels: only the named package itself is wanted as source.
-        command += ["--no-binary", requirement.split("==")[0], "--dest", str(target), "--requirement", str(pinned)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        archives = sorted(target.glob("*")) if target.exists() else []
+        # The archive's build system comes as wheels; only the named package itself comes as source.
+        name, target = requirement.split("==")[0], Path(temporary) / "files"
+        done = pip_download(f"{requirement} --hash=sha256:{file['sha256']}", target, "--no-binary", name)
+        archives = sorted(target.glob("*"))
         if done.returncode or len(archives) != 1:
             why = next(
                 (line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-500:]
             )
             if "DO NOT MATCH" in done.stderr:
                 raise UnfitError(
-                    f"wrong checksum, the index serves no file with the declared sha256 {file['sha256']}. Correct the block"
+                    f"wrong checksum, the index serves no file with the declared sha256 {file['sha256']}. Correct the "
+                    "block"
                 )
             raise RefusedError(f"could not be fetched by pip: {why}. Is the package index reachable from here?")
         return _settle(archives[0], final, file, record)
@@ -135,7 +125,8 @@ def _local_copies(mirror: str | None, dataset: str, file: dict) -> list[Path]:
         return []
     if not Path(mirror).is_dir():
         raise InputError(
-            f"mirror: there is no folder '{mirror}' on this machine (the key mirror, or the variable {MIRROR_VARIABLE})."
+            f"mirror: there is no folder '{mirror}' on this machine (the key mirror, or the variable "
+            f"{MIRROR_VARIABLE})."
         )
     return [path for path in (Path(mirror) / dataset / file["name"], Path(mirror) / file["name"]) if path.is_file()]
 
@@ -155,13 +146,13 @@ def _retrieve(final: Path, file: dict, record: dict | None, local: list[Path]) -
             logger.warning("%s", failures[-1])
     failed = "\n".join(failures)
     raise InputError(
-        f"{final.name} could not be retrieved.\n{failed}\nNothing was kept under its name. Where there is no internet, put the file into a "
-        f"folder and name that with the key mirror or the variable {MIRROR_VARIABLE}."
+        f"{final.name} could not be retrieved.\n{failed}\nNothing was kept under its name. Where there is no internet, "
+        f"put the file into a folder and name that with the key mirror or the variable {MIRROR_VARIABLE}."
     )
 
 
 def _sha256_if_here(final: Path, file: dict, record: dict | None) -> str | None:
-    """Return the sha256 of the file under the final name if it is what it should be."""
+    """Return the sha256 of the file under the final name if it is valid, else None."""
     if not final.is_file():
         return None
     try:
@@ -169,12 +160,12 @@ def _sha256_if_here(final: Path, file: dict, record: dict | None) -> str | None:
     except UnfitError as error:
         logger.warning("%s is here already, but %s; it is retrieved again", final, error)
         return None
-    logger.info("%s is here already and is what it should be", final)
+    logger.info("%s is here already and is valid", final)
     return sha256
 
 
 def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
-    """Return a file's entry in the manifest; it is retrieved unless it is there already."""
+    """Return a file's entry in the manifest; it is retrieved unless a valid one is there."""
     final, records_path = folder / file["name"], folder.parent / "checksums.json"
     records = read_json(records_path) if records_path.exists() else {}
     record, is_unpublished = records.get(final.name), "checksum" in file
@@ -183,20 +174,20 @@ def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
         record = None
     pinned = {**record, "place": f"'{final.name}' from {records_path}"} if record and is_unpublished else None
 
-    # Of an unpublished file without a record there is nothing to say that the one that is here is it.
+    # A file without checksum and record cannot be recognized as the right one.
     sha256 = _sha256_if_here(final, file, pinned) if pinned or not is_unpublished else None
     if sha256 is None:
         try:
-            sha256, origin = _retrieve(final, file, pinned, local)
+            sha256, source = _retrieve(final, file, pinned, local)
         except OSError as error:
             if is_of_full_disk(error):
                 raise full_disk(folder, final.name) from error
             raise
         retrieved = datetime.now(UTC).isoformat(timespec="seconds")
     elif record and record["sha256"] == sha256:
-        origin, retrieved = record["source"], record["retrieved"]
+        source, retrieved = record["source"], record["retrieved"]
     else:
-        origin, retrieved = (
+        source, retrieved = (
             "already in its place",
             datetime.fromtimestamp(final.stat().st_mtime, UTC).isoformat(timespec="seconds"),
         )
@@ -213,7 +204,7 @@ def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
             final.name,
             records_path,
         )
-    entry = {"bytes": final.stat().st_size, "sha256": sha256, "source": origin, "retrieved": retrieved}
+    entry = {"bytes": final.stat().st_size, "sha256": sha256, "source": source, "retrieved": retrieved}
     if not pinned:
         write_json(records_path, {**records, final.name: {**entry, "url": file.get("url", [])}})
     logger.info("%s: %s bytes, %s", final.name, f"{entry['bytes']:,}", checked)
@@ -239,25 +230,26 @@ def _alone(path: Path, name: str) -> Iterator[None]:
 def download(manifest: Path, name: str, files: dict, mirror: str | None = None) -> None:
     """Retrieve a dataset's files beside `manifest`, verify them, and write the manifest that names them.
 
-    What is there already and right is kept; what an earlier run left halfway is gone on with; of two runs at once one waits.
+    It keeps valid files, and continues what an earlier run left unfinished. Of two runs at once one waits.
 
     Parameters
     ----------
     manifest
-        JSON to be written: per role the file's name, bytes, sha256, where it came from, when, and how it was checked.
+        JSON to be written: per role the file's name, bytes, sha256, source, time, and how it was checked.
     name
         The dataset's name.
     files
-        Role → file: name, url (mirrors, tried in order) or pypi (name==version), and what it must be: bytes, md5, sha256, or
-        checksum: unpublished. Then the sha256 of the first download is kept in checksums.json beside the manifest's folder.
+        Role → file: name; url (mirrors, tried in order) or pypi (name==version); and bytes, md5, sha256, or checksum:
+        unpublished. With the latter the sha256 of the first download is kept in checksums.json beside the manifest's
+        folder.
     mirror
-        Folder that is looked into first, for {mirror}/{name}/{file} and {mirror}/{file}; the variable PERTURBFLOW_MIRROR has
+        Folder to look into first, for {mirror}/{name}/{file} and {mirror}/{file}; the variable PERTURBFLOW_MIRROR has
         precedence.
 
     Raises
     ------
     InputError
-        If a file cannot be retrieved, with what every mirror said. Nothing partial is ever under the final name.
+        If a file cannot be retrieved, with the answer of every mirror. Nothing partial is ever under the final name.
     """
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)

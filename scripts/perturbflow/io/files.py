@@ -18,7 +18,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_of_full_disk(error: BaseException | None) -> bool:
-    """Return whether a full disk is what led to an error; HDF5 and torch tell it in words only, or raise another error after it."""
+    """Return whether a full disk led to an error.
+
+    HDF5 and torch say so in words only, or raise another error after it.
+    """
     while error is not None:
         if (isinstance(error, OSError) and error.errno in FULL) or any(
             os.strerror(number) in str(error) for number in FULL
@@ -32,8 +35,8 @@ def full_disk(folder: str | Path, wanted: str) -> InputError:
     """Return the error of a full disk."""
     free = shutil.disk_usage(folder).free
     return InputError(
-        f"{folder}: no space left for {wanted} ({free:,} bytes are free). Free some, or start where there is more, and run again: "
-        "what is there is kept and gone on with."
+        f"{folder}: no space left for {wanted} ({free:,} bytes are free). Free some, or start where there is more, and "
+        "run again: the files that are there are kept and continued."
     )
 
 
@@ -81,7 +84,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _errors_of_closing() -> Iterator[list[BaseException]]:
-    """Collect the errors that h5py only prints: what fails while an object is closed is as lost as what fails in a write."""
+    """Collect the errors that h5py only prints.
+
+    If closing an object fails, its content is lost, just as if a write failed.
+    """
     errors: list[BaseException] = []
     hooks = sys.unraisablehook, sys.excepthook
     sys.unraisablehook = lambda unraisable: errors.append(unraisable.exc_value or RuntimeError(unraisable.err_msg))
@@ -107,7 +113,10 @@ def require_writable(folders: Iterable[str | Path]) -> None:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what a killed process left beside `path` when it wrote it as HDF5; a file that is being written is locked, and stays."""
+    """Remove the HDF5 files that a killed process left beside `path`.
+
+    A file that is being written is locked, and stays.
+    """
     path = Path(path)
     for leftover in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
         with suppress(OSError), leftover.open("rb") as file:
@@ -150,7 +159,10 @@ def bytes_of(path: str | Path) -> int:
 
 
 def content_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content; of a folder, that of a list of its files with theirs, as `sha256sum` prints it."""
+    """Return the SHA-256 of a file's content.
+
+    For a folder it is that of a list of its files with theirs, as `sha256sum` prints it.
+    """
     path = Path(path)
     if not path.is_dir():
         return file_digest(path)
@@ -159,12 +171,14 @@ def content_sha256(path: str | Path) -> str:
 
 
 def manifest_files(manifest: str | Path, whole: bool = False) -> dict[str, Path]:
-    """Return role → path of the files that a manifest names, which lie beside it; `whole` reads them to compare checksums, too.
+    """Return role → path of the files in a manifest, which lie beside it.
+
+    With `whole` it reads them and compares checksums, too.
 
     Raises
     ------
     InputError
-        If a file is missing or not what was downloaded.
+        If a file is missing or was changed after its download.
     """
     manifest = Path(manifest)
     found = {}
@@ -173,7 +187,8 @@ def manifest_files(manifest: str | Path, whole: bool = False) -> dict[str, Path]
         is_there = path.is_file() and path.stat().st_size == entry["bytes"]
         if not is_there or (whole and file_digest(path) != entry["sha256"]):
             raise InputError(
-                f"{path} is missing or not the {entry['bytes']:,} bytes that were downloaded. Delete {manifest} and run again."
+                f"{path} is missing or not the {entry['bytes']:,} bytes that were downloaded. Delete {manifest} and "
+                "run again."
             )
         found[role] = path
     return found

@@ -1,7 +1,7 @@
 """Read and write the chunks of HDF5 datasets directly.
 
-HDF5 inflates and deflates one chunk at a time, under a lock of its own. Here threads do, with igzip (ISA-L), which is several
-times faster; what is written is the standard shuffle and gzip filter that every reader of HDF5 knows.
+HDF5 inflates and deflates one chunk at a time, under a lock of its own. Here threads do, with igzip (ISA-L), several
+times faster. The files have the standard shuffle and gzip filter that every reader of HDF5 knows.
 """
 
 import os
@@ -21,13 +21,16 @@ from perturbflow.errors import InputError
 from perturbflow.io.kernels import shuffle_bytes
 
 CHUNK = 2**18
-"""Values of a chunk that is written: 1 MiB, the cache that HDF5 has by default."""
+"""Values per written chunk: 1 MiB, the cache that HDF5 has by default."""
 
 CHUNKS_AHEAD = 32
-"""Chunks of a dataset that are encoded before the oldest is written: the same for any number of threads, as is then the file."""
+"""Chunks of a dataset that are encoded before the oldest is written.
+
+The number does not depend on the number of threads, and neither does the file.
+"""
 
 LEVEL = 2
-"""Of igzip (0-3): as fast as 1 and smaller; 3 takes twice the time for nothing."""
+"""Level of igzip (0-3): as fast as 1 and smaller; 3 takes twice the time and saves no space."""
 
 GAP, SPAN = 2**15, 2**21
 """Rows of a sparse matrix are read together where no more than GAP values lie between two, and SPAN values in all."""
@@ -63,7 +66,7 @@ class Rows:
         self._lock = threading.Lock()
         creation = dataset.id.get_create_plist()
         self._filters = [creation.get_filter(i)[0] for i in range(creation.get_nfilters())]
-        # What lies elsewhere or is encoded otherwise goes through HDF5.
+        # Values in other files or of another encoding go through HDF5.
         self._is_direct = (
             dataset.dtype.isnative
             and dataset.file.userblock_size == 0
@@ -93,7 +96,10 @@ class Rows:
         return content
 
     def _chunk(self, origin: tuple[int, ...]) -> np.ndarray:
-        """Return a whole chunk, decoded; of one dimension it is kept, for the next range of rows may begin where this one ends."""
+        """Return a whole chunk, decoded.
+
+        It keeps the last one of one dimension, as the next range of rows may begin where this one ends.
+        """
         last = self._last
         if last is not None and last[0] == origin:
             return last[1]
@@ -124,7 +130,7 @@ class Rows:
         return np.frombuffer(content, self.dtype).reshape(self.chunks)
 
     def _find_chunks(self) -> None:
-        """Look up once where all chunks lie: to ask HDF5 for one takes a search through all."""
+        """Look up once where all chunks lie: HDF5 searches through all to find one."""
         with self._lock:
             if self._chunk_at is None:
                 found: dict[tuple[int, ...], tuple[int, int, int]] = {}
@@ -181,14 +187,16 @@ class Rows:
 
 
 class CsrRows:
-    """Rows of a CSR matrix (anndata's) on disk: `X[rows]` reads them, in the order of the file, and returns them in the order asked for.
+    """Rows of anndata's CSR matrix on disk: `X[rows]` reads them in the order of the file.
+
+    It returns them in the order of `rows`.
 
     Parameters
     ----------
     group
         Of an open file.
     path
-        The same file, to read from beside HDF5; names it in messages.
+        The same file, to read from beside HDF5; messages name it.
     """
 
     def __init__(self, group: h5py.Group, path: Path):
@@ -220,7 +228,10 @@ class CsrRows:
         return self._read(ordered)[place]
 
     def _read(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return rows of the file, ascending. Near ones are read together; what lies between is decoded and left."""
+        """Return rows of the file, ascending.
+
+        It reads near rows together, and decodes and drops the values between them.
+        """
         begins, ends = self._bounds[rows], self._bounds[rows + 1]
         indptr = np.append(0, np.cumsum(ends - begins))
         data, indices = np.empty(indptr[-1], self._data.dtype), np.empty(indptr[-1], self._indices.dtype)
@@ -250,7 +261,7 @@ def _encoded(values: np.ndarray) -> bytes:
 
 
 class Appended:
-    """A one-dimensional dataset of 32-bit values that is written from front to back; its chunks are encoded in threads.
+    """A one-dimensional dataset of 32-bit values, written from front to back; threads encode its chunks.
 
     Parameters
     ----------
@@ -290,7 +301,7 @@ class Appended:
         self._dataset.id.write_direct_chunk((offset,), encoded.result())
 
     def append(self, values: np.ndarray) -> None:
-        """Add values at the end; they are not to be changed afterwards."""
+        """Add values at the end; do not change them afterwards."""
         missing = self._chunk - len(self._begun)
         if len(values) >= missing:
             self._submit(np.concatenate([self._begun, values[:missing]]))
@@ -302,7 +313,7 @@ class Appended:
         self._begun = np.concatenate([self._begun, values])
 
     def finish(self) -> None:
-        """Write what is left; the dataset takes its length."""
+        """Write the remaining values; the dataset takes its length."""
         n = self._n_written + len(self._begun)
         if len(self._begun):
             self._submit(np.append(self._begun, np.zeros(self._chunk - len(self._begun), self._begun.dtype)))
@@ -339,7 +350,7 @@ class AppendedRows:
         self._sizes.append(np.diff(X.indptr))
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write the remaining rows."""
         self._data.finish()
         self._indices.finish()
         indptr = np.append(0, np.cumsum(np.concatenate(self._sizes), dtype=np.int64))

@@ -1,4 +1,7 @@
-"""Loops over counts, compiled: at the speed of memory, and without the interpreter's lock, so that threads run side by side."""
+"""Compiled loops over counts, at the speed of memory.
+
+They release the interpreter's lock, so that threads run side by side.
+"""
 
 import numpy as np
 
@@ -12,14 +15,17 @@ TOLERANCE = 1e-4
 
 @compiled(nogil=True)
 def place_counts(tile: np.ndarray, band: np.ndarray, column: int, highest: int) -> bool:
-    """Write a tile (rows × some columns) into an integer band (rows × genes) from `column` on; False unless all are integers from 0."""
+    """Write a tile (rows × some columns) into an integer band (rows × genes) from `column` on.
+
+    It returns False unless all values are integers from 0 to `highest`.
+    """
     n_bad = np.int32(0)
     width = tile.shape[1]
     for i in range(tile.shape[0]):
         values, counts = tile[i], band[i, column : column + width]
         for j in range(width):
             count = np.int32(values[j])
-            # NaN and what is too large become negative numbers, or others than they were.
+            # NaN and values that are too large become negative numbers, or other numbers.
             n_bad |= np.int32(np.float32(count) != values[j]) | np.int32(np.uint32(count) > np.uint32(highest))
             counts[j] = count
     return n_bad == 0
@@ -45,7 +51,7 @@ def compress_rows(
     for k in range(len(rows)):
         values = band[rows[k]]
         for j in range(len(values)):
-            # Zeros are written, too, and overwritten by what comes next: that is faster than to branch.
+            # Zeros are written, too, and overwritten by the next value: that is faster than a branch.
             indices[at] = j
             data[at] = values[j]
             at += np.uint64(values[j] != 0)
@@ -62,10 +68,10 @@ def group_entries(
     n_per_group: int,
     n_groups: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Group the entries of some columns (CSC) by the group of rows that they belong to, columns ascending within a group.
+    """Group the entries of some columns (CSC) by group of rows, columns ascending within a group.
 
-    `position` gives the place of a source row among the wanted rows, -1 for one that is not. Returns the first entry per group,
-    and of the entries their row within the group, column and value.
+    `position` gives the place of a source row among the wanted rows, -1 for any other row. It returns the first entry
+    per group, and the row within the group, column and value of each entry.
     """
     starts = np.zeros(n_groups + 1, np.int64)
     for i in range(len(rows)):
@@ -120,13 +126,14 @@ def add_moments(
 
 @compiled(nogil=True)
 def pack_counts(
-    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, is_wanted: np.ndarray, packed: np.ndarray, ends: np.ndarray, n_cells: np.ndarray
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray,
+    is_wanted: np.ndarray, packed: np.ndarray, ends: np.ndarray, n_cells: np.ndarray,
 ) -> None:  # fmt: skip
-    """Write the wanted cells in about a byte per entry, where each of them ends, and add to the number of cells per gene.
+    """Write the wanted cells in about a byte per entry, and where each of them ends.
 
-    The high half of a byte is the number of genes without a count before this one, the low half the count. Where one of them is 15
-    or more (3 % of the entries of a screen), a zero byte comes first, and then both in three bytes each.
-    `packed` has room for 7 bytes per entry.
+    It adds to the number of cells per gene. The high half of a byte is the number of genes without a count before this
+    one, the low half the count. Where one of them is 15 or more (3 % of the entries of a screen), a zero byte comes
+    first, and then both in three bytes each. `packed` has room for 7 bytes per entry.
     """
     at = np.uint64(0)
     cell = 0
@@ -159,8 +166,8 @@ def unpack_counts(
 ) -> None:  # fmt: skip
     """Write the kept cells and genes as CSR.
 
-    `starts` gives where each cell starts, and the last one ends; `gene` the new number of a gene, -1 for one that is dropped. `data` and
-    `indices` have room for one value more.
+    `starts` gives where each cell starts, and the last one ends; `gene` the new number of a gene, -1 for a dropped one.
+    `data` and `indices` have room for one value more.
     """
     at = np.uint64(0)
     cell = 0

@@ -19,7 +19,10 @@ Result = TypeVar("Result")
 
 
 def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], threads: int) -> Iterator[Result]:
-    """Yield the results of `function` in the order of the tasks; at most one per thread and one more are under way or waiting."""
+    """Yield the results of `function` in the order of the tasks.
+
+    At most one task per thread and one more are under way or waiting.
+    """
     with ThreadPoolExecutor(threads) as pool:
         under_way: deque = deque()
         try:
@@ -44,7 +47,9 @@ class Piece:
 
 
 class Spool:
-    """Non-negative integers in a file without a name, in the narrowest type that holds them: gone however the process ends.
+    """Non-negative integers in a file without a name, in the narrowest type that holds them.
+
+    The file is gone however the process ends.
 
     Parameters
     ----------
@@ -76,7 +81,7 @@ class Spool:
         return piece
 
     def read(self, piece: Piece, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return an array or a part of it, as it was but for its type."""
+        """Return an array or a part of it, in the type that it was stored in."""
         n = (piece.n if stop is None else stop) - start
         size = piece.dtype.itemsize
         return np.frombuffer(

@@ -1,7 +1,7 @@
-"""Vectors of genes from what is known without the screen: one table per prior, the same for every dataset and split.
+"""Vectors of genes from public knowledge: one table per prior, the same for every dataset and split.
 
-A prior is public knowledge of genes (`annotations`: which GO terms they have; `interactions`: which proteins bind, or have to do with one
-another in any way). Its vectors span all genes that it covers, perturbed or not, so they are no different whatever is held out.
+`annotations` knows the GO terms of genes. `interactions` knows which proteins bind, or are related in any way. The
+vectors of a prior cover all its genes, perturbed or not, so they are no different whatever is held out.
 """
 
 import logging
@@ -20,7 +20,10 @@ __all__ = ["associations", "go", "ppi", "prior"]
 
 
 def vectors_of(kind: str, files: dict[str, Path], organism: str) -> pd.DataFrame:
-    """Return the vectors of a kind of prior, by its name; no other is referred to, so that one more makes no prior stale."""
+    """Return the vectors of a kind of prior, by its name.
+
+    It refers to no other kind, so that a new one makes no prior stale.
+    """
     return globals()[kind](files, organism)
 
 
@@ -32,18 +35,18 @@ def prior(raw: list[Path], embedding: Path, kind: str, roles: list, organism: st
     raw
         The manifest of a download, or files of the user's own.
     embedding
-        Parquet to be written: gene symbol as index, one float32 column per dimension; among its attributes `knows`, where the vectors may
-        know the outcome of a screen.
+        Parquet to be written: gene symbol as index, one float32 column per dimension. Its attribute `knows` states
+        where the vectors may know the outcome of a screen.
     kind
         go, ppi or associations.
     roles
-        What each of the user's own files is: file, or annotations and ontology (go), links and info (ppi, associations). Empty with a manifest,
-        which says so itself.
+        Role of each of the user's own files: file, or annotations and ontology (go), links and info (ppi,
+        associations). Empty with a manifest, which has the roles itself.
 
     Raises
     ------
     InputError
-        If a file is missing or is not what its role says.
+        If a file is missing or does not fit its role.
     """
     files = dict(zip(roles, raw, strict=True)) if roles else manifest_files(raw[0], whole=True)
     vectors = vectors_of(kind, files, organism)

@@ -1,6 +1,7 @@
-"""Genes by what is known of their function: GO annotations → vectors.
+"""Genes by their known functions: GO annotations → vectors.
 
-Read are the annotation packages of Bioconductor (org.Hs.eg.db), GAF 2.x with or without the ontology, and a plain table.
+It reads the annotation packages of Bioconductor (org.Hs.eg.db), GAF 2.x with or without the ontology, and a plain
+table.
 """
 
 import sqlite3
@@ -15,10 +16,10 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.priors.tables import N_DIMENSIONS, approved, first_line, leading_factors, opened, read_table
+from perturbflow.priors.reading import N_DIMENSIONS, approved, first_line, leading_factors, opened, read_table
 
-LEAST_GENES = 3  # a term of fewer genes says what these are called, and hardly who resembles whom
-# ND tells that nothing is known. IEP and HEP are inferred from expression, which is what models are scored on.
+LEAST_GENES = 3  # a term of fewer genes hardly shows which genes are alike
+# ND means that nothing is known. IEP and HEP are inferred from expression, and models are scored on expression.
 LEFT_OUT_EVIDENCE = ("ND", "IEP", "HEP")
 SQLITE = b"SQLite format 3\0"
 
@@ -28,14 +29,14 @@ def annotation_vectors(
 ) -> pd.DataFrame:
     """Return one vector per annotated gene: the leading factors of gene × term, terms weighted by their information.
 
-    A term that n of N genes have, itself or by a more special one, weighs ln(N/n) (Resnik 1995); genes are scaled to unit length, so that
-    the inner product of two is the cosine of their terms.
+    A term weighs ln(N/n) where n of N genes have it or a more special one (Resnik 1995). Genes are scaled to unit
+    length, so that the inner product of two is the cosine of their terms.
 
     Parameters
     ----------
     files
-        "file" or "annotations", and where annotations are of GAF or a table, "ontology" (OBO): without it a gene has the terms that it is
-        directly annotated with, and no more general ones.
+        "file" or "annotations", and where annotations are of GAF or a table, "ontology" (OBO). Without the ontology a
+        gene has its direct terms, and no more general ones.
 
     Returns
     -------
@@ -52,7 +53,8 @@ def annotation_vectors(
     informative = length > 0
     if informative.sum() <= n_dimensions:
         raise InputError(
-            f"{', '.join(map(str, files.values()))}: only {informative.sum()} genes share a GO term with others; is this the whole of the annotations?"
+            f"{', '.join(map(str, files.values()))}: only {informative.sum()} genes share a GO term with others; is "
+            "this the whole of the annotations?"
         )
     unit = sparse.diags(1.0 / length[informative]) @ weighted[informative][:, information > 0]
     vectors, values = leading_factors(unit, n_dimensions)
@@ -91,10 +93,14 @@ def _database(path: Path) -> Iterator[Path]:
 
 
 def _from_database(path: Path) -> pd.DataFrame:
-    """Read an annotation package of Bioconductor; its tables *_all hold the more general terms, each with the evidence it follows from."""
+    """Read an annotation package of Bioconductor.
+
+    Its tables *_all hold the more general terms, each with the evidence of the term that implies it.
+    """
     codes = ", ".join("?" * len(LEFT_OUT_EVIDENCE))
     query = " UNION ALL ".join(
-        f"SELECT DISTINCT symbol AS gene, go_id AS term FROM go_{aspect}_all JOIN gene_info USING (_id) WHERE evidence NOT IN ({codes})"
+        f"SELECT DISTINCT symbol AS gene, go_id AS term FROM go_{aspect}_all JOIN gene_info USING (_id) WHERE evidence "
+        f"NOT IN ({codes})"
         for aspect in ("bp", "mf", "cc")
     )
     with _database(path) as database:
@@ -108,13 +114,16 @@ def _from_database(path: Path) -> pd.DataFrame:
 
 
 def _kept(table: pd.DataFrame) -> pd.DataFrame:
-    """Drop annotations that say what a gene does not do, and those by evidence that is left out."""
+    """Drop negated annotations, and those by evidence that is left out."""
     negated = table["qualifier"].str.split("|").map(lambda words: "NOT" in words)
     return table.loc[~negated & ~table["evidence"].isin(LEFT_OUT_EVIDENCE) & (table["gene"] != ""), ["gene", "term"]]
 
 
 def _from_gaf(path: Path) -> pd.DataFrame:
-    """Read GAF 2.x (geneontology.org/docs/go-annotation-file-gaf-format-2.2): columns 3 symbol, 4 qualifier, 5 term, 7 evidence."""
+    """Read GAF 2.x: columns 3 symbol, 4 qualifier, 5 term, 7 evidence.
+
+    geneontology.org/docs/go-annotation-file-gaf-format-2.2 describes it.
+    """
     table = read_table(
         path, header=None, comment="!", usecols=[2, 3, 4, 6], names=["gene", "qualifier", "term", "evidence"]
     )
@@ -128,17 +137,18 @@ def _from_table(path: Path) -> pd.DataFrame:
     table = read_table(path)
     if not {"symbol", "go_id"} <= set(table):
         raise InputError(
-            f"{path}: GO annotations are a GAF file, a package org.*.eg.db of Bioconductor, or a tab-separated table with the columns symbol "
-            f"and go_id; this has {', '.join(map(str, table.columns[:10]))}."
+            f"{path}: GO annotations are a GAF file, a package org.*.eg.db of Bioconductor, or a tab-separated table "
+            f"with the columns symbol and go_id; this has {', '.join(map(str, table.columns[:10]))}."
         )
     table = table.assign(**{column: "" for column in ("evidence", "qualifier") if column not in table})
     return _kept(table.rename(columns={"symbol": "gene", "go_id": "term"}))
 
 
 def with_ancestors(table: pd.DataFrame, ontology: Path) -> pd.DataFrame:
-    """Return the annotations and all that follow: who has a term has what it is a kind or a part of (the true path rule).
+    """Return the annotations and all that they imply (the true path rule).
 
-    Obsolete terms, and terms that the ontology does not know, are left out; secondary ids become the primary ones.
+    A gene with a term has every term that this is a kind or a part of. Obsolete terms, and terms that the ontology does
+    not know, are left out. Secondary ids become the primary ones.
     """
     parents, primary = _read_obo(ontology)
 

@@ -1,7 +1,7 @@
-"""Genes by the company their proteins keep: interactions or associations → vectors.
+"""Genes by the partners of their proteins: interactions or associations → vectors.
 
-Read are the files of STRING (protein.physical.links.detailed, protein.links.detailed or protein.links, with protein.info) and a plain list of
-edges.
+It reads the files of STRING (protein.physical.links.detailed, protein.links.detailed or protein.links, with
+protein.info) and a plain list of edges.
 """
 
 import logging
@@ -13,17 +13,25 @@ from scipy import sparse
 from scipy.sparse.linalg import eigsh
 
 from perturbflow.errors import InputError
-from perturbflow.priors.tables import N_DIMENSIONS, approved, blocks_of, first_line, leading_factors, read_table, signed
+from perturbflow.priors.reading import (
+    N_DIMENSIONS,
+    approved,
+    blocks_of,
+    first_line,
+    leading_factors,
+    read_table,
+    signed,
+)
 
 logger = logging.getLogger(__name__)
 
 RESTART = 0.3
 N_STEPS = 20
 CONTEXT_POWER = 0.75
-# Text mining reads papers about perturbations and co-expression their data: both may tell the outcome.
+# Text mining reads papers about perturbations and co-expression their data: both may hold the outcome.
 CHANNELS = ("experimental", "database")
 LEAST_SCORE = 0.4  # STRING's medium confidence
-STRING_PRIOR = 0.041  # of two proteins drawn at random
+STRING_PRIOR = 0.041  # of two random proteins
 ROUNDING = 1e-9  # of scores that are whole thousandths
 
 # All channels, as STRING combines them itself.
@@ -38,8 +46,9 @@ def interaction_vectors(
 ) -> pd.DataFrame:
     """Return one vector per gene that has an interaction.
 
-    Leading factors of the positive pointwise mutual information between neighbours, every gene its own neighbour too (one step of a
-    random walk; contexts smoothed by the power 0.75, Levy & Goldberg 2014), then spread over the network by a random walk with restart.
+    These are leading factors of the positive pointwise mutual information between neighbours, where every gene is its
+    own neighbour too. It is one step of a random walk, with contexts smoothed by the power 0.75 (Levy & Goldberg 2014).
+    A random walk with restart then spreads them over the network.
 
     Parameters
     ----------
@@ -53,7 +62,7 @@ def interaction_vectors(
     Raises
     ------
     InputError
-        If a file is missing, is not what its role says, or has interactions of n_dimensions genes at most.
+        If a file is missing, does not fit its role, or has interactions of n_dimensions genes at most.
     """
     genes, network = network_of(read_edges(files, organism), files, n_dimensions)
     with_self = network + sparse.eye_array(len(genes))
@@ -71,21 +80,24 @@ def interaction_vectors(
 def association_vectors(
     files: dict[str, Path], organism: str = "human", n_dimensions: int = N_COMPONENTS
 ) -> pd.DataFrame:
-    """Return one vector per gene that has an association of any kind: its spectral coordinates, with τ the mean degree (`spectral_coordinates`).
+    """Return one vector per gene that has an association of any kind: its spectral coordinates.
+
+    See `spectral_coordinates`; τ is the mean degree.
 
     Parameters
     ----------
     files
-        "links" and "info" of STRING, of which the combined score of all channels is read from 0.15 on; or as "file" a list of edges.
+        "links" and "info" of STRING, whose combined score of all channels is read from 0.15 on; or as "file" a list of
+        edges.
 
     Returns
     -------
-    Genes × n_dimensions; `attrs["knows"]` says what of a screen's outcome they may know.
+    Genes × n_dimensions; `attrs["knows"]` states the part of a screen's outcome that they may know.
 
     Raises
     ------
     InputError
-        If a file is missing, is not what its role says, or has associations of n_dimensions + 1 genes at most.
+        If a file is missing, does not fit its role, or has associations of n_dimensions + 1 genes at most.
     """
     genes, network = network_of(read_edges(files, organism, EVERY_CHANNEL, LOW_CONFIDENCE), files, n_dimensions + 1)
     degree = np.asarray(network.sum(axis=1)).ravel()
@@ -97,9 +109,10 @@ def association_vectors(
 def spectral_coordinates(network: sparse.csr_array, n: int, tau: float) -> np.ndarray:
     """Return the coordinates of every node on the leading spectral components of a network, from the second on.
 
-    With A the weights and d their row sums, these are the eigenvectors of (D + τ)^-½ A (D + τ)^-½ with the greatest eigenvalues but the first, which
-    says how much is known of a gene; divided by √(d + τ) and times their eigenvalues: the coordinates of a diffusion map after one step (Coifman &
-    Lafon 2006). Without τ a component sits on a handful of nodes that hang on by a thread (Qin & Rohe 2013).
+    With A the weights and d their row sums, these are the eigenvectors of (D + τ)^-½ A (D + τ)^-½ with the greatest
+    eigenvalues. The first is left out: it shows how much is known of a gene. The others are divided by √(d + τ) and
+    multiplied by their eigenvalues. These are the coordinates of a diffusion map after one step (Coifman & Lafon 2006).
+    Without τ a component lies on a handful of weakly linked nodes (Qin & Rohe 2013).
 
     Parameters
     ----------
@@ -108,11 +121,12 @@ def spectral_coordinates(network: sparse.csr_array, n: int, tau: float) -> np.nd
     n
         Number of components.
     tau
-        What is added to every degree, in units of the weights.
+        Added to every degree, in units of the weights.
 
     Returns
     -------
-    (nodes, n). The mean square of a column, weighted by d + τ, is its eigenvalue squared; the first of its largest entries is positive.
+    (nodes, n). The mean square of a column, weighted by d + τ, is its eigenvalue squared; the first of its largest
+    entries is positive.
     """
     mass = np.asarray(network.sum(axis=1)).ravel() + tau
     scale = sparse.diags_array(1.0 / np.sqrt(mass))
@@ -131,7 +145,8 @@ def network_of(edges: pd.DataFrame, files: dict[str, Path], least: int) -> tuple
     has_edge = np.diff(network.indptr) > 0
     if has_edge.sum() <= least:
         raise InputError(
-            f"{', '.join(map(str, files.values()))}: interactions of only {has_edge.sum()} genes; is this the whole of the network?"
+            f"{', '.join(map(str, files.values()))}: interactions of only {has_edge.sum()} genes; is this the whole of "
+            "the network?"
         )
     logger.info("%d genes, %d pairs with a score", has_edge.sum(), len(edges))
     return names[has_edge], network if has_edge.all() else network[has_edge][:, has_edge]
@@ -153,7 +168,8 @@ def read_edges(
     Parameters
     ----------
     channels, least_score
-        Of STRING's files, the columns whose scores are combined, and the least combined score of a pair that is kept (0 to 1).
+        Of STRING's files, the columns whose scores are combined, and the least combined score of a pair that is kept (0
+        to 1).
 
     Returns
     -------
@@ -165,7 +181,8 @@ def read_edges(
         names, ends, weight = _from_list(files["file"])
     else:
         raise InputError(
-            f"Interactions: files of the roles 'links' and 'info' are needed, or one list of edges; found {', '.join(files)}."
+            "Interactions: files of the roles 'links' and 'info' are needed, or one list of edges; found "
+            f"{', '.join(files)}."
         )
     symbols = approved(names, organism)
     genes = pd.Index(sorted(set(symbols)))
@@ -184,9 +201,10 @@ Edges = tuple[pd.Series, np.ndarray, np.ndarray]
 
 
 def _from_string(links: Path, info: Path, channels: tuple[str, ...], least_score: float) -> Edges:
-    """Read STRING, scored anew from the channels that are kept: 1 − Π(1 − sᵢ) over channels, the prior taken off each and put back once.
+    """Read STRING, scored anew from some channels: 1 − Π(1 − sᵢ), the prior removed from each and added back once.
 
-    As STRING combines them (string-db.org/help/faq, von Mering et al. 2005), without its correction for homology. One column gives its own scores.
+    This is how STRING combines them (string-db.org/help/faq, von Mering et al. 2005), without its correction for
+    homology. A single column keeps its own scores.
     """
     names = read_table(info, usecols=[0, 1], names=["protein", "symbol"], header=0).drop_duplicates("protein")
     missing = {"protein1", "protein2", *channels} - set(first_line(links).split())
@@ -206,7 +224,8 @@ def _from_string(links: Path, info: Path, channels: tuple[str, ...], least_score
     codes, weight = np.concatenate([codes for codes, _ in kept], axis=1), np.concatenate([weight for _, weight in kept])
     if not len(weight):
         raise InputError(
-            f"{links} has no interaction of score {least_score} between proteins that {info} names; are both of one organism?"
+            f"{links} has no interaction of score {least_score} between proteins that {info} names; are both of one "
+            "organism?"
         )
     return names["symbol"].reset_index(drop=True), codes, weight
 
@@ -216,7 +235,8 @@ def _from_list(path: Path) -> Edges:
     table = read_table(path)
     if table.shape[1] not in (2, 3):
         raise InputError(
-            f"{path}: a list of edges has two columns of symbols and perhaps a weight, this has {table.shape[1]} columns."
+            f"{path}: a list of edges has two columns of symbols and perhaps a weight, this has {table.shape[1]} "
+            "columns."
         )
     weight = (
         pd.to_numeric(table.iloc[:, 2], errors="coerce") if table.shape[1] == 3 else pd.Series(1.0, index=table.index)

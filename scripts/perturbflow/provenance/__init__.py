@@ -1,1 +1,1 @@
-"""What every result was made of."""
+"""The record of every result: its code, its params and its inputs."""

@@ -1,9 +1,11 @@
-"""Which version of the code made a result: a digest of all definitions that can change its numbers, and of nothing else.
+"""Which version of the code made a result: a digest of all definitions that can change its numbers.
 
-A step starts at one function. That function refers to other definitions of this package by their names, and these to others: all of them
-count, wherever they stand. Comments, layout, docstrings, annotations, messages and log lines do not count, nor does what no name leads to.
+A step starts at one function. That function refers to other definitions of this package by their names, and these to
+others. All of them count, wherever they stand. Comments, layout, docstrings, annotations, messages and log lines do not
+count, nor do definitions that no name leads to.
 
-Code is read, not run. What a name cannot lead to (a family's class, a recipe, a kind of prior) is a further root, which the caller names.
+This module reads code and does not run it. A name cannot lead to a family's class, a recipe or a kind of prior. Each of
+these is a further root, which the caller names.
 """
 
 import ast
@@ -19,7 +21,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent.parent
 PACKAGE = __name__.split(".")[0]
 
 BESIDE = (".tsv", ".tsv.gz", ".html")  # files beside a module that count where a definition names them
-SAYS = {f"logger.{level}" for level in ("debug", "info", "warning", "error", "exception", "critical")} | {
+LOGGING = {f"logger.{level}" for level in ("debug", "info", "warning", "error", "exception", "critical")} | {
     "warnings.warn"
 }
 DATACLASS_WORDS = {"ClassVar", "InitVar", "KW_ONLY"}  # annotations that make a field something else
@@ -53,7 +55,10 @@ def _add_origins(node: ast.Import | ast.ImportFrom, imports: dict[str, list[Orig
 
 
 def _run_part(node: ast.AST) -> list:
-    """Return the statements of a branch for type checkers or the command line that run in a step, or any other statement."""
+    """Return the statements of a node that run in a step.
+
+    It leaves out branches for type checkers and for the command line.
+    """
     if isinstance(node, ast.If):
         test = node.test
         if _dotted(test).endswith("TYPE_CHECKING") or (
@@ -67,14 +72,17 @@ def _is_silent(node: object) -> bool:
     """Return whether a statement changes nothing: a docstring, pass, a bare annotation, a log line or a warning."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant) or (
-            isinstance(node.value, ast.Call) and _dotted(node.value.func) in SAYS
+            isinstance(node.value, ast.Call) and _dotted(node.value.func) in LOGGING
         )
     return isinstance(node, ast.Pass) or (isinstance(node, ast.AnnAssign) and not node.value)
 
 
 @dataclass
 class _Reading:
-    """What counts of some statements: their text in a form of our own, the names in it, its imports, and the files that it may name."""
+    """The part of some statements that counts.
+
+    It has their text in a form of our own, the names in it, its imports, and the files that it may name.
+    """
 
     text: list[str] = field(default_factory=list)
     names: dict[str, None] = field(default_factory=dict)
@@ -109,7 +117,7 @@ class _Reading:
 
 
 def _parts(node: ast.AST) -> list:
-    """Return what counts of a node, without messages and annotations."""
+    """Return the parts of a node that count, without messages and annotations."""
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
         return [node.exc.func, node.exc.args[1:], node.exc.keywords, node.cause]  # the first argument is the message
     if isinstance(node, ast.Assert):
@@ -130,7 +138,7 @@ def _class_field(node: ast.stmt) -> ast.AST:
 
 
 def _bound(node: ast.stmt) -> set[str]:
-    """Return the names that a statement of a module defines, and LOOSE where it does more than that."""
+    """Return the names that a statement of a module defines, and LOOSE where it does more."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}
     if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
@@ -148,7 +156,7 @@ def _bound(node: ast.stmt) -> set[str]:
 
 @dataclass
 class _Module:
-    """The statements of a module by the names that they define, and where its other names come from."""
+    """The statements of a module by the names that they define, and the origins of its other names."""
 
     statements: dict[str, list[ast.stmt]] = field(default_factory=dict)
     imports: dict[str, list[Origin]] = field(default_factory=dict)
@@ -163,7 +171,7 @@ def _file(module: str) -> Path | None:
 
 @cache
 def _module(name: str) -> _Module:
-    """Return what stands in a module."""
+    """Return the content of a module."""
     path, module = _file(name), _Module()
     if path is None:
         raise LookupError(f"there is no module {name} below {SCRIPTS}.")
@@ -178,9 +186,9 @@ def _module(name: str) -> _Module:
 
 
 def _meanings(module: str, dotted: str, imports: dict[str, list[Origin]]) -> Iterator[str]:
-    """Yield what a name in a module means: module:definition of this package, or the name that something else has where it comes from.
+    """Yield the meanings of a name in a module: module:definition of this package, or the full name of anything else.
 
-    `imports` are those of the definition that holds the name. Where several meanings are possible, all are.
+    `imports` are those of the definition that holds the name. It yields all meanings where several are possible.
     """
     name, *rest = dotted.split(".")
     here = _module(module)
@@ -195,7 +203,10 @@ def _meanings(module: str, dotted: str, imports: dict[str, list[Origin]]) -> Ite
 
 
 def _members(module: str, path: list[str]) -> Iterator[str]:
-    """Yield what attributes of a module mean; a module that is handed on, or has no such attribute, means all that is in it."""
+    """Yield the meanings of attributes of a module.
+
+    A module that is handed on, or lacks the attribute, means its whole content.
+    """
     if path and (found := list(_meanings(module, ".".join(path), {}))):
         yield from found
     elif path and _file(f"{module}.{path[0]}"):
@@ -206,7 +217,7 @@ def _members(module: str, path: list[str]) -> Iterator[str]:
 
 @cache
 def _definition(name: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return a digest of what a definition says, and (name, meaning) of all names in it that mean something outside it."""
+    """Return a digest of a definition's text, and (name, meaning) of all names in it that mean something outside it."""
     module, own = name.split(":")
     here, reading = _module(module), _Reading()
     if own == ALL:
@@ -222,12 +233,12 @@ def _definition(name: str) -> tuple[str, list[tuple[str, str]]]:
     files = [
         hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in reading.files if (folder / file).is_file()
     ]
-    said = hashlib.sha256("\n".join([*reading.text, *files]).encode()).hexdigest()[:16]
-    return said, [pair for pair in meanings if pair[1] != RELEASE]
+    text_digest = hashlib.sha256("\n".join([*reading.text, *files]).encode()).hexdigest()[:16]
+    return text_digest, [pair for pair in meanings if pair[1] != RELEASE]
 
 
 def definitions(*roots: str) -> dict[str, str]:
-    """Return all definitions that count, in the order in which names lead to them from the roots, with a digest of what each says.
+    """Return all definitions that count, with a digest of each, in the order of the names that lead to them.
 
     Raises
     ------
@@ -251,9 +262,10 @@ def definitions(*roots: str) -> dict[str, str]:
 
 @cache
 def code_version(*roots: str) -> str:
-    """Return 16 hexadecimal digits that stand for all code that can change what these definitions, such as "perturbflow.pairs:pair", do.
+    """Return 16 hexadecimal digits for all code that can change the results of these definitions.
 
-    A name counts by the place of what it means in the order of `definitions`, so that it does not matter where that stands.
+    A definition is named as in "perturbflow.pairs:pair". A name counts by the place of its meaning in the order of
+    `definitions`. So moving a definition changes nothing.
     """
     found = definitions(*roots)
     place = {name: i for i, name in enumerate(found)}

@@ -1,8 +1,9 @@
-"""What every result was made of, kept beside it, and whether it would be made of the same now.
+"""The record beside every result: what it was made of, and whether it would be made of the same now.
 
-Snakemake compares time stamps, and what it wrote down in `.snakemake/`. A touched file looks changed to it, a damaged one current, and a
-folder without `.snakemake/` current whatever it holds. So a job writes a record beside each of its results: the values of its
-params (its code version among them), the content of its inputs, and the content of the result. The plan compares (rules/common.smk).
+Snakemake compares time stamps, and its own notes in `.snakemake/`. To it a touched file looks changed, and a damaged
+one current. A folder without `.snakemake/` looks current whatever it holds. So a job writes a record beside each of its
+results. The record has the values of its params (its code version among them), the content of its inputs, and the
+content of the result. The plan compares (rules/common.smk).
 """
 
 import hashlib
@@ -17,11 +18,11 @@ from perturbflow.errors import InputError
 from perturbflow.io.files import atomic, content_sha256, files_in
 
 FOLDER = ".made"
-# What this machine remembers of files; it may be deleted.
+# Digests that this machine remembers; they may be deleted.
 MEMORY = Path(".snakemake/perturbflow")
-# A file that jobs read which have to run again: it is newer than any result, and says why.
+# Jobs that have to run again read this file: it is newer than any result, and has the reasons.
 CHANGED = MEMORY / "changed"
-# What was downloaded may be deleted to make room.
+# Downloads may be deleted to make room.
 DOWNLOAD = "/raw/manifest.json"
 # A file written to a moment ago may be written to again without another time stamp.
 SETTLED_NS = 100_000_000
@@ -41,7 +42,10 @@ def _memory_of(path: str | Path) -> Path:
 
 
 def _stamps(path: str | Path) -> list:
-    """Return size and time stamps of a file; of a folder their sum, the newest, and a digest of those of all its files."""
+    """Return size and time stamps of a file.
+
+    For a folder it returns their sum, the newest, and a digest of those of all its files.
+    """
     if not Path(path).is_dir():
         found = Path(path).stat()
         return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
@@ -67,7 +71,7 @@ def _remembered(path: str | Path) -> tuple[list[int] | None, str]:
 def content_digest(path: str | Path) -> str:
     """Return the SHA-256 of a file's content, or of all files of a folder.
 
-    It is remembered for as long as sizes and time stamps stay, so that what is large is read once.
+    It is remembered for as long as sizes and time stamps stay, so that a large file is read once.
     """
     stamps = _stamps(path)
     known, content = _remembered(path)
@@ -86,7 +90,7 @@ def _record_file(result: str | Path) -> Path:
 
 
 def read_record(result: str | Path) -> dict[str, Any] | None:
-    """Return what a result was made of (keys made_of, inputs, content), or None where nothing readable says so."""
+    """Return the record of a result (keys made_of, inputs, content); None where no readable one exists."""
     try:
         record = json.loads(_record_file(result).read_text(encoding="utf-8"))
         return {"made_of": dict(record["made_of"]), "inputs": dict(record["inputs"]), "content": str(record["content"])}
@@ -100,27 +104,25 @@ def inputs_as_made(files: Iterable[str | Path]) -> dict[str, str]:
     Raises
     ------
     InputError
-        If a result of an earlier job is not what that job wrote.
+        If a result of an earlier job was changed since.
     """
     contents = {str(path): content_digest(path) for path in files if Path(path) != CHANGED}
     for path, content in contents.items():
         record = read_record(path)
         if record and record["content"] != content:
-            raise InputError(
-                f"{path} is not what was written there: its content was changed since. Run again, and it is made anew."
-            )
+            raise InputError(f"{path} was changed after its job wrote it. Run again, and it is made anew.")
     return contents
 
 
 def write_records(results: Iterable[str | Path], made_of: dict, inputs: dict[str, str]) -> None:
-    """Write beside each result what it was made of: values of params, and the content of inputs by path."""
+    """Write the record of each result beside it: values of params, and the content of inputs by path."""
     for result in results:
         content = {"made_of": made_of, "inputs": inputs, "content": content_digest(result)}
         with atomic(_record_file(result)) as partial:
             partial.write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
-# --- what the plan asks ---------------------------------------------------------------------------------------------
+# --- for the plan ---------------------------------------------------------------------------------------------------
 
 
 def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> str | None:
@@ -129,7 +131,8 @@ def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> s
     Parameters
     ----------
     results
-        Files that the job writes. Where some are there and one is missing, that counts: Snakemake misses it only where a job asks for it.
+        Files that the job writes. Where some exist and one is missing, that counts: Snakemake misses it only where a
+        job asks for it.
     made_of
         Values of its params now.
     inputs
@@ -143,7 +146,7 @@ def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> s
     for result in [] if gone else results:
         record = read_record(result)
         if record is None:
-            return f"{result}: nothing says what it was made of"
+            return f"{result}: it has no readable record"
         if record["made_of"] != made_of:
             was = record["made_of"]
             names = sorted(
@@ -162,12 +165,15 @@ def why_stale(results: Iterable[str], made_of: dict, inputs: Iterable[str]) -> s
         ]:
             return f"{result}: {', '.join(changed[:3])} changed since it was made"
         if content_digest(result) != record["content"]:
-            return f"{result}: it is not what was written there"
+            return f"{result}: it was changed after its job wrote it"
     return None
 
 
 def _content_of_input(path: str) -> str:
-    """Return the content of a file, or of a result what its job wrote: if it holds another by now, that job runs again, and so do those behind it."""
+    """Return the content of a file; for a result, the content that its job wrote.
+
+    If the result holds another content by now, its job runs again, and so do those that depend on it.
+    """
     record = read_record(path)
     return record["content"] if record else content_digest(path)
 
@@ -177,7 +183,7 @@ def _mtime(path: str) -> int:
 
 
 def is_unchanged(path: str, results: Iterable[str]) -> bool:
-    """Return whether all results that are there were made from what a file still holds."""
+    """Return whether all results that are there were made from the present content of a file."""
     records = [read_record(result) for result in results if Path(result).exists()]
     if not records or not Path(path).exists():
         return False
@@ -185,7 +191,7 @@ def is_unchanged(path: str, results: Iterable[str]) -> bool:
 
 
 def outdate(results: Iterable[str]) -> None:
-    """Make results older than the mark; those of another machine may have time stamps that are still to come."""
+    """Make results older than the mark; results of another machine may have time stamps in the future."""
     for result in results:
         if Path(result).exists() and _mtime(result) >= _mtime(str(CHANGED)):
             os.utime(result, (1, 1))  # Snakemake takes 0 for no time at all
@@ -199,9 +205,9 @@ def renew(benchmark: str, results: Iterable[str]) -> None:
 
 
 def settle(folder: str | Path) -> None:
-    """Set back the time stamps of results in a folder that were only touched, so that none is newer than what was made from it.
+    """Set back the time stamps of results in a folder that were only touched, so that none is newer than its products.
 
-    Copying or touching a folder puts its files in any order, and Snakemake takes what is newer for changed.
+    Copying or touching a folder puts its files in any order, and Snakemake takes newer files for changed.
     """
     results = [path.parent.parent / path.stem for path in Path(folder).rglob(f"{FOLDER}/*.json")]
     times = {str(result): _mtime(str(result)) for result in results if result.exists()}

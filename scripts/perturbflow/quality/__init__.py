@@ -1,4 +1,7 @@
-"""Is this screen good enough? What every perturbation did, how many cells tell it, and what will not be scorable."""
+"""Quality of a screen, before models are trained.
+
+It describes the effect of every perturbation, the number of its cells, and whether it can be scored.
+"""
 
 from perturbflow.quality.step import quality
 

@@ -1,4 +1,4 @@
-"""Did a perturbation do anything, and to which of its cells? A test by energy distance, and the share of cells that escaped."""
+"""The test whether a perturbation had an effect, by energy distance, and the share of cells that escaped it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from perturbflow.quality.sample import Sample
 
 N_PERMUTATIONS = 500
 ENOUGH = 20
-"""Permutations that reach the distance: then no more are needed (Besag and Clifford 1991)."""
+"""No more permutations are needed once this many reach the distance (Besag and Clifford 1991)."""
 ALPHA = 0.05
 LEAST_CELLS = 10
-"""Cells of a perturbation, and controls, that a test takes: fewer tell next to nothing."""
+"""Cells of a perturbation, and controls, that a test needs: fewer are hardly any evidence."""
 LEAST_SEPARATION = 1.5
-"""Distance of the two Gaussians, in standard deviations of the controls, below which cells of the one cannot be told from the other."""
+"""Least distance of the two Gaussians, in standard deviations of the controls.
+
+Below it the cells of the two cannot be distinguished.
+"""
 AT_ONCE = 100  # permutations
 
 
@@ -45,7 +48,8 @@ class Compared:
 def compared(sample: Sample, rows: np.ndarray, controls: np.ndarray, rng: np.random.Generator) -> Compared | None:
     """Return the cells of a perturbation with matched controls; None where either are too few.
 
-    Cells of batches without controls are left out; where that leaves too few, cell types are matched in place of batches.
+    Cells of batches without controls are left out; where that leaves too few, cell types are matched in place of
+    batches.
 
     Parameters
     ----------
@@ -61,10 +65,10 @@ def compared(sample: Sample, rows: np.ndarray, controls: np.ndarray, rng: np.ran
         own = controls[np.isin(of_controls, shared)]
         size = np.bincount(stratum[own], minlength=len(share))
         most = max(LEAST_CELLS, 4 * len(kept))
-        drawn = np.ceil(np.minimum(size, share * most)).astype(int)
+        n_taken = np.ceil(np.minimum(size, share * most)).astype(int)
         order = rng.permutation(own)
         turn = pd.Series(stratum[order]).groupby(stratum[order]).cumcount().to_numpy() if len(order) else order
-        matched = order[turn < drawn[stratum[order]]]
+        matched = order[turn < n_taken[stratum[order]]]
         if len(kept) >= max(LEAST_CELLS, len(rows) / 2) and len(matched) >= LEAST_CELLS:
             cells = np.concatenate([kept, matched])
             _, code = np.unique(stratum[cells], return_inverse=True)
@@ -77,13 +81,14 @@ def compared(sample: Sample, rows: np.ndarray, controls: np.ndarray, rng: np.ran
 
 
 def energy_distance(X: np.ndarray, is_perturbed: np.ndarray) -> np.ndarray:
-    """Return 2δ − σ_x − σ_y of perturbed cells and controls, squared Euclidean (Peidli et al. 2024, scPerturb), (assignments,).
+    """Return 2δ − σ_x − σ_y of perturbed cells and controls, squared Euclidean (Peidli et al. 2024, scPerturb).
 
-    δ is the mean squared distance between the groups, σ the mean within each (of different cells). Squared distances make it
+    The shape is (assignments,). δ is the mean squared distance between the groups, σ the mean within each (of different
+    cells). Squared distances make it
 
         E = 2 ‖x̄ − ȳ‖² − 2 tr S_x / n_x − 2 tr S_y / n_y
 
-    with the unbiased covariances S: so it sees means alone, and needs no matrix of distances.
+    with the unbiased covariances S. So it depends on means alone, and needs no matrix of distances.
 
     Parameters
     ----------
@@ -106,10 +111,10 @@ def energy_distance(X: np.ndarray, is_perturbed: np.ndarray) -> np.ndarray:
 
 
 def _tail(X: np.ndarray, is_perturbed: np.ndarray, stratum: np.ndarray) -> float:
-    """Return the probability that labels dealt out by chance within strata leave means as far apart as these are.
+    """Return the probability of means as far apart as these where labels are random within strata.
 
-    ‖x̄ − ȳ‖² of permuted labels is a quadratic form of a nearly normal vector whose covariance is known exactly; its upper tail is that of
-    a shifted and scaled χ² with the same first three moments (Pearson 1959, Imhof 1961).
+    ‖x̄ − ȳ‖² of permuted labels is a quadratic form of a nearly normal vector whose covariance is known exactly. Its
+    upper tail is that of a shifted and scaled χ² with the same first three moments (Pearson 1959, Imhof 1961).
     """
     covariance = np.zeros((X.shape[1], X.shape[1]))
     n_x, n_y = is_perturbed.sum(), (~is_perturbed).sum()
@@ -117,7 +122,7 @@ def _tail(X: np.ndarray, is_perturbed: np.ndarray, stratum: np.ndarray) -> float
         here = stratum == code
         n, k = int(here.sum()), int((here & is_perturbed).sum())
         if n > 1:
-            # Variance of a sum over k of n cells, drawn without replacement; cells are centred within the stratum.
+            # Variance of a sum over k of n cells, sampled without replacement; cells are centred within the stratum.
             covariance += k * (n - k) / (n * (n - 1)) * X[here].T @ X[here]
     covariance *= (1 / n_x + 1 / n_y) ** 2
     eigenvalues = np.maximum(np.linalg.eigvalsh(covariance), 0.0)
@@ -132,9 +137,9 @@ def _tail(X: np.ndarray, is_perturbed: np.ndarray, stratum: np.ndarray) -> float
 def test_response(cells: Compared, rng: np.random.Generator) -> tuple[float, float]:
     """Return the energy distance of a perturbation to its controls, and the p-value of a permutation test.
 
-    Labels are permuted within batch and cell type, so that no batch effect is taken for one of the perturbation. Where fewer than ten
-    permutations reach the distance, `_tail` says how rare it is: thousands of perturbations are corrected for, and permutations alone know
-    no p below one in their number.
+    Labels are permuted within batch and cell type, so that no batch effect is taken for one of the perturbation. Where
+    fewer than ten permutations reach the distance, `_tail` says how rare it is: thousands of perturbations are
+    corrected for, and permutations alone know no p below one in their number.
     """
     observed = float(energy_distance(cells.X, cells.is_perturbed[None])[0])
     order = np.argsort(cells.stratum, kind="stable")
@@ -150,11 +155,12 @@ def test_response(cells: Compared, rng: np.random.Generator) -> tuple[float, flo
 
 
 def escaping(cells: Compared, rng: np.random.Generator) -> float:
-    """Return the share of perturbed cells that look like controls (Papalexi et al. 2021, Mixscape); NaN where it cannot be told.
+    """Return the share of perturbed cells that look like controls (Papalexi et al. 2021, Mixscape).
 
-    Cells are projected on the mean difference of perturbed cells and controls. Along it perturbed cells are a mixture of two Gaussians:
-    one is that of the controls, the other is fitted by expectation-maximization. A half of the cells is projected on the difference of the
-    other half, as a cell is drawn towards a mean that it is part of.
+    It is NaN where the two kinds of cells cannot be distinguished. Cells are projected on the mean difference of
+    perturbed cells and controls. Along it perturbed cells are a mixture of two Gaussians. One is that of the controls,
+    the other is fitted by expectation-maximization. Each half of the cells is projected on the difference of the other
+    half, as a cell is pulled towards a mean that it is part of.
     """
     half = rng.permutation(len(cells.X)) % 2
     projections = np.empty(len(cells.X))
@@ -198,8 +204,9 @@ def responses(sample: Sample) -> pd.DataFrame:
 
     Returns
     -------
-    Index perturbation; columns n_tested (cells in the test), is_relaxed (controls of other batches served), energy_distance, p_value,
-    p_adjusted (Holm), responds (p_adjusted below 0.05; missing where nothing was tested), escaping (share of cells like controls).
+    Index perturbation; columns n_tested (cells in the test), is_relaxed (controls of other batches served),
+    energy_distance, p_value, p_adjusted (Holm), responds (p_adjusted below 0.05; missing where nothing was tested),
+    escaping (share of cells like controls).
     """
     places = pd.Series(np.arange(len(sample.label))).groupby(sample.label).indices
     controls = places.get(CONTROL, np.empty(0, np.int64))

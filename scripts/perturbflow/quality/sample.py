@@ -1,4 +1,4 @@
-"""A bounded sample of a screen's cells, as principal components: what the tests of single perturbations read."""
+"""A bounded sample of a screen's cells, as principal components, for the tests of single perturbations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Sample:
     label, stratum, cell_type
         Of the sampled cells: perturbation, and number of the batch × cell type and of the cell type.
     components
-        Principal components of log1p-normalized expression over the most variable genes, float32, (sampled cells, 50 or fewer).
+        Principal components of log1p-normalized expression over the most variable genes, float32, (sampled cells, 50 or
+        fewer).
     """
 
     def __init__(self, harmonized: Path) -> None:
@@ -53,14 +54,14 @@ class Sample:
             self._X = CsrRows(file["X"], harmonized)
             strata = self.obs.groupby(["batch", "cell_type"], observed=True).ngroup().to_numpy()
             types = self.obs.groupby("cell_type", observed=True).ngroup().to_numpy()
-            self.rows = self._drawn(strata)
+            self.rows = self._sampled(strata)
             self.label = self.obs["perturbation"].astype(str).to_numpy()[self.rows]
             self.stratum, self.cell_type = strata[self.rows], types[self.rows]
             self._totals = self.obs["total_counts"].to_numpy(float)
             self._target = float(np.median(self._totals[self.rows])) if len(self.rows) else 1.0
             self.components = self._components()
 
-    def _drawn(self, strata: np.ndarray) -> np.ndarray:
+    def _sampled(self, strata: np.ndarray) -> np.ndarray:
         """Return the rows of the sample, ascending."""
         rng = np.random.default_rng(SEED)
         is_control = self.obs["is_control"].to_numpy(bool)
@@ -87,7 +88,10 @@ class Sample:
             yield here, self._expression(self.rows[here])
 
     def _components(self) -> np.ndarray:
-        """Return the principal components, fitted on some thousand cells of the sample: of highly variable genes by scanpy's measure."""
+        """Return the principal components, fitted on some thousand cells of the sample.
+
+        Genes are highly variable ones by scanpy's measure.
+        """
         import scanpy as sc  # seconds to import
         from sklearn.decomposition import PCA
 

@@ -1,4 +1,4 @@
-"""From a harmonized screen to what is to be known of it before models are trained."""
+"""From a harmonized screen to its description, before models are trained."""
 
 import logging
 from pathlib import Path
@@ -21,8 +21,8 @@ TEMPLATE = "screen_page.html"
 def quality(harmonized: Path, harmonization: Path, table: Path, account: Path, page: Path) -> None:
     """Describe a screen: cells, controls, own genes, response and escaping cells of every perturbation.
 
-    All cells are looked at, those that a split holds out too. Nothing of this is read by a split, a training or a prediction: the tables of
-    the benchmark group scores by it, and people read it.
+    It uses all cells, held-out ones too. No split, training or prediction reads the results. The tables of the
+    benchmark group scores by them, and people read them.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def quality(harmonized: Path, harmonization: Path, table: Path, account: Path, p
     account
         quality.json to be written: the screen as a whole (`facts.summary`).
     page
-        HTML to be written: both as one page, nothing fetched.
+        HTML to be written: both as one page that fetches nothing.
     """
     known = read_json(harmonization)
     sample = Sample(harmonized)
@@ -41,9 +41,9 @@ def quality(harmonized: Path, harmonization: Path, table: Path, account: Path, p
     found = perturbation_facts(sample.obs, batches, known["efficacy"], responses(sample))
     with atomic(table) as partial:
         found.to_csv(partial, sep="\t", float_format="%.6g")
-    told = summary(known["dataset"], sample.obs, found, batches, known)
-    write_json(account, told)
-    for finding in told["findings"]:
+    content = summary(known["dataset"], sample.obs, found, batches, known)
+    write_json(account, content)
+    for finding in content["findings"]:
         logger.info("%s: %s", finding["about"], finding["text"])
     drawings = Drawings("screens", FIGURE_BYTES)
     with atomic(page) as partial:

@@ -1,4 +1,4 @@
-"""The configuration: checked, also for what no schema can say, and completed with defaults."""
+"""The configuration: checked, also beyond the schemas, and completed with defaults."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from perturbflow.errors import InputError
 from perturbflow.registry.families import FAMILIES, REFERENCES
-from perturbflow.registry.origins import labels_file, own_files, problem_of, problem_of_folder, resolved
 from perturbflow.registry.schemas import (
     Places,
     check_schema,
@@ -17,6 +16,7 @@ from perturbflow.registry.schemas import (
     with_texts,
     with_values,
 )
+from perturbflow.registry.sources import labels_file, own_files, problem_of, problem_of_folder, resolved
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
@@ -32,13 +32,13 @@ def _check_names(selected: list[str], known: dict, kind: str, where: list[str], 
     for name in selected:
         if name not in known:
             raise InputError(
-                f"{holding_file(files, where)}{kind[:-1]} '{name}' is selected ({'.'.join(where)}) but there is no such block in "
-                f"{kind}.yaml or your config file.{suggestion(name, list(known))}"
+                f"{holding_file(files, where)}{kind[:-1]} '{name}' is selected ({'.'.join(where)}) but there is no "
+                f"such block in {kind}.yaml or your config file.{suggestion(name, list(known))}"
             )
 
 
 def _check_source(where: list[str], block: dict, files: Places) -> None:
-    """Check what a block says of where its files come from."""
+    """Check where a block's files come from."""
     if problem := problem_of(block):
         keys, sentence = problem
         file = holding_file(files, [*where, *keys]) or holding_file(files, [*where, "source"])
@@ -66,12 +66,16 @@ def _check_patterns(name: str, block: dict, files: Places) -> None:
         if problem:
             where = ["datasets", name, *keys]
             raise InputError(
-                f"{holding_file(files, where)}{'.'.join(where)}: '{pattern}' cannot serve as a regular expression: {problem}."
+                f"{holding_file(files, where)}{'.'.join(where)}: '{pattern}' cannot serve as a regular expression: "
+                f"{problem}."
             )
 
 
 def _check_path(where: list[str], block: dict, files: Places) -> None:
-    """Check that the user's own files are there, a prior's as files and a screen's as a file or folder; only what is selected has to be."""
+    """Check that the user's own files are there: those of a prior as files, those of a screen as a file or folder.
+
+    It is called for selected blocks alone.
+    """
     is_screen = where[0] == "datasets"
     paths = [(("source", "path"), path) for path in own_files(block).values()]
     if is_screen and (labels := labels_file(block)):
@@ -85,7 +89,8 @@ def _check_path(where: list[str], block: dict, files: Places) -> None:
             raise InputError(f"{place}'{path}' is a folder, and a file is expected.")
         elif not Path(path).is_file():
             raise InputError(
-                f"{place}there is no file '{path}' (looked for {Path(path).absolute()}). Relative paths start at the working directory."
+                f"{place}there is no file '{path}' (looked for {Path(path).absolute()}). Relative paths start at the "
+                "working directory."
             )
 
 
@@ -96,31 +101,33 @@ def _check_priors(config: dict, files: Places) -> None:
         if name == COEXPRESSION:
             file = holding_file(files, ["priors", name])
             raise InputError(
-                f"{file}priors.{name}: this is what training cells tell, in embeddings.sources; give the prior another name."
+                f"{file}priors.{name}: embeddings.sources has this name for vectors of training cells; give the prior "
+                "another name."
             )
         if name in config["datasets"]:
             file = holding_file(files, ["datasets", name])
             raise InputError(
-                f"{file}datasets.{name}: there is a prior of this name, and both would keep their files in resources/{name}; "
-                "give the dataset another name."
+                f"{file}datasets.{name}: there is a prior of this name, and both would keep their files in "
+                f"resources/{name}; give the dataset another name."
             )
 
 
 def _check_embeddings(config: dict, datasets: Sequence[str], files: Places) -> None:
-    """Check where the vectors of genes are to come from, and that they are of the genes of these datasets."""
+    """Check that each source of gene vectors exists and covers the organism of these datasets."""
     where = ["embeddings", "sources"]
     file = holding_file(files, where)
     for source in config["embeddings"]["sources"]:
         if isinstance(source, str) and source != COEXPRESSION:
             if source not in config["priors"]:
                 raise InputError(
-                    f"{file}embeddings.sources: {source!r} is not possible.{suggestion(source, [COEXPRESSION, *config['priors']])}"
+                    f"{file}embeddings.sources: {source!r} is not "
+                    f"possible.{suggestion(source, [COEXPRESSION, *config['priors']])}"
                 )
             prior = config["priors"][source]
             if others := [name for name in datasets if config["datasets"][name]["organism"] != prior["organism"]]:
                 raise InputError(
-                    f"{file}embeddings.sources: '{source}' knows {prior['organism']} genes, and {', '.join(others)} is of another organism; "
-                    "bring a prior or a table of its genes."
+                    f"{file}embeddings.sources: '{source}' knows {prior['organism']} genes, and {', '.join(others)} is "
+                    "of another organism; bring a prior or a table of its genes."
                 )
     names = [_source_name(source) for source in config["embeddings"]["sources"]]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -136,24 +143,27 @@ def model_files(block: dict) -> list[str]:
 
 
 def _check_model_files(config: dict, models: Iterable[str], files: Places) -> None:
-    """Check that the files are there that these models are made from."""
+    """Check that the files exist that these models are made from."""
     for name in models:
         for path in model_files(config["models"][name]):
             if not Path(path).is_file():
                 file = holding_file(files, ["models", name, "params", "latent"])
                 raise InputError(
-                    f"{file}models.{name}.params.latent.file: there is no file '{path}' (looked for {Path(path).absolute()}). "
-                    "Relative paths start at the working directory."
+                    f"{file}models.{name}.params.latent.file: there is no file '{path}' (looked for "
+                    f"{Path(path).absolute()}). Relative paths start at the working directory."
                 )
 
 
 def _source_name(source: str | dict) -> str:
-    """Return what the columns of a source of embeddings are named after."""
+    """Return the name that the columns of a source of embeddings start with."""
     return source if isinstance(source, str) else Path(source["file"]).stem
 
 
 def held_out_of(held_out: list | dict, dataset: str) -> list | None:
-    """Return what a split's block holds out of a dataset by name: its own list, or one for all; None where a share is held out."""
+    """Return the names that a split's block holds out of a dataset: its own list, or the one list for all datasets.
+
+    None where the block holds out a share.
+    """
     return held_out if isinstance(held_out, list) else held_out.get(dataset)
 
 
@@ -163,28 +173,34 @@ def datasets_named(held_out: list | dict) -> list[str]:
 
 
 def _check_split(name: str, block: dict, datasets: dict, files: Places) -> None:
-    """Check what the schema cannot say in the user's words; the block is as the user wrote it."""
+    """Check, in the user's words, all that the schema cannot check; the block is as the user wrote it."""
     for key, kinds in SPLIT_KEYS.items():
         if key in block and block["kind"] not in kinds:
             file = holding_file(files, ["splits", name, key])
             raise InputError(
-                f"{file}splits.{name}.{key}: kind {block['kind']} has no use for it; it belongs to {' and '.join(kinds)}."
+                f"{file}splits.{name}.{key}: kind {block['kind']} has no use for it; it belongs to "
+                f"{' and '.join(kinds)}."
             )
     if "folds" in block and (others := [key for key in ("test_fraction", "held_out") if key in block]):
         file = holding_file(files, ["splits", name, "folds"])
         raise InputError(
-            f"{file}splits.{name}: folds say what is held out in turn, so {others[0]} has no meaning; remove one of them."
+            f"{file}splits.{name}: folds decide which names are held out, so {others[0]} has no meaning; remove one of "
+            "them."
         )
     for dataset in datasets_named(block.get("held_out", {})):
         if dataset not in datasets:
             file = holding_file(files, ["splits", name, "held_out"])
             raise InputError(
-                f"{file}splits.{name}.held_out: there is no dataset '{dataset}'.{suggestion(str(dataset), list(datasets))}"
+                f"{file}splits.{name}.held_out: there is no dataset "
+                f"'{dataset}'.{suggestion(str(dataset), list(datasets))}"
             )
 
 
 def _expand_folds(splits: dict, files: Places) -> tuple[dict, dict[str, list[str]]]:
-    """Return the splits with k blocks {name}_fold_{i} in place of each block of k folds, and these names by the block's."""
+    """Return the splits, and the names of their folds by block.
+
+    A block of k folds becomes k blocks {name}_fold_{i}.
+    """
     expanded: dict[str, dict] = {}
     folds: dict[str, list[str]] = {}
     for name, block in splits.items():
@@ -208,10 +224,60 @@ def _with_references(models: dict, files: Places) -> dict:
     for name in missing:
         if name in models:
             raise InputError(
-                f"{holding_file(files, ['models', name])}models.{name}: floors and ceilings always run, and this is the name of one; "
-                f"leave it the family {name}, and give a model of family {models[name]['family']} another name."
+                f"{holding_file(files, ['models', name])}models.{name}: floors and ceilings always run, and this is "
+                f"the name of one; leave it the family {name}, and give a model of family {models[name]['family']} "
+                "another name."
             )
     return models | {family: {"family": family, "params": {}} for family in missing}
+
+
+def _completed_registries(config: dict, files: Places) -> None:
+    """Check the blocks of all registries by their schemas and fill in defaults, in place."""
+    for name in REGISTRIES:
+        schema = schema_of(name)
+        registry = with_values(schema, with_texts(schema, config.get(name, {})))
+        check_schema(registry, schema, [name], files)
+        config[name] = with_defaults(schema, registry)
+        if name == "splits":
+            for split, block in registry.items():
+                _check_split(split, block, config["datasets"], files)
+
+
+def _completed_datasets(datasets: dict, files: Places) -> dict:
+    """Return the blocks of datasets, checked, with their sources resolved."""
+    for name, block in datasets.items():
+        _check_source(["datasets", name], block, files)
+        _check_patterns(name, block, files)
+    return {name: resolved(block) for name, block in datasets.items()}
+
+
+def _completed_params(models: dict, files: Places) -> None:
+    """Check the params of all models by the schemas of their families and fill in defaults, in place."""
+    schemas = schema_of("models")["$defs"]
+    for name, block in models.items():
+        schema = schemas[block["family"]]
+        block["params"] = with_values(schema, block["params"])
+        check_schema(block["params"], schema, ["models", name, "params"], files)
+        block["params"] = with_defaults(schema, block["params"])
+
+
+def _check_query(name: str, config: dict, folds: dict[str, list[str]], files: Places) -> None:
+    """Check that a what-if question names one split and a model that answers it."""
+    query = config["counterfactuals"][name]
+    if query["split"] in folds:
+        file = holding_file(files, ["counterfactuals", name, "split"])
+        raise InputError(
+            f"{file}counterfactuals.{name}.split: '{query['split']}' has folds, each with models of its own; name one "
+            f"of {', '.join(folds[query['split']])}."
+        )
+    for kind in ("dataset", "split", "model"):
+        _check_names([query[kind]], config[f"{kind}s"], f"{kind}s", ["counterfactuals", name, kind], files)
+    family = config["models"][query["model"]]["family"]
+    if not FAMILIES[family].answers_counterfactuals:
+        file = holding_file(files, ["counterfactuals", name, "model"])
+        raise InputError(
+            f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions."
+        )
 
 
 def complete(config: dict, files: Places = (), files_are_there: bool = True) -> dict:
@@ -229,64 +295,34 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
     Raises
     ------
     InputError
-        With one line per mistake: file, key, value and what is possible.
+        With one line per mistake: file, key, value and the possible values.
     """
     schema = schema_of("config")
     config = with_values(schema, with_texts(schema, config))
     check_schema(config, schema, [], files)
     config = with_defaults(schema, config)
-    for name in REGISTRIES:
-        schema = schema_of(name)
-        registry = with_values(schema, with_texts(schema, config.get(name, {})))
-        check_schema(registry, schema, [name], files)
-        config[name] = with_defaults(schema, registry)
-        if name == "splits":
-            for split, block in registry.items():
-                _check_split(split, block, config["datasets"], files)
-    for name, block in config["datasets"].items():
-        _check_source(["datasets", name], block, files)
-        _check_patterns(name, block, files)
-    config["datasets"] = {name: resolved(block) for name, block in config["datasets"].items()}
+    select = config["select"]
+    _completed_registries(config, files)
+    config["datasets"] = _completed_datasets(config["datasets"], files)
     _check_priors(config, files)
     config["splits"] = {
         name: {key: value for key, value in block.items() if block["kind"] in SPLIT_KEYS.get(key, (block["kind"],))}
         for name, block in config["splits"].items()
     }
     config["splits"], folds = _expand_folds(config["splits"], files)
-    config["select"]["splits"] = list(
-        dict.fromkeys(fold for name in config["select"]["splits"] for fold in folds.get(name, [name]))
-    )
+    select["splits"] = list(dict.fromkeys(fold for name in select["splits"] for fold in folds.get(name, [name])))
     config["models"] = _with_references(config["models"], files)
-    params = schema_of("models")["$defs"]
-    for name, block in config["models"].items():
-        schema = params[block["family"]]
-        block["params"] = with_values(schema, block["params"])
-        check_schema(block["params"], schema, ["models", name, "params"], files)
-        block["params"] = with_defaults(schema, block["params"])
+    _completed_params(config["models"], files)
     for kind in REGISTRIES:
-        _check_names(config["select"][kind], config[kind], kind, ["select", kind], files)
-    for name in config["select"]["counterfactuals"]:
-        query = config["counterfactuals"][name]
-        if query["split"] in folds:
-            file = holding_file(files, ["counterfactuals", name, "split"])
-            raise InputError(
-                f"{file}counterfactuals.{name}.split: '{query['split']}' has folds, each with models of its own; name one of "
-                f"{', '.join(folds[query['split']])}."
-            )
-        for kind in ("dataset", "split", "model"):
-            _check_names([query[kind]], config[f"{kind}s"], f"{kind}s", ["counterfactuals", name, kind], files)
-        family = config["models"][query["model"]]["family"]
-        if not FAMILIES[family].answers_counterfactuals:
-            file = holding_file(files, ["counterfactuals", name, "model"])
-            raise InputError(
-                f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions."
-            )
-    queries = [config["counterfactuals"][name] for name in config["select"]["counterfactuals"]]
-    datasets = list(dict.fromkeys([*config["select"]["datasets"], *[query["dataset"] for query in queries]]))
+        _check_names(select[kind], config[kind], kind, ["select", kind], files)
+    for name in select["counterfactuals"]:
+        _check_query(name, config, folds, files)
+    queries = [config["counterfactuals"][name] for name in select["counterfactuals"]]
+    datasets = list(dict.fromkeys([*select["datasets"], *[query["dataset"] for query in queries]]))
     _check_embeddings(config, datasets, files)
     if files_are_there:
-        splits = [*config["select"]["splits"], *[query["split"] for query in queries]]
-        models = [*config["select"]["models"], *[query["model"] for query in queries]]
+        splits = [*select["splits"], *[query["split"] for query in queries]]
+        models = [*select["models"], *[query["model"] for query in queries]]
         _check_own_files(config, datasets, dict.fromkeys(splits), dict.fromkeys(models), files)
     return config
 
@@ -294,7 +330,7 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
 def _check_own_files(
     config: dict, datasets: Iterable[str], splits: Iterable[str], models: Iterable[str], files: Places
 ) -> None:
-    """Check that the user's own files are there that are selected."""
+    """Check that the user's own files of the selection exist."""
     for name in datasets:
         _check_path(["datasets", name], config["datasets"][name], files)
     for name in splits:
@@ -308,7 +344,8 @@ def _check_own_files(
         if isinstance(source, dict) and not Path(source["file"]).is_file():
             file = holding_file(files, ["embeddings", "sources"])
             raise InputError(
-                f"{file}embeddings.sources: there is no file '{source['file']}' (looked for {Path(source['file']).absolute()})."
+                f"{file}embeddings.sources: there is no file '{source['file']}' (looked for "
+                f"{Path(source['file']).absolute()})."
             )
         if isinstance(source, str) and source != COEXPRESSION:
             _check_path(["priors", source], config["priors"][source], files)

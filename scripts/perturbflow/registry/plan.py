@@ -1,14 +1,16 @@
-"""The plan of the runs: what will be made for a configuration."""
+"""The plan of the runs: everything that a configuration makes."""
+
+from itertools import product
 
 import pandas as pd
 
 from perturbflow.errors import InputError
 from perturbflow.registry.config import COEXPRESSION, complete, held_out_of
 from perturbflow.registry.families import FAMILIES, REFERENCES, Family
-from perturbflow.registry.origins import CONTENT_KEYS, content_of, files_of
 from perturbflow.registry.schemas import Places
+from perturbflow.registry.sources import CONTENT_KEYS, content_of, files_of
 
-# Keys of a dataset's `perturbation` that say how a label is read.
+# Keys of a dataset's `perturbation` by which a label is read.
 NAMING = ("control", "control_pattern", "separator", "pattern", "rename")
 
 
@@ -29,81 +31,88 @@ class Plan:
     config
         The completed configuration.
     datasets
-        The screens that are harmonized.
+        The harmonized screens.
     divisions
-        One row per dataset × split: those of the runs; all that can be made where no model is selected.
+        One row per dataset × split of the runs. Where no model is selected, it has all possible ones.
     runs
-        One row per dataset × split × model × seed, with the model's family: the selected models, and a floor or ceiling of every
-        family of REFERENCES. None where no split or no model is selected.
+        One row per dataset × split × model × seed, with the model's family: the selected models, and a floor or ceiling
+        of every family of REFERENCES. It is empty where no split or no model is selected.
     queries
         One row per counterfactual query × seed.
     warranties
-        One row per dataset × split × model × seed that is checked for what-if questions: those of learned families, and all that are asked.
+        One row per dataset × split × model × seed that is checked for what-if questions: learned families, and all
+        models that a query asks.
     left_out
-        One sentence per selection that cannot be.
+        One sentence per selection that is not possible.
     """
 
     def __init__(self, config: dict, files: Places = (), files_are_there: bool = True) -> None:
         self.config = complete(config, files, files_are_there)
         select = self.config["select"]
-        rows, left_out, possible = [], [], []
-        for dataset in select["datasets"]:
-            for split in select["splits"]:
-                if reason := self._why_impossible(dataset, split):
-                    left_out.append(f"{dataset} × {self._base(split)} is left out: {reason}.")
-                    continue
-                possible.append((dataset, split))
-                reasons = {model: self._why_unfit(model, split) for model in select["models"]}
-                left_out += [
-                    f"{model} × {self._base(split)} is left out: {reason}."
-                    for model, reason in reasons.items()
-                    if reason
-                ]
-                for model in self._with_references([model for model, reason in reasons.items() if not reason]):
-                    rows += [
-                        (dataset, split, model, seed, self.config["models"][model]["family"])
-                        for seed in select["seeds"]
-                    ]
-        self.left_out = list(dict.fromkeys(left_out))
-        if not rows and ((select["models"] and select["seeds"]) or not possible) and select["splits"]:
-            raise InputError("Nothing is left to run. " + " ".join(self.left_out))
+        self.left_out: list[str] = []
+        possible, rows = self._planned_runs()
         self.runs = pd.DataFrame(rows, columns=["dataset", "split", "model", "seed", "family"])
-        made = (
-            self.runs[["dataset", "split"]]
-            if rows or not select["splits"]
-            else pd.DataFrame(possible, columns=["dataset", "split"])
-        )
+        self.left_out = list(dict.fromkeys(self.left_out))
+        is_empty = self.runs.empty
+        if is_empty and ((select["models"] and select["seeds"]) or not possible) and select["splits"]:
+            raise InputError("Nothing is left to run. " + " ".join(self.left_out))
+        made = pd.DataFrame(possible if is_empty else self.runs[["dataset", "split"]], columns=["dataset", "split"])
         self.divisions = made.drop_duplicates(ignore_index=True)
         self.datasets = list(dict.fromkeys(self.divisions["dataset"] if select["splits"] else select["datasets"]))
-        if not rows:
+        if is_empty:
             self.left_out.append(self._instead())
-        queries = []
-        for name in select["counterfactuals"]:
-            query = self.config["counterfactuals"][name]
-            if reason := self._why_impossible(query["dataset"], query["split"]) or self._why_unfit(
-                query["model"], query["split"]
-            ):
-                self.left_out.append(f"counterfactual {name} is left out: {reason}.")
-            else:
-                queries += [(query["dataset"], query["split"], query["model"], seed, name) for seed in select["seeds"]]
-        self.queries = pd.DataFrame(queries, columns=["dataset", "split", "model", "seed", "query"])
+        self.queries = pd.DataFrame(self._planned_queries(), columns=["dataset", "split", "model", "seed", "query"])
         key = ["dataset", "split", "model", "seed"]
         is_learned = self.runs["model"].map(lambda name: self.family(name).kind == "learned").astype(bool)
-        self.warranties = pd.concat([self.runs.loc[is_learned, key], self.queries[key]]).drop_duplicates(
-            ignore_index=True
-        )
+        checked = pd.concat([self.runs.loc[is_learned, key], self.queries[key]])
+        self.warranties = checked.drop_duplicates(ignore_index=True)
+
+    def _planned_runs(self) -> tuple[list[tuple[str, str]], list[tuple[str, str, str, int, str]]]:
+        """Return the (dataset, split) that can be made, and the rows of `runs`.
+
+        Every other selection becomes a sentence of `left_out`.
+        """
+        select = self.config["select"]
+        possible, rows = [], []
+        for dataset, split in product(select["datasets"], select["splits"]):
+            base = self._base(split)
+            if reason := self._why_impossible(dataset, split):
+                self.left_out.append(f"{dataset} × {base} is left out: {reason}.")
+                continue
+            possible.append((dataset, split))
+            reasons = {model: self._why_unfit(model, split) for model in select["models"]}
+            self.left_out += [f"{model} × {base} is left out: {why}." for model, why in reasons.items() if why]
+            for model in self._with_references([model for model, why in reasons.items() if not why]):
+                family = self.config["models"][model]["family"]
+                rows += [(dataset, split, model, seed, family) for seed in select["seeds"]]
+        return possible, rows
+
+    def _planned_queries(self) -> list[tuple[str, str, str, int, str]]:
+        """Return the rows of `queries`; those that cannot be asked become sentences of `left_out`."""
+        rows = []
+        for name in self.config["select"]["counterfactuals"]:
+            query = self.config["counterfactuals"][name]
+            dataset, split, model = query["dataset"], query["split"], query["model"]
+            if reason := self._why_impossible(dataset, split) or self._why_unfit(model, split):
+                self.left_out.append(f"counterfactual {name} is left out: {reason}.")
+            else:
+                rows += [(dataset, split, model, seed, name) for seed in self.config["select"]["seeds"]]
+        return rows
 
     def _with_references(self, models: list[str]) -> list[str]:
-        """Return models, if there are any, followed by a floor or ceiling of every family of REFERENCES that is not among them."""
+        """Return the models and a floor or ceiling of every family of REFERENCES that is not among them.
+
+        Without models it returns none.
+        """
         known = {block["family"]: name for name, block in reversed(self.config["models"].items())}
         families = {self.config["models"][model]["family"] for model in models}
         return models + [known[family] for family in REFERENCES if models and family not in families]
 
     def _instead(self) -> str:
-        """Return what is made where nothing is trained."""
-        what = next(key for key in ("splits", "models", "seeds") if not self.config["select"][key])
-        made = "harmonized" if what == "splits" else "harmonized, split and paired"
-        return f"select.{what} is empty, so no model is trained: {', '.join(self.datasets)} will be {made}."
+        """Return a sentence on the results of a plan that trains nothing."""
+        empty = next(key for key in ("splits", "models", "seeds") if not self.config["select"][key])
+        made = "harmonized" if empty == "splits" else "harmonized, split and paired"
+        return f"select.{empty} is empty, so no model is trained: {', '.join(self.datasets)} will be {made}."
 
     def _why_impossible(self, dataset: str, split: str) -> str | None:
         """Return why a screen cannot serve a split, or None."""
@@ -134,7 +143,7 @@ class Plan:
         )
 
     def _base(self, split: str) -> str:
-        """Return the name that a split was selected by: folds share one."""
+        """Return the name that a split was selected by: the folds of a block share one."""
         return self.config["splits"][split].get("name", split)
 
     def folders(self) -> list[str]:
@@ -161,25 +170,25 @@ class Plan:
 
     @property
     def descriptions(self) -> dict[str, str]:
-        """Return family → what it is, in the words that the report shows."""
+        """Return family → its description, in the words of the report."""
         return {name: FAMILIES[name].description for name in dict.fromkeys(self.runs["family"])}
 
     def dataset(self, name: str) -> dict:
-        """Return what harmonization reads of a dataset's block: a change of the rest makes nothing stale."""
+        """Return the part of a dataset's block that harmonization reads: a change of the rest makes nothing stale."""
         unread = ("reference", "licence", "qc", "combinations", *CONTENT_KEYS)
         block = {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
-        # Where a download came from is in its manifest; a mirror more makes nothing stale.
+        # The manifest has the source of a download; a further mirror makes nothing stale.
         block["source"] = {
             key: value for key, value in block["source"].items() if key in ("path", "member", "labels", "modality")
         }
         return block
 
     def files(self, name: str) -> dict[str, dict]:
-        """Return role → file that the download of a dataset or prior retrieves: name, mirrors, and what it must be."""
+        """Return role → file that the download of a dataset or prior retrieves: name, mirrors, size and checksums."""
         return files_of(self._retrieved(name))
 
     def content(self, name: str) -> dict[str, dict]:
-        """Return role → what makes the downloaded file of a dataset or prior the file that it is."""
+        """Return role → declared content of the downloaded files of a dataset or prior."""
         return content_of(self._retrieved(name))
 
     def _retrieved(self, name: str) -> dict:
@@ -201,14 +210,17 @@ class Plan:
         return [source["file"] for source in self.config["embeddings"]["sources"] if isinstance(source, dict)]
 
     def split(self, name: str, dataset: str) -> dict:
-        """Return a split's block as one screen's division reads it: held_out is the list of this screen, if it has one."""
+        """Return a split's block for one screen: held_out is the list of this screen, if it has one."""
         block = dict(self.config["splits"][name])
         if held_out := held_out_of(block.pop("held_out", {}), dataset):
             block["held_out"] = held_out
         return block
 
     def naming(self, split: str, dataset: str) -> dict:
-        """Return what of a dataset's block reads labels that a split names; nothing where it names none, so that no change makes it stale."""
+        """Return the part of a dataset's block that reads the labels in a split's block.
+
+        It is empty where the split names no labels; then a change of the dataset's block makes no split stale.
+        """
         spec = self.split(split, dataset)
         if spec["kind"] != "file" and ("held_out" not in spec or spec["kind"] == "unseen_context"):
             return {}
@@ -222,7 +234,7 @@ class Plan:
 
 
 def _may_have_doses(screen: dict) -> bool:
-    """Tell whether a screen can have doses: declared ones, or compounds, whose labels may hold them."""
+    """Return whether a screen can have doses: declared ones, or compounds, whose labels may hold them."""
     declared = screen["perturbation"]
     return (
         "dose" in declared

@@ -1,4 +1,4 @@
-"""A configuration and its schemas: defaults filled in, and what the schemas forbid said in the user's words."""
+"""A configuration and its schemas: defaults filled in, and violations explained in the user's words."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ _Validator = extend(
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What `snakemake --config` gave, for messages."""
+    """The values of `snakemake --config`, for messages."""
 
     values: Mapping
 
@@ -41,11 +41,14 @@ class CommandLine:
 
 
 Places = Sequence[Path | CommandLine]
-"""Where a configuration was merged from, in order."""
+"""The files that a configuration was merged from, in order."""
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds; every job reads the configuration, so by libyaml where PyYAML was built with it."""
+    """Return the content of a YAML file.
+
+    Every job reads the configuration, so it uses libyaml where PyYAML was built with it.
+    """
     return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
@@ -76,7 +79,10 @@ def with_defaults(schema: dict, value: Any) -> Any:
 
 
 def with_texts(schema: dict, value: Any) -> Any:
-    """Return the value with numbers written as texts where the schema wants texts: `control: [6]` is `["6"]`. A $ref is not followed."""
+    """Return the value with numbers as texts where the schema wants texts: `control: [6]` is `["6"]`.
+
+    It does not follow a $ref.
+    """
     if isinstance(value, dict):
         of_key, others = schema.get("properties", {}), schema.get("additionalProperties")
         others = others if isinstance(others, dict) else {}
@@ -94,9 +100,10 @@ def with_texts(schema: dict, value: Any) -> Any:
 
 
 def with_values(schema: dict, value: Any) -> Any:
-    """Return the value with texts turned into what the schema wants: `seeds: ["0"]` is `[0]`, and `null` and `true` are no words.
+    """Return the value with texts turned into the types of the schema.
 
-    `snakemake --config 'select={seeds: [0]}'` hands over whatever is nested as texts.
+    `seeds: ["0"]` is `[0]`, and `null` and `true` are no words. `snakemake --config 'select={seeds: [0]}'` passes all
+    nested values as texts.
     """
     if "$ref" in schema:
         name, pointer = schema["$ref"].split("#")
@@ -125,11 +132,15 @@ def with_values(schema: dict, value: Any) -> Any:
 
 
 def _fits(schema: dict, value: Any) -> bool:
-    return _Validator(schema, registry=SchemaRegistry(retrieve=_retrieve)).is_valid(value)  # type: ignore[call-arg]  # see check_schema
+    registry = SchemaRegistry(retrieve=_retrieve)  # type: ignore[call-arg]  # see check_schema
+    return _Validator(schema, registry=registry).is_valid(value)
 
 
 def _text_of(value: Any) -> Any:
-    """Return a number as text; true and false stay: YAML takes yes, no, on and off for them, so nobody knows which word is meant."""
+    """Return a number as text; true and false stay.
+
+    YAML reads yes, no, on and off as true and false, so the word in the file is not known.
+    """
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -157,9 +168,15 @@ def _explain(error: ValidationError, path: list[str]) -> str:
     if error.validator == "anyOf" and all("required" in branch for branch in error.validator_value):
         return f"{place}: {' or '.join(repr(branch['required'][0]) for branch in error.validator_value)} is missing."
     if error.validator == "enum":
-        return f"{place}: {error.instance!r} is not possible.{suggestion(str(error.instance), list(map(str, error.validator_value)))}"
+        return (
+            f"{place}: {error.instance!r} is not "
+            f"possible.{suggestion(str(error.instance), list(map(str, error.validator_value)))}"
+        )
     if error.validator == "type" and isinstance(error.instance, bool) and "string" in error.validator_value:
-        return f"{place}: {error.instance} is no text; write it in quotes as the file has it, such as '{error.instance}' or 'no' (YAML reads no as false)."
+        return (
+            f"{place}: {error.instance} is no text; write it in quotes as the file has it, such as '{error.instance}' "
+            "or 'no' (YAML reads no as false)."
+        )
     if error.validator == "type" and error.validator_value == "array" and isinstance(error.instance, str | int | float):
         return f"{place}: {error.instance!r} must be of type array. Write it as a list: [{_in_yaml(error.instance)}]."
     if error.validator == "type":

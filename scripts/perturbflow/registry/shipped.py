@@ -1,4 +1,4 @@
-"""The configuration that comes with the package, and a user's own on top."""
+"""The configuration of the package, and a user's own on top."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -13,7 +13,7 @@ from perturbflow.registry.schemas import read_yaml
 
 
 def merged(below: dict, above: dict) -> dict:
-    """Return two configurations as one, as Snakemake does it: mappings are merged, anything else is replaced."""
+    """Return two configurations as one, as Snakemake does it: mappings are merged, all else is replaced."""
     both = dict(below)
     for key, value in above.items():
         both[key] = merged(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
@@ -21,12 +21,12 @@ def merged(below: dict, above: dict) -> dict:
 
 
 def shipped_files() -> list[Path]:
-    """Return the configuration files that come with the package, in order."""
+    """Return the configuration files of the package, in order."""
     return [config_folder() / f"{name}.yaml" for name in ("config", *REGISTRIES)]
 
 
 def above_shipped(config: dict) -> dict:
-    """Return a configuration laid over the one that comes with the package."""
+    """Return a configuration laid over that of the package."""
     return reduce(merged, [*map(_read, shipped_files()), config])
 
 
@@ -55,7 +55,7 @@ def shipped(files: Sequence[Path] = (), mine: dict | None = None) -> dict:
     Raises
     ------
     InputError
-        With one line per mistake: file, key, value and what is possible.
+        With one line per mistake: file, key, value and the possible values.
     """
     own = reduce(merged, [*map(_read, files), mine or {}])
     return complete(above_shipped(own), [*shipped_files(), *files])

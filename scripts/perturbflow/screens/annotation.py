@@ -1,9 +1,9 @@
-"""What is known of cells and genes before a count is read: which cells are wanted, their labels and covariates, gene symbols."""
+"""Cells and genes before a count is read: which cells are wanted, their labels and covariates, gene symbols."""
 
-import logging
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,29 +21,21 @@ from perturbflow.genes.symbols import (
     label_of,
     members_of,
 )
-from perturbflow.screens import variants
-from perturbflow.screens.control_labels import Controls, counted, declaration, look_alikes, warning
-from perturbflow.screens.doses import (
+from perturbflow.screens.control_labels import DeclaredControls, counted, declaration, look_alikes
+from perturbflow.screens.dose_labels import (
     UNKNOWN_DOSE,
+    DoseScale,
     Member,
-    Scale,
-    is_unit,
     members_in,
     names_in,
-    parsed,
-    tell,
+    warn_of_doses,
     with_doses,
 )
 from perturbflow.screens.naming import gene_names
 from perturbflow.screens.organism import names_now
-from perturbflow.screens.separators import Unsplit, another_name, torn, unsplit
-from perturbflow.screens.unassigned import message, no_genes, unassigned_labels
-
-logger = logging.getLogger(__name__)
+from perturbflow.screens.separators import another_name, torn
 
 UNKNOWN = "unknown"
-CONTEXT_COLUMN = re.compile(r"cell|line|donor|patient|tissue|context|sample", re.IGNORECASE)
-MOST_CONTEXTS = 100  # a column of more values is of barcodes
 SCHEMA_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
     "total_counts", "n_genes_by_counts", "pct_counts_mt",
@@ -54,7 +46,8 @@ def column_of(obs: pd.DataFrame, column: str, key: str, path: Path) -> pd.Series
     """Return a column of obs that a block declares under `key`."""
     if column not in obs:
         raise InputError(
-            f"{path}: obs has no column '{column}' ({key}). Its columns: {', '.join(map(str, obs.columns)) or '(none)'}."
+            f"{path}: obs has no column '{column}' ({key}). Its columns: "
+            f"{', '.join(map(str, obs.columns)) or '(none)'}."
         )
     return obs[column]
 
@@ -99,7 +92,7 @@ def in_subset(obs: pd.DataFrame, subset: dict[str, list], path: Path) -> np.ndar
 
 
 def is_excluded(obs: pd.DataFrame, exclude: dict[str, str], path: Path) -> np.ndarray:
-    """Return which cells hold, in one of the columns, a value that its regular expression finds something in."""
+    """Return which cells have an excluded value: one in which the regular expression of its column finds something."""
     excluded = np.zeros(len(obs), bool)
     for column, pattern in exclude.items():
         text = as_text(column_of(obs, column, "exclude", path))
@@ -116,7 +109,7 @@ def is_control_label(obs: pd.DataFrame, dataset: dict, path: Path) -> np.ndarray
         If perturbation.drop has all such labels.
     """
     declared = dataset["perturbation"]
-    control = Controls.of(declared)
+    control = DeclaredControls.of(declared)
     text = as_text(column_of(obs, declared["column"], "perturbation.column", path))
     dropped = set(declared["drop"])
     named = {
@@ -126,8 +119,8 @@ def is_control_label(obs: pd.DataFrame, dataset: dict, path: Path) -> np.ndarray
     labels = [label for label, names in named.items() if names and all(name in control for name in names)]
     if labels and all(label in dropped or dropped & {*named[label]} for label in labels):
         raise InputError(
-            f"{path}: perturbation.drop drops all {int(text.isin(labels).sum()):,} control cells ({', '.join(labels[:8])}). "
-            "Take their labels out of drop."
+            f"{path}: perturbation.drop drops all {int(text.isin(labels).sum()):,} control cells "
+            f"({', '.join(labels[:8])}). Take their labels out of drop."
         )
     return text.isin(labels)
 
@@ -136,17 +129,82 @@ def check_controls(before: np.ndarray, after: np.ndarray, key: str, path: Path) 
     """Raise InputError if a key of the block takes all control cells away."""
     if before.any() and not after.any():
         raise InputError(
-            f"{path}: {key} takes away all {int(before.sum()):,} control cells. Let {key} keep the controls that belong to its cells."
+            f"{path}: {key} takes away all {int(before.sum()):,} control cells. Let {key} keep the controls that "
+            "belong to its cells."
         )
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the members and doses of labels in the words of a block.
+
+    Attributes
+    ----------
+    declared
+        `perturbation` of the block.
+    path
+        The screen, for messages.
+    dose_place
+        File and column of the doses, for messages.
+    """
+
+    declared: dict
+    path: Path
+    dose_place: str
+
+    @cached_property
+    def control(self) -> DeclaredControls:
+        """The declared controls."""
+        return DeclaredControls.of(self.declared)
+
+    def members(self, label: str, amount: str) -> list[Member] | None:
+        """Return the members of a label, each with its dose; None where the cell has no single known perturbation."""
+        unassigned = set(self.declared["drop"])
+        if label in unassigned:
+            return None
+        if label in self.control:
+            return [(CONTROL, "")]
+        named = members_in(label, self.declared)
+        members = [(CONTROL, "") if name in self.control else (name, dose) for name, dose in named]
+        # A combination with an unassigned member ("A+nan") is no single perturbation either.
+        if unassigned & {name for name, _ in members if name}:
+            return None
+        if plus := next((name for name, _ in members if SEPARATOR in name), None):
+            raise InputError(self._holds_plus(label, plus))
+        return with_doses(members, amount, {CONTROL}, label, self.declared["separator"], self.dose_place)
+
+    def _holds_plus(self, label: str, name: str) -> str:
+        """Return the message on a name that holds the sign of combinations, with the fix."""
+        fix = f"give it another name: {another_name([name], SEPARATOR)}"
+        if self.declared["separator"] != SEPARATOR and not torn(name, SEPARATOR):
+            fix += f". If it is a combination, set perturbation.separator: '{SEPARATOR}'"
+        return (
+            f"{self.path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here. "
+            f"If it is one name, {fix}."
+        )
+
+
+def _genes_in_other_letters(
+    named: list[list[Member] | None], measured: dict[str, str], control: DeclaredControls
+) -> dict[str, str]:
+    """Return name → gene now, of members that are a human gene's symbol but for small and capital letters."""
+    others = {name for members in named for name, _ in members or []} - set(measured) - human_symbols().approved
+    return {
+        name: measured.get(gene, gene)
+        for name in others
+        if (gene := in_other_letters(name)) and not control.resembles(name)
+    }
+
+
 def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path) -> pd.Series:
-    """Return canonical labels as a categorical; missing where the cell has no assigned perturbation. attrs["dose_unit"] is their doses' unit.
+    """Return canonical labels as a categorical, with the unit of their doses as attrs["dose_unit"].
+
+    A label is missing where the cell has no assigned perturbation.
 
     Parameters
     ----------
     genes
-        The screen's genes (`gene_table`), which labels follow.
+        The screen's genes (`gene_table`), whose names labels follow.
 
     Raises
     ------
@@ -154,59 +212,50 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
         If no cell is a control, a label holds the sign of a combination that is not split, or a dose cannot be read.
     """
     declared = dataset["perturbation"]
-    source = column_of(obs, declared["column"], "perturbation.column", path)
-    text = as_text(source)
-    control, unassigned = Controls.of(declared), set(declared["drop"])
-    # Drugs are no genes: theirs are not the names that HGNC approves.
-    organism, measured = dataset["organism"], names_now(genes, dataset["organism"])
-    if dataset["perturbation_type"] == "drug":
-        organism, measured = "", {}
-
+    text = as_text(column_of(obs, declared["column"], "perturbation.column", path))
+    is_drug = dataset["perturbation_type"] == "drug"
+    # HGNC approves names of genes, and drugs are no genes.
+    organism = "" if is_drug else dataset["organism"]
+    measured = {} if is_drug else names_now(genes, organism)
     dose = _dose(obs, declared, path)
-    where = f"{path}: obs['{declared['column'] if dose is None else _columns(declared['dose'])[0]}']"
-
-    def members_of_label(label: str, amount: str) -> list[Member] | None:
-        if label in unassigned:
-            return None
-        if label in control:
-            return [(CONTROL, "")]
-        members = [(CONTROL, "") if name in control else (name, amount) for name, amount in members_in(label, declared)]
-        # A combination with an unassigned member ("A+nan") is no single perturbation either.
-        if unassigned & {name for name, _ in members if name}:
-            return None
-        if plus := next((name for name, _ in members if SEPARATOR in name), None):
-            raise InputError(_holds_plus(label, plus, declared, path))
-        return with_doses(members, amount, {CONTROL}, label, declared["separator"], where)
+    dose_place = f"{path}: obs['{declared['column'] if dose is None else _columns(declared['dose'])[0]}']"
+    reader = _Reader(declared, path, dose_place)
 
     codes, texts = _label_and_dose(text, dose)
-    named = [members_of_label(*both) for both in texts]
+    named = [reader.members(*both) for both in texts]
     if organism == "human":
-        others = {name for members in named for name, _ in members or []} - set(measured) - human_symbols().approved
-        measured |= {
-            name: measured.get(gene, gene)
-            for name in others
-            if (gene := in_other_letters(name)) and not control.resembles(name)
-        }
-    scale = Scale.of((amount for members in named for _, amount in members or []), where)
+        measured |= _genes_in_other_letters(named, measured, reader.control)
+    scale = DoseScale.of((amount for members in named for _, amount in members or []), dose_place)
     canonical = [label_of(map(scale.member, members or []), (), organism, measured) or None for members in named]
-    tell(canonical, np.bincount(codes[codes >= 0], minlength=len(canonical)), path, is_declared=dose is not None)
+    n_cells = np.bincount(codes[codes >= 0], minlength=len(canonical))
+    warn_of_doses(canonical, n_cells, path, is_declared=dose is not None)
     categories = pd.Categorical(canonical)
     labels = pd.Series(
         pd.Categorical.from_codes(np.append(categories.codes, -1)[codes], categories.categories), index=obs.index
     )
     labels.attrs["dose_unit"] = scale.unit
     if not (labels == CONTROL).any():
-        n_cells = cells_of_labels(obs, dataset, path)
-        alike = look_alikes(n_cells, control, lambda label: names_in(label, declared), is_drug=not organism)
-        hint = (
-            f"These look like controls (cells): {counted(alike)}. If they are, set {declaration(alike)}." if alike
-            else f"Its most common labels: {counted(n_cells)}. Name the control label in perturbation.control."
-        )  # fmt: skip
-        sought = " and ".join(
-            f"perturbation.{key} = {declared[key]}" for key in ("control", "control_pattern") if key in declared
-        )
-        raise InputError(f"{path}: no control cells: none of {sought} is in obs['{declared['column']}']. {hint}")
+        raise InputError(_no_controls(obs, dataset, path))
     return labels
+
+
+def _no_controls(obs: pd.DataFrame, dataset: dict, path: Path) -> str:
+    """Return the message on a screen without control cells, with the labels that look like controls or are frequent."""
+    declared = dataset["perturbation"]
+    n_cells = cells_of_labels(obs, dataset, path)
+    is_drug = dataset["perturbation_type"] == "drug"
+    alike = look_alikes(
+        n_cells, DeclaredControls.of(declared), lambda label: names_in(label, declared), is_drug=is_drug
+    )
+    hint = (
+        f"These look like controls (cells): {counted(alike)}. If they are, set {declaration(alike)}."
+        if alike
+        else f"Its most common labels: {counted(n_cells)}. Name the control label in perturbation.control."
+    )
+    sought = " and ".join(
+        f"perturbation.{key} = {declared[key]}" for key in ("control", "control_pattern") if key in declared
+    )
+    return f"{path}: no control cells: none of {sought} is in obs['{declared['column']}']. {hint}"
 
 
 def _columns(declared: str | list[str]) -> list[str]:
@@ -214,7 +263,10 @@ def _columns(declared: str | list[str]) -> list[str]:
 
 
 def _dose(obs: pd.DataFrame, declared: dict, path: Path) -> pd.Categorical | None:
-    """Return the doses of cells as they are written: of one column, or of a number and its unit; None where none is declared."""
+    """Return the doses of cells as they are written: of one column, or of a number and its unit.
+
+    None where the block declares none.
+    """
     if "dose" not in declared:
         return None
     columns = _columns(declared["dose"])
@@ -228,175 +280,18 @@ def _dose(obs: pd.DataFrame, declared: dict, path: Path) -> pd.Categorical | Non
     return pd.Categorical(pd.Series(joined, dtype=object).where(texts[0].codes >= 0))
 
 
-def _tell_units(obs: pd.DataFrame, declared: dict, path: Path, warnings: list[str]) -> None:
-    """Warn where a column beside the dose holds several units, and raise InputError where a label has one number in several of them."""
-    if not isinstance(column := declared.get("dose"), str):
-        return
-    dose, labels = as_text(column_of(obs, column, "perturbation.dose", path)), as_text(obs[declared["column"]])
-    numbers = [text for text in dose.categories if (found := parsed(text)) and found[0] > 0 and not found[1]]
-    for name in obs:
-        if name == column or "unit" not in str(name).lower():
-            continue
-        unit = as_text(obs[name])
-        units = [text for text in unit.categories if text.lower() not in UNKNOWN_DOSE]
-        if len(units) < 2 or not all(map(is_unit, units)):
-            continue
-        cells = pd.DataFrame({"label": labels, "dose": dose, "unit": unit}).astype(object).drop_duplicates().dropna()
-        cells = cells[cells["dose"].isin(numbers) & cells["unit"].isin(units)]
-        fix = f"write perturbation.dose: [{column}, {name}]"
-        for (label, amount), of in cells.groupby(["label", "dose"])["unit"]:
-            if len(of) > 1:
-                raise InputError(
-                    f"{path}: obs['{column}'] gives '{label}' the dose {amount}, and obs['{name}'] says {', '.join(of)}: two doses would be "
-                    f"one. To read both, {fix}."
-                )
-        if len(set(cells["unit"])) > 1:
-            warnings.append(
-                f"obs['{name}'] holds {', '.join(units)}, and the doses of obs['{column}'] are taken as they are. To read both, {fix}."
-            )
-
-
-def _holds_plus(label: str, name: str, declared: dict, path: Path) -> str:
-    """Return the message on a name that holds the sign of combinations, with the fix."""
-    fix = f"give it another name: {another_name([name], SEPARATOR)}"
-    if declared["separator"] != SEPARATOR and not torn(name, SEPARATOR):
-        fix += f". If it is a combination, set perturbation.separator: '{SEPARATOR}'"
-    return f"{path}: the label '{label}' holds '{SEPARATOR}', which joins the members of a combination here. If it is one name, {fix}."
-
-
 def cells_of_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> dict[str, int]:
-    """Return label as in the file → cells, most cells first, without the labels of cells that have no assigned perturbation."""
+    """Return label as in the file → cells, most cells first, without the labels of unassigned cells."""
     declared = dataset["perturbation"]
     n_cells = pd.Series(as_text(column_of(obs, declared["column"], "perturbation.column", path))).value_counts()
     return {label: int(n) for label, n in n_cells.items() if n and label not in declared["drop"]}
 
 
-def doubtful_labels(
-    obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path: Path, warnings: list[str] | None = None
-) -> dict[str, dict[str, int]]:
-    """Return what a block may have missed: labels that look like controls, frequent ones that are no gene, and combinations that are not split.
-
-    Each with its cells; all are told and stay as they are. What else is likely wrong goes to `warnings`.
-
-    Raises
-    ------
-    InputError
-        If labels say that cells have no single known perturbation (unassigned, doublet): they would pass for perturbations. If the separator is
-        wrong: as A|B that is not split, a held-out gene would train within a combination. Or if several labels are of one gene or compound.
-        Where the separator is null, or a pattern finds the members, that was chosen, and it is told only.
-    """
-    declared, told = dataset["perturbation"], [] if warnings is None else warnings
-    is_drug, n_cells = dataset["perturbation_type"] == "drug", cells_of_labels(obs, dataset, path)
-    names = set() if is_drug else {*names_now(genes, dataset["organism"]), *genes["gene_name"]} - {""}
-    is_human = dataset["organism"] == "human" and not is_drug
-    controls = Controls.of(declared)
-
-    def members(label: str) -> list[str]:
-        return names_in(label, declared)
-
-    named = names | set(genes["original_name"]) | set(genes["gene_id"])
-    meant = {*declared["drop"], *declared.get("rename", {})}
-    whole = [label for label in n_cells if label not in meant and not torn(label, declared["separator"])]
-    assigned = {label: n_cells[label] for label in whole if not set(declared["drop"]) & set(members(label))}
-    if words := unassigned_labels(assigned, controls, members, named):
-        raise InputError(f"{path}: {message(words, declared['drop'])}")
-
-    def is_gene(name: str) -> bool:
-        is_symbol = name in human_symbols().approved or approved_symbol(name) != name or in_other_letters(name)
-        return name in names or (is_human and bool(is_symbol) and not controls.resembles(name))
-
-    combined = unsplit(n_cells, declared, members, names, is_human=is_human)
-    if combined:
-        _tell_combinations(combined, declared, path)
-    left = {label: n for label, n in n_cells.items() if not combined or label not in combined.labels}
-    variants.tell(left, dataset, is_gene, path, told)
-    _tell_contexts(obs, dataset, is_gene, path)
-    _tell_units(obs, declared, path, told)
-    alike = look_alikes(left, controls, members, is_drug=is_drug)
-    cells = Counter(
-        {
-            name: n
-            for label, n in left.items()
-            if label not in controls
-            for name in members(label)
-            if name and name not in controls
-        }
-    )
-
-    def is_name(part: str) -> bool:
-        return is_gene(part) or part in cells
-
-    joined = {
-        name: n for name, n in cells.items() if not is_gene(name) and controls.joined(name, is_name, is_drug=is_drug)
-    }
-    alike = {name: n for name, n in alike.items() if name not in joined}
-    if joined:
-        told.append(
-            f"{len(joined):,} labels join a control and another name (cells): {counted(joined)}. They stay perturbations. If they are "
-            "combinations with a control, set perturbation.separator to the sign between the two; if they are controls, list them in "
-            "perturbation.control."
-        )
-    if alike:
-        logger.warning("%s: %s", path, warning(alike, declared.get("control", [])))
-    vehicle = next((name for name in controls.names if re.match(r"dmso|veh|pbs|solvent", name, re.IGNORECASE)), None)
-    if dataset["perturbation_type"] == "unknown" and ("dose" in declared or vehicle):
-        sign = "perturbation.dose is declared" if "dose" in declared else f"the control is {vehicle}"
-        told.append(
-            f"{sign}, and labels are read as genes. If they are compounds, set perturbation_type: drug; THC is no gene WAS then."
-        )
-    others = (
-        {}
-        if is_drug
-        else {name: n for name, n in no_genes(left, controls, members, named).items() if name not in alike}
-    )
-    return {"looks_like_control": alike, "no_gene": others, "not_split": combined.labels if combined else {}}
-
-
-def _tell_contexts(obs: pd.DataFrame, dataset: dict, is_gene: Callable[[str], bool], path: Path) -> None:
-    """Raise InputError where the cell line, or another context that a column holds, stands in the labels: A549_JQ1 beside K562_JQ1."""
-    declared, controls = dataset["perturbation"], Controls.of(dataset["perturbation"])
-    if variants.KEEP.endswith(f"'{declared.get('pattern')}'"):
-        return
-    for column in obs:
-        if (
-            column == declared["column"]
-            or not CONTEXT_COLUMN.search(str(column))
-            or not 2 <= obs[column].nunique() <= MOST_CONTEXTS
-        ):
-            continue
-        cells = (
-            pd.DataFrame({"label": as_text(obs[declared["column"]]), "context": as_text(obs[column])})
-            .drop_duplicates()
-            .dropna()
-        )
-        contexts = set(cells["context"])
-        if any(len(context) < 2 or is_gene(context) for context in contexts):
-            continue
-        pairs = {
-            (name, context) for label, context in cells.itertuples(index=False) if label not in controls and label not in declared["drop"]
-            for name in names_in(label, declared) if name and name not in controls and not controls.resembles(name)
-        }  # fmt: skip
-        several, line = variants.of_contexts(pairs, declared.get("pattern"))
-        if several:
-            shown = "; ".join(", ".join(map(repr, names[:3])) for names in list(several.values())[:3])
-            raise InputError(
-                f"{path}: labels hold obs['{column}'] too: {shown}. Each would be a perturbation of its own, one held out while another of the "
-                f"same trains. Write {line} and covariates.cell_type: {column}. If they are perturbations of their own, write {variants.KEEP}."
-            )
-
-
-def _tell_combinations(combined: Unsplit, declared: dict, path: Path) -> None:
-    said = f"{path}: {combined.sentence(declared['separator'])}."
-    fix = combined.fix(declared["column"])
-    if combined.is_sure and declared["separator"] is not None and "pattern" not in declared:
-        raise InputError(
-            f"{said} {fix}. If these labels are no combinations, set perturbation.separator: null; nothing is split then."
-        )
-    logger.warning("%s Each stays one perturbation. %s, if they are combinations.", said, fix)
-
-
 def _label_and_dose(text: pd.Categorical, dose: pd.Categorical | None) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Return which label and dose each cell has, -1 without a label, and these labels and doses, empty where the dose is missing."""
+    """Return the label and dose of each cell by number, and these labels and doses.
+
+    The number is -1 without a label, and the dose empty where it is missing.
+    """
     if dose is None:
         return text.codes, [(label, "") for label in text.categories]
     amounts, has_label = ["", *dose.categories], text.codes >= 0
@@ -428,12 +323,14 @@ def _covariate(
 
 
 def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict, path: Path) -> pd.DataFrame:
-    """Return the columns of the schema (totals excepted) and the source's own, prefixed `source_` where the names collide.
+    """Return the columns of the schema (totals excepted) and the source's own.
+
+    Where names collide, the source's column gets the prefix `source_`.
 
     Parameters
     ----------
     source
-        obs of the cells that are kept, as it came.
+        obs of the kept cells, as it came.
     labels
         Their canonical labels.
     """
@@ -465,12 +362,15 @@ def schema_obs(source: pd.DataFrame, labels: pd.Series, name: str, dataset: dict
 
 
 def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
-    """Return gene_name (approved symbol), gene_id (Ensembl id or empty), original_name and source_name (the index) per source gene.
+    """Return names and ids of every gene of a source, one row per gene.
 
-    Where a file has them is found by `perturbflow.screens.naming.gene_names`; attrs["told"] is what it tells.
-    Names of genomes (GRCh38_) are left out of all but source_name.
-    A name that is approved stays. Otherwise the Ensembl id decides where HGNC knows it, else a previous symbol of one gene is renamed.
-    Two genes of the file are never given one name: where another has it, or two would come to share it, they stay as they are.
+    Columns are gene_name (approved symbol), gene_id (Ensembl id or empty), original_name and source_name (the index).
+    `perturbflow.screens.naming.gene_names` finds their places in the file; attrs["notes"] holds its notes. Names of
+    genomes (GRCh38_) are removed from all but source_name.
+
+    A name that is approved stays. Otherwise the Ensembl id decides where HGNC knows it, else a previous symbol of one
+    gene is renamed. Two genes of the file never get one name. Where another gene has it, or two would share it, they
+    keep theirs.
     """
     found = gene_names(var)
     names, ids = found.names, found.ids
@@ -493,17 +393,18 @@ def gene_table(var: pd.DataFrame, dataset: dict) -> pd.DataFrame:
         "source_name": pd.Series(var.index.astype(str)),
     }
     table = pd.DataFrame({column: values.to_numpy() for column, values in named.items()})
-    table.attrs["told"] = found.told
+    table.attrs["notes"] = found.notes
     return table
 
 
 def is_wanted(genes: pd.DataFrame, pattern: str, path: Path) -> np.ndarray:
-    """Return in which genes' Ensembl ids, names where they have none, a regular expression finds something."""
+    """Return in which genes' Ensembl ids (or names, where these are missing) a regular expression finds something."""
     names = genes["gene_id"].where(genes["gene_id"] != "", genes["original_name"])
     wanted = np.array([re.search(pattern, name) is not None for name in names])
     if not wanted.any():
         raise InputError(
-            f"{path}: gene_pattern '{pattern}' keeps no gene. Its genes: {', '.join(genes['original_name'].head(8))}, ..."
+            f"{path}: gene_pattern '{pattern}' keeps no gene. Its genes: {', '.join(genes['original_name'].head(8))}, "
+            "..."
         )
     return wanted
 
@@ -517,6 +418,6 @@ def contradicting(genes: pd.DataFrame) -> dict[str, str]:
 
 
 def ambiguous(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names that may mean several genes today, and which: they were left alone."""
+    """Return name → genes, of the names that may mean several genes today; these names were not changed."""
     meant = {name: candidates(name) for name in names}
     return {name: genes for name, genes in meant.items() if len(genes) > 1}

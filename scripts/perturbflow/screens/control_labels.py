@@ -1,4 +1,7 @@
-"""Which labels are controls: those that a dataset's block declares. Labels that only look like controls are found and told, never folded in."""
+"""Labels of controls: those that a dataset's block declares.
+
+Labels that only look like controls are reported, and stay perturbations.
+"""
 
 import json
 import re
@@ -7,28 +10,64 @@ from dataclasses import dataclass
 
 from perturbflow.genes.symbols import CONTROL, GUIDE, human_symbols
 
-# What may stand before a control's name: a guide's or a library's mark.
-_PREFIX = r"(?:[mh][\W_]+|(?:p|px|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid|library)[\W_]*)*"
+# Marks of a guide or a library before a control's name.
+_PREFIX = (
+    r"(?:[mh][\W_]+|(?:p|px|sg|sh|si|cr|g|grna|sgrna|guide|guides|hs|mm|human|mouse|random|one|\d+x|chr[\dxy]+|plasmid"
+    r"|library)[\W_]*)*"
+)
 _CONTROL = r"(?:ctrl|ctl|control|cntl|contrl|contr)s?"
-# Names that mean a control whatever follows them.
+# Names that mean a control, whatever text follows.
 _NAMES = "|".join(
     (
-        r"non[\W_]*(?:target|human[\W_]*target|silenc|cut|edit|infect|transduc|transfect|treat|perturb|stimulat|gene(?!sis))[a-z]*",
+        (
+            r"non[\W_]*(?:target|human[\W_]*target|silenc|cut|edit|infect|transduc|transfect|treat|perturb|stimulat"
+            r"|gene(?!sis))[a-z]*"
+        ),
         r"no[\W_]*(?:target|guide|gRNA|sgRNA|site|perturb|treat|transduc|drug|stim|cut|crispr|cas9|virus)[a-z]*",
-        rf"neg(?:ative)?[\W_]*(?:{_CONTROL}|con|guide)s?", rf"ntc?[\W_]*(?:{_CONTROL}|sgrnas?|grnas?|guides?)",
-        r"safe[\W_]*(?:target|harbou?r|cut|guide|site|region)[a-z]*", r"scram(?:bled?)?", r"(?:inter|non)genic(?:[\W_]*(?:site|region))?",
-        r"(?:untreat|unperturb|untransduc|untransfect|uninfect|unstimulat|unedit|unmodifi|untarget)(?:ed)?", _CONTROL, r"aavs(?:[\W_]*1)?",
-        r"(?:gt[\W_]*|h)?rosa(?:[\W_]*26)?", r"[fr]?luciferase", r"h?renilla", r"lac[\W_]*z", r"gal[\W_]*4", r"[et]?[gry]fp", r"[et]?bfp2?",
-        r"m?tag[\W_]*[bgry]fp2?", r"(?:td|m)[\W_]*tomato2?", r"mcherry",
-        r"ds[\W_]*red2?", r"zs[\W_]*green1?", r"m[\W_]*neon[\W_]*green", r"irfp\d*", r"gene[\W_]*deserts?", r"n[\W_]*ctrl",
-        r"olfactory[\W_]*receptor", rf"ef1a[\W_]*{_CONTROL}", r"mock(?:infected|transduced|transfected|treated)?", r"parental",
-        r"(?:empty(?:[\W_]*(?:vector|plasmid|guide|control))?|vector|backbone)", r"dmso", r"veh(?:icle)?s?", r"placebo",
-        r"wild[\W_]*types?", r"pbs", r"solvent", r"h2o", r"saline", r"d?cas(?:9|12a?|13d?)[\W_]*(?:only|alone)",
+        rf"neg(?:ative)?[\W_]*(?:{_CONTROL}|con|guide)s?",
+        rf"ntc?[\W_]*(?:{_CONTROL}|sgrnas?|grnas?|guides?)",
+        r"safe[\W_]*(?:target|harbou?r|cut|guide|site|region)[a-z]*",
+        r"scram(?:bled?)?",
+        r"(?:inter|non)genic(?:[\W_]*(?:site|region))?",
+        r"(?:untreat|unperturb|untransduc|untransfect|uninfect|unstimulat|unedit|unmodifi|untarget)(?:ed)?",
+        _CONTROL,
+        r"aavs(?:[\W_]*1)?",
+        r"(?:gt[\W_]*|h)?rosa(?:[\W_]*26)?",
+        r"[fr]?luciferase",
+        r"h?renilla",
+        r"lac[\W_]*z",
+        r"gal[\W_]*4",
+        r"[et]?[gry]fp",
+        r"[et]?bfp2?",
+        r"m?tag[\W_]*[bgry]fp2?",
+        r"(?:td|m)[\W_]*tomato2?",
+        r"mcherry",
+        r"ds[\W_]*red2?",
+        r"zs[\W_]*green1?",
+        r"m[\W_]*neon[\W_]*green",
+        r"irfp\d*",
+        r"gene[\W_]*deserts?",
+        r"n[\W_]*ctrl",
+        r"olfactory[\W_]*receptor",
+        rf"ef1a[\W_]*{_CONTROL}",
+        r"mock(?:infected|transduced|transfected|treated)?",
+        r"parental",
+        r"(?:empty(?:[\W_]*(?:vector|plasmid|guide|control))?|vector|backbone)",
+        r"dmso",
+        r"veh(?:icle)?s?",
+        r"placebo",
+        r"wild[\W_]*types?",
+        r"pbs",
+        r"solvent",
+        r"h2o",
+        r"saline",
+        r"d?cas(?:9|12a?|13d?)[\W_]*(?:only|alone)",
     )
-)  # fmt: skip
+)
 # Words that other names begin with: only numbers and letters of guides may follow.
 _WORDS = (
-    r"safe|dummy|random|neutral|inert|irrelevant|decoy|unstim|uninf|resting|baseline|water|medium|media|sham|blank|isotype|reference|bystander"
+    r"safe|dummy|random|neutral|inert|irrelevant|decoy|unstim|uninf|resting|baseline|water|medium|media|sham|blank"
+    r"|isotype|reference|bystander"
     r"|filler|desert|negative[\W_]*\d+|d?cas9"
 )
 # Words that are symbols of genes in capitals alone.
@@ -41,9 +80,10 @@ NAMED = re.compile(
     re.IGNORECASE,
 )
 SHORT = re.compile(rf"{_PREFIX}(?:{_SHORT}){_NUMBERS}", re.IGNORECASE)
-# What may follow the name of a control without making a treatment of it.
+# Texts that may follow the name of a control; it is no treatment then.
 _QUALIFIERS = re.compile(
-    rf"(?:{_CONTROL}|guides?|grnas?|sgrnas?|cells?|sites?|regions?|human|mouse|rep(?:licate)?|lane|batch|plate|pool|well|day|hours?|time|only|mod"
+    rf"(?:{_CONTROL}|guides?|grnas?|sgrnas?|cells?|sites?|regions?|human|mouse|rep(?:licate)?|lane|batch|plate|pool"
+    r"|well|day|hours?|time|only|mod"
     r"|vector|plasmid|vehicle|untreated|treated|[a-z]{1,3}|[a-z]{0,4}\d+[a-z\d]*|\d+[a-z]*)",
     re.IGNORECASE,
 )
@@ -51,7 +91,7 @@ SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Controls:
+class DeclaredControls:
     """The labels, and members of labels, that a dataset's block declares to be controls.
 
     Attributes
@@ -66,8 +106,11 @@ class Controls:
     pattern: re.Pattern[str] | None = None
 
     @classmethod
-    def of(cls, declared: Mapping) -> "Controls":
-        """Read `control` and `control_pattern` of a block's `perturbation`; of `0|0` under the separator `|`, the member 0 is a control."""
+    def of(cls, declared: Mapping) -> "DeclaredControls":
+        """Read `control` and `control_pattern` of a block's `perturbation`.
+
+        Of `0|0` under the separator `|`, the member 0 is a control.
+        """
         names = {CONTROL, *declared.get("control", [])}
         if separator := declared.get("separator"):
             parts = [{part.strip() for part in name.split(separator)} - {""} for name in names if separator in name]
@@ -82,10 +125,11 @@ class Controls:
         return text in self.names or (self.pattern is not None and self.pattern.fullmatch(text) is not None)
 
     def resembles(self, text: str, *, is_drug: bool = False) -> bool:
-        """Return whether a label that is not declared a control looks like one.
+        """Return whether a label that is no declared control looks like one.
 
-        It does by the field's names for controls, and where it is a declared one in other letters, or starts with one and goes on
-        with a separator or a digit. A gene's approved symbol (NT5E, WT1) does not, but for the few that name a control.
+        It does by the field's names for controls. It does, too, as a declared one in other letters, or as one that goes
+        on with a separator or a digit. A gene's approved symbol (NT5E, WT1) does not, except for the few that name a
+        control.
         """
         if NAMED.fullmatch(text) or text in MIXED:
             return True
@@ -95,9 +139,10 @@ class Controls:
         return (not is_drug and SHORT.fullmatch(text) is not None) or any(_is_form(text, name) for name in self.names)
 
     def joined(self, text: str, is_name: Callable[[str], bool], *, is_drug: bool = False) -> str | None:
-        """Return the perturbation that a label joins to the name of a control (ctrl_KLF1, Erlotinib-DMSO); None where it joins none.
+        """Return the perturbation that a label joins to the name of a control (ctrl_KLF1, Erlotinib-DMSO), or None.
 
-        It is what `is_name` knows. Of drugs it is any word beside a declared control that says nothing of controls (rep, lane, 24h).
+        The perturbation is a name by `is_name`. Of drugs it is any word beside a declared control, except for words of
+        replicates and times (rep, lane, 24h).
         """
         for sign in re.finditer(r"[\W_]+", text):
             halves = text[: sign.start()], text[sign.end() :]
@@ -120,7 +165,7 @@ def _plain(text: str) -> str:
 
 
 def _is_form(text: str, name: str) -> bool:
-    """Return whether a text is a name in other letters or separators, or goes on after it with a separator or a digit."""
+    """Return whether a text is a name in other letters or separators, or goes on with a separator or digit."""
     if len(_plain(name)) < 2:
         return False
     if _plain(text) == _plain(name):
@@ -130,16 +175,20 @@ def _is_form(text: str, name: str) -> bool:
 
 
 def look_alikes(
-    n_cells: Mapping[str, int], controls: Controls, members: Callable[[str], Iterable[str]], *, is_drug: bool = False
+    n_cells: Mapping[str, int],
+    controls: DeclaredControls,
+    members: Callable[[str], Iterable[str]],
+    *,
+    is_drug: bool = False,
 ) -> dict[str, int]:
-    """Return members that look like controls and are declared none → their cells, most cells first.
+    """Return members that look like controls and are not declared as such → their cells, most cells first.
 
     Parameters
     ----------
     n_cells
         Label as in the file → cells.
     members
-        What a label names, in the words of the block.
+        Returns the names in a label, as the block reads it.
     """
     found: dict[str, int] = {}
     for label, n in n_cells.items():
@@ -157,12 +206,14 @@ def counted(n_cells: Mapping[str, int]) -> str:
 
 
 def declaration(alike: Iterable[str], declared: Iterable[str] = ()) -> str:
-    """Return the line of a block that makes controls of these labels: a list, or a pattern where they differ by numbers alone.
+    """Return the line of a block that makes controls of these labels.
+
+    It is a list, or a pattern where they differ by numbers alone.
 
     Parameters
     ----------
     declared
-        What perturbation.control holds already: a list replaces it.
+        The present list of perturbation.control, which a new one replaces.
     """
     names = list(alike)
     patterns = list(dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name).replace(r"\-", "-")) for name in names))
@@ -173,15 +224,17 @@ def declaration(alike: Iterable[str], declared: Iterable[str] = ()) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return a text as YAML has it between quotation marks."""
+    """Return a text between quotation marks, as in YAML."""
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def warning(alike: Mapping[str, int], declared: Iterable[str]) -> str:
-    """Return the sentences that tell of labels that look like controls, with the fix; `declared` as in `declaration`."""
+    """Return a warning of labels that look like controls, with the fix; `declared` as in `declaration`."""
     one = len(alike) == 1
     return (
-        f"{len(alike):,} {'label looks like a control' if one else 'labels look like controls'} and {'is' if one else 'are'} declared as none "
-        f"(cells): {counted(alike)}. {'It stays a perturbation' if one else 'They stay perturbations'}. If {'it is a control' if one else 'they are controls'}, "
-        f"declare {'it' if one else 'them'}: {declaration(alike, declared)}."
+        f"{len(alike):,} {'label looks like a control' if one else 'labels look like controls'} and "
+        f"{'is' if one else 'are'} declared as none (cells): {counted(alike)}. "
+        f"{'It stays a perturbation' if one else 'They stay perturbations'}. If "
+        f"{'it is a control' if one else 'they are controls'}, declare {'it' if one else 'them'}: "
+        f"{declaration(alike, declared)}."
     )

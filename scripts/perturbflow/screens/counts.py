@@ -1,4 +1,7 @@
-"""Raw counts in one pass over the source: totals per cell, cells per gene, and what is kept, laid aside until it can be written."""
+"""Raw counts in one pass over the source: totals per cell, cells per gene, and the counts to be written.
+
+The latter are laid aside until quality control is complete.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -20,12 +23,15 @@ from perturbflow.screens.readers import NotCounts, Source
 logger = logging.getLogger(__name__)
 
 LIMITS = (("min_counts", "total_counts", 1), ("min_genes", "n_genes_by_counts", 1), ("max_pct_mt", "pct_counts_mt", -1))
-"""Limit of quality control, the total that it looks at, and 1 for a lower limit, -1 for an upper one."""
+"""Limit of quality control, the total that it is for, and 1 for a lower limit, -1 for an upper one."""
 
 LOW = 10
-"""Counts up to here alone are looked at twice where another place of the file has higher ones: so low are rounded logarithms."""
+"""Rounded logarithms are no higher. Values up to here are compared with the file's other places."""
 LEAST_CELLS, ALIKE = 50, 0.2
-"""From so many cells on, sums whose variance is below this share of their mean are no sums of counts, whose share is 1 at least."""
+"""The variance of sums of counts is at least their mean.
+
+From LEAST_CELLS cells on, sums with a variance below this share of their mean are no sums of counts.
+"""
 
 REMEDIES = {1: "lower it", -1: "raise it"}
 
@@ -58,7 +64,10 @@ class Genes:
 
 
 def _totals(total: np.ndarray, mitochondrial: np.ndarray, n_genes: np.ndarray) -> pd.DataFrame:
-    """Return totals per cell under scanpy's names and in its types; percent are 0-100, and 0 in a cell without counts."""
+    """Return totals per cell under scanpy's names and in its types.
+
+    Percent are 0-100, and 0 in a cell without counts.
+    """
     total, mitochondrial = total.astype(np.float32), mitochondrial.astype(np.float32)
     share = np.divide(mitochondrial, total, out=np.zeros_like(total), where=total > 0)
     return pd.DataFrame(
@@ -75,7 +84,7 @@ def _passes(totals: pd.DataFrame, qc: dict) -> Iterator[tuple[str, np.ndarray]]:
 
 @dataclass
 class Screened:
-    """What one pass over the counts found.
+    """The result of one pass over the counts.
 
     Attributes
     ----------
@@ -84,9 +93,9 @@ class Screened:
     n_cells
         Per gene, the cells within the limits that have it.
     source
-        What was read: the source, or an alternative of it.
+        The source of the counts, or an alternative of it.
     own
-        What was counted of the perturbed genes.
+        The counts of the perturbed genes.
     """
 
     totals: pd.DataFrame
@@ -130,7 +139,7 @@ def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict, own: Own
 
 
 def screen_counts(source: Source, rows: np.ndarray, genes: Genes, qc: dict, own: OwnGenes) -> Screened:
-    """Read the raw UMI counts of the wanted rows once: from the place that the source was opened at, else from its alternative.
+    """Read the raw UMI counts of the wanted rows once, from the source or from its alternative.
 
     Parameters
     ----------
@@ -170,35 +179,44 @@ def screen_counts(source: Source, rows: np.ndarray, genes: Genes, qc: dict, own:
         else "Put the integer counts into X or layers['counts']"
     )
     raise InputError(
-        f"{source.files[0]}: raw UMI counts are needed, {'; '.join(problems)}. {fix}; normalization is done later, on training cells."
+        f"{source.files[0]}: raw UMI counts are needed, {'; '.join(problems)}. {fix}; normalization is done later, on "
+        "training cells."
     )
 
 
 def doubtful_counts(screened: Screened) -> list[str]:
-    """Return sentences on values that pass for counts and are hardly any: binary, with others in the file, or of one sum in every cell."""
+    """Return sentences on values that pass for counts and hardly are counts.
+
+    These are binary ones, low ones beside higher ones in the file, and cells with one sum.
+    """
     found, highest = screened.source.place, screened.highest
     elsewhere = screened.source.places_with_counts() if highest <= LOW else {}
     higher = [place for place, count in elsewhere.items() if count > max(highest, 1)]
-    said = []
+    sentences = []
     if higher:
-        said.append(
-            f"no value of {found} is above {highest:g}, while {' and '.join(higher)} holds higher counts: if these are the raw ones, set counts: {higher[0]}."
+        sentences.append(
+            f"no value of {found} is above {highest:g}, while {' and '.join(higher)} holds higher counts: if these are "
+            f"the raw ones, set counts: {higher[0]}."
         )
     elif highest <= 1:
-        said.append(
-            f"{found} holds 0 and 1 alone: if it was made binary, name the place of the raw counts with the key counts, or give another file."
+        sentences.append(
+            f"{found} holds 0 and 1 alone: if it was made binary, name the place of the raw counts with the key "
+            "counts, or give another file."
         )
     totals = screened.totals["total_counts"].astype(float)
-    if not said and len(totals) >= LEAST_CELLS and totals.var() < ALIKE * totals.mean():
-        said.append(
-            f"all cells have nearly the same sum in {found} ({totals.min():,.0f} to {totals.max():,.0f}), as normalized values have that were rounded, or counts "
-            "that were sampled down. If the file holds the raw counts, name their place with the key counts."
+    if not sentences and len(totals) >= LEAST_CELLS and totals.var() < ALIKE * totals.mean():
+        sentences.append(
+            f"all cells have nearly the same sum in {found} ({totals.min():,.0f} to {totals.max():,.0f}), as "
+            "normalized values have that were rounded, or counts that were sampled down. If the file holds the raw "
+            "counts, name their place with the key counts."
         )
-    return said
+    return sentences
 
 
 def within_limits(screened: Screened, qc: dict, path: object) -> tuple[np.ndarray, dict[str, int]]:
-    """Return which of the cells that were read are within all limits, and how many each limit drops of those that reach it.
+    """Return which of the read cells are within all limits, and how many cells each limit drops.
+
+    A cell counts for the first limit that drops it.
 
     Raises
     ------
@@ -213,8 +231,8 @@ def within_limits(screened: Screened, qc: dict, path: object) -> tuple[np.ndarra
             column, remedy = of_limit[name]
             middle = screened.totals.loc[is_kept, column].median()
             raise InputError(
-                f"{path}: qc.{name} = {qc[name]} leaves no cell (median of the file: {middle:g}); {remedy}, or set null, "
-                "under qc in the dataset's block."
+                f"{path}: qc.{name} = {qc[name]} leaves no cell (median of the file: {middle:g}); {remedy}, or set "
+                "null, under qc in the dataset's block."
             )
         dropped[f"qc.{name}"] = int((is_kept & ~passes).sum())
         is_kept &= passes
@@ -222,27 +240,27 @@ def within_limits(screened: Screened, qc: dict, path: object) -> tuple[np.ndarra
 
 
 def limits_on(cells: np.ndarray, screened: Screened, qc: dict) -> str:
-    """Return, in words, how many of these cells (a mask of those that were read) each limit drops, the strictest first."""
+    """Return, in words, how many of these cells (a mask of the read ones) each limit drops, the strictest first."""
     of_limit = {name: (column, REMEDIES[sign]) for name, column, sign in LIMITS}
     lost = sorted(((int((cells & ~passes).sum()), name) for name, passes in _passes(screened.totals, qc)), reverse=True)
-    said = [
-        f"qc.{name} = {qc[name]} drops {n:,} of {cells.sum():,} (their median: {screened.totals.loc[cells, of_limit[name][0]].median():g}); "
-        f"{of_limit[name][1]}"
+    sentences = [
+        f"qc.{name} = {qc[name]} drops {n:,} of {cells.sum():,} (their median: "
+        f"{screened.totals.loc[cells, of_limit[name][0]].median():g}); {of_limit[name][1]}"
         for n, name in lost
         if n
     ]
-    return ". ".join(said)
+    return ". ".join(sentences)
 
 
 def write_counts(
     group: h5py.Group, screened: Screened, is_kept: np.ndarray, is_seen: np.ndarray, is_mt: np.ndarray, threads: int
 ) -> pd.DataFrame:
-    """Write X as anndata's CSR and return the totals per cell over the genes that are kept.
+    """Write X as anndata's CSR and return the totals per cell over the kept genes.
 
     Parameters
     ----------
     group
-        To be filled: `data` float32, `indices` int32 and `indptr`, in chunks that are encoded in threads.
+        To be filled: `data` float32, `indices` int32 and `indptr`, in chunks that threads encode.
     is_kept
         Per cell within the limits, whether it is written.
     is_seen, is_mt
@@ -258,7 +276,7 @@ def write_counts(
         for packed, starts in screened.cells():
             kept = is_kept[first : first + len(starts) - 1]
             first += len(kept)
-            # No entry takes less than a byte.
+            # An entry takes a byte or more.
             data, indices = np.empty(len(packed) + 1, np.float32), np.empty(len(packed) + 1, np.int32)
             indptr = np.zeros(int(kept.sum()) + 1, np.int64)
             unpack_counts(packed, starts, kept, gene, data, indices, indptr)

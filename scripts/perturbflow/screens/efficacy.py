@@ -12,10 +12,13 @@ from scipy import sparse
 from perturbflow.genes.symbols import CONTROL, entity_of, members_of
 
 DIRECTIONS = {"CRISPRi": "down", "CRISPRko": "down", "CRISPRcas13": "down", "CRISPRa": "up"}
-"""Where a kind of perturbation takes its own gene."""
+"""The direction in which a kind of perturbation changes its own gene."""
 
 LEAST_MOLECULES = 10
-"""Molecules that the cells of a perturbation would hold at the controls' level, or hold: of fewer the change is mostly chance."""
+"""Molecules that the cells of a perturbation hold, or would hold at the controls' level.
+
+A change of fewer is mostly chance.
+"""
 
 Z = 1.959964
 COLUMNS = ["label", "member", "cells", "expected", "ratio", "low", "high", "share", "is_told"]
@@ -51,7 +54,7 @@ class OwnGenes:
 
     @classmethod
     def of(cls, obs: pd.DataFrame, gene_names: pd.Index) -> OwnGenes:
-        """Return what is to be counted of cells (`perturbation`, `batch`, `cell_type`) and genes."""
+        """Return the genes to be counted, for cells (`perturbation`, `batch`, `cell_type`) and genes."""
         labels = obs["perturbation"].cat.categories.tolist()
         strata = obs.groupby(["batch", "cell_type"], observed=True)
         cell_type = strata.size().index.to_frame(index=False).groupby("cell_type", observed=True).ngroup().to_numpy()
@@ -87,7 +90,7 @@ class OwnGenes:
 
 @dataclass
 class OwnCounts:
-    """What one pass over the counts finds of the perturbed genes.
+    """The counts of the perturbed genes from one pass over all counts.
 
     Memory: a value per cell × measured member, and two per batch × cell type with controls × perturbed gene.
     """
@@ -108,7 +111,10 @@ class OwnCounts:
         self.sums = np.zeros((2, n_strata, len(self.own.genes)))
 
     def add(self, counts: sparse.csr_matrix, totals: np.ndarray, is_within: np.ndarray) -> None:
-        """Take in the next block of cells: counts with ascending genes, their sums, and which cells are within the limits of quality."""
+        """Add the next block of cells.
+
+        It takes counts with ascending genes, their sums, and which cells are within the limits of quality.
+        """
         cells = slice(self.n_read, self.n_read + counts.shape[0])
         label, stratum = self.own.label[cells], self.own.stratum[cells]
         self.n_read = cells.stop
@@ -130,9 +136,10 @@ class OwnCounts:
             self.n_controls += np.bincount(stratum[controls], minlength=len(self.n_controls))
 
     def _pools(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return mean rate and its sampling variance per pool of controls and gene, and the pool that serves each stratum.
+        """Return mean rate and its sampling variance per pool of controls and gene, and the pool of each stratum.
 
-        A stratum without controls is compared with those of its cell type in all batches, as pairs are; without any, with all.
+        A stratum without controls is compared with those of its cell type in all batches, as pairs are; without any,
+        with all.
         """
         n_strata, n_types = len(self.own.cell_type), int(self.own.cell_type.max(initial=0)) + 1
         of_type = sparse.csr_matrix(
@@ -150,18 +157,19 @@ class OwnCounts:
         return mean, variance, candidates[has_controls.argmax(axis=0), np.arange(n_strata)]
 
     def _by_pair(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return of every cell within the limits × measured member: the cell, the number of the pair, and the rate."""
+        """Return the cell, the number of the pair and the rate, for every cell within the limits × measured member."""
         cell, pair = self.own.pairs_of(self.own.label[: self.n_read])
         kept = np.concatenate(self.is_within)[cell]
         return cell[kept], pair[kept], np.concatenate(self.rates)[kept].astype(float)
 
     def efficacy(self, direction: str) -> pd.DataFrame:
-        """Return how every perturbed gene changed in the cells of its perturbation, one row per label × measured member.
+        """Return how every perturbed gene changed in its cells, one row per label × measured member.
 
-        Rates are a cell's counts of the gene ÷ all its counts. `ratio` is the mean rate of the perturbed cells ÷ that of the controls,
-        weighted as the perturbed cells are over batches and cell types; 1 − ratio is the knock-down as cell-load and STATE have it
-        (they divide means of log1p-normalized expression). Its 95 % interval is that of a log ratio of means (delta method); half
-        a molecule is added to what the perturbed cells hold, and no variance is taken to be below a Poisson count's.
+        Rates are a cell's counts of the gene ÷ all its counts. `ratio` is the mean rate of the perturbed cells ÷ that
+        of the controls. The controls are weighted as the perturbed cells are distributed over batches and cell types. 1
+        − ratio is the knock-down of cell-load and STATE (they divide means of log1p-normalized expression). Its 95 %
+        interval is that of a log ratio of means (delta method). The perturbed cells get half a molecule more, and no
+        variance is taken to be below a Poisson count's.
 
         Parameters
         ----------
@@ -170,8 +178,9 @@ class OwnCounts:
 
         Returns
         -------
-        Columns label, member, cells, expected (molecules at the controls' level), ratio, low, high, share (changed in the direction:
-        1 − ratio down, ratio − 1 up; NaN without one) and is_told (whether expected or found molecules are enough to tell).
+        Columns label, member, cells, expected (molecules at the controls' level), ratio, low, high, share (changed in
+        the direction: 1 − ratio down, ratio − 1 up; NaN without one) and is_told (whether expected or found molecules
+        suffice for a ratio).
         """
         mean, variance, pool = self._pools()
         cell, pair, rate = self._by_pair()
@@ -220,15 +229,16 @@ class OwnCounts:
     ) -> tuple[np.ndarray, dict[str, int]]:
         """Return which of the cells within the limits changed enough in their own genes, and how many each limit drops.
 
-        A perturbation passes where every member that can be told changed by the share `least`; then a cell does where its own rate
-        differs by `least_of_cell` from the mean of its controls. Members that cannot be told or are not measured drop nothing.
+        A perturbation passes where every member of enough molecules changed by the share `least`. Then a cell passes
+        where its own rate differs by `least_of_cell` from the mean of its controls. Members of too few molecules, or
+        not measured, drop nothing.
         """
         is_within = np.concatenate(self.is_within)
         dropped: dict[str, int] = {}
         passes = np.ones(self.n_read, bool)
-        told = efficacy[efficacy["is_told"]]
+        reliable = efficacy[efficacy["is_told"]]
         if least is not None:
-            weak = set(told.loc[told["share"] < least, "label"])
+            weak = set(reliable.loc[reliable["share"] < least, "label"])
             is_weak = np.array([label in weak for label in self.own.labels])[self.own.label[: self.n_read]]
             passes &= ~is_weak
             dropped["qc.min_efficacy"] = int((is_within & is_weak).sum())
@@ -236,11 +246,11 @@ class OwnCounts:
             mean, _, pool = self._pools()
             cell, pair, rate = self._by_pair()
             level = mean[pool[self.own.stratum[cell]], self.own.place[pair]]
-            can_tell = set(zip(told["label"], told["member"], strict=True))
-            is_told = np.array([(label, member) in can_tell for label, member, _ in self.own.pairs], bool)
+            of_reliable = set(zip(reliable["label"], reliable["member"], strict=True))
+            is_reliable = np.array([(label, member) in of_reliable for label, member, _ in self.own.pairs], bool)
             changed = (rate - level) * (1 if direction == "up" else -1)
             is_weak = np.zeros(self.n_read, bool)
-            is_weak[cell[(changed < least_of_cell * level) & is_told[pair]]] = True
+            is_weak[cell[(changed < least_of_cell * level) & is_reliable[pair]]] = True
             dropped["qc.min_cell_efficacy"] = int((is_within & passes & is_weak).sum())
             passes &= ~is_weak
         return passes[is_within], dropped

@@ -1,4 +1,7 @@
-"""Which rows of a source are gene expression: guides, antibodies and hashtags are counted in the same cells, and are no genes."""
+"""Which rows of a source are gene expression.
+
+Guides, antibodies and hashtags are counted in the same cells, and are no genes.
+"""
 
 import logging
 import re
@@ -13,32 +16,35 @@ from perturbflow.errors import InputError
 from perturbflow.genes.symbols import GUIDE, human_symbols
 from perturbflow.io.hdf5 import AppendedRows
 from perturbflow.screens.naming import ensembl_column, texts
-from perturbflow.screens.readers.base import SomeGenes, Source
+from perturbflow.screens.readers.source import SomeGenes, Source
 from perturbflow.screens.readers.types import doubtful_types, types_of, word
 
 logger = logging.getLogger(__name__)
 
 ENSEMBL_GENE = r"ENS[A-Z]*G\d{6}"  # with a version or the name of a genome, too
 TOTALSEQ = re.compile(r".+[ _.-]TotalSeq[ _.-]?[A-D]\d*", re.IGNORECASE)
-# Names of guides, of controls among them, antibodies and hashtags, as far as no gene is called so. Small sg is a guide, SGK1 is a gene.
+# Names of guides, of controls among them, antibodies and hashtags, as far as no gene is called so. Small sg is a guide,
+# SGK1 is a gene.
 LIKE_GUIDES = re.compile(
-    r"(?:p-?)?sg[A-Z0-9].*|(?i:(?:sgrna|grna|guide|crispr)[-_.:].+|.+[-_.](?:sgrna|grna|crispr)[-_.]?\d*|non[-_. ]?target.*|safe[-_. ]?target.*"
+    r"(?:p-?)?sg[A-Z0-9].*|(?i:(?:sgrna|grna|guide|crispr)[-_.:].+|.+[-_.](?:sgrna|grna|crispr)[-_.]?\d*"
+    r"|non[-_. ]?target.*|safe[-_. ]?target.*"
     r"|(?:sg)?ntc?[-_.]\d+|neg[-_. ]?(?:ctrl|control).*)|.+[-_.](?:sg|g|guide)[-_.]?\d+"
 )
 LIKE_OTHERS = re.compile(
     r"(?:adt|hto|cmo|lmo|prot|anti|hashtag)[-_.:].+|(?:hto|cmo|hashtag)\d+.*|.+[-_.](?:adt|hto|prot)", re.IGNORECASE
 )
 NEARLY_ALL = 0.95
-"""Share of genes with an Ensembl id beyond which one without is told."""
+"""Share of genes with an Ensembl id beyond which a gene without one is reported."""
 SHOWN = 5
-"""Features of a type that are named."""
+"""Features of a type that a message names."""
 
 
 def _types_by_name(var: pd.DataFrame, labels: Iterable[str]) -> pd.Series:
-    """Return the type of features whose name says for sure that they are no genes, missing for all others.
+    """Return the type of features whose name shows for certain that they are no genes, missing for all others.
 
-    Those are antibodies of TotalSeq, and guides of a gene of the file (KLF1_2 beside KLF1) that have no Ensembl id and no approved
-    symbol, where a label of cells has the same name, or the genes have Ensembl ids and this has another id in their place.
+    Those are antibodies of TotalSeq, and guides of a gene of the file (KLF1_2 beside KLF1). Such a guide has no Ensembl
+    id and no approved symbol. Beyond that, a label of cells has the same name, or the genes have Ensembl ids and the
+    guide has another id in their place.
     """
     names = pd.Series(var.index.astype(str), index=var.index)
     types = pd.Series(np.nan, index=var.index, dtype=object)
@@ -46,11 +52,11 @@ def _types_by_name(var: pd.DataFrame, labels: Iterable[str]) -> pd.Series:
     column = ensembl_column(var)
     ids = None if column is None else texts(var[column]).set_axis(var.index)
     has_id = (names if ids is None else ids).str.contains(ENSEMBL_GENE)
-    is_told = names.isin(set(labels))
+    is_certain = names.isin(set(labels))
     if ids is not None and has_id.mean() > 0.5:
-        is_told |= ids != ""
+        is_certain |= ids != ""
     genes, approved = set(names), human_symbols().approved
-    for place in np.flatnonzero(is_told & ~has_id):
+    for place in np.flatnonzero(is_certain & ~has_id):
         guide = GUIDE.fullmatch(names.iloc[place])
         if guide and guide["gene"] in genes and names.iloc[place] not in approved:
             types.iloc[place] = "CRISPR Guide Capture"
@@ -94,7 +100,9 @@ def features_apart(var: pd.DataFrame, labels: Iterable[str], path: object) -> di
 
 
 def doubtful_features(var: pd.DataFrame, genes: pd.DataFrame) -> list[str]:
-    """Return sentences on genes that may be none: by an unknown type, a name as of a guide, an antibody or a hashtag, or for want of an Ensembl id.
+    """Return sentences on genes that may be none: by an unknown type, by their names, or without an Ensembl id.
+
+    Names are suspect that look like those of guides, antibodies or hashtags.
 
     Parameters
     ----------
@@ -104,19 +112,20 @@ def doubtful_features(var: pd.DataFrame, genes: pd.DataFrame) -> list[str]:
         Their table (`perturbflow.screens.annotation.gene_table`).
     """
     names, has_id = genes["original_name"], genes["gene_id"] != ""
-    is_told = names.str.fullmatch(LIKE_GUIDES) | names.str.fullmatch(LIKE_OTHERS) | (has_id.mean() > NEARLY_ALL)
+    is_suspect = names.str.fullmatch(LIKE_GUIDES) | names.str.fullmatch(LIKE_OTHERS) | (has_id.mean() > NEARLY_ALL)
     table = human_symbols()
     found = names[
-        is_told & ~has_id & ~names.str.upper().isin({*table.approved, *table.previous, *table.alias})
+        is_suspect & ~has_id & ~names.str.upper().isin({*table.approved, *table.previous, *table.alias})
     ].tolist()
-    said = doubtful_types(var)
+    sentences = doubtful_types(var)
     if found:
         shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
-        said.append(
-            f"{len(found):,} of the genes may be guides, antibodies or hashtags by their names, or for want of an Ensembl id: {shown}. They stay "
-            "genes. If they are none, write CRISPR Guide Capture or Antibody Capture into var['feature_types'], or leave them out by gene_pattern."
+        sentences.append(
+            f"{len(found):,} of the genes may be guides, antibodies or hashtags by their names, or for want of an "
+            f"Ensembl id: {shown}. They stay genes. If they are none, write CRISPR Guide Capture or Antibody Capture "
+            "into var['feature_types'], or leave them out by gene_pattern."
         )
-    return said
+    return sentences
 
 
 def keys_of(apart: Iterable[str]) -> dict[str, str]:
@@ -131,14 +140,14 @@ def keys_of(apart: Iterable[str]) -> dict[str, str]:
 def write_features(
     group: h5py.Group, source: Source, apart: dict[str, np.ndarray], is_kept: np.ndarray, threads: int
 ) -> None:
-    """Write the counts of the features that were laid aside, one CSR matrix per type, cells × features.
+    """Write the counts of the features laid aside, one CSR matrix per type, cells × features.
 
     Parameters
     ----------
     group
         obsm, to be filled.
     source
-        Whose blocks were read.
+        The source whose blocks were read.
     apart
         Type → numbers of its features.
     is_kept

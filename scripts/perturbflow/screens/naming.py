@@ -1,4 +1,7 @@
-"""Where a file has the names of its genes and their Ensembl ids: in the index of var, in columns of it, or both in one name."""
+"""Where a file has the names of its genes and their Ensembl ids.
+
+They are in the index of var, in columns of it, or both in one name.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -8,8 +11,9 @@ import pandas as pd
 
 from perturbflow.genes.symbols import ENSEMBL_ID, human_symbols
 from perturbflow.screens.organism import without_genome
+from perturbflow.screens.readers.types import word
 
-# What columns are called, in lower case and letters alone, the likeliest first.
+# GeneNames of columns, in lower case and letters alone, the likeliest first.
 ENSEMBL_WORDS = (
     "geneid",
     "ensemblid",
@@ -34,7 +38,7 @@ SYMBOL_WORDS = (
     "hgncsymbol",
     "mgisymbol",
 )
-# These may hold something else, so that nearly all their values have to differ.
+# Columns of these names may hold something else, so nearly all their values have to differ.
 VAGUE_WORDS = ("gene", "genes", "feature", "features", "name", "names", "varnames", "index")
 
 _ID = r"(?P<id>ENS[A-Z]*G\d{11}(?:\.\d+)?)"
@@ -45,33 +49,28 @@ NO_NAMES = {"", "nan", "NaN", "None", "<NA>"}
 
 
 @dataclass(frozen=True)
-class Names:
-    """Names and Ensembl ids of the genes of a file, without prefixes of genomes, in its order.
+class GeneNames:
+    """GeneNames and Ensembl ids of the genes of a file, without prefixes of genomes, in its order.
 
     Attributes
     ----------
     names
         Symbols where the file has them.
     ids
-        What stands in the place of Ensembl ids, empty where there is nothing.
-    told
-        What a reader should know of where they were found.
+        The texts in the place of Ensembl ids, empty where there are none.
+    notes
+        Sentences that a reader should know of their places.
     """
 
     names: pd.Series
     ids: pd.Series
-    told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def texts(values: pd.Series | pd.Index) -> pd.Series:
     """Return values as texts, empty where they are missing."""
     values = pd.Series(np.asarray(values, dtype=object))
     return values.where(values.notna(), "").astype(str)
-
-
-def word(text: object) -> str:
-    """Return a name in lower case and letters alone."""
-    return re.sub(r"[^a-z]", "", str(text).lower())
 
 
 def columns_of(var: pd.DataFrame, words: tuple[str, ...]) -> list[str]:
@@ -125,28 +124,34 @@ def _divided(names: pd.Series) -> tuple[pd.Series, pd.Series] | None:
     return None
 
 
-def gene_names(var: pd.DataFrame) -> Names:
-    """Return what the genes of a file are called: the index of var, where it holds names of genes; else the columns that do."""
+def gene_names(var: pd.DataFrame) -> GeneNames:
+    """Return the names of the genes of a file: the index of var where it holds names, else the columns that do."""
     index = without_genome(texts(var.index))
     column = ensembl_column(var)
     ids = pd.Series("", index=index.index) if column is None else without_genome(texts(var[column]))
     if divided := _divided(index):
-        told = f"names of genes hold their Ensembl ids ({index.iloc[0]}): they are divided, the first is {divided[0].iloc[0]}."
-        return Names(*divided, [told])
+        note = (
+            f"names of genes hold their Ensembl ids ({index.iloc[0]}): they are divided, the first is "
+            f"{divided[0].iloc[0]}."
+        )
+        return GeneNames(*divided, [note])
     has_ids, is_number = (index.str.fullmatch(pattern) for pattern in (ENSEMBL_ID, r"\d*"))
     if has_ids.mean() > 0.5:
         symbols = _symbol_column(var)
-        return Names(index if symbols is None else _filled(without_genome(texts(var[symbols])), index), index)
+        return GeneNames(index if symbols is None else _filled(without_genome(texts(var[symbols])), index), index)
     if not is_number.all() or not len(index):
-        return Names(_filled(index.where(~index.isin(NO_NAMES), ""), ids), ids)
+        return GeneNames(_filled(index.where(~index.isin(NO_NAMES), ""), ids), ids)
     symbols = _symbol_column(var) or column
     shown = ", ".join(index.head(3))
     if symbols is None:
-        columns = ", ".join(map(str, var)) or "none"
-        return Names(index, ids, [f"genes are called {shown}, ..., and no column of var has names of genes (its columns: {columns}). No perturbed gene is "
-                                  "found among them. Put the names of genes into var_names."])  # fmt: skip
-    told = f"the index of var holds numbers ({shown}, ...): names of genes are those of var['{symbols}']."
-    return Names(_filled(_filled(without_genome(texts(var[symbols])), ids), index), ids, [told])
+        note = (
+            f"genes are called {shown}, ..., and no column of var has names of genes (its columns: "
+            f"{', '.join(map(str, var)) or 'none'}). No perturbed gene is found among them. "
+            "Put the names of genes into var_names."
+        )
+        return GeneNames(index, ids, [note])
+    note = f"the index of var holds numbers ({shown}, ...): names of genes are those of var['{symbols}']."
+    return GeneNames(_filled(_filled(without_genome(texts(var[symbols])), ids), index), ids, [note])
 
 
 def _filled(names: pd.Series, others: pd.Series) -> pd.Series:

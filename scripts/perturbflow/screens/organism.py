@@ -1,4 +1,4 @@
-"""Whose genes a file holds: prefixes of genomes, mitochondrial genes, and signs that another organism was declared."""
+"""Whose genes a file holds: prefixes of genomes, mitochondrial genes, and signs of another organism."""
 
 import re
 from collections.abc import Iterable
@@ -8,9 +8,11 @@ import pandas as pd
 
 from perturbflow.genes.symbols import CONTROL_WORDS, ENSEMBL_ID, human_symbols
 
-# Cell Ranger writes GRCh38_MT-CO1 and mm10___mt-Co1 where a reference holds several genomes; Seurat makes dashes of underscores, R dots.
+# Cell Ranger writes GRCh38_MT-CO1 and mm10___mt-Co1 where a reference holds several genomes; Seurat makes dashes of
+# underscores, R dots.
 _GENOME = (
-    r"(?:(?P<human>GRCh3[78]|hg(?:18|19|38)|human|homo(?:[-_. ]?sapiens)?|hsapiens|hs|(?:T2T-)?CHM13(?:v\d(?:\.\d)?)?|T2T)"
+    r"(?:(?P<human>GRCh3[78]|hg(?:18|19|38)|human|homo(?:[-_. ]?sapiens)?|hsapiens|hs|(?:T2T-)?CHM13(?:v\d(?:\.\d)?)?"
+    r"|T2T)"
     r"|(?P<mouse>GRCm3[89]|mm(?:9|10|39)?|mouse|mus[-_. ]?musculus|mmusculus))"
     r"(?:\.p\d+)?(?:[-._]\d{4}[-._][A-Z])?"
 )
@@ -20,10 +22,10 @@ MARKS = (
 )
 """The name of a genome before that of a gene, and after it."""
 NEARLY_ALL = 0.9
-"""Share of genes that have to hold the name of a genome before it is left out: spike-ins and reporters have none."""
+"""Share of genes with the name of a genome from which on it is removed: spike-ins and reporters have none."""
 
 LEAST_NAMES = 20
-"""Fewer names or ids do not tell an organism."""
+"""Fewer names or ids are no evidence of an organism."""
 
 MITOCHONDRIAL = re.compile(r"mt-.+|mt[._](?:nd|co|atp|cy|rnr|t[a-z]).*", re.IGNORECASE)
 REFSEQ_MITOCHONDRIAL = {
@@ -41,7 +43,10 @@ REFSEQ_MITOCHONDRIAL = {
     "ATP6",
     "ATP8",
 }
-"""Names in the annotations of NCBI, which write no MT-. COX1 and COX2 are also old names of PTGS1 and PTGS2: most have to be there."""
+"""Names in the annotations of NCBI, which write no MT-.
+
+COX1 and COX2 are also old names of PTGS1 and PTGS2, so most of these names have to be there.
+"""
 MOUSE_MITOCHONDRIAL = {f"ENSMUSG000000{number}" for number in (*range(64336, 64362), *range(64363, 64373), 65947)}
 """Ensembl ids of the 37 genes from mt-Tf to mt-Tp."""
 
@@ -65,14 +70,16 @@ def without_genome(names: pd.Series) -> pd.Series:
 
 
 def genomes(var: pd.DataFrame, columns: Iterable[str]) -> tuple[np.ndarray, list[str]]:
-    """Return the organism that the genome in every gene's name tells, empty where it has none, and what the names hold.
+    """Return the organism of every gene by the genome in its name, and the genomes that the names hold.
+
+    The organism is empty where a name has no genome.
 
     Parameters
     ----------
     var
         As it came.
     columns
-        Those that may hold names or ids of genes; the index is looked at first.
+        Columns that may hold names or ids of genes; the index comes first.
     """
     for names in (var.index, *(var[column] for column in columns)):
         found = _marks(names.astype(str))
@@ -83,7 +90,10 @@ def genomes(var: pd.DataFrame, columns: Iterable[str]) -> tuple[np.ndarray, list
 
 
 def some_with_genome(names: pd.Index) -> str | None:
-    """Return a sentence on names that begin or end with the version of a genome, where these are too few to be left out."""
+    """Return a sentence on names that begin or end with the version of a genome, where these are too few to be removed.
+
+    None where no name does.
+    """
     texts = names.astype(str)
     if any(_marks(texts)):
         return None
@@ -93,15 +103,16 @@ def some_with_genome(names: pd.Index) -> str | None:
         return None
     held = " and ".join(sorted({match[0] for match in found})[:4])
     return (
-        f"{len(found):,} of {len(names):,} names of genes hold {held} ({found[0].string}) and keep it: nearly all would have to. "
-        "Rename these genes in the file if they are others of it."
+        f"{len(found):,} of {len(names):,} names of genes hold {held} ({found[0].string}) and keep it: nearly all "
+        "would have to. Rename these genes in the file if they are others of it."
     )
 
 
 def names_now(genes: pd.DataFrame, organism: str) -> dict[str, str]:
     """Return every name that the file has for a gene (symbol, Ensembl id, index) → its name now.
 
-    Symbols are there in capitals and in small letters too, where that means one gene: a label SOX2 finds Sox2, and klf1 KLF1.
+    Symbols are there in capitals and in small letters too, where that means one gene: a label SOX2 finds Sox2, and klf1
+    finds KLF1.
     """
     columns = [genes[column] for column in ("source_name", "gene_id", "original_name") if column in genes]
     names = {name: now for column in columns for name, now in zip(column, genes["gene_name"], strict=True) if name}
@@ -135,16 +146,19 @@ def mitochondrial(genes: pd.DataFrame, organism: str) -> np.ndarray:
 
 
 def other_organism(genes: pd.DataFrame, declared: str) -> str | None:
-    """Return why genes are evidently those of another organism than the declared one, and which, or None.
+    """Return why genes are evidently those of another organism than the declared one, and which; or None.
 
-    Ensembl ids decide. Symbols do where human ones are declared and most of those that HGNC knows are written as mouse symbols are
-    (Sox2); capitals are no evidence of human ones, as some write mouse symbols so.
+    Ensembl ids decide. Symbols do where human genes are declared, and most of the symbols that HGNC knows are written
+    as mouse symbols (Sox2). Capitals are no evidence of human ones, as some write mouse symbols so.
     """
     ids = genes["gene_id"][genes["gene_id"] != ""]
     of_organism = {"human": int(ids.str.startswith("ENSG0").sum()), "mouse": int(ids.str.startswith("ENSMUSG").sum())}
     for organism, n in of_organism.items():
         if organism != declared and n >= LEAST_NAMES and n > NEARLY_ALL * len(ids):
-            return f"{n:,} of {len(ids):,} Ensembl ids are of {organism} genes. Set organism: {organism} in the dataset's block."
+            return (
+                f"{n:,} of {len(ids):,} Ensembl ids are of {organism} genes. Set organism: {organism} in the dataset's "
+                "block."
+            )
     names = genes["original_name"][~genes["original_name"].str.fullmatch(ENSEMBL_ID)]
     approved = human_symbols().approved
     n_human = int(names.isin(approved).sum())
@@ -159,7 +173,10 @@ def other_organism(genes: pd.DataFrame, declared: str) -> str | None:
 
 
 def why_no_mitochondrial(genes: pd.DataFrame) -> str:
-    """Return what may be the cause that none of the genes is known to be mitochondrial."""
+    """Return a likely reason why none of the genes is mitochondrial."""
     if genes["original_name"].str.fullmatch(ENSEMBL_ID).mean() > 0.5:
         return "the genes have Ensembl ids alone, and none is that of a mitochondrial gene of this organism"
-    return f"none of the {len(genes):,} genes has such a name (MT-CO1, mt-Co1) or id, as in a panel, or in a file whose genes were filtered"
+    return (
+        f"none of the {len(genes):,} genes has such a name (MT-CO1, mt-Co1) or id, as in a panel, or in a file whose "
+        "genes were filtered"
+    )

@@ -1,4 +1,4 @@
-"""Readers for sources that declarations do not reach: one function each, found by the `recipe` of a dataset's block."""
+"""Readers for sources that a block cannot declare: one function each, named by the block's `recipe`."""
 
 import tarfile
 from pathlib import Path
@@ -55,5 +55,8 @@ def tenx(files: dict[str, Path], dataset: dict) -> Source:
 
 
 def open_by_recipe(recipe: str, files: dict[str, Path], dataset: dict) -> Source:
-    """Open a source by the recipe of this name; no other is referred to, so that one more makes no screen stale."""
+    """Open a source by the recipe of this name.
+
+    It refers to no other recipe, so that a new one makes no screen stale.
+    """
     return globals()[recipe](files, dataset)

@@ -1,4 +1,7 @@
-"""Combinations that are not split: labels whose parts under another separator are perturbations, controls or genes themselves."""
+"""Combinations that are not split.
+
+These are labels whose parts under another separator are perturbations, controls or genes themselves.
+"""
 
 import re
 from collections import Counter
@@ -6,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from perturbflow.genes.symbols import approved_symbol, gene_within, human_symbols
-from perturbflow.screens.control_labels import NAMED, Controls, quoted
-from perturbflow.screens.doses import parsed
+from perturbflow.screens.control_labels import NAMED, DeclaredControls, quoted
+from perturbflow.screens.dose_labels import parsed
 
 _SIGNS = (
     "->",
@@ -51,7 +54,7 @@ class Unsplit:
     Attributes
     ----------
     separator
-        What joins their members.
+        The sign between their members.
     labels
         Label as in the file → cells.
     n_holding
@@ -75,30 +78,30 @@ class Unsplit:
         return n >= MANY or (2 * n >= self.n_holding and (n > 1 or self.n_of_labels == n))
 
     def sentence(self, declared: str | None) -> str:
-        """Return what was found, without the fix."""
+        """Return a sentence on these labels, without the fix."""
         examples = ", ".join(f"'{label}'" for label in list(self.labels)[:3])
         n_cells = sum(self.labels.values())
         return (
-            f"{len(self.labels):,} of {self.n_holding:,} labels that hold '{self.separator}' ({n_cells:,} cells) are combinations that are not "
-            f"split, such as {examples}: each of their parts is a perturbation, a control or a gene of this screen, but perturbation.separator is "
-            f"{'null' if declared is None else repr(declared)}"
+            f"{len(self.labels):,} of {self.n_holding:,} labels that hold '{self.separator}' ({n_cells:,} cells) are "
+            f"combinations that are not split, such as {examples}: each of their parts is a perturbation, a control or "
+            f"a gene of this screen, but perturbation.separator is {'null' if declared is None else repr(declared)}"
         )
 
     def fix(self, column: str) -> str:
-        """Return what to do so that they are split."""
+        """Return the fix that splits these labels."""
         if self.genes:
             return (
-                f"'{self.separator}' stands in names of genes too ({', '.join(self.genes[:3])}), so put another sign, such as '+', between members "
-                f"in obs['{column}']"
+                f"'{self.separator}' stands in names of genes too ({', '.join(self.genes[:3])}), so put another sign, "
+                f"such as '+', between members in obs['{column}']"
             )
         separator = repr(self.separator) if self.separator.isprintable() else quoted(self.separator)
         return f"Set perturbation.separator: {separator}"
 
 
-class _Names:
+class _KnownParts:
     """Names that a part of a label may be."""
 
-    def __init__(self, members: set[str], controls: Controls, genes: Iterable[str], *, is_human: bool) -> None:
+    def __init__(self, members: set[str], controls: DeclaredControls, genes: Iterable[str], *, is_human: bool) -> None:
         self.labels, self.controls = members, controls
         self.genes = {*genes, *(human_symbols().approved if is_human else ())}
         # HLA-A and INS-IGF2 are genes of their own, and so they were by earlier names.
@@ -133,7 +136,7 @@ def unsplit(
     *,
     is_human: bool,
 ) -> Unsplit | None:
-    """Return the combinations that a declared separator does not split, under the separator that tells the most of them.
+    """Return the combinations that a declared separator does not split, under the separator that finds the most.
 
     Parameters
     ----------
@@ -142,22 +145,22 @@ def unsplit(
     declared
         `perturbation` of the dataset's block.
     members
-        What a label names, in the words of the block.
+        Returns the names in a label, as the block reads it.
     genes
         Names and ids of the measured genes; none where perturbations are no genes.
     is_human
         Whether perturbations are human genes: approved symbols are names too, also of genes that are not measured.
     """
     of_label = {
-        label: [member for member in members(label) if member not in Controls.of(declared)] for label in n_cells
+        label: [member for member in members(label) if member not in DeclaredControls.of(declared)] for label in n_cells
     }
-    of_label = {label: found for label, found in of_label.items() if label not in Controls.of(declared)}
+    of_label = {label: found for label, found in of_label.items() if label not in DeclaredControls.of(declared)}
     named = {member for found in of_label.values() for member in found}
     best = None
     for separator in SEPARATORS:
         if separator.strip() == (declared["separator"] or "").strip() != "" or separator == declared["separator"]:
             continue
-        names = _Names(named, Controls.of({**declared, "separator": separator}), genes, is_human=is_human)
+        names = _KnownParts(named, DeclaredControls.of({**declared, "separator": separator}), genes, is_human=is_human)
         whole = names.whole
         holding = {
             member: parts
@@ -178,7 +181,10 @@ def unsplit(
 
 
 def _recurring(parts: Iterable[list[str]]) -> set[str]:
-    """Return parts of several labels, where some stand first in one and later in another: members of combinations never seen alone."""
+    """Return parts of several labels, some of which stand first in one and later in another.
+
+    They are members of combinations that were never seen alone.
+    """
     parts = list(parts)
     counted = Counter(part for of in parts for part in set(of))
     first, later = {of[0] for of in parts}, {part for of in parts for part in of[1:]}
@@ -189,7 +195,10 @@ def _recurring(parts: Iterable[list[str]]) -> set[str]:
 
 
 def torn(label: str, separator: str | None) -> list[str]:
-    """Return the parts of a label, where the separator stands within a name: some end in the middle of brackets or at another sign."""
+    """Return the parts of a label where the separator stands within a name; else none.
+
+    Such parts end in the middle of brackets or at another sign.
+    """
     parts = _parts(label, separator) if separator else []
     is_torn = any(
         re.match(r"[_/\])}.,;:]", part)
@@ -201,7 +210,7 @@ def torn(label: str, separator: str | None) -> list[str]:
 
 
 def another_name(names: Iterable[str], sign: str | None) -> str:
-    """Return the line that gives names without the sign to some that hold it."""
+    """Return the line that gives new names without the sign to names that hold it."""
     plain = {
         name: " ".join(name.replace(f"({sign})", " ").replace(sign or "", " ").strip("-_ ").split()) or "..."
         for name in names

@@ -1,4 +1,7 @@
-"""Labels of cells that have no single known perturbation and that no block declares as such: they would pass for perturbations."""
+"""Labels of cells without a single known perturbation that no block declares as such.
+
+They would pass for perturbations.
+"""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -6,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import numpy as np
 
 from perturbflow.genes.symbols import GUIDE, candidates, entity_of
-from perturbflow.screens.control_labels import Controls, counted, quoted
+from perturbflow.screens.control_labels import DeclaredControls, counted, quoted
 
 _NO = r"(?:no|not|non|without)[\W_]*"
 _DONE = (
@@ -14,12 +17,22 @@ _DONE = (
 )
 _WORDS = "|".join(
     (
-        rf"{_NO}{_DONE}|un{_DONE}|un(?:assignable|clear|certain|specified|labell?ed)", r"empty(?:[\W_]*(?:drop(?:let)?s?|cells?|wells?))?",
-        rf"{_NO}(?:guides?|grnas?|sgrnas?|barcodes?|features?|umis?|reads?(?:[\W_]*found)?|hto|hash(?:tag)?|label|information|data|match|hits?)",
-        r"mixed|multi(?:ple)?(?:[\W_]*(?:guides?|grnas?|sgrnas?|infect(?:ed|ions?)?|assign(?:ed|ments?)?|hits?|cells?))?", r"negatives?",
-        r"low[\W_]*q(?:c|ual(?:ity)?)?", r"bad[\W_]*(?:quality|cells?)", r"debris|discard(?:ed)?|filtered|failed|undef(?:ined)?|missing|blank",
+        rf"{_NO}{_DONE}|un{_DONE}|un(?:assignable|clear|certain|specified|labell?ed)",
+        r"empty(?:[\W_]*(?:drop(?:let)?s?|cells?|wells?))?",
+        (
+            rf"{_NO}(?:guides?|grnas?|sgrnas?|barcodes?|features?|umis?|reads?(?:[\W_]*found)?|hto|hash(?:tag)?|label"
+            r"|information|data|match|hits?)"
+        ),
+        (
+            r"mixed|multi(?:ple)?(?:[\W_]*(?:guides?|grnas?|sgrnas?|infect(?:ed|ions?)?|assign(?:ed|ments?)?|hits?"
+            r"|cells?))?"
+        ),
+        r"negatives?",
+        r"low[\W_]*q(?:c|ual(?:ity)?)?",
+        r"bad[\W_]*(?:quality|cells?)",
+        r"debris|discard(?:ed)?|filtered|failed|undef(?:ined)?|missing|blank",
     )
-)  # fmt: skip
+)
 _MIXED = r"(?:ambig(?:uous)?|(?:multipl|doubl|tripl)ets?)"
 # Numbers may follow, of several cells at once anything ("doublet (A|B)"); signs alone are no name either.
 WORD = re.compile(
@@ -29,21 +42,27 @@ MANY_TIMES = 3  # the median of cells of known genes: a label with more cells is
 
 
 def is_word(text: str, genes: Collection[str]) -> bool:
-    """Return whether a label, or a member of one, says that a cell has no single known perturbation; a gene of the screen does not."""
+    """Return whether a text says that a cell has no single known perturbation.
+
+    It is a label or a member of one; no gene of the screen counts.
+    """
     return text not in genes and WORD.fullmatch(text.strip(" <>()[]'\"") or "-") is not None
 
 
 def unassigned_labels(
-    n_cells: Mapping[str, int], controls: Controls, members: Callable[[str], Iterable[str]], genes: Collection[str]
+    n_cells: Mapping[str, int],
+    controls: DeclaredControls,
+    members: Callable[[str], Iterable[str]],
+    genes: Collection[str],
 ) -> dict[str, int]:
-    """Return such labels, or members of labels, that are declared as nothing → their cells, most cells first.
+    """Return such labels, or members of labels, that the block does not declare → their cells, most cells first.
 
     Parameters
     ----------
     n_cells
         Label as in the file → cells, without those that are declared as unassigned.
     members
-        What a label names, in the words of the block.
+        Returns the names in a label, as the block reads it.
     genes
         Names of the screen's genes.
     """
@@ -62,21 +81,30 @@ def unassigned_labels(
 
 
 def message(words: Mapping[str, int], declared: Iterable[str]) -> str:
-    """Return the sentences that tell of such labels, with the line that drops their cells; `declared` is perturbation.drop, which a list replaces."""
+    """Return a message on such labels, with the line that drops their cells.
+
+    `declared` is the present list of perturbation.drop, which a new one replaces.
+    """
     one = len(words) == 1
     return (
-        f"{len(words):,} {'label says' if one else 'labels say'} that cells have no single known perturbation, and would pass for "
-        f"{'a perturbation' if one else 'perturbations'} (cells): {counted(words)}. Drop these cells: "
-        f"perturbation.drop: [{', '.join(map(quoted, [*declared, *words]))}]. If {'it is a control' if one else 'some are controls'}, name "
-        f"{'it' if one else 'them'} in perturbation.control; if {'it is a perturbation' if one else 'some are perturbations'}, give "
-        f"{'it' if one else 'them'} another name with perturbation.rename."
+        f"{len(words):,} {'label says' if one else 'labels say'} that cells have no single known perturbation, and "
+        f"would pass for {'a perturbation' if one else 'perturbations'} (cells): {counted(words)}. Drop these cells: "
+        f"perturbation.drop: [{', '.join(map(quoted, [*declared, *words]))}]. If "
+        f"{'it is a control' if one else 'some are controls'}, name {'it' if one else 'them'} in perturbation.control; "
+        f"if {'it is a perturbation' if one else 'some are perturbations'}, give {'it' if one else 'them'} another "
+        "name with perturbation.rename."
     )
 
 
 def no_genes(
-    n_cells: Mapping[str, int], controls: Controls, members: Callable[[str], Iterable[str]], genes: Collection[str]
+    n_cells: Mapping[str, int],
+    controls: DeclaredControls,
+    members: Callable[[str], Iterable[str]],
+    genes: Collection[str],
 ) -> dict[str, int]:
-    """Return frequent members of labels that are no gene and no control → their cells; nothing where most labels are no genes.
+    """Return frequent members of labels that are no gene and no control → their cells.
+
+    It returns nothing where most labels are no genes.
 
     Parameters
     ----------
@@ -100,7 +128,10 @@ def no_genes(
 
 
 def _is_gene(name: str, genes: Collection[str]) -> bool:
-    """Return whether a name, or that of its guide, is a gene of the screen, or one of another organism by its human namesake."""
+    """Return whether a name, or that of its guide, is a gene of the screen or a human one.
+
+    A gene of another organism counts by its human namesake.
+    """
     guide = GUIDE.fullmatch(name)
     return any(
         text in genes or candidates(text) or candidates(text.upper())
@@ -109,10 +140,11 @@ def _is_gene(name: str, genes: Collection[str]) -> bool:
 
 
 def warning(others: Mapping[str, int]) -> str:
-    """Return the sentences that tell of frequent labels that are no gene and no control."""
+    """Return a warning of frequent labels that are no gene and no control."""
     one = len(others) == 1
     return (
-        f"{len(others):,} frequent {'label is' if one else 'labels are'} no known gene and no control (cells): {counted(others)}. "
-        f"{'It stays a perturbation' if one else 'They stay perturbations'}. If such cells have no known perturbation, name "
-        f"{'the label' if one else 'the labels'} in perturbation.drop; if they are controls, in perturbation.control."
+        f"{len(others):,} frequent {'label is' if one else 'labels are'} no known gene and no control (cells): "
+        f"{counted(others)}. {'It stays a perturbation' if one else 'They stay perturbations'}. If such cells have no "
+        f"known perturbation, name {'the label' if one else 'the labels'} in perturbation.drop; if they are controls, "
+        "in perturbation.control."
     )

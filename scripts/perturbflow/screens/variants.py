@@ -1,4 +1,7 @@
-"""Several labels of one gene or compound: names that share a stem and differ in a guide, a promoter, a dose, a time or in letters."""
+"""Several labels of one gene or compound.
+
+Such names share a stem and differ in a guide, a promoter, a dose, a time or in letters.
+"""
 
 import re
 from collections import defaultdict
@@ -8,8 +11,8 @@ from pathlib import Path
 
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import SEPARATOR, gene_within
-from perturbflow.screens.control_labels import Controls, quoted
-from perturbflow.screens.doses import NUMBER, names_in
+from perturbflow.screens.control_labels import DeclaredControls, quoted
+from perturbflow.screens.dose_labels import NUMBER, names_in
 from perturbflow.screens.separators import another_name, torn
 
 KEEP = "perturbation.pattern: '^(.*)$'"
@@ -21,12 +24,16 @@ _TIME = r"(?:h|hr|hrs|hours?|min|d|days?|wk|weeks?)"
 _LEVELS = ("low", "lo", "mid", "med", "medium", "high", "hi")
 _SIGN = r"[\s_@:|/,;-]*[\s_@:|/,;(-]"
 _TAIL = re.compile(
-    rf"(?P<stem>.*?[^\s_@:|/,;(-])(?P<sign>{_SIGN}|(?<=[^\W\d_]{{5}})(?=[\d.]+\s?{_UNIT}$))(?:(?P<number>{NUMBER})(?P<gap>[\s_-]?)"
+    rf"(?P<stem>.*?[^\s_@:|/,;(-])(?P<sign>{_SIGN}"
+    rf"|(?<=[^\W\d_]{{5}})(?=[\d.]+\s?{_UNIT}$))(?:(?P<number>{NUMBER})(?P<gap>[\s_-]?)"
     rf"(?:(?P<unit>{_UNIT})|(?P<time>{_TIME}))?|(?P<day>day|hour|week)[\s_-]?\d+|(?P<level>{'|'.join(_LEVELS)}))\)?",
     re.IGNORECASE,
 )
 _HEAD = re.compile(
-    rf"(?P<number>{NUMBER})(?P<gap>[\s_-]?)(?:(?P<unit>{_UNIT})|(?P<time>{_TIME}))(?P<day>(?!))?(?P<level>(?!))?(?P<sign>{_SIGN})(?P<stem>.*\w.*)",
+    (
+        rf"(?P<number>{NUMBER})(?P<gap>[\s_-]?)(?:(?P<unit>{_UNIT})"
+        rf"|(?P<time>{_TIME}))(?P<day>(?!))?(?P<level>(?!))?(?P<sign>{_SIGN})(?P<stem>.*\w.*)"
+    ),
     re.IGNORECASE,
 )
 
@@ -37,8 +44,8 @@ class Variants:
 
     Attributes
     ----------
-    what
-        What they differ in, in words.
+    difference
+        Their difference, in words.
     stems
         Gene or compound → its names, of those that have several.
     line
@@ -47,20 +54,20 @@ class Variants:
         Whether they are no perturbations of their own for certain.
     """
 
-    what: str
+    difference: str
     stems: Mapping[str, list[str]]
     line: str
     is_sure: bool
 
     def sentence(self) -> str:
-        """Return what was found, without the fix."""
+        """Return a sentence on these names, without the fix."""
         shown = "; ".join(
             ", ".join(f"'{name}'" for name in names[:SHOWN]) for names in list(self.stems.values())[:SHOWN]
         )
         n = sum(map(len, self.stems.values()))
         return (
-            f"{n:,} labels are {self.what}, such as {shown}. Each would be a perturbation of its own, one held out while another of the "
-            "same trains"
+            f"{n:,} labels are {self.difference}, such as {shown}. Each would be a perturbation of its own, one held "
+            "out while another of the same trains"
         )
 
 
@@ -90,7 +97,7 @@ def _found(name: str, pattern: str) -> str:
 
 
 def _gene_line(forms: Mapping[str, str], names: Iterable[str]) -> str:
-    """Return the line that makes genes of these names and leaves the others as they are: a pattern, or else what to rename."""
+    """Return the line that makes genes of these names and keeps the others: a pattern, or else a list to rename."""
     shapes: dict[str, int] = {}
     for name, gene in forms.items():
         before, _, after = name.partition(gene)
@@ -104,14 +111,16 @@ def _gene_line(forms: Mapping[str, str], names: Iterable[str]) -> str:
 
 
 def of_genes(names: Iterable[str], is_gene: Callable[[str], bool]) -> tuple[Variants | None, dict[str, str], str]:
-    """Return genes that go by several names, all names that are of a gene and are not its symbol, and the line that makes genes of these.
+    """Return genes with several names, name → gene of all other names, and the line that makes genes of these.
+
+    The second is name → gene.
 
     Parameters
     ----------
     names
         Members of labels, without controls.
     is_gene
-        Tells the symbols and ids of genes.
+        Whether a name is the symbol or id of a gene.
     """
     names = list(names)
     genes = {name: gene for name in names if (gene := gene_within(name, is_gene))}
@@ -126,7 +135,7 @@ def of_genes(names: Iterable[str], is_gene: Callable[[str], bool]) -> tuple[Vari
 
 
 def _tails(names: Iterable[str]) -> dict[str, dict[str, re.Match]]:
-    """Return stem → its names, each with what follows or stands before: a dose, a time, a level or a number."""
+    """Return stem → its names, each with the part after or before the stem: a dose, a time, a level or a number."""
     found: dict[str, dict[str, re.Match]] = defaultdict(dict)
     for name in names:
         if match := _TAIL.fullmatch(name) or _HEAD.fullmatch(name):
@@ -135,7 +144,7 @@ def _tails(names: Iterable[str]) -> dict[str, dict[str, re.Match]]:
 
 
 def _kind(tail: re.Match) -> str:
-    """Return what a tail is: dose, time, level, or number where it may be part of a name."""
+    """Return the kind of a tail: dose, time, level, or number where it may be part of a name."""
     if tail["unit"]:
         return "dose"
     if tail["time"] or tail["day"]:
@@ -143,44 +152,58 @@ def _kind(tail: re.Match) -> str:
     return "level" if tail["level"] else "number"
 
 
+Tails = dict[str, dict[str, re.Match]]
+"""Stem → its names, each with its tail."""
+
+
 def of_compounds(names: Iterable[str], *, are_genes: bool) -> Variants | None:
     """Return compounds that go by several names, which differ in a dose, a time or a level at their end.
 
-    A bare number is a dose where it has a decimal point, or where several stems have the same numbers, or any behind other signs than - (not AG-490, AG-14361).
-    Where perturbations are genes, it is a guide.
+    A bare number is a dose where it has a decimal point, where several stems have the same numbers,
+    or behind other signs than - (not AG-490, AG-14361). Where perturbations are genes, it is a guide.
     """
     names = list(names)
     stems = _tails(names)
     best = None
     for kind in ("dose", "time", "level", "number"):
         of_kind = {stem: {name: tail for name, tail in of.items() if _kind(tail) == kind} for stem, of in stems.items()}
-        several = {stem: of for stem, of in of_kind.items() if len(of) > 1}
-        is_sure = True
+        several, is_sure = {stem: of for stem, of in of_kind.items() if len(of) > 1}, True
         if kind == "number":
             several, is_sure = _numbered(several, len(names))
         if several and (best is None or len(several) > len(best.stems)):
-            numbers = {tail["number"] for of in several.values() for tail in of.values()}
-            tails = {
-                name: tail
-                for of in of_kind.values()
-                for name, tail in of.items()
-                if kind != "number" or tail["number"] in numbers
-            }
+            tails = _tails_taken_off(kind, of_kind, several)
             line = _line("guide" if kind == "number" and are_genes else kind, tails, names)
-            words = {
-                "number": "guides of one gene" if are_genes else "one compound at several doses",
-                "dose": "one compound at several doses",
-            }
-            what = words.get(kind, f"one perturbation at several {kind}s")
             stems_left = [tails[name]["stem"] if name in tails else name for name in names]
             inner = of_compounds(dict.fromkeys(stems_left), are_genes=are_genes)
             line = _nested(line, inner.line) if inner and inner.is_sure else line
-            best = Variants(what, {stem: list(of) for stem, of in several.items()}, line, is_sure)
+            best = Variants(
+                _words_of_kind(kind, are_genes), {stem: list(of) for stem, of in several.items()}, line, is_sure
+            )
     return best
 
 
+def _tails_taken_off(kind: str, of_kind: Tails, several: Tails) -> dict[str, re.Match]:
+    """Return name → tail of the names that lose it.
+
+    These are all names of the kind; of bare numbers only those that are doses.
+    """
+    numbers = {tail["number"] for of in several.values() for tail in of.values()}
+    every = {name: tail for of in of_kind.values() for name, tail in of.items()}
+    return {name: tail for name, tail in every.items() if kind != "number" or tail["number"] in numbers}
+
+
+def _words_of_kind(kind: str, are_genes: bool) -> str:
+    """Return, in words, the difference of names by a kind of tail."""
+    if kind == "number" and are_genes:
+        return "guides of one gene"
+    return f"one perturbation at several {kind}s" if kind in ("time", "level") else "one compound at several doses"
+
+
 def _nested(line: str, inner: str) -> str:
-    """Return the line that does what another one does to what this one finds: `JQ1_10uM_24h` has a time behind its dose."""
+    """Return the line that applies the inner line to the names that the outer line leaves.
+
+    `JQ1_10uM_24h` has a time behind its dose.
+    """
     patterns = [text.removeprefix(_START).removesuffix("'") for text in (line, inner)]
     if not (line.startswith(_START) and inner.startswith(_START)) or all(
         "(?P<dose>" in pattern for pattern in patterns
@@ -194,7 +217,7 @@ def _nested(line: str, inner: str) -> str:
 
 
 def _numbered(several: dict[str, dict[str, re.Match]], n_names: int) -> tuple[dict[str, dict[str, re.Match]], bool]:
-    """Return the stems whose bare numbers are doses, and whether that is sure."""
+    """Return the stems whose bare numbers are doses, and whether that is certain."""
     decimal = {
         stem: of for stem, of in several.items() if any(re.search(r"[.e]", tail["number"]) for tail in of.values())
     }
@@ -205,49 +228,54 @@ def _numbered(several: dict[str, dict[str, re.Match]], n_names: int) -> tuple[di
         for tail in of.values():
             stems_of[tail["number"]].add(stem)
     again = {
-        stem: of for stem, of in several.items()
-        if sum(len(stems_of[tail["number"]]) > 1 for tail in of.values()) > 1 or all(tail["sign"] not in "- " for tail in of.values())
-    }  # fmt: skip
+        stem: of
+        for stem, of in several.items()
+        if sum(len(stems_of[tail["number"]]) > 1 for tail in of.values()) > 1
+        or all(tail["sign"] not in "- " for tail in of.values())
+    }
     n = sum(map(len, again.values()))
     return (again, 2 * n > n_names) if len(again) > 1 else ({}, False)
 
 
 def _line(kind: str, tails: Mapping[str, re.Match], names: Iterable[str]) -> str:
-    """Return the line that takes tails off the names, and reads them where they are doses."""
-    signs = "|".join(
-        re.escape(sign) for sign in sorted({tail["sign"] for tail in tails.values()}, key=len, reverse=True)
-    )
+    """Return the line that removes tails from the names, and reads them where they are doses."""
+    found = list(tails.values())
+    signs = "|".join(re.escape(sign) for sign in sorted({tail["sign"] for tail in found}, key=len, reverse=True))
     signs = f"(?:{signs})" if "|" in signs else signs
-    close = r"\)?" if any("(" in tail["sign"] for tail in tails.values()) else ""
-    is_head, is_logarithm = (
-        any(tail.re is _HEAD for tail in tails.values()),
-        any(re.fullmatch(r"[_@:|]-", tail["sign"]) for tail in tails.values()),
-    )
-    gap = r"[\s_-]?" if any(tail["gap"] for tail in tails.values()) else ""
-    if kind in ("dose", "number"):
-        units = sorted({tail["unit"] for tail in tails.values() if tail["unit"]})
-        unit = f"{gap}(?P<unit>{'|'.join(map(re.escape, units))})" if units else ""
-        tail = rf"(?P<dose>[\d.]+(?:[eE][+-]?\d+)?){unit}"
-        pattern = rf"^{tail}{signs}(?P<member>.+)$" if is_head else rf"^(?P<member>.+?){signs}{tail}{close}$"
-    elif kind == "guide":
-        pattern = rf"^(.+){signs}{NUMBER}$"
-    elif kind == "level":
-        pattern = rf"^(.+){signs}(?:{'|'.join(sorted({tail['level'] for tail in tails.values()}))}){close}$"
-    else:
-        words = sorted({tail["time"] or "" for tail in tails.values()} - {""})
-        before = sorted({tail["day"] or "" for tail in tails.values()} - {""})
-        forms = [rf"[\d.]+{gap}(?:{'|'.join(words)})"] * bool(words) + [rf"(?:{'|'.join(before)})[\s_-]?\d+"] * bool(
-            before
-        )
-        pattern = rf"^(?:{'|'.join(forms)}){signs}(.+)$" if is_head else rf"^(.+){signs}(?:{'|'.join(forms)}){close}$"
+    close = r"\)?" if kind != "guide" and any("(" in tail["sign"] for tail in found) else ""
+    member = "(?P<member>.+{})" if kind in ("dose", "number") else "(.+)"
+    tail = _pattern_of(kind, found)
+    is_head = kind not in ("guide", "level") and any(match.re is _HEAD for match in found)
+    pattern = f"^{tail}{signs}{member.format('')}$" if is_head else f"^{member.format('?')}{signs}{tail}{close}$"
     pattern = pattern.replace(r"\-", "-").replace(r"\ ", " ")
+    is_logarithm = any(re.fullmatch(r"[_@:|]-", tail["sign"]) for tail in found)
     if is_logarithm or any(_found(name, pattern) != (tails[name]["stem"] if name in tails else name) for name in names):
-        return "perturbation.rename, or give doses and times columns of their own (perturbation.dose, covariates.cell_type)"
+        return (
+            "perturbation.rename, or give doses and times columns of their own "
+            "(perturbation.dose, covariates.cell_type)"
+        )
     return _line_of(pattern)
 
 
+def _pattern_of(kind: str, tails: list[re.Match]) -> str:
+    """Return a regular expression of tails of a kind, without the sign that joins them to the stem."""
+    gap = r"[\s_-]?" if any(tail["gap"] for tail in tails) else ""
+    if kind == "guide":
+        return NUMBER
+    if kind == "level":
+        return f"(?:{'|'.join(sorted({tail['level'] for tail in tails}))})"
+    if kind == "time":
+        words, before = (sorted({tail[group] or "" for tail in tails} - {""}) for group in ("time", "day"))
+        forms = [rf"[\d.]+{gap}(?:{'|'.join(words)})"] * bool(words)
+        forms += [rf"(?:{'|'.join(before)})[\s_-]?\d+"] * bool(before)
+        return f"(?:{'|'.join(forms)})"
+    units = sorted({tail["unit"] for tail in tails if tail["unit"]})
+    unit = f"{gap}(?P<unit>{'|'.join(map(re.escape, units))})" if units else ""
+    return rf"(?P<dose>[\d.]+(?:[eE][+-]?\d+)?){unit}"
+
+
 def of_contexts(pairs: Iterable[tuple[str, str]], pattern: str | None) -> tuple[dict[str, list[str]], str]:
-    """Return perturbations that have labels in several contexts, which stand in these labels, and the line that leaves contexts out.
+    """Return perturbations whose labels hold several contexts, and the line that removes contexts from labels.
 
     Parameters
     ----------
@@ -284,75 +312,98 @@ def twins(names: Iterable[str]) -> dict[str, list[str]]:
     return {of[0]: of[1:] for of in by_letters.values() if len(of) > 1}
 
 
-def tell(
+def _names_in(n_cells: Iterable[str], declared: Mapping, is_gene: Callable[[str], bool]) -> list[str]:
+    """Return the members of labels that are no controls, unassigned or like controls, each once."""
+    controls = DeclaredControls.of(declared)
+    members: dict[str, None] = {}
+    for label in n_cells:
+        if label not in controls:
+            # KLF1_+_123.45-P1 is a guide, whatever its signs are elsewhere.
+            is_whole = "pattern" not in declared and gene_within(label, is_gene)
+            members |= dict.fromkeys([label] if is_whole else names_in(label, declared))
+    others = [name for name in members if name and name not in controls and name not in declared["drop"]]
+    return [name for name in others if not controls.resembles(name)]
+
+
+def _words_of_genes(names: Iterable[str], is_gene: Callable[[str], bool]) -> dict[str, str]:
+    """Return name → the one gene that stands in it as a word: KRAS_G12D, KLF1_up."""
+    words = {
+        name: {word for word in re.split(r"[\s_:#|./()]+", name) if len(word) > 2 and is_gene(word)} for name in names
+    }
+    return {name: min(of) for name, of in words.items() if len(of) == 1 and name not in of}
+
+
+def check_variants(
     n_cells: dict[str, int], dataset: dict, is_gene: Callable[[str], bool], path: Path, warnings: list[str]
 ) -> None:
-    """Tell of labels that are of a gene or compound and are not its name: by `warnings`, or by an error where one has several.
+    """Find labels that are of a gene or compound and are not its name.
+
+    It adds a sentence to `warnings`, or raises an error where one gene or compound has several labels.
 
     Parameters
     ----------
     n_cells
         Label as in the file → cells.
     is_gene
-        Tells the symbols and ids of genes.
+        Whether a name is the symbol or id of a gene.
 
     Raises
     ------
     InputError
-        For several labels of one gene or compound, and for names that the separator tears apart. Where a pattern finds the members, that was
-        chosen, and it is told only.
+        For several labels of one gene or compound, and for names that the separator tears apart.
+        A pattern that finds the members is a choice: it gets a warning.
     """
-    declared, controls = dataset["perturbation"], Controls.of(dataset["perturbation"])
-    separator, is_chosen = declared["separator"], "pattern" in declared
-    members: dict[str, None] = {}
-    for label in n_cells:
-        if label not in controls:
-            # KLF1_+_123.45-P1 is a guide, whatever its signs are elsewhere.
-            is_whole = not is_chosen and gene_within(label, is_gene)
-            members |= dict.fromkeys([label] if is_whole else names_in(label, declared))
-    names = [
-        name
-        for name in members
-        if name and name not in controls and name not in declared["drop"] and not controls.resembles(name)
-    ]
+    declared, kind = dataset["perturbation"], dataset["perturbation_type"]
+    names = _names_in(n_cells, declared, is_gene)
     several, forms, line = of_genes(names, is_gene)
-    are_genes = dataset["perturbation_type"] not in ("drug", "unknown")
+    are_genes = kind not in ("drug", "unknown")
     compounds = of_compounds([name for name in names if not gene_within(name, is_gene)], are_genes=are_genes)
-    other = " If they are compounds, set perturbation_type: drug." if dataset["perturbation_type"] == "unknown" else ""
+    other = " If they are compounds, set perturbation_type: drug." if kind == "unknown" else ""
     for found in filter(None, (several, compounds)):
-        if found.is_sure and not is_chosen:
+        if found.is_sure and "pattern" not in declared:
             raise InputError(
-                f"{path}: {found.sentence()}. Write {found.line}. If they are perturbations of their own, write {KEEP}.{other}"
+                f"{path}: {found.sentence()}. Write {found.line}. "
+                f"If they are perturbations of their own, write {KEEP}.{other}"
             )
         warnings.append(f"{found.sentence()}. If they are one, write {found.line}.")
-    if are_genes:  # KRAS_G12D, KLF1_up: of that gene, but maybe on purpose
-        words = {
-            name: {word for word in re.split(r"[\s_:#|./()]+", name) if len(word) > 2 and is_gene(word)}
-            for name in names
-            if name not in forms
-        }
-        forms |= {name: min(of) for name, of in words.items() if len(of) == 1 and name not in of}
+    if are_genes:  # they may be perturbations of their own
+        forms |= _words_of_genes([name for name in names if name not in forms], is_gene)
         line = _gene_line(forms, names) if forms else ""
     if forms and not several:
         shown = ", ".join(f"'{name}' ({gene})" for name, gene in list(forms.items())[:8])
         warnings.append(
-            f"{len(forms):,} labels hold a gene's symbol and more, so none finds its gene: {shown}. If each is of that gene, write {line}."
+            f"{len(forms):,} labels hold a gene's symbol and more, so none finds its gene: {shown}. "
+            f"If each is of that gene, write {line}."
         )
-    renamed = {*declared.get("rename", {}), *controls.names}
-    pieces = {label: torn(label, separator) for label in n_cells if not is_chosen and label not in renamed}
-    if apart := [label for label, parts in pieces.items() if set(parts) & set(names_in(label, declared))]:
-        is_joined = separator == SEPARATOR  # names cannot hold it either way
-        raise InputError(
-            f"{path}: perturbation.separator {separator!r} makes {' and '.join(map(repr, pieces[apart[0]]))} of the label '{apart[0]}', which are no "
-            f"names. If it is one name, give it another: {another_name(apart, separator)}."
-            + ("" if is_joined else " If no label is a combination, set perturbation.separator: null.")
-        )
-    if alike := twins(name for name in names if not is_gene(name)):
-        shown = "; ".join(", ".join(map(repr, [first, *others])) for first, others in list(alike.items())[:SHOWN])
-        new_names = ", ".join(
-            f"{quoted(other)}: {quoted(first)}" for first, others in alike.items() for other in others
-        )
-        raise InputError(
-            f"{path}: labels differ in small and capital letters or spaces alone: {shown}. If they are one, write perturbation.rename: "
-            f"{{{new_names}}}; else give one of them another name there."
-        )
+    _check_torn(n_cells, declared, path)
+    _check_twins([name for name in names if not is_gene(name)], path)
+
+
+def _check_torn(n_cells: Iterable[str], declared: Mapping, path: Path) -> None:
+    """Raise InputError where the separator stands within a name."""
+    if "pattern" in declared:
+        return
+    separator, known = declared["separator"], {*declared.get("rename", {}), *DeclaredControls.of(declared).names}
+    pieces = {label: torn(label, separator) for label in n_cells if label not in known}
+    apart = [label for label, parts in pieces.items() if set(parts) & set(names_in(label, declared))]
+    if not apart:
+        return
+    # A name cannot hold the sign of combinations, whatever the separator is.
+    fix = "" if separator == SEPARATOR else " If no label is a combination, set perturbation.separator: null."
+    raise InputError(
+        f"{path}: perturbation.separator {separator!r} makes {' and '.join(map(repr, pieces[apart[0]]))} of the label "
+        f"'{apart[0]}', which are no names. If it is one name, give it another: {another_name(apart, separator)}.{fix}"
+    )
+
+
+def _check_twins(names: Iterable[str], path: Path) -> None:
+    """Raise InputError where names differ in small and capital letters or in spaces alone."""
+    alike = twins(names)
+    if not alike:
+        return
+    shown = "; ".join(", ".join(map(repr, [first, *others])) for first, others in list(alike.items())[:SHOWN])
+    new_names = ", ".join(f"{quoted(other)}: {quoted(first)}" for first, others in alike.items() for other in others)
+    raise InputError(
+        f"{path}: labels differ in small and capital letters or spaces alone: {shown}. If they are one, write "
+        f"perturbation.rename: {{{new_names}}}; else give one of them another name there."
+    )

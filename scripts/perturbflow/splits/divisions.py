@@ -1,4 +1,7 @@
-"""Divide perturbations among training, validation and test by a rule: genes or compounds, combinations, or doses are held out."""
+"""Divide perturbations among training, validation and test by a rule.
+
+It holds out genes or compounds, combinations, or doses.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Set
@@ -25,7 +28,7 @@ def take(names: list[str], fraction: float, rng: np.random.Generator) -> set[str
 
 @dataclass(frozen=True)
 class Shares:
-    """What is held out for test, one of three, and for validation.
+    """The held-out names: for test one of three, and for validation.
 
     Attributes
     ----------
@@ -72,12 +75,15 @@ class Shares:
 
 
 def unseen_perturbation(labels: list[str], shares: Shares) -> Perturbations:
-    """Hold out genes or compounds: every perturbation with a held-out member, at whatever dose, goes where the member goes, test first."""
+    """Hold out genes or compounds, at all their doses.
+
+    A perturbation with a held-out member goes to the role of this member, test before validation.
+    """
     entities = sorted({entity for label in labels for entity in entities_of(label)})
     if len(entities) < 3:
         raise InputError(
-            f"split unseen_perturbation needs at least 3 perturbed genes or compounds; this screen has {len(entities)}: "
-            f"{', '.join(entities)}."
+            "split unseen_perturbation needs at least 3 perturbed genes or compounds; this screen has "
+            f"{len(entities)}: {', '.join(entities)}."
         )
     rng = np.random.default_rng(shares.seed)
     test = shares.test_names(entities, rng)
@@ -98,7 +104,7 @@ def _by_members(members: dict[str, list[str]], test: Set[str], validation: Set[s
 
 
 def unseen_combination(labels: list[str], shares: Shares) -> Perturbations:
-    """Hold out combinations, each with all its doses; everything perturbed alone is in training."""
+    """Hold out combinations, each with all its doses; all single perturbations are in training."""
     combination = {label: SEPARATOR.join(entities_of(label)) for label in labels if len(members_of(label)) > 1}
     names = sorted(set(combination.values()))
     if len(names) < 2:
@@ -118,7 +124,8 @@ def unseen_combination(labels: list[str], shares: Shares) -> Perturbations:
 def unseen_dose(labels: list[str], shares: Shares) -> Perturbations:
     """Hold out doses of compounds, and leave at least two other doses of each in training.
 
-    Compounds with fewer than three doses above zero, measured alone, stay in training. A combination goes where its held-out member goes.
+    Compounds with fewer than three doses above zero, measured alone, stay in training. A combination goes to the role
+    of its held-out member.
     """
     doses: dict[str, list[str]] = {}
     for label in sorted(labels):
@@ -128,8 +135,9 @@ def unseen_dose(labels: list[str], shares: Shares) -> Perturbations:
     doses = {name: of for name, of in doses.items() if len(of) > LEAST_DOSES_LEFT}
     if not doses:
         raise InputError(
-            f"split unseen_dose needs a compound, or gene, with at least {LEAST_DOSES_LEFT + 1} doses measured alone; this screen has none. "
-            "Name the obs column of doses under perturbation.dose in the dataset's block, or take the split out of select.splits."
+            f"split unseen_dose needs a compound, or gene, with at least {LEAST_DOSES_LEFT + 1} doses measured alone; "
+            "this screen has none. Name the obs column of doses under perturbation.dose in the dataset's block, or "
+            "take the split out of select.splits."
         )
     rng = np.random.default_rng(shares.seed)
     left = {name: len(of) - LEAST_DOSES_LEFT for name, of in doses.items()}  # that may be held out
@@ -143,7 +151,8 @@ def unseen_dose(labels: list[str], shares: Shares) -> Perturbations:
     left = {name: left[name] - len(test & set(of)) for name, of in doses.items()}
     if few := [name for name in map(entity_of, sorted(test)) if left.get(name, -1) < 0]:
         raise InputError(
-            f"held_out leaves fewer than {LEAST_DOSES_LEFT} doses of {', '.join(dict.fromkeys(few))} in training; name fewer."
+            f"held_out leaves fewer than {LEAST_DOSES_LEFT} doses of {', '.join(dict.fromkeys(few))} in training; name "
+            "fewer."
         )
     rest = {name: sorted(set(of) - test) for name, of in doses.items()}
     validation = _take_doses(rest, max(1, round(shares.validation * n)) if shares.validation > 0 else 0, left, rng)
@@ -151,7 +160,7 @@ def unseen_dose(labels: list[str], shares: Shares) -> Perturbations:
 
 
 def _take_doses(doses: dict[str, list[str]], n: int, left: dict[str, int], rng: np.random.Generator) -> set[str]:
-    """Return n doses in random order, of each compound as many as may be held out."""
+    """Return n doses in random order; of each compound no more than may be held out."""
     taken: set[str] = set()
     of_compound: Counter[str] = Counter()
     for label in rng.permutation(sorted(label for of in doses.values() for label in of)).tolist():
@@ -168,7 +177,8 @@ def _fold_of_doses(doses: dict[str, list[str]], fold: tuple[int, int], rng: np.r
     fewest = min(doses, key=lambda name: len(doses[name]))
     if -(-len(doses[fewest]) // k) > len(doses[fewest]) - LEAST_DOSES_LEFT:
         raise InputError(
-            f"{k} folds leave fewer than {LEAST_DOSES_LEFT} of the {len(doses[fewest])} doses of {fewest} in training; set folds to 3 or more."
+            f"{k} folds leave fewer than {LEAST_DOSES_LEFT} of the {len(doses[fewest])} doses of {fewest} in training; "
+            "set folds to 3 or more."
         )
     first, test = 0, set()
     for of in doses.values():
@@ -186,9 +196,10 @@ DIVISIONS = {
 
 
 def members_seen(perturbations: Perturbations) -> dict[str, int]:
-    """Return per held-out perturbation how many of its members a model that is scored on it saw alone, at whatever dose.
+    """Return per held-out perturbation how many of its members a model saw alone, at any dose.
 
-    Such a model knows of no other role where validation is scored, and of validation, too, where test is.
+    The model is the one that is scored on the perturbation. For validation it saw training alone, for test validation
+    too.
     """
     seen: dict[str, int] = {}
     for role, known in KNOWN.items():

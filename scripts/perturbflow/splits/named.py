@@ -1,4 +1,7 @@
-"""Perturbations that a user names: a split's own file, or `held_out` of its block; brought to the labels of the screen, or refused in one message."""
+"""Perturbations that a user names, in a split's own file or under `held_out` of its block.
+
+They are translated into the labels of the screen, or refused in one message.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +21,11 @@ from perturbflow.genes.symbols import (
 )
 from perturbflow.io.files import read_json
 from perturbflow.nearest import did_you_mean, nearest
-from perturbflow.screens.control_labels import Controls
-from perturbflow.screens.doses import Scale, members_in
+from perturbflow.screens.control_labels import DeclaredControls
+from perturbflow.screens.dose_labels import DoseScale, members_in
 from perturbflow.splits.divisions import ROLES
 
-# What others call the roles: GEARS, cell-load, scikit-learn.
+# Names of the roles elsewhere: GEARS, cell-load, scikit-learn.
 ROLE_NAMES = {"val": "validation", "valid": "validation", "training": "train", "testing": "test"}
 # GEARS writes a single perturbation A+ctrl, whatever the file calls its controls.
 FIELD_CONTROLS = ("ctrl", CONTROL)
@@ -42,8 +45,8 @@ class Labels:
     organism
         Whose genes these are; empty for drugs.
     declared
-        Of `perturbation` in the dataset's block what reads a label: control, control_pattern, pattern, separator and rename; empty where
-        there is no block.
+        The keys of `perturbation` in the dataset's block that read a label: control, control_pattern, pattern,
+        separator and rename. Empty without a block.
     """
 
     known: Sequence[str]
@@ -57,9 +60,9 @@ class Labels:
         field_controls = [name for name in FIELD_CONTROLS if name not in genes]
         found = [canonical_label(text, field_controls, SEPARATOR, self.organism, genes)]
         if self.declared:
-            controls = Controls.of(self.declared)
+            controls = DeclaredControls.of(self.declared)
             named = members_in(text, self.declared)
-            scale = Scale.of((dose for _, dose in named), f"'{text}'")
+            scale = DoseScale.of((dose for _, dose in named), f"'{text}'")
             members = [CONTROL if name in controls else scale.member((name, dose)) for name, dose in named]
             found.append(CONTROL if text in controls else label_of(members, field_controls, self.organism, genes))
         return found
@@ -73,7 +76,10 @@ class Labels:
         )
 
     def entity(self, text: str) -> str:
-        """Return the perturbed gene, or the compound at all its doses, that a text means; the text in canonical form where it means none."""
+        """Return the perturbed gene, or the compound at all its doses, that a text means.
+
+        It is the text in canonical form where it means none.
+        """
         readings = [entity_of(label) for label in self._readings(text)]
         return next((name for name in readings if name in self.entities), readings[0])
 
@@ -92,7 +98,7 @@ def _unusable(
     places: Mapping[str, str],
     known: set[str],
     dropped: Mapping[str, int],
-    what: str,
+    called: str,
     written: Mapping[str, str],
     labels: Iterable[str],
 ) -> list[str]:
@@ -102,6 +108,8 @@ def _unusable(
     ----------
     places
         Name → where it stands.
+    called
+        Kind of the names, in words.
     written
         Name → as the user wrote it.
     labels
@@ -127,10 +135,10 @@ def _unusable(
     gone = [name for name in places if name not in known and name in dropped]
     sentences = []
     if unknown:
-        sentences.append(f"the screen has no such {what}: {_listed(unknown, shown)}")
+        sentences.append(f"the screen has no such {called}: {_listed(unknown, shown)}")
     if gone:
-        said = _listed(gone, lambda name: f"'{written.get(name, name)}'{places[name]} ({dropped[name]} cells)")
-        sentences.append(f"dropped by qc.min_cells_per_perturbation: {said}")
+        listed = _listed(gone, lambda name: f"'{written.get(name, name)}'{places[name]} ({dropped[name]} cells)")
+        sentences.append(f"dropped by qc.min_cells_per_perturbation: {listed}")
     return sentences
 
 
@@ -143,15 +151,16 @@ def read_roles(path: Path) -> dict[str, list[str]]:
         If the file is a pickle, no JSON of lists, or has an unknown key.
     """
     with path.open("rb") as file:
-        # No JSON of lists starts as a pickle does, of the first protocols too.
+        # No JSON of lists starts like a pickle, not even of the first protocols.
         is_pickle = path.suffix in (".pkl", ".pickle") or file.read(1) in (b"\x80", b"(", b"]", b"}", b"c")
     if is_pickle:
         target = f"{path.stem}.converted.json"
         raise InputError(
-            f"{path} is a pickle: reading one runs whatever its author put into it, so it is not read. If you trust its author, convert it:\n"
+            f"{path} is a pickle: reading one runs whatever its author put into it, so it is not read. "
+            "If you trust its author, convert it:\n"
             f"  import json, pickle\n"
-            f"  json.dump({{role: list(map(str, labels)) for role, labels in pickle.load(open({path.name!r}, 'rb')).items()}}, "
-            f"open({target!r}, 'w'))\n"
+            "  json.dump({role: list(map(str, labels)) for role, labels in "
+            f"pickle.load(open({path.name!r}, 'rb')).items()}}, open({target!r}, 'w'))\n"
             f"and name {target} as path."
         )
     listed: dict[str, list[str]] = {}
@@ -202,7 +211,9 @@ def from_file(path: Path, labels: Labels) -> dict[str, list[str]]:
 
 
 def held_out_names(texts: Iterable[Any], kind: str, labels: Labels) -> set[str]:
-    """Return the genes or compounds, the combinations at all their doses, or the doses, that a split's block names to be held out.
+    """Return the names that a split's block holds out.
+
+    They are genes or compounds, combinations at all their doses, or doses.
 
     Raises
     ------
@@ -214,26 +225,20 @@ def held_out_names(texts: Iterable[Any], kind: str, labels: Labels) -> set[str]:
         return SEPARATOR.join(entities_of(labels.label(text)))
 
     if kind == "unseen_combination":
-        what, known = (
-            "combination",
-            {SEPARATOR.join(entities_of(label)) for label in labels.known if len(members_of(label)) > 1},
-        )
-        read = combination
+        called, read = "combination", combination
+        known = {SEPARATOR.join(entities_of(label)) for label in labels.known if len(members_of(label)) > 1}
     elif kind == "unseen_dose":
-        what, known = (
-            "dose measured alone",
-            {label for label in labels.known if len(members_of(label)) == 1 and without_dose(label)[1]},
-        )
-        read = labels.label
+        called, read = "dose measured alone", labels.label
+        known = {label for label in labels.known if len(members_of(label)) == 1 and without_dose(label)[1]}
     else:
-        what, known, read = "perturbed gene or compound", labels.entities, labels.entity
+        called, read, known = "perturbed gene or compound", labels.entity, labels.entities
     written: dict[str, str] = {}
     for text in map(str, texts):
         written.setdefault(read(text), text)
     names = set(written)
-    found = _unusable(dict.fromkeys(sorted(names), ""), known, labels.dropped, what, written, known)
+    found = _unusable(dict.fromkeys(sorted(names), ""), known, labels.dropped, called, written, known)
     if found:
         raise InputError(f"held_out: {'; '.join(found)}.")
     if known <= names:
-        raise InputError(f"held_out names every {what} of this screen; leave at least one to learn from.")
+        raise InputError(f"held_out names every {called} of this screen; leave at least one to learn from.")
     return names

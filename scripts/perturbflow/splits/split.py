@@ -1,7 +1,7 @@
 """Divide perturbations, contexts or cells into training, validation and test.
 
-A role belongs to a cell. Where perturbations are held out (`LABEL_KINDS`), all cells of a perturbation have one role; where
-contexts or cells are, a perturbation has cells in several.
+A role belongs to a cell. Where perturbations are held out (`LABEL_KINDS`), all cells of a perturbation have one role.
+Where contexts or cells are, a perturbation has cells in several.
 """
 
 import hashlib
@@ -22,25 +22,37 @@ from perturbflow.splits.named import Labels, from_file, held_out_names
 
 logger = logging.getLogger(__name__)
 
-# Controls are split too: a model that starts from a control it was trained on would be scored on its own training data.
+# Controls are split too: a model must not be scored on cells that start from a control of its training.
 CONTROL_FRACTIONS = {"train": 0.5, "test": 0.3, "validation": 0.2}
 
 # Kinds that hold perturbations out: a label has one role.
 LABEL_KINDS = ("unseen_perturbation", "unseen_combination", "unseen_dose", "file")
-# What is held out, and what a score is therefore evidence of.
+# The held-out things, and the evidence that a score is.
 GENERALIZATION = {
-    "unseen_perturbation": "Genes or compounds are held out, with all their doses: scores say how well effects of those that training "
-    "never saw perturbed are predicted, in contexts that training knows.",
-    "unseen_combination": "Combinations are held out, with all their doses, while everything perturbed alone is in training: scores say "
-    "how well known effects are combined, and nothing of new genes or compounds.",
-    "unseen_dose": "Doses of compounds are held out whose other doses are in training: scores say how well responses are interpolated or "
-    "extrapolated over dose, and nothing of new compounds.",
-    "unseen_context": "Contexts are held out, with all their cells, controls included: scores say how well effects measured in other "
-    "contexts carry over to the controls of a new one, and nothing of new perturbations.",
-    "random_cells": "Cells are held out at random, and training saw other cells of every perturbation: scores measure "
-    "interpolation and are no evidence of generalization.",
-    "file": "Perturbations are held out by a list of the user's own: scores say how well these are predicted; how many of their genes "
-    "or compounds training saw perturbed alone, at whatever dose, stands beside each.",
+    "unseen_perturbation": (
+        "Genes or compounds are held out, with all their doses: scores say how well effects of those that "
+        "training never saw perturbed are predicted, in contexts that training knows."
+    ),
+    "unseen_combination": (
+        "Combinations are held out, with all their doses, while everything perturbed alone is in training: scores "
+        "say how well known effects are combined, and nothing of new genes or compounds."
+    ),
+    "unseen_dose": (
+        "Doses of compounds are held out whose other doses are in training: scores say how well responses are "
+        "interpolated or extrapolated over dose, and nothing of new compounds."
+    ),
+    "unseen_context": (
+        "Contexts are held out, with all their cells, controls included: scores say how well effects measured in "
+        "other contexts carry over to the controls of a new one, and nothing of new perturbations."
+    ),
+    "random_cells": (
+        "Cells are held out at random, and training saw other cells of every perturbation: scores measure "
+        "interpolation and are no evidence of generalization."
+    ),
+    "file": (
+        "Perturbations are held out by a list of the user's own: scores say how well these are predicted; how "
+        "many of their genes or compounds training saw perturbed alone, at whatever dose, stands beside each."
+    ),
 }
 
 
@@ -48,7 +60,10 @@ GENERALIZATION = {
 
 
 def listed(path: Path, labels: Labels, validation_fraction: float, seed: int) -> Perturbations:
-    """Return the roles that a file lists (`from_file`); without a list for validation, even an empty one, a share of train serves, by seed."""
+    """Return the roles that a file lists (`from_file`).
+
+    Without a list for validation, even an empty one, it takes a share of train by seed.
+    """
     roles = from_file(path, labels)
     if "validation" not in roles and validation_fraction > 0 and len(roles["train"]) > 2:
         chosen = take(roles["train"], validation_fraction, np.random.default_rng(seed))
@@ -87,7 +102,10 @@ def divide_controls(obs: pd.DataFrame, seed: int, fractions: dict[str, float] = 
 
 
 def by_perturbation(obs: pd.DataFrame, roles: Perturbations, seed: int) -> pd.Series:
-    """Return the role of every cell where perturbations have roles; controls are divided, cells of other labels have none."""
+    """Return the role of every cell where perturbations have roles.
+
+    Controls are divided, and cells of other labels have none.
+    """
     role_of_label = {label: role for role in ROLES for label in roles[role]}
     role_of_cell = obs["perturbation"].astype(str).map(role_of_label).astype(object)
     controls = obs[obs["is_control"].to_numpy(bool)]
@@ -103,7 +121,7 @@ def unseen_context(
     validation_fraction: float,
     seed: int,
 ) -> pd.Series:
-    """Hold out contexts: the values of a covariate, with all their controls and all cells of perturbations seen elsewhere.
+    """Hold out contexts: values of a covariate, with all their controls and with perturbations seen elsewhere.
 
     Parameters
     ----------
@@ -125,17 +143,46 @@ def unseen_context(
         If the screen has one context or lacks a held-out one, or if a side is left without cells or controls.
     """
     context = obs[covariate].astype(str)
-    known = sorted(context.unique())
+    test = _held_out_contexts(sorted(context.unique()), covariate, held_out, test_fraction, seed)
+    is_test, is_control = context.isin(test), obs["is_control"].astype(bool)
+    for where, side in (("the held-out", is_test), ("the other", ~is_test)):
+        if not (side & is_control).any():
+            raise InputError(
+                f"{where} values of {covariate} ({', '.join(sorted(context[side].unique()))}) hold no control cell to "
+                "compare with; hold out others through held_out in the split's block."
+            )
+    controls, perturbed = obs[~is_test & is_control], obs[~is_test & ~is_control]
+    shares = {role: CONTROL_FRACTIONS[role] for role in ("train", "validation")}
+    of_controls = {role: share / sum(shares.values()) for role, share in shares.items()}
+    of_perturbed = {"train": 1 - validation_fraction, "validation": validation_fraction}
+    roles = pd.Series(index=obs.index, dtype=object)
+    roles[controls.index] = divide_controls(controls, seed, of_controls)
+    roles[perturbed.index] = _divide(perturbed, [perturbed["perturbation"], perturbed[covariate]], of_perturbed, seed)
+    seen = obs["perturbation"].isin(obs.loc[roles == "train", "perturbation"].unique())
+    roles[is_test & (is_control | seen)] = "test"
+    return roles
+
+
+def _held_out_contexts(
+    known: list[str], covariate: str, held_out: list | None, test_fraction: float | None, seed: int
+) -> set[str]:
+    """Return the contexts for test: the named ones, or a share of all.
+
+    Raises
+    ------
+    InputError
+        If the screen has one context, lacks a named one, or none is left to learn from.
+    """
     if len(known) < 2:
         raise InputError(
-            f"split unseen_context needs at least 2 values of {covariate}; this screen has one, '{known[0]}'. Name the obs column that "
-            f"tells contexts apart under covariates.{covariate} in the dataset's block, or take the split out of select.splits."
+            f"split unseen_context needs at least 2 values of {covariate}; this screen has one, '{known[0]}'. Name the "
+            f"obs column of contexts under covariates.{covariate} in the dataset's block, or take the split out of "
+            "select.splits."
         )
     if held_out is None:
         assert test_fraction is not None  # the configuration has one of the two
-        test = take(known, min(test_fraction, 1 - 1 / len(known)), np.random.default_rng(seed))
-    else:
-        test = set(map(str, held_out))
+        return take(known, min(test_fraction, 1 - 1 / len(known)), np.random.default_rng(seed))
+    test = set(map(str, held_out))
     if unknown := sorted(test - set(known)):
         raise InputError(
             f"held_out: {', '.join(unknown)} is no value of {covariate} in this screen; its values: {', '.join(known)}."
@@ -144,24 +191,7 @@ def unseen_context(
         raise InputError(
             f"held_out names all values of {covariate} ({', '.join(known)}); leave at least one to learn from."
         )
-    is_test, is_control = context.isin(test), obs["is_control"].astype(bool)
-    for where, side in (("the held-out", is_test), ("the other", ~is_test)):
-        if not (side & is_control).any():
-            raise InputError(
-                f"{where} values of {covariate} ({', '.join(sorted(context[side].unique()))}) hold no control cell to compare with; "
-                "hold out others through held_out in the split's block."
-            )
-    controls, perturbed = obs[~is_test & is_control], obs[~is_test & ~is_control]
-    shares = {role: CONTROL_FRACTIONS[role] for role in ("train", "validation")}
-    roles = pd.Series(index=obs.index, dtype=object)
-    roles[controls.index] = divide_controls(
-        controls, seed, {role: share / sum(shares.values()) for role, share in shares.items()}
-    )
-    fractions = {"train": 1 - validation_fraction, "validation": validation_fraction}
-    roles[perturbed.index] = _divide(perturbed, [perturbed["perturbation"], perturbed[covariate]], fractions, seed)
-    seen = obs["perturbation"].isin(obs.loc[roles == "train", "perturbation"].unique())
-    roles[is_test & (is_control | seen)] = "test"
-    return roles
+    return test
 
 
 def random_cells(obs: pd.DataFrame, test_fraction: float, validation_fraction: float, seed: int) -> pd.Series:
@@ -215,7 +245,7 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
     obs
         Cells of harmonized.h5ad.
     account
-        Of harmonization.json, organism and perturbations.dropped, which a list of the user's own is read with.
+        organism and perturbations.dropped of harmonization.json, which help to read a user's own list.
     name, spec
         The split's name and block, as `Plan.split` gives it: held_out is the list of this screen.
     naming
@@ -238,32 +268,15 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
             raise InputError(
                 f"splits.{name} leaves no {role} perturbation on this screen; change its fractions or seed."
             )
-    n_controls = {role: int(obs.loc[cells[role], "is_control"].sum()) for role in ROLES}
-    n_left_out = int(role_of_cell.isna().sum())
-    left_out = sorted(set(labels) - {CONTROL}.union(*perturbations.values()))
-    if n_left_out:
-        logger.info("%d cells have no role in this split and are left out", n_left_out)
-    if left_out:
-        logger.info(
-            "%d perturbations of the screen are left out with all their cells: %s", len(left_out), ", ".join(left_out)
-        )
-    for role in ROLES:
-        logger.info(
-            "%s: %d perturbations, %d cells, %d of them controls",
-            role,
-            len(perturbations[role]),
-            len(cells[role]),
-            n_controls[role],
-        )
     content: dict[str, Any] = {
         "name": name,
         "spec": spec,
         "generalization": GENERALIZATION[spec["kind"]],
         "perturbations": perturbations,
-        "left_out": left_out,
-        "n_cells_left_out": n_left_out,
+        "left_out": sorted(set(labels) - {CONTROL}.union(*perturbations.values())),
+        "n_cells_left_out": int(role_of_cell.isna().sum()),
         "members_seen": members_seen(perturbations),
-        "controls": n_controls,
+        "controls": {role: int(obs.loc[cells[role], "is_control"].sum()) for role in ROLES},
         "cells": cells,
         "sha256": {
             role: {"perturbations": names_digest(perturbations[role]), "cells": names_digest(cells[role])}
@@ -273,8 +286,23 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
     if spec["kind"] == "unseen_context":
         contexts = obs[spec["covariate"]].astype(str)
         content["contexts"] = {role: sorted(set(contexts[cells[role]])) for role in ROLES}
-        logger.info("held out: %s %s", spec["covariate"], ", ".join(content["contexts"]["test"]))
+    _log(content)
     return content
+
+
+def _log(content: dict[str, Any]) -> None:
+    """Log how many cells and perturbations have each role, and none."""
+    if n := content["n_cells_left_out"]:
+        logger.info("%d cells have no role in this split and are left out", n)
+    if left_out := content["left_out"]:
+        names = ", ".join(left_out)
+        logger.info("%d perturbations of the screen are left out with all their cells: %s", len(left_out), names)
+    for role in ROLES:
+        n_perturbations, n_cells = len(content["perturbations"][role]), len(content["cells"][role])
+        n_controls = content["controls"][role]
+        logger.info("%s: %d perturbations, %d cells, %d of them controls", role, n_perturbations, n_cells, n_controls)
+    if "contexts" in content:
+        logger.info("held out: %s %s", content["spec"]["covariate"], ", ".join(content["contexts"]["test"]))
 
 
 def split(
@@ -285,10 +313,10 @@ def split(
     Parameters
     ----------
     harmonized, harmonization
-        The screen in its common schema, and the account of what was dropped.
+        The screen in its common schema, and its account.
     split
-        JSON to be written: perturbations and cells per role with the SHA-256 of each, members seen per held-out perturbation,
-        what was left out, and what the scores are evidence of.
+        JSON to be written: perturbations and cells per role with the SHA-256 of each, members seen per held-out
+        perturbation, perturbations and cells left out, and a sentence on the meaning of scores.
     name, spec, naming
         As in `divided`.
     """

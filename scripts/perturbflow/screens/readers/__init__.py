@@ -1,4 +1,7 @@
-"""Open a screen's file, folder or archive: obs and var at once, counts in blocks of cells, so that a source of any size fits in memory."""
+"""Open a screen's file, folder or archive.
+
+obs and var are read at once, counts in blocks of cells, so that a source of any size fits in memory.
+"""
 
 import tarfile
 from collections.abc import Callable
@@ -9,13 +12,13 @@ import h5py
 
 from perturbflow.errors import InputError
 from perturbflow.io.hdf5 import Rows
-from perturbflow.registry.origins import folder_kind, layout_of, problem_of_folder, renaming
+from perturbflow.registry.sources import folder_kind, layout_of, problem_of_folder, renaming
 from perturbflow.screens.readers.anndatas import open_anndata
-from perturbflow.screens.readers.base import InMemory, NotCounts, SomeGenes, Source, as_counts
 from perturbflow.screens.readers.containers import damaged, open_hdf5
 from perturbflow.screens.readers.labels import with_labels
 from perturbflow.screens.readers.matrices import Values
 from perturbflow.screens.readers.modalities import open_mudata
+from perturbflow.screens.readers.source import InMemory, NotCounts, SomeGenes, Source, as_counts
 from perturbflow.screens.readers.tenx import matrices_of, open_tenx
 from perturbflow.screens.readers.triplets import Place, Triplet, triplets_in
 from perturbflow.screens.readers.zarrs import ZarrRows, open_zarr
@@ -27,12 +30,16 @@ PARTS = {"matrix", "barcodes", "features", "genes"}
 
 
 def open_source(files: dict[str, Path], dataset: dict) -> Source:
-    """Open a source by what it is: h5ad, h5mu, the h5 or the folder of Cell Ranger, a zarr store, or the one of these that an archive holds.
+    """Open a source by its format.
+
+    It may be an h5ad, an h5mu, the h5 or the folder of Cell Ranger, or a zarr store. It may be an archive that holds
+    one of these.
 
     Parameters
     ----------
     files
-        Role → path: `file`, or the parts of a 10x triplet; with them `labels`, a table that is joined to obs by barcode.
+        Role → path: `file`, or the parts of a 10x triplet; with them `labels`, a table that is joined to obs by
+        barcode.
     dataset
         The dataset's block.
 
@@ -49,7 +56,8 @@ def open_source(files: dict[str, Path], dataset: dict) -> Source:
         source = Triplet({role: Place(path) for role, path in parts.items()})
     else:
         raise InputError(
-            f"a source of several files ({', '.join(files)}) needs a recipe that reads them: name it in the dataset's block."
+            f"a source of several files ({', '.join(files)}) needs a recipe that reads them: name it in the dataset's "
+            "block."
         )
     if "labels" in files:
         source.obs = with_labels(source.obs, files["labels"], source.files[0])
@@ -57,7 +65,7 @@ def open_source(files: dict[str, Path], dataset: dict) -> Source:
 
 
 def _refuse(dataset: dict, path: Path, *keys: str) -> None:
-    """Raise InputError if a block has a key that this kind of source has no use for."""
+    """Raise InputError if a block has a key that this kind of source does not need."""
     if "counts" in keys and "counts" in dataset:
         raise InputError(f"{path} holds its counts in one place. Leave counts out of the block.")
     if "modality" in keys and "modality" in dataset["source"]:
@@ -91,11 +99,11 @@ def _opened(path: Path, dataset: dict) -> Source:
 def _opened_folder(path: Path, dataset: dict) -> Source:
     """Open a zarr store, or the folder of a 10x triplet."""
     if "member" in dataset["source"]:
-        raise InputError(f"{path} is a folder, and source.member is for archives. Name what is in it with source.path.")
+        raise InputError(f"{path} is a folder, and source.member is for archives. Name its content with source.path.")
     if problem := problem_of_folder(path):
         raise InputError(f"{problem[0].upper()}{problem[1:]}")
     if folder_kind(path) == "zarr":
-        # Of a sparse matrix no chunk is empty; of a dense one any may be.
+        # A sparse matrix has no empty chunk; a dense one may have some.
         return _of_scverse(
             open_zarr(path), path, lambda array: ZarrRows(array, path, is_whole=array.ndim == 1), dataset
         )
@@ -129,7 +137,7 @@ def _one_triplet(path: Path, experiments: dict[str, dict[str, Place]], dataset: 
         raise InputError(
             f"{path} holds {', '.join(names[:8])}: {' and '.join(missing)} of the triplet is missing.{renaming(names)}"
         )
-    # Of other tables that are named as GEO names them, none was asked for.
+    # Other tables that GEO names alike were not asked for.
     return Triplet({role: place for role, place in places.items() if role in PARTS})
 
 
@@ -141,6 +149,7 @@ def _of_scverse(file: Any, path: Path, rows_of: Callable[[Any], Values], dataset
     if not {"obs", "var"} <= set(file):
         shown = ", ".join(list(map(str, file))[:8]) or "nothing"
         raise InputError(
-            f"{path} holds {shown}: it is neither AnnData, MuData nor a 10x matrix. Is it complete? Save the screen with anndata's write_h5ad."
+            f"{path} holds {shown}: it is neither AnnData, MuData nor a 10x matrix. Is it complete? Save the screen "
+            "with anndata's write_h5ad."
         )
     return open_anndata(file, path, rows_of, dataset.get("counts"))

@@ -1,4 +1,4 @@
-"""AnnData on disk: h5ad of any version, a zarr store, or a modality of MuData; which of its places holds the counts."""
+"""AnnData on disk: h5ad of any version, a zarr store, or a modality of MuData, and the place of its counts."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.screens.readers.base import Block, NotCounts, Source, rounded
 from perturbflow.screens.readers.matrices import Csc, Csr, Dense, Values
+from perturbflow.screens.readers.source import Block, NotCounts, Source, rounded
 
 Matrix = Dense | Csr
 
@@ -32,7 +32,8 @@ class Stored(Source):
         self._matrix = matrix
         if matrix.shape != (len(self.obs), len(self.var)):
             raise InputError(
-                f"{store.path}: {self.place} has the shape {matrix.shape}, obs and var have {len(self.obs):,} and {len(self.var):,} rows."
+                f"{store.path}: {self.place} has the shape {matrix.shape}, obs and var have {len(self.obs):,} and "
+                f"{len(self.var):,} rows."
             )
 
     def places_with_counts(self) -> dict[str, float]:
@@ -76,16 +77,19 @@ class Store:
         self.places |= {name if name not in ("X", "raw") else f"layers/{name}": f"layers/{name}" for name in layers}
 
     def table(self, name: str) -> pd.DataFrame:
-        """Return obs, var, or the genes of raw: as many as were measured, where X may hold fewer."""
+        """Return obs, var, or the genes of raw, of which X may hold fewer."""
         return _table(self._group, self.places["raw"].replace("X", "var") if name == "raw" else name, self.path)
 
     def key_of(self, counts: str) -> str:
-        """Return the place that a block means: a layer by its name alone or after `layers/`, one called raw where there is no raw."""
+        """Return the place that a block means: a layer by its name, with or without `layers/`.
+
+        A layer may be called raw where there is no raw.
+        """
         meant = (counts, f"layers/{counts}", counts.removeprefix("layers/"))
         return next((key for key in meant if key in self.places), counts)
 
     def name_of(self, key: str) -> str:
-        """Return what messages call a place."""
+        """Return the name of a place in messages."""
         name = self.places[key]
         return (
             "raw.X"
@@ -96,7 +100,7 @@ class Store:
         )
 
     def matrix(self, key: str) -> Matrix | None:
-        """Return the matrix of a place by the way it is stored; None for an empty one or none."""
+        """Return the matrix of a place in the form that it is stored in; None for an empty one or none."""
         if key not in self._matrices:
             self._matrices[key] = self._opened(key) if key in self.places else None
         return self._matrices[key]
@@ -119,7 +123,10 @@ class Store:
         return (Csc if kind.startswith("csc") else Csr)(stored, (n_rows, n_columns), rows_of)
 
     def highest_count(self, key: str) -> float:
-        """Return the highest of some of the values of a place, 0 where they are no raw counts; a matrix of 0 and 1 alone passes for none."""
+        """Return the highest of a sample of the values of a place, 0 where they are no raw counts.
+
+        A matrix of 0 and 1 alone passes for none.
+        """
         try:
             matrix = self.matrix(key)
             sample = np.zeros(1) if matrix is None else matrix.sample()
@@ -160,12 +167,13 @@ def open_anndata(group: Any, path: Path, rows_of: Callable[[Any], Values], count
     rows_of
         Makes an array readable.
     counts
-        Where the counts are: X, raw or the name of a layer. None is X, and layers['counts'] where X turns out to hold none.
+        Place of the counts: X, raw or the name of a layer. None is X, and layers['counts'] where X turns out to hold
+        none.
 
     Raises
     ------
     InputError
-        If it is nothing that anndata can read, or the place does not exist.
+        If anndata cannot read it, or the place does not exist.
     """
     try:
         store = Store(group, path, rows_of)
@@ -189,5 +197,8 @@ def _no_such_place(store: Store, counts: str | None) -> str:
     found = [key for key in store.places if store.highest_count(key) > 1]
     fix = f"Say so in its block: counts: {found[0]}." if found else "Put the integer counts into X."
     if counts:
-        return f"{store.path} has no counts in {counts!r} (counts). It holds {', '.join(store.places) or 'no matrix'}. {fix}"
+        return (
+            f"{store.path} has no counts in {counts!r} (counts). It holds {', '.join(store.places) or 'no matrix'}. "
+            f"{fix}"
+        )
     return f"{store.path} holds neither X nor layers['counts']. {fix}"

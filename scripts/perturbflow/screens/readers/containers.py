@@ -1,4 +1,7 @@
-"""Which file of which form a source is, looked at rather than told by its name; archives are unpacked beside themselves."""
+"""The file and the form of a source, found by its content and not by its name.
+
+Archives are unpacked beside themselves.
+"""
 
 import gzip
 import lzma
@@ -16,14 +19,17 @@ from perturbflow.errors import InputError
 from perturbflow.io.files import full_disk, is_of_full_disk
 
 DAMAGED_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
-"""What the readers of archives raise at those that are truncated, altered or encrypted."""
+"""The errors of the readers of archives that are truncated, altered or encrypted."""
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 SAVE = "Save the screen with anndata's write_h5ad."
 
 
 def content_of(path: Path, member: str | None) -> BinaryIO:
-    """Open a file, a gzipped one, or the member of an archive: unpacked beside it into a file without a name."""
+    """Open a file, a gzipped one, or the member of an archive.
+
+    The latter two are unpacked beside it into a file without a name.
+    """
     if h5py.is_hdf5(path):
         return path.open("rb")
     if not zipfile.is_zipfile(path) and not tarfile.is_tarfile(path):
@@ -47,8 +53,11 @@ def content_of(path: Path, member: str | None) -> BinaryIO:
 
 
 def matrix_alone(path: Path) -> str:
-    """Return what is said of the matrix of a triplet that is named itself."""
-    return f"{path} is a matrix without its cells and genes. Name its folder in source.path, with barcodes.tsv and features.tsv: {path.parent}."
+    """Return the message on the matrix of a triplet that is named without its lists."""
+    return (
+        f"{path} is a matrix without its cells and genes. Name its folder in source.path, with barcodes.tsv and "
+        f"features.tsv: {path.parent}."
+    )
 
 
 def _decompressed(path: Path) -> BinaryIO:
@@ -59,7 +68,7 @@ def _decompressed(path: Path) -> BinaryIO:
             if start != HDF5:
                 is_matrix = start.startswith(b"%%Matrix")
                 raise InputError(
-                    matrix_alone(path) if is_matrix else f"{path} is gzipped, and what is in it is no h5ad file. {SAVE}"
+                    matrix_alone(path) if is_matrix else f"{path} is gzipped, and its content is no h5ad file. {SAVE}"
                 )
             unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  closed with its last user
             unpacked.write(start)
@@ -73,7 +82,10 @@ def _decompressed(path: Path) -> BinaryIO:
 
 
 def _unpacked(path: Path, member: str | None) -> BinaryIO:
-    """Unpack the member of an archive beside it, into a file without a name: no name in the archive leads anywhere."""
+    """Unpack the member of an archive beside it, into a file without a name.
+
+    So no name in the archive leads to another place.
+    """
     unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  closed with its last user
     with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path) as archive:
         names = (
@@ -93,7 +105,7 @@ def _unpacked(path: Path, member: str | None) -> BinaryIO:
 
 
 def damaged(path: Path, error: Exception) -> InputError:
-    """Return what is said of an HDF5 file that cannot be read."""
+    """Return the error for an HDF5 file that cannot be read."""
     return InputError(
         f"{path} is an HDF5 file that anndata cannot read ({type(error).__name__}: {error}). Is it complete?"
     )
@@ -109,7 +121,7 @@ def open_hdf5(path: Path, member: str | None) -> tuple[Any, BinaryIO]:
     """
     content = content_of(path, member)
     try:
-        # By its name where it has one: HDF5's own reading is faster than through Python.
+        # Opened by its name where it has one: HDF5 reads faster than through Python.
         return h5py.File(path if content.name == str(path) else content, "r"), content
     except Exception as error:
         raise damaged(path, error) from error

@@ -11,7 +11,7 @@ from scipy import sparse
 from perturbflow.errors import InputError
 from perturbflow.io.kernels import compress_rows, group_entries, place_counts
 from perturbflow.io.streaming import Spool, in_order
-from perturbflow.screens.readers.base import BLOCK_VALUES, HIGHEST_COUNT, Block, as_counts, rounded
+from perturbflow.screens.readers.source import BLOCK_VALUES, HIGHEST_COUNT, Block, as_counts, rounded
 
 Columns = tuple[int, np.ndarray, np.ndarray, np.ndarray]
 """Some columns of a matrix: number of the first, and indptr, row numbers and counts of their entries."""
@@ -23,14 +23,17 @@ TALL_BLOCKS = 8
 """A dense block of whole chunks may be this many times BLOCK_VALUES; beyond, the matrix is read by columns."""
 
 BYTES_UNDER_WAY = 2**29
-"""Dense blocks that threads decode at the same time hold no more than this."""
+"""Limit on the dense blocks that threads decode at the same time."""
 
 SAMPLE = 2**14
-"""Values that are looked at, at each of three places of a matrix, to tell whether it holds counts."""
+"""Values that are read at each of three places of a matrix, to see whether it holds counts."""
 
 
 class Values(Protocol):
-    """A stored array of one or two dimensions, to be read in ranges of rows by several threads; see `perturbflow.io.hdf5.Rows`."""
+    """A stored array of one or two dimensions; several threads read it in ranges of rows.
+
+    See `perturbflow.io.hdf5.Rows`.
+    """
 
     path: Path
     dataset: Any
@@ -101,7 +104,7 @@ class Dense:
                 band = band.astype(np.int32, copy=False)
                 place_counts(counted, band[here], column, HIGHEST_COUNT)
         local = wanted - start
-        # Memory that is never written to takes none.
+        # Memory that is never written to takes no room.
         n_values = len(local) * self.shape[1]
         indices, data, indptr = (
             np.empty(n_values, np.int32),
@@ -149,7 +152,8 @@ class Csr:
         numbers, values = self.indices.read(start, stop), self.data.read(start, stop)
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= self.shape[1 - self._axis]):
             raise InputError(
-                f"{self.data.path} is damaged: '{self.indices.dataset.name}' names what is not there. Retrieve the file again."
+                f"{self.data.path} is damaged: '{self.indices.dataset.name}' names rows or columns that do not exist. "
+                "Retrieve the file again."
             )
         return numbers.astype(np.int32, copy=False), values
 
@@ -170,7 +174,7 @@ class Csr:
 
 
 class Csc(Csr):
-    """A sparse matrix whose columns are genes: its entries are sorted into rows on disk."""
+    """A sparse matrix whose columns are genes; its entries are sorted into rows on disk."""
 
     _axis = 1
 
@@ -192,8 +196,9 @@ def regrouped(
 ) -> Iterator[Block]:
     """Yield blocks of `n_rows` wanted rows of a matrix that comes by columns.
 
-    The entries of some columns are grouped by block and laid aside on disk; a block is then gathered from all of them. In memory are
-    a few million entries at a time, whatever the matrix; on disk 3-8 bytes per entry, read and written once.
+    It groups the entries of some columns by block and lays them aside on disk. Then it gathers each block from all of
+    them. In memory are a few million entries at a time, whatever the matrix; on disk 3-8 bytes per entry, read and
+    written once.
     """
     position = np.full(shape[0], -1, np.int64)
     position[rows] = np.arange(len(rows))

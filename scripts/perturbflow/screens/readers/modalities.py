@@ -1,4 +1,4 @@
-"""MuData on disk: its gene expression, with what else was measured in the same cells beside it."""
+"""MuData on disk: its gene expression, with the other modalities of the same cells beside it."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ from scipy import sparse
 
 from perturbflow.errors import InputError
 from perturbflow.screens.readers.anndatas import open_anndata
-from perturbflow.screens.readers.base import Block, NotCounts, Source
 from perturbflow.screens.readers.matrices import Values
+from perturbflow.screens.readers.source import Block, NotCounts, Source
 from perturbflow.screens.readers.types import EXPRESSION, EXPRESSION_WORDS, types_of, word
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Beside(Source):
     def __init__(self, source: Source, others: dict[str, tuple[pd.DataFrame, sparse.csr_matrix]]):
         self._source, self._others = source, others
         self.obs, self.files, self.place = source.obs, source.files, source.place
-        # Whatever a file calls the features of another modality, gene expression they are not.
+        # Features of another modality are no gene expression, whatever the file calls them.
         names = {name: f"{name} modality" if word(name) in EXPRESSION_WORDS else name for name in others}
         self.var = pd.concat(
             [_typed(source.var, EXPRESSION), *[_typed(var, names[name])[[TYPES]] for name, (var, _) in others.items()]]
@@ -57,10 +57,15 @@ class Beside(Source):
 
 
 def _typed(var: pd.DataFrame, undeclared: str) -> pd.DataFrame:
-    """Return var with a column of feature types alone for what is no gene expression: what another column of the file says of types is in it."""
-    told = types_of(var)
+    """Return var with one column of feature types.
+
+    It merges all columns of the file that hold types of features that are no gene expression.
+    """
+    known = types_of(var)
     types = (
-        pd.Series(undeclared, index=var.index, dtype=object) if told is None else told.where(told.notna(), undeclared)
+        pd.Series(undeclared, index=var.index, dtype=object)
+        if known is None
+        else known.where(known.notna(), undeclared)
     )
     return var.drop(columns=[column for column in var if word(column) == word(TYPES)]).assign(
         **{TYPES: types.to_numpy()}
@@ -76,7 +81,10 @@ def _counts_in_order(source: Source, cells: pd.Index) -> sparse.csr_matrix:
 
 
 def _columns_of_all(file: Any, modality: str, obs: pd.DataFrame) -> pd.DataFrame:
-    """Return obs of a modality with the columns that MuData keeps for all its cells, and with those of other modalities as `modality:column`."""
+    """Return obs of a modality with the columns that MuData keeps for all its cells.
+
+    Columns of other modalities are named `modality:column`.
+    """
     tables = {
         name: ad.io.read_elem(file[f"mod/{name}/obs"]).add_prefix(f"{name}:")
         for name in file["mod"]
@@ -111,12 +119,14 @@ def open_mudata(
     chosen = modality or ("rna" if "rna" in names or len(names) != 1 else names[0])
     if chosen not in names:
         raise InputError(
-            f"{path} has no modality '{chosen}'. It holds {', '.join(names) or 'none'}. Name the one of gene expression in source.modality."
+            f"{path} has no modality '{chosen}'. It holds {', '.join(names) or 'none'}. Name the one of gene "
+            "expression in source.modality."
         )
     source = open_anndata(file[f"mod/{chosen}"], path, rows_of, counts)
     if source.obs.index.has_duplicates:
         raise InputError(
-            f"{path}: cells of modality '{chosen}' share names, so that modalities cannot be joined. Make obs_names unique."
+            f"{path}: cells of modality '{chosen}' share names, so that modalities cannot be joined. Make obs_names "
+            "unique."
         )
     source.obs = _columns_of_all(file, chosen, source.obs)
     others = {}
@@ -129,7 +139,10 @@ def open_mudata(
 def _opened_beside(
     file: Any, name: str, path: Path, rows_of: Callable[[Any], Values], cells: pd.Index
 ) -> tuple[pd.DataFrame, sparse.csr_matrix] | None:
-    """Return var of another modality and its counts in the order of these cells; None for one that cannot be kept, which is said."""
+    """Return var of another modality and its counts in the order of these cells.
+
+    None, with a warning, for a modality that cannot be kept.
+    """
     group = file[f"mod/{name}"]
     try:
         source = open_anndata(group, path, rows_of, None)

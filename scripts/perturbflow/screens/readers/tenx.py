@@ -1,4 +1,4 @@
-"""Matrices of 10x Genomics in one HDF5 file, as Cell Ranger writes them since version 3 and did before."""
+"""Matrices of 10x Genomics in one HDF5 file, of any version of Cell Ranger."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.screens.readers.base import Block, Source
 from perturbflow.screens.readers.matrices import Csr, Values
+from perturbflow.screens.readers.source import Block, Source
 
 
 def lane_of(barcodes: pd.Index) -> np.ndarray:
@@ -28,7 +28,7 @@ def matrices_of(file: Any) -> list[str]:
 
 
 class TenxH5(Source):
-    """A 10x matrix, features × barcodes by columns: cells × features by rows, and so read as it lies."""
+    """A 10x matrix: features × barcodes by columns, which is cells × features by rows."""
 
     def __init__(self, group: Any, path: Path, rows_of: Callable[[Any], Values]):
         def texts(name: str) -> np.ndarray:
@@ -49,8 +49,8 @@ class TenxH5(Source):
             n_features, n_barcodes = (int(n) for n in group["shape"][()])
             if (n_features, n_barcodes) != (len(self.var), len(self.obs)):
                 raise InputError(
-                    f"{path} is damaged: its matrix has {n_features:,} features × {n_barcodes:,} barcodes, and it lists {len(self.var):,} "
-                    f"and {len(self.obs):,}. Make it again."
+                    f"{path} is damaged: its matrix has {n_features:,} features × {n_barcodes:,} barcodes, and it "
+                    f"lists {len(self.var):,} and {len(self.obs):,}. Make it again."
                 )
             self._matrix = Csr(group, (n_barcodes, n_features), rows_of)
         except InputError:

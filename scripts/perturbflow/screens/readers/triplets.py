@@ -1,4 +1,7 @@
-"""10x triplets: a MatrixMarket file, its barcodes and features, and what is known of the cells; plain or gzipped, in a tar or not."""
+"""10x triplets: a MatrixMarket file, its barcodes and features, and a table of cell identities.
+
+They are plain or gzipped, in a tar or not.
+"""
 
 import gzip
 import io
@@ -18,13 +21,13 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.screens.readers.base import Block, Source, as_counts, rounded
 from perturbflow.screens.readers.matrices import Columns, regrouped
+from perturbflow.screens.readers.source import Block, Source, as_counts, rounded
 from perturbflow.screens.readers.tenx import lane_of
 
 logger = logging.getLogger(__name__)
 
-# What Cell Ranger and GEO call the files of a triplet, the latter with the name of the experiment before it.
+# Names of the files of a triplet by Cell Ranger and by GEO, the latter after the name of the experiment.
 MEMBER = re.compile(
     r"(?:.*/)?(?P<experiment>.*?)_?(?P<role>matrix|barcodes|features|genes|cell_identities)\.(?:mtx|tsv|csv|txt)[a-z.]*"
 )
@@ -38,18 +41,18 @@ COLUMNS = {
     "name": {"genename", "genenames", "genesymbol", "symbol", "featurename", "geneshortname", "gene", "name"},
     "type": {"featuretype", "featuretypes"},
 }
-"""What a header calls the columns of a list of genes, in lower case and letters alone."""
+"""Names of the columns of a list of genes in a header, in lower case and letters alone."""
 HEADER = set().union(
     *COLUMNS.values(), {"barcode", "barcodes", "genes", "features", "cell", "cells", "cellid", "cellbarcode", "bcwells"}
 )
-"""Words that are neither a gene nor a barcode: a first line that has one is a header."""
+"""Words that are neither a gene nor a barcode: a first line with one of them is a header."""
 
 Entries = tuple[np.ndarray, np.ndarray]
 """Entries of a matrix: gene and barcode, (entries, 2), and values."""
 
 
 class Head(NamedTuple):
-    """What the head of a MatrixMarket file says: its entries, whether they are integers, and whether its rows are cells."""
+    """The head of a MatrixMarket file: its entries, whether they are integers, and whether its rows are cells."""
 
     n_entries: int
     is_integer: bool
@@ -64,7 +67,7 @@ class Place:
     member: str | None = None
 
     def __str__(self) -> str:
-        """Return what messages call it."""
+        """Return the name in messages."""
         return f"{self.path}: {self.member}" if self.member else str(self.path)
 
     @contextmanager
@@ -75,7 +78,7 @@ class Place:
                 raw = stack.enter_context(self.path.open("rb"))
             else:
                 member = stack.enter_context(tarfile.open(self.path)).extractfile(self.member)
-                assert isinstance(member, io.BufferedReader)  # what is no file has no place in a triplet
+                assert isinstance(member, io.BufferedReader)  # a triplet has files alone
                 raw = member
             is_gzipped = raw.peek(2)[:2] == b"\x1f\x8b"
             content: io.BufferedIOBase = stack.enter_context(gzip.open(raw)) if is_gzipped else raw
@@ -88,16 +91,19 @@ class Place:
 
 
 class Triplet(Source):
-    """One experiment. Its cells are the barcodes that have a row in cell_identities, joined whole, lane suffix included; without such a table, all.
+    """One experiment.
 
-    obs gets a column `lane`, the suffix of the barcode (AAACATACACCGAT-3 is of lane 3); var one of feature types, where the file has one.
+    Its cells are the barcodes that have a row in cell_identities. Barcodes are compared as a whole, with the lane
+    suffix. Without such a table, all barcodes are cells. obs gets a column `lane`, the suffix of the barcode
+    (AAACATACACCGAT-3 is of lane 3). var gets one of feature types, where the file has one.
 
     Parameters
     ----------
     places
-        Role → file: matrix, barcodes, features or genes, and where there are any, names of the genes and cell_identities.
+        Role → file: matrix, barcodes, features or genes, and where there are any, names of the genes and
+        cell_identities.
     is_by_cell
-        Whether the matrix is known to be cells × genes. Otherwise its size tells.
+        Whether the matrix is known to be cells × genes. Otherwise its size decides.
     """
 
     def __init__(self, places: dict[str, Place], is_by_cell: bool = False):
@@ -139,7 +145,11 @@ class Triplet(Source):
         self.obs = identities.iloc[in_order]
 
     def blocks(self, rows: np.ndarray | None = None) -> Iterator[Block]:
-        """See `Source.blocks`. The entries of a matrix by Cell Ranger are sorted by cell, so that one pass serves; others are sorted on disk."""
+        """Yield blocks as `Source.blocks` does.
+
+        Cell Ranger sorts the entries of a matrix by cell, so that one pass is enough. Other matrices are sorted on
+        disk.
+        """
         rows = np.arange(len(self.obs)) if rows is None else np.asarray(rows)
         with self._matrix.open() as content:
             head = self._head(content)
@@ -168,7 +178,8 @@ class Triplet(Source):
             barcodes = places[:, 1]
             if barcodes[0] < last or (np.diff(barcodes) < 0).any():
                 raise InputError(
-                    f"{self._matrix}: its entries are not sorted by barcode (second column) throughout. Sort them first."
+                    f"{self._matrix}: its entries are not sorted by barcode (second column) throughout. Sort them "
+                    "first."
                 )
             last = barcodes[-1]
             is_wanted = wanted[barcodes] >= 0
@@ -226,8 +237,9 @@ class Triplet(Source):
         is_transposed = (n_genes, n_barcodes) == expected[::-1] and (self._is_by_cell or n_genes != n_barcodes)
         if (n_genes, n_barcodes) != expected and not is_transposed:
             raise InputError(
-                f"{self._matrix} has {n_genes:,} genes × {n_barcodes:,} barcodes, but the files beside it list {len(self.var):,} genes "
-                f"and {self._n_barcodes:,} barcodes. They are not of one set{self._with_a_header(expected, (n_genes, n_barcodes))}."
+                f"{self._matrix} has {n_genes:,} genes × {n_barcodes:,} barcodes, but the files beside it list "
+                f"{len(self.var):,} genes and {self._n_barcodes:,} barcodes. They are not of one "
+                f"set{self._with_a_header(expected, (n_genes, n_barcodes))}."
             )
         return Head(n_entries, is_integer, is_transposed)
 
@@ -250,12 +262,15 @@ class Triplet(Source):
                 places = piece[[1, 0] if head.is_transposed else [0, 1]].to_numpy() - np.int32(1)
                 if (places < 0).any() or (places >= highest).any():
                     raise InputError(
-                        f"{self._matrix} names a gene or barcode that the files beside it do not list. They are not of one set."
+                        f"{self._matrix} names a gene or barcode that the files beside it do not list. They are not of "
+                        "one set."
                     )
                 n_read += len(places)
                 yield places, piece[2].to_numpy().astype(np.float64 if not head.is_integer else np.float32)
         except (ValueError, KeyError, pd.errors.ParserError) as error:
-            raise InputError(f"{self._matrix}: after {n_read:,} entries comes what is no count: {error}.") from error
+            raise InputError(
+                f"{self._matrix}: after {n_read:,} entries comes a value that is no count: {error}."
+            ) from error
         if n_read != head.n_entries:
             raise InputError(
                 f"{self._matrix} ends after {n_read:,} of {head.n_entries:,} entries. Delete it and download it again."
@@ -269,7 +284,10 @@ def _joined(held: list[Entries]) -> Entries:
 
 
 def _form(place: Place) -> tuple[str, list[str]]:
-    """Return what separates the columns of a list of genes or barcodes, and the names in its first line where that is a header."""
+    """Return the separator of the columns of a list of genes or barcodes, and the names in its header.
+
+    The names are empty where its first line is no header.
+    """
     with place.open() as content:
         first = content.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
     separator = "," if "," in first and "\t" not in first else "\t"
@@ -283,7 +301,9 @@ def _word(text: str) -> str:
 
 
 def _features(place: Place, names: Place | None = None) -> pd.DataFrame:
-    """Return var: ids, names and, since Cell Ranger 3, types; a file of one column holds names, and a header tells the columns.
+    """Return var: ids, names and, since Cell Ranger 3, types.
+
+    A file of one column holds names. A header names the columns.
 
     Parameters
     ----------
@@ -291,7 +311,7 @@ def _features(place: Place, names: Place | None = None) -> pd.DataFrame:
         A list of names beside that of ids.
     """
     separator, header = _form(place)
-    # Rows need not be of one length: those of peaks have a place on the genome.
+    # Rows differ in length: those of peaks have a place on the genome.
     (table,) = _read(
         place, sep=separator, names=range(max(8, len(header))), skiprows=int(bool(header)), index_col=False
     )
@@ -314,7 +334,8 @@ def _features(place: Place, names: Place | None = None) -> pd.DataFrame:
     named = found.get("name", ids)
     if named is None or len(named) != len(table):
         raise InputError(
-            f"{names or place} names {0 if named is None else len(named):,} genes, and {len(table):,} are listed. Make it again."
+            f"{names or place} names {0 if named is None else len(named):,} genes, and {len(table):,} are listed. Make "
+            "it again."
         )
     var = pd.DataFrame({"gene_id": ids}, index=pd.Index(np.where(named == "", ids, named)))
     return var.assign(feature_types=found["type"]) if "type" in found else var
@@ -357,7 +378,7 @@ def _read(place: Place, chunksize: int | None = None, **form: Any) -> Iterator[p
 
 
 def _found(place: Place, cells: pd.Index) -> tuple[np.ndarray, int]:
-    """Return the number of each cell among the barcodes, -1 where it is none of them, and how many barcodes there are."""
+    """Return the number of each cell among the barcodes (-1 for a missing one), and how many barcodes there are."""
     numbers, n_barcodes = np.full(len(cells), -1), 0
     for barcodes in _pieces(place):
         among = cells.get_indexer(barcodes)
@@ -394,7 +415,10 @@ class Joined(Source):
 
 
 def triplets_in(path: Path) -> dict[str, dict[str, Place]]:
-    """Return the files of the triplets in a folder or tar: experiment → role → place; of roles with several files the gzipped one."""
+    """Return the files of the triplets in a folder or tar: experiment → role → place.
+
+    Where a role has several files, it is the gzipped one.
+    """
     if path.is_dir():
         names = {file.name: Place(file) for file in sorted(path.iterdir()) if file.is_file()}
     else:

@@ -19,7 +19,8 @@ class ZarrRows:
     path
         The store, for messages.
     is_whole
-        Whether no chunk may be missing. Zarr reads a missing chunk as zeros, which only a dense matrix can hold in number.
+        Whether no chunk may be missing. Zarr reads a missing chunk as zeros, which only a dense matrix can hold in
+        number.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What the readers and embeddings of all priors share."""
+"""Functions that the readers and embeddings of all priors share."""
 
 import gzip
 import io
@@ -18,12 +18,12 @@ from perturbflow.genes.symbols import approved_symbol
 # Of every prior's vectors; chosen by inner folds over training genes (workflow_tests/benchmarks/README.md, "Priors").
 N_DIMENSIONS = 64
 BLOCK_ROWS = 1_000_000
-ALIKE = 1e-6  # entries of a vector that differ by less, relative to the largest, are equal but for rounding
+ALIKE = 1e-6  # relative to the largest entry: entries that are closer differ by rounding
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[io.BufferedIOBase]:
-    """Open a file of text, gzipped or not, whatever its name; a fault in reading it names it."""
+    """Open a file of text, gzipped or not, whatever its name; an error in reading it names the file."""
     try:
         with path.open("rb") as file:
             is_gzipped = file.read(2) == b"\x1f\x8b"
@@ -55,7 +55,10 @@ def read_table(path: Path, **options: object) -> pd.DataFrame:
 
 
 def blocks_of(path: Path, **options: object) -> Iterator[pd.DataFrame]:
-    """Yield a table of text in blocks of at most a million rows, so that a file of any size fits in memory; at least one, however few rows."""
+    """Yield a table of text in blocks of at most a million rows, so that a file of any size fits in memory.
+
+    There is at least one block, however few rows.
+    """
     with (
         opened(path) as file,
         pd.read_csv(file, **{"keep_default_na": False, "quoting": 3, "chunksize": BLOCK_ROWS, **options}) as reader,
@@ -69,7 +72,9 @@ def approved(symbols: pd.Series, organism: str) -> pd.Series:
 
 
 def leading_factors(matrix: sparse.csr_matrix, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return left singular vectors and values of the n largest, or of as many as there are; equal input gives equal numbers.
+    """Return left singular vectors and values of the n largest, or of as many as there are.
+
+    Equal input gives equal numbers.
 
     Returns
     -------
@@ -85,7 +90,10 @@ def leading_factors(matrix: sparse.csr_matrix, n: int) -> tuple[np.ndarray, np.n
 
 
 def signed(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors (rows, n) with the sign, which a decomposition leaves open, that makes the first of the largest entries positive."""
+    """Return vectors (rows, n), each with the sign that makes the first of its largest entries positive.
+
+    A decomposition leaves the sign open.
+    """
     size = np.abs(vectors)
     first = (size >= (1.0 - ALIKE) * size.max(axis=0)).argmax(axis=0)
     return vectors * np.where(vectors[first, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)

@@ -1,4 +1,7 @@
-"""Doses as files write them: numbers with or without a unit, one per member of a combination, in a column or within the label."""
+"""Doses as files write them: numbers with or without a unit, in a column or within the label.
+
+A combination has one dose per member.
+"""
 
 import ast
 import logging
@@ -11,7 +14,7 @@ import numpy as np
 
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, DOSE_SIGN, at_dose, members_of, without_dose
-from perturbflow.screens.control_labels import Controls
+from perturbflow.screens.control_labels import DeclaredControls
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,10 @@ Member = tuple[str, str]  # a name, and its dose as it is written; empty where i
 
 
 def parsed(text: str) -> tuple[float, str] | None:
-    """Return the number and the unit of a dose, empty where it has none; None for a text that is no dose. A unit has one spelling."""
+    """Return the number and the unit of a dose, the latter empty where it has none; None for a text that is no dose.
+
+    A unit has one spelling.
+    """
     if not (match := DOSE.fullmatch(text)) or not np.isfinite(amount := float(match[1])):
         return None
     return amount, _unit(match[2] or match[3] or "")
@@ -56,7 +62,7 @@ def is_unit(text: str) -> bool:
 
 
 def doses_in(text: str, separator: str | None) -> list[str]:
-    """Return the doses that a text lists, as they are written; the text itself where it lists none."""
+    """Return the doses in a text, as they are written; the text itself where it lists none."""
     text = text.strip()
     listed = text[1:-1] if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")) else text
     if parsed(listed) is None:
@@ -69,7 +75,7 @@ def doses_in(text: str, separator: str | None) -> list[str]:
 
 
 def _entry(value: object) -> Member | None:
-    """Return a name and its dose, of a dict, or of a tuple or list of two or three; None for anything else."""
+    """Return the name and the dose of a dict, or of a tuple or list of two or three values; None for anything else."""
     if isinstance(value, dict):
         words = {str(key).lower(): of for key, of in value.items()}
         name = next((words[key] for key in NAME_KEYS if key in words), None)
@@ -85,7 +91,10 @@ def _entry(value: object) -> Member | None:
 
 
 def _tuples(label: str) -> list[Member] | None:
-    """Return names and doses of a label that is Python's text: [(name, dose, unit)], [name, name], {"drug": name}; None for any other."""
+    """Return names and doses of a label in Python's syntax; None for any other label.
+
+    Such labels are [(name, dose, unit)], [name, name], and {"drug": name}.
+    """
     if not PYTHON.fullmatch(label):
         return None
     text = re.sub(r"\b(?:np|numpy)\.\w+\(([^()]*)\)", r"\1", label.strip())
@@ -105,7 +114,7 @@ def _tuples(label: str) -> list[Member] | None:
 
 
 def _matches(label: str, pattern: str) -> list[Member]:
-    """Return what a pattern finds: its groups member, dose and unit, or what its first group with a value holds."""
+    """Return all matches of a pattern: its groups member, dose and unit, or its first group with a value."""
     found = []
     for match in re.finditer(pattern, label):
         named = match.groupdict()
@@ -117,14 +126,15 @@ def _matches(label: str, pattern: str) -> list[Member]:
 
 
 def _by_pattern(label: str, declared: Mapping) -> list[Member]:
-    """Return what the pattern of a block finds in a label.
+    """Return the members that the pattern of a block finds in a label.
 
-    A pattern may be written for one guide: one that is bound to begin or end of a label finds one member or two as one in `KLF1_1|GATA1_2`.
-    Where it finds something in every part between separators, controls aside, each part is taken by itself.
+    A pattern may be written for one guide. A pattern that is bound to the begin or end of a label takes
+    `KLF1_1|GATA1_2` for one member. Where it matches in every part between separators, controls aside, each part is
+    read by itself.
     """
     pattern, separator = declared["pattern"], declared["separator"]
     parts = [part.strip() for part in label.split(separator)] if separator else [label]
-    controls, unassigned = Controls.of(declared), declared.get("drop", ())
+    controls, unassigned = DeclaredControls.of(declared), declared.get("drop", ())
     others = {part for part in parts if part in controls or part in unassigned}
     if not all(part in others or re.search(pattern, part) for part in parts):
         parts = [label]
@@ -132,9 +142,9 @@ def _by_pattern(label: str, declared: Mapping) -> list[Member]:
 
 
 def members_in(label: str, declared: Mapping) -> list[Member]:
-    """Return the members that a label names, in its order, and the doses that it holds: by pattern or tuples, then separator and rename.
+    """Return the members of a label, in its order, and their doses: by pattern or tuples, then separator and rename.
 
-    A label that `rename` has as a whole goes by its new name throughout.
+    A label that `rename` has as a whole has its new name from the start.
 
     Parameters
     ----------
@@ -156,7 +166,7 @@ def members_in(label: str, declared: Mapping) -> list[Member]:
 
 
 def names_in(label: str, declared: Mapping) -> list[str]:
-    """Return the members that a label names without their doses (`members_in`)."""
+    """Return the members of a label without their doses (`members_in`)."""
     return [name for name, _ in members_in(label, declared)]
 
 
@@ -168,7 +178,7 @@ def with_doses(
     Parameters
     ----------
     text
-        What the column holds.
+        The value of the column.
     control
         Names of controls, which have no dose.
     where
@@ -177,15 +187,16 @@ def with_doses(
     Raises
     ------
     InputError
-        If there are as many doses as neither one, nor members, nor members that are no controls; or if the label holds doses itself.
+        If the number of doses is none of these: one, the members, the members without controls. Or if the label holds
+        doses itself.
     """
     members = [(name, "" if name in control else dose) for name, dose in members]
     if text.strip().lower() in UNKNOWN_DOSE:
         return members
     if any(dose for _, dose in members):
         raise InputError(
-            f"{where} gives the dose '{text}' to the label '{label}', which holds a dose itself. Remove perturbation.dose from the "
-            "dataset's block, or take the dose out of the label with perturbation.pattern."
+            f"{where} gives the dose '{text}' to the label '{label}', which holds a dose itself. Remove "
+            "perturbation.dose from the dataset's block, or take the dose out of the label with perturbation.pattern."
         )
     named = [i for i, (name, _) in enumerate(members) if name]
     perturbed = [i for i in named if members[i][0] not in control]
@@ -209,43 +220,45 @@ def with_doses(
         if len({given[i] for i in perturbed if members[i][0] == name}) > 1
     ]:
         raise InputError(
-            f"{where} gives several doses, '{text}', to '{twice[0]}' in the label '{label}'. Write one dose, or leave these cells out: add "
+            f"{where} gives several doses, '{text}', to '{twice[0]}' in the label '{label}'. Write one dose, or leave "
+            "these cells out: add "
             f'"{label}" to perturbation.drop.'
         )
     return [(name, given.get(i, "") if name not in control else "") for i, (name, _) in enumerate(members)]
 
 
 @dataclass(frozen=True)
-class Scale:
-    """The unit that all doses of a screen are brought to.
+class DoseScale:
+    """The unit that all doses of a screen are converted to.
 
     Attributes
     ----------
     unit
         Its name; empty where the file names none.
     factors
-        What a dose is multiplied by, per unit of the file.
+        Factor of a dose, per unit of the file.
     """
 
     unit: str
     factors: dict[str, float]
 
     @classmethod
-    def of(cls, texts: Iterable[str], where: str) -> "Scale":
-        """Find the unit: the one that there is, or µM for several molar ones.
+    def of(cls, texts: Iterable[str], where: str) -> "DoseScale":
+        """Find the unit: the only one, or µM for several molar ones.
 
         Raises
         ------
         InputError
-            For a text that is no dose, and for units that cannot be brought to one.
+            For a text that is no dose, and for units that cannot be converted to one.
         """
         found = {text: parsed(text) for text in dict.fromkeys(texts) if text.strip().lower() not in UNKNOWN_DOSE}
         if wrong := [text for text, dose in found.items() if dose is None]:
             shown = ", ".join(f"'{text}'" for text in wrong[:SHOWN])
             is_negative = any(re.fullmatch(rf"\s*-{NUMBER}.*", text) for text in wrong)
             raise InputError(
-                f"{where} holds {shown}{' ...' if len(wrong) > SHOWN else ''}, which {'are no doses' if len(wrong) > 1 else 'is no dose'}. "
-                "A dose is a number, with a unit or without: 10, 0.1 uM. "
+                f"{where} holds {shown}{' ...' if len(wrong) > SHOWN else ''}, which "
+                f"{'are no doses' if len(wrong) > 1 else 'is no dose'}. A dose is a number, with a unit or without: "
+                "10, 0.1 uM. "
                 + (
                     "Is it a logarithm? Write the dose itself."
                     if is_negative
@@ -262,8 +275,9 @@ class Scale:
             f"'{next(text for text, (_, of) in doses.items() if of == unit)}'" for unit in units[:SHOWN]
         )
         raise InputError(
-            f"{where} holds doses in several units, such as {examples}: {', '.join(unit or '(none)' for unit in units[:SHOWN])}. "
-            "Molar units (pM, nM, uM, mM, M) are brought to one; bring the others to one unit in the file."
+            f"{where} holds doses in several units, such as {examples}: "
+            f"{', '.join(unit or '(none)' for unit in units[:SHOWN])}. Molar units (pM, nM, uM, mM, M) are brought to "
+            "one; bring the others to one unit in the file."
         )
 
     def member(self, member: Member) -> str:
@@ -273,8 +287,8 @@ class Scale:
         return name if dose is None else at_dose(name, dose[0] * self.factors[dose[1]])
 
 
-def tell(labels: Sequence[str | None], n_cells: np.ndarray, path: Path, *, is_declared: bool) -> None:
-    """Warn of perturbed cells without a dose in a screen that has doses, and of those at dose zero, and count them.
+def warn_of_doses(labels: Sequence[str | None], n_cells: np.ndarray, path: Path, *, is_declared: bool) -> None:
+    """Warn of perturbed cells without a dose in a screen that has doses, and of those at dose zero.
 
     Parameters
     ----------
@@ -283,7 +297,7 @@ def tell(labels: Sequence[str | None], n_cells: np.ndarray, path: Path, *, is_de
     n_cells
         Cells of each, (labels,).
     is_declared
-        Whether a column of doses is.
+        Whether the block declares a column of doses.
     """
     doses = [
         [without_dose(member)[1] for member in members_of(label)] if label and label != CONTROL else []

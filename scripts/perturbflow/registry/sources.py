@@ -1,6 +1,6 @@
 """Where the files of a source come from: a declaration, checked and resolved to named files with mirrors and checksums.
 
-This is imported by the Snakefile: standard library and pandas only.
+The Snakefile imports this module, so it needs the standard library and pandas only.
 """
 
 import difflib
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlparse
 import pandas as pd
 
 KINDS = ("path", "url", "pypi", "scperturb", "files")
-# What says which bytes a file must have.
+# Keys that fix the bytes of a file.
 CONTENT_KEYS = ("bytes", "md5", "sha256", "checksum")
 
 # scPerturb v1.4; earlier records hold wrong labels (Dixit) and genes off by one row (sci-Plex 3) under the same names.
@@ -22,7 +22,7 @@ ZENODO_URLS = (
     f"https://zenodo.org/records/{ZENODO_RECORD}/files/{{name}}?download=1",
 )
 
-# A name that is one file in one folder on any system, neither hidden nor one of ours.
+# A name that is valid on any system, neither hidden nor one of ours.
 SAFE_NAME = re.compile(r"(?!manifest\.json$)\w[\w .,+()=@~-]{0,199}")
 
 
@@ -33,7 +33,7 @@ def scperturb_files() -> pd.DataFrame:
 
 
 def file_name(url: str) -> str:
-    """Return what a URL calls its file; Zenodo's API has one segment more, `content`."""
+    """Return the file name in a URL; Zenodo's API has one segment more, `content`."""
     segments = urlparse(url).path.split("/")
     if segments[-1] == "content" and len(segments) > 2:
         segments.pop()
@@ -45,7 +45,7 @@ def _scperturb_name(name: str) -> str:
 
 
 def resolved(block: dict) -> dict:
-    """Return a block that is without problem with `scperturb` replaced by the URLs, bytes and md5 that it stands for."""
+    """Return a valid block with `scperturb` replaced by its URLs, bytes and md5."""
     source = block["source"]
     if "scperturb" not in source:
         return block
@@ -63,7 +63,7 @@ def own_files(block: dict) -> dict[str, str]:
 
 
 def labels_file(block: dict) -> str | None:
-    """Return the user's own table of labels, which is joined to obs, if the block has one."""
+    """Return the user's own table of labels, which is joined to obs; None without one."""
     labels = block["source"].get("labels")
     return str(labels) if labels is not None else None
 
@@ -71,7 +71,8 @@ def labels_file(block: dict) -> str | None:
 # A zarr store has one of these in its root, and a folder of Cell Ranger a matrix.
 ZARR_ROOT = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
 TENX_MATRIX = re.compile(r"(?:.*[_.-])?matrix\.mtx(?:\.[a-z.]+)?")
-# Folders of kb-python and of Parse, whose matrices are cells × genes: role → names of the file. The first three have to be there.
+# Folders of kb-python and of Parse, whose matrices are cells × genes: role → names of the file. The first three have to
+# be there.
 LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
     {
         "matrix": ("cells_x_genes.mtx",),
@@ -86,7 +87,7 @@ LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
         "cell_identities": ("cell_metadata.csv",),
     },
 )
-# What files of other names seem to be: their new name, and what theirs has.
+# Name that a file should have, and a sign of it in other names.
 RENAMED = {"matrix.mtx": r"\.mtx", "barcodes.tsv": r"barcode|cell|cols", "features.tsv": r"gene|feature|rows"}
 
 
@@ -105,7 +106,10 @@ def layout_of(folder: Path) -> dict[str, Path] | None:
 
 
 def renaming(names: list[str]) -> str:
-    """Return a sentence on how to name the matrix and the lists of a folder or archive, empty where it holds no matrix."""
+    """Return a sentence on how to name the matrix and the lists of a folder or archive.
+
+    It is empty where there is no matrix.
+    """
     shared = [name for name in names if name.startswith("UniqueAndMult")]
     lists = {
         new: [name for name in names if name not in shared and re.search(sign, name, re.IGNORECASE)]
@@ -116,28 +120,28 @@ def renaming(names: list[str]) -> str:
         return f" {shared[0]} of STARsolo shares reads among genes and holds no counts: add STARsolo's matrix.mtx."
     if len(matrices) > 1:
         return (
-            f" Put one matrix of raw counts ({', '.join(matrices[:4])}) into a folder of its own, as matrix.mtx, with its lists of "
-            "barcodes.tsv and features.tsv."
+            f" Put one matrix of raw counts ({', '.join(matrices[:4])}) into a folder of its own, as matrix.mtx, with "
+            "its lists of barcodes.tsv and features.tsv."
         )
     if not matrices:
         return ""
-    said = []
+    new_names = []
     for new, found in lists.items():
         others = [name for name in found if new == "matrix.mtx" or name not in matrices]
         if not any(name.removesuffix(".gz") == new for name in others):
-            said.append(f"{others[0] if len(others) == 1 else 'the list of ' + new.split('.')[0]} → {new}")
-    return f" Rename its files: {', '.join(said)} (and .gz where they are gzipped)."
+            new_names.append(f"{others[0] if len(others) == 1 else 'the list of ' + new.split('.')[0]} → {new}")
+    return f" Rename its files: {', '.join(new_names)} (and .gz where they are gzipped)."
 
 
 def folder_kind(folder: Path) -> str | None:
-    """Return what a folder holds: `zarr`, `10x` (also of kb-python and Parse), or None for neither."""
+    """Return the kind of a folder: `zarr`, `10x` (also of kb-python and Parse), or None for neither."""
     if any((folder / name).is_file() for name in ZARR_ROOT):
         return "zarr"
     return "10x" if layout_of(folder) or any(TENX_MATRIX.fullmatch(file.name) for file in folder.iterdir()) else None
 
 
 def problem_of_folder(folder: Path) -> str | None:
-    """Return why a folder is no source, in one sentence with what is found in it and what would be one; None if it is one."""
+    """Return in one sentence why a folder is no source, with its content and the fix; None if it is one."""
     if folder_kind(folder):
         return None
     inside = sorted(folder.iterdir())
@@ -147,15 +151,16 @@ def problem_of_folder(folder: Path) -> str | None:
     ]
     fix = f" Name one of these: {', '.join(map(str, usable[:4]))}." if usable else ""
     return (
-        f"the folder '{folder}' holds {shown or 'nothing'}; expected is a folder with matrix.mtx[.gz], barcodes.tsv[.gz] and "
-        f"features.tsv[.gz] (10x), or a zarr store.{fix or renaming([file.name for file in inside])}"
+        f"the folder '{folder}' holds {shown or 'nothing'}; expected is a folder with matrix.mtx[.gz], "
+        "barcodes.tsv[.gz] and features.tsv[.gz] (10x), or a zarr "
+        f"store.{fix or renaming([file.name for file in inside])}"
     )
 
 
 def files_of(block: dict) -> dict[str, dict]:
-    """Return role → file of a resolved block: name, url (mirrors) or pypi, and what it must be; a source of one file has the role `file`.
+    """Return role → file of a resolved block: its name, url (mirrors) or pypi, and its declared size and checksums.
 
-    A source by `path` has no files to retrieve.
+    A source of one file has the role `file`. A source by `path` has no files to retrieve.
     """
     source = block["source"]
     if "files" in source:
@@ -175,7 +180,10 @@ def files_of(block: dict) -> dict[str, dict]:
 
 
 def content_of(block: dict) -> dict[str, dict]:
-    """Return what makes the files of a resolved block the files that they are: the same bytes are the same whatever the way they came."""
+    """Return role → declared content of the files of a resolved block, without the mirrors.
+
+    The same bytes may come from any mirror.
+    """
     return {
         role: {key: value for key, value in file.items() if key not in ("url", "pypi") or "checksum" in file}
         for role, file in files_of(block).items()
@@ -215,20 +223,24 @@ def _problem_with_file(file: dict, kind: str) -> str | None:
         return (
             None if "sha256" in file else "a source by pypi needs sha256: without it a broken download passes for data."
         )
-    # Of several files GEO gives no sizes; a checksum says all that a size says, only later.
+    # GEO gives no sizes of several files. A checksum finds the same mistakes, only later.
     is_pinned = ("bytes" in file or kind == "files") and ("md5" in file or "sha256" in file)
     if is_pinned and "checksum" in file:
         return "its size and checksum are given. Leave checksum: unpublished out."
     if not is_pinned and "checksum" not in file:
         return (
-            "a source by url needs bytes and one of md5, sha256: without them a broken download passes for data. "
-            "If nobody publishes them, say checksum: unpublished; those of the first download are then kept and compared with."
+            "a source by url needs bytes and one of md5, sha256: without them a broken download passes for data. If "
+            "nobody publishes them, say checksum: unpublished; those of the first download are then kept and compared "
+            "with."
         )
     return None
 
 
 def problem_of(block: dict) -> tuple[list[str], str] | None:
-    """Return what is wrong with a block's source and its checksums: the keys that lead there, and a sentence with the fix."""
+    """Return the problem with a block's source: the keys that lead there, and a sentence with the fix.
+
+    None where the source and its checksums are valid.
+    """
     source = block["source"]
     kinds = [kind for kind in KINDS if kind in source]
     if len(kinds) != 1:
@@ -242,7 +254,7 @@ def problem_of(block: dict) -> tuple[list[str], str] | None:
         idle := [key for key in ("counts", "labels", "modality") if key in block or key in source]
     ):
         keys = [idle[0]] if idle[0] in block else ["source", idle[0]]
-        return keys, f"recipe {block['recipe']} knows what its files hold. Leave {idle[0]} out."
+        return keys, f"recipe {block['recipe']} knows the content of its files. Leave {idle[0]} out."
     if kind == "scperturb" and (problem := _problem_with_scperturb(block)):
         return problem
     if kind == "files" and (idle := [key for key in CONTENT_KEYS if key in block]):

@@ -1,4 +1,7 @@
-"""A screen as it came: cells and genes at once, raw counts in blocks of cells, so that a file of any size fits in memory."""
+"""A screen as it came: cells and genes at once, raw counts in blocks of cells.
+
+So a file of any size fits in memory.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -23,7 +26,7 @@ HIGHEST_COUNT = 2**24 - 1
 
 
 class NotCounts(Exception):
-    """A matrix holds values that are no raw counts; the message says which."""
+    """A matrix holds values that are no raw counts; the message names them."""
 
 
 class Source(ABC):
@@ -34,15 +37,15 @@ class Source(ABC):
     obs, var
         All cells and all genes, in the order of the source; an index need not be unique.
     files
-        What it was read from; the first one names it in messages.
+        The files that it was read from; messages name the first one.
     place
-        Where in the file its counts are.
+        The place of its counts in the file.
     alternative
-        The same screen with the counts of another place, for when these turn out to be no counts.
+        The same screen with the counts of another place, in the event that these turn out to be no counts.
     threads
         Threads that decode.
     scratch
-        Folder for what fits in memory only in parts; None is the system's temporary folder.
+        Folder for data that fit in memory only in parts; None is the system's temporary folder.
     """
 
     obs: pd.DataFrame
@@ -55,12 +58,14 @@ class Source(ABC):
 
     @abstractmethod
     def blocks(self, rows: np.ndarray | None = None) -> Iterator[Block]:
-        """Yield row numbers and their raw counts (cells × genes, float32) in the order of the source, in blocks of bounded size.
+        """Yield row numbers and their raw counts (cells × genes, float32) in the order of the source.
+
+        Blocks are of bounded size.
 
         Parameters
         ----------
         rows
-            Ascending numbers of the rows that are wanted; None for all.
+            Ascending numbers of the wanted rows; None for all.
 
         Raises
         ------
@@ -69,12 +74,15 @@ class Source(ABC):
         """
 
     def places_with_counts(self) -> dict[str, float]:
-        """Return the other places of the file that hold raw counts, in the words of the key `counts` → the highest count in a sample of them."""
+        """Return the other places of the file that hold raw counts → the highest count in a sample of them.
+
+        Places are in the words of the key `counts`.
+        """
         return {}
 
 
 def _reason(values: np.ndarray) -> str:
-    """Say why these values are no counts."""
+    """Return why these values are no counts."""
     if not np.isfinite(values).all():
         return "it holds NaN or infinite values"
     if values.min() < 0:
@@ -94,7 +102,10 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def as_counts(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Return a block as float32, genes ascending and without stored zeros; NotCounts unless it holds non-negative integers."""
+    """Return a block as float32, genes ascending and without stored zeros.
+
+    It raises NotCounts unless the block holds non-negative integers.
+    """
     counts = sparse.csr_matrix((rounded(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
     counts.sum_duplicates()
     counts.eliminate_zeros()
@@ -125,7 +136,7 @@ class InMemory(Source):
 
 
 class SomeGenes(Source):
-    """Some genes of another source; features of its other types are laid aside as they are read.
+    """Some genes of another source; features of its other types are laid aside while they are read.
 
     Parameters
     ----------
@@ -160,7 +171,10 @@ class SomeGenes(Source):
             yield numbers, counts[:, self._genes]
 
     def laid_aside(self, name: str) -> Iterator[sparse.csr_matrix]:
-        """Yield the counts of the features of this name, cells × features, block by block as `blocks` gave its cells."""
+        """Yield the counts of the features of this name, cells × features.
+
+        Its blocks are those of `blocks`.
+        """
         for pieces in self._pieces[name]:
             assert self._spool is not None
             data, indices, indptr = (self._spool.read(piece) for piece in pieces)

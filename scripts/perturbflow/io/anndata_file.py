@@ -1,0 +1,23 @@
+"""An AnnData file written part by part: the tables here, the matrices by whoever has them."""
+
+from typing import Any
+
+import anndata as ad
+import h5py
+import pandas as pd
+
+PLACES = ("obsm", "varm", "obsp", "varp", "layers")
+"""Groups that every AnnData file has, be they empty."""
+
+
+def begin_anndata(file: h5py.File) -> None:
+    """Mark a file as AnnData and make its empty groups; X, layers and obsm may be written then."""
+    file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    for place in PLACES:
+        ad.io.write_elem(file, place, {})
+
+
+def write_tables(file: h5py.File, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
+    """Write the tables of cells and genes, and `uns`, compressed."""
+    for place, content in (("obs", obs), ("var", var), ("uns", uns)):
+        ad.io.write_elem(file, place, content, dataset_kwargs={"compression": "gzip"})
