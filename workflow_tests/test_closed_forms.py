@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import members_of
 from perturbflow.models.base import Run, build
@@ -17,7 +18,7 @@ from perturbflow.models.closed_form.baselines import Additive, LatentSum, Transf
 from perturbflow.models.closed_form.ceilings import InterpolatedDuplicate
 from perturbflow.models.closed_form.regressions import KernelRidge
 from perturbflow.models.gaussian_process.set_gp import SetGP
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
 
 N_GENES = 60

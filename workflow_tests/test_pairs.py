@@ -5,17 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from conftest import SPECS, SPECS_OF_CELLS, Prepared
 from scipy import sparse
 
 from perturbflow import embeddings, pairs
+from perturbflow.controls import match_controls
 from perturbflow.embeddings import Embeddings, coexpression, from_table
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, entities_of
-from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.genes.variable import highly_variable
+from perturbflow.io import streaming
+from perturbflow.pairs import CONTROLS_PER_CELL, Pairs
 
 KINDS = [*SPECS, *SPECS_OF_CELLS]
 
@@ -169,6 +174,64 @@ def test_the_same_inputs_give_the_same_pairs(prepared: dict[str, Prepared], tmp_
     assert (first.X != second.X).nnz == 0
     assert np.array_equal(first.obsm["control_index"], second.obsm["control_index"])
     pd.testing.assert_frame_equal(first.obs, second.obs)
+
+
+# --- block by block -------------------------------------------------------------------------------------------------
+
+
+def in_memory(here: Prepared, n_hvg: int) -> ad.AnnData:
+    """Return what `pair` writes but for the matched controls and halves, from the whole screen in memory, with scanpy."""
+    roles = json.loads(here.split.read_text())["cells"]
+    role_of = {cell: role for role, cells in roles.items() for cell in cells}
+    screen = ad.read_h5ad(here.harmonized)
+    screen = screen[screen.obs_names.isin(list(role_of))].copy()
+    is_train = screen.obs_names.isin(roles["train"])
+    screen.layers["counts"] = screen.X.copy()
+    sc.pp.normalize_total(screen, target_sum=float(np.median(screen.X[is_train].toarray().sum(axis=1))))
+    sc.pp.log1p(screen)
+    training = screen[is_train].copy()
+    sc.pp.highly_variable_genes(training, n_top_genes=n_hvg, flavor="seurat")
+    perturbed = {gene for label in screen.obs["perturbation"].unique() for gene in entities_of(label)}
+    screen.var["highly_variable"] = training.var["highly_variable"]
+    screen.var["is_perturbed_gene"] = screen.var_names.isin(perturbed)
+    screen.obs["role"] = pd.Categorical([role_of[cell] for cell in screen.obs_names], ["train", "validation", "test"])
+    return screen[:, screen.var["highly_variable"] | screen.var["is_perturbed_gene"]].copy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_give_what_the_whole_screen_in_memory_gives(
+    kind: str, prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 33)  # 16 blocks or more
+    pairs.pair(prepared[kind].harmonized, prepared[kind].split, tmp_path / "pairs.h5ad", 40)
+    found, expected = ad.read_h5ad(tmp_path / "pairs.h5ad"), in_memory(prepared[kind], 40)
+    pd.testing.assert_frame_equal(found.obs.drop(columns="half"), expected.obs[found.obs.columns.drop("half")])
+    pd.testing.assert_frame_equal(found.var, expected.var[found.var.columns])
+    assert (found.layers["counts"] != expected.layers["counts"]).nnz == 0
+    np.testing.assert_allclose(found.X.toarray(), expected.X.toarray(), rtol=1e-6)
+    assert found.X.dtype == found.layers["counts"].dtype == np.float32
+
+
+def test_the_layer_of_counts_shares_the_places_of_its_values_with_x(prepared: dict[str, Prepared]) -> None:
+    with h5py.File(prepared["unseen_combination"].pairs) as file:
+        for name in ("indices", "indptr"):
+            assert file["X"][name] == file["layers/counts"][name]
+
+
+@pytest.mark.parametrize("n_genes", [1, 30, 170, 400])
+def test_highly_variable_genes_are_those_of_scanpy(n_genes: int) -> None:
+    rng = np.random.default_rng(0)
+    X = sparse.csr_matrix(
+        rng.negative_binomial(1.0, 1 / (1 + rng.lognormal(-1, 2, 400)), (300, 400)).astype(np.float32)
+    )
+    X[:, 5] = 0.0
+    training = ad.AnnData(X.copy())
+    sc.pp.log1p(training)
+    sc.pp.highly_variable_genes(training, n_top_genes=n_genes, flavor="seurat")
+    found = highly_variable(
+        X.toarray().sum(axis=0, dtype=float), (X.toarray() ** 2).sum(axis=0, dtype=float), 300, n_genes
+    )
+    assert np.array_equal(found, training.var["highly_variable"])
 
 
 # --- halves ---------------------------------------------------------------------------------------------------------

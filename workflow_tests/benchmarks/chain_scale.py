@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -143,7 +143,11 @@ class Chain:
         """Return implementation, params as JSON, and file name of a model."""
         block = self.config["models"][name]
         family = FAMILIES[block["family"]]
-        steps = {} if self.n_steps is None else dict.fromkeys((p for p in block["params"] if p.startswith("n_steps")), self.n_steps)
+        steps = (
+            {}
+            if self.n_steps is None
+            else dict.fromkeys((p for p in block["params"] if p.startswith("n_steps")), self.n_steps)
+        )
         return family.implementation, json.dumps({**block["params"], **steps}), family.artefact  # fmt: skip
 
     def steps(self) -> Iterator[tuple[str, str, dict[str, object], list[Path]]]:
@@ -178,7 +182,8 @@ class Chain:
         implementation, params, artefact = self.model_of(model)
         built = {"implementation": implementation, "params": params, "seed": 0}
         yield f"train {model}", "train", {
-            "pairs": pairs, "embeddings": vectors, "audit": audit, "model": run / artefact, "run": run / "run.json", **built,
+            "pairs": pairs, "embeddings": vectors, "audit": audit, "model": run / artefact, "run": run / "run.json",
+            "provenance": '{"code_version": "measured"}', **built,
         }, [run / artefact]  # fmt: skip
         yield f"predict {model}", "predict", {
             "pairs": pairs, "model": run / artefact, "predictions": run / "predictions.h5ad", **built,
@@ -190,7 +195,9 @@ class Chain:
             "provenance": json.dumps(provenance),
         }, [run / "metrics.tsv"]  # fmt: skip
         if FAMILIES[self.config["models"][model]["family"]].kind == "learned" or model == "set_gp":
-            warranty = {name: run / file for name, file in (("warranty", "warranty.json"), ("calibration", "calibration.npz"))}
+            warranty = {
+                name: run / file for name, file in (("warranty", "warranty.json"), ("calibration", "calibration.npz"))
+            }
             yield f"warranty {model}", "warranty", {
                 "pairs": pairs, "embeddings": vectors, "model": run / artefact, **warranty, **built,
             }, [*warranty.values()]  # fmt: skip
@@ -232,11 +239,11 @@ def made(chain: Chain, n_cells: int, n_perturbations: int) -> Chain:
     return chain
 
 
-def walked(chain: Chain, is_wanted: Callable[[str], bool]) -> pd.DataFrame:
-    """Run the wanted steps whose inputs are there; return a row per step: wall and CPU seconds, peak and file in MB."""
+def walked(chain: Chain, wanted: list[str]) -> pd.DataFrame:
+    """Run the steps whose names begin with one of the wanted; return a row per step: wall and CPU seconds, peak and file in MB."""
     rows = {}
     for name, script, arguments, outputs in chain.steps():
-        if not is_wanted(name):
+        if not name.startswith(tuple(wanted)):
             continue
         for output in outputs:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +262,11 @@ def walked(chain: Chain, is_wanted: Callable[[str], bool]) -> pd.DataFrame:
 def table_of(sizes: dict[str, pd.DataFrame], n_cells: list[int]) -> str:
     """Return a Markdown table of all steps and sizes, with exponents between the first and the last size."""
     steps = list(dict.fromkeys(step for table in sizes.values() for step in table.index))
-    lines = ["| step | " + " | ".join(f"{size}: wall, CPU s | peak, MB | file, MB" for size in sizes) + " | exponent: CPU | peak |"]
+    lines = [
+        "| step | "
+        + " | ".join(f"{size}: wall, CPU s | peak, MB | file, MB" for size in sizes)
+        + " | exponent: CPU | peak |"
+    ]
     lines.append("| --- |" + " ---: |" * (3 * len(sizes) + 2))
     for step in steps:
         cells = []
@@ -278,7 +289,9 @@ def main() -> None:
     parser.add_argument("--perturbations", type=int, nargs="+", default=[800, 2000], help="per size, or one for all")
     parser.add_argument("--models", nargs="+", default=["no_change", "additive", "technical_duplicate", "set_gp"])
     parser.add_argument("--training-steps", type=int, help="of learned models; default: each model's own")
-    parser.add_argument("--steps", nargs="+", help="run these alone, by the beginning of their names; inputs must be there")
+    parser.add_argument(
+        "--steps", nargs="+", help="run these alone, by the beginning of their names; inputs must be there"
+    )
     parser.add_argument("--folder", type=Path, help="where the files are kept; default: a temporary folder")
     arguments = parser.parse_args()
     perturbations = arguments.perturbations * (1 if len(arguments.perturbations) > 1 else len(arguments.cells))
@@ -290,10 +303,7 @@ def main() -> None:
             folder = (arguments.folder or Path(temporary)) / f"cells_{n_cells}_{n_perturbations}"
             chain = made(Chain(folder, arguments.models, arguments.training_steps), n_cells, n_perturbations)
             print(f"{n_cells:,} cells, {n_perturbations:,} perturbations", file=sys.stderr, flush=True)
-            wanted = arguments.steps
-            sizes[f"{n_cells:,} × {n_perturbations:,}"] = walked(
-                chain, lambda name: wanted is None or any(map(name.startswith, wanted))
-            )
+            sizes[f"{n_cells:,} × {n_perturbations:,}"] = walked(chain, arguments.steps or [""])
             if not arguments.folder:
                 shutil.rmtree(folder)
     print(table_of(sizes, arguments.cells))

@@ -26,11 +26,12 @@ from perturbflow.audit.evidence import (
     roles_are_disjoint,
     roles_of_cells_agree,
 )
+from perturbflow.controls import match_controls
 from perturbflow.embeddings import Embeddings, coexpression
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import members_of
 from perturbflow.io.files import file_digest, read_json, write_json
-from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs
 from perturbflow.progress import progressed
 from perturbflow.splits.split import names_digest
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
 
+from perturbflow.controls import Context
 from perturbflow.counterfactuals.contexts import Place, Places, contexts_of
 from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes
 from perturbflow.counterfactuals.search import Direction, ranked
@@ -22,7 +23,7 @@ from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, read_json
 from perturbflow.models.base import Model, build
 from perturbflow.models.calibration import Calibration, Scale, case_of
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 from perturbflow.progress import Progress
 
 logger = logging.getLogger(__name__)

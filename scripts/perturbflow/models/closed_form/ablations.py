@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import CONTROL, members_of
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.models.thinning import with_mean_effect
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 
 
 class ShuffledLabels(SetGP):

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.base import Artefact, Ceiling, Run
 from perturbflow.models.effects import Effects
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 
 
 class TechnicalDuplicate(Ceiling):
