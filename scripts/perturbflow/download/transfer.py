@@ -176,7 +176,7 @@ def reason(error: BaseException) -> str:
 
 
 def _retry_after(response: requests.Response) -> float | None:
-    """Return the seconds that a host asks to wait, capped; None if it says nothing that can be read."""
+    """Return the seconds that a host asks to wait, capped; None without a readable answer."""
     try:
         seconds = urllib3.Retry().get_retry_after(response.raw)
     except urllib3.exceptions.HTTPError:

@@ -66,9 +66,9 @@ def neighbours(
 
     Returns
     -------
-    Each of `genes`, as it is written → measured genes, as these are written, and their distances in bases, the nearest
-    first. The gene itself is no neighbour, by any of its names. Empty where its start is not known; a measured gene
-    without a known start is nobody's neighbour.
+    Each of `genes`, as it is written → measured genes, as these are written, and their distances in bases,
+    the nearest first. The gene itself is no neighbour, by any of its names. Empty where its start is not
+    known; a measured gene without a known start is nobody's neighbour.
     """
     table = starts(organism)
 

@@ -141,8 +141,8 @@ def pack_counts(
     """Write the wanted cells in about a byte per entry, and where each of them ends.
 
     It adds to the number of cells per gene. The high half of a byte is the number of genes without a count before this
-    one, the low half the count. Where one of them is 15 or more (3 % of the entries of a screen), a zero byte comes
-    first, and then both in three bytes each. `packed` has room for 7 bytes per entry.
+    one, the low half the count. If one of them is 15 or more (3 % of the entries of a screen), a zero byte comes first.
+    Then both follow in three bytes each. `packed` has room for 7 bytes per entry.
     """
     at = np.uint64(0)
     cell = 0

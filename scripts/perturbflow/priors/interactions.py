@@ -138,7 +138,7 @@ def spectral_coordinates(network: sparse.csr_array, n: int, tau: float) -> np.nd
 
 
 def network_of(edges: pd.DataFrame, files: dict[str, Path], least: int) -> tuple[pd.Index, sparse.csr_array]:
-    """Return the genes that have an edge, more than `least`, and the weights between them: genes × genes, symmetric."""
+    """Return the genes with an edge, more than `least`, and the weights between them: genes × genes, symmetric."""
     rows, columns, names = edges["a"].cat.codes, edges["b"].cat.codes, edges["a"].cat.categories
     one_way = sparse.csr_array((edges["weight"], (rows, columns)), shape=(len(names), len(names)))
     network = one_way + one_way.T
@@ -201,7 +201,7 @@ Edges = tuple[pd.Series, np.ndarray, np.ndarray]
 
 
 def _from_string(links: Path, info: Path, channels: tuple[str, ...], least_score: float) -> Edges:
-    """Read STRING, scored anew from some channels: 1 − Π(1 − sᵢ), the prior removed from each and added back once.
+    """Read STRING, scored anew from some channels: 1 − Π(1 − sᵢ), the prior removed from each and added once.
 
     This is how STRING combines them (string-db.org/help/faq, von Mering et al. 2005), without its correction for
     homology. A single column keeps its own scores.

@@ -83,8 +83,8 @@ def compared(sample: Sample, rows: np.ndarray, controls: np.ndarray, rng: np.ran
 def energy_distance(X: np.ndarray, is_perturbed: np.ndarray) -> np.ndarray:
     """Return 2δ − σ_x − σ_y of perturbed cells and controls, squared Euclidean (Peidli et al. 2024, scPerturb).
 
-    The shape is (assignments,). δ is the mean squared distance between the groups, σ the mean within each (of different
-    cells). Squared distances make it
+    The shape is (assignments,). δ is the mean squared distance between the groups, σ the mean within each (of
+    different cells). Squared distances make it
 
         E = 2 ‖x̄ − ȳ‖² − 2 tr S_x / n_x − 2 tr S_y / n_y
 
@@ -113,8 +113,9 @@ def energy_distance(X: np.ndarray, is_perturbed: np.ndarray) -> np.ndarray:
 def _tail(X: np.ndarray, is_perturbed: np.ndarray, stratum: np.ndarray) -> float:
     """Return the probability of means as far apart as these where labels are random within strata.
 
-    ‖x̄ − ȳ‖² of permuted labels is a quadratic form of a nearly normal vector whose covariance is known exactly. Its
-    upper tail is that of a shifted and scaled χ² with the same first three moments (Pearson 1959, Imhof 1961).
+    ‖x̄ − ȳ‖² of permuted labels is a quadratic form of a nearly normal vector whose covariance is known
+    exactly. Its upper tail is that of a shifted and scaled χ² with the same first three moments (Pearson
+    1959, Imhof 1961).
     """
     covariance = np.zeros((X.shape[1], X.shape[1]))
     n_x, n_y = is_perturbed.sum(), (~is_perturbed).sum()
@@ -138,8 +139,8 @@ def test_response(cells: Compared, rng: np.random.Generator) -> tuple[float, flo
     """Return the energy distance of a perturbation to its controls, and the p-value of a permutation test.
 
     Labels are permuted within batch and cell type, so that no batch effect is taken for one of the perturbation. Where
-    fewer than ten permutations reach the distance, `_tail` says how rare it is: thousands of perturbations are
-    corrected for, and permutations alone know no p below one in their number.
+    fewer than ten permutations reach the distance, `_tail` gives p: n permutations alone give none below 1 / n, and the
+    correction for thousands of perturbations needs smaller ones.
     """
     observed = float(energy_distance(cells.X, cells.is_perturbed[None])[0])
     order = np.argsort(cells.stratum, kind="stable")
@@ -160,7 +161,7 @@ def escaping(cells: Compared, rng: np.random.Generator) -> float:
     It is NaN where the two kinds of cells cannot be distinguished. Cells are projected on the mean difference of
     perturbed cells and controls. Along it perturbed cells are a mixture of two Gaussians. One is that of the controls,
     the other is fitted by expectation-maximization. Each half of the cells is projected on the difference of the other
-    half, as a cell is pulled towards a mean that it is part of.
+    half: a cell pulls the mean that it is part of towards itself.
     """
     half = rng.permutation(len(cells.X)) % 2
     projections = np.empty(len(cells.X))

@@ -35,8 +35,8 @@ class Plan:
     divisions
         One row per dataset × split of the runs. Where no model is selected, it has all possible ones.
     runs
-        One row per dataset × split × model × seed, with the model's family: the selected models, and a floor or ceiling
-        of every family of REFERENCES. It is empty where no split or no model is selected.
+        One row per dataset × split × model × seed, with the model's family: the selected models, and a floor
+        or ceiling of every family of REFERENCES. It is empty where no split or no model is selected.
     queries
         One row per counterfactual query × seed.
     warranties

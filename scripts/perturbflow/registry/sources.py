@@ -71,8 +71,8 @@ def labels_file(block: dict) -> str | None:
 # A zarr store has one of these in its root, and a folder of Cell Ranger a matrix.
 ZARR_ROOT = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
 TENX_MATRIX = re.compile(r"(?:.*[_.-])?matrix\.mtx(?:\.[a-z.]+)?")
-# Folders of kb-python and of Parse, whose matrices are cells × genes: role → names of the file. The first three have to
-# be there.
+# Folders of kb-python and of Parse, whose matrices are cells × genes: role → names of the file. The first three
+# roles have to be there.
 LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
     {
         "matrix": ("cells_x_genes.mtx",),

@@ -200,7 +200,7 @@ def look_alikes(
 
 
 def counted(n_cells: Mapping[str, int]) -> str:
-    """Return labels, each with its number of cells, as many as a message holds."""
+    """Return labels, each with its number of cells; after the first SHOWN, only their number."""
     shown = ", ".join(f"'{label}' ({n:,})" for label, n in list(n_cells.items())[:SHOWN])
     return f"{shown}, {len(n_cells) - SHOWN:,} more" if len(n_cells) > SHOWN else shown
 

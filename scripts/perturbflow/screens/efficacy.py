@@ -1,4 +1,4 @@
-"""Did the perturbation reach its own gene? The level of every perturbed gene in its cells, against matched controls."""
+"""The effect of a perturbation on its own gene: the gene's level in the perturbed cells, against matched controls."""
 
 from __future__ import annotations
 
@@ -178,9 +178,9 @@ class OwnCounts:
 
         Returns
         -------
-        Columns label, member, cells, expected (molecules at the controls' level), ratio, low, high, share (changed in
-        the direction: 1 − ratio down, ratio − 1 up; NaN without one) and is_told (whether expected or found molecules
-        suffice for a ratio).
+        Columns label, member, cells, expected (molecules at the controls' level), ratio, low, high, share
+        (changed in the direction: 1 − ratio down, ratio − 1 up; NaN without one) and is_told (whether
+        expected or found molecules suffice for a ratio).
         """
         mean, variance, pool = self._pools()
         cell, pair, rate = self._by_pair()

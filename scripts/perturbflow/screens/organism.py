@@ -52,7 +52,7 @@ MOUSE_MITOCHONDRIAL = {f"ENSMUSG000000{number}" for number in (*range(64336, 643
 
 
 def _marks(names: pd.Index | pd.Series) -> list[re.Match | None]:
-    """Return the name of a genome in every name; none at all where fewer than nearly all have one."""
+    """Return the match of a genome in every name; None for all names where fewer than nearly all have one."""
     for pattern in MARKS:
         found = [pattern.search(name) for name in names]
         if len(found) > 0 and sum(match is not None for match in found) >= NEARLY_ALL * len(found):

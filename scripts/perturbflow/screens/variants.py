@@ -159,8 +159,8 @@ Tails = dict[str, dict[str, re.Match]]
 def of_compounds(names: Iterable[str], *, are_genes: bool) -> Variants | None:
     """Return compounds that go by several names, which differ in a dose, a time or a level at their end.
 
-    A bare number is a dose where it has a decimal point, where several stems have the same numbers,
-    or behind other signs than - (not AG-490, AG-14361). Where perturbations are genes, it is a guide.
+    A bare number is a dose where it has a decimal point, or where several stems have the same numbers. It is one, too,
+    behind other signs than - (not AG-490, AG-14361). Where perturbations are genes, it is a guide.
     """
     names = list(names)
     stems = _tails(names)
