@@ -195,7 +195,9 @@ def in_memory(here: Prepared, n_hvg: int) -> ad.AnnData:
     screen.var["highly_variable"] = training.var["highly_variable"]
     screen.var["is_perturbed_gene"] = screen.var_names.isin(perturbed)
     screen.obs["role"] = pd.Categorical([role_of[cell] for cell in screen.obs_names], ["train", "validation", "test"])
-    return screen[:, screen.var["highly_variable"] | screen.var["is_perturbed_gene"]].copy()
+    kept = screen[:, screen.var["highly_variable"] | screen.var["is_perturbed_gene"]].copy()
+    kept.strings_to_categoricals()  # as writing does
+    return kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
