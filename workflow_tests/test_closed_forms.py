@@ -283,9 +283,9 @@ def test_cells_are_read_once_for_effects_and_once_for_contexts_however_many_fold
     read: list[int] = []
     blocks = Pairs.blocks
 
-    def counted(pairs: Pairs) -> Iterator:
+    def counted(pairs: Pairs, rows: np.ndarray | None = None) -> Iterator:
         read.append(len(pairs.rows))
-        return blocks(pairs)
+        return blocks(pairs, rows)
 
     monkeypatch.setattr(Pairs, "blocks", counted)
     training = make_training(singles, batches=3)
@@ -398,4 +398,4 @@ def test_the_interpolated_duplicate_is_the_duplicate_where_sure_and_the_mean_eff
     control = pairs.roles("test").mean_of(np.flatnonzero(pairs.roles("test").is_control))
     np.testing.assert_allclose((mean - control)[:20], -2.0, atol=0.15)  # sure: as measured
     assert (mean - control)[20:].mean() > 0.5  # nothing measured: as the training perturbations do
-    assert model.artefact["X"].shape == (30, N_GENES)
+    assert len(model.artefact["rows"]) == 30

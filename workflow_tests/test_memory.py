@@ -8,6 +8,7 @@ import pytest
 from conftest import SPECS, Prepared, make_screen, prepare
 
 from perturbflow import embeddings, pairs
+from perturbflow.evaluation import measured
 from perturbflow.evaluation.table import evaluate
 from perturbflow.io import hdf5, streaming
 from perturbflow.predict import predict
@@ -35,6 +36,9 @@ def screens(tmp_path_factory: pytest.TempPathFactory) -> list[Prepared]:
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let blocks be small beside the screens."""
     monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(pairs, "VALUES_IN_MEMORY", 0)
+    monkeypatch.setattr(measured, "CELLS_OF_PCA", 50)
+    monkeypatch.setattr(measured, "ROWS_AT_ONCE", 64)
     monkeypatch.setattr(hdf5, "CHUNK", 2**12)
     monkeypatch.setattr(hdf5, "CHUNKS_AHEAD", 2)
 
@@ -92,9 +96,16 @@ STEPS: dict[str, Callable[[Prepared], None]] = {
     "train no_change": trained("no_change"),
     "train additive": trained("additive"),
     "train gaussian_process": trained("gaussian_process"),
+    "train technical_duplicate": trained("technical_duplicate"),
+    "train interpolated_duplicate": trained("interpolated_duplicate"),
+    "train batch_only": trained("batch_only"),
     "predict": predicted,
     "evaluate": scored,
 }
+
+
+# Ceilings keep half of the held-out cells, and metrics compare cells with cells: both hold a share of them, sparse.
+SHARES = {"train technical_duplicate": 1.0, "train interpolated_duplicate": 1.0, "evaluate": 1.5}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -103,4 +114,6 @@ def test_a_further_cell_takes_no_more_than_its_labels(step: str, screens: list[P
         STEPS[step](here)
     few, many = (peak(STEPS[step], here) for here in screens)
     growth = (many - few) / (n_cells(screens[1]) - n_cells(screens[0]))
-    assert growth < BYTES_PER_CELL, f"{step}: a further cell takes {growth:,.0f} bytes at the peak of {many:,}"
+    assert growth < BYTES_PER_CELL * (1 + 2 * SHARES.get(step, 0.0)), (
+        f"{step}: a further cell takes {growth:,.0f} bytes at the peak of {many:,}"
+    )

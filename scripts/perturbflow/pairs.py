@@ -26,6 +26,7 @@ from perturbflow.splits.divisions import KNOWN, ROLES
 logger = logging.getLogger(__name__)
 
 CONTROLS_PER_CELL = 8
+VALUES_IN_MEMORY = 50_000_000  # of expression, 8 bytes each: of more, rows are read when they are asked for
 LEAST_CELLS = 10  # of a perturbation in a context: fewer give noise for an effect
 CARRIED_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
@@ -62,6 +63,12 @@ class Pairs:
         """Read pairs.h5ad; raw counts stay on disk."""
         cells = cls.open(path)
         return replace(cells, X=cells.X[:])
+
+    @classmethod
+    def load(cls, path: Path) -> "Pairs":
+        """Read pairs.h5ad where its expression is small (`VALUES_IN_MEMORY`), open it otherwise."""
+        cells = cls.open(path)
+        return replace(cells, X=cells.X[:]) if cells.X.n_stored.sum() <= VALUES_IN_MEMORY else cells
 
     @classmethod
     def open(cls, path: Path) -> "Pairs":
@@ -106,10 +113,10 @@ class Pairs:
     def _of_roles(self) -> dict[tuple[str, ...], "Pairs"]:
         return {}
 
-    def blocks(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-        """Yield all cells in their order, some thousands at once: which rows they are, and their expression."""
-        for rows in row_blocks(len(self.rows)):
-            yield rows, self.X[rows]
+    def blocks(self, rows: np.ndarray | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+        """Yield all cells, or these rows, in their order, some thousands at once: which of them, and their expression."""
+        for part in row_blocks(len(self.rows) if rows is None else len(rows)):
+            yield part, self.X[part if rows is None else rows[part]]
 
     @cached_property
     def groups(self) -> Groups:
@@ -129,17 +136,10 @@ class Pairs:
         group
             Of every cell under the mask.
         """
-        sums, squares = np.zeros((2, n_groups, len(self.genes)))
-        for part, X in self._parts(np.flatnonzero(mask)):
+        sums, squares = np.zeros((2, n_groups, self.X.shape[1]))
+        for part, X in self.blocks(None if mask.all() else np.flatnonzero(mask)):
             add_moments(X.data, X.indices, X.indptr, group[part], sums, squares)
         return sums, squares
-
-    def _parts(self, rows: np.ndarray) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-        """Yield some rows in their order, some thousands at once: which of them they are, and their expression."""
-        for part in row_blocks(len(rows)):
-            here = rows[part]
-            is_range = here[-1] - here[0] == len(here) - 1
-            yield part, self.X[slice(here[0], here[-1] + 1) if is_range else here]
 
     @cached_property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
@@ -162,7 +162,7 @@ class Pairs:
         group = (np.cumsum(is_found) - 1)[group[mask]]
         # Single precision is enough for sums of some dozens of cells, and contexts × perturbations are many.
         values = np.zeros((is_found.sum(), len(self.genes)), np.float32)
-        for part, X in self._parts(np.flatnonzero(mask)):
+        for part, X in self.blocks(np.flatnonzero(mask)):
             add_rows(X.data, X.indices, X.indptr, group[part], values)
         weights = sparse.csr_matrix((1.0 / size[is_found][group], (group, self._within.of_cell[mask])))
         contexts = list(in_order)
@@ -226,12 +226,10 @@ class Pairs:
     @cached_property
     def _control_levels(self) -> np.ndarray:
         """Mean of the controls that serve each stratum, (strata, genes), log1p."""
-        within = self._within
-        stratum = within.of_cell[self.is_control]
-        n = np.bincount(stratum, minlength=len(within))
-        sums, _ = self.sums_over(stratum, self.is_control, len(within))
+        within, n = self._within, self.groups.n_controls()
         pool = within.serving(n)
         n_serving = np.where(pool < 0, np.nan, (within.members @ n)[pool])
+        sums = self.groups.control_means(self.sums[0]) * n[:, None]
         return (within.members[pool] @ sums / n_serving[:, None]).astype(self.X.dtype)
 
     @cached_property
@@ -241,10 +239,17 @@ class Pairs:
         return (self.sums[0][first:].sum(axis=0) / self.groups.n_cells[first:].sum()).astype(self.X.dtype)
 
     @cached_property
+    def control_variance(self) -> np.ndarray:
+        """Variance of expression over all controls, (genes,)."""
+        first, (sums, squares) = len(self.groups.labels), self.sums
+        n = self.groups.n_cells[first:].sum()
+        return squares[first:].sum(axis=0) / n - (sums[first:].sum(axis=0) / n) ** 2
+
+    @cached_property
     def control_covariance(self) -> np.ndarray:
         """Covariance of genes over all controls, (genes, genes)."""
         products = np.zeros((len(self.genes), len(self.genes)), self.X.dtype)
-        for _, X in self._parts(np.flatnonzero(self.is_control)):
+        for _, X in self.blocks(np.flatnonzero(self.is_control)):
             centred = X.toarray() - self.control_level
             products += centred.T @ centred
         return products / self.is_control.sum()
@@ -277,8 +282,41 @@ class Pairs:
 
     def effect_of(self, label: str) -> np.ndarray:
         """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""
+        return self._effects[self.groups.labels.index(label)]
+
+    @cached_property
+    def _effects(self) -> np.ndarray:
+        """Mean effect of every perturbation, (perturbations, genes)."""
+        return self.groups.effects(self.sums[0]).astype(self.X.dtype)
+
+    def effects_of_halves(self, label: str) -> list[np.ndarray]:
+        """Return the mean effect of a perturbation by each half of its cells, 'a' and 'b', against all controls; of one that has cells."""
+        group, sums = self._halves
+        groups = 2 * self.groups.labels.index(label) + np.arange(2)
         rows = self.cells_of(label)
-        return self.mean_of(rows) - self.control_mean_for(rows)
+        found = [(i, rows[group[rows] == i]) for i in groups]
+        return [
+            (sums[i] / len(of_half)).astype(self.X.dtype) - self.control_mean_for(of_half)
+            for i, of_half in found
+            if len(of_half)
+        ]
+
+    @cached_property
+    def _halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Half of a perturbation that every cell belongs to, -1 for none, (cells,), and sums over the halves, (halves, genes)."""
+        half = pd.Categorical(self.obs["half"].astype(str), categories=["a", "b"]).codes
+        group = np.where((half >= 0) & ~self.is_control, 2 * self.groups.of_cell + half, -1)
+        return group, self.sums_over(group[group >= 0], group >= 0, 2 * len(self.groups.labels))[0]
+
+    def controls_at(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return the expression of controls by their rows; controls are few and asked again and again, so all are kept."""
+        at, X = self._controls
+        return X[np.searchsorted(at, rows)]
+
+    @cached_property
+    def _controls(self) -> tuple[np.ndarray, sparse.csr_matrix]:
+        rows = np.flatnonzero(self.is_control)
+        return rows, self.X[rows]
 
 
 def _halves(obs: pd.DataFrame, seed: int) -> np.ndarray:

@@ -52,7 +52,9 @@ def asked_effect(model: Model, cells: Pairs, label: str, seed: int) -> np.ndarra
         rows = np.random.default_rng(seed).choice(rows, MAX_CELLS, replace=False)
     starts, times = np.unique(cells.control_index[rows, 0], return_counts=True)
     context = cells.context_of(starts)
-    return np.average(model.individual_effects(cells.X[starts].toarray(), label, seed, context), axis=0, weights=times)
+    return np.average(
+        model.individual_effects(cells.controls_at(starts).toarray(), label, seed, context), axis=0, weights=times
+    )
 
 
 def calibrated(model: Model, pairs: Pairs, embeddings: Embeddings, seed: int) -> tuple[Calibration, Scale]:
@@ -125,17 +127,6 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else np.nan
 
 
-def _halves(cells: Pairs, label: str) -> list[np.ndarray]:
-    """Return the measured effect by each half of the perturbation's cells, against all controls."""
-    rows = cells.cells_of(label)
-    half = cells.obs["half"].astype(str).to_numpy()[rows]
-    return [
-        cells.mean_of(rows[half == name]) - cells.control_mean_for(rows[half == name])
-        for name in ("a", "b")
-        if (half == name).any()
-    ]
-
-
 def calibrations_of(
     model: Model, pairs: Pairs, embeddings: Embeddings, seed: int
 ) -> tuple[dict[str, Calibration], Scale]:
@@ -173,7 +164,7 @@ def held_to_test(
         predicted, measured, halves = (
             asked_effect(model, test, label, seed),
             test.effect_of(label),
-            _halves(test, label),
+            test.effects_of_halves(label),
         )
         case = case_of(label, *seen)
         kept = ~np.isin(test.genes, entities_of(label))
@@ -305,7 +296,7 @@ def warranty(
         Role that the model is held to: it has not learned from it.
     """
     family = build(implementation, params)
-    cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
+    cells = Pairs.open(pairs) if family.reads_blocks else Pairs.load(pairs)
     family.restore(load_artefact(model))
     logger.info("%s: intervals, agreement and placebo are checked", model)
     known, test = cells.fitted_on(scored), cells.roles(scored)
