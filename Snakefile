@@ -85,11 +85,9 @@ rule evaluated:
     localrule: True
 
 
+# A deleted file that these results depend on is made again, too.
 rule all:
-    """Everything that is selected: scores, report and counterfactual answers; without a model, data and pairs.
-
-    A deleted file that these depend on is made again, too.
-    """
+    """Everything that is selected: scores, report and counterfactual answers; without a model, data and pairs."""
     default_target: True
     input:
         [] if plan.runs.empty else [*rules.benchmark.output, *rules.report.output],

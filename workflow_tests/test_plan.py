@@ -722,7 +722,7 @@ def test_a_mistake_in_the_code_leaves_its_traceback_in_the_log(finished: Finishe
     """What is not the user's to mend must be found by whoever can."""
     repository = copy_repository(tmp_path / "repository")
     module = repository / "scripts" / "perturbflow" / "screens/harmonize.py"
-    module.write_text(module.read_text().replace("    path = source.files[0]\n", "    1 / 0\n", 1))
+    module.write_text(module.read_text().replace("    source, files = _opened(raw, dataset)\n", "    1 / 0\n", 1))
     (tmp_path / "screen.h5ad").write_bytes(finished.screen.read_bytes())
     outcome = run_snakemake(tmp_path, "data", config=closed_forms_config(), repository=repository)
     assert outcome.returncode != 0

@@ -89,6 +89,21 @@ def _as_declared(value: Any, hint: Any) -> Any:
     return value
 
 
+def _arguments_of_job(function: Callable, snakemake: Any) -> dict[str, Any]:
+    """Return the named inputs, outputs and params of a job, and the resources that the function takes."""
+    arguments = {**dict(snakemake.input), **dict(snakemake.output), **dict(snakemake.params)}
+    arguments = {name: value for name, value in arguments.items() if name not in FOR_SNAKEMAKE}
+    accepted = inspect.signature(function).parameters
+    if "threads" in accepted:
+        arguments["threads"] = snakemake.threads
+    if "devices" in accepted:
+        arguments["devices"] = max(1, snakemake.resources.get("gpu", 0))
+    if "provenance" in accepted:
+        code_version = snakemake.params.get("code_version")
+        arguments["provenance"] = {**dict(snakemake.wildcards), "code_version": code_version}
+    return arguments
+
+
 def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = None) -> None:
     """Call a script's function with the inputs, outputs and params of a Snakemake job, or of the command line.
 
@@ -100,26 +115,13 @@ def run(function: Callable, snakemake: Any = None, by_hand: Callable | None = No
         function = by_hand or function
         _configure_logging(None)
         arguments = vars(_argument_parser(function).parse_args())
-        hints = typing.get_type_hints(function)
-        arguments = {name: _as_declared(value, hints.get(name)) for name, value in arguments.items()}
         logger.info("%s: OMP_NUM_THREADS is %s", function.__name__, THREADS)
     else:
         _configure_logging(snakemake.log[0] if snakemake.log else None)
-        arguments = {**dict(snakemake.input), **dict(snakemake.output), **dict(snakemake.params)}
+        arguments = _arguments_of_job(function, snakemake)
         made_of = arguments.pop("made_of", None)
-        arguments = {name: value for name, value in arguments.items() if name not in FOR_SNAKEMAKE}
-        hints = typing.get_type_hints(function)
-        arguments = {name: _as_declared(value, hints.get(name)) for name, value in arguments.items()}
-        accepted = inspect.signature(function).parameters
-        if "threads" in accepted:
-            arguments["threads"] = snakemake.threads
-        if "devices" in accepted:
-            arguments["devices"] = max(1, snakemake.resources.get("gpu", 0))
-        if "provenance" in accepted:
-            arguments["provenance"] = {
-                **dict(snakemake.wildcards),
-                "code_version": snakemake.params.get("code_version"),
-            }
+    hints = typing.get_type_hints(function)
+    arguments = {name: _as_declared(value, hints.get(name)) for name, value in arguments.items()}
     try:
         inputs = inputs_as_made(snakemake.input) if made_of else {}
         function(**arguments)

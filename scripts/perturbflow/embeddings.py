@@ -188,6 +188,45 @@ def further_genes(paths: Iterable[Path], perturbed: Iterable[str], measured: Ite
     return []
 
 
+def _joined_sources(cells: Pairs, genes: list[str], sources: list, priors: Iterable[Path]) -> pd.DataFrame:
+    """Return the vectors of genes from all sources, side by side; parameters as in `embeddings`."""
+    of_priors = iter(priors)
+    tables: list[pd.DataFrame] = []
+    knows: dict[str, str] = {}
+    for source in sources:
+        if source == "coexpression":
+            table = coexpression(cells, genes)
+        elif isinstance(source, str):
+            vectors = pd.read_parquet(next(of_priors))
+            knows |= {source: vectors.attrs["knows"]} if "knows" in vectors.attrs else {}
+            table = rows_of(vectors, genes).add_prefix(f"{source}:")
+        else:
+            path = Path(source["file"])
+            table = from_table(path, genes).add_prefix(f"{path.stem}:")
+        tables.append(table)
+    joined = pd.concat(tables, axis=1).astype(np.float32)
+    joined.index.name = "gene"
+    joined.attrs = {"knows": knows} if knows else {}
+    for source, outcome in knows.items():
+        logger.warning("%s: these vectors know %s", source, outcome)
+    return joined
+
+
+def _log_coverage(found: Embeddings) -> None:
+    """Log how many perturbed genes have a row in each source, and warn of those without any."""
+    n = len(found.table)
+    for source, missing in found.without_row().items():
+        logger.info("%s: %d of %d perturbed genes have a row%s", source, n - len(missing), n, _list_of(missing))
+    if unknown := found.without_vector:
+        logger.warning(
+            "%d of %d perturbed genes have no row in any source: models that never saw them perturbed predict the "
+            "same as for any other such gene%s",
+            len(unknown),
+            n,
+            _list_of(unknown),
+        )
+
+
 def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] | None = None) -> None:
     """Write one row per perturbed gene, and per measured gene that a user's table has a row for.
 
@@ -215,40 +254,8 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
             len(further),
             _list_of(further, "with"),
         )
-    of_priors = iter(priors or [])
-    tables: list[pd.DataFrame] = []
-    knows: dict[str, str] = {}
-    for source in sources:
-        if source == "coexpression":
-            table = coexpression(cells, genes)
-        elif isinstance(source, str):
-            vectors = pd.read_parquet(next(of_priors))
-            knows |= {source: vectors.attrs["knows"]} if "knows" in vectors.attrs else {}
-            table = rows_of(vectors, genes).add_prefix(f"{source}:")
-        else:
-            path = Path(source["file"])
-            table = from_table(path, genes).add_prefix(f"{path.stem}:")
-        tables.append(table)
-    table = pd.concat(tables, axis=1).astype(np.float32)
-    table.index.name = "gene"
-    table.attrs = {"knows": knows} if knows else {}
-    for source, outcome in knows.items():
-        logger.warning("%s: these vectors know %s", source, outcome)
-    found = Embeddings(table.loc[perturbed])
-    for source, missing in found.without_row().items():
-        logger.info(
-            "%s: %d of %d perturbed genes have a row%s",
-            source,
-            len(perturbed) - len(missing),
-            len(perturbed),
-            _list_of(missing),
-        )
-    if unknown := found.without_vector:
-        logger.warning(
-            "%d of %d perturbed genes have no row in any source: models that never saw "
-            "them perturbed "
-            "predict what they would of any gene%s", len(unknown), len(perturbed), _list_of(unknown),
-        )  # fmt: skip
+    table = _joined_sources(cells, genes, sources, priors or [])
+    _log_coverage(Embeddings(table.loc[perturbed]))
     with atomic(embeddings) as partial:
         table.to_parquet(partial)
 

@@ -164,6 +164,14 @@ def _sha256_if_here(final: Path, file: dict, record: dict | None) -> str | None:
     return sha256
 
 
+def _checks(file: dict, is_known: bool) -> list[str]:
+    """Return in words how a file was checked; `is_known` is whether an earlier download was recorded."""
+    checks = [key for key in ("md5", "sha256") if key in file]
+    if "checksum" in file:
+        checks.append("sha256 of the first download" if is_known else "recorded at first download")
+    return checks
+
+
 def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
     """Return a file's entry in the manifest; it is retrieved unless a valid one is there."""
     final, records_path = folder / file["name"], folder.parent / "checksums.json"
@@ -194,10 +202,7 @@ def _retrieved(folder: Path, file: dict, local: list[Path]) -> dict:
     for left_over in folder.glob(f".{glob.escape(final.name)}.{'[0-9a-f]' * 16}.part*"):
         left_over.unlink(missing_ok=True)
 
-    checks = [key for key in ("md5", "sha256") if key in file]
-    if is_unpublished:
-        checks.append("sha256 of the first download" if pinned else "recorded at first download")
-    checked = ", ".join(checks)
+    checked = ", ".join(_checks(file, is_known=pinned is not None))
     if is_unpublished and not pinned:
         logger.warning(
             "%s: nobody publishes its checksum; its sha256 is in %s and is checked from now on",
