@@ -14,7 +14,7 @@ from conftest import SPECS, SPECS_OF_CELLS, Prepared
 from scipy import sparse
 
 from perturbflow import embeddings, pairs
-from perturbflow.controls import match_controls
+from perturbflow.controls import Groups, match_controls
 from perturbflow.embeddings import Embeddings, coexpression, from_table
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, entities_of
@@ -392,3 +392,47 @@ def test_a_batch_without_controls_is_compared_with_those_of_its_cell_type(prepar
     expected = controls  # all that is left is b1, for cells of b1 and b2 alike
     assert set(batch) == {"b1", "b2"}
     np.testing.assert_allclose(without.control_mean_for(rows), expected, atol=1e-5)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "BYTES_PER_VALUE", 1e12)
+    here = prepared["unseen_combination"]
+    with pytest.raises(InputError, match=r"pairs\.h5ad will take about .* GB, and .* GB are free"):
+        pairs.pair(here.harmonized, here.split, tmp_path / "pairs.h5ad", 40)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("n_batches", [1, 400])
+def test_cells_of_a_few_are_matched_in_one_batch_and_in_hundreds(n_batches: int) -> None:
+    """Three cells per perturbation; where batches are as many as cells, most are compared with other batches."""
+    rng = np.random.default_rng(0)
+    labels = ["control"] * 60 + [f"G{i}" for i in range(100) for _ in range(3)]
+    rows = [
+        (label, "train", f"b{batch}", "t1")
+        for label, batch in zip(labels, rng.integers(0, n_batches, 360), strict=True)
+    ]
+    obs = toy(rows)
+    index, n_relaxed = match_controls(obs, 4, 0)
+    is_control = obs["is_control"].to_numpy()
+    assert is_control[index[~is_control]].all()
+    own = set(obs.loc[is_control, "batch"])
+    assert n_relaxed == (~obs.loc[~is_control, "batch"].isin(own)).sum()
+    groups = Groups(sorted(set(labels) - {CONTROL}), obs["perturbation"].to_numpy(), is_control, obs)
+    np.testing.assert_allclose(groups.control_weights().sum(axis=1), 1.0)
+    values = rng.normal(size=(360, 2))
+    effects = groups.effects(groups.sums(values))
+    batch = obs["batch"].to_numpy()
+    for i, label in enumerate(groups.labels[:10]):
+        pools = [
+            is_control & ((batch == batch[row]) | (batch[row] not in own))
+            for row in np.flatnonzero(obs["perturbation"] == label)
+        ]
+        expected = values[obs["perturbation"] == label].mean(axis=0) - np.mean(
+            [values[pool].mean(axis=0) for pool in pools], axis=0
+        )
+        np.testing.assert_allclose(effects[i], expected)

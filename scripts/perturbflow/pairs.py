@@ -17,7 +17,7 @@ from perturbflow.controls import KEYS, Context, Groups, Sorted, Strata, match_co
 from perturbflow.genes.symbols import CONTROL, entities_of
 from perturbflow.genes.variable import highly_variable
 from perturbflow.io.anndata_file import read_columns
-from perturbflow.io.files import atomic, file_digest, read_json
+from perturbflow.io.files import atomic, file_digest, read_json, require_room
 from perturbflow.io.hdf5 import Appended, AppendedRows, CsrRows
 from perturbflow.io.kernels import add_moments, add_rows
 from perturbflow.io.streaming import row_blocks
@@ -26,6 +26,7 @@ from perturbflow.splits.divisions import KNOWN, ROLES
 logger = logging.getLogger(__name__)
 
 CONTROLS_PER_CELL = 8
+BYTES_PER_VALUE = 3.0  # of pairs.h5ad, at the least: normalized value, place and count, compressed
 VALUES_IN_MEMORY = 50_000_000  # of expression, 8 bytes each: of more, rows are read when they are asked for
 LEAST_CELLS = 10  # of a perturbation in a context: fewer give noise for an effect
 CARRIED_OBS = (
@@ -388,23 +389,30 @@ class Screen:
         return float(np.median(self.totals[self.is_train]))
 
     @cached_property
-    def _first_pass(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Totals of all cells, and sums of the training cells' fractions (counts ÷ total) and of their squares, (genes,) each."""
+    def _first_pass(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Totals of all cells; sums of training cells' counts ÷ total, and of their squares; and values of all cells, (genes,) each."""
+        n_values = np.zeros(len(self.var), np.int64)
         totals = np.zeros(len(self.obs), np.float32)
         sums, squares = np.zeros((2, 1, len(self.var)))
         for rows, counts in self.blocks():
             totals[rows] = np.asarray(counts.sum(axis=1)).ravel()
+            n_values += np.bincount(counts.indices, minlength=len(n_values))
             is_train = self.is_train[rows]
             kept = counts[is_train]
             fractions = kept.data / np.repeat(totals[rows][is_train], np.diff(kept.indptr))
             add_moments(fractions, kept.indices, kept.indptr, np.zeros(kept.shape[0], np.int64), sums, squares)
-        return totals, sums[0], squares[0]
+        return totals, sums[0], squares[0], n_values
+
+    @property
+    def n_values(self) -> np.ndarray:
+        """Counts above 0 of all cells, (genes,)."""
+        return self._first_pass[3]
 
     def highly_variable(self, n_genes: int) -> np.ndarray:
         """Return the genes that training cells select, (genes,): all where no more are measured."""
         if n_genes >= len(self.var):
             return np.ones(len(self.var), dtype=bool)
-        _, sums, squares = self._first_pass
+        _, sums, squares, _ = self._first_pass
         return highly_variable(self.target_sum * sums, self.target_sum**2 * squares, int(self.is_train.sum()), n_genes)
 
     def normalized(self, rows: slice, counts: sparse.csr_matrix) -> np.ndarray:
@@ -463,6 +471,7 @@ def pair(harmonized: Path, split: Path, pairs: Path, n_hvg: int, threads: int = 
         highly_variable=highly_variable, is_perturbed_gene=screen.var.index.isin(perturbed_genes)
     )
     kept = np.flatnonzero(var["highly_variable"] | var["is_perturbed_gene"])
+    require_room(pairs.parent, BYTES_PER_VALUE * screen.n_values[kept].sum(), pairs.name)
     control_index, n_relaxed = match_controls(obs, CONTROLS_PER_CELL, seed)
     if n_relaxed:
         logger.warning(
