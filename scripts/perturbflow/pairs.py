@@ -275,11 +275,9 @@ class Pairs:
 
     def context_of(self, rows: np.ndarray) -> Context:
         """Return where cells of one role are, with the mean control of each place."""
-        strata = self.strata[rows]
-        names, first = np.unique(strata, return_index=True)
-        return Context(
-            strata, {str(name): self.control_mean_for(rows[[i]]) for name, i in zip(names, first, strict=True)}
-        )
+        strata = np.unique(self._within.of_cell[rows])
+        levels = dict(zip(self._within.names[strata].tolist(), self._control_levels[strata], strict=True))
+        return Context(self.strata[rows], levels)
 
     def effect_of(self, label: str) -> np.ndarray:
         """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""
