@@ -436,3 +436,12 @@ def test_cells_of_a_few_are_matched_in_one_batch_and_in_hundreds(n_batches: int)
             [values[pool].mean(axis=0) for pool in pools], axis=0
         )
         np.testing.assert_allclose(effects[i], expected)
+
+
+def test_perturbations_with_few_cells_everywhere_have_an_effect_and_none_by_context(cells: Pairs) -> None:
+    few = np.concatenate([cells.cells_of(label)[:3] for label in cells.perturbations])
+    mask = cells.is_control.copy()
+    mask[few] = True
+    some = cells.roles("train").select(mask[cells.roles("train").rows])
+    assert some.effects_by_context == {}
+    assert np.isfinite(some.effect_of(some.perturbations[0])).all()

@@ -151,7 +151,7 @@ class Pairs:
         places = Strata(self.obs, KEYS[:2])
         names = places.table.astype(str)
         rank = names.groupby(list(KEYS[:2])).ngroup().to_numpy()
-        in_order = names.iloc[np.argsort(rank)].itertuples(index=False, name=None)
+        contexts = list(names.iloc[np.argsort(rank)].itertuples(index=False, name=None))
         place = rank[places.of_cell]
         label, labels = pd.factorize(self.labels, sort=True)
         has_controls = np.bincount(place[self.is_control], minlength=len(places)) > 0
@@ -165,11 +165,11 @@ class Pairs:
         values = np.zeros((is_found.sum(), len(self.genes)), np.float32)
         for part, X in self.blocks(np.flatnonzero(mask)):
             add_rows(X.data, X.indices, X.indptr, group[part], values)
-        weights = sparse.csr_matrix((1.0 / size[is_found][group], (group, self._within.of_cell[mask])))
-        contexts = list(in_order)
+        shape = len(values), len(self._within)
+        weights = sparse.csr_matrix((1.0 / size[is_found][group], (group, self._within.of_cell[mask])), shape=shape)
         effects: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         for i, (found, n) in enumerate(zip(number[is_found], size[is_found], strict=True)):
-            values[i] = values[i] / n - weights[i] @ self._control_levels[: weights.shape[1]]
+            values[i] = values[i] / n - weights[i] @ self._control_levels
             effects.setdefault(contexts[found // len(labels)], {})[labels[found % len(labels)]] = values[i]
         return effects
 
