@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import members_of
 from perturbflow.io.artefacts import load_artefact, save_artefact
 from perturbflow.models.base import Ceiling, Model, Run, build
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 from perturbflow.predict import nonnegative, predict
 from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train

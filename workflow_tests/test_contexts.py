@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from perturbflow.audit.caveats import TOLD, caveats_of, matched_across_batches
 from perturbflow.benchmark.verdicts import judge
+from perturbflow.controls import match_controls
 from perturbflow.counterfactuals.asking import ask as ask_by_hand
 from perturbflow.counterfactuals.contexts import MeasuredContexts
 from perturbflow.counterfactuals.warranty import fitting
 from perturbflow.errors import InputError
-from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.pairs import CONTROLS_PER_CELL, Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train
 

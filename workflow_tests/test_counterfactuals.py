@@ -14,6 +14,7 @@ import pytest
 from conftest import PERTURBED, QUERY, REPOSITORY, Prepared, ask, make_screen, prepare
 from structural import World, chosen, expected_effects, own_effects
 
+from perturbflow.controls import Context
 from perturbflow.counterfactuals.agreement import KINDS, agreement, summary, verdict
 from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.questions import expanded
@@ -26,7 +27,7 @@ from perturbflow.models.calibration import Calibration, Scale, measured_by, nove
 from perturbflow.models.closed_form.baselines import Additive
 from perturbflow.models.counterfactual import States, effect_directions
 from perturbflow.models.effects import Effects
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train
 

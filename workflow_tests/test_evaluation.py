@@ -13,11 +13,12 @@ from scipy.special import ndtr
 
 from perturbflow import predict as prediction
 from perturbflow import train as training
+from perturbflow.controls import match_controls
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Differential, Scored, evaluate, inputs, score_inputs
 from perturbflow.genes.symbols import members_of
 from perturbflow.models.thinning import with_mean_effect
-from perturbflow.pairs import Pairs, match_controls
+from perturbflow.pairs import Pairs
 
 P, N_GENES = 5, 30
 

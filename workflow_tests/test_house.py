@@ -23,6 +23,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ORDER = (
     ("registry",),
     ("download",),
+    ("controls",),
     ("screens",),
     ("splits",),
     ("pairs",),

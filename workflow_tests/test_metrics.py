@@ -13,10 +13,11 @@ from scipy import sparse, stats
 from sklearn.metrics import average_precision_score
 from test_evaluation import P, predictions_from, random_scored, score
 
+from perturbflow.controls import match_controls
 from perturbflow.evaluation import METRICS, Differential, Scored, differential, profiles, score_inputs
 from perturbflow.evaluation.distributions import sinkhorn_divergence
 from perturbflow.evaluation.ranks import SortedCells, p_value
-from perturbflow.pairs import Pairs, match_controls
+from perturbflow.pairs import Pairs
 from perturbflow.predict import nonnegative
 
 FAMILIES = {

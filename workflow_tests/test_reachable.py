@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from scipy import sparse, stats
 
+from perturbflow.controls import match_controls
 from perturbflow.evaluation import METRICS, Scored, score_inputs
 from perturbflow.evaluation.table import scores
-from perturbflow.pairs import Pairs, match_controls
+from perturbflow.pairs import Pairs
 
 N_GENES, N_PERTURBATIONS, ROUNDS = 150, 30, 6
 CORRECTED = [name for name, metric in METRICS.items() if metric.correction]

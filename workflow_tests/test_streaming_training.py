@@ -15,10 +15,9 @@ from encoders import exported
 from scipy import sparse
 from test_models import registered
 
-from perturbflow import pairs as pairs_module
 from perturbflow import predict as prediction
 from perturbflow.embeddings import Embeddings
-from perturbflow.io import hdf5
+from perturbflow.io import hdf5, streaming
 from perturbflow.models.base import Model, Run, build
 from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
@@ -130,7 +129,7 @@ def test_scattered_rows_leave_the_chunks_between_them_alone(tmp_path: Path, monk
 
 
 def test_effects_are_those_measured_label_by_label(both: tuple[Pairs, Pairs], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 50)
     memory, disk = both
     training = memory.roles("train")
     whole = Effects.of_training(disk)
@@ -179,7 +178,7 @@ def test_batches_are_the_same(
     both: tuple[Pairs, Pairs], prepared: dict[str, Prepared], monkeypatch: pytest.MonkeyPatch, role: str, residual: bool
 ) -> None:
     memory, latent = paired(both[0], prepared[COMBINATION].embeddings, role, residual=residual)
-    monkeypatch.setattr(pairs_module, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 64)
     disk, latent_of_disk = paired(both[1], prepared[COMBINATION].embeddings, role, residual=residual)
     for name, value in latent.state().items():
         np.testing.assert_allclose(latent_of_disk.state()[name], value, atol=1e-6)
@@ -229,7 +228,7 @@ def test_trained_weights_are_the_same_and_no_role_is_read_as_a_whole(
         latent = {"file": str(exported(tmp_path / "encoder.pt2", both[0].genes))}
     changes = {"latent": latent} if latent else {"mean": "learned"} if name in ("jepa", "counterfactual") else {}
     monkeypatch.setattr(batches, "STEPS_PER_EPOCH", 5)
-    monkeypatch.setattr(pairs_module, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 64)
     embeddings = prepared[COMBINATION].embeddings
     _, expected = fitted(name, both[0], embeddings, tmp_path / "memory", **changes)
     monkeypatch.setattr("perturbflow.models.latents.pca.MAX_CELLS", 10**6)
