@@ -46,8 +46,8 @@ def require_room(folder: Path, n_bytes: float, wanted: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise InputError(
-            f"{folder}: {wanted} will take about {n_bytes / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free. Free some, or "
-            "start where there is more."
+            f"{folder}: {wanted} will take about {n_bytes / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free. "
+            "Free some, or start where there is more."
         )
 
 

@@ -34,8 +34,10 @@ class TechnicalDuplicate(Ceiling):
             of_pairs.append(held_out.rows[rows])
         cells_kept = sparse.vstack(X, format="csr")
         self.artefact = {
-            "data": cells_kept.data, "indices": cells_kept.indices, "indptr": cells_kept.indptr, "shift_of": np.array(list(shifts), dtype=str),
-            "shifts": np.stack(list(shifts.values())).astype(np.float32), "labels": np.array(labels, dtype=str), "rows": np.concatenate(of_pairs),
+            "data": cells_kept.data, "indices": cells_kept.indices, "indptr": cells_kept.indptr,
+            "shift_of": np.array(list(shifts), dtype=str),
+            "shifts": np.stack(list(shifts.values())).astype(np.float32), "labels": np.array(labels, dtype=str),
+            "rows": np.concatenate(of_pairs),
         }  # fmt: skip
         return self.artefact
 
@@ -69,10 +71,10 @@ class TechnicalDuplicate(Ceiling):
 
 
 class PerfectMean(TechnicalDuplicate):
-    """What a perfect predictor of the mean would reach against half 'b': the score of half 'a' without the noise of half 'a'.
+    """The score of a perfect predictor of the mean against half 'b': that of half 'a' without its noise.
 
-    The cells are those of the technical duplicate. Its noise is taken off when they are scored, for each metric that has a formula for it; by the
-    others it scores as the technical duplicate does.
+    The cells are those of the technical duplicate. Its noise is taken off when they are scored, for each metric that
+    has a formula for it; by the others it scores as the technical duplicate does.
     """
 
     noise_removed = True
@@ -81,7 +83,8 @@ class PerfectMean(TechnicalDuplicate):
 class InterpolatedDuplicate(TechnicalDuplicate):
     """The duplicate where it differs from controls beyond doubt, the mean training effect where it does not.
 
-    x̂_g = α_g x̄^a_g + (1 − α_g)(c̄_g + μ_g), α_g = 1 − adjusted p of gene g in half 'a' against controls (Welch's t, Benjamini-Hochberg),
+    x̂_g = α_g x̄^a_g + (1 − α_g)(c̄_g + μ_g), α_g = 1 − adjusted p of gene g in half 'a' against
+    controls (Welch's t, Benjamini-Hochberg),
     μ the mean effect of training perturbations (Miller et al. 2025). Cells are those of half 'a', shifted gene by gene.
     """
 
