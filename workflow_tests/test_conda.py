@@ -29,7 +29,7 @@ from test_envs import (
 
 pytestmark = pytest.mark.slow
 
-STAND_IN = Path(__file__).parent / "conda_standin" / "bin"
+STAND_IN = REPOSITORY / "workflow_tests" / "support" / "conda_standin" / "bin"
 CONFIG = closed_forms_config(models={"counterfactual": {"params": {"n_steps": 20, "batch_size": 16, "n_latent": 8}}})
 CONFIG["select"]["models"] = ["linear", "counterfactual"]
 

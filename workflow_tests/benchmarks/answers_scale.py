@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/support")]
 
 import h5py  # noqa: E402
 from conftest import SPECS, make_screen, prepare  # noqa: E402

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/support")]
 
 from fault_server import serving  # noqa: E402
 from faults import VICTIMS, drawn, finish, finished_files, leftovers, make_folder, screen_bytes, undergo  # noqa: E402

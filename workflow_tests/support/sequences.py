@@ -99,7 +99,7 @@ class Place:
         write_if_other(self.folder / "screen.h5ad", screen(self.state["screen"]))
         write_if_other(self.folder / "roles.json", json.dumps(ROLES[self.state["roles"]]).encode())
         package = self.repository / "scripts/perturbflow"
-        original = Path(__file__).parent.parent / "scripts/perturbflow"
+        original = Path(__file__).parents[2] / "scripts/perturbflow"
         for name in {file for file, _, _ in CODE.values()}:
             text = (original / name).read_text()
             for edit in self.state["code"]:

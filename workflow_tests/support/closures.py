@@ -4,7 +4,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 PACKAGE = SCRIPTS / "perturbflow"
 
 
