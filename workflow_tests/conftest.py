@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from forked import interpreter
+from made_effects import N_GENES, TARGETS, vectors
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
@@ -239,6 +240,14 @@ def prepared_copy(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[[st
         return Prepared(Path(shutil.copytree(prepared[kind].folder, tmp_path / kind)))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def singles() -> dict[str, np.ndarray]:
+    """Return effects of twelve genes, drawn from three programmes that a gene's vector tells; not to be written to."""
+    rng = np.random.default_rng(0)
+    programmes = rng.normal(size=(3, N_GENES))
+    return {gene: vector @ programmes for gene, vector in vectors().table.iterrows() if gene in TARGETS}
 
 
 # --- what-if questions ----------------------------------------------------------------------------------------------

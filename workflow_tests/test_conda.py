@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Outcome, closed_forms_config, copy_repository, make_screen
 from local_channel import SITE_PACKAGES, NoChannelError, make_channel
-from test_envs import (
+
+from rules import (
     DISTRIBUTIONS,
     PYPI_NAMES,
     conda_pins,

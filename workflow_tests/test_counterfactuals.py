@@ -99,7 +99,7 @@ def test_cells_that_differ_by_measurement_alone_have_no_state(tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def flow(world: tuple, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """Return a counterfactual model of the world, trained briefly."""
-    from test_models import trained
+    from learned import trained
 
     _, pairs, embeddings, *_ = world
     return trained("counterfactual", pairs, embeddings, tmp_path_factory.mktemp("flow"), n_steps=1000, batch_size=256)[

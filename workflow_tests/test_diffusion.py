@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import Prepared, make_screen, merged, prepare
+from learned import registered, small_conditions, trained
+from made_counts import two_states
 from scipy import sparse, stats
-from test_models import registered, small_conditions, trained
-from test_thinning import normalized
 from torch import Tensor
 
 from perturbflow.embeddings import Embeddings, rows_of
@@ -352,15 +352,6 @@ def test_negative_binomial_against_scipy() -> None:
     np.testing.assert_allclose(negative_binomial(k, mean, shape).numpy(), expected, rtol=1e-5)
 
 
-def two_states() -> tuple[Pairs, np.ndarray, np.ndarray, np.ndarray]:
-    """Return cells of two states: their pairs and counts, (cells, genes), the states' shares of genes, (2, genes), and the state of every cell."""
-    rng = np.random.default_rng(0)
-    shares = rng.dirichlet(np.ones(30), 2)
-    state = rng.integers(0, 2, 600)
-    counts = rng.poisson(rng.gamma(20.0, 20.0, (600, 1)) * shares[state])
-    return make_pairs(normalized(counts, 400.0)), counts, shares, state
-
-
 def test_the_latent_of_counts_tells_states_apart_and_moves_between_them(tmp_path: Path) -> None:
     pairs, _, shares, state = two_states()
     drawn = CellSampler(pairs.X).batch(32, (0, 0))
@@ -376,22 +367,6 @@ def test_the_latent_of_counts_tells_states_apart_and_moves_between_them(tmp_path
     assert np.abs(latent.log_fold_change(z, 0 * z)).max() < 1e-5
     restored = CountLatent.restored(latent.state())
     assert np.array_equal(restored.encode(pairs.X), z)
-
-
-def make_pairs(X: np.ndarray) -> Pairs:
-    """Return training cells of no perturbation."""
-    n, n_genes = X.shape
-    obs = pd.DataFrame(
-        {"perturbation": "control", "is_control": True, "batch": "b", "cell_type": "c", "role": "train"},
-        index=map(str, range(n)),
-    )
-    return Pairs(
-        sparse.csr_matrix(X.astype(np.float32)),
-        obs,
-        [f"G{i}" for i in range(n_genes)],
-        np.full((n, 8), -1),
-        np.arange(n),
-    )
 
 
 def test_a_latent_from_a_file_spans_its_directions(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_envs import rules
-from test_house import MODULES, ORDER, stage
+from house import MODULES, ORDER, stage
 
 from perturbflow.evaluation import METRICS
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.params import json_schema
 from perturbflow.registry.shipped import merged
+from rules import rules
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"

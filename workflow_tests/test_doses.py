@@ -10,7 +10,7 @@ import pytest
 from conftest import DOSED, HALF_DOSE, Prepared, dataset_block, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_closed_forms import N_GENES, error, make_training
+from made_effects import N_GENES, error, make_training
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError

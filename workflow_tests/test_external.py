@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from encoders import Directions, exported
-from test_diffusion import two_states
-from test_models import registered, trained
+from learned import registered, trained
+from made_counts import two_states
 from torch import Tensor
 
 from perturbflow.embeddings import Embeddings

@@ -37,7 +37,7 @@ from faults import (
     screen_bytes,
     undergo,
 )
-from test_models import COMBINATION, registered
+from learned import COMBINATION, registered
 
 from perturbflow import predict as prediction
 from perturbflow.errors import InputError

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from learned import QUICK_JEPA, registered, trained
 from scipy import sparse
-from test_models import QUICK_JEPA, registered, trained
 
 import perturbflow.models.jepa as jepa_module
 from perturbflow.embeddings import Embeddings

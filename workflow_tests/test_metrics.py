@@ -9,9 +9,9 @@ import pytest
 from conftest import Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_scores import P, predictions_from, random_scored, score
 from scipy import sparse, stats
 from sklearn.metrics import average_precision_score
-from test_evaluation import P, predictions_from, random_scored, score
 
 from perturbflow.evaluation import METRICS, Differential, Scored, differential, profiles, score_inputs
 from perturbflow.evaluation.distributions import sinkhorn_divergence

@@ -14,8 +14,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from encoders import exported
-from test_models import COMBINATION, QUICK, REPOSITORY, make_pairs_of_cells, registered, trained
+from learned import COMBINATION, QUICK, make_pairs_of_cells, registered, trained
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import Prepared
+from made_effects import N_GENES, NO_VECTORS, TARGETS, doubles, error, make_training, vectors
 from scipy import sparse
 from scipy.stats import multivariate_normal
-from test_closed_forms import N_GENES, NO_VECTORS, TARGETS, doubles, error, make_training, singles, vectors  # noqa: F401
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import members_of
@@ -31,7 +31,7 @@ PROGRAMMES = np.random.default_rng(0).normal(size=(3, N_GENES))
 
 
 @pytest.fixture
-def learning(singles: dict[str, np.ndarray]) -> tuple[Problem, SetKernel, Directions]:  # noqa: F811
+def learning(singles: dict[str, np.ndarray]) -> tuple[Problem, SetKernel, Directions]:
     """Return what hyper-parameters of 23 rows in two contexts are learned from."""
     training = make_training({**singles, **doubles(singles, 0.7)}, vectors(), n=12, noise=1.0, batches=2)
     rows = EffectRows.of(training)
@@ -80,7 +80,7 @@ def test_the_gradient_is_that_of_differences(
         np.testing.assert_allclose(gradient, by_differences, atol=1e-5)
 
 
-def test_answers_and_their_variance_are_those_of_the_dense_formulas(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+def test_answers_and_their_variance_are_those_of_the_dense_formulas(singles: dict[str, np.ndarray]) -> None:
     training = make_training({**singles, **doubles(singles, 0.7)}, vectors(), n=12, noise=1.0)
     model = SetGP().learned(training)
     rows, of = EffectRows.of(training), model.artefact
@@ -143,7 +143,7 @@ def test_sampling_errors_of_effects_against_the_same_controls_hang_together() ->
 @pytest.mark.parametrize("factor", [0.5, 1.0])
 def test_it_beats_the_sum_where_it_fails_and_keeps_up_where_it_holds(
     factor: float,
-    singles: dict[str, np.ndarray],  # noqa: F811
+    singles: dict[str, np.ndarray],
 ) -> None:
     training = make_training({**singles, **doubles(singles, factor)}, vectors(), n=12, noise=1.0)
     model, plain = SetGP().learned(training), Additive().learned(training)
@@ -155,7 +155,7 @@ def test_it_beats_the_sum_where_it_fails_and_keeps_up_where_it_holds(
     assert ours < (0.6 if factor < 1 else 1.0) * theirs
 
 
-def test_it_believes_vectors_that_tell_and_not_those_that_do_not(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+def test_it_believes_vectors_that_tell_and_not_those_that_do_not(singles: dict[str, np.ndarray]) -> None:
     table = vectors().table
     noise = pd.DataFrame(
         np.random.default_rng(5).normal(size=(len(table), 3)),
@@ -177,7 +177,7 @@ def test_it_sets_the_level_of_an_unseen_target() -> None:
     assert np.abs(np.delete(model.effect("G30"), 30)).max() < 0.2
 
 
-def test_a_context_has_its_own_part_of_an_effect_and_a_new_one_the_shared_part(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+def test_a_context_has_its_own_part_of_an_effect_and_a_new_one_the_shared_part(singles: dict[str, np.ndarray]) -> None:
     training = make_training(singles, batches=3)
     X = training.pairs.X.toarray()
     rng = np.random.default_rng(3)
@@ -213,7 +213,7 @@ def test_doses_share_an_effect_and_no_dose_has_none() -> None:
     assert np.isfinite(model.effect("NOBODY@3")).all()
 
 
-def test_it_is_surer_of_what_it_knows_better(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+def test_it_is_surer_of_what_it_knows_better(singles: dict[str, np.ndarray]) -> None:
     model = SetGP().learned(make_training({**singles, **doubles(singles)}, vectors(), n=12, noise=1.0))
     for sure in (("G3", "G30", "NOBODY"), ("G0+G7", "G0+NOBODY", "NOBODY1+NOBODY2")):
         variances = [model.uncertainty(label).mean() for label in sure]
@@ -221,7 +221,7 @@ def test_it_is_surer_of_what_it_knows_better(singles: dict[str, np.ndarray]) -> 
     assert all((model.uncertainty(label) >= 0).all() for label in ("G3", "G0+G7", "NOBODY"))
 
 
-def test_intervals_in_its_own_units_hold_what_is_measured(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+def test_intervals_in_its_own_units_hold_what_is_measured(singles: dict[str, np.ndarray]) -> None:
     training = make_training({**singles, **doubles(singles)}, vectors(), n=12, noise=1.0)
     found = SetGP().held_out(training.pairs, training.embeddings, 0)
     assert {"unseen gene", "unseen member", "seen"} == set(found.novelties)
@@ -299,7 +299,7 @@ def test_it_serves_every_held_out_perturbation_of_a_screen(kind: str, prepared: 
         np.testing.assert_array_equal(again.effect_in(label, context), effect)
 
 
-def test_the_order_of_cells_makes_no_difference(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+def test_the_order_of_cells_makes_no_difference(singles: dict[str, np.ndarray]) -> None:
     training = make_training({**singles, **doubles(singles)}, vectors(), batches=2)
     order = np.random.default_rng(0).permutation(len(training.pairs.rows))
     pairs = training.pairs
@@ -321,14 +321,14 @@ def test_very_few_perturbations_are_answered_for(labels: list[str]) -> None:
         assert np.isfinite(model.uncertainty(label)).all()
 
 
-def test_a_combination_of_very_many_unknown_members_has_an_answer(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+def test_a_combination_of_very_many_unknown_members_has_an_answer(singles: dict[str, np.ndarray]) -> None:
     model = SetGP().learned(make_training({**singles, **doubles(singles)}, vectors()))
     label = "+".join(f"NOBODY{i}" for i in range(12))
     assert np.isfinite(model.effect(label)).all()
     assert np.isfinite(model.uncertainty(label)).all()
 
 
-def test_vectors_that_tell_nothing_are_no_trouble(singles: dict[str, np.ndarray]) -> None:  # noqa: F811
+def test_vectors_that_tell_nothing_are_no_trouble(singles: dict[str, np.ndarray]) -> None:
     genes = [*TARGETS, "G30"]
     table = pd.DataFrame(1.0, index=genes, columns=["constant:0", "constant:1"])
     table["elsewhere:0"] = np.nan
@@ -344,7 +344,7 @@ def test_vectors_that_tell_nothing_are_no_trouble(singles: dict[str, np.ndarray]
 
 
 def test_of_very_many_rows_some_are_learned_from(
-    singles: dict[str, np.ndarray],  # noqa: F811
+    singles: dict[str, np.ndarray],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     training = make_training({**singles, **doubles(singles)}, vectors())

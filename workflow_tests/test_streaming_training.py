@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import SPECS, Prepared, make_screen, prepare
 from encoders import exported
+from learned import registered
 from scipy import sparse
-from test_models import registered
 
 from perturbflow import pairs as pairs_module
 from perturbflow import predict as prediction

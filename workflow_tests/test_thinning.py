@@ -2,14 +2,11 @@
 
 import numpy as np
 import pytest
+from made_counts import normalized
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.models import thinning
 from perturbflow.pairs import Pairs
-
-
-def normalized(counts: np.ndarray, target: float = 1000.0) -> np.ndarray:
-    return np.log1p(counts * (target / counts.sum(axis=1, keepdims=True)))
 
 
 def poisson_cells(n: int = 4000, n_genes: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -24,12 +24,17 @@ import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/support"), str(ROOT / "workflow_tests/benchmarks")]
+sys.path[:0] = [
+    str(ROOT / "scripts"),
+    str(ROOT / "workflow_tests"),
+    str(ROOT / "workflow_tests/support"),
+    str(ROOT / "workflow_tests/benchmarks"),
+]
 
 from conftest import prepare  # noqa: E402
 from leaderboard import markdown_of  # noqa: E402
+from learned import registered  # noqa: E402
 from structural import World, chosen, expected_effects, own_effects  # noqa: E402
-from test_models import registered  # noqa: E402
 
 from perturbflow.embeddings import Embeddings  # noqa: E402
 from perturbflow.models.base import Run, build  # noqa: E402
