@@ -4,7 +4,7 @@ Each is run to the end and compared with a run from nothing.
 
     python workflow_tests/benchmarks/stale.py --sequences 200 --folder sequences
 
-The short form of this is `workflow_tests/test_sequences.py`. Findings are written to the folder at once;
+The short form of this is `workflow_tests/workflow/test_sequences.py`. Findings are written to the folder at once;
 started again, it goes on.
 """
 

@@ -1,6 +1,6 @@
 """The documents say what is: every key, every default, every command, the graph of rules.
 
-Run as a script (PYTHONPATH=scripts python workflow_tests/test_docs.py), it writes the generated parts anew: the tables of
+Run as a script (PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py), it writes the generated parts anew: the tables of
 model params and of metrics, the map of the code, and the rule graph.
 """
 
@@ -17,16 +17,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))  # pytest does so, too
+
 from house import MODULES, ORDER, stage
+from software import rules
 
 from perturbflow.evaluation import METRICS
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.params import json_schema
 from perturbflow.registry.shipped import merged
-from rules import rules
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
 CONFIG_README = REPOSITORY / "config" / "README.md"
 CLUSTER_README = REPOSITORY / "config" / "profiles" / "README.md"
@@ -116,7 +119,7 @@ def models_schema() -> str:
 
     lines = [
         '$schema: "https://json-schema.org/draft/2020-12/schema"',
-        "# Written by workflow_tests/test_docs.py from the declarations in scripts/perturbflow/registry/families.py.",
+        "# Written by workflow_tests/workflow/test_docs.py from the declarations in scripts/perturbflow/registry/families.py.",
         'description: "Registry of models: a name, a family, and its params. $defs holds the params of every family."',
         "type: object",
         'propertyNames: {pattern: "^[a-z0-9][a-z0-9_]*$"}',
@@ -140,7 +143,9 @@ def models_schema() -> str:
 
 
 def test_the_schema_of_models_is_that_of_their_declarations():
-    assert MODELS_SCHEMA.read_text() == models_schema(), "run `PYTHONPATH=scripts python workflow_tests/test_docs.py`"
+    assert MODELS_SCHEMA.read_text() == models_schema(), (
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py`"
+    )
 
 
 DOCUMENTED = {
@@ -176,7 +181,7 @@ def test_every_family_is_documented_with_its_params(family):
         return
     expected = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"
     assert expected in CONFIG_README.read_text(), (
-        "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write the table anew"
     )
 
 
@@ -205,7 +210,7 @@ def metrics_table() -> str:
 def test_metrics_are_documented():
     expected = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
     assert expected in CONFIG_README.read_text(), (
-        "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the table anew"
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write the table anew"
     )
 
 
@@ -239,7 +244,7 @@ def map_of_the_code() -> str:
 def test_map_of_the_code_is_current():
     expected = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
     assert expected in CONTRIBUTING.read_text(), (
-        "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to write the map anew"
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write the map anew"
     )
 
 
@@ -383,7 +388,7 @@ def test_rule_graph_is_current():
     current = drawn(rule_graph(shown["command"]))
     assert current[0], "snakemake drew nothing"
     assert drawn(shown["graph"]) == current, (
-        "run `PYTHONPATH=scripts python workflow_tests/test_docs.py` to draw it anew"
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to draw it anew"
     )
 
 

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from conftest import REPOSITORY, copy_repository
 from packaging.requirements import Requirement
+from software import conda_pins, environment_files, locked, normalized, third_party
 
 from perturbflow import __version__
 from perturbflow.registry.places import PACKAGE, config_folder
 from perturbflow.registry.shipped import shipped_files
-from rules import conda_pins, environment_files, locked, normalized, third_party
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from rules import (
+from software import (
     ENVS,
     PACKAGE,
     PYPI_NAMES,
@@ -88,13 +87,13 @@ def test_test_lock_includes_the_runtime_lock():
 
 
 def test_lock_has_what_the_tests_and_the_snakefile_import():
-    files = [*Path(__file__).parent.rglob("*.py"), *(PACKAGE / "registry").glob("*.py")]
+    files = [*(REPOSITORY / "workflow_tests").rglob("*.py"), *(PACKAGE / "registry").glob("*.py")]
     local = {file.stem for file in files} | {"conftest"}
     needed = set().union(*(third_party(file, is_lazy_wanted=True) for file in files)) - {
         normalized(name) for name in local
     }
     # What single benchmarks compare with: their tests skip without it.
-    benchmarks = set().union(*(locked(file) for file in (Path(__file__).parent / "benchmarks").glob("*.txt")))
+    benchmarks = set().union(*(locked(file) for file in (REPOSITORY / "workflow_tests" / "benchmarks").glob("*.txt")))
     assert needed <= set(locked("requirements.txt")) | set(locked("requirements-test.txt")) | benchmarks
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Outcome, closed_forms_config, copy_repository, make_screen
 from local_channel import SITE_PACKAGES, NoChannelError, make_channel
-
-from rules import (
+from software import (
     DISTRIBUTIONS,
     PYPI_NAMES,
     conda_pins,

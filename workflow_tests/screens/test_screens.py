@@ -2,7 +2,7 @@
 
 The files come through download from a mirror folder; of the block, the shape, sizes and checksums alone are replaced.
 
-Run as a script (PYTHONPATH=scripts python workflow_tests/test_screens.py), it writes the table of workflow_tests/benchmarks/README.md anew.
+Run as a script (PYTHONPATH=scripts python workflow_tests/screens/test_screens.py), it writes the table of workflow_tests/benchmarks/README.md anew.
 """
 
 import json
@@ -18,6 +18,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+
+sys.path.extend(str(Path(__file__).resolve().parents[1] / place) for place in (".", "support"))  # pytest does so, too
+
 from conftest import OFF, REPOSITORY, merged
 from screens import FIXTURES, Expected, norman_cells
 
@@ -353,7 +356,7 @@ def test_the_table_of_fixtures_is_current(harmonized_screen: Callable) -> None:
     shown = SHOWN.search(BENCHMARKS.read_text())
     assert shown
     assert shown[1] == table(harmonized_screen), (
-        "run `PYTHONPATH=scripts python workflow_tests/test_screens.py` to write the table anew"
+        "run `PYTHONPATH=scripts python workflow_tests/screens/test_screens.py` to write the table anew"
     )
 
 
