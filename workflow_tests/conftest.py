@@ -71,8 +71,9 @@ def make_screen(
 ) -> ad.AnnData:
     """Return raw counts of a screen with additive effects on the log scale.
 
-    At a dose d (`TF1@d`) an effect is d / (d + HALF_DOSE) of the whole. Every perturbed gene moves ten genes by a fold change and, in its own column, itself; `uns["effects"]` holds the log
-    fold changes (perturbed genes × genes). Batch b2 is sequenced deeper and has a gene of its own that is high.
+    At a dose d (`TF1@d`) an effect is d / (d + HALF_DOSE) of the whole. Every perturbed gene moves ten genes by a fold
+    change, and itself. `uns["effects"]` holds the log fold changes (perturbed genes × genes). Batch b2 is sequenced
+    deeper and has a gene of its own that is high.
 
     Parameters
     ----------
@@ -208,7 +209,8 @@ SPECS = {
 # Perturbations have cells in several roles here.
 SPECS_OF_CELLS = {
     "unseen_context": {
-        "kind": "unseen_context", "covariate": "batch", "held_out": ["b2"], "test_fraction": 0.5, "validation_fraction": 0.2, "seed": 0,
+        "kind": "unseen_context", "covariate": "batch", "held_out": ["b2"], "test_fraction": 0.5,
+        "validation_fraction": 0.2, "seed": 0,
     },
     "random_cells": {"kind": "random_cells", "test_fraction": 0.25, "validation_fraction": 0.15, "seed": 0},
 }  # fmt: skip
@@ -380,7 +382,7 @@ def run_snakemake(
 
 @pytest.fixture(scope="session")
 def python() -> str:
-    """Return an interpreter that starts in a tenth of the time, for tests that start Snakemake dozens of times; see `forked`."""
+    """Return an interpreter that starts in a tenth of the time (`forked`), for dozens of starts of Snakemake."""
     return forked_python()
 
 

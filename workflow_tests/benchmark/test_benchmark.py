@@ -18,8 +18,10 @@ from perturbflow.registry.families import FAMILIES, Family
 
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
 KINDS = {
-    "no_change": "baseline", "perturbed_mean": "baseline", "additive": "baseline", "gaussian_process": "baseline", "shuffled_labels": "ablation",
-    "technical_duplicate": "ceiling", "interpolated_duplicate": "ceiling", "perfect_mean": "ceiling", "learned": "learned", "rival": "learned",
+    "no_change": "baseline", "perturbed_mean": "baseline", "additive": "baseline", "gaussian_process": "baseline",
+    "shuffled_labels": "ablation",
+    "technical_duplicate": "ceiling", "interpolated_duplicate": "ceiling", "perfect_mean": "ceiling",
+    "learned": "learned", "rival": "learned",
 }  # fmt: skip
 N = 20
 RNG = np.random.default_rng(0)
@@ -33,11 +35,14 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(FAMILIES, name, Family(f"none:{name}", kind))
     real = dict(METRICS)
     METRICS.clear()
-    made = [("loss", "error", "lower", 0.0, True), ("score", "effect", "higher", 1.0, True), (RANK, "ranking", "lower", 0.0, True),
+    made = [("loss", "error", "lower", 0.0, True), ("score", "effect", "higher", 1.0, True),
+            (RANK, "ranking", "lower", 0.0, True),
             ("width", "distribution", "target", 1.0, False)]  # fmt: skip
     for name, family, direction, perfect, headline in made:
-        metric = Metric(name=name, function=lambda _: None, family=family, formula="", source="", direction=direction, unit="",
-                        range=(-np.inf, np.inf), needs="pseudobulk", perfect=perfect, useless=None, headline=headline)  # fmt: skip
+        metric = Metric(name=name, function=lambda _: None, family=family, formula="", source="", direction=direction,
+                        unit="",
+                        range=(-np.inf, np.inf), needs="pseudobulk", perfect=perfect, useless=None,
+                        headline=headline)  # fmt: skip
         METRICS[name] = metric
     yield
     METRICS.clear()
@@ -52,8 +57,10 @@ def scores(
     for model, of_model in losses.items():
         for seed, row in enumerate(np.atleast_2d(np.asarray(of_model, dtype=float))):
             value = {"lower": row, "higher": 1.0 - row, "target": 1.0 + row}[METRICS[metric].direction]
-            part = {"dataset": "d", "split": split, "model": model, "seed": seed, "perturbation": labels or [f"P{i}" for i in range(len(row))],
-                    "n_members": 1, "members_seen": 0, "n_cells": 50, "reliability": np.nan, "effect_size": np.nan, "metric": metric,
+            part = {"dataset": "d", "split": split, "model": model, "seed": seed,
+                    "perturbation": labels or [f"P{i}" for i in range(len(row))],
+                    "n_members": 1, "members_seen": 0, "n_cells": 50, "reliability": np.nan, "effect_size": np.nan,
+                    "metric": metric,
                     **facts, "value": value}  # fmt: skip
             parts.append(pd.DataFrame(part))
     return pd.concat(parts, ignore_index=True)
@@ -331,7 +338,8 @@ def test_the_best_baseline_is_the_best_other_one_that_predicts_as_many_perturbat
     here = panel(scores(models))
     rows = compare(here, FAMILY_OF, LEAST)
     best = rows[rows["is_best_baseline"]].set_index("model")["baseline"].to_dict()
-    assert best == {"no_change": "additive", "additive": "no_change", "perturbed_mean": "additive", "shuffled_labels": "additive",
+    assert best == {"no_change": "additive", "additive": "no_change", "perturbed_mean": "additive",
+                    "shuffled_labels": "additive",
                     "learned": "additive"}  # fmt: skip
     summary = summarize(here, FAMILY_OF)
     assert summary.loc[summary["is_best_baseline"], "model"].tolist() == ["additive"]
@@ -355,7 +363,8 @@ def shifted(share: float, spread: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("share", "spread", "word"),
     [
-        (0.10, 0.01, "better"), (-0.10, 0.01, "worse"), (0.10, 0.5, "undecided"), (0.0, 0.5, "undecided"), (0.0, 0.01, "level"),
+        (0.10, 0.01, "better"), (-0.10, 0.01, "worse"), (0.10, 0.5, "undecided"), (0.0, 0.5, "undecided"),
+        (0.0, 0.01, "level"),
         (0.01, 0.001, "level"), (0.02, 0.01, "undecided"), (-0.02, 0.01, "undecided"), (0.003, 0.0001, "level"),
     ],
 )  # fmt: skip
@@ -461,7 +470,8 @@ def test_a_screen_with_fewer_than_two_metrics_that_tell_cannot_rank_models() -> 
     row = verdicts(scores({**FLOOR, **CEILING, "learned": around(0.5)}), blind).loc["learned"]
     assert (row["verdict"], row["n_telling"], row["wins"]) == ("cannot tell", 1, "loss")
     assert row["sentence"].startswith(
-        "This screen cannot rank models: 1 of 2 headline metrics distinguish good from bad here. Better than no_change: wins error (+"
+        "This screen cannot rank models: 1 of 2 headline metrics distinguish good from bad here. Better than "
+        "no_change: wins error (+"
     )
 
 
@@ -480,7 +490,8 @@ def test_level_is_shown_by_all_metrics_and_undecided_ones_leave_it_open() -> Non
 def test_the_size_stands_beside_every_verdict() -> None:
     row = verdicts(*twice({**WAY, "learned": shifted(0.12, 0.1)})).loc["learned"]
     assert row["sentence"] == (
-        "Better than no_change: wins error (+12 % of the way from no change to the ceiling, +7.0 to +17), effect (+12 %, +7.0 to +17)."
+        "Better than no_change: wins error (+12 % of the way from no change to the ceiling, +7.0 to +17), effect "
+        "(+12 %, +7.0 to +17)."
     )
 
 

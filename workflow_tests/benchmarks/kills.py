@@ -3,8 +3,8 @@
     python workflow_tests/benchmarks/kills.py --kills 50
 
 In one folder after the other the workflow is started and killed twelve times before it may finish; the short form of
-this is `workflow_tests/workflow/test_faults.py`. Prints the table of what was killed in the midst of which job, and how it
-ended.
+this is `workflow_tests/workflow/test_faults.py`. Prints the table of what was killed in the midst of which job, and how
+it ended.
 """
 
 import argparse

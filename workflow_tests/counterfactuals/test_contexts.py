@@ -1,4 +1,4 @@
-"""Contexts: a perturbation that only other contexts measured, controls that only other batches have, and questions that nobody can answer."""
+"""Contexts: perturbations measured in other contexts alone, controls of other batches, and questions without answer."""
 
 import json
 import shutil

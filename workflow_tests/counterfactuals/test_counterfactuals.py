@@ -1,4 +1,7 @@
-"""What-if questions: a world whose counterfactuals are known, states, intervals, the warranty's planted faults, answers, search, the command line."""
+"""What-if questions in a world whose counterfactuals are known.
+
+States, intervals, the warranty's planted faults, answers, search, and the command line.
+"""
 
 import json
 import re
@@ -39,7 +42,7 @@ ADDITIVE = FAMILIES["additive"].implementation
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Pairs, Embeddings, np.ndarray, object, float]:
-    """Return the world, its pairs, the test controls' expression and what they brought with them, and the target sum."""
+    """Return the world, its pairs, the test controls' expression, the parts of these cells, and the target sum."""
     truth = World(0, n_genes=120, n_perturbed=8)
     screen, controls = truth.screen([*truth.perturbed, "TF1+TF2", "TF3+TF5", "TF2+TF6"], n_controls=400, n_cells=100)
     spec = {"kind": COMBINATION, "test_fraction": 0.4, "validation_fraction": 0.1, "seed": 0}
@@ -303,7 +306,10 @@ def test_intervals_hold_the_test_perturbations_and_overconfidence_shows(additive
 def judged(
     predict: Callable[[np.ndarray, np.ndarray], np.ndarray], noise: float = 0.1, n: int = 40
 ) -> tuple[dict, str]:
-    """Return agreement and verdict of a way to predict from the truth and the mean, over n perturbations whose effects share a mean."""
+    """Return agreement and verdict of a way to predict from the truth and the mean.
+
+    The n perturbations have effects that share a mean.
+    """
     rng = np.random.default_rng(0)
     mean = 0.1 * rng.normal(size=300)
     rows = []
@@ -334,7 +340,10 @@ def test_the_truth_reaches_the_ceiling_whatever_the_noise(noise: float) -> None:
         assert summed[kind]["model"]["mean"] == pytest.approx(summed[kind]["ceiling"]["mean"], abs=0.03)
         assert summed[kind]["above"]["perturbed_mean"]["low"] > 0
     assert re.fullmatch(
-        r"better than the mean effect of training by 0\.\d+ \(0\.\d+ to 0\.\d+\) in agreement, (9|10)\d % of the way to the ceiling",
+        (
+            r"better than the mean effect of training by 0\.\d+ \(0\.\d+ to 0\.\d+\) in agreement, (9|10)\d % of the "
+            r"way to the ceiling"
+        ),
         words,
     )
 

@@ -1,4 +1,4 @@
-"""Metrics: the registry held to its extremes, tests and distances against other implementations, noise against exact formulas."""
+"""Metrics: their extremes, tests and distances against other implementations, noise against exact formulas."""
 
 from collections.abc import Callable
 from functools import partial
@@ -50,7 +50,8 @@ FAMILIES = {
     "on_target": ["mae_on_target"],
 }
 HEADLINES = {
-    "l2_heg1000_off_target", "pearson_delta_pert_off_target", "rank_cosine_off_target", "pds_cosine", "r2_w_delta_off_target", "auprc",
+    "l2_heg1000_off_target", "pearson_delta_pert_off_target", "rank_cosine_off_target", "pds_cosine",
+    "r2_w_delta_off_target", "auprc",
     "energy_distance_off_target",
 }  # fmt: skip
 # These take an equal distribution for perfect, not equal cells: of these they may fall below.
@@ -511,7 +512,10 @@ def test_coverage_is_the_expectation_of_a_randomized_rank(n: int, m: int, ties: 
 
 
 def batched_cells(effect: float, held_out: bool) -> Pairs:
-    """Return perturbations that were measured in one of four batches each; where a context is held out, in other ones than in training."""
+    """Return perturbations that were measured in one of four batches each.
+
+    Where a context is held out, these are other batches than in training.
+    """
     rng = np.random.default_rng(0)
     n_genes = 100
     levels = [rng.gamma(2.0, 6.0, n_genes) * np.exp(rng.normal(0.0, 0.5, n_genes)) for _ in range(8)]
@@ -535,7 +539,7 @@ def batched_cells(effect: float, held_out: bool) -> Pairs:
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_batches_tell_nothing(held_out: bool) -> None:
-    """Predictions without an effect of their own are at chance, though each perturbation has a batch, and rank as mode collapse."""
+    """Predictions without an effect of their own are at chance and rank as mode collapse, though each has a batch."""
     scored = score_inputs(predictions_from(batched_cells(0.1, held_out)), batched_cells(0.1, held_out))
     for name in FAMILIES["discrimination"]:
         assert score(name, scored).mean() == pytest.approx(0.5, abs=0.15), name

@@ -1,4 +1,4 @@
-"""What can be reached: the score of a duplicate without its noise is that of the true mean, where the truth is known."""
+"""Ceilings: without its noise, a duplicate has the score of the true mean where the truth is known."""
 
 from dataclasses import replace
 
@@ -17,7 +17,10 @@ CORRECTED = [name for name, metric in METRICS.items() if metric.correction]
 
 
 def known_screen(seed: int, n_a: int, n_b: int) -> tuple[Pairs, np.ndarray]:
-    """Return cells of perturbations of known means, and E log1p(x) of each, (P, genes); some do little, some much, and each stills its own gene."""
+    """Return cells of perturbations of known means, and E log1p(x) of each, (P, genes).
+
+    Some perturbations do little, some much, and each stills its own gene.
+    """
     rng = np.random.default_rng(seed)
     level = rng.gamma(1.0, 2.0, N_GENES)
     size = np.exp(rng.normal(0.0, 0.6, (N_PERTURBATIONS, 1)))

@@ -1,4 +1,4 @@
-"""Genes that share a promoter with a perturbed gene are found, whatever the names; the tables of starts are what their sources say."""
+"""Genes that share a promoter with a perturbed gene are found; the tables of starts hold what their sources say."""
 
 import gzip
 import zipfile
@@ -14,14 +14,18 @@ from perturbflow.genes.symbols import human_symbols
 
 # Pairs that are read away from one promoter, each from the literature of these genes.
 BIDIRECTIONAL = [
-    ("HSPD1", "HSPE1"), ("BRCA1", "NBR2"), ("PRKDC", "MCM4"), ("DHFR", "MSH3"), ("ATM", "NPAT"), ("SURF1", "SURF2"), ("MRPS12", "SARS2"),
+    ("HSPD1", "HSPE1"), ("BRCA1", "NBR2"), ("PRKDC", "MCM4"), ("DHFR", "MSH3"), ("ATM", "NPAT"), ("SURF1", "SURF2"),
+    ("MRPS12", "SARS2"),
     ("PPAT", "PAICS"), ("COL4A1", "COL4A2"), ("TP53", "WRAP53"), ("GART", "SON"), ("TAP1", "PSMB9"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("pair", BIDIRECTIONAL, ids="-".join)
 def test_genes_of_one_promoter_are_neighbours(pair: tuple[str, str]) -> None:
-    """Each is the other's, at the same distance, below the kilobase that defines such promoters (Trinklein et al. 2004), on opposite strands."""
+    """Each is the other's, at the same distance and on opposite strands.
+
+    The distance is below the kilobase that defines such promoters (Trinklein et al. 2004).
+    """
     found = neighbours(pair, pair)
     assert [name for name, _ in found[pair[0]]] == [pair[1]]
     assert [name for name, _ in found[pair[1]]] == [pair[0]]

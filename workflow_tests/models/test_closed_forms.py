@@ -1,4 +1,7 @@
-"""Closed forms that learn from several perturbations at once: each is right where its assumption holds, and judged on what it has not seen."""
+"""Closed forms that learn from several perturbations at once.
+
+Each is right where its assumption holds, and is judged on perturbations that it has not seen.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -54,7 +57,7 @@ def test_without_combinations_the_shrunken_sum_is_the_sum(singles: dict[str, np.
 
 
 def test_sums_of_unseen_members_have_constants_of_their_own(singles: dict[str, np.ndarray]) -> None:
-    """Members' effects that share nothing: an unseen member adds noise alone, and inner folds over genes find that out."""
+    """Members' effects share nothing: an unseen member adds noise alone, and inner folds over genes find that out."""
     some = {gene: singles[gene] - np.mean(list(singles.values()), axis=0) for gene in sorted(TARGETS)}
     pairs = doubles(some)
     known = {label: value for label, value in {**some, **pairs}.items() if sorted(TARGETS)[0] not in members_of(label)}
@@ -187,7 +190,8 @@ def test_transfer_weighs_contexts_alike(singles: dict[str, np.ndarray]) -> None:
     X[in_second] += 1.0
     pairs = replace(training.pairs, X=sparse.csr_matrix(X)).select(keep)
     model = Transfer().learned(TrainingSet.of(pairs, NO_VECTORS, 0))
-    # Means of contexts: half of the extra in the second; centred: half of it again, in one of two contexts; of that a half.
+    # Means of contexts: half of the extra in the second; centred: half of it again, in one of two contexts; of that a
+    # half.
     mean = (singles["G0"] + singles["G1"]).mean() / 2
     np.testing.assert_allclose(model.effect("G77").mean(), mean + 0.25, atol=0.05)
     np.testing.assert_allclose(
@@ -279,7 +283,12 @@ def test_shuffled_labels_know_the_mean_but_not_who_is_who(singles: dict[str, np.
     shuffled, honest = ShuffledLabels(), SetGP()
     for model in (shuffled, honest):
         model.fit(training.pairs, training.embeddings, Run(seed=3))
-    errors = [np.mean([error(model, f"{a}+{b}", singles[a] + singles[b], off=(a, b)) for a, b in (("G0", "G7"), ("G2", "G9"))]) for model in (shuffled, honest)]  # fmt: skip
+    errors = [
+        np.mean(
+            [error(model, f"{a}+{b}", singles[a] + singles[b], off=(a, b)) for a, b in (("G0", "G7"), ("G2", "G9"))]
+        )
+        for model in (shuffled, honest)
+    ]
     assert errors[0] > 5 * errors[1]
     assert set(shuffled.artefact["labels"]) == set(honest.artefact["labels"])
 
@@ -309,7 +318,7 @@ def test_batch_only_tells_batches_apart_and_nothing_else(singles: dict[str, np.n
 
 @pytest.fixture
 def held_out_pairs() -> Callable[[np.ndarray], Pairs]:
-    """Return a function: a screen with one held-out perturbation of this effect, in halves, and two training perturbations."""
+    """Return a function that makes a screen: one held-out perturbation, in halves, and two of training."""
 
     def make(effect: np.ndarray) -> Pairs:
         training = make_training(

@@ -1,4 +1,7 @@
-"""A latent space whose encoder comes as a file: it reads the right genes, its moves mean counts, and what is wrong with it is said before training."""
+"""A latent space whose encoder comes as a file.
+
+It reads the right genes, its moves mean counts, and its faults are told before training.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -81,17 +84,21 @@ class Two(Directions):
     ("make", "message"),
     [
         (lambda path: path.write_text("gene\ta\nG0\t1\n"), "cannot be read as a program of torch.export"),
-        (lambda path: torch.export.save(torch.export.export(Directions(2), (torch.ones(7, 2),)), path), "does not name its genes"),
-        (lambda path: exported(path, ["ENSG1", "ENSG2"]), r"none of its 2 genes \(ENSG1, \.\.\.\) is a gene of this screen"),
+        (lambda path: torch.export.save(torch.export.export(Directions(2), (torch.ones(7, 2),)), path),
+         "does not name its genes"),
+        (lambda path: exported(path, ["ENSG1", "ENSG2"]),
+         r"none of its 2 genes \(ENSG1, \.\.\.\) is a gene of this screen"),
         (lambda path: exported(path, ["G0", "G1"], any_number=False), "does not take 5 cells of 2 genes"),
         (lambda path: exported(path, ["G0", "G1", "G2"], names=["G0", "G1"]), "does not take 5 cells of 2 genes"),
         (lambda path: exported(path, ["G0", "G1"], torch.nn.Flatten(0)), r"a tensor of shape \(10,\) for 5 cells"),
         (lambda path: exported(path, ["G0", "G1"], Two(2)), "returns a tuple for 5 cells"),
         (lambda path: exported(path, ["G0", "G1"], Divides(2)), "1 of 5 cells; 1 of these have no count in its genes"),
         (lambda path: exported(path, ["G0", "G1"], Samples(2)), "the same coordinates twice, or beside other cells"),
-        (lambda path: exported(path, ["G0", "G1"], LooksAround(2)), "the same coordinates twice, or beside other cells"),
+        (lambda path: exported(path, ["G0", "G1"], LooksAround(2)),
+         "the same coordinates twice, or beside other cells"),
     ],
-    ids=["no program", "genes not named", "other genes", "one number of cells", "more genes than names", "no rows", "two tensors", "no number", "samples",
+    ids=["no program", "genes not named", "other genes", "one number of cells", "more genes than names", "no rows",
+         "two tensors", "no number", "samples",
          "looks around"],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_of_an_encoder_is_said_before_training(

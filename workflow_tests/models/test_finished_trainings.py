@@ -1,4 +1,4 @@
-"""A training of a network that was finished is not repeated when its job has to run again; anything else that went in is another training."""
+"""A finished training of a network is not repeated when its job runs again; other inputs make another training."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ NETWORK = "counterfactual:Counterfactual"
 
 @pytest.fixture
 def trained(prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Return a function that trains a stand-in for a network in one folder, and returns how many trainings there were so far."""
+    """Return a function that trains a stand-in for a network in one folder, and counts the trainings so far."""
     here = prepared["unseen_combination"]
     count = [0]
 

@@ -1,4 +1,7 @@
-"""The Gaussian process over sets of genes: its likelihood and answers are those of the dense formulas, and each part is right where it should speak."""
+"""The Gaussian process over sets of genes.
+
+Its likelihood and answers are those of the dense formulas, and each part is right where it should speak.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +30,7 @@ from perturbflow.registry.families import FAMILIES
 PROGRAMMES = np.random.default_rng(0).normal(size=(3, N_GENES))
 
 
-# --- the mathematics ---------------------------------------------------------------------------------------------------
+# --- the mathematics --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -137,7 +140,7 @@ def test_sampling_errors_of_effects_against_the_same_controls_hang_together() ->
     np.testing.assert_allclose(rows.variance.mean(), 1.0, atol=0.1)
 
 
-# --- what it knows -------------------------------------------------------------------------------------------------------
+# --- what it knows ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0])
@@ -228,7 +231,7 @@ def test_intervals_in_its_own_units_hold_what_is_measured(singles: dict[str, np.
     assert 0.5 < found.for_novelty("seen").reach(0.9) < 4.0
 
 
-# --- another model's means -------------------------------------------------------------------------------------------------
+# --- another model's means --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("knows", [True, False])
@@ -261,14 +264,15 @@ def test_another_model_is_heard_as_far_as_it_predicts_what_it_was_not_trained_on
     again = SetGP()
     again.restore(model.artefact)
     np.testing.assert_array_equal(again.effect_in("NEW1", None, said), model.effect_in("NEW1", None, said))
-    # What training measured was conditioned on what folds without it said. Anything else here would count as an effect of its own.
+    # What training measured was conditioned on what folds without it said. Anything else here would count as an effect
+    # of its own.
     known = training.effects.labels[0]
     louder = {"world": 3.0 * model.out_of_fold["world"][known]}
     np.testing.assert_array_equal(model.effect_in(known, None, louder), model.effect_in(known))
     np.testing.assert_array_equal(model.uncertainty(known, None, louder), model.uncertainty(known))
 
 
-# --- honesty and bad input --------------------------------------------------------------------------------------------------
+# --- honesty and bad input --------------------------------------------------------------------------------------------
 
 
 def test_it_knows_nothing_of_cells_that_are_held_out(screen: tuple[Pairs, Embeddings]) -> None:

@@ -1,4 +1,4 @@
-"""The JEPA: its terms against hand-computed values, its stages on planted cells, what stops it, and what its inner folds may know."""
+"""The JEPA: its terms by hand, its stages on planted cells, its stopping, and the knowledge of its inner folds."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def jepa(screen: tuple[Pairs, Embeddings], tmp_path_factory: pytest.TempPathFact
 def planted_cells(
     n: int = 600, n_genes: int = 40, n_programmes: int = 4, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return log1p-normalized cells of Poisson counts whose rates few programmes govern, and these, (n, genes) and (n, programmes)."""
+    """Return log1p-normalized cells, (n, genes), and the programmes behind their Poisson rates, (n, programmes)."""
     rng = np.random.default_rng(seed)
     programmes = rng.normal(size=(n, n_programmes))
     k = rng.poisson(np.exp(0.7 * programmes @ rng.normal(size=(n_programmes, n_genes)) / 2 + 1.5))
@@ -280,7 +280,7 @@ def test_a_withheld_action_is_one_null_whatever_the_perturbation() -> None:
 
 
 def planted_batch(shifts: torch.Tensor, sd: torch.Tensor, n: int = 512) -> Batch:
-    """Return groups of cells of a linear world: every perturbation shifts, a pair by half of the sum, and outcomes have a spread."""
+    """Return groups of cells of a linear world: single effects are shifts, a pair's is half of the sum."""
     group = torch.arange(n) // 32
     pairs = torch.tensor([[0, -1], [1, -1], [2, -1], [3, -1], [4, -1], [0, 1], [2, 3], [-1, -1]])
     genes = pairs[torch.randint(0, len(pairs), (group.max() + 1,))][group]
@@ -476,7 +476,9 @@ def test_shuffled_actions_are_those_of_another_perturbation_of_the_same_order(sc
 def predictor_of_fold(
     jepa: tuple, pairs: Pairs, embeddings: Embeddings, folder: Path, kind: str, *, spoil: bool, own: bool
 ) -> tuple[list[str], Callable[[str], np.ndarray], int]:
-    """Return what a fold holds out, what its predictor says of a label, and how many controls it starts from, with cells held out and the other controls spoilt or not.
+    """Return the labels that a fold holds out, its prediction of a label, and the number of controls it starts from.
+
+    Held-out cells and the other controls are spoilt, or not.
 
     With an embedding of its own, the whole training's is spoilt altogether.
     """

@@ -175,7 +175,8 @@ def test_coupling_is_optimal_within_groups() -> None:
 
 
 def test_coupling_looks_away_from_what_the_perturbation_did() -> None:
-    # Along the second axis cells respond, by 0 or 8: what is left to tell their states is the first, though it tells less.
+    # Along the second axis cells respond, by 0 or 8: what is left to tell their states is the first, though it tells
+    # less.
     start = torch.tensor([[0.0, 0.0], [1.0, 0.1], [2.0, -0.1], [3.0, 0.0]])
     target = torch.tensor([[3.0, 8.0], [0.0, 0.0], [2.0, 8.0], [1.0, 0.0]])
     order = counterfactual.coupled(start, target, torch.zeros(4), torch.ones(2))

@@ -1,4 +1,4 @@
-"""scPPDM: forward process, samplers and guidance against closed forms, the network on known conditionals, doses, latents, and the hybrid."""
+"""scPPDM: forward process, samplers and guidance against closed forms; a network on known conditionals; the hybrid."""
 
 import json
 from dataclasses import replace
@@ -407,7 +407,8 @@ def test_a_training_is_not_resumed_with_another_content_of_its_file(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"latent": "counts"}, {"latent": "pca"}, {"latent": "counts", "mean": "closed_form"}, {"objective": "noise"}, {"sampler": "dpm"},
+    [{"latent": "counts"}, {"latent": "pca"}, {"latent": "counts", "mean": "closed_form"}, {"objective": "noise"},
+     {"sampler": "dpm"},
      {"sampler": "ancestral"}, {"alignment": 0.1}, {"guidance_state": 1.5, "guidance_perturbation": 2.0}],
     ids=str,
 )  # fmt: skip
@@ -445,7 +446,8 @@ def test_a_mean_of_expected_shifts_is_that_of_each(hybrid: tuple, screen: tuple[
 
 def test_a_missing_file_of_loadings_is_named(tmp_path: Path) -> None:
     path = tmp_path / "loadings.tsv"
-    mine = {"select": {"datasets": ["renge2023"], "splits": ["unseen_perturbation"], "models": ["own"], "seeds": [0], "counterfactuals": []},
+    mine = {"select": {"datasets": ["renge2023"], "splits": ["unseen_perturbation"], "models": ["own"], "seeds": [0],
+                       "counterfactuals": []},
             "models": {"own": {"family": "diffusion", "params": {"latent": {"file": str(path)}}}}}  # fmt: skip
     with pytest.raises(InputError, match=r"models.own.params.latent.file: there is no file"):
         Plan(merged(mine))

@@ -1,4 +1,4 @@
-"""Cells that stay on disk: the same numbers as from memory, rows read a part at a time, and predictions written block by block."""
+"""Cells that stay on disk give the numbers of memory; rows are read in parts, and predictions written in blocks."""
 
 import threading
 from collections.abc import Callable
@@ -326,7 +326,8 @@ def test_cells_are_read_ahead_from_epoch_to_epoch_whoever_looks_at_others_in_bet
         through.batch(10, (0, 0, step))
     through._reader.shutdown()
     here = threading.current_thread().name
-    assert [seed for seed, thread in read if thread != here] == [(0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (0, 3, 0),
+    assert [seed for seed, thread in read if thread != here] == [(0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1),
+                                                                 (0, 3, 0),
                                                                      (0, 0, 1), (0, 1, 0)]  # fmt: skip
     assert [seed for seed, thread in read if thread == here] == [(0, 0, 0), *[(0, batches.WATCHED, 0)] * 3, (0, 0, 0)]
 

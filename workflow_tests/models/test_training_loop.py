@@ -46,8 +46,10 @@ def short_epochs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("short_epochs")
 @pytest.mark.parametrize(
-    ("name", "stage"), [("scppdm", "autoencoder"), ("scppdm", "diffusion"), ("scppdm_hybrid", "diffusion"), ("jepa", "jepa stage_a"),
-                        ("jepa", "jepa stage_c"), ("jepa", "jepa"), ("counterfactual", "counterfactual"), ("external", "autoencoder")],
+    ("name", "stage"), [("scppdm", "autoencoder"), ("scppdm", "diffusion"), ("scppdm_hybrid", "diffusion"),
+                        ("jepa", "jepa stage_a"),
+                        ("jepa", "jepa stage_c"), ("jepa", "jepa"), ("counterfactual", "counterfactual"),
+                        ("external", "autoencoder")],
 )  # fmt: skip
 def test_resumed_training_equals_uninterrupted(
     name: str, stage: str, screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,7 +184,8 @@ def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_cop
     outputs = ["--model", str(tmp_path / "model.ckpt"), "--run", str(tmp_path / "run.json")]
     (tmp_path / "audit.json").write_text('{"split_sha256": ""}')
     command = [
-        sys.executable, str(REPOSITORY / "scripts/train.py"), "--pairs", str(files.pairs), "--embeddings", str(files.embeddings),
+        sys.executable, str(REPOSITORY / "scripts/train.py"), "--pairs", str(files.pairs), "--embeddings",
+        str(files.embeddings),
         "--audit", str(tmp_path / "audit.json"), *outputs, "--implementation", implementation,
         "--params", json.dumps(params), "--seed", "0", "--device", "cpu",
     ]  # fmt: skip

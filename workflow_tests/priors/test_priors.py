@@ -1,4 +1,4 @@
-"""GO annotations and interactions become vectors: every format that is read, what is left out, and what nearness means."""
+"""GO annotations and interactions become vectors: formats, omissions, and the meaning of nearness."""
 
 import gzip
 import io
@@ -101,7 +101,7 @@ def table(path: Path, rows: list[tuple] = ANNOTATIONS) -> Path:
 
 
 def database(path: Path, rows: list[tuple] = ANNOTATIONS) -> Path:
-    """Write what an annotation package of Bioconductor holds: more general terms in tables *_all, nothing that is negated."""
+    """Write an annotation package of Bioconductor: more general terms in tables *_all, nothing that is negated."""
     above = {"GO:0000003": ["GO:0000003", "GO:0000002", "GO:0000001"], "GO:0000005": ["GO:0000005", "GO:0000001"]}
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE gene_info (_id INTEGER, gene_name TEXT, symbol TEXT)")
@@ -141,7 +141,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("write", [gaf, table, database, package])
 def test_all_formats_give_the_same_annotations(write: Callable[[Path], Path], tmp_path: Path) -> None:
-    """What a gene does not do, what is not known, what expression told, and obsolete terms are left out; symbols are approved."""
+    """Negated, unknown, expression-derived and obsolete terms are left out; symbols are approved."""
     (tmp_path / "go.obo").write_text(OBO)
     found = read_annotations({"annotations": write(tmp_path / "annotations.tsv"), "ontology": tmp_path / "go.obo"})
     assert set(found.itertuples(index=False, name=None)) == EXPECTED
@@ -174,7 +174,7 @@ def test_ancestors_are_closed(tmp_path_factory: pytest.TempPathFactory, parents:
 
 
 def families(n_families: int = 12, size: int = 8, seed: int = 0) -> list[tuple]:
-    """Return annotations of genes in families that share terms; every gene has the root and a term of its own besides."""
+    """Return annotations of genes in families that share terms; every gene also has the root and a term of its own."""
     rng = np.random.default_rng(seed)
     rows = []
     for family in range(n_families):
@@ -289,7 +289,10 @@ CHANNELS = ["neighborhood", "fusion", "cooccurence", "coexpression", "experiment
 def full_string(
     folder: Path, scores: dict[tuple[str, str], int], detailed: bool = False, alone: tuple[str, ...] = ()
 ) -> dict[str, Path]:
-    """Write STRING's full files as version 12.0 has them: every pair in both directions, proteins by ENSP ids, names in protein.info."""
+    """Write STRING's full files as of version 12.0.
+
+    Every pair stands in both directions, proteins by ENSP ids, names in protein.info.
+    """
     folder.mkdir(exist_ok=True)
     proteins = {
         name: f"9606.ENSP{i:011d}"
@@ -316,7 +319,10 @@ def two_blocks(size: int = 10) -> dict[tuple[str, str], int]:
 
 @pytest.mark.parametrize("detailed", [False, True])
 def test_two_blocks_have_a_known_component(detailed: bool, tmp_path: Path) -> None:
-    """In a regular graph of degree d = 9 · 0.9 + 10 · 0.15, with τ = d too, it is ±(9 · 0.9 − 10 · 0.15) / 2d, block against block."""
+    """In a regular graph of degree d and τ = d it is ±(9 · 0.9 − 10 · 0.15) / 2d, block against block.
+
+    The degree is d = 9 · 0.9 + 10 · 0.15.
+    """
     found = association_vectors(full_string(tmp_path, two_blocks(), detailed), n_dimensions=1)
     value = (9 * 0.9 - 10 * 0.15) / (2 * (9 * 0.9 + 10 * 0.15))
     expected = [value] * 10 + [-value] * 10
@@ -382,7 +388,10 @@ def test_a_gene_without_an_association_has_no_row(tmp_path: Path) -> None:
 
 
 def test_genes_that_hang_on_by_a_thread_take_no_component(tmp_path: Path) -> None:
-    """Six modules and twenty pairs of genes, each pair joined to the rest by one weak score: components are of modules, not of pairs."""
+    """Components are of modules, not of pairs.
+
+    There are six modules and twenty pairs of genes; one weak score joins each pair to the rest.
+    """
     rng = np.random.default_rng(0)
     names = [f"F{family}M{member}" for family in range(6) for member in range(20)]
     scores = {

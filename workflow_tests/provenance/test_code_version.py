@@ -1,4 +1,4 @@
-"""The version of the code: what can change a number changes it, the rest does not, and nothing that runs is outside it."""
+"""The version of the code changes with all that can change a number, and with nothing else."""
 
 import ast
 import builtins
@@ -109,9 +109,11 @@ def dead() -> int:
     """Serve nobody."""
     return other.unused()
 ''',
-    "other.py": "NAME = 'other'\nUNUSED = 1\n\n\ndef weight(y):\n    return 2 * y\n\n\ndef shown(x):\n    return x\n\n\ndef message(x):\n    return x\n\n\ndef unused():\n    return UNUSED\n",
+    "other.py": ("NAME = 'other'\nUNUSED = 1\n\n\ndef weight(y):\n    return 2 * y\n\n\ndef shown(x):\n    return x\n"
+                 "\n\ndef message(x):\n    return x\n\n\ndef unused():\n    return UNUSED\n"),
     "bases.py": (
-        "class Root:\n    rate = 1\n\n\nclass Base(Root):\n    pass\n\n\ndef decorated(function):\n    return function\n\n\n"
+        "class Root:\n    rate = 1\n\n\nclass Base(Root):\n    pass\n\n\ndef decorated(function):\n    return "
+        "function\n\n\n"
         "try:\n    from perturbflow.fast import trusted\nexcept ImportError:\n    def trusted(x):\n        return x\n"
     ),
     "fast.py": "def trusted(x):\n    return x\n",
@@ -212,7 +214,8 @@ OTHER = {
     "a library": ("step.py", "import numpy as np", "import cupy as np"),
     "a function of a library": ("step.py", "rankdata as ranked", "tiecorrect as ranked"),
     "a table": ("table.tsv", "1", "2"),
-    "a class of warnings that fails": ("step.py", "    logger.info", '    warnings.simplefilter("error")\n    logger.info'),
+    "a class of warnings that fails": ("step.py", "    logger.info",
+                                       '    warnings.simplefilter("error")\n    logger.info'),
 }  # fmt: skip
 
 
@@ -239,7 +242,8 @@ def test_a_name_that_now_means_another_of_the_same_name_is_counted(package: Pack
     twin = "\n\ndef weight(y):\n    return 3 * y\n\n\ndef shown(y):\n    return weight(y)\n"
     package.folder.joinpath("twin.py").write_text(twin)
     both = ("step.py", "text = Settings(), f", "text = Settings(), twin.weight(1) + weight(1), f"), (
-        "step.py", "from perturbflow.tables", "from perturbflow.other import weight\nfrom perturbflow import twin\nfrom perturbflow.tables",
+        "step.py", "from perturbflow.tables", ("from perturbflow.other import weight\nfrom perturbflow import twin\n"
+                                               "from perturbflow.tables"),
     )  # fmt: skip
     for name, old, new in both:
         path = package.folder / name
@@ -382,7 +386,8 @@ def test_no_step_counts_the_command_line_or_a_module_whole(step: str) -> None:
     assert "perturbflow.cli:run" not in definitions(entry_point(step))
 
 
-# What reading the code cannot see. Whoever needs one of these names a further root, as the families, recipes and priors do.
+# What reading the code cannot see. Whoever needs one of these names a further root, as the families, recipes and priors
+# do.
 BLIND = {
     "globals",
     "locals",
@@ -515,7 +520,8 @@ SHIPPED = complete(
     merged({"select": {"datasets": ["renge2023"], "splits": ["unseen_combination"], "models": ["no_change"]}})
 )["models"]
 QUICK = {
-    "n_steps": 4, "n_steps_representation": 4, "n_steps_decoder": 4, "batch_size": 16, "n_latent": 8, "width": 16, "n_sampling_steps": 2,
+    "n_steps": 4, "n_steps_representation": 4, "n_steps_decoder": 4, "batch_size": 16, "n_latent": 8, "width": 16,
+    "n_sampling_steps": 2,
     "n_integration_steps": 2,
 }  # fmt: skip
 

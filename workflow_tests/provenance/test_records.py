@@ -25,7 +25,7 @@ MADE_OF = {"n_hvg": 40, "code_version": "abc", "block": {"a": [1, None]}}
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder in which Snakemake has run, with a user's file, a first result and a second one that was made from it."""
+    """Work in a folder where Snakemake has run, with a user's file, a first result, and a second one made from it."""
     monkeypatch.chdir(tmp_path)
     Path(".snakemake").mkdir()
     Path("results").mkdir()

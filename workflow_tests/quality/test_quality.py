@@ -1,4 +1,4 @@
-"""Is this screen good enough? Tests of response that keep their level, escaping cells that were made to, and a page that says so."""
+"""Is this screen good enough? Tests of response that keep their level, planted escaping cells, and the page."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,9 @@ SILENT = [f"N{i}" for i in range(30)]
 
 
 def made_screen(seed: int = 0) -> ad.AnnData:
-    """Return a screen of three batches that differ: thirty perturbations that do nothing, each mostly in one batch, and two that do.
+    """Return a screen of three batches that differ, with thirty idle perturbations and two others.
+
+    Each idle one is mostly in one batch.
 
     STRONG moves all of its cells; HALF moves 60 % of them. Batch b2 has no controls. LONE has three cells.
     """
@@ -249,8 +251,10 @@ def test_scores_are_told_for_what_responds_and_by_efficacy() -> None:
     n = 12
     scores = pd.DataFrame(
         {
-            "dataset": "d", "split": "s", "model": "m", "seed": 0, "perturbation": [f"P{i}" for i in range(n)], "metric": metric,
-            "value": np.arange(n) / n, "n_members": 1, "members_seen": 0, "n_cells": 40, "reliability": np.arange(n) / n, "effect_size": 1.0,
+            "dataset": "d", "split": "s", "model": "m", "seed": 0, "perturbation": [f"P{i}" for i in range(n)],
+            "metric": metric,
+            "value": np.arange(n) / n, "n_members": 1, "members_seen": 0, "n_cells": 40,
+            "reliability": np.arange(n) / n, "effect_size": 1.0,
             "efficacy": np.arange(n) / n, "responds": [1.0] * 8 + [0.0] * 3 + [np.nan],
         }
     )  # fmt: skip

@@ -125,7 +125,8 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
         "counterfactuals": ["why"],
     }
     assert plan_in(tmp_path, light, config).jobs == {
-        "harmonize": 1, "quality": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "train_closed_form": 28, "predict": 28, "evaluate": 28,
+        "harmonize": 1, "quality": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "train_closed_form": 28,
+        "predict": 28, "evaluate": 28,
         "warranty": 2, "counterfactual": 2, "draw": 2, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
@@ -550,16 +551,21 @@ def test_words_about_a_dataset_plan_nothing(finished: Finished) -> None:
         ("evaluation/inputs.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9", {"evaluate": len(RUNS), **AFTER_TRAINING}),
         ("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 3",
          {"pair": 1, "embeddings": 1, "audit": 1, **OF_RUNS, **AFTER_TRAINING}),
-        ("models/closed_form/baselines.py", "1e-10 * s[0]", "1e-9 * s[0]", {"train_closed_form": 1, "predict": 1, "evaluate": 1, **AFTER_TRAINING}),
-        ("models/closed_form/ceilings.py", '== "a"', '== "b"', {"train_closed_form": 3, "predict": 3, "evaluate": 3, **AFTER_TRAINING}),
+        ("models/closed_form/baselines.py", "1e-10 * s[0]", "1e-9 * s[0]",
+         {"train_closed_form": 1, "predict": 1, "evaluate": 1, **AFTER_TRAINING}),
+        ("models/closed_form/ceilings.py", '== "a"', '== "b"',
+         {"train_closed_form": 3, "predict": 3, "evaluate": 3, **AFTER_TRAINING}),
         ("models/closed_form/regressions.py", "NEIGHBOURS = (1,", "NEIGHBOURS = (2,", {}),
         ("io/files.py", "is not valid JSON", "cannot be read as JSON", {}),
         ("pairs.py", "logger.info(", "logger.debug(", {}),
-        ("models/closed_form/baselines.py", "class Additive(", "class Another:\n    level = 3\n\n\nclass Additive(", {}),
+        ("models/closed_form/baselines.py", "class Additive(", "class Another:\n    level = 3\n\n\nclass Additive(",
+         {}),
         ("cli.py", 'datefmt="%H:%M:%S"', 'datefmt="%H:%M"', {}),
-        ("models/closed_form/baselines.py", "The bilinear closed form of", "The closed form of", {"report": 1, "all": 1}),
+        ("models/closed_form/baselines.py", "The bilinear closed form of", "The closed form of",
+         {"report": 1, "all": 1}),
     ],
-    ids=["a comment", "metrics", "pairing", "a baseline", "ceilings", "another family", "a message", "a log line", "a new baseline", "plumbing",
+    ids=["a comment", "metrics", "pairing", "a baseline", "ceilings", "another family", "a message", "a log line",
+         "a new baseline", "plumbing",
          "words that the report shows"],
 )  # fmt: skip
 def test_an_edit_of_the_package_plans_what_depends_on_it(

@@ -66,15 +66,18 @@ SEPARABILITY = {
 NUMBERS = {name: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1} for name, mean in
            (("model", 0.41), ("no_change", 0.0), ("perturbed_mean", 0.22), ("ceiling", 0.77))}  # fmt: skip
 WARRANTY = {
-    "verdict": "no better than the mean effect of training", "identity": 0.0, "placebo": {"share_called": 0.043, "nominal": 0.05, "repeats": 20, "repeats_with_discoveries": 1},
+    "verdict": "no better than the mean effect of training", "identity": 0.0,
+    "placebo": {"share_called": 0.043, "nominal": 0.05, "repeats": 20, "repeats_with_discoveries": 1},
     "coverage": [
         {"nominal": nominal, "measured": nominal + 0.01, "low": 0.7, "high": 0.95, "n_test": 9, "n_calibration": 17,
          "n_calibration_perturbations": 11, "floors": {"no_change": {"mean": 0.88, "low": 0.8, "high": 0.9}},
-         "width": {name: {"mean": width} for name, width in (("model", 0.3), ("no_change", 0.4), ("perturbed_mean", 0.5), ("ceiling", 0.1))},
+         "width": {name: {"mean": width}
+                   for name, width in (("model", 0.3), ("no_change", 0.4), ("perturbed_mean", 0.5), ("ceiling", 0.1))},
          "relative_width": {"no_change": {"mean": 0.75, "low": 0.7, "high": 0.8}}}
         for nominal in (0.8, 0.9)
     ],
-    "agreement": {"whole": NUMBERS, "specific": {**NUMBERS, "model": {"mean": 0.3, "low": 0.1, "high": 0.5}}}, "on_target": {"n": 0}, "perturbations": [],
+    "agreement": {"whole": NUMBERS, "specific": {**NUMBERS, "model": {"mean": 0.3, "low": 0.1, "high": 0.5}}},
+    "on_target": {"n": 0}, "perturbations": [],
 }  # fmt: skip
 HISTORY = [
     {"step": step, "loss": 1 / step, "validation_loss": 1.5 / step, "rate": float("nan")} for step in (10, 20, 30, 40)
@@ -98,7 +101,8 @@ class Tree:
             for model in [*IMPLEMENTATIONS, "learned"]
         ]  # fmt: skip
         of_splits = {name: [self.folder / "mine" / split / file for split in SPLITS]
-                     for name, file in (("splits", "split.json"), ("audits", "audit.json"), ("pairs", "pairs.h5ad"))}  # fmt: skip
+                     for name, file in (("splits", "split.json"), ("audits", "audit.json"),
+                                        ("pairs", "pairs.h5ad"))}  # fmt: skip
         return {
             **{name: self.folder / f"{name}.tsv" for name in TABLES},
             "runs": runs,
@@ -323,7 +327,8 @@ def run_cards(page: str) -> dict[str, str]:
 
 def test_kinds_of_models_come_from_their_families(page: str) -> None:
     kinds = {model: re.search(r'<span class="note">(\w+)</span>', card)[1] for model, card in run_cards(page).items()}
-    assert kinds == {**dict.fromkeys(("no_change", "additive", "perturbed_mean"), "baseline"), **dict.fromkeys(CEILINGS, "ceiling"),
+    assert kinds == {**dict.fromkeys(("no_change", "additive", "perturbed_mean"), "baseline"),
+                     **dict.fromkeys(CEILINGS, "ceiling"),
                      "learned": "learned"}  # fmt: skip
 
 
@@ -350,7 +355,10 @@ def test_every_held_out_perturbation_is_listed_with_members_seen(page: str, tree
     table = html.unescape(table[: table.index("</table>")])
     for label, rows in scores.groupby("perturbation"):
         first = rows.iloc[0]
-        start = f'<tr><th scope="row">{label}</th><td>additive</td><td>{first["members_seen"]}</td><td><data value="{first["n_cells"]}">'
+        start = (
+            f'<tr><th scope="row">{label}</th><td>additive</td><td>{first["members_seen"]}</td><td><data '
+            f'value="{first["n_cells"]}">'
+        )
         assert start in table
         by_metric = rows.set_index("metric")["value"]
         shown = [metric for metric in METRICS if metric in (*HEADLINES, *ON_TARGET, "pearson_delta_ctrl_off_target")]
@@ -401,13 +409,14 @@ def test_the_report_says_what_learned_by_heart_and_what_losses_mean(
         changed.append(path)
     again = tree.page(runs=changed, report=tmp_path / "report.html")
     assert again.count(
-        "It learned by heart: its validation loss is lowest about step 40 (0.06417) and ends at 0.09681, while its training loss"
+        "It learned by heart: its validation loss is lowest about step 40 (0.06417) and ends at 0.09681, while its "
+        "training loss"
     ) == len(SPLITS)
     assert "Fewer steps may predict better. Loss: error of the mean effects" in again
     assert (
-        "stage a: Whether it learned by heart is unknown: no points of validation loss were logged. Loss: squared error of the target"
-        in again
-    )
+        "stage a: Whether it learned by heart is unknown: no points of validation loss were logged. Loss: squared "
+        "error of the target"
+    ) in again
 
 
 def curve(values: np.ndarray) -> list[tuple[float, float]]:
@@ -596,7 +605,8 @@ def test_sections_stand_in_the_order_of_reading(page: str) -> None:
 def test_every_verdict_stands_on_the_page(page: str, tree: Tree) -> None:
     text = " ".join(Elements(page).text.split())
     for row in tree.table("verdicts").fillna("").itertuples():
-        found = re.search(rf'<tr><th scope="row">[^\n]*{row.model}<small>{row.kind}</small></th><td><span class="[^"]*">{row.verdict}</span>',
+        found = re.search((rf'<tr><th scope="row">[^\n]*{row.model}<small>{row.kind}</small></th><td><span '
+                           rf'class="[^"]*">{row.verdict}</span>'),
                           region(page, f"Verdicts of mine × {row.split}"))  # fmt: skip
         assert found, row
         if row.kind == "learned":
@@ -821,9 +831,12 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(
     assert section.count("<td>yes</td>") == 2
     assert f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"' in section
     assert (
-        "Warranty: No better than the mean effect of training. Agreement of whole effects 0.41: no change 0, the mean effect of training 0.22, "
-        "ceiling 0.77. Beyond that mean 0.30: both floors 0, ceiling 0.77. Intervals, calibrated on 17 held-out measurements of 11 perturbations, "
-        "hold 81 % (nominal 80, no change 88) and 91 % (nominal 90, no change 88) of 9 test perturbations' effects. At 90 % they are 0.75 times "
+        "Warranty: No better than the mean effect of training. Agreement of whole effects 0.41: no change 0, the "
+        "mean effect of training 0.22, "
+        "ceiling 0.77. Beyond that mean 0.30: both floors 0, ceiling 0.77. Intervals, calibrated on 17 held-out "
+        "measurements of 11 perturbations, "
+        "hold 81 % (nominal 80, no change 88) and 91 % (nominal 90, no change 88) of 9 test perturbations' effects. "
+        "At 90 % they are 0.75 times "
         "as wide as those of no change; the truth's would be 0.25 times as wide." in html.unescape(section)
     )
     assert "No perturbation changes nothing" in section
@@ -834,7 +847,10 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(
         table,
     )
     assert re.search(
-        r'<td class="long">no better than the mean effect of training</td><td>0\.410* \(0\.310* to 0\.510*\)</td><td>0\.220* \(0\.120* to 0\.320*\)</td>',
+        (
+            r'<td class="long">no better than the mean effect of training</td><td>0\.410* \(0\.310* to '
+            r"0\.510*\)</td><td>0\.220* \(0\.120* to 0\.320*\)</td>"
+        ),
         table,
     )
 
@@ -1018,15 +1034,19 @@ addEventListener("load", () => {
   const shown = words => {
     input.value = words;
     input.dispatchEvent(new Event("input"));
-    return [...table.rows].filter(row => row.cells[0].scope === "row" && row.offsetHeight).map(row => row.cells[0].textContent.trim());
+    return [...table.rows].filter(row => row.cells[0].scope === "row" && row.offsetHeight)
+                          .map(row => row.cells[0].textContent.trim());
   };
-  const filtered = { baseline: shown("baseline"), without: shown("-baseline -ceiling"), both: shown("BASELINE add"), all: shown("").length };
-  const nameless = [...document.querySelectorAll("a, button, input, summary")].filter(it => !(it.textContent.trim() || it.getAttribute("aria-label"))).length;
+  const filtered = { baseline: shown("baseline"), without: shown("-baseline -ceiling"), both: shown("BASELINE add"),
+                     all: shown("").length };
+  const nameless = [...document.querySelectorAll("a, button, input, summary")]
+    .filter(it => !(it.textContent.trim() || it.getAttribute("aria-label"))).length;
   const order = [...table.tBodies[0].rows].map(row => Number(row.cells[1].querySelector("data").value));
   const sort = table.tHead.rows[0].cells[1].getAttribute("aria-sort");
   const dark = getComputedStyle(document.body).backgroundColor;
   document.body.innerHTML = "";
-  document.body.textContent = "PROBE" + JSON.stringify({ width, page, figures, order, sort, dark, filtered, nameless }) + "EBORP";
+  const found = { width, page, figures, order, sort, dark, filtered, nameless };
+  document.body.textContent = "PROBE" + JSON.stringify(found) + "EBORP";
 });
 </script>
 """
@@ -1043,7 +1063,8 @@ def browser(page: str, tmp_path: Path) -> Callable[..., dict]:
     def look(*arguments: str) -> dict:
         path = tmp_path / "page.html"
         path.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=3000",
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+                   "--virtual-time-budget=3000",
                    f"--user-data-dir={tmp_path / 'profile'}", *arguments, "--dump-dom", path.as_uri()]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         probed = re.search(r"PROBE(.*?)EBORP</body>", done.stdout, re.DOTALL)

@@ -1,4 +1,4 @@
-"""What a block declares of labels, covariates and genes, each key on a small screen; hypothesis on the labels of real screens."""
+"""A block's keys for labels, covariates and genes, each on a small screen; Hypothesis on the labels of real screens."""
 
 import re
 from collections.abc import Callable
@@ -32,21 +32,31 @@ def canonical(name: str, label: str) -> str | None:
 @pytest.mark.parametrize(
     ("name", "label", "becomes"),
     [
-        ("norman2019", "KLF1_CEBPA", "CEBPA+KLF1"), ("norman2019", "RHOXF2_SET", "RHOXF2B+SET"), ("norman2019", "C3orf72_FOXL2", "FOXL2+FOXL2NB"),
-        ("norman2019_gears", "ctrl+KLF1", "KLF1"), ("norman2019_gears", "RHOXF2BB+ZBTB25", "RHOXF2B+ZBTB25"), ("norman2019_gears", "ctrl", CONTROL),
-        ("norman2019_geo", "NegCtrl11_NegCtrl0__NegCtrl11_NegCtrl0", CONTROL), ("norman2019_geo", "no_reads_found", None),
-        ("norman2019_geo", "NegCtrl0_SET__NegCtrl0_SET", "SET"), ("norman2019_geo", "TGFBR2_IGDCC3__TGFBR2_IGDCC3_2", "IGDCC3+TGFBR2"),
-        ("adamson2016_10x005", "ATF6_PERK_IRE1_pMJ158", "ATF6+EIF2AK3+ERN1"), ("adamson2016_10x005", "PERK_only_pMJ146", "EIF2AK3"),
+        ("norman2019", "KLF1_CEBPA", "CEBPA+KLF1"), ("norman2019", "RHOXF2_SET", "RHOXF2B+SET"),
+        ("norman2019", "C3orf72_FOXL2", "FOXL2+FOXL2NB"),
+        ("norman2019_gears", "ctrl+KLF1", "KLF1"), ("norman2019_gears", "RHOXF2BB+ZBTB25", "RHOXF2B+ZBTB25"),
+        ("norman2019_gears", "ctrl", CONTROL),
+        ("norman2019_geo", "NegCtrl11_NegCtrl0__NegCtrl11_NegCtrl0", CONTROL),
+        ("norman2019_geo", "no_reads_found", None),
+        ("norman2019_geo", "NegCtrl0_SET__NegCtrl0_SET", "SET"),
+        ("norman2019_geo", "TGFBR2_IGDCC3__TGFBR2_IGDCC3_2", "IGDCC3+TGFBR2"),
+        ("adamson2016_10x005", "ATF6_PERK_IRE1_pMJ158", "ATF6+EIF2AK3+ERN1"),
+        ("adamson2016_10x005", "PERK_only_pMJ146", "EIF2AK3"),
         ("adamson2016_10x005", "3x_neg_ctrl_pMJ144-2", CONTROL), ("adamson2016_10x005", "Gal4-4(mod)_pBA582", CONTROL),
-        ("adamson2016_10x010", "ASCC3_pDS051", "ASCC3"), ("adamson2016_10x010", "63(mod)_pBA580", CONTROL), ("adamson2016_10x010", "*", None),
+        ("adamson2016_10x010", "ASCC3_pDS051", "ASCC3"), ("adamson2016_10x010", "63(mod)_pBA580", CONTROL),
+        ("adamson2016_10x010", "*", None),
         ("adamson2016_gears", "Gal4-4(mod)+ctrl", CONTROL), ("adamson2016_geo", "HARS_pDS123", "HARS1"),
         ("replogle2022_k562_gwps", "non-targeting", CONTROL), ("replogle2022_k562_gwps", "HLA-A", "HLA-A"),
-        ("dixit2016_7d", "p-sgELK1-6", "ELK1"), ("dixit2016_7d", "p_sgYY1_10", "YY1"), ("dixit2016_7d", "p_INTERGENIC216151", CONTROL),
+        ("dixit2016_7d", "p-sgELK1-6", "ELK1"), ("dixit2016_7d", "p_sgYY1_10", "YY1"),
+        ("dixit2016_7d", "p_INTERGENIC216151", CONTROL),
         ("dixit2016_highmoi", "p-sgYY1-3_p-INTERGENIC216151_p-sgELK1-6", "ELK1+YY1"), ("dixit2016_13d", "nan", None),
-        ("papalexi2021_eccite", "IFNGR2g10", "IFNGR2"), ("papalexi2021_eccite", "NTg5", CONTROL), ("papalexi2021_arrayed", "MARCH8", "MARCHF8"),
-        ("frangieh2021", "HLA-B", "HLA-B"), ("wessels2023", "NT_NT", CONTROL), ("wessels2023", "KDM1A_HDAC3", "HDAC3+KDM1A"),
+        ("papalexi2021_eccite", "IFNGR2g10", "IFNGR2"), ("papalexi2021_eccite", "NTg5", CONTROL),
+        ("papalexi2021_arrayed", "MARCH8", "MARCHF8"),
+        ("frangieh2021", "HLA-B", "HLA-B"), ("wessels2023", "NT_NT", CONTROL),
+        ("wessels2023", "KDM1A_HDAC3", "HDAC3+KDM1A"),
         ("datlinger2017", "Essential_library_MVD_1", "MVD"), ("datlinger2017", "Tcrlibrary_HLA-A_2", "HLA-A"),
-        ("gasperini2019_lowmoi", "chr1.9538_top_two_GATA1", "GATA1+chr1.9538_top_two"), ("gasperini2019_lowmoi", "nan", None),
+        ("gasperini2019_lowmoi", "chr1.9538_top_two_GATA1", "GATA1+chr1.9538_top_two"),
+        ("gasperini2019_lowmoi", "nan", None),
         ("sciplex3", "(+)-JQ1", "JQ1"), ("sciplex3", "Vehicle", CONTROL),
     ],
 )  # fmt: skip
@@ -107,7 +117,7 @@ def test_any_text_becomes_a_canonical_label_or_an_explained_error(name: str, lab
         assert becomes is None
 
 
-# --- keys -----------------------------------------------------------------------------------------------------------------
+# --- keys -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_subset_of_numbers_is_found_among_numbers_with_gaps(harmonized_from: Callable, tiny_screen: Callable) -> None:
@@ -185,7 +195,7 @@ def test_a_note_is_told_and_another_shape_refused(
         harmonized_from(screen, shape=[10, 20])
 
 
-# --- genes ------------------------------------------------------------------------------------------------------------------
+# --- genes ------------------------------------------------------------------------------------------------------------
 
 
 def genes(rows: dict[str, str]) -> dict[str, str]:
@@ -225,14 +235,16 @@ def test_shifted_ids_are_noticed(
     assert "are they shifted?" in caplog.text
 
 
-# --- the registry -----------------------------------------------------------------------------------------------------------
+# --- the registry -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"perturbation": {"column": "p", "control": ["c"], "pattern": "^(.+"}}, r"mine\.perturbation\.pattern: '\^\(\.\+' cannot serve.*unterminated"),
-        ({"perturbation": {"column": "p", "control": ["c"], "pattern": "^.+g"}}, r"perturbation\.pattern: .* needs a group"),
+        ({"perturbation": {"column": "p", "control": ["c"], "pattern": "^(.+"}},
+         r"mine\.perturbation\.pattern: '\^\(\.\+' cannot serve.*unterminated"),
+        ({"perturbation": {"column": "p", "control": ["c"], "pattern": "^.+g"}},
+         r"perturbation\.pattern: .* needs a group"),
         ({"exclude": {"guide": "*x"}}, r"mine\.exclude\.guide: '\*x' cannot serve .*nothing to repeat"),
         ({"gene_pattern": "["}, r"mine\.gene_pattern: '\[' cannot serve"),
         ({"covariates": {"batch": {"values": "x"}}}, r"covariates\.batch"),

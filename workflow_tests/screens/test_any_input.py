@@ -1,4 +1,4 @@
-"""Whatever a user hands over is a screen, a label or a plan, or one message: nothing in it is executed, and it leads nowhere."""
+"""Any input is a screen, a label, a plan, or one message; nothing in it is executed, and it leads nowhere."""
 
 import contextlib
 import datetime
@@ -196,8 +196,10 @@ def test_a_truncated_screen_is_one_message(form: int, share: float, forms: list[
 
 
 OTHER_THINGS = [
-    3, "text", np.zeros(0), np.arange(5), np.full(5, np.nan), np.array([b"a", b"b"]), np.zeros((3, 3)), np.array([1 + 2j]), np.array([True]),
-    np.array([b"\xff\xfe"] * 116), np.arange(116), np.full(116, np.nan), np.zeros((124, 30)) - 1, np.zeros((124, 30), "S3"),
+    3, "text", np.zeros(0), np.arange(5), np.full(5, np.nan), np.array([b"a", b"b"]), np.zeros((3, 3)),
+    np.array([1 + 2j]), np.array([True]),
+    np.array([b"\xff\xfe"] * 116), np.arange(116), np.full(116, np.nan), np.zeros((124, 30)) - 1,
+    np.zeros((124, 30), "S3"),
     np.array([10**12, 5]), "csc_matrix", "array", "dataframe", "categorical",
 ]  # fmt: skip
 OTHER_VALUES = [np.nan, -1, np.inf, 1e30, 0.5, 0, 100, 2**31 - 1]
@@ -287,10 +289,13 @@ NAMES = [
     "source_batch",
 ]
 BLOCKS = [
-    {}, {}, {}, {"covariates": {"batch": ["lane", "n"]}}, {"covariates": {"batch": "share", "cell_type": "perturbation"}},
-    {"subset": {"n": [1, 2, 3]}}, {"subset": {"share": [0.5]}}, {"perturbation": {"dose": "share"}}, {"perturbation": {"dose": "lane"}},
+    {}, {}, {}, {"covariates": {"batch": ["lane", "n"]}},
+    {"covariates": {"batch": "share", "cell_type": "perturbation"}},
+    {"subset": {"n": [1, 2, 3]}}, {"subset": {"share": [0.5]}}, {"perturbation": {"dose": "share"}},
+    {"perturbation": {"dose": "lane"}},
     {"perturbation": {"separator": None}}, {"perturbation": {"pattern": "(.)"}}, {"covariates": {"dataset": "lane"}},
-    {"exclude": {"lane": "b"}}, {"gene_pattern": "T"}, {"perturbation_type": "drug"}, {"organism": "mouse"}, {"shape": [3, 3]},
+    {"exclude": {"lane": "b"}}, {"gene_pattern": "T"}, {"perturbation_type": "drug"}, {"organism": "mouse"},
+    {"shape": [3, 3]},
 ]  # fmt: skip
 LIMITS = {**OFF, "min_cells_per_gene": 1, "min_counts": 1, "max_pct_mt": 50, "min_cells_per_perturbation": 2}
 
@@ -354,8 +359,10 @@ def test_any_label_is_made_canonical_for_good_or_one_message(
 
 
 JUNK = [
-    None, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "", "x", "../../etc", [], [None], {}, {"a": 1}, True, "a\0b", [[]], {1: 2}, "(",
-    ["mine", "mine"], datetime.date(2020, 1, 1), {"file": "x"}, {"path": "/"}, "nan", "mine", ["x"], [{}], {"kind": "file"}, "*" * 5000, b"x",
+    None, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "", "x", "../../etc", [], [None], {}, {"a": 1}, True, "a\0b",
+    [[]], {1: 2}, "(",
+    ["mine", "mine"], datetime.date(2020, 1, 1), {"file": "x"}, {"path": "/"}, "nan", "mine", ["x"], [{}],
+    {"kind": "file"}, "*" * 5000, b"x",
 ]  # fmt: skip
 KEYS = ["a", "kind", "path", "seed", "../x", "params", "latent", 1, "folds", "held_out"]
 

@@ -86,9 +86,12 @@ def test_doses_go_with_their_members_through_pattern_and_rename() -> None:
     [
         ("[('Drug (A)', 0.05, 'uM')]", "Drug (A)@0.05"), ("[('DMSO_TF', 0.0, 'uM')]", "control"), ("('A', 5)", "A@5"),
         ("[('B', 5.0, 'uM'), ('A', 500.0, 'nM')]", "A@0.5+B@5"), ("[('A', 1.0, 'uM'), ('DMSO_TF', 0.0, 'uM')]", "A@1"),
-        ("A@10uM", "A@10"), ("A@10.0 uM+B@2uM", "A@10+B@2"), ("(1,2)-DICHLORO", "(1,2)-DICHLORO"), ("[('A', [1], 'uM')", "[('A', [1], 'uM')"),
-        ("[('A', np.float64(0.05), 'uM')]", "A@0.05"), ("[['A', 0.05, 'uM'], ['B', 1, 'uM']]", "A@0.05+B@1"), ("[('A', nan, 'uM')]", "A"),
-        ("{'drug': 'A', 'dose': 0.5, 'unit': 'uM'}", "A@0.5"), ("['B', 'A', 'C']", "A+B+C"), ("{'B', 'A'}", "A+B"), ("('B', 'A')", "A+B"),
+        ("A@10uM", "A@10"), ("A@10.0 uM+B@2uM", "A@10+B@2"), ("(1,2)-DICHLORO", "(1,2)-DICHLORO"),
+        ("[('A', [1], 'uM')", "[('A', [1], 'uM')"),
+        ("[('A', np.float64(0.05), 'uM')]", "A@0.05"), ("[['A', 0.05, 'uM'], ['B', 1, 'uM']]", "A@0.05+B@1"),
+        ("[('A', nan, 'uM')]", "A"),
+        ("{'drug': 'A', 'dose': 0.5, 'unit': 'uM'}", "A@0.5"), ("['B', 'A', 'C']", "A+B+C"), ("{'B', 'A'}", "A+B"),
+        ("('B', 'A')", "A+B"),
     ],
 )  # fmt: skip
 def test_labels_that_hold_the_dose_are_read_as_they_are(label: str, becomes: str) -> None:
@@ -108,15 +111,18 @@ def test_a_pattern_finds_members_doses_and_units() -> None:
 @pytest.mark.parametrize(
     ("labels", "doses", "message"),
     [
-        (["B+A"], ["1+10+3"], r"screen\.h5ad: obs\['dose'\] gives 3 doses, '1\+10\+3', to the label 'B\+A', whose members are B, A"),
+        (["B+A"], ["1+10+3"], (r"screen\.h5ad: obs\['dose'\] gives 3 doses, '1\+10\+3', to the label 'B\+A', whose "
+                               r"members are B, A")),
         (["A"], ["1,5"], r"gives 2 doses, '1,5', to the label 'A'.*a decimal has a point"),
-        (["A", "B"], ["high", "low"], r"obs\['dose'\] holds 'high', 'low', which are no doses.*Write numbers, or remove perturbation\.dose"),
+        (["A", "B"], ["high", "low"], (r"obs\['dose'\] holds 'high', 'low', which are no doses.*Write numbers, or "
+                                       r"remove perturbation\.dose")),
         (["A"], [-7.0], r"holds '-7\.0', which is no dose.*Is it a logarithm\? Write the dose itself"),
         (["A", "B"], ["5 ug/ml", "6 uM"], r"several units, such as '5 ug/ml', '6 uM'"),
         (["A", "B"], ["5", "6 uM"], r"several units.*\(none\), uM"),
         (["A@5"], [5], r"gives the dose '5\.0' to the label 'A@5', which holds a dose itself"),
         (["A"], ["inf"], r"holds 'inf', which is no dose"),
-        (["A+B"], ["1,5"], r"gives the dose '1,5' to the label 'A\+B': two doses, or one with a decimal comma\? Write 1\+5 or 1\.5"),
+        (["A+B"], ["1,5"], (r"gives the dose '1,5' to the label 'A\+B': two doses, or one with a decimal comma\? "
+                            r"Write 1\+5 or 1\.5")),
         (["A+ctrl"], ["1,000"], r"decimal comma"),
         (["A+A"], ["1+10"], r"several doses, '1\+10', to 'A' in the label 'A\+A'.*add \"A\+A\" to perturbation\.drop"),
     ],
@@ -164,9 +170,9 @@ def test_dose_zero_and_no_dose_are_counted_in_a_warning(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         read(["A", "Vehicle", "Vehicle", "B", "C+A"], [1, 0, 0.0, None, 2])
     assert (
-        "2 cells are at dose 0 and count as perturbed: if these are vehicle controls, list them in perturbation.control: Vehicle@0"
-        in caplog.text
-    )
+        "2 cells are at dose 0 and count as perturbed: if these are vehicle controls, list them in "
+        "perturbation.control: Vehicle@0"
+    ) in caplog.text
     assert "1 cells have no dose" in caplog.text
     caplog.clear()
     read(["A", "Vehicle"])
@@ -308,7 +314,7 @@ def test_inner_folds_hold_out_compounds_with_all_doses(compounds: dict[str, np.n
 
 
 def test_neighbours_do_not_learn_from_other_doses_of_the_same_compound(compounds: dict[str, np.ndarray]) -> None:
-    """Vectors of a compound's doses are the same: borrowed from one another, they would look like knowledge of unseen compounds."""
+    """Doses of a compound share a vector: borrowing among them would look like knowledge of unseen compounds."""
     labels = sorted(compounds)
     effects = Effects(labels, np.stack([compounds[label] for label in labels]), np.zeros((len(labels), N_GENES)))
     rng = np.random.default_rng(2)
@@ -368,7 +374,10 @@ def test_a_screen_that_declares_no_dose_is_left_out_of_splits_over_doses() -> No
     )
     assert set(plan.runs["dataset"]) == {"sciplex3"}
     assert plan.left_out == [
-        "norman2019 × unseen_dose is left out: norman2019 declares no perturbation.dose, so its perturbations have no doses."
+        (
+            "norman2019 × unseen_dose is left out: norman2019 declares no perturbation.dose, so its perturbations have "
+            "no doses."
+        )
     ]
 
 

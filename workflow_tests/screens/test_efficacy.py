@@ -1,4 +1,4 @@
-"""On target: how perturbed genes changed in their own cells, with intervals that hold, and filters that drop what did not."""
+"""On target: the change of perturbed genes in their own cells, intervals that hold, and filters of cells without it."""
 
 from collections.abc import Callable
 

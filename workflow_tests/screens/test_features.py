@@ -1,4 +1,7 @@
-"""Only gene expression is expression, and counts are read where they are: guides, antibodies and normalized values are no counts of genes."""
+"""Only gene expression is expression, and counts are read where they are.
+
+Guides, antibodies and normalized values are no counts of genes.
+"""
 
 import json
 from collections.abc import Callable
@@ -138,12 +141,14 @@ def test_columns_that_tell_types_are_read_together() -> None:
 
 DOUBTFUL = {
     "an unknown word": ({"feature_types": ["RNA", "RNA", "spam"]}, ["KLF1", "GATA1", "x"], ["'spam' of 1 (x)"]),
-    "no type beside 10x's": ({"kind": ["Gene Expression", "Gene Expression", None]}, ["KLF1", "GATA1", "x"], ["nothing of 1 (x)"]),
+    "no type beside 10x's": ({"kind": ["Gene Expression", "Gene Expression", None]}, ["KLF1", "GATA1", "x"],
+                             ["nothing of 1 (x)"]),
     "biotypes": ({"type": ["protein_coding", "lncRNA", "TEC"]}, ["KLF1", "GATA1", "x"], []),
     "one word": ({"feature_types": ["a", "a", "a"]}, ["KLF1", "GATA1", "x"], []),
     "names of guides": ({}, ["KLF1", "sgKLF1-1", "GATA1_sg2", "sgRNA_KLF1", "non-targeting_00001", "SGK1", "GFP"],
                         ["sgKLF1-1, GATA1_sg2, sgRNA_KLF1, non-targeting_00001."]),
-    "names of antibodies": ({}, ["KLF1", "ADT_CD3", "HTO_1", "Hashtag_1", "anti-CD4", "LMO2", "PROTX"], ["ADT_CD3, HTO_1, Hashtag_1, anti-CD4."]),
+    "names of antibodies": ({}, ["KLF1", "ADT_CD3", "HTO_1", "Hashtag_1", "anti-CD4", "LMO2", "PROTX"],
+                            ["ADT_CD3, HTO_1, Hashtag_1, anti-CD4."]),
 }  # fmt: skip
 
 
@@ -167,7 +172,8 @@ def test_the_one_gene_without_an_ensembl_id_is_told(harmonized_from: Callable) -
     assert harmonized_from(screen).account["warnings"] == []
 
 
-@pytest.mark.parametrize("name", ["norman_k562_mini/perturbench_devel_counts.h5ad", "gasperini_mini/gasperini_merged.h5ad",
+@pytest.mark.parametrize("name", ["norman_k562_mini/perturbench_devel_counts.h5ad",
+                                  "gasperini_mini/gasperini_merged.h5ad",
                                   "cropseq_mcf10a/scmageck_cropseq_mcf10a.h5ad",
                                   "gears_schema/norman_subset.h5ad"])  # fmt: skip
 def test_no_gene_of_a_real_screen_is_doubtful(name: str, shared_data: Callable[[str], Path]) -> None:
@@ -197,7 +203,8 @@ def test_a_file_without_genes_is_told() -> None:
 NAMES = {
     "TotalSeq": (["CD3", "CD4_TotalSeqB", "CD8A_TotalSeqC0080"], None, [], {"Antibody Capture": [1, 2]}),
     "guides that are labels": (["KLF1", "KLF1_1", "KLF1_2"], None, ["KLF1_1"], {"CRISPR Guide Capture": [1]}),
-    "guides among Ensembl ids": (["KLF1", "GATA1", "SPI1", "KLF1_1"], ["ENSG00000105610", "ENSG00000102145", "ENSG00000066336", "KLF1_1"],
+    "guides among Ensembl ids": (["KLF1", "GATA1", "SPI1", "KLF1_1"],
+                                 ["ENSG00000105610", "ENSG00000102145", "ENSG00000066336", "KLF1_1"],
                                  [], {"CRISPR Guide Capture": [3]}),
     "a name made unique": (["TBCE", "TBCE-1"], ["ENSG00000284770", "ENSG00000285053"], ["TBCE-1"], {}),
     "a gene with a number": (["NKX2", "NKX2-1"], None, ["NKX2-1"], {}),
@@ -235,7 +242,7 @@ def test_pairs_do_not_carry_them_and_the_audit_knows_them(tmp_path: Path) -> Non
         audit.audit(here.harmonized, here.split, here.pairs, here.embeddings, tmp_path / "audit.json")
 
 
-# --- where the counts are ----------------------------------------------------------------------------------------------
+# --- where the counts are ---------------------------------------------------------------------------------------------
 
 
 def normalized(screen: ad.AnnData) -> ad.AnnData:
@@ -286,7 +293,10 @@ def test_where_x_holds_no_counts_the_places_that_do_are_named(
     getattr(shared, f"write_{form}")(tmp_path / f"shared.{form}")
     with pytest.raises(
         InputError,
-        match=r"counts are needed, X: it holds .* no integers .*Counts are in raw, raw_counts: write counts: raw into its block",
+        match=(
+            r"counts are needed, X: it holds .* no integers .*Counts are in raw, raw_counts: write counts: raw "
+            r"into its block"
+        ),
     ):
         harmonized_from(tmp_path / f"shared.{form}")
     with pytest.raises(InputError, match=r"layers\['scaled'\]: it holds negative.*Counts are in raw, raw_counts"):
@@ -304,7 +314,10 @@ def test_where_nothing_holds_counts_no_place_is_named(harmonized_from: Callable)
 def test_a_place_that_does_not_exist_is_told_with_those_that_do(harmonized_from: Callable) -> None:
     with pytest.raises(
         InputError,
-        match=r"has no counts in 'umis' \(counts\)\. It holds X, raw, raw_counts, scaled\. Say so in its block: counts: raw\.",
+        match=(
+            r"has no counts in 'umis' \(counts\)\. It holds X, raw, raw_counts, scaled\. Say so in its block: "
+            r"counts: raw\."
+        ),
     ):
         harmonized_from(normalized(make_screen()), counts="umis")
 
@@ -329,7 +342,7 @@ def test_the_default_stays_x_and_then_the_layer_counts(harmonized_from: Callable
     assert json.loads(found.report.read_text())["features_apart"] == {}
 
 
-# --- values that pass for counts ----------------------------------------------------------------------------------------
+# --- values that pass for counts --------------------------------------------------------------------------------------
 
 
 def test_where_x_is_binary_the_layer_of_counts_is_taken(harmonized_from: Callable) -> None:

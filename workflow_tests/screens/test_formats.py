@@ -1,4 +1,4 @@
-"""One screen in every form that a lab's disk holds it in: read by what it is, it gives the harmonized screen that its h5ad gives."""
+"""One screen in every form of a lab's disk: each is recognized, and gives the harmonized screen of its h5ad."""
 
 import gzip
 import io
@@ -325,11 +325,14 @@ def test_a_modality_without_counts_or_without_room_is_left_out_and_said(
     assert "modality guide is left out, for it holds" in caplog.text
 
 
-# --- labels in a table -------------------------------------------------------------------------------------------------
+# --- labels in a table ------------------------------------------------------------------------------------------------
 
 
 def protospacer_calls(screen: ad.AnnData, path: Path) -> Path:
-    """Write the calls of Cell Ranger for a screen: guides, two of a gene where the label is one gene; cells without a call have no row."""
+    """Write the calls of Cell Ranger for a screen.
+
+    A label of one gene has two guides of it; cells without a call have no row.
+    """
     guides = {"control": "NT_1", "TF1": "TF1_1|TF1_2", "TF2": "TF2_1", "TF3": "TF3_2", "TF1+TF2": "TF1_2|TF2_1"}
     table = pd.DataFrame(
         {"cell_barcode": screen.obs_names, "feature_call": screen.obs["perturbation"].map(guides).to_numpy()}
@@ -433,7 +436,7 @@ def test_a_column_with_a_name_that_anndata_keeps_for_itself_gets_another(screen:
     assert set(found.adata.obs["source__index"]) == {1}
 
 
-# --- what is none of these ----------------------------------------------------------------------------------------------
+# --- what is none of these --------------------------------------------------------------------------------------------
 
 
 def planned(tmp_path: Path, source: dict, **changes: object) -> dict:
@@ -458,7 +461,8 @@ def test_what_is_in_a_folder_that_is_no_source_is_told(screen: ad.AnnData, tmp_p
     write_folder(tmp_path / "outs/filtered_feature_bc_matrix", screen)
     (tmp_path / "outs/web_summary.html").write_text("x")
     message = (
-        r"the folder '.*outs' holds filtered_feature_bc_matrix/, web_summary\.html; expected is a folder with matrix\.mtx.* "
+        r"the folder '.*outs' holds filtered_feature_bc_matrix/, web_summary\.html; expected is a folder with "
+        r"matrix\.mtx.* "
         r"Name one of these: .*outs/filtered_feature_bc_matrix\.$"
     )
     with pytest.raises(InputError, match=rf"datasets\.mine\.source\.path: {message}"):
@@ -516,7 +520,7 @@ def test_two_genomes_in_one_file_are_told(screen: ad.AnnData, tmp_path: Path) ->
         harmonized(path, tmp_path / "out")
 
 
-# --- folders and lists of other tools -----------------------------------------------------------------------------------
+# --- folders and lists of other tools ---------------------------------------------------------------------------------
 
 
 def write_listed(folder: Path, screen: ad.AnnData, genes: str, names: tuple[str, ...], **options: object) -> Path:
@@ -538,12 +542,17 @@ TRIPLET = ("matrix.mtx", "barcodes.tsv", "features.tsv")
 LISTS = {
     "names alone": (lambda var: "\n".join(var.index), TRIPLET),
     "names and empty columns": (lambda var: "\n".join(f"{name}\t\t" for name in var.index), TRIPLET),
-    "names before ids": (lambda var: "\n".join(f"{name}\t{number}" for name, number in var["gene_ids"].items()), TRIPLET),
-    "commas": (lambda var: "\n".join(f"{number},{name}" for name, number in var["gene_ids"].items()), ("matrix.mtx", "barcodes.tsv", "features.csv")),
-    "a header": (lambda var: "gene_id\tgene_name\n" + "\n".join(f"{number}\t{name}" for name, number in var["gene_ids"].items()), TRIPLET),
+    "names before ids": (lambda var: "\n".join(f"{name}\t{number}" for name, number in var["gene_ids"].items()),
+                         TRIPLET),
+    "commas": (lambda var: "\n".join(f"{number},{name}" for name, number in var["gene_ids"].items()),
+               ("matrix.mtx", "barcodes.tsv", "features.csv")),
+    "a header": (lambda var: "gene_id\tgene_name\n" + "\n".join(
+        f"{number}\t{name}" for name, number in var["gene_ids"].items()), TRIPLET),
     "a header in another order": (
-        lambda var: "symbol\tlength\tensembl_id\n" + "\n".join(f"{name}\t7\t{number}" for name, number in var["gene_ids"].items()), TRIPLET),
-    "numbered rows": (lambda var: ",gene\n" + "\n".join(f"{i},{name}" for i, name in enumerate(var.index)), ("matrix.mtx", "barcodes.tsv", "genes.csv")),
+        lambda var: "symbol\tlength\tensembl_id\n" + "\n".join(
+            f"{name}\t7\t{number}" for name, number in var["gene_ids"].items()), TRIPLET),
+    "numbered rows": (lambda var: ",gene\n" + "\n".join(f"{i},{name}" for i, name in enumerate(var.index)),
+                      ("matrix.mtx", "barcodes.tsv", "genes.csv")),
     "a byte order mark": (lambda var: "\ufeff" + "\n".join(var.index), TRIPLET),
 }  # fmt: skip
 
@@ -608,14 +617,22 @@ def test_folders_of_other_tools_are_read_as_they_are(
 
 OTHERS = {
     "alevin": (["quants_mat.mtx", "quants_mat_rows.txt", "quants_mat_cols.txt"],
-               r"Rename its files: quants_mat\.mtx → matrix\.mtx, quants_mat_cols\.txt → barcodes\.tsv, quants_mat_rows\.txt → features\.tsv"),
-    "one list by its name": (["counts.mtx", "barcodes.tsv", "gene_names.txt"], r"Rename its files: counts\.mtx → matrix\.mtx, gene_names\.txt → features\.tsv"),
-    "lists that could be either": (["x.mtx", "a.txt", "b.txt"], r"x\.mtx → matrix\.mtx, the list of barcodes → barcodes\.tsv, the list of features → features\.tsv"),
+               (r"Rename its files: quants_mat\.mtx → matrix\.mtx, quants_mat_cols\.txt → barcodes\.tsv, "
+                r"quants_mat_rows\.txt → features\.tsv")),
+    "one list by its name": (["counts.mtx", "barcodes.tsv", "gene_names.txt"],
+                             r"Rename its files: counts\.mtx → matrix\.mtx, gene_names\.txt → features\.tsv"),
+    "lists that could be either": (["x.mtx", "a.txt", "b.txt"],
+                                   (r"x\.mtx → matrix\.mtx, the list of barcodes → barcodes\.tsv, the list of "
+                                    r"features → features\.tsv")),
     "several matrices": (["cells_x_genes.mature.mtx", "cells_x_genes.total.mtx", "cells_x_genes.genes.txt"],
-                         r"Put one matrix of raw counts \(cells_x_genes\.mature\.mtx, cells_x_genes\.total\.mtx\) into a folder of its own, as matrix\.mtx"),
-    "shares of reads": (["UniqueAndMult-EM.mtx", "barcodes.tsv", "features.tsv"], r"UniqueAndMult-EM\.mtx of STARsolo shares reads .* add STARsolo's matrix\.mtx"),
+                         (r"Put one matrix of raw counts \(cells_x_genes\.mature\.mtx, cells_x_genes\.total\.mtx\) "
+                          r"into a folder of its own, as matrix\.mtx")),
+    "shares of reads": (["UniqueAndMult-EM.mtx", "barcodes.tsv", "features.tsv"],
+                        r"UniqueAndMult-EM\.mtx of STARsolo shares reads .* add STARsolo's matrix\.mtx"),
     "a matrix whose lists are called otherwise": (["matrix.mtx", "cells.txt", "genes_list.txt"],
-                                                  r"barcodes and features of the triplet is missing\. Rename its files: cells\.txt → barcodes\.tsv, genes_list\.txt → features\.tsv"),
+                                                  (r"barcodes and features of the triplet is missing\. Rename its "
+                                                   r"files: cells\.txt → barcodes\.tsv, genes_list\.txt → "
+                                                   r"features\.tsv")),
 }  # fmt: skip
 
 
@@ -628,7 +645,7 @@ def test_a_folder_of_other_names_is_told_what_to_rename(case: str, tmp_path: Pat
         open_source({"file": tmp_path}, dataset_block(source={"path": str(tmp_path)}))
 
 
-# --- gzipped files ------------------------------------------------------------------------------------------------------
+# --- gzipped files ----------------------------------------------------------------------------------------------------
 
 
 def test_a_gzipped_h5ad_is_read(screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path) -> None:
@@ -655,7 +672,7 @@ def test_the_matrix_of_a_folder_that_is_named_itself_is_told(gzipped: bool, scre
         harmonized(folder / f"matrix.mtx{'.gz' if gzipped else ''}", tmp_path / "out")
 
 
-# --- types in modalities ------------------------------------------------------------------------------------------------
+# --- types in modalities ----------------------------------------------------------------------------------------------
 
 MODALITIES = {
     "biotypes of genes": ({"type": "protein_coding"}, "gdo", {}),
@@ -683,7 +700,7 @@ def test_features_of_another_modality_are_no_genes_whatever_they_are_called(
     assert told["features"] == guides.n_vars
 
 
-# --- what makes a result stale ------------------------------------------------------------------------------------------
+# --- what makes a result stale ----------------------------------------------------------------------------------------
 
 
 def test_the_content_of_a_folder_is_that_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Harmonization: one schema for every screen, an account of what was dropped, and clear words for what cannot be used."""
+"""Harmonization: one schema for every screen, an account of all that was dropped, and clear refusals."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -158,7 +158,8 @@ def test_the_same_screen_gives_the_same_file(harmonized_from: Callable, tiny_scr
     ("label", "expected"),
     [
         ("control", "control"), ("NT", "control"), ("ctrl", "control"), ("NT+ctrl", "control"), ("NT+NT", "control"),
-        ("A+ctrl", "A"), ("ctrl+A", "A"), ("A+control", "A"), ("A+A", "A"), ("B+A", "A+B"), ("C+A+B", "A+B+C"), ("A + B", "A+B"),
+        ("A+ctrl", "A"), ("ctrl+A", "A"), ("A+control", "A"), ("A+A", "A"), ("B+A", "A+B"), ("C+A+B", "A+B+C"),
+        ("A + B", "A+B"),
         ("A+", "A"), ("AARS", "AARS1"), ("C19orf26+ELMSAN1", "CBARP+MIDEAS"), ("AARS+AARS1", "AARS1"),
     ],
 )  # fmt: skip
@@ -453,7 +454,10 @@ BAD = {
     "controls too rare": (
         {},
         {"min_cells_per_perturbation": 100},
-        r"only 80 control cells are left; at least 100 .*The least number is qc\.min_cells_per_perturbation = 100; lower it",
+        (
+            r"only 80 control cells are left; at least 100 .*The least number is qc\.min_cells_per_perturbation = 100; "
+            r"lower it"
+        ),
     ),
     "controls alone": (
         {"subset": {"perturbation": ["control"]}},
@@ -494,11 +498,17 @@ BAD = {
     [
         (
             {"max_pct_mt": 20},
-            r"Of the perturbed cells, qc\.max_pct_mt = 20 drops 560 of 560 \(their median: [\d.]+\); raise it, under qc",
+            (
+                r"Of the perturbed cells, qc\.max_pct_mt = 20 drops 560 of 560 \(their median: [\d.]+\); raise it, "
+                r"under qc"
+            ),
         ),
         (
             {"min_counts": 300},
-            r"Of the perturbed cells, qc\.min_counts = 300 drops 560 of 560 \(their median: [\d.]+\); lower it, under qc",
+            (
+                r"Of the perturbed cells, qc\.min_counts = 300 drops 560 of 560 \(their median: [\d.]+\); lower it, "
+                r"under qc"
+            ),
         ),
         ({"min_efficacy": 0.999}, r"Of the perturbed cells, qc\.min_efficacy = 0\.999 drops 560; lower it, under qc"),
     ],

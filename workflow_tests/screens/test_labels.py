@@ -471,7 +471,7 @@ def test_a_separator_within_a_name_is_told_with_another_name(label: str) -> None
     assert "separator: '+'" not in str(raised.value)
 
 
-# --- several labels of one gene or compound -----------------------------------------------------------------------------
+# --- several labels of one gene or compound ---------------------------------------------------------------------------
 
 VARIANTS = [
     ("CRISPRi", ["KLF1_P1", "KLF1_P2", "MYC_P1P2", "NKX2-1"], {"KLF1", "MYC", "NKX2-1"}),
@@ -484,7 +484,8 @@ VARIANTS = [
     ("CRISPRi", ["KLF1_+_123.45-P1", "KLF1_-_129.45-P1", "MYC_+_1223.45-P1P2"], {"KLF1", "MYC"}),
     ("CRISPRi", ["KLF1 (ENSG00000105610)", "KLF1"], {"KLF1"}),
     ("CRISPRi", ["ABC_1", "ABC_2", "DEF_1", "DEF_2"], {"ABC", "DEF"}),
-    ("drug", ["Belinostat_0.01", "Belinostat_0.1", "Belinostat_1.0"], {"Belinostat@0.01", "Belinostat@0.1", "Belinostat@1"}),
+    ("drug", ["Belinostat_0.01", "Belinostat_0.1", "Belinostat_1.0"],
+     {"Belinostat@0.01", "Belinostat@0.1", "Belinostat@1"}),
     ("drug", ["JQ1_10", "JQ1_100", "TSA_10", "TSA_100"], {"JQ1@10", "JQ1@100", "TSA@10", "TSA@100"}),
     ("drug", ["JQ1_10uM", "JQ1_100nM", "TSA_1uM", "5-FU_1uM"], {"JQ1@10", "JQ1@0.1", "TSA@1", "5-FU@1"}),
     ("drug", ["JQ1 10 uM", "JQ1 1 uM", "Vitamin D3 1 uM"], {"JQ1@10", "JQ1@1", "Vitamin D3@1"}),
@@ -555,15 +556,22 @@ def test_doses_that_cannot_be_read_are_no_line_to_copy() -> None:
 
 
 DRUGS = (
-    "AG-490", "AG-14361", "PD-0325901", "PD-98059", "PD98059", "5-FU", "SB203580", "SB 202190", "Vitamin D3", "Vitamin D2", "17-AAG", "JQ1", "BMS-754807",
-    "BMS-536924", "BMS-911543", "Valproic acid", "Retinoic acid", "Sodium butyrate", "IL-2", "IL-4", "TNF-alpha", "1,25-dihydroxyvitamin D3",
-    "Valproic acid (sodium salt)", "CUDC-101", "CUDC-907", "AR-42", "U-73122", "Compound 2a", "Compound 2b", "GSK J1", "GSK-LSD1", "Alisertib (MLN8237)",
-    "ITSA-1", "(-)-Epicatechin", "IOX2", "TMP195", "S3I-201", "MK-0752", "INO-1001", "KW-2449", "LY-294002", "LY-2603618", "A-366", "A-196",
+    "AG-490", "AG-14361", "PD-0325901", "PD-98059", "PD98059", "5-FU", "SB203580", "SB 202190", "Vitamin D3",
+    "Vitamin D2", "17-AAG", "JQ1", "BMS-754807",
+    "BMS-536924", "BMS-911543", "Valproic acid", "Retinoic acid", "Sodium butyrate", "IL-2", "IL-4", "TNF-alpha",
+    "1,25-dihydroxyvitamin D3",
+    "Valproic acid (sodium salt)", "CUDC-101", "CUDC-907", "AR-42", "U-73122", "Compound 2a", "Compound 2b", "GSK J1",
+    "GSK-LSD1", "Alisertib (MLN8237)",
+    "ITSA-1", "(-)-Epicatechin", "IOX2", "TMP195", "S3I-201", "MK-0752", "INO-1001", "KW-2449", "LY-294002",
+    "LY-2603618", "A-366", "A-196",
 )  # fmt: skip
 GENE_LABELS = (
-    "HLA-A", "HLA-B", "HLA-C", "MT-CO1", "MT-CO2", "NKX2-1", "NKX2-2", "NKX3-1", "NKX3-2", "KRTAP1-1", "KRTAP1-3", "KRTAP2-1", "KRTAP2-3", "MIR1-1",
-    "MIR1-2", "INS-IGF2", "RP11-34P13.7", "RP5-862P8.2", "AC118549.1", "AC118549.2", "KRAS_G12D", "KRAS_G12V", "TP53_R175H", "chr1.9538_top_two",
-    "chr1.9538_second_two", "chr6:1234-5678", "ENSG00000143674", "TBCE_ENSG00000285053", "MARCH8", "SEPT9", "C1orf112", "SIRT1", "SHH", "CRKL", "GATA1",
+    "HLA-A", "HLA-B", "HLA-C", "MT-CO1", "MT-CO2", "NKX2-1", "NKX2-2", "NKX3-1", "NKX3-2", "KRTAP1-1", "KRTAP1-3",
+    "KRTAP2-1", "KRTAP2-3", "MIR1-1",
+    "MIR1-2", "INS-IGF2", "RP11-34P13.7", "RP5-862P8.2", "AC118549.1", "AC118549.2", "KRAS_G12D", "KRAS_G12V",
+    "TP53_R175H", "chr1.9538_top_two",
+    "chr1.9538_second_two", "chr6:1234-5678", "ENSG00000143674", "TBCE_ENSG00000285053", "MARCH8", "SEPT9", "C1orf112",
+    "SIRT1", "SHH", "CRKL", "GATA1",
 )  # fmt: skip
 
 
@@ -626,13 +634,18 @@ def test_the_nearest_name_is_found(name: str, first: str | None) -> None:
 # --- cells without a perturbation -----------------------------------------------------------------------------------
 
 WORDS = [
-    "unassigned", "Unassigned", "not assigned", "not_assigned", "none", "None", "NA", "N/A", "n.a.", "NaN", "<NA>", "null", "ambiguous", "Ambiguous", "multiplet",
-    "doublet", "Doublet_1", "doublet (A|B)", "negative", "Negative", "no guide", "no_sgRNA", "multi", "multiple", "Multiple guides", "unmapped",
-    "unknown", "low quality", "LowQuality", "empty", "-", "--", "?", ".", "unclassified", "not detected", "undetermined", "no call", "missing",
+    "unassigned", "Unassigned", "not assigned", "not_assigned", "none", "None", "NA", "N/A", "n.a.", "NaN", "<NA>",
+    "null", "ambiguous", "Ambiguous", "multiplet",
+    "doublet", "Doublet_1", "doublet (A|B)", "negative", "Negative", "no guide", "no_sgRNA", "multi", "multiple",
+    "Multiple guides", "unmapped",
+    "unknown", "low quality", "LowQuality", "empty", "-", "--", "?", ".", "unclassified", "not detected",
+    "undetermined", "no call", "missing",
 ]  # fmt: skip
 NO_WORDS = [
-    *["control", "non-targeting", "NegCtrl", "negative_control", "negative control 3", "no_target", "no-site", "empty_vector", "untreated", "NT", "AAVS1"],
-    *["Nalidixic acid", "Nullin", "Multikinase inhibitor", "Unknownol", "Blankophor", "none-such", "Nanaomycin A", "Emptin", "Ambigol A", "NA-8"],
+    *["control", "non-targeting", "NegCtrl", "negative_control", "negative control 3", "no_target", "no-site",
+      "empty_vector", "untreated", "NT", "AAVS1"],
+    *["Nalidixic acid", "Nullin", "Multikinase inhibitor", "Unknownol", "Blankophor", "none-such", "Nanaomycin A",
+      "Emptin", "Ambigol A", "NA-8"],
     *["assigned", "known", "mapped"], *GENES,
 ]  # fmt: skip
 

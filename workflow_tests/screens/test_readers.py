@@ -1,4 +1,4 @@
-"""Sources of any layout give the same screen, in bounded memory; what is damaged is said so; what is killed leaves nothing."""
+"""Sources of any layout give the same screen, in bounded memory; damage is told, and a killed job leaves nothing."""
 
 import errno
 import hashlib
@@ -155,7 +155,7 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def screen(tiny_screen: Callable) -> ad.AnnData:
-    """Return a screen with a perturbation of few cells, unassigned cells, a gene that is twice, and one that is rare."""
+    """Return a screen with a perturbation of few cells, unassigned cells, a doubled gene, and a rare one."""
     screen = tiny_screen()
     labels = screen.obs["perturbation"].astype(object).to_numpy().copy()
     labels[80:95], labels[100:260] = "RARE", "nan"

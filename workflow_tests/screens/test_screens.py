@@ -1,8 +1,9 @@
-"""Every registered dataset: a file in the schema of the real one goes through the block of the registry and becomes what it has to.
+"""Every registered dataset: a file in its schema goes through its block, and each cell and gene is as expected.
 
 The files come through download from a mirror folder; of the block, the shape, sizes and checksums alone are replaced.
 
-Run as a script (PYTHONPATH=scripts python workflow_tests/screens/test_screens.py), it writes the table of workflow_tests/benchmarks/README.md anew.
+Run as a script (PYTHONPATH=scripts python workflow_tests/screens/test_screens.py), it writes the table of
+workflow_tests/benchmarks/README.md anew.
 """
 
 import json
@@ -133,7 +134,7 @@ def test_perturbed_genes_find_their_rows(name: str, harmonized_screen: Callable)
     assert harmonized_screen(name).account["perturbations"]["not_measured"] == NOT_MEASURED.get(name, [])
 
 
-# --- single quirks ------------------------------------------------------------------------------------------------------
+# --- single quirks ----------------------------------------------------------------------------------------------------
 
 
 def test_norman_has_the_same_labels_on_the_same_cells_in_all_three_sources(harmonized_screen: Callable) -> None:
@@ -239,7 +240,7 @@ def test_a_triplet_goes_from_the_mirror_folder_to_harmonized_by_one_command(
     assert account["perturbations"]["kept"] == expected.labels
 
 
-# --- the registry -------------------------------------------------------------------------------------------------------
+# --- the registry -----------------------------------------------------------------------------------------------------
 
 
 def words(block: object) -> Iterator[str]:
@@ -314,13 +315,16 @@ def test_the_table_of_sources_says_what_the_registry_says(name: str, file: dict)
     assert ("sha256" in file and "md5" in file) == ("+ sha256" in rows[0])
 
 
-# --- what is shown --------------------------------------------------------------------------------------------------------
+# --- what is shown ----------------------------------------------------------------------------------------------------
 
 
 def table(harmonized: Callable[[str], SimpleNamespace]) -> str:
     """Return the table of what the harmonizer did to each fixture."""
     lines = [
-        "| dataset | cells | kept | controls | perturbations | dropped | genes renamed | genes dropped, merged, not measured | traps in the file |",
+        (
+            "| dataset | cells | kept | controls | perturbations | dropped | genes renamed | genes dropped, merged, "
+            "not measured | traps in the file |"
+        ),
         "| --- " * 9 + "|",
     ]
     for name, fixture in FIXTURES.items():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Directions(torch.nn.Module):
-    """An encoder learned elsewhere, of some genes in an order of its own: shares of counts on fixed directions, bent."""
+    """An encoder learned elsewhere, of some genes in its own order: shares of counts on fixed directions, bent."""
 
     def __init__(self, n_genes: int) -> None:
         super().__init__()

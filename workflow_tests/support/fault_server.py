@@ -98,7 +98,10 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def span(self) -> tuple[int, int] | None:
-        """First byte that is asked for, and the one after the last; None without a Range, and where If-Range says that the file has changed."""
+        """Return the first byte that is asked for, and the one after the last.
+
+        None without a Range, and where If-Range says that the file has changed.
+        """
         asked = self.headers.get("Range", "")
         if not asked.startswith("bytes=") or self.headers.get("If-Range", ETAG) != ETAG:
             return None

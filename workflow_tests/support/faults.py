@@ -45,7 +45,7 @@ def screen_bytes() -> bytes:
 
 
 def configuration(url: str, content: bytes) -> dict:
-    """Return a configuration with a screen of the user's own and one that is downloaded; a baseline and a training of five epochs."""
+    """Return a configuration of a user's own screen and a downloaded one, with a baseline and a short training."""
     config = closed_forms_config()
     fetched = {**config["datasets"]["mine"], "source": {"url": [url]}, **declared(content)}
     config["datasets"]["fetched"] = fetched
@@ -67,7 +67,7 @@ def make_folder(folder: Path, host: Host, fault: str = "slow") -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of a file's content without what is of the moment: dates, run times, and the time stamps in a zip."""
+    """Return a digest of a file's content without dates, run times, and the time stamps in a zip."""
     if path.name in OF_THE_MOMENT:
         ignored = OF_THE_MOMENT[path.name]
         content = json.loads(
@@ -83,7 +83,7 @@ def fingerprint(path: Path) -> str:
 
 
 def finished_files(folder: Path) -> dict[str, str]:
-    """Return path → fingerprint of all that lies under a final name in results and resources; state of trainings aside."""
+    """Return path → fingerprint of all final files in results and resources; the state of trainings aside."""
     found = {}
     for path in sorted([*folder.glob("results/**/*"), *folder.glob("resources/**/*")]):
         name = path.relative_to(folder)
@@ -133,7 +133,7 @@ class Running:
         return self.output.read_text()
 
     def wait_for(self, rule: str, timeout: float = 600) -> None:
-        """Wait until a job of a rule has started, a job of any rule where this one is not to be run, or until the end."""
+        """Wait until a job of the rule has started, or until the end; of any rule where this one is not to be run."""
         end = time.monotonic() + timeout
         while self.process.poll() is None:
             assert time.monotonic() < end, self.text
@@ -233,7 +233,8 @@ class Ordeal:
 def undergo(folder: Path, kills: list[Kill], reference: dict[str, str]) -> Ordeal:
     """Start the workflow again and again in one folder and kill it each time; at last let it finish.
 
-    A kill whose step is done by then meets another. Where only Snakemake was killed, its jobs go on beside those of the next run.
+    A kill whose step is done by then meets another.
+    Where only Snakemake was killed, its jobs go on beside those of the next run.
     """
     ordeal = Ordeal()
     orphans: list[psutil.Process] = []

@@ -1,7 +1,8 @@
-"""A stand-in for the Python interpreter that starts in a tenth of the time: a fork of one that has imported the libraries already.
+"""A stand-in for the Python interpreter that starts in a tenth of the time: a fork of one with its libraries imported.
 
-A run of the small screen starts some thirty processes, and each of them imports for three seconds. Random sequences of runs would take a
-night. Snakemake and the scripts are the real ones; nothing of this package is imported before the fork.
+A run of the small screen starts some thirty processes, and each of them imports for three seconds. Random sequences
+of runs would take a night. Snakemake and the scripts are the real ones; nothing of this package is imported before the
+fork.
 
     with interpreter() as python: subprocess.run([python, "-m", "snakemake", ...])
 """
@@ -23,16 +24,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LIBRARIES = (
-    "numpy", "pandas", "threadpoolctl", "scipy.sparse", "scipy.stats", "sklearn.ensemble", "sklearn.linear_model", "anndata", "scanpy", "h5py", "numba", "torch",
-    "pytorch_lightning", "matplotlib.pyplot", "pyarrow.parquet", "jinja2", "yaml", "jsonschema", "requests", "snakemake.cli", "snakemake.api",
+    "numpy", "pandas", "threadpoolctl", "scipy.sparse", "scipy.stats", "sklearn.ensemble", "sklearn.linear_model",
+    "anndata", "scanpy", "h5py", "numba", "torch",
+    "pytorch_lightning", "matplotlib.pyplot", "pyarrow.parquet", "jinja2", "yaml", "jsonschema", "requests",
+    "snakemake.cli", "snakemake.api",
     "snakemake.script", "snakemake.executors.local", "snakemake_executor_plugin_slurm",
 )  # fmt: skip
 # Libraries read these when they are loaded; a fork is told of its own number (`_answer`).
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# Started in place of Python: hands its command line, environment and streams to the server, and waits for the exit status. What is neither a
-# script nor Snakemake is left to Python itself.
+# Started in place of Python: hands its command line, environment and streams to the server, and waits for the exit
+# status. What is neither a script nor Snakemake is left to Python itself.
 CLIENT = """#!{python} -ISE
 import json, os, signal, socket, sys
 words = [word for word in sys.argv[1:] if word not in ("-u", "-B")]

@@ -1,7 +1,7 @@
 """A conda channel in a folder, made of the Python and the distributions that run the tests.
 
-Its packages have conda's names, the versions that are installed, and the requirements that the distributions declare. What is
-pinned to another version than the installed one comes from the package index.
+Its packages have conda's names, the installed versions, and the requirements that the distributions declare. A package
+that is pinned to another version than the installed one comes from the package index.
 """
 
 import asyncio

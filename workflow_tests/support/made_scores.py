@@ -56,7 +56,7 @@ def score(name: str, scored: Scored) -> np.ndarray:
 def predictions_from(
     cells: Pairs, change: Callable[[str, np.ndarray], np.ndarray] = lambda label, X: X, role: str = "test"
 ) -> ad.AnnData:
-    """Return predictions: the matched controls of measured cells, their mean set to that of all controls as `predict` does it, changed."""
+    """Return predictions: matched controls of measured cells with the mean of all controls, changed."""
     held_out = cells.roles(role)
     blocks, labels, starts = [], [], []
     for label in held_out.perturbations:

@@ -1,7 +1,7 @@
-"""Small files in the schema of every registered one, quirks included, and what has to become of each of their cells and genes.
+"""Small files in the schema of every registered one, quirks included, with the outcome of each cell and gene.
 
-The schemas are those of config/datasets.md: columns, types, index names, storage of X, labels. Counts are drawn from a real screen where one
-lies beside the repository, else from a negative binomial distribution.
+The schemas are those of config/datasets.md: columns, types, index names, storage of X, labels. Counts are drawn from
+a real screen where one lies beside the repository, else from a negative binomial distribution.
 """
 
 import gzip
@@ -30,7 +30,7 @@ SUBSET, EXCLUDE, UNASSIGNED = "subset", "exclude", "unassigned"
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells that are alike: how many, what the file says of them, and what they become: a label, or the reason for their being dropped."""
+    """Cells that are alike: their number, their columns in the file, and their label or the reason of their drop."""
 
     n: int
     said: dict[str, object]
@@ -133,7 +133,7 @@ def shuffled(cells: list[Cells], seed: int) -> list[Cells]:
 
 
 def obs_of(cells: list[Cells], seed: int, index: str | None = "cell_barcode") -> pd.DataFrame:
-    """Return obs as pandas infers it from what is said, with scPerturb's common columns; strings are categories, None is code -1."""
+    """Return obs as pandas infers it, with scPerturb's common columns; strings are categories, None is code -1."""
     rng = np.random.default_rng(seed)
     obs = pd.DataFrame([cell.said for cell in cells])
     common = {
@@ -254,7 +254,7 @@ NORMAN_CONSTRUCTS = {
 
 @cache
 def norman_cells() -> pd.DataFrame:
-    """Return the cells of the screen: barcode, construct, lane, what the authors counted, what they become, and which source has them."""
+    """Return the cells of the screen: barcode, construct, lane, the authors' counts, the outcome, and the source."""
     rng = np.random.default_rng(19)
     rows = []
     for construct, (becomes, condition) in NORMAN_CONSTRUCTS.items():
@@ -287,8 +287,10 @@ def _norman_scperturb(folder: Path) -> Expected:
     labels = members.map("_".join).replace({"": "control", "no_reads_found": "control"})
     said = [
         {
-            "guide_id": cell.construct.replace("__", ";"), "read_count": 100, "UMI_count": 10, "coverage": 10.0, "gemgroup": cell.lane,
-            "good_coverage": cell.good_coverage, "number_of_cells": cell.number_of_cells, "cell_line": "K562", "celltype": "lymphoblasts",
+            "guide_id": cell.construct.replace("__", ";"), "read_count": 100, "UMI_count": 10, "coverage": 10.0,
+            "gemgroup": cell.lane,
+            "good_coverage": cell.good_coverage, "number_of_cells": cell.number_of_cells, "cell_line": "K562",
+            "celltype": "lymphoblasts",
             "perturbation": label,
         }
         for cell, label in zip(cells.itertuples(), labels, strict=True)
@@ -325,7 +327,8 @@ def _norman_gears(folder: Path) -> Expected:
     obs = pd.DataFrame(
         {
             "condition": pd.Categorical(cells["condition"]), "cell_type": pd.Categorical(["A549"] * len(cells)),
-            "dose_val": pd.Categorical(["1+1"] * len(cells)), "control": (cells["condition"] == "ctrl").astype(np.int64).to_numpy(),
+            "dose_val": pd.Categorical(["1+1"] * len(cells)),
+            "control": (cells["condition"] == "ctrl").astype(np.int64).to_numpy(),
             "condition_name": pd.Categorical("A549_" + cells["condition"] + "_1+1"),
         },
         index=pd.Index(cells["barcode"].to_numpy(), name="cell_barcode"),
@@ -338,7 +341,7 @@ def _norman_gears(folder: Path) -> Expected:
 
 
 def _write_gears(path: Path, name: str, obs: pd.DataFrame, var: pd.DataFrame, X: sparse.csr_matrix) -> None:
-    """Write an archive as GEARS has it on Dataverse: X normalized, counts in a layer, differential expression in uns."""
+    """Write an archive of GEARS on Dataverse: X normalized, counts in a layer, differential expression in uns."""
     scale = 1e3 / np.maximum(np.asarray(X.sum(axis=1)).ravel(), 1.0)
     normalized = sparse.csr_matrix(sparse.diags(scale) @ X, dtype=np.float32).log1p()
     adata = ad.AnnData(X=normalized, obs=obs, var=var, layers={"counts": X})
@@ -381,8 +384,10 @@ def _norman_geo(folder: Path) -> Expected:
     X = sparse.vstack([norman_counts(), counts(len(empty), len(table), seed=4)], format="csr")[order]
     identities = pd.DataFrame(
         {
-            "cell_barcode": cells["barcode"], "guide_identity": cells["construct"], "read_count": 100, "UMI_count": 10, "coverage": 10.0,
-            "gemgroup": cells["lane"], "good_coverage": cells["good_coverage"], "number_of_cells": cells["number_of_cells"],
+            "cell_barcode": cells["barcode"], "guide_identity": cells["construct"], "read_count": 100, "UMI_count": 10,
+            "coverage": 10.0,
+            "gemgroup": cells["lane"], "good_coverage": cells["good_coverage"],
+            "number_of_cells": cells["number_of_cells"],
         }
     )  # fmt: skip
     for role, content in triplet(X, list(names), table, identities).items():
@@ -394,17 +399,21 @@ def _norman_geo(folder: Path) -> Expected:
 
 ADAMSON = {"cell_line": "K562", "celltype": "lymphoblasts", "read count": 100.0, "UMI count": 10.0}
 ADAMSON_001 = {
-    "62(mod)_pBA581": (30, CONTROL), "CREB1_pDS269": (20, "CREB1"), "SPI1_pDS255": (20, "SPI1"), "EP300_pDS268": (20, "EP300"),
+    "62(mod)_pBA581": (30, CONTROL), "CREB1_pDS269": (20, "CREB1"), "SPI1_pDS255": (20, "SPI1"),
+    "EP300_pDS268": (20, "EP300"),
     "*": (9, UNASSIGNED), None: (2, UNASSIGNED),
 }  # fmt: skip
 ADAMSON_005 = {
     "3x_neg_ctrl_pMJ144-1": (20, CONTROL), "3x_neg_ctrl_pMJ144-2": (20, CONTROL), "Gal4-4(mod)_pBA582": (8, CONTROL),
     "PERK_only_pMJ146": (20, "EIF2AK3"), "IRE1_only_pMJ148": (20, "ERN1"), "ATF6_only_pMJ145": (20, "ATF6"),
-    "PERK_IRE1_pMJ154": (20, "EIF2AK3+ERN1"), "ATF6_PERK_IRE1_pMJ158": (20, "ATF6+EIF2AK3+ERN1"), "*": (6, UNASSIGNED), None: (1, UNASSIGNED),
+    "PERK_IRE1_pMJ154": (20, "EIF2AK3+ERN1"), "ATF6_PERK_IRE1_pMJ158": (20, "ATF6+EIF2AK3+ERN1"), "*": (6, UNASSIGNED),
+    None: (1, UNASSIGNED),
 }  # fmt: skip
 ADAMSON_010 = {
-    "63(mod)_pBA580": (30, CONTROL), "62(mod)_pBA581": (20, CONTROL), "ATF4_pBA576": (15, "ATF4"), "ATF4_pBA577": (10, "ATF4"),
-    "ATF4_pBA608": (5, "ATF4"), "ASCC3_pDS051": (12, "ASCC3"), "ASCC3_pDS052": (12, "ASCC3"), "HARS_pDS123": (20, "HARS1"),
+    "63(mod)_pBA580": (30, CONTROL), "62(mod)_pBA581": (20, CONTROL), "ATF4_pBA576": (15, "ATF4"),
+    "ATF4_pBA577": (10, "ATF4"),
+    "ATF4_pBA608": (5, "ATF4"), "ASCC3_pDS051": (12, "ASCC3"), "ASCC3_pDS052": (12, "ASCC3"),
+    "HARS_pDS123": (20, "HARS1"),
     "C7orf26_pDS005": (20, "INTS15"), "*": (10, UNASSIGNED), None: (12, UNASSIGNED),
 }  # fmt: skip
 ADAMSON_GENES = {
@@ -413,7 +422,8 @@ ADAMSON_GENES = {
     "10X010": Genes(("ATF4", "ASCC3", "HARS1", "INTS15"), {"HARS1": "HARS", "INTS15": "C7orf26"}),
 }
 GEO_EXPERIMENTS = {
-    "GSM2406675_10X001": (ADAMSON_001, "10X001"), "GSM2406677_10X005": (ADAMSON_005, "10X005"), "GSM2406681_10X010": (ADAMSON_010, "10X010"),
+    "GSM2406675_10X001": (ADAMSON_001, "10X001"), "GSM2406677_10X005": (ADAMSON_005, "10X005"),
+    "GSM2406681_10X010": (ADAMSON_010, "10X010"),
 }  # fmt: skip
 
 
@@ -447,7 +457,8 @@ def _adamson_geo(folder: Path) -> Expected:
         roots = [f"{'ACGT'[i % 4]}{i // 2:013d}" for i in range(len(single))]
         roots = [roots[i - i % 2] for i in range(len(roots))]
         barcodes = [f"{root}-{1 + i % 2}" for i, root in enumerate(roots)]
-        said = [{"cell BC": code, "read count": 9, "UMI count": 9, "coverage": 9.0, "good coverage": True, "number of cells": 1, **cell.said}
+        said = [{"cell BC": code, "read count": 9, "UMI count": 9, "coverage": 9.0, "good coverage": True,
+                 "number of cells": 1, **cell.said}
                 for code, cell in zip(barcodes, single, strict=True)]  # fmt: skip
         identities = pd.DataFrame(said)[
             ["cell BC", "guide identity", "read count", "UMI count", "coverage", "good coverage", "number of cells"]
@@ -476,7 +487,8 @@ def _adamson_gears(folder: Path) -> Expected:
     table = Genes(("ATF4", "HARS1"), {"HARS1": "HARS"}).table()
     condition = pd.Series([cell.said["condition"] for cell in cells])
     obs = pd.DataFrame({"condition": pd.Categorical(condition), "cell_type": pd.Categorical(["K562(?)"] * len(cells)),
-                        "dose_val": pd.Categorical(["1+1"] * len(cells)), "control": (condition == "ctrl").astype(np.int64)})  # fmt: skip
+                        "dose_val": pd.Categorical(["1+1"] * len(cells)),
+                        "control": (condition == "ctrl").astype(np.int64)})  # fmt: skip
     obs.index = pd.Index([f"CELL{i}-1" for i in range(len(cells))], name="cell_barcode")
     var = pd.DataFrame(
         {"gene_name": table["name"].to_numpy()}, index=pd.Index(table["gene_id"].to_numpy(), name="gene_id")
@@ -485,7 +497,7 @@ def _adamson_gears(folder: Path) -> Expected:
     return expected(cells, table)
 
 
-# --- Replogle and Nadig -------------------------------------------------------------------------------------------------
+# --- Replogle and Nadig -----------------------------------------------------------------------------------------------
 
 REPLOGLE_GENES = Genes(
     ("ZBTB4", "AARS1", "DARS1", "QARS1", "TBCE", "HSPA14"),
@@ -503,7 +515,8 @@ REPLOGLE_GENES = Genes(
     ),
 )
 REPLOGLE_LABELS = {
-    "control": (60, CONTROL), "ZBTB4": (25, "ZBTB4"), "AARS": (25, "AARS1"), "DARS": (20, "DARS1"), "QARS": (20, "QARS1"), "TBCE": (20, "TBCE"),
+    "control": (60, CONTROL), "ZBTB4": (25, "ZBTB4"), "AARS": (25, "AARS1"), "DARS": (20, "DARS1"),
+    "QARS": (20, "QARS1"), "TBCE": (20, "TBCE"),
     "AC118549.1": (10, "AC118549.1"), "EPRS": (10, "EPRS1"),
 }  # fmt: skip
 
@@ -517,7 +530,8 @@ def replogle(traps: str, name: str, cell_line: str, celltype: str | None) -> Fix
         for gene_id in [None if label == "control" else ids().get(becomes, "ENSG00000999998")]
     ]  # fmt: skip
     common = {"batch": [1, 2, 3], "transcript": "P1P2", "guide_id": "A_+_1.23-P1P2|B_-_4.23-P1P2", "UMI_count": 11000.0,
-              "z_gemgroup_UMI": 0.1, "core_scale_factor": 1.0, "core_adjusted_UMI_count": 1.0, "cell_line": cell_line}  # fmt: skip
+              "z_gemgroup_UMI": 0.1, "core_scale_factor": 1.0, "core_adjusted_UMI_count": 1.0,
+              "cell_line": cell_line}  # fmt: skip
     if celltype:
         common |= {"celltype": celltype, "sex": "Female", "age": 53}
     if cell_line == "hTERT-RPE1":
@@ -525,7 +539,7 @@ def replogle(traps: str, name: str, cell_line: str, celltype: str | None) -> Fix
     return scperturb(traps, name, cells, REPLOGLE_GENES, common, replogle_var, "dense")
 
 
-# --- the others ---------------------------------------------------------------------------------------------------------
+# --- the others -------------------------------------------------------------------------------------------------------
 
 DIXIT_GENES = Genes(("ELK1", "YY1", "ETS1"))
 DIXIT = {"moi": "normal", "cell_line": "K562", "celltype": "lymphoblasts"}
@@ -539,7 +553,8 @@ def dixit(traps: str, name: str, time: int | None) -> Fixture:
     }  # fmt: skip
     if time is None:
         words |= {
-            "p-sgELK1-6_p-sgYY1-10": (15, "ELK1+YY1"), "p-sgYY1-3_p-sgELK1-1": (5, "ELK1+YY1"), "p-INTERGENIC216151_p-sgYY1-3": (14, "YY1"),
+            "p-sgELK1-6_p-sgYY1-10": (15, "ELK1+YY1"), "p-sgYY1-3_p-sgELK1-1": (5, "ELK1+YY1"),
+            "p-INTERGENIC216151_p-sgYY1-3": (14, "YY1"),
             "p-INTERGENIC216151_p-INTERGENIC1216445": (6, CONTROL), "p-sgELK1-1_p-sgELK1-6": (4, "ELK1"),
         }  # fmt: skip
     cells = [
@@ -561,15 +576,18 @@ def dixit(traps: str, name: str, time: int | None) -> Fixture:
 def frangieh() -> Fixture:
     """Return Frangieh: cells of three conditions; no guide, one guide, several."""
     conditions = ["Control", "IFNγ", "Co-culture"]
-    words = [("control", "NO_SITE_1", 1, CONTROL), ("control", "ONE_NON-GENE_SITE_7", 1, CONTROL), ("HLA-B", "HLA-B_2", 1, "HLA-B"),
-             ("JAK2", "JAK2_3", 1, "JAK2"), ("control", "nan", 0, SUBSET), ("JAK2", "JAK2_3;HLA-B_1", 2, SUBSET)]  # fmt: skip
+    words = [("control", "NO_SITE_1", 1, CONTROL), ("control", "ONE_NON-GENE_SITE_7", 1, CONTROL),
+             ("HLA-B", "HLA-B_2", 1, "HLA-B"),
+             ("JAK2", "JAK2_3", 1, "JAK2"), ("control", "nan", 0, SUBSET),
+             ("JAK2", "JAK2_3;HLA-B_1", 2, SUBSET)]  # fmt: skip
     cells = [
         Cells(8, {"perturbation": label, "perturbation_2": condition, "MOI": moi, "guide_id": guides,
                   "sgRNA": guides if moi == 1 else "nan"}, becomes)
         for label, guides, moi, becomes in words
         for condition in conditions
     ]  # fmt: skip
-    common = {"library_preparation_protocol": "10X 3' v3 sequencing", "UMI_count": 10_000.0, "umap_x": 0.0, "umap_y": 0.0,
+    common = {"library_preparation_protocol": "10X 3' v3 sequencing", "UMI_count": 10_000.0, "umap_x": 0.0,
+              "umap_y": 0.0,
               "celltype": "melanocytes", "perturbation_type_2": "IFN-γ stimulation", "disease": "melanoma"}  # fmt: skip
     traps = "non-ASCII condition as a context; cells without a guide called control; cells of several guides"
     genes = Genes(("HLA-B", "JAK2"), others=(("LINC-none", "LINC-none", "LINC-none"),))
@@ -581,14 +599,16 @@ def sciplex() -> Fixture:
     drugs = [("control", 0.0, CONTROL), ("(+)-JQ1", 10.0, "JQ1@10"), ("(+)-JQ1", 10_000.0, "JQ1@10000"),
              ("Trametinib (GSK1120212)", 100.0, "Trametinib (GSK1120212)@100"), (None, None, UNASSIGNED)]  # fmt: skip
     cells = [Cells(24, {"perturbation": drug, "dose_value": dose}, becomes) for drug, dose, becomes in drugs]
-    common = {"cell_line": ["A549", "K562", "MCF7"], "plate": ["plate1", "plate2"], "well": "A1", "replicate": "rep1", "dose_unit": "nM",
+    common = {"cell_line": ["A549", "K562", "MCF7"], "plate": ["plate1", "plate2"], "well": "A1", "replicate": "rep1",
+              "dose_unit": "nM",
               "celltype": "cells", "chembl-ID": "CHEMBL1", "perturbation_type": "drug"}  # fmt: skip
     mouse = tuple((f"Gene{i}", f"ENSMUSG{i:011d}", f"Gene{i}") for i in range(40))
     human = Genes(("BRD4",)).table()
 
     def make(folder: Path) -> Expected:
         single = shuffled(cells, 7)
-        said = [{**{key: value[i % len(value)] if isinstance(value, list) else value for key, value in common.items()}, **cell.said}
+        said = [{**{key: value[i % len(value)] if isinstance(value, list) else value for key, value in common.items()},
+                 **cell.said}
                 for i, cell in enumerate(single)]  # fmt: skip
         obs = obs_of([Cells(1, words, cell.becomes) for words, cell in zip(said, single, strict=True)], 8)
         table = Genes(("BRD4",), others=mouse).table()
@@ -608,49 +628,63 @@ def sciplex() -> Fixture:
 
 FIXTURES = {
     "norman2019": Fixture(
-        "lanes lost in obs names; multiplets; thin coverage; NegCtrl1_NegCtrl0; cells without guide reads called control; old and clone names",
+        ("lanes lost in obs names; multiplets; thin coverage; NegCtrl1_NegCtrl0; cells without guide reads called "
+         "control; old and clone names"),
         _norman_scperturb, {"file": "NormanWeissman2019_filtered.h5ad"},
     ),
     "norman2019_gears": Fixture(
-        "A+ctrl and ctrl+A; RHOXF2BB; X normalized, counts in a layer; ids as index; placeholder cell type; zip", _norman_gears,
+        "A+ctrl and ctrl+A; RHOXF2BB; X normalized, counts in a layer; ids as index; placeholder cell type; zip",
+        _norman_gears,
         {"file": "norman.zip"},
     ),
     "norman2019_geo": Fixture(
-        "A_NegCtrl0__A_NegCtrl0_2; empty droplets; multiplets; four control constructs; triplet", _norman_geo, NORMAN_GEO
+        "A_NegCtrl0__A_NegCtrl0_2; empty droplets; multiplets; four control constructs; triplet", _norman_geo,
+        NORMAN_GEO
     ),
-    "adamson2016_10x001": adamson("no control label; * and NaN; GENE_plasmid; another reference", "10X001", ADAMSON_001),
-    "adamson2016_10x005": adamson("constructs of one, two and three genes; PERK and IRE1; _ in control names", "10X005", ADAMSON_005),
-    "adamson2016_10x010": adamson("several guides per gene; cells whose label was lost with their lane (NaN)", "10X010", ADAMSON_010),
+    "adamson2016_10x001": adamson("no control label; * and NaN; GENE_plasmid; another reference", "10X001",
+                                  ADAMSON_001),
+    "adamson2016_10x005": adamson("constructs of one, two and three genes; PERK and IRE1; _ in control names", "10X005",
+                                  ADAMSON_005),
+    "adamson2016_10x010": adamson("several guides per gene; cells whose label was lost with their lane (NaN)", "10X010",
+                                  ADAMSON_010),
     "adamson2016_geo": Fixture(
-        "barcodes that come back on other lanes under another label; three experiments with different genes; tar of triplets",
+        ("barcodes that come back on other lanes under another label; three experiments with different genes; tar of "
+         "triplets"),
         _adamson_geo, {"file": "GSE90546_RAW.tar"},
     ),
     "adamson2016_gears": Fixture("Gal4-4(mod) is a control; zip", _adamson_gears, {"file": "adamson.zip"}),
     "replogle2022_k562_essential": replogle(
-        "dense gzip; TBCE_ENSG…; AARS, QARS (ambiguous without its id); fractions for percentages", "ReplogleWeissman2022_K562_essential",
+        "dense gzip; TBCE_ENSG…; AARS, QARS (ambiguous without its id); fractions for percentages",
+        "ReplogleWeissman2022_K562_essential",
         "K562", "lymphoblasts",
     ),
-    "replogle2022_rpe1": replogle("the same; disease all NaN", "ReplogleWeissman2022_rpe1", "hTERT-RPE1", "epithelial cells"),
+    "replogle2022_rpe1": replogle("the same; disease all NaN", "ReplogleWeissman2022_rpe1", "hTERT-RPE1",
+                                  "epithelial cells"),
     "replogle2022_k562_gwps": replogle("the same", "ReplogleWeissman2022_K562_gwps", "K562", "lymphoblasts"),
     "nadig2025_hepg2": replogle("no celltype", "NadigOConner2024_hepg2", "Hep-G2", None),
     "nadig2025_jurkat": replogle("no celltype", "NadigOConner2024_jurkat", "Jurkat", None),
     "dixit2016_7d": dixit("guides; the text nan", "DixitRegev2016_K562_TFs_7_days", 7),
     "dixit2016_13d": dixit("guides; the text nan", "DixitRegev2016_K562_TFs_13_days", 13),
-    "dixit2016_highmoi": dixit("guides joined by _, intergenic ones among them", "DixitRegev2016_K562_TFs_High_MOI", None),
+    "dixit2016_highmoi": dixit("guides joined by _, intergenic ones among them", "DixitRegev2016_K562_TFs_High_MOI",
+                               None),
     "papalexi2021_eccite": scperturb(
         "guides ATF2g1, NTg5", "PapalexiSatija2021_eccite_RNA",
-        labelled("perturbation", {"control": (20, CONTROL), "NTg5": (10, CONTROL), "ATF2g1": (15, "ATF2"), "ATF2g2": (15, "ATF2"),
+        labelled("perturbation", {"control": (20, CONTROL), "NTg5": (10, CONTROL), "ATF2g1": (15, "ATF2"),
+                                  "ATF2g2": (15, "ATF2"),
                                   "IFNGR2g10": (20, "IFNGR2"), "PDL1g2": (20, "CD274"), "MARCH8g1": (20, "MARCHF8")}),
         Genes(("ATF2", "IFNGR2", "CD274", "MARCHF8"), {"MARCHF8": "MARCH8"}),
-        {"hto": ["rep1-tx", "rep2-tx"], "guide_id": "g", "hto_barcode": "A", "gdo_barcode": "C", "cell_line": "THP-1", "celltype": "monocytes"},
+        {"hto": ["rep1-tx", "rep2-tx"], "guide_id": "g", "hto_barcode": "A", "gdo_barcode": "C", "cell_line": "THP-1",
+         "celltype": "monocytes"},
         by_symbol("ensembl_id"), "csr",
     ),
     "papalexi2021_arrayed": scperturb(
         "PDL1, MARCH8; a hashtag per perturbation", "PapalexiSatija2021_eccite_arrayed_RNA",
-        [*labelled("perturbation", {"control": (30, CONTROL)}, hto="HTO-NT7"), *labelled("perturbation", {"PDL1": (20, "CD274")}, hto="HTO-PDL1"),
+        [*labelled("perturbation", {"control": (30, CONTROL)}, hto="HTO-NT7"),
+         *labelled("perturbation", {"PDL1": (20, "CD274")}, hto="HTO-PDL1"),
          *labelled("perturbation", {"MARCH8": (20, "MARCHF8")}, hto="HTO-MARCH8")],
         Genes(("CD274", "MARCHF8"), {"MARCHF8": "MARCH8"}),
-        {"guide_id": "g", "hto_barcode": "A", "gdo_barcode": "C", "cell_line": "THP-1", "celltype": "monocytes"}, by_symbol("ensembl_id"), "csr",
+        {"guide_id": "g", "hto_barcode": "A", "gdo_barcode": "C", "cell_line": "THP-1", "celltype": "monocytes"},
+        by_symbol("ensembl_id"), "csr",
     ),
     "frangieh2021": frangieh(),
     "tian2021_crispri": scperturb(
@@ -658,41 +692,53 @@ FIXTURES = {
         labelled("perturbation", {"control": (30, CONTROL), "FBXO7": (20, "FBXO7"), "HLA-DRB1": (20, "HLA-DRB1")}),
         Genes(("FBXO7",), others=(("HLA-DRB1", "ENSG00000196126", "HLA-DRB1"), ("TWIN", "ENSG00000999991", "TWIN"),
                                   ("TWIN", "ENSG00000999992", "TWIN"))),
-        {"guide_id": "FBXO7_i1", "celltype": "iPSC-induced neuron", "batch": ["1", "2", "3", "4"], "percent_hemo": 0.0, "tissue_type": "primary"},
+        {"guide_id": "FBXO7_i1", "celltype": "iPSC-induced neuron", "batch": ["1", "2", "3", "4"], "percent_hemo": 0.0,
+         "tissue_type": "primary"},
         by_symbol("ensembl_id"), "csc", merged=1,
     ),
     "tian2021_crispra": scperturb(
-        "", "TianKampmann2021_CRISPRa", labelled("perturbation", {"control": (30, CONTROL), "FBXO7": (20, "FBXO7")}), Genes(("FBXO7",)),
-        {"guide_id": "FBXO7_a1", "celltype": "iPSC-induced neuron", "batch": ["1", "2"], "percent_hemo": 0.0, "tissue_type": "primary"},
+        "", "TianKampmann2021_CRISPRa", labelled("perturbation", {"control": (30, CONTROL), "FBXO7": (20, "FBXO7")}),
+        Genes(("FBXO7",)),
+        {"guide_id": "FBXO7_a1", "celltype": "iPSC-induced neuron", "batch": ["1", "2"], "percent_hemo": 0.0,
+         "tissue_type": "primary"},
         by_symbol("ensembl_id"), "csc",
     ),
     "wessels2023": scperturb(
         "no Ensembl ids; pairs A_B and B_A", "WesselsSatija2023",
-        labelled("perturbation", {"control": (30, CONTROL), "NT_NT": (5, CONTROL), "HDAC3": (20, "HDAC3"), "KDM1A_HDAC3": (20, "HDAC3+KDM1A"),
+        labelled("perturbation", {"control": (30, CONTROL), "NT_NT": (5, CONTROL), "HDAC3": (20, "HDAC3"),
+                                  "KDM1A_HDAC3": (20, "HDAC3+KDM1A"),
                                   "HDAC3_KDM1A": (5, "HDAC3+KDM1A"), "KDM1A_NT": (12, "KDM1A")}),
         Genes(("HDAC3", "KDM1A", "MRTFA"), {"MRTFA": "MKL1"}),
-        {"Cell_cycle_phase": "G1", "HTO": "HTO-1", "10X_lane": ["L1", "L2", "L3", "L4"], "guides": "g", "CRISPRcas13_Array": "a",
-         "Guide.Class": "Double", "ID.g1": "a", "ID.g2": "b", "UMI.g1": 9, "UMI.g2": 9, "cell_line": "THP-1", "celltype": "monocytes"},
+        {"Cell_cycle_phase": "G1", "HTO": "HTO-1", "10X_lane": ["L1", "L2", "L3", "L4"], "guides": "g",
+         "CRISPRcas13_Array": "a",
+         "Guide.Class": "Double", "ID.g1": "a", "ID.g2": "b", "UMI.g1": 9, "UMI.g2": 9, "cell_line": "THP-1",
+         "celltype": "monocytes"},
         by_symbol(None), "csr", np.int64,
     ),
     "datlinger2017": scperturb(
         "guides of two libraries; target missing in controls; stimulation as a context", "DatlingerBock2017",
         [Cells(n, {"perturbation": label, "target": target, "perturbation_2": condition}, becomes)
          for label, target, n, becomes in (("control", None, 15, CONTROL), ("Tcrlibrary_BACH2_1", "BACH2", 10, "BACH2"),
-                                           ("Tcrlibrary_BACH2_3", "BACH2", 5, "BACH2"), ("Essential_library_MVD_1", "MVD", 10, "MVD"))
+                                           ("Tcrlibrary_BACH2_3", "BACH2", 5, "BACH2"),
+                                           ("Essential_library_MVD_1", "MVD", 10, "MVD"))
          for condition in ("stimulated", "unstimulated")],
         Genes(("BACH2", "MVD")),
-        {"replicate": ["1", "2"], "celltype": "T cells", "cell_line": "Jurkat cells", "perturbation_type_2": "TCR stimulation"},
+        {"replicate": ["1", "2"], "celltype": "T cells", "cell_line": "Jurkat cells",
+         "perturbation_type_2": "TCR stimulation"},
         by_symbol(None), "csr", np.int64,
     ),
     "gasperini2019_lowmoi": scperturb(
         "targets joined by _, loci with _ of their own among them; the text nan", "GasperiniShendure2019_lowMOI",
-        labelled("perturbation", {"control": (30, CONTROL), "GATA1": (20, "GATA1"), "chr1.9538_top_two": (15, "chr1.9538_top_two"),
-                                  "chr1.9538_top_two_GATA1": (10, "GATA1+chr1.9538_top_two"), "HBE1_GATA1": (10, "GATA1+HBE1"),
+        labelled("perturbation", {"control": (30, CONTROL), "GATA1": (20, "GATA1"),
+                                  "chr1.9538_top_two": (15, "chr1.9538_top_two"),
+                                  "chr1.9538_top_two_GATA1": (10, "GATA1+chr1.9538_top_two"),
+                                  "HBE1_GATA1": (10, "GATA1+HBE1"),
                                   "chr6:1234-5678": (8, "chr6:1234-5678"), "nan": (12, UNASSIGNED)}),
         Genes(("GATA1", "HBE1"), others=(("ENSG00000143674", "ENSG00000143674", "MAP3K21"),)),
-        {"sample": "lane_1", "total_umis": 9.0, "Size_Factor": 1.0, "gene": "GATA1_TSS", "all_gene": "GATA1_TSS", "barcode": "ACGT",
-         "read_count": 9.0, "umi_count": 9.0, "proportion": 0.5, "guide_count": 1.0, "cell_line": "K562", "celltype": "lymphoblasts"},
+        {"sample": "lane_1", "total_umis": 9.0, "Size_Factor": 1.0, "gene": "GATA1_TSS", "all_gene": "GATA1_TSS",
+         "barcode": "ACGT",
+         "read_count": 9.0, "umi_count": 9.0, "proportion": 0.5, "guide_count": 1.0, "cell_line": "K562",
+         "celltype": "lymphoblasts"},
         by_symbol("ensembl_id"), "csc", np.int64,
     ),
     "sciplex3": sciplex(),

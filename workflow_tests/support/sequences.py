@@ -1,4 +1,4 @@
-"""Random sequences of what people do to a folder of results, and what tells whether a stale result passed or a training was repeated."""
+"""Random sequences of actions on a folder of results, and checks for stale results and repeated trainings."""
 
 import hashlib
 import json
@@ -329,7 +329,8 @@ def forget(place: Place, dice: random.Random) -> str:
 
 
 ACTIONS: dict[Callable[[Place, random.Random], str], int] = {
-    edit_configuration: 4, edit_code: 3, edit_data: 2, delete: 3, damage: 4, touch: 2, copy: 3, ask_single: 2, force_rule: 1, interrupt: 2, go_on: 2,
+    edit_configuration: 4, edit_code: 3, edit_data: 2, delete: 3, damage: 4, touch: 2, copy: 3, ask_single: 2,
+    force_rule: 1, interrupt: 2, go_on: 2,
     forget: 1,
 }  # fmt: skip
 
@@ -351,7 +352,7 @@ class Verdict:
 
 
 def finish(place: Place) -> tuple[Outcome, int]:
-    """Run to the end; a file that changed between plan and job ends in one message, and is made anew by the next run."""
+    """Run to the end; a file that changed between plan and job ends in one message, and the next run makes it anew."""
     for attempt in range(3):
         outcome = place.run()
         if outcome.returncode == 0:
@@ -388,7 +389,10 @@ class References:
 def undergo(
     seed: int, start: Place, folder: Path, references: References, n_actions: int, back: float = 0.6
 ) -> Verdict:
-    """Do a random sequence to a copy of a finished folder, run to the end, and compare with a run from nothing; `back` of them undo all edits first."""
+    """Do a random sequence to a copy of a finished folder, run to the end, and compare with a run from nothing.
+
+    `back` of them undo all edits first.
+    """
     dice = random.Random(seed)
     shutil.copytree(start.folder, folder, ignore=shutil.ignore_patterns(".cache"))
     place = Place(folder, start.python, deepcopy(start.state), list(start.trained))

@@ -22,9 +22,9 @@ CPU_NODES, GPU_NODE = ("n1", "n2"), "n3"
 NODES = (*CPU_NODES, GPU_NODE)
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED"}
 
-# config_overrides lets nodes claim more than the machine has. Memory is watched once a second, since there may be no cgroups
-# to limit it. A node that does not answer is lost after 20 s: less would call a busy machine lost. Finished jobs are remembered
-# for an hour: the plugin asks squeue, as there is no accounting, and so do the tests.
+# config_overrides lets nodes claim more than the machine has. Memory is watched once a second, since there may be no
+# cgroups to limit it. A node that does not answer is lost after 20 s: less would call a busy machine lost. Finished
+# jobs are remembered for an hour: the plugin asks squeue, as there is no accounting, and so do the tests.
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -69,7 +69,8 @@ FAKE_GPUS = """\
 NodeName=n3 Name=gpu File=/dev/null
 NodeName=n3 Name=gpu File=/dev/zero
 """
-# The plugin's job steps drop SLURM_CONF before they call srun, which then looks into /etc/slurm: right on every cluster but this one.
+# The plugin's job steps drop SLURM_CONF before they call srun, which then looks into /etc/slurm: right on every cluster
+# but this one.
 SRUN = """\
 #!/bin/sh
 SLURM_CONF={folder}/slurm.conf exec {srun} "$@"
@@ -208,7 +209,8 @@ class Cluster:
         """Start all daemons; return when all nodes are idle."""
         here = self.folder
         files = [f"--{name}={here}/munge{suffix}" for name, suffix in
-                 {"key-file": ".key", "socket": ".socket", "pid-file": "d.pid", "log-file": "d.log", "seed-file": ".seed"}.items()]  # fmt: skip
+                 {"key-file": ".key", "socket": ".socket", "pid-file": "d.pid", "log-file": "d.log",
+                  "seed-file": ".seed"}.items()]  # fmt: skip
         self.call("munged", "--force", *files)
         self.call("slurmctld", "-c")
         for node in NODES:

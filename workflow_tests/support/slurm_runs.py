@@ -1,4 +1,4 @@
-"""Two runs of the workflow on a cluster: one that is interrupted and goes on, one in which everything goes wrong that can."""
+"""Two runs of the workflow on a cluster: one is interrupted and goes on, and in one everything goes wrong."""
 
 import os
 import shutil
@@ -108,7 +108,7 @@ RESOURCES = (
 
 @dataclass(frozen=True)
 class Failures:
-    """A run of four screens: starved of memory, hung beyond its run time, on a node that was lost, sent to no partition."""
+    """A run of four screens: without memory, hung beyond its run time, on a lost node, and sent to no partition."""
 
     folder: Path
     outcome: Outcome
@@ -120,7 +120,7 @@ class Failures:
 
 
 def fail(folder: Path, cluster: Cluster) -> Failures:
-    """Harmonize four screens, each with a fate of its own: six or seven jobs, with a copy of the profile that names an account."""
+    """Harmonize four screens, each with its fate: six or seven jobs, by a copy of the profile that names an account."""
     write_screen(folder)
     config = closed_forms_config()
     mine = config["datasets"].pop("mine")

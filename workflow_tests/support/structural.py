@@ -1,12 +1,13 @@
 """A structural model of a screen: every control cell's counterfactual under every perturbation is known.
 
-A cell's exogenous part is its state s, its size l, its own biological noise e and the measurement's noise u; none of them knows the perturbation:
+A cell's exogenous part is its state s, its size l, its own biological noise e and the measurement's noise u. None of
+them knows the perturbation:
 
     log r_g = a_g + s W_g + Σ_j b_jg m_j(s) + log e_g,    k_g = the u_g-quantile of Poisson(l r_g / Σ r)
 
-over the members j of the perturbation, with m_j(s) = 1 for genes whose effect is the same in all cells and 2 σ(sharpness · s_j) for those whose
-effect depends on the state: on axis j of it cells respond, or do not. The counterfactual cell has the same s, l, e and u under another
-perturbation (Pearl 2009, section 7.1: abduction, action, prediction).
+over the members j of the perturbation. For genes whose effect is the same in all cells m_j(s) = 1. For those whose
+effect depends on the state m_j(s) = 2 σ(sharpness · s_j): on axis j of it cells respond, or do not. The counterfactual
+cell has the same s, l, e and u under another perturbation (Pearl 2009, section 7.1: abduction, action, prediction).
 """
 
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ class World:
         return cells.size[:, None] * rates / rates.sum(axis=1, keepdims=True)
 
     def counts(self, cells: Exogenous, label: str, u: np.ndarray | None = None) -> np.ndarray:
-        """Return the counts of these very cells under a perturbation, (cells, genes); another u is another measurement."""
+        """Return counts of these very cells under a perturbation, (cells, genes); another u is another measurement."""
         return poisson.ppf(cells.u if u is None else u, self.rates(cells, label))
 
     def screen(self, labels: list[str], n_controls: int = 600, n_cells: int = 100) -> tuple[ad.AnnData, Exogenous]:
@@ -116,7 +117,7 @@ def own_effects(world: World, cells: Exogenous, label: str, target_sum: float) -
 
 
 def expected_effects(world: World, cells: Exogenous, label: str, target_sum: float, draws: int = 100) -> np.ndarray:
-    """Return what a perturbation changes in a cell's expected expression, (cells, genes): the mean over measurements."""
+    """Return the change of a cell's expected expression by a perturbation, (cells, genes): the mean of measurements."""
     rng = np.random.default_rng(world.seed)
     total = np.zeros_like(cells.u)
     for _ in range(draws):

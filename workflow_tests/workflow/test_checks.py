@@ -1,4 +1,4 @@
-"""The checks of code that need no run of it: each finds nothing in the repository, and a planted fault of its kind in a copy."""
+"""The static checks of code: each finds nothing in the repository, and a planted fault of its kind in a copy."""
 
 import os
 import re

@@ -33,7 +33,8 @@ STAND_IN = REPOSITORY / "workflow_tests" / "support" / "conda_standin" / "bin"
 CONFIG = closed_forms_config(models={"counterfactual": {"params": {"n_steps": 20, "batch_size": 16, "n_latent": 8}}})
 CONFIG["select"]["models"] = ["linear", "counterfactual"]
 
-# Snakemake lets a script import from Snakemake's own environment what its environment lacks; this writes down what does.
+# Snakemake lets a script import from Snakemake's own environment what its environment lacks; this writes down what
+# does.
 WITNESS = """
 import atexit, json, sys
 
@@ -70,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def variables(folder: Path) -> dict[str, str]:
-    """Return environment variables with which Snakemake finds the stand-in, and the stand-in a channel with all pins."""
+    """Return variables by which Snakemake finds the stand-in, and the stand-in a channel with all pins."""
     pins = {
         PYPI_NAMES.get(name, name): version
         for file in environment_files()

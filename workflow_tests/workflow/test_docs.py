@@ -1,7 +1,7 @@
 """The documents say what is: every key, every default, every command, the graph of rules.
 
-Run as a script (PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py), it writes the generated parts anew: the tables of
-model params and of metrics, the map of the code, and the rule graph.
+Run as a script (PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py), it writes the generated parts anew:
+the tables of model params and of metrics, the map of the code, and the rule graph.
 """
 
 import ast
@@ -119,7 +119,10 @@ def models_schema() -> str:
 
     lines = [
         '$schema: "https://json-schema.org/draft/2020-12/schema"',
-        "# Written by workflow_tests/workflow/test_docs.py from the declarations in scripts/perturbflow/registry/families.py.",
+        (
+            "# Written by workflow_tests/workflow/test_docs.py from the declarations in "
+            "scripts/perturbflow/registry/families.py."
+        ),
         'description: "Registry of models: a name, a family, and its params. $defs holds the params of every family."',
         "type: object",
         'propertyNames: {pattern: "^[a-z0-9][a-z0-9_]*$"}',
@@ -201,7 +204,8 @@ def metrics_table() -> str:
         values = (*metric.range, metric.perfect, metric.useless)
         low, high, perfect, useless = map(shown, values)
         lines.append(
-            f"| {name} | {metric.family} | {metric.direction} | {low} to {high} | {perfect} | {useless} | {metric.unit} | {metric.needs} | {ceiling} "
+            f"| {name} | {metric.family} | {metric.direction} | {low} to {high} | {perfect} | {useless} | "
+            f"{metric.unit} | {metric.needs} | {ceiling} "
             f"| {metric.formula} | {metric.source} |"
         )
     return "\n".join(lines)
@@ -270,7 +274,8 @@ def test_what_is_named_in_code_is_there():
 
 def yaml_blocks() -> list[tuple[str, str]]:
     return [(file.relative_to(REPOSITORY).as_posix(), block) for file in (README, CONFIG_README, TUTORIAL)
-            for block in re.findall(r"^```yaml\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL)]  # fmt: skip
+            for block in re.findall(r"^```yaml\n(.*?)^```", file.read_text(),
+                                    flags=re.MULTILINE | re.DOTALL)]  # fmt: skip
 
 
 def files_named_in(value: object) -> Iterator[str]:
@@ -436,7 +441,8 @@ def citations() -> str:
             place = f" *{entry['journal']}*" if "journal" in entry else ""
             found = f" {identifier(entry)}." if identifier(entry) else ""
             lines.append(
-                f"* {authors} {entry['title']}.{place} ({entry['year']}).{found} {entry['notes'][0].upper() + entry['notes'][1:]}."
+                f"* {authors} {entry['title']}.{place} ({entry['year']}).{found} "
+                f"{entry['notes'][0].upper() + entry['notes'][1:]}."
             )
         lines.append("\n</details>\n")
     return "\n".join(lines)
@@ -481,7 +487,8 @@ def renew() -> None:
         text, n = re.subn(pattern, lambda _, table=table: table, text, flags=re.DOTALL)
         if n != 1:
             sys.exit(
-                f"config/README.md has no place for the params of {family}: add <!-- params: {family} --> and <!-- params: end -->"
+                f"config/README.md has no place for the params of {family}: add <!-- params: {family} --> and <!-- "
+                f"params: end -->"
             )
     CONFIG_README.write_text(text)
     text = README.read_text()

@@ -134,7 +134,8 @@ def test_second_run_plans_nothing(default_job: tuple, snakemake: Callable) -> No
 
 # What `snakemake --report` shows; cells, models and predictions are too large for a page.
 SHOWN = (
-    "*.tsv", "report.html", "*/harmonization.json", "*/quality.tsv", "*/quality.html", "*/*/split.json", "*/*/audit.json", "*/*/*/*/run.json", "*/*/*/*/metrics.tsv",
+    "*.tsv", "report.html", "*/harmonization.json", "*/quality.tsv", "*/quality.html", "*/*/split.json",
+    "*/*/audit.json", "*/*/*/*/run.json", "*/*/*/*/metrics.tsv",
     "*/*/*/*/warranty.json", "*/*/*/*/counterfactuals/*.tsv", "*/*/*/*/counterfactuals/*.png",
 )  # fmt: skip
 
@@ -207,7 +208,8 @@ def test_the_page_of_snakemake_report_shows_every_result_with_its_caption(
 
 def test_a_user_screen_on_all_kinds_of_split(tmp_path: Path, snakemake: Callable, shared_data: Callable) -> None:
     path = shared_data("norman_k562_mini/perturbench_devel_counts.h5ad")
-    (tmp_path / "my_split.json").write_text(json.dumps({"train": ["KLF1", "FOXO4", "HK2", "MAPK1", "IER5L", "KMT2A"], "validation": [],
+    (tmp_path / "my_split.json").write_text(json.dumps({"train": ["KLF1", "FOXO4", "HK2", "MAPK1", "IER5L", "KMT2A"],
+                                                        "validation": [],
                                                         "test": ["SET+KLF1", "NIT1"]}))  # fmt: skip
     config = {
         "select": {

@@ -1,4 +1,4 @@
-"""The environments: what is pinned, that conda and pip mean the same software, and that every rule has what it imports."""
+"""The environments: pins are exact, conda and pip mean the same software, and every rule has its imports."""
 
 import re
 import sys

@@ -1,6 +1,7 @@
 """Whatever goes wrong, nothing finished is lost, nothing partial is taken for whole, and the user reads one message.
 
-Downloads that go wrong are in test_download.py, input that is none in test_any_input.py. The long form of the kills is benchmarks/kills.py.
+Downloads that go wrong are in download/test_download.py, input that is none in screens/test_any_input.py. The long
+form of the kills is benchmarks/kills.py.
 """
 
 import contextlib

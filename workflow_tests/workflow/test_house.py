@@ -1,4 +1,4 @@
-"""House rules that a reader relies on: imports follow the data, scripts are thin, and each runs outside Snakemake too."""
+"""House rules: imports follow the data, scripts are thin, and each runs outside Snakemake, too."""
 
 import ast
 import inspect
@@ -85,7 +85,10 @@ def test_what_the_snakefile_imports_is_light() -> None:
 
 def test_closed_forms_need_no_torch() -> None:
     """The environment of the data rules has none."""
-    command = "import sys, perturbflow.train, perturbflow.models.closed_form.baselines, perturbflow.models.closed_form.ceilings; print('torch' in sys.modules)"
+    command = (
+        "import sys, perturbflow.train, perturbflow.models.closed_form.baselines, "
+        "perturbflow.models.closed_form.ceilings; print('torch' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts")}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

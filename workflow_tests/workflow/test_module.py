@@ -1,4 +1,7 @@
-"""The workflow as a module of another one: planned and run from another folder, behind a prefix, with a screen that a rule of the host makes."""
+"""The workflow as a module of another one.
+
+It is planned and run from another folder, behind a prefix, with a screen that a rule of the host makes.
+"""
 
 from pathlib import Path
 
@@ -65,7 +68,8 @@ class Host:
 
 PLANNED = {
     "screen": 1, "best": 1,
-    **{f"perturbflow_{step}": 1 for step in ("harmonize", "quality", "split", "pair", "embeddings", "audit", "benchmark")},
+    **{f"perturbflow_{step}": 1 for step in ("harmonize", "quality", "split", "pair", "embeddings", "audit",
+                                             "benchmark")},
     **{f"perturbflow_{step}": 1 + len(REFERENCES) for step in ("train_closed_form", "predict", "evaluate")},
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the outside sees: the wheel, what it requires, the version, the forge's workflow, the image, the entry in the catalog."""
+"""The package from outside: wheel, requirements, version, the forge's workflow, the image, the entry in the catalog."""
 
 import os
 import re
@@ -121,7 +121,10 @@ def test_installed_command_works_without_the_clone(wheel: Path, tmp_path: Path) 
     found = printed(
         sys.executable,
         "-c",
-        "from perturbflow.genes import symbols; from perturbflow.registry import places; print(places.config_folder(), symbols.TABLE)",
+        (
+            "from perturbflow.genes import symbols; from perturbflow.registry import places; "
+            "print(places.config_folder(), symbols.TABLE)"
+        ),
     )
     assert found.split() == [
         str(target / "perturbflow" / "config"),

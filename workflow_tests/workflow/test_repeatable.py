@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 MODELS = ["random_forest", "scppdm"]
 QUICK = {"n_steps": 150, "batch_size": 32, "n_latent": 8, "width": 16, "n_sampling_steps": 4}
 SPLIT = Path("results/mine/unseen_combination")
-# Of every mean score, where a network trained on another number of threads. Sums of another order differ in their last digits, and 150 steps of
-# a network make the most of it; the scores of closed forms are the same.
+# Of every mean score, where a network trained on another number of threads. Sums of another order differ in their last
+# digits, and 150 steps of a network make the most of it; the scores of closed forms are the same.
 TOLERANCE_ON_OTHER_THREADS = 1e-3
 
 
@@ -84,7 +84,8 @@ def test_run_json_has_all_it_takes_to_repeat_a_run(once: Path, tmp_path: Path) -
     assert {name: file_digest(path) for name, path in inputs.items()} == run["inputs_sha256"]
     command = [
         sys.executable, str(REPOSITORY / "scripts/train.py"),
-        "--pairs", str(inputs["pairs.h5ad"]), "--embeddings", str(inputs["embeddings.parquet"]), "--audit", str(inputs["audit.json"]),
+        "--pairs", str(inputs["pairs.h5ad"]), "--embeddings", str(inputs["embeddings.parquet"]), "--audit",
+        str(inputs["audit.json"]),
         "--model", str(tmp_path / "model.ckpt"), "--run", str(tmp_path / "run.json"),
         "--implementation", run["implementation"], "--params", json.dumps(run["params"]), "--seed", str(run["seed"]),
         "--device", run["device"], "--threads", str(run["threads"]),

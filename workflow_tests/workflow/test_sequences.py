@@ -1,4 +1,4 @@
-"""No stale result survives, and no training is repeated for nothing: random sequences of what people do to a folder of results.
+"""No stale result survives, and no training is repeated for nothing: random sequences of actions on results.
 
 The long form is `workflow_tests/benchmarks/stale.py`.
 """

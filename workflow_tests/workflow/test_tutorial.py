@@ -1,4 +1,4 @@
-"""The tutorial, from its first command to its last, in a fresh copy of the repository: every output that it quotes is compared."""
+"""The tutorial, from first to last command, in a fresh copy of the repository: every quoted output is compared."""
 
 import os
 import re
@@ -11,7 +11,8 @@ import pytest
 from conftest import REPOSITORY, copy_repository
 
 TUTORIAL = REPOSITORY / "config" / "TUTORIAL.md"
-# A marker stands above every block: a command (one that fails, too), a piece of Python, a file, or what the block before it says.
+# A marker stands above every block: a command (one that fails, too), a piece of Python, a file, or what the block
+# before it says.
 MARKED = re.compile(r"^<!-- (?P<marker>.+?) -->\n```\w+\n(?P<text>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 DECIMAL = re.compile(r"-?\d+\.\d+")
 
