@@ -234,6 +234,12 @@ def screen(prepared: dict[str, Prepared]) -> tuple[Pairs, Embeddings]:
     return Pairs.read(files.pairs), Embeddings.read(files.embeddings)
 
 
+@pytest.fixture(scope="session")
+def cells(prepared: dict[str, Prepared]) -> Pairs:
+    """Return all cells of the split that holds combinations out; not to be written to."""
+    return Pairs.read(prepared["unseen_combination"].pairs)
+
+
 @pytest.fixture
 def prepared_copy(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[[str], Prepared]:
     """Return a function that copies a prepared split, to be spoilt."""

@@ -255,12 +255,6 @@ def test_an_opposite_prediction_is_the_worst() -> None:
 # --- from cells to scores -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cells(prepared: dict[str, Prepared]) -> Pairs:
-    """Return all cells of the split that holds combinations out."""
-    return Pairs.read(prepared["unseen_combination"].pairs)
-
-
 def test_means_are_of_the_scored_half_and_of_matched_controls(cells: Pairs) -> None:
     scored = score_inputs(predictions_from(cells), cells)
     test = cells.roles("test")

@@ -84,11 +84,6 @@ def test_a_metric_says_what_it_is(metric) -> None:
         assert metric.loss(metric.useless) > 0
 
 
-@pytest.fixture(scope="module")
-def cells(prepared: dict[str, Prepared]) -> Pairs:
-    return Pairs.read(prepared["unseen_combination"].pairs)
-
-
 def mixture(cells: Pairs, share: float, change: Callable[[np.ndarray], np.ndarray] = lambda X: X) -> Scored:
     """Return the scored cells themselves as a prediction, a share of them replaced by their matched controls."""
     is_scored = (cells.obs["role"] == "test").to_numpy() & (cells.obs["half"] == "b").to_numpy()

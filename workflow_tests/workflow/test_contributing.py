@@ -124,7 +124,12 @@ def test_a_changed_repository_plans_trains_and_scores(
 
 def test_a_screen_without_combinations_is_left_out_of_the_new_split(copy: Path, tmp_path: Path) -> None:
     config = closed_forms_config(
-        select={"datasets": ["mine"], "splits": ["partner", "unseen_perturbation"], "models": ["median_effect"], "seeds": [0]},
+        select={
+            "datasets": ["mine"],
+            "splits": ["partner", "unseen_perturbation"],
+            "models": ["median_effect"],
+            "seeds": [0],
+        },
         splits={"partner": {"kind": "unseen_partner", "test_fraction": 0.3}},
     )
     config["datasets"]["mine"]["combinations"] = False
