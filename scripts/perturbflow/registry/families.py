@@ -194,8 +194,8 @@ class Family:
         The rule that trains it.
     roles
         reference: it runs with every selection, listed or not. floor, ceiling: any model should lie between them.
-        scale: one end of the scale of scores. negative, positive: a metric must distinguish them. to_beat: the strongest
-        closed form.
+        scale: one end of the scale of scores. negative, positive: a metric must distinguish them. to_beat: the
+        strongest closed form.
     split_kinds
         The only kinds of split that the family can serve; empty: all.
     losses
@@ -275,10 +275,10 @@ FAMILIES = {
     "jepa": _family(
         "jepa:Jepa", kind="learned", params=JepaParams, rule="train_jepa",
         losses={
-            "stage_a": "Loss: squared error of the target's embedding (invariance), plus terms against collapse. It rises "
-            "by design. These terms make the target's embedding grow from near 0 to a deviation of 1. The predicted "
-            "part shrinks from a half of a cell's molecules to a tenth, which is mostly noise. So the loss measures "
-            "no progress; the effective rank shows a collapse.",
+            "stage_a": "Loss: squared error of the target's embedding (invariance), plus terms against collapse. It "
+            "rises by design. These terms make the target's embedding grow from near 0 to a deviation of 1. The "
+            "predicted part shrinks from a half of a cell's molecules to a tenth, which is mostly noise. So the loss "
+            "measures no progress; the effective rank shows a collapse.",
             "stage_c": "Loss: negative log likelihood of the counts, per gene, given the embedding. It falls to what "
             "counting noise leaves.",
             "": "Loss: error of the mean effects of groups of cells (effect), negative log likelihood of their cells "
