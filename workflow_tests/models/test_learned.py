@@ -27,6 +27,7 @@ from perturbflow.models.gaussian_process.own_gene import OwnGene
 from perturbflow.models.latents.pca import LatentSpace
 from perturbflow.models.neighbours import Neighbours
 from perturbflow.pairs import Pairs
+from perturbflow.registry.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
