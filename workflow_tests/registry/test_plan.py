@@ -83,6 +83,7 @@ def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str,
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, str], tmp_path: Path) -> None:
     config = merged({})
     outcome = plan_in(

@@ -14,6 +14,9 @@ from conftest import REPOSITORY, copy_repository
 
 CONFIG = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
 HOOKS = {hook["id"]: hook for repository in CONFIG["repos"] for hook in repository["hooks"]}
+each_hook = pytest.mark.parametrize(
+    "hook", [pytest.param(hook, marks=pytest.mark.slow) if hook == "mypy" else hook for hook in HOOKS]
+)
 
 # Hook → the file of a fault, text there and what takes its place, and what the message says of it.
 FAULTS = {
@@ -44,13 +47,13 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@each_hook
 def test_a_check_finds_nothing(hook: str, copy: Path) -> None:
     found = done(hook, copy)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@each_hook
 def test_a_check_finds_a_planted_fault(hook: str, copy: Path) -> None:
     name, right, wrong, said = FAULTS[hook]
     file = copy / name

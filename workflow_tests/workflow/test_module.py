@@ -11,6 +11,8 @@ from conftest import Outcome, closed_forms_config, copy_repository, run_snakemak
 
 from perturbflow.registry.families import REFERENCES
 
+pytestmark = pytest.mark.slow
+
 HOST = """
 configfile: "host.yaml"
 
