@@ -1,4 +1,4 @@
-"""Memory that does not grow with the cells: each step at two sizes, by the bytes that a further cell takes at the peak."""
+"""Memory does not grow with the cells: each step at two sizes, by the bytes that a further cell takes at the peak."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from perturbflow.train import train
 N_GENES = 1000
 SIZES = (20, 80)  # cells per perturbation and batch, and as many controls
 BYTES_PER_CELL = 4 * N_GENES
-"""A cell's name, labels and controls are some hundred bytes; its counts are 8,000 in memory, as nearly all genes have one."""
+"""Name, labels and controls of a cell are some hundred bytes; its counts are 8,000, as nearly all genes have one."""
 
 SPEC = SPECS["unseen_perturbation"]
 

@@ -127,7 +127,7 @@ class Pairs:
 
     @cached_property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of expression and of its squares over every group, (groups, genes) each, from one pass over the cells."""
+        """Sums of expression and of its squares over every group, (groups, genes) each, from one pass over cells."""
         return self.sums_over(self.groups.of_cell, np.ones(len(self.rows), dtype=bool), len(self.groups.n_cells))
 
     def sums_over(self, group: np.ndarray, mask: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -303,7 +303,7 @@ class Pairs:
 
     @cached_property
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Half of a perturbation that every cell belongs to, -1 for none, (cells,); sums over halves, (halves, genes)."""
+        """Half that every cell belongs to, -1 for none, (cells,); and sums over halves, (halves, genes)."""
         half = pd.Categorical(self.obs["half"].astype(str), categories=["a", "b"]).codes
         group = np.where((half >= 0) & ~self.is_control, 2 * self.groups.of_cell + half, -1)
         return group, self.sums_over(group[group >= 0], group >= 0, 2 * len(self.groups.labels))[0]

@@ -42,10 +42,15 @@ from scipy.special import expit
 from scipy.stats import poisson
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/benchmarks")]
+sys.path[:0] = [
+    str(ROOT / "scripts"),
+    str(ROOT / "workflow_tests"),
+    str(ROOT / "workflow_tests/support"),
+    str(ROOT / "workflow_tests/benchmarks"),
+]
 
 from leaderboard import markdown_of  # noqa: E402
-from test_models import registered  # noqa: E402
+from learned import registered  # noqa: E402
 
 from perturbflow.colours import COLOURS, MARKERS  # noqa: E402
 from perturbflow.controls import Context, match_controls  # noqa: E402
