@@ -308,8 +308,8 @@ ADDITIVE, JEPA = (f"perturbflow.models.{FAMILIES[name].implementation}" for name
             [ADDITIVE],
             (
                 "registry/families.py",
-                '_family("closed_form.baselines:NoChange"',
-                '_family("closed_form.baselines:Additive"',
+                '_family("closed_form.baselines:NoChange", ',
+                '_family("closed_form.baselines:Additive", ',
             ),
         ),
         ("train", [JEPA], ("evaluation/metric.py", "useless: float", "useless: int")),

@@ -74,6 +74,21 @@ def test_a_module_imports_only_backwards_along_the_data(module: str) -> None:
     assert not wrong, f"{module} comes before {wrong}"
 
 
+MOST_LINES = 50
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_functions_are_short(module: str) -> None:
+    """At most 50 lines without the docstring; ruff counts the branches."""
+    tall = []
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            if body and body[-1].end_lineno - body[0].lineno + 1 > MOST_LINES:
+                tall.append(node.name)
+    assert not tall, f"{module}: {', '.join(tall)}"
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_the_package_knows_nothing_of_snakemake(module: str) -> None:
     assert not {name for name in imported(MODULES[module]) if name.split(".")[0].startswith("snakemake")}

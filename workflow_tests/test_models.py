@@ -1,6 +1,8 @@
 """The learned families: their parts against closed forms, and their promises on a screen with known effects."""
 
+import importlib
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -97,11 +99,11 @@ def test_own_gene_recovers_a_planted_knock_down(screen: tuple[Pairs, Embeddings]
     row = {gene: i for i, gene in enumerate(pairs.genes)}
     control = training.control_level
     for gene, effect in effects.single.items():
-        assert own.shift(control[row[gene]]) == pytest.approx(effect[row[gene]], abs=0.45)
-        assert own.shift(control[row[gene]]) < -0.4
-    assert own.shift(0.01) >= -0.01
+        assert own.effect(control[row[gene]]) == pytest.approx(effect[row[gene]], abs=0.45)
+        assert own.effect(control[row[gene]]) < -0.4
+    assert own.effect(0.01) >= -0.01
     few = Effects(effects.labels[:2], effects.values[:2], effects.errors[:2])
-    assert OwnGene.fit(training, few).shift(3.0) == 0.0
+    assert OwnGene.fit(training, few).effect(3.0) == 0.0
 
 
 @pytest.mark.parametrize(("shared_part", "low", "high"), [(1.0, 0.8, 1.0), (0.0, 0.0, 0.3)])
@@ -340,3 +342,11 @@ def test_gene_table_of_a_model_names_what_training_saw(models: dict) -> None:
     _, artefact, _ = models["jepa"]
     assert set(artefact["seen"]) <= set(artefact["condition_genes"])
     assert pd.Index(artefact["genes"]).is_unique
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_class_names_the_params_of_its_declaration(name: str) -> None:
+    """`build` goes by the class, so that a training does not depend on the declarations of other families."""
+    module, of = FAMILIES[name].implementation.split(":")
+    model = getattr(importlib.import_module(f"perturbflow.models.{module}"), of)
+    assert get_type_hints(model)["params"] is FAMILIES[name].params

@@ -17,15 +17,12 @@ from perturbflow.evaluation.bootstrap import (
     resampled_means,
     share_interval,
 )
-from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.families import FAMILIES, with_role
 
 # Families that scales and calibrations refer to.
-FLOORS = ("no_change", "perturbed_mean", "additive", "matching_mean", "transfer", "dose_interpolation")
-CEILINGS = ("perfect_mean", "technical_duplicate", "interpolated_duplicate")
-PRIMARY = ("no_change", "perfect_mean")
+FLOORS, CEILINGS, PRIMARY = with_role("floor"), with_role("ceiling"), with_role("scale")
 # Calibration asks of real predictions (positive) whether a metric distinguishes them from useless ones (negative).
-POSITIVES = ("technical_duplicate", "interpolated_duplicate")
-NEGATIVES = ("no_change", "perturbed_mean")
+POSITIVES, NEGATIVES = with_role("positive"), with_role("negative")
 
 # Columns, in the order of the files.
 SUMMARY_KEYS = [

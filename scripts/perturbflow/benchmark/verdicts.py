@@ -12,8 +12,9 @@ import pandas as pd
 
 from perturbflow.benchmark.tables import BETTER, CANNOT_DISTINGUISH, DISTINGUISHES, LEVEL, TOO_FEW, UNDECIDED, WORSE
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
+from perturbflow.registry.families import with_role
 
-STRONGEST = ("gaussian_process", "stacked")  # families of the closed form to beat
+STRONGEST = with_role("to_beat")
 RANK = "rank_cosine_off_target"
 COLLAPSED = 0.4  # mean of RANK above it: chance is 0.5
 CANNOT_RANK = "this screen cannot rank models"

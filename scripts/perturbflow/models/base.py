@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,6 @@ import pandas as pd
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.calibration import Calibration
 from perturbflow.pairs import Context, Pairs
-from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.params import Params, made
 
 # A trained model: arrays of a closed form, tensors and plain values of a network.
@@ -58,6 +57,7 @@ class Model(ABC):
     Expression is log1p-normalized, on the scale of pairs.h5ad, in that file's gene order.
     """
 
+    params: Params
     reads_blocks: bool = False  # fit reads the cells block by block: their expression may stay on disk
     files: tuple[Path, ...] = ()  # files that the params name: their content is part of a training's identity
 
@@ -161,7 +161,8 @@ def build(implementation: str, params: dict) -> Model:
     """Return the model of an implementation, "module:Class" below perturbflow.models, with these params."""
     module, name = implementation.split(":")
     model = getattr(importlib.import_module(f"perturbflow.models.{module}"), name)
-    declared = next((of.params for of in FAMILIES.values() if of.implementation == implementation), Params)
+    # By the class's annotation: the code of a training must not depend on the declarations of other families.
+    declared = get_type_hints(model)["params"]
     return model(made(declared, params)) if fields(declared) else model()
 
 

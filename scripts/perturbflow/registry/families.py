@@ -196,7 +196,7 @@ class PredictionsParams(Params):
 
 # --- families --------------------------------------------------------------------------------------------------------
 
-Role = Literal["reference", "floor", "ceiling", "negative", "scale", "to_beat"]
+Role = Literal["reference", "floor", "ceiling", "negative", "positive", "scale", "to_beat"]
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,9 @@ class Family:
     rule
         The rule that trains it.
     roles
-        reference: runs with every selection, listed or not. floor: any model has to beat it. ceiling: what a replicate
-        reaches. negative: what a metric must be able to tell from the ceiling. scale: one end of the scale of scores.
-        to_beat: the strongest closed form.
+        reference: it runs with every selection, listed or not. floor, ceiling: any model should lie between them.
+        scale: one end of the scale of scores. negative, positive: a metric must distinguish them. to_beat: the
+        strongest closed form.
     split_kinds
         The only kinds of split that the family can serve; empty: all.
     made_elsewhere
@@ -263,13 +263,13 @@ FAMILIES = {
     # Baselines
     "no_change": _family("closed_form.baselines:NoChange", "reference", "floor", "negative", "scale"),
     "perturbed_mean": _family("closed_form.baselines:PerturbedMean", "reference", "floor", "negative"),
-    "matching_mean": _family("closed_form.baselines:MatchingMean", "floor"),
     "additive": _family("closed_form.baselines:Additive", "floor"),
+    "matching_mean": _family("closed_form.baselines:MatchingMean", "floor"),
+    "transfer": _family("closed_form.baselines:Transfer", "floor", split_kinds=("unseen_context",)),
     "dose_interpolation": _family("closed_form.baselines:DoseInterpolation", "floor"),
     "shrunken_additive": _family("closed_form.baselines:ShrunkenAdditive"),
     "latent_additive": _family("closed_form.baselines:LatentAdditive"),
     "linear": _family("closed_form.baselines:Linear", params=LinearParams),
-    "transfer": _family("closed_form.baselines:Transfer", "floor", split_kinds=("unseen_context",)),
     "ridge": _family("closed_form.regressions:Ridge"),
     "random_forest": _family("closed_form.regressions:RandomForest"),
     "nearest_perturbation": _family("closed_form.regressions:NearestPerturbation"),
@@ -281,26 +281,30 @@ FAMILIES = {
     "shuffled_labels": _family("closed_form.ablations:ShuffledLabels", kind="ablation"),
     "batch_only": _family("closed_form.ablations:BatchOnly", kind="ablation"),
     # Ceilings
-    "technical_duplicate": _family("closed_form.ceilings:TechnicalDuplicate", "reference", kind="ceiling"),
-    "interpolated_duplicate": _family("closed_form.ceilings:InterpolatedDuplicate", "reference", kind="ceiling"),
-    "perfect_mean": _family("closed_form.ceilings:PerfectMean", "reference", "scale", kind="ceiling"),
+    "perfect_mean": _family("closed_form.ceilings:PerfectMean", "reference", "ceiling", "scale", kind="ceiling"),
+    "technical_duplicate": _family(
+        "closed_form.ceilings:TechnicalDuplicate", "reference", "ceiling", "positive", kind="ceiling"
+    ),
+    "interpolated_duplicate": _family(
+        "closed_form.ceilings:InterpolatedDuplicate", "reference", "ceiling", "positive", kind="ceiling"
+    ),
     # Made elsewhere
     "predictions": _family("from_file:FromFile", kind="learned", params=PredictionsParams, made_elsewhere=True),
     # Learned
     "diffusion": _family(
         "scppdm:Diffusion", kind="learned", params=DiffusionParams, rule="train_diffusion",
         losses={
-            "": "Loss: squared error of what is denoised, at random levels of noise. A guess of zero has about 1. Most of "
-            "it is noise that nothing can tell, so small differences count."
+            "": "Loss: squared error of the denoised latent, at random levels of noise. A guess of zero has about 1. "
+            "Most of it is noise that nothing can predict, so small differences count."
         },
     ),
     "jepa": _family(
         "jepa:Jepa", kind="learned", params=JepaParams, rule="train_jepa",
         losses={
-            "stage_a": "Loss: squared error of the target's embedding (invariance), plus terms against collapse. It rises "
-            "by design. The target's embedding grows from near 0 to a deviation of 1, as these terms ask. And the part "
-            "that is predicted shrinks from a half of a cell's molecules to a tenth, which is mostly noise. So the loss "
-            "measures no progress; the effective rank tells a collapse.",
+            "stage_a": "Loss: squared error of the target's embedding (invariance), plus terms against collapse. It "
+            "rises by design. These terms make the target's embedding grow from near 0 to a deviation of 1. The "
+            "predicted part shrinks from a half of a cell's molecules to a tenth, which is mostly noise. So the loss "
+            "measures no progress; the effective rank shows a collapse.",
             "stage_c": "Loss: negative log likelihood of the counts, per gene, given the embedding. It falls to what "
             "counting noise leaves.",
             "": "Loss: error of the mean effects of groups of cells (effect), negative log likelihood of their cells "
@@ -310,7 +314,7 @@ FAMILIES = {
     "counterfactual": _family(
         "counterfactual:Counterfactual", kind="learned", params=CounterfactualParams, rule="train_counterfactual",
         losses={
-            "": "Loss: squared error of the velocity from control to perturbed cell, plus that of one shift for all cells. "
+            "": "Loss: squared error of the velocity from control to perturbed cell, plus that of one shift for all. "
             "Cells of a pair differ mostly by noise, which stays, so small differences count."
         },
     ),

@@ -257,6 +257,8 @@ class Linear(ClosedForm):
     gene is not measured does not enter the fit and is predicted by b.
     """
 
+    params: LinearParams
+
     def __init__(self, params: LinearParams) -> None:
         super().__init__(params)
         self.n_components, self.ridge = params.n_components, params.ridge
