@@ -32,7 +32,7 @@ ORDER = (
     ("evaluation", "benchmark"),
     ("counterfactuals",),
     ("report", "quality"),
-    ("listing", "api", "command"),
+    ("listing", "export", "api", "command"),
 )
 # These hold no step: all may import them, and they import only one another.
 SUPPORT = ("errors", "io", "cli", "provenance", "genes", "nearest", "progress", "colours", "__init__")

@@ -212,7 +212,9 @@ class Pairs:
         position = np.full(len(mask) + 1, -1, dtype=np.int32)  # the last entry serves index -1
         position[keep] = np.arange(len(keep), dtype=np.int32)
         X = self.X.select(keep) if isinstance(self.X, CsrRows) else self.X[keep]
-        return Pairs(X, self.obs.iloc[keep], self.genes, position[self.control_index[keep]], self.rows[keep], self.about)
+        return Pairs(
+            X, self.obs.iloc[keep], self.genes, position[self.control_index[keep]], self.rows[keep], self.about
+        )
 
     def rematched(self, mask: np.ndarray, seed: int) -> "Pairs":
         """Return the cells under the mask, matched anew with the controls among them."""

@@ -55,7 +55,7 @@ def predict(
     max_cells: int,
     role: str = "test",
 ) -> None:
-    """Predict as many cells per held-out perturbation as were measured, up to max_cells; of given cells as many as there are.
+    """Predict as many cells per held-out perturbation as were measured, up to max_cells.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def predict(
         control_index, the row of pairs.h5ad of the control that the cell started from. uns["perturbflow"] has
         starts_from_controls, role and noise_removed; and missing, the perturbations that given predictions lack, which
         are predicted as no change. The mean of a perturbation's cells is that of all controls of their batches and cell
-        types plus the predicted effect. Given cells stay as they are, without control_index.
+        types plus the predicted effect. Given cells stay as they are, up to max_cells, without control_index.
     role
         test, or validation for choosing hyper-parameters.
     """

@@ -148,7 +148,7 @@ class Given(Model):
 
     @abstractmethod
     def cells_of(self, label: str, most: int, seed: int) -> tuple[np.ndarray, pd.DataFrame] | None:
-        """Return predicted cells of a perturbation, (cells, genes), and their batch and cell type; None where it has none.
+        """Return predicted cells of a perturbation, (cells, genes), and their batch and cell type; None without any.
 
         Parameters
         ----------

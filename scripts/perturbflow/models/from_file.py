@@ -53,7 +53,10 @@ class FromFile(ClosedForm, Given):
         return Calibration.none()
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Check the file against the controls of training, and take over its means. Labels are checked when it predicts."""
+        """Check values and scale of the file by the controls of training, and take over its means.
+
+        Labels are checked when it predicts: training knows none of the held-out ones.
+        """
         file = PredictionsFile(self.path, self.params, Terms.of(pairs))
         target_sum = file.check()
         digest = content_digest(self.path)
@@ -61,7 +64,8 @@ class FromFile(ClosedForm, Given):
             "n_parameters": 0,
             "file": {
                 "path": str(self.path), "sha256": digest, "holds": "cells" if file.has_cells else "means",
-                "rows": len(file.texts), "perturbations": len(set(file.labels(())) - {CONTROL}), "target_sum": target_sum,
+                "rows": len(file.texts), "perturbations": len(set(file.labels(())) - {CONTROL}),
+                "target_sum": target_sum,
                 "missing_genes": [gene for gene, given in zip(pairs.genes, file.is_given, strict=True) if not given],
             },
         }  # fmt: skip
@@ -123,7 +127,9 @@ class FromFile(ClosedForm, Given):
                 f"Predict these: {listed(missing)}."
             )
         if others:
-            logger.warning("%s: %d perturbations are not held out, and not scored: %s", self.path, len(others), listed(others))
+            logger.warning(
+                "%s: %d perturbations are not held out, and not scored: %s", self.path, len(others), listed(others)
+            )
         if not self.has_cells:
             self._take_rows(scored.perturbations)
         if not missing:
@@ -165,7 +171,7 @@ class FromFile(ClosedForm, Given):
         return cells, self._places(rows, measured)
 
     def _places(self, rows: np.ndarray, measured: np.ndarray) -> pd.DataFrame:
-        """Return batch and cell type of predicted cells: the file's own where the controls have them, else as measured."""
+        """Return batch and cell type of predicted cells: the file's own where controls have them, else as measured."""
         controls = self._scored.obs.loc[self._scored.is_control, PLACE].astype(str)
         if set(PLACE) <= set(self._file.obs):
             own = self._file.obs.iloc[rows][PLACE].astype(str)

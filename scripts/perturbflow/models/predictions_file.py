@@ -4,8 +4,8 @@ Genes may come in any order, and more of them than the screen has. Labels may ha
 `ctrl` among them. Values are log1p of normalized counts, normalized counts (linear), or counts.
 
 The scale is checked by measured controls. Let p_g be the mean of a gene's predicted values, and m_g(T) that of the
-controls, with counts normalized to T. Most genes hardly change, so the sum T* with median_g log(p_g / m_g(T*)) = 0 is the
-one that the file was normalized to. It has to be the screen's own, a common one or the declared one.
+controls, with counts normalized to T. Most genes hardly change, so the file was normalized to about the sum T* with
+median_g log(p_g / m_g(T*)) = 0. It has to be near the screen's own sum, a common one or the declared one.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from perturbflow.splits.named import Labels
 
 logger = logging.getLogger(__name__)
 
+MOST_ROWS_OF_A_MEAN = 1.5  # half of the perturbations have one row, else the rows are cells
 LEAST_GENES = 0.5  # share of the screen's genes that a file must have
 EXPRESSED = 0.1  # mean log1p expression of controls: genes above tell the scale
 LEAST_EXPRESSED = 5  # such genes
@@ -38,7 +39,7 @@ WIDEST = 12.0  # of a logarithm: sums are looked for within it
 PROBED = 2000  # cells that tell a scale
 ROWS_AT_ONCE = 2048
 LARGEST_LOG = 20.0  # no count has a larger logarithm
-ALIKE = 0.9  # correlation with controls: effects have less
+ALIKE = 0.5  # of the expression of controls: effects have less
 CONSTANT = 1e-3  # relative deviation of sums that are one number
 DIGITS = 2  # cells that agree to so many digits in all genes are one cell
 LEAST_EQUAL = 0.01  # share of cells that are measured ones, from which a file is refused
@@ -86,7 +87,7 @@ class Terms:
             float(cells.about["target_sum"]),
             str(cells.about.get("split_sha256", "")),
             cells.mean_of(controls).astype(float),
-            sparse.csr_matrix(cells.X[controls[: PROBED]]),
+            sparse.csr_matrix(cells.X[controls[:PROBED]]),
         )
 
     def level(self, target_sum: float, scale: str) -> np.ndarray:
@@ -129,8 +130,8 @@ class PredictionsFile:
         self._check_split(about)
         if params.label not in self.obs:
             raise InputError(
-                f"{path}: obs has no column '{params.label}', only {', '.join(map(str, self.obs)) or '(none)'}. Name the "
-                "one with the perturbations in params.label (perturbflow score --label)."
+                f"{path}: obs has no column '{params.label}', only {', '.join(map(str, self.obs)) or '(none)'}. Name "
+                "the one with the perturbations in params.label (perturbflow score --label)."
             )
         self.texts = self.obs[params.label].astype(str).to_numpy(str)
         self.columns = self._columns()
@@ -143,8 +144,8 @@ class PredictionsFile:
         own, stated = self.terms.split_sha256, str(about.get("split_sha256", ""))
         if stated and own and stated != own:
             raise InputError(
-                f"{self.path}: it was made for another split. Its uns['perturbflow']['split_sha256'] is {stated[:12]}…, "
-                f"and the split.json of these pairs has {own[:12]}…. Export this split and predict it."
+                f"{self.path}: it was made for another split. Its uns['perturbflow']['split_sha256'] is "
+                f"{stated[:12]}…, and the split.json of these pairs has {own[:12]}…. Export this split and predict it."
             )
 
     def labels(self, known: Sequence[str]) -> np.ndarray:
@@ -165,7 +166,7 @@ class PredictionsFile:
         rows = labels[labels != CONTROL].value_counts()
         if not len(rows):
             raise InputError(f"{self.path}: it holds no perturbation in '{self.params.label}'.")
-        if rows.median() > 1:
+        if self.path.suffix == ".h5ad" and rows.median() > MOST_ROWS_OF_A_MEAN:
             if self.params.values == "effect":
                 raise InputError(
                     f"{self.path}: it holds {rows.sum():,} cells, and params.values says effect. Cells hold expression."
@@ -232,19 +233,21 @@ class PredictionsFile:
             if is_bad.any():
                 row, gene = np.argwhere(is_bad)[0]
                 raise InputError(
-                    f"{self.path}: {is_bad.sum():,} values are no finite numbers, the first of {self.terms.genes[gene]} "
-                    f"in {self.texts[rows[row]]}. Every value has to be a number."
+                    f"{self.path}: {is_bad.sum():,} values are no finite numbers, the first of "
+                    f"{self.terms.genes[gene]} in {self.texts[rows[row]]}. Every value has to be a number."
                 )
             if self.params.values == "expression" and (values < 0).any():
                 raise InputError(
                     f"{self.path}: {(values < 0).mean():.0%} of its values are below zero, down to {values.min():.3g}. "
-                    "Expression has none: these are z-scores or effects. Give expression that was not centred, or means "
-                    "minus the mean of the controls with params.values: effect (perturbflow score --values effect)."
+                    "Expression has none: these are z-scores or effects. Give expression that was not centred, or "
+                    "means minus the mean of the controls with params.values: effect (perturbflow score --values "
+                    "effect)."
                 )
             if self.params.scale == "log1p" and values.max() > LARGEST_LOG:
                 raise InputError(
-                    f"{self.path}: its values go up to {values.max():,.4g}, and params.scale says log1p, which stays below "
-                    f"{LARGEST_LOG:g}. If they are not logged, say scale: linear or counts (perturbflow score --scale)."
+                    f"{self.path}: its values go up to {values.max():,.4g}, and params.scale says log1p, which stays "
+                    f"below {LARGEST_LOG:g}. If they are not logged, say scale: linear or counts (perturbflow score "
+                    "--scale)."
                 )
 
     def check(self) -> float:
@@ -260,9 +263,9 @@ class PredictionsFile:
             return self._checked_effects()
         if self.params.scale != "log1p" and not self.has_cells:
             raise InputError(
-                f"{self.path}: it holds means of {self.params.scale} values, and the screen's scale is the mean of log1p. "
-                f"These cannot be converted. Normalize to {self.terms.target_sum:g} and take log1p of each cell, then the "
-                "mean."
+                f"{self.path}: it holds means of {self.params.scale} values, and the screen's scale is the mean of "
+                f"log1p. These cannot be converted. Normalize to {self.terms.target_sum!r} and take log1p of each "
+                "cell, then the mean."
             )
         if self.params.scale == "counts":
             return self._checked_counts()
@@ -343,8 +346,9 @@ class PredictionsFile:
         if abs(np.log(found / own)) > NEAR:
             stated = "obs.total_counts" if "total_counts" in self.obs else "the sum over the genes of the file"
             raise InputError(
-                f"{self.path}: params.scale says counts. Divided by {stated} and normalized to {own:,.1f}, they look like "
-                f"counts normalized to about {found:,.3g}. obs.total_counts has to be all counts of a cell, over all genes."
+                f"{self.path}: params.scale says counts. Divided by {stated} and normalized to {own:,.1f}, they look "
+                f"like counts normalized to about {found:,.3g}. obs.total_counts has to be the sum of a cell's counts "
+                "over all genes."
             )
         return own
 
@@ -353,15 +357,16 @@ class PredictionsFile:
         own, declared = self.terms.target_sum, self.params.target_sum
         if self.params.scale != "log1p" or (declared is not None and not np.isclose(declared, own, rtol=CONSTANT)):
             raise InputError(
-                f"{self.path}: effects are differences of mean log1p expression, normalized to {own:,.1f}; they cannot be "
-                "converted from another scale."
+                f"{self.path}: effects are differences of mean log1p expression, normalized to {own:,.1f}; they cannot "
+                "be converted from another scale."
             )
-        values = self._raw(self._probed)[:, self.is_given]
-        mean, control = values.mean(axis=0), self.terms.control[self.is_given]
-        if mean.std() > 0 and values.min() >= 0 and np.corrcoef(mean, control)[0, 1] > ALIKE:
+        told = self.is_given & (self.terms.control > EXPRESSED)
+        values = self._raw(self._probed)[:, told]
+        share = float(np.median(values.mean(axis=0) / self.terms.control[told])) if told.any() else 0.0
+        if values.size and values.min() >= 0 and share > ALIKE:
             raise InputError(
-                f"{self.path}: params.values says effect, but no value is below zero and they follow the expression of "
-                f"controls (correlation {np.corrcoef(mean, control)[0, 1]:.2f}). Say params.values: expression."
+                f"{self.path}: params.values says effect, but no value is below zero, and their mean is {share:.0%} of "
+                "the expression of controls. Say params.values: expression."
             )
         return own
 
@@ -398,8 +403,8 @@ class PredictionsFile:
             totals = self._sums(rows)
         else:
             raise InputError(
-                f"{self.path}: params.scale says counts, and obs has no total_counts. Counts are normalized by all counts of "
-                "a cell, and the file has those of some genes. Add the column, or give log1p values."
+                f"{self.path}: params.scale says counts, and obs has no total_counts. Counts are normalized by all "
+                "counts of a cell, and the file has those of some genes. Add the column, or give log1p values."
             )
         return np.log1p(counts * (self.terms.target_sum / np.maximum(totals, 1e-12))[:, None])
 
@@ -433,7 +438,9 @@ def _table(path: Path, label: str) -> tuple[np.ndarray, pd.DataFrame, list[str]]
     try:
         values = table.iloc[:, 1:].to_numpy(float)
     except ValueError as error:
-        raise InputError(f"{path}: the first column names the perturbation, the others hold numbers: {error}.") from error
+        raise InputError(
+            f"{path}: the first column names the perturbation, the others hold numbers: {error}."
+        ) from error
     return values, pd.DataFrame({label: table.iloc[:, 0].astype(str)}), [str(gene) for gene in table.columns[1:]]
 
 
@@ -443,8 +450,8 @@ def refuse_measured(path: Path, label: str, predicted: np.ndarray, measured: np.
     equal = sum(digest in known for digest in own)
     if equal > LEAST_EQUAL * len(own):
         raise InputError(
-            f"{path}: {equal:,} of its {len(own):,} cells of {label} are measured cells of this split. They are the truth "
-            "that predictions are scored on, and no prediction."
+            f"{path}: {equal:,} of its {len(own):,} cells of {label} are measured cells of this split. They are the "
+            "truth that predictions are scored on, and no prediction."
         )
 
 
