@@ -85,7 +85,6 @@ def known(here: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.fixture
 def run(here: Prepared, tmp_path: Path) -> Callable[..., pd.DataFrame]:
     """Return a function that scores a file through the family, given the predictions and how they are declared."""
-
     numbers = itertools.count()
 
     def call(cells: ad.AnnData | Path, **params: object) -> pd.DataFrame:
@@ -273,7 +272,7 @@ def test_other_scales_are_refused(said: Callable, perfect: ad.AnnData, means: ad
     assert "params.scale says log1p, which stays below 20" in said(changed(perfect, unlogged))
     assert "normalized to about" in said(changed(perfect, np.log1p(unlogged / 3)))
     assert "its values are no linear" in said(perfect, scale="linear")
-    assert "params.target_sum says 500" in said(perfect, target_sum=500.0)
+    assert "params.target_sum says 200" in said(perfect, target_sum=200.0)
     other = np.log1p(normalized_to(means, target_sum, OTHER_SUM))
     assert "The mean of a logarithm cannot be converted" in said(changed(means, other))
     assert "means of linear values" in said(changed(means, np.expm1(means.X)), scale="linear")

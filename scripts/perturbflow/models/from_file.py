@@ -19,7 +19,7 @@ from perturbflow.genes.symbols import CONTROL
 from perturbflow.models.base import Artefact, Given, Run
 from perturbflow.models.calibration import Calibration
 from perturbflow.models.closed_form.base import ClosedForm, TrainingSet
-from perturbflow.models.predictions_file import PredictionsFile, Terms, listed, refuse_measured
+from perturbflow.models.predictions_file import PredictionsFile, Terms, drawn, listed, refuse_measured
 from perturbflow.nearest import nearest
 from perturbflow.pairs import Context, Pairs
 from perturbflow.provenance.records import content_digest
@@ -160,11 +160,9 @@ class FromFile(ClosedForm, Given):
         InputError
             If they are the measured cells themselves.
         """
-        rows = np.flatnonzero(self._labels == label)
-        if not self.has_cells or not len(rows):
+        if not self.has_cells or not len(rows := np.flatnonzero(self._labels == label)):
             return None
-        if len(rows) > most:
-            rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+        rows = drawn(rows, most, seed)
         cells = self._file.expression(rows, float(self.artefact["target_sum"]))
         measured = self._scored.cells_of(label)
         refuse_measured(self.path, label, cells, self._scored.X[measured].toarray())

@@ -3,9 +3,10 @@
 Genes may come in any order, and more of them than the screen has. Labels may have their members in any order, or GEARS'
 `ctrl` among them. Values are log1p of normalized counts, normalized counts (linear), or counts.
 
-The scale is checked by measured controls. Let p_g be the mean of a gene's predicted values, and m_g(T) that of the
-controls, with counts normalized to T. Most genes hardly change, so the file was normalized to about the sum T* with
-median_g log(p_g / m_g(T*)) = 0. It has to be near the screen's own sum, a common one or the declared one.
+The scale is checked by measured cells: controls, and the perturbed cells of training. Let p_g be the mean of a gene's
+predicted values, and m_g(T) that of measured cells, with counts normalized to T. Most genes hardly change, so the file
+was normalized to about the sum T* with median_g log(p_g / m_g(T*)) = 0. Of cells their totals tell a sum, too. One of
+these has to be near the screen's own sum, a common one or the declared one.
 """
 
 import hashlib
@@ -34,7 +35,8 @@ LEAST_GENES = 0.5  # share of the screen's genes that a file must have
 EXPRESSED = 0.1  # mean log1p expression of controls: genes above tell the scale
 LEAST_EXPRESSED = 5  # such genes
 COMMON_SUMS = (1e4, 1e6)  # that other tools normalize to
-NEAR = 0.25  # of a logarithm: sums this near to one another cannot be told apart
+NEAR = 0.3  # of a logarithm: sums this near to one another cannot be told apart
+NEAR_DECLARED = 0.6  # the same of a sum that the user declares
 WIDEST = 12.0  # of a logarithm: sums are looked for within it
 PROBED = 2000  # cells that tell a scale
 ROWS_AT_ONCE = 2048
@@ -52,6 +54,16 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(map(str, names[:SHOWN])) + more
 
 
+def drawn(rows: np.ndarray, most: int, seed: int = 0) -> np.ndarray:
+    """Return rows, or as many of them as are wanted at most, in their order."""
+    return rows if len(rows) <= most else np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+
+
+def distance(found: Sequence[float], target_sum: float) -> float:
+    """Return the least distance of sums from one, in logarithms."""
+    return float(np.abs(np.log(np.maximum(found, 1e-12) / target_sum)).min())
+
+
 @dataclass(frozen=True)
 class Terms:
     """The terms of a screen that a file is brought to.
@@ -67,14 +79,14 @@ class Terms:
     control
         Mean log1p expression of controls, (genes,).
     probes
-        Some controls, log1p-normalized, (cells, genes), CSR.
+        Some controls, and some perturbed cells of training if there are any: normalized counts, (cells, genes), CSR.
     """
 
     genes: list[str]
     target_sum: float
     split_sha256: str
     control: np.ndarray
-    probes: sparse.csr_matrix
+    probes: tuple[sparse.csr_matrix, ...]
 
     @classmethod
     def of(cls, cells: Pairs) -> "Terms":
@@ -82,17 +94,19 @@ class Terms:
         controls = np.flatnonzero(cells.is_control)
         if "target_sum" not in cells.about:
             raise InputError("pairs.h5ad has no uns['perturbflow']['target_sum']; make it again (`snakemake pairs`).")
+        trained = np.flatnonzero((cells.obs["role"] == "train").to_numpy() & ~cells.is_control)
+        chosen = [drawn(rows, PROBED) for rows in (controls, trained) if len(rows)]
         return cls(
             cells.genes,
             float(cells.about["target_sum"]),
             str(cells.about.get("split_sha256", "")),
             cells.mean_of(controls).astype(float),
-            sparse.csr_matrix(cells.X[controls[:PROBED]]),
+            tuple(sparse.csr_matrix(cells.X[rows]).astype(np.float64).expm1() for rows in chosen),
         )
 
-    def level(self, target_sum: float, scale: str) -> np.ndarray:
-        """Return the mean of the controls, (genes,), with their counts normalized to a sum, on a scale."""
-        normalized = self.probes.astype(np.float64).expm1() * (target_sum / self.target_sum)
+    def level(self, probes: sparse.csr_matrix, target_sum: float, scale: str) -> np.ndarray:
+        """Return the mean of some measured cells, (genes,), with their counts normalized to a sum, on a scale."""
+        normalized = probes * (target_sum / self.target_sum)
         on_scale = normalized.log1p() if scale == "log1p" else normalized
         return np.asarray(on_scale.mean(axis=0)).ravel()
 
@@ -269,7 +283,7 @@ class PredictionsFile:
             )
         if self.params.scale == "counts":
             return self._checked_counts()
-        target_sum = self._accepted(self._found_sum(self._mean(self._raw(self._probed)), self.params.scale))
+        target_sum = self._accepted(self._found_sums(self._raw(self._probed), self.params.scale))
         own = self.terms.target_sum
         if target_sum == own:
             return own
@@ -284,71 +298,82 @@ class PredictionsFile:
     @cached_property
     def _probed(self) -> np.ndarray:
         """Rows that tell the scale: at most PROBED, the same for the same file."""
-        rows = np.flatnonzero(self.labels(()) != CONTROL)
-        chosen = rows if len(rows) <= PROBED else np.random.default_rng(0).choice(rows, PROBED, replace=False)
-        return np.sort(chosen)
+        return drawn(np.flatnonzero(self.labels(()) != CONTROL), PROBED)
 
     def _mean(self, values: np.ndarray) -> np.ndarray:
         """Return the mean over the probed rows, each perturbation with the same weight, (genes,)."""
         return pd.DataFrame(values).groupby(self.labels(())[self._probed]).mean().to_numpy().mean(axis=0)
 
-    def _found_sum(self, mean: np.ndarray, scale: str) -> float:
-        """Return the sum T* that explains the mean of the file, see the head of this module."""
+    def _found_sums(self, values: np.ndarray, scale: str) -> list[float]:
+        """Return sums that explain the probed rows, (rows, genes), see the head of this module; none if nothing tells."""
         told = self.is_given & (self.terms.control > EXPRESSED)
-        if told.sum() < LEAST_EXPRESSED:  # nothing tells
-            return self.terms.target_sum
-        predicted = np.log(np.maximum(mean[told], 1e-12))
+        if told.sum() < LEAST_EXPRESSED:
+            return []
+        mean = np.log(np.maximum(self._mean(values)[told], 1e-12))
+        found = [self._solved(mean, probes, scale, told) for probes in self.terms.probes]
+        if self.has_cells:
+            linear = np.expm1(values[:, told]) if scale == "log1p" else values[:, told]
+            totals = [np.asarray(probes[:, told].sum(axis=1)).ravel() for probes in self.terms.probes]
+            found += [self.terms.target_sum * np.median(linear.sum(axis=1)) / np.median(total) for total in totals]
+        return [float(one) for one in found]
 
-        def off(log_ratio: float) -> float:
-            level = self.terms.level(self.terms.target_sum * np.exp(log_ratio), scale)[told]
-            return float(np.median(predicted - np.log(np.maximum(level, 1e-12))))
-
-        low, high = -WIDEST, WIDEST
+    def _solved(self, mean: np.ndarray, probes: sparse.csr_matrix, scale: str, told: np.ndarray) -> float:
+        """Return T* by bisection, given the logarithm of the mean in the genes that tell, (genes told,)."""
+        own, low, high = self.terms.target_sum, -WIDEST, WIDEST
         while high - low > 1e-3:
             middle = (low + high) / 2
-            low, high = (middle, high) if off(middle) > 0 else (low, middle)
-        return float(self.terms.target_sum * np.exp((low + high) / 2))
+            level = self.terms.level(probes, own * np.exp(middle), scale)[told]
+            is_above = np.median(mean - np.log(np.maximum(level, 1e-12))) > 0
+            low, high = (middle, high) if is_above else (low, middle)
+        return own * np.exp((low + high) / 2)
 
-    def _accepted(self, found: float) -> float:
-        """Return the sum that the file is taken to be normalized to, given the one that explains its values."""
+    def _accepted(self, found: list[float]) -> float:
+        """Return the sum that the file is taken to be normalized to, given those that explain its values."""
         own, declared, scale = self.terms.target_sum, self.params.target_sum, self.params.scale
         if declared is not None:
-            if abs(np.log(found / declared)) > NEAR:
+            if found and distance(found, declared) > NEAR_DECLARED:
                 raise InputError(
                     f"{self.path}: params.target_sum says {declared:g}, and its values look like {scale} of counts "
-                    f"normalized to about {found:,.3g}. Declare scale and target_sum as they are."
+                    f"normalized to about {np.median(found):,.3g}. Declare scale and target_sum as they are."
                 )
             return own if np.isclose(declared, own, rtol=CONSTANT) else float(declared)
         if exact := self._exact_sum(found):
             return own if np.isclose(exact, own, rtol=CONSTANT) else exact
-        for candidate in (own, *COMMON_SUMS):
-            if abs(np.log(found / candidate)) <= NEAR:
+        if not found or distance(found, own) <= NEAR:
+            if near := [one for one in COMMON_SUMS if CONSTANT < distance([own], one) <= NEAR]:
+                logger.warning(
+                    "%s: taken to be normalized to %.6g, which cannot be told from %g. Declare params.target_sum.",
+                    self.path, own, near[0],
+                )  # fmt: skip
+            return own
+        for candidate in COMMON_SUMS:
+            if distance(found, candidate) <= NEAR:
                 return float(candidate)
         raise InputError(
             f"{self.path}: its values are no {scale} on the scale of this screen. They look like {scale} of counts "
-            f"normalized to about {found:,.3g}, and the screen's are normalized to {own:,.1f}. Declare params.scale "
-            "(log1p, linear or counts) and params.target_sum as they are (perturbflow score --scale --target-sum)."
+            f"normalized to about {np.median(found):,.3g}, and the screen's are normalized to {own:,.1f}. Declare "
+            "params.scale (log1p, linear or counts) and params.target_sum as they are (perturbflow score --scale "
+            "--target-sum)."
         )
 
-    def _exact_sum(self, found: float) -> float | None:
+    def _exact_sum(self, found: list[float]) -> float | None:
         """Return the one sum of all cells, where the file has all genes; None where it cannot be told."""
-        if not self.has_cells or len(self.genes) <= self.is_given.sum():
+        if not self.has_cells or not found or len(self.genes) <= self.is_given.sum():
             return None
         sums = self._sums(self._probed)
-        is_one = sums.std() < CONSTANT * sums.mean() and abs(np.log(sums.mean() / found)) <= NEAR
+        is_one = sums.std() < CONSTANT * sums.mean() and distance(found, sums.mean()) <= NEAR
         return float(sums.mean()) if is_one else None
 
     def _checked_counts(self) -> float:
         """Return the screen's sum, after a check that counts of the stated size of each cell are on its scale."""
         own = self.terms.target_sum
-        mean = self._mean(self._normalized(self._probed, self._raw(self._probed)))
-        found = self._found_sum(mean, "log1p")
-        if abs(np.log(found / own)) > NEAR:
+        found = self._found_sums(self._normalized(self._probed, self._raw(self._probed)), "log1p")
+        if found and distance(found, own) > NEAR:
             stated = "obs.total_counts" if "total_counts" in self.obs else "the sum over the genes of the file"
             raise InputError(
                 f"{self.path}: params.scale says counts. Divided by {stated} and normalized to {own:,.1f}, they look "
-                f"like counts normalized to about {found:,.3g}. obs.total_counts has to be the sum of a cell's counts "
-                "over all genes."
+                f"like counts normalized to about {np.median(found):,.3g}. obs.total_counts has to be the sum of a "
+                "cell's counts over all genes."
             )
         return own
 

@@ -168,7 +168,7 @@ def _check_templates(models: dict, files: Places) -> None:
 
 def check_predictions(config: dict, runs: Iterable[Mapping[str, str]], files: Places) -> None:
     """Check that the files of predictions of these runs exist; all that are missing are in one message."""
-    missing = []
+    missing, name = [], ""
     for run in runs:
         path = predictions_file(config["models"][run["model"]], run)
         if path is not None and not Path(path).is_file():
