@@ -9,7 +9,17 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SPECS, Prepared, closed_forms_config, make_screen, merged, prepare, write_screen
+from conftest import (
+    COMBINATIONS,
+    PERTURBED,
+    SPECS,
+    Prepared,
+    closed_forms_config,
+    make_screen,
+    merged,
+    prepare,
+    write_screen,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -387,3 +397,33 @@ def test_the_plan_fills_in_the_path_and_names_a_missing_file(tmp_path: Path, mon
         Plan(merged(config_of("{fold}.h5ad")), [])
     with pytest.raises(InputError, match="'file' is missing"):
         Plan(merged(closed_forms_config(models={"theirs": {"family": "predictions"}})), [])
+
+
+@pytest.mark.slow
+def test_they_stand_in_verdicts_and_a_changed_file_makes_them_stale(tmp_path: Path, snakemake: Callable) -> None:
+    write_screen(tmp_path)
+    file = tmp_path / "theirs" / "mine.unseen_combination.seed_0.tsv"
+    file.parent.mkdir()
+    effects = pd.DataFrame(0.1, index=COMBINATIONS, columns=["GENE0", *PERTURBED, *(f"GENE{i}" for i in range(1, 71))])
+    effects.to_csv(file, sep="\t")
+    config = config_of("theirs/{dataset}.{split}.seed_{seed}.tsv")
+    config["models"]["theirs"]["params"]["values"] = "effect"
+    config["select"] = {**config["select"], "models": ["theirs"], "seeds": [0]}
+    wanted = ["results/verdicts.tsv"]
+    done = snakemake(tmp_path, *wanted, config=config)
+    assert done.returncode == 0, done.text
+    verdicts = pd.read_csv(tmp_path / "results/verdicts.tsv", sep="\t").set_index("model")
+    assert verdicts.loc["theirs", ["family", "kind"]].tolist() == ["predictions", "learned"]
+    assert snakemake(tmp_path, "--dry-run", *wanted, config=config).jobs == {}
+    metrics = pd.read_csv(tmp_path / "results/mine/unseen_combination/theirs/seed_0/metrics.tsv", sep="\t")
+    gone = metrics["perturbation"].iloc[0]
+    effects.drop(index=gone).to_csv(file, sep="\t")
+    stale = snakemake(tmp_path, "--dry-run", *wanted, config=config)
+    assert stale.jobs == {"train_closed_form": 1, "predict": 1, "evaluate": 1, "benchmark": 1}, stale.text
+    assert snakemake(tmp_path, *wanted, config=config).returncode == 0
+    verdicts = pd.read_csv(tmp_path / "results/verdicts.tsv", sep="\t").set_index("model")
+    assert f"lacks 1 of the perturbations, which are scored as no change: {gone}." in verdicts.loc["theirs", "caveats"]
+    file.unlink()
+    refused = snakemake(tmp_path, "--dry-run", *wanted, config=config)
+    assert refused.returncode != 0
+    assert "there is no file 'theirs/mine.unseen_combination.seed_0.tsv' for model theirs on mine" in refused.text

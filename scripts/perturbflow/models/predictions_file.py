@@ -305,7 +305,7 @@ class PredictionsFile:
         return pd.DataFrame(values).groupby(self.labels(())[self._probed]).mean().to_numpy().mean(axis=0)
 
     def _found_sums(self, values: np.ndarray, scale: str) -> list[float]:
-        """Return sums that explain the probed rows, (rows, genes), see the head of this module; none if nothing tells."""
+        """Return sums that explain the probed rows, (rows, genes), see the module; none if nothing tells."""
         told = self.is_given & (self.terms.control > EXPRESSED)
         if told.sum() < LEAST_EXPRESSED:
             return []
