@@ -252,7 +252,8 @@ class PredictionsFile:
                 )
             if self.params.values == "expression" and (values < 0).any():
                 raise InputError(
-                    f"{self.path}: {(values < 0).mean():.0%} of its values are below zero, down to {values.min():.3g}. "
+                    f"{self.path}: values are below zero, down to {values.min():.3g} ({(values < 0).sum():,} of the "
+                    f"first {values.size:,} read). "
                     "Expression has none: these are z-scores or effects. Give expression that was not centred, or "
                     "means minus the mean of the controls with params.values: effect (perturbflow score --values "
                     "effect)."
