@@ -471,6 +471,8 @@ def renew() -> None:
     text = CONFIG_README.read_text()
     table = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
     text = re.sub(r"<!-- metrics -->\n.*?<!-- metrics: end -->", lambda _: table, text, flags=re.DOTALL)
+    enum = ", ".join(f"`{family}`" for family in FAMILIES)
+    text = re.sub(r"(?m)^\| `family` \| one of [^|]*\|", f"| `family` | one of {enum} |", text)
     for family in filter(with_params, FAMILIES):
         pattern = rf"<!-- params: {family} -->\n.*?<!-- params: end -->"
         table = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"

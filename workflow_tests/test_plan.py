@@ -216,11 +216,11 @@ def test_a_mistake_in_the_configuration_is_one_message(config: dict, message: st
 
 def test_values_on_the_command_line_are_what_the_schema_says(light: dict[str, str], tmp_path: Path) -> None:
     """Snakemake hands over whatever is nested in --config as texts."""
-    given = ["select={seeds: [0, 1, 2], models: [no_change, scppdm]}", "qc={min_counts: 5, max_pct_mt: null}",
-             "models={scppdm: {params: {n_steps: 7, learning_rate: 1e-4, compiled: true}}}"]  # fmt: skip
+    given = ["select={seeds: [0, 1, 2], models: [no_change, jepa]}", "qc={min_counts: 5, max_pct_mt: null}",
+             "models={jepa: {params: {n_steps: 7, learning_rate: 1e-4, self_supervised: false}}}"]  # fmt: skip
     write_screen(tmp_path)
     outcome = run_snakemake(tmp_path, "--dry-run", "--config", *given, config=closed_forms_config(), environment=light)
-    assert outcome.jobs["train_diffusion"] == 3, outcome.text
+    assert outcome.jobs["train_jepa"] == 3, outcome.text
     assert outcome.jobs["train_closed_form"] == 3 * len(REFERENCES)
 
 

@@ -13,7 +13,8 @@ cells are better), and how much of the way from moved controls to the duplicate 
 Most of a distance is of the mean where that is hard to predict. --mean-given takes it out: closed forms, and models
 with a closed-form mean, are asked again with the mean that the duplicate (half a of the measured cells) has, so that
 all three know the same mean and what is left is the spread. With --together: one table, a row per model and its moved
-controls, with differential expression beside the distances. With --figure: predicted, moved and measured cells of the
+controls, with differential expression beside the distances; with --over MODEL besides, the share of the way from that
+model's moved controls to the duplicate, and paired differences from that model. With --figure: predicted, moved and measured cells of the
 three held-out perturbations of greatest effect, on the two leading components of measured cells.
 """
 
@@ -121,13 +122,39 @@ def table(of: dict[str, dict[str, np.ndarray]]) -> str:
     return markdown(pd.DataFrame.from_dict(rows, orient="index"), heads, "metric")
 
 
-def together(of: dict[str, list[Scored]]) -> str:
-    """Return one row per model and one column per metric: the mean over perturbations and seeds."""
-    rows = {
-        name: [f"{np.nanmean([losses(one, [metric])[metric][0] for one in scored]):.3f}" for metric in TOGETHER]
+def together(of: dict[str, list[Scored]], over: str | None) -> str:
+    """Return one row per model and one column per metric: the mean over perturbations and seeds.
+
+    Parameters
+    ----------
+    over
+        A model. With it, brackets hold the way that a model goes from this one's moved controls to the duplicate, and a
+        second table holds paired differences in loss from this one (above zero: the model's cells are better).
+    """
+    lost = {
+        name: {metric: np.stack([losses(one, [metric])[metric] for one in scored]) for metric in TOGETHER}
         for name, scored in of.items()
     }
-    return markdown(pd.DataFrame.from_dict(rows, orient="index"), list(TOGETHER))
+    rows = {name: [f"{np.nanmean(found[metric][:, 0]):.3f}" for metric in TOGETHER] for name, found in lost.items()}
+    if over is None:
+        return markdown(pd.DataFrame.from_dict(rows, orient="index"), list(TOGETHER))
+    moved, duplicate = lost[f"controls moved by {over}"], lost["technical duplicate"]
+    models = [name for name in of if not name.startswith("controls moved by") and name != "technical duplicate"]
+    for name in models:
+        for k, metric in enumerate(TOGETHER):
+            start, end, own = (np.nanmean(one[metric][:, 1]) for one in (moved, duplicate, lost[name]))
+            rows[name][k] += f" ({(start - own) / (start - end):.0%})" if start > end else ""
+    gains = {
+        name: [
+            f"{gain.mean[0]:+.4f} ({gain.low[0]:+.4f}, {gain.high[0]:+.4f})"
+            for metric in TOGETHER
+            for gain in [estimate((lost[over][metric][:, 1] - lost[name][metric][:, 1])[None])]
+        ]
+        for name in models
+        if name != over
+    }
+    tables = (pd.DataFrame.from_dict(table, orient="index") for table in (rows, gains))
+    return f"\nGain over {over} (95 %)\n\n".join(markdown(table, list(TOGETHER)) for table in tables)
 
 
 def figure(scored: dict[str, Scored], path: Path) -> None:
@@ -165,6 +192,7 @@ def main() -> None:
     parser = parser_of_split(__doc__, ["scppdm", "scppdm_hybrid"])
     parser.add_argument("--mean-given", action="store_true")
     parser.add_argument("--together", action="store_true")
+    parser.add_argument("--over", metavar="MODEL", default=None)
     parser.add_argument("--figure", type=Path, default=None)
     arguments = parser.parse_args()
     folder = arguments.results / arguments.dataset / arguments.split
@@ -195,7 +223,9 @@ def main() -> None:
             }
         found["technical duplicate"] = compared(read("technical_duplicate")[:1])
         n = len(found["technical duplicate"][0].labels)
-        print(f"**{arguments.dataset}, {arguments.split}{given}**: {n} held-out perturbations\n\n{together(found)}\n")
+        print(
+            f"**{arguments.dataset}, {arguments.split}{given}**: {n} held-out perturbations\n\n{together(found, arguments.over)}\n"
+        )
         return
 
     duplicate = stacked(compared(read("technical_duplicate")[:1]))
