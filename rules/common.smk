@@ -22,7 +22,6 @@ from perturbflow.provenance.code_version import code_version
 from perturbflow.errors import InputError
 from perturbflow.io.files import require_writable
 from perturbflow.registry.sources import labels_file, own_files
-from perturbflow.registry.config import model_files
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.schemas import CommandLine
 from perturbflow.registry.shipped import above_shipped, shipped_files
@@ -310,11 +309,19 @@ def embedding_tables(wildcards):
     return own("embeddings", plan.embedding_tables, wildcards)
 
 
+def files_of_model(rule):
+    """Return an input function: the user's own files that a model is made from."""
+    return looked_up(
+        lambda wildcards: own(rule, plan.model_files(dict(wildcards.items())), wildcards)
+    )
+
+
 @looked_up
-def latent_files(wildcards):
-    """Return the user's own files that a model is made from."""
-    files = model_files(plan.config["models"][wildcards.model])
-    return own("train_diffusion", files, wildcards)
+def files_of_predictions(wildcards):
+    """Return the file of predictions that were made elsewhere, which prediction reads too."""
+    if not plan.family(wildcards.model).made_elsewhere:
+        return []
+    return own("predict", plan.model_files(dict(wildcards.items())), wildcards)
 
 
 @looked_up
@@ -364,7 +371,7 @@ def implementation(wildcards):
 @looked_up
 def model_params(wildcards):
     """Return the params that a model is built from."""
-    return plan.config["models"][wildcards.model]["params"]
+    return plan.params(dict(wildcards.items()))
 
 
 @looked_up

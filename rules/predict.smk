@@ -1,6 +1,7 @@
 rule predict:
     """Predict cells for every held-out perturbation, each from a test control."""
     input:
+        files_of_predictions,
         pairs="results/{dataset}/{split}/pairs.h5ad",
         model=model_file,
         again=again("predict"),

@@ -1,6 +1,7 @@
 rule train_closed_form:
-    """Fit a baseline or a ceiling: seconds."""
+    """Fit a baseline or a ceiling, or read predictions that were made elsewhere: seconds."""
     input:
+        files_of_model("train_closed_form"),
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         audit="results/{dataset}/{split}/audit.json",
@@ -48,7 +49,7 @@ rule train_closed_form:
 rule train_diffusion:
     """Train a diffusion model (scPPDM): denoising in a latent of expression, conditioned on cell and perturbation."""
     input:
-        latent_files,
+        files_of_model("train_diffusion"),
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         audit="results/{dataset}/{split}/audit.json",

@@ -146,6 +146,23 @@ def test_scores_of_dense_and_of_stored_cells_are_the_same(prepared: dict[str, Pr
     pd.testing.assert_frame_equal(api.score(predicted, pairs), expected)
 
 
+def test_cells_of_others_are_brought_to_the_terms_of_the_pairs(prepared: dict[str, Prepared]) -> None:
+    pairs = prepared["unseen_combination"].pairs
+    predicted = api.baseline("additive", pairs)
+    expected = api.score(predicted, pairs).pivot(index="perturbation", columns="metric", values="value")
+    theirs = ad.AnnData(predicted.X, predicted.obs[["perturbation", "batch", "cell_type"]], predicted.var)
+    theirs = theirs[:, ::-1].copy()
+    scores = api.score(theirs, pairs).pivot(index="perturbation", columns="metric", values="value")
+    np.testing.assert_allclose(scores["mae"], expected["mae"], rtol=0.02)
+    theirs.obs = theirs.obs.rename(columns={"perturbation": "condition"})
+    theirs.X = np.expm1(theirs.X.toarray())
+    again = api.score(theirs, pairs, {"label": "condition", "scale": "linear"})
+    again = again.pivot(index="perturbation", columns="metric", values="value")
+    np.testing.assert_allclose(again["mae"], scores["mae"], rtol=1e-4)
+    with pytest.raises(InputError, match=r"unknown key 'scales'.*Did you mean 'scale'"):
+        api.score(theirs, pairs, {"scales": "linear"})
+
+
 def test_models_and_params_that_cannot_be_are_refused(prepared: dict[str, Prepared]) -> None:
     pairs = prepared["unseen_combination"].pairs
     with pytest.raises(InputError, match="'scppdm' is no model in closed form"):
@@ -175,7 +192,7 @@ def test_predictions_that_cannot_be_scored_are_refused_in_words(prepared: dict[s
     other = predicted.copy()
     other.obs["perturbation"] = "TF1+TF9"
     refused(other, "TF1\\+TF9, but no cell of these has that role")
-    refused(ad.AnnData(predicted.X, predicted.obs[["batch"]], predicted.var), "obs has no column perturbation")
+    refused(ad.AnnData(predicted.X, predicted.obs[["batch"]], predicted.var), "obs has no column 'perturbation'")
     (tmp_path / "text.h5ad").write_text("no cells")
     refused(tmp_path / "text.h5ad", "text.h5ad cannot be read as h5ad")
     refused(tmp_path / "none.h5ad", "there is no file .*none.h5ad")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -17,11 +18,12 @@ from conftest import REPOSITORY, SPECS, Prepared
 
 from perturbflow import __version__, api
 from perturbflow.command import perturbflow
-from perturbflow.evaluation import METRICS
+from perturbflow.evaluation import METRICS, evaluate
+from perturbflow.predict import predict
 from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train
 
-VERBS = {"list", "score", "audit", "split", "ask"}
+VERBS = {"list", "score", "export", "audit", "split", "ask"}
 
 
 def call(*arguments: object) -> Result:
@@ -140,6 +142,36 @@ def test_score_stands_between_floor_and_ceiling_of_the_same_perturbations(result
     assert re.search(rf"^ *mae +lower +[\d.]+ +{value:.4f}$", shown, flags=re.MULTILINE)
 
 
+def test_score_takes_a_file_of_any_form_and_says_the_verdict(
+    results: Path, predictions: Path, prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
+    here, alone = prepared["unseen_combination"], call("score", predictions, "--against", results)
+    assert "No verdict: no model of the workflow is scored in" in alone.stdout
+    for name in ("no_change", "perturbed_mean", "additive", "technical_duplicate", "perfect_mean"):
+        run = results / name / "seed_0"
+        told = (FAMILIES[name].implementation, {}, 0)
+        train(here.pairs, here.embeddings, here.audit, run / "model.npz", run / "run.json", *told)
+        predict(here.pairs, run / "model.npz", run / "predictions.h5ad", *told, 1000)
+        evaluate(run / "predictions.h5ad", here.pairs, here.split, run / "metrics.tsv")
+    cells = ad.read_h5ad(predictions)
+    means = cells.to_df().groupby(cells.obs["perturbation"].astype(str)).mean()
+    table = tmp_path / "means.tsv"
+    means.iloc[1:, ::-1].to_csv(table, sep="\t")
+    done = call("score", table, "--against", results, "--output", tmp_path / "metrics.tsv")
+    assert done.exit_code == 0, done.output
+    assert "\nVerdict on means: This screen cannot rank models: 2 perturbations are too few. " in done.stdout
+    assert f"Mind: It rests on {len(means)} held-out perturbations" in done.stdout
+    assert f"Its file lacks 1 of the perturbations, which are scored as no change: {means.index[0]}." in done.stdout
+    written = pd.read_csv(tmp_path / "metrics.tsv", sep="\t")
+    assert set(written["perturbation"]) == set(means.index), "the missing one is scored"
+    own = pd.read_csv(results / "additive" / "seed_0" / "metrics.tsv", sep="\t")
+    mae = [of[of["metric"] == "mae"].set_index("perturbation")["value"][means.index[1:]] for of in (written, own)]
+    np.testing.assert_allclose(*mae, rtol=0.05)
+    (means * 0.5).to_csv(table, sep="\t")
+    assert "its values are no log1p on the scale of this screen" in refused("score", table, "--against", results)
+    assert "effects" in refused("score", table, "--against", results, "--values", "effect", "--scale", "counts")
+
+
 def test_score_refuses_in_words(results: Path, predictions: Path, tmp_path: Path) -> None:
     assert "there is no such folder" in refused("score", predictions, "--against", tmp_path / "results" / "none")
     assert "there is no pairs.h5ad in it" in refused("score", predictions, "--against", results.parent)
@@ -147,6 +179,84 @@ def test_score_refuses_in_words(results: Path, predictions: Path, tmp_path: Path
     cells = ad.read_h5ad(predictions)
     cells[:, 1:].write_h5ad(predictions)
     assert "1 missing (TF1)" in refused("score", predictions, "--against", results)
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+def test_export_holds_all_of_training_and_no_perturbed_test_cell(results: Path, tmp_path: Path) -> None:
+    """A test cell with values of its own is planted, and looked for in all files."""
+    pairs, target = ad.read_h5ad(results / "pairs.h5ad"), tmp_path / "theirs"
+    test = np.flatnonzero((pairs.obs["role"] == "test") & ~pairs.obs["is_control"])
+    planted = test[0]
+    for X in (pairs.X, pairs.layers["counts"]):
+        X.data[X.indptr[planted] : X.indptr[planted + 1]] = 4242.0
+    pairs.write_h5ad(results / "pairs.h5ad")
+    done = call("export", results, target)
+    assert done.exit_code == 0, done.output
+    written = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+    assert written == [
+        "README.md", "cell_load/unknown.h5ad", "controls.h5ad", "gears/split.json", "gears/train.h5ad", "genes.tsv",
+        "split.json", "targets.tsv", "train.h5ad",
+    ]  # fmt: skip
+    hidden, held_out = set(pairs.obs_names[test]), set(pairs.obs["perturbation"].iloc[test])
+    for file in target.rglob("*.h5ad"):
+        cells = ad.read_h5ad(file)
+        assert not hidden & set(cells.obs_names)
+        assert max(cells.X.max(), cells.layers["counts"].max()) < 4242
+        assert not held_out & {str(value) for column in cells.obs for value in cells.obs[column].unique()}
+        assert cells.uns["perturbflow"]["split_sha256"] == pairs.uns["perturbflow"]["split_sha256"]
+    train = ad.read_h5ad(target / "train.h5ad")
+    expected = pairs[pairs.obs["role"] != "test"]
+    assert train.obs_names.tolist() == expected.obs_names.tolist()
+    assert (train.X != expected.X).nnz == (train.layers["counts"] != expected.layers["counts"]).nnz == 0
+    assert set(train.obs["role"]) == {"train", "validation"}
+    controls = ad.read_h5ad(target / "controls.h5ad")
+    assert controls.obs["is_control"].all()
+    assert controls.n_obs == ((pairs.obs["role"] == "test") & pairs.obs["is_control"]).sum()
+    targets = pd.read_csv(target / "targets.tsv", sep="\t")
+    assert set(targets["perturbation"]) == held_out
+    assert targets["n_cells"].sum() == len(test)
+    assert pd.read_csv(target / "genes.tsv", sep="\t")["gene_name"].tolist() == pairs.var_names.tolist()
+
+
+def test_export_has_the_layouts_of_gears_and_cell_load(results: Path, tmp_path: Path) -> None:
+    target = tmp_path / "theirs"
+    call("export", results, target)
+    gears, cell_load = ad.read_h5ad(target / "gears/train.h5ad"), ad.read_h5ad(target / "cell_load/unknown.h5ad")
+    assert {"ctrl", "TF1+ctrl"} < set(gears.obs["condition"])
+    assert "gene_name" in gears.var
+    conditions = json.loads((target / "gears/split.json").read_text())
+    assert set(gears.obs["condition"]) - {"ctrl"} == {*conditions["train"], *conditions["val"]}
+    assert {"non-targeting", "TF1"} < set(cell_load.obs["gene"])
+    assert set(cell_load.obs["gem_group"]) == {"b1", "b2"}
+    assert cell_load.n_obs == ad.read_h5ad(target / "train.h5ad").n_obs + ad.read_h5ad(target / "controls.h5ad").n_obs
+
+
+def test_a_prediction_from_an_export_comes_back(results: Path, tmp_path: Path) -> None:
+    """The five minutes of an outsider: the mean of training, for every target."""
+    call("export", results, tmp_path / "theirs")
+    train = ad.read_h5ad(tmp_path / "theirs/train.h5ad")
+    targets = pd.read_csv(tmp_path / "theirs/targets.tsv", sep="\t")
+    perturbed = train[~train.obs["is_control"].to_numpy(bool)]
+    drawn = perturbed[np.resize(np.arange(perturbed.n_obs), 30 * len(targets))].copy()
+    drawn.obs["perturbation"] = np.repeat(targets["perturbation"].to_numpy(), 30)
+    drawn.obs_names_make_unique()
+    drawn[:, ::-1].write_h5ad(tmp_path / "back.h5ad")
+    done = call("score", tmp_path / "back.h5ad", "--against", results)
+    assert done.exit_code == 0, done.output
+    drawn.uns["perturbflow"]["split_sha256"] = "0" * 64
+    drawn.write_h5ad(tmp_path / "other.h5ad")
+    assert "it was made for another split" in refused("score", tmp_path / "other.h5ad", "--against", results)
+
+
+def test_export_refuses_in_words(results: Path, tmp_path: Path) -> None:
+    assert "there is no such folder" in refused("export", tmp_path / "none", tmp_path / "theirs")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert "holds other files" in refused("export", results, tmp_path / "mine")
+    (results / "split.json").write_text("{}")
+    assert "was made from another split" in refused("export", results, tmp_path / "theirs")
 
 
 # --- audit, split, ask ----------------------------------------------------------------------------------------------

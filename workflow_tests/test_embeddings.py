@@ -18,7 +18,9 @@ from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train
 
-CLOSED_FORMS = [name for name, family in FAMILIES.items() if family.rule == "train_closed_form"]
+CLOSED_FORMS = [
+    name for name, family in FAMILIES.items() if family.rule == "train_closed_form" and not family.made_elsewhere
+]
 
 
 def vectors_of(genes: list[str], n: int = 6, seed: int = 0) -> pd.DataFrame:

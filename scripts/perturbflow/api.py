@@ -9,6 +9,7 @@ Predictions are scored, and splits made, in memory. A path in place of an AnnDat
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -41,6 +42,9 @@ from perturbflow.splits import split as splits
 from perturbflow.splits.named import Labels, held_out_names
 
 Cells: TypeAlias = ad.AnnData | Path | str
+TABLES = (".tsv", ".csv", ".parquet")
+
+logger = logging.getLogger(__name__)
 
 
 class _Folder(ExitStack):
@@ -352,31 +356,74 @@ def baseline(
         return ad.read_h5ad(predictions)
 
 
-def score(predictions: Cells, pairs: Cells) -> pd.DataFrame:
-    """Score predicted cells, made by whatever model, on the measured cells of the same perturbations.
+def score(
+    predictions: Cells, pairs: Cells, params: Mapping[str, Any] | None = None, *, max_cells: int | None = None
+) -> pd.DataFrame:
+    """Score predictions, made by whatever model, on the measured cells of the same perturbations.
 
     Parameters
     ----------
     predictions
-        X log1p-normalized on the scale of the pairs, (predicted cells, genes of the pairs in their order), 0 or more;
-        obs.perturbation; obs.control_index (the row of the pairs that a cell started from) or obs.batch and
-        obs.cell_type. uns["perturbflow"]["role"] names the cells that are the truth (test without it).
+        predictions.h5ad as the workflow writes it: with obs.control_index, or with starts_from_controls in
+        uns["perturbflow"], which also names the role whose cells are the truth (test without it). Or any file that the
+        family `predictions` takes: cells, or one mean per perturbation, genes and labels in any order. Its scale is
+        checked and converted; perturbations that it lacks are scored as no change (n_predicted is 0).
     pairs
         The result of `pair`, or pairs.h5ad of the workflow.
+    params
+        Of the family `predictions`, to declare a file of another kind: values, scale, target_sum, label, separator.
+    max_cells
+        Most cells per perturbation; without it, predict.max_cells of config/config.yaml.
 
     Returns
     -------
-    metrics.tsv: one row per metric × perturbation, with n_cells, reliability, effect_size, metric and value. It is NaN
-    where a metric is undefined. Units, ranges and directions: config/README.md, or `perturbflow list metrics`.
+    metrics.tsv: one row per metric × perturbation, with n_cells, n_predicted, reliability, effect_size, metric and
+    value. It is NaN where a metric is undefined. Units, ranges and directions: config/README.md, or `perturbflow list
+    metrics`.
 
     Raises
     ------
     InputError
-        If genes differ, a perturbation has no held-out cells, cells did not start from controls of the role, or
-        expression is negative.
+        If the file cannot be brought to the terms of the pairs. For predictions.h5ad of the workflow: if genes differ,
+        a perturbation has no held-out cells, cells did not start from controls of the role, or expression is negative.
     """
-    cells = _read(predictions, "predictions")
     with _Folder() as folder:
-        measured = _opened(folder.file(pairs, "pairs.h5ad"))
+        path = folder.file(pairs, "pairs.h5ad")
+        measured = _opened(path)
         roles = {role: measured.roles(role).perturbations for role in divisions.ROLES}
+        if _is_table(predictions) or not _is_of_workflow(cells := _read(predictions, "predictions")) or params:
+            cells = _conformed(folder.file(predictions, "predictions.h5ad"), path, folder.path, params or {}, max_cells)
+        else:
+            _name_missing(cells, measured)
         return scores(cells, measured, divisions.members_seen(roles)).reset_index(drop=True)
+
+
+def _is_table(predictions: Cells) -> bool:
+    return not isinstance(predictions, ad.AnnData) and Path(predictions).suffix in TABLES
+
+
+def _is_of_workflow(cells: ad.AnnData) -> bool:
+    """Return whether predictions have the form that `predict` writes."""
+    return "control_index" in cells.obs or "starts_from_controls" in cells.uns.get("perturbflow", {})
+
+
+def _name_missing(cells: ad.AnnData, measured: Pairs) -> None:
+    """Log which perturbations of the role predictions.h5ad lacks."""
+    role = str(cells.uns.get("perturbflow", {}).get("role", "test"))
+    predicted = set(cells.obs.get("perturbation", pd.Series(dtype=str)).astype(str))
+    if missing := sorted(set(measured.roles(role).perturbations) - predicted):
+        logger.warning("%d perturbations have no prediction, and no score: %s", len(missing), ", ".join(missing))
+
+
+def _conformed(path: Path, pairs: Path, folder: Path, params: Mapping[str, Any], max_cells: int | None) -> ad.AnnData:
+    """Return a file of predictions as predictions.h5ad, by the family `predictions`."""
+    block = {"family": "predictions", "params": {"file": str(path), **params}}
+    config = shipped(mine={"models": {"theirs": block}})
+    implementation, declared = FAMILIES["predictions"].implementation, config["models"]["theirs"]["params"]
+    model, written = folder / "theirs.npz", folder / "conformed.h5ad"
+    run = Run(seed=0, checkpoints=folder / "checkpoints")
+    fitted = build(implementation, declared).fit(_opened(pairs).fitted_on("test"), Embeddings(pd.DataFrame()), run)
+    save_artefact(model, fitted)
+    most = config["predict"]["max_cells"] if max_cells is None else max_cells
+    prediction.predict(pairs, model, written, implementation, declared, 0, most)
+    return ad.read_h5ad(written)

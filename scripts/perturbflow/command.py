@@ -1,4 +1,4 @@
-"""The command `perturbflow`: lists, scores of predictions made anywhere, audits, splits and what-if questions.
+"""The command `perturbflow`: lists, scores of predictions made anywhere, exports, audits, splits and what-if questions.
 
 Each verb calls one function of the package, imported when it is needed, so that help waits for no library.
 """
@@ -98,13 +98,19 @@ def list_(kinds: tuple[str, ...], files: tuple[Path, ...], as_json: bool) -> Non
     type=Folder,
     help="Write all scores there, one row per metric × perturbation, as metrics.tsv of the workflow.",
 )
-def score(file: Path, against: Path, output: Path | None) -> None:
-    """Score predicted cells on a split.
+@click.option("--scale", type=click.Choice(["log1p", "linear", "counts"]), help="Of the values; log1p without it.")
+@click.option("--target-sum", type=float, help="Sum that its counts are normalized to; found without it.")
+@click.option("--values", type=click.Choice(["expression", "effect"]), help="expression without it.")
+@click.option("--label", help="Column of obs that names the perturbation; perturbation without it.")
+@click.option("--separator", help="Text between the members of a combination; + without it.")
+def score(file: Path, against: Path, output: Path | None, **declared: Any) -> None:
+    """Score predictions on a split, and say the verdict in a sentence.
 
-    FILE is an h5ad with X (log1p-normalized, the genes of pairs.h5ad in their order), obs.perturbation and
-    obs.control_index, or in place of the latter obs.batch and obs.cell_type. Prints the mean of every metric over
-    perturbations; beside it, where the workflow has scored them, the floor (no_change), the ceiling
-    (technical_duplicate) and the ceiling without its own noise (perfect_mean) on the same perturbations.
+    FILE is predictions.h5ad of the workflow, or any h5ad of predicted cells or of one mean per perturbation, or a table
+    of means (tsv, csv, parquet). Genes and members of labels may come in any order. The scale is checked by measured
+    controls and converted where that is exact. Prints the mean of every metric over perturbations; beside it, where
+    the workflow has scored them, the floor (no_change), the ceiling (technical_duplicate) and the ceiling without its
+    own noise (perfect_mean) on the same perturbations. Then the verdict against the best closed forms there.
     """
     (pairs,) = _require(against, ("pairs.h5ad",))
     logger.info("%s is read and scored", file)
@@ -112,12 +118,37 @@ def score(file: Path, against: Path, output: Path | None) -> None:
     from perturbflow.evaluation.table import write_scores
 
     place = against.resolve()
-    table = api.score(file, pairs).assign(dataset=place.parent.name, split=place.name, model=file.stem)
+    params = {name: value for name, value in declared.items() if value is not None}
+    table = api.score(file, pairs, params).assign(dataset=place.parent.name, split=place.name, model=file.stem)
     if output is not None:
         write_scores(output, table)
     labels = table["perturbation"].unique()
     click.echo(f"{file} on {against}: {len(labels)} perturbations")
     click.echo(_summary(table, against).to_string(index=False, na_rep="–", float_format="{:.4f}".format))
+    click.echo(_verdict(table, against))
+
+
+def _verdict(table: "pd.DataFrame", folder: Path) -> str:
+    """Return the verdict on scores beside those of the models that the workflow has scored on the split."""
+    from perturbflow.benchmark import judged_beside
+    from perturbflow.io.files import read_json
+    from perturbflow.registry.families import FAMILIES
+    from perturbflow.registry.shipped import shipped
+
+    model = str(table["model"].iloc[0])
+    families, files = {model: "predictions"}, {}
+    of_code = {family.implementation: name for name, family in reversed(FAMILIES.items())}
+    for file in sorted(
+        folder.glob("*/seed_*/metrics.tsv"), key=lambda path: (path.parts[-3], len(path.parts[-2]), path)
+    ):
+        name, account = file.parts[-3], file.with_name("run.json")
+        if name not in families and account.is_file():
+            families[name] = of_code[read_json(account)["implementation"]]
+            files[name] = file
+    if not files:
+        return f"No verdict: no model of the workflow is scored in {folder}; `snakemake evaluated` does that."
+    row = judged_beside(table, files, families, shipped()["verdicts"]["least_difference"])
+    return f"Verdict on {model}: {row['sentence']}" + f"\nMind: {row['caveats']}" * bool(row["caveats"])
 
 
 def _summary(table: "pd.DataFrame", folder: Path) -> "pd.DataFrame":
@@ -137,6 +168,24 @@ def _summary(table: "pd.DataFrame", folder: Path) -> "pd.DataFrame":
             known = known[known["perturbation"].isin(table["perturbation"])].groupby("metric")["value"].mean()
             shown[model] = known.reindex(means.index).to_numpy()
     return shown
+
+
+@perturbflow.command()
+@click.argument("folder", type=Folder, metavar="results/DATASET/SPLIT")
+@click.argument("target", type=Folder, metavar="FOLDER")
+def export(folder: Path, target: Path) -> None:
+    """Write what a model made elsewhere may see of a split.
+
+    FOLDER gets train.h5ad, controls.h5ad to start from, targets.tsv to be predicted, genes.tsv, the layouts of GEARS
+    and cell-load, and a README.md that says what to hand back. No perturbed test cell is in it.
+    """
+    pairs, split = _require(folder, ("pairs.h5ad", "split.json"))
+    logger.info("%s is read", folder)
+    from perturbflow.export import export
+
+    place = folder.resolve()
+    for file in export(pairs, split, target, f"{place.parent.name} × {place.name}"):
+        click.echo(file)
 
 
 @perturbflow.command()

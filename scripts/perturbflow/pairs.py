@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -52,6 +53,8 @@ class Pairs:
         int32, cells × k: rows of X that hold controls matched on batch and cell type; -1 for controls.
     rows
         Row of pairs.h5ad for every row of X.
+    about
+        uns["perturbflow"] of pairs.h5ad: target_sum, split_sha256 and others.
     """
 
     X: sparse.csr_matrix | CsrRows
@@ -59,6 +62,7 @@ class Pairs:
     genes: list[str]
     control_index: np.ndarray
     rows: np.ndarray
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Pairs":
@@ -78,7 +82,8 @@ class Pairs:
         file = h5py.File(path)
         obs, var = ad.io.read_elem(file["obs"]), ad.io.read_elem(file["var"])
         index = ad.io.read_elem(file["obsm/control_index"])
-        return cls(CsrRows(file["X"], Path(path)), obs, list(var.index), index, np.arange(len(obs)))
+        about = ad.io.read_elem(file["uns"]).get("perturbflow", {})
+        return cls(CsrRows(file["X"], Path(path)), obs, list(var.index), index, np.arange(len(obs)), about)
 
     def select(self, mask: np.ndarray) -> "Pairs":
         """Return the cells under the mask; controls are matched within a role, so keep or drop roles whole."""
@@ -86,7 +91,9 @@ class Pairs:
         position = np.full(len(mask) + 1, -1, dtype=np.int32)  # the last entry serves index -1
         position[keep] = np.arange(len(keep), dtype=np.int32)
         X = self.X.select(keep) if isinstance(self.X, CsrRows) else self.X[keep]
-        return Pairs(X, self.obs.iloc[keep], self.genes, position[self.control_index[keep]], self.rows[keep])
+        return Pairs(
+            X, self.obs.iloc[keep], self.genes, position[self.control_index[keep]], self.rows[keep], self.about
+        )
 
     def rematched(self, mask: np.ndarray, seed: int) -> "Pairs":
         """Return the cells under the mask, matched anew with the controls among them."""

@@ -17,7 +17,7 @@ from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic
 from perturbflow.io.hdf5 import AppendedRows
-from perturbflow.models.base import Ceiling, Model, build
+from perturbflow.models.base import Ceiling, Given, Model, build
 from perturbflow.pairs import Pairs
 
 logger = logging.getLogger(__name__)
@@ -67,26 +67,39 @@ def predict(
     predictions
         AnnData to be written. X is log1p-normalized like pairs.h5ad. obs has perturbation, cell_type, batch and
         control_index, the row of pairs.h5ad of the control that the cell started from. uns["perturbflow"] has
-        starts_from_controls, role and noise_removed. The mean of a perturbation's cells is that of all controls of
-        their batches and cell types plus the predicted effect.
+        starts_from_controls, role and noise_removed; and missing, the perturbations that given predictions lack, which
+        are predicted as no change. The mean of a perturbation's cells is that of all controls of their batches and cell
+        types plus the predicted effect. Given cells stay as they are, up to max_cells, without control_index.
     role
         test, or validation for choosing hyper-parameters.
     """
     cells = Pairs.open(pairs).roles(role)
     family = build(implementation, params)
     family.restore(load_artefact(model))
+    facts = family.meet(cells) if isinstance(family, Given) else {}
     chosen = _chosen(cells, family, seed, max_cells)
-    n_cells = sum(map(len, chosen.values()))
     is_ceiling = isinstance(family, Ceiling)
+    has_cells = isinstance(family, Given) and family.has_cells
+    n_most = max_cells * len(chosen) if has_cells else sum(map(len, chosen.values()))
+    tables = []
     with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
-        written = AppendedRows(file.create_group("X"), len(cells.genes), n_cells, pool)
+        written = AppendedRows(file.create_group("X"), len(cells.genes), n_most, pool)
+        if isinstance(family, Given) and has_cells:
+            for label in list(chosen):
+                if (given := family.cells_of(label, max_cells, seed)) is not None:
+                    written.append(sparse.csr_matrix(given[0].astype(np.float32)))
+                    tables.append(given[1].assign(perturbation=label))
+                    del chosen[label]
         for predicted in _predicted(cells, family, chosen, seed):
             written.append(sparse.csr_matrix(nonnegative(predicted).astype(np.float32)))
         written.finish()
-        obs = _table(cells, chosen, starts_from_controls=not is_ceiling)
+        if chosen:
+            tables.append(_table(cells, chosen, starts_from_controls=not is_ceiling))
+        obs = _joined(tables, without=["control_index"] if has_cells else [])
         noise_removed = isinstance(family, Ceiling) and family.noise_removed
-        about = {"starts_from_controls": not is_ceiling, "role": role, "noise_removed": noise_removed}
-        uns = {"perturbflow": about}
+        starts_from_controls = not is_ceiling and not has_cells
+        about = {"starts_from_controls": starts_from_controls, "role": role, "noise_removed": noise_removed}
+        uns = {"perturbflow": {**about, **facts}}
         begin_anndata(file)
         write_tables(file, obs, pd.DataFrame(index=cells.genes), uns)
 
@@ -131,8 +144,14 @@ def _table(cells: Pairs, chosen: dict[str, np.ndarray], *, starts_from_controls:
     start = cells.control_index[measured, 0]
     obs = cells.obs.iloc[start if starts_from_controls else measured][["cell_type", "batch"]].astype(str)
     labels = np.repeat(list(chosen), list(map(len, chosen.values())))
-    obs = obs.assign(perturbation=labels, control_index=cells.rows[start].astype(np.int32))
-    obs = obs[["perturbation", "cell_type", "batch", "control_index"]]
+    return obs.assign(perturbation=labels, control_index=cells.rows[start].astype(np.int32))
+
+
+def _joined(tables: list[pd.DataFrame], without: list[str]) -> pd.DataFrame:
+    """Return obs of all predicted cells, without some columns."""
+    obs = pd.concat(tables)
+    columns = ["perturbation", "cell_type", "batch", "control_index"]
+    obs = obs[[column for column in columns if column not in without]].copy()
     obs.index = [f"predicted_{i}" for i in range(len(obs))]
     for column in ("perturbation", "cell_type", "batch"):
         obs[column] = pd.Categorical(obs[column])

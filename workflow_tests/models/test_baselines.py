@@ -24,7 +24,9 @@ from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train
 
 EMPTY = Embeddings(pd.DataFrame())
-CLOSED_FORMS = [family for family in FAMILIES.values() if family.rule == "train_closed_form"]
+CLOSED_FORMS = [
+    family for family in FAMILIES.values() if family.rule == "train_closed_form" and not family.made_elsewhere
+]
 IMPLEMENTATIONS = {family.implementation: {} for family in CLOSED_FORMS} | {
     "closed_form.baselines:Linear": {"n_components": 10, "ridge": 0.1}
 }

@@ -30,7 +30,7 @@ from perturbflow.models.training.batches import Batch
 from perturbflow.models.training.conditions import Conditions
 from perturbflow.models.training.loop import Optimization
 from perturbflow.pairs import Pairs
-from perturbflow.registry.config import model_files
+from perturbflow.registry.config import latent_files
 from perturbflow.registry.families import DiffusionParams
 from perturbflow.registry.plan import Plan
 from perturbflow.train import train
@@ -452,7 +452,7 @@ def test_a_missing_file_of_loadings_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"models.own.params.latent.file: there is no file"):
         Plan(merged(mine))
     path.write_text("gene\ta\nSOX2\t1\n")
-    assert model_files(Plan(merged(mine)).config["models"]["own"]) == [str(path)]
+    assert latent_files(Plan(merged(mine)).config["models"]["own"]) == [str(path)]
 
 
 # --- the hybrid ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ ORDER = (
     ("evaluation", "benchmark"),
     ("counterfactuals",),
     ("report", "quality"),
-    ("listing", "api", "command"),
+    ("listing", "export", "api", "command"),
 )
 
 # These hold no step: all may import them, and they import only one another.

@@ -140,7 +140,8 @@ def models_schema() -> str:
         if not block["properties"]:
             lines.append(f"  {name}: {flow(block)}")
             continue
-        lines += [f"  {name}:", "    type: object", "    additionalProperties: false", "    properties:"]
+        required = [f"    required: {flow(block['required'])}"] if "required" in block else []
+        lines += [f"  {name}:", "    type: object", "    additionalProperties: false", *required, "    properties:"]
         lines += [f"      {key}: {flow(of)}" for key, of in block["properties"].items()]
     return "\n".join(lines) + "\n"
 

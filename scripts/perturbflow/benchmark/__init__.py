@@ -5,11 +5,12 @@ several. Everything but a metric's own mean is computed on losses, so that lower
 """
 
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from perturbflow.benchmark.panel import FOLD, QUALITY, panels
+from perturbflow.benchmark.panel import FOLD, QUALITY, Panel, panels
 from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
 from perturbflow.benchmark.verdicts import judge
 from perturbflow.errors import InputError
@@ -19,10 +20,10 @@ from perturbflow.registry.families import FAMILIES
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["benchmark"]
+__all__ = ["benchmark", "judged_beside"]
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read_scores(path: Path) -> pd.DataFrame:
     """Return the scores of one run; a gene called NA stays a word."""
     words = dict.fromkeys(("dataset", "split", "model", "perturbation", "metric"), str)
     scores = pd.read_csv(path, sep="\t", dtype=words, keep_default_na=False, na_values=[""])
@@ -65,6 +66,63 @@ def _with_quality(scores: pd.DataFrame, paths: list[Path]) -> pd.DataFrame:
     known = pd.concat(tables, ignore_index=True)
     known["responds"] = known["responds"].map({"True": 1.0, "False": 0.0})
     return scores.merge(known, how="left", on=["dataset", "perturbation"], validate="many_to_one")
+
+
+def _without_prediction(scores: pd.DataFrame) -> dict[tuple[str, str, str], str]:
+    """Return dataset, split and model → a caveat on the perturbations that predictions made elsewhere lack."""
+    if "n_predicted" not in scores:
+        return {}
+    places: dict[tuple[str, str, str], list[str]] = {}
+    lacking = scores.loc[scores["n_predicted"] == 0, ["dataset", "split", "model", "perturbation"]].drop_duplicates()
+    for dataset, split, model, label in lacking.itertuples(index=False, name=None):
+        fold = FOLD.match(split)
+        for name in (split, *([fold["name"]] if fold else [])):
+            places.setdefault((dataset, name, model), []).append(label)
+    return {
+        place: f"Its file lacks {len(set(labels))} of the perturbations, which are scored as no change: "
+        f"{', '.join(sorted(set(labels)))}."
+        for place, labels in places.items()
+    }
+
+
+def _tables(
+    panel: Panel,
+    families: dict[str, str],
+    least_difference: float,
+    caveats: Iterable[str],
+    lacking: Mapping[tuple[str, str, str], str],
+) -> tuple[pd.DataFrame, ...]:
+    """Return the tables of one dataset × split: summary, calibration, comparisons, strata and verdicts."""
+    compared, calibrated = compare(panel, families, least_difference), calibrate(panel, families)
+    summary = summarize(panel, families)
+    judged = judge(summary, calibrated, compared, least_difference, caveats)
+    own = [lacking.get((panel.dataset, panel.split, model), "") for model in judged["model"]]
+    judged["caveats"] = [f"{all_have} {one}".strip() for all_have, one in zip(judged["caveats"], own, strict=True)]
+    return summary, calibrated, compared, stratify(panel, families), judged
+
+
+def judged_beside(
+    scores: pd.DataFrame, others: Mapping[str, Path], families: dict[str, str], least_difference: float
+) -> pd.Series:
+    """Return the row of verdicts.tsv of a model that was scored alone, beside others on the same split.
+
+    Parameters
+    ----------
+    scores
+        Rows of metrics.tsv of the model, of one dataset × split.
+    others
+        Model → the metrics.tsv of one of its runs there.
+    families
+        Model → name of its family, of all of them.
+    """
+    scores = scores.assign(seed=0)
+    place = dict(scores[["dataset", "split", "seed"]].iloc[0])
+    known = [read_scores(path).assign(**place, model=model) for model, path in others.items()]
+    together = pd.concat([scores, *known], ignore_index=True)
+    together = together[together["perturbation"].isin(scores["perturbation"])]
+    panel = next(panels(together))
+    *_, judged = _tables(panel, families, least_difference, (), _without_prediction(together))
+    return judged.set_index("model").loc[scores["model"].iloc[0]]
 
 
 def benchmark(
@@ -112,7 +170,7 @@ def benchmark(
     InputError
         If a run holds a metric that this version does not know, or `families` lacks a model.
     """
-    scores = _with_quality(pd.concat([_read(path) for path in metrics], ignore_index=True), qualities)
+    scores = _with_quality(pd.concat([read_scores(path) for path in metrics], ignore_index=True), qualities)
     for model in scores["model"].unique():
         if families.get(model) not in FAMILIES:
             raise InputError(
@@ -121,12 +179,10 @@ def benchmark(
     tables: dict[Path, list[pd.DataFrame]] = {
         path: [] for path in (benchmark, calibration, comparisons, strata, verdicts)
     }
-    caveats = _caveats(audits, harmonizations)
+    caveats, lacking = _caveats(audits, harmonizations), _without_prediction(scores)
     for panel in panels(scores):
-        compared, calibrated = compare(panel, families, least_difference), calibrate(panel, families)
-        summary = summarize(panel, families)
-        judged = judge(summary, calibrated, compared, least_difference, caveats.get((panel.dataset, panel.split), ()))
-        for path, table in zip(tables, (summary, calibrated, compared, stratify(panel, families), judged), strict=True):
+        of_panel = _tables(panel, families, least_difference, caveats.get((panel.dataset, panel.split), ()), lacking)
+        for path, table in zip(tables, of_panel, strict=True):
             tables[path].append(table)
         logger.info(
             "%s × %s: %d models, %d perturbations",
@@ -135,7 +191,7 @@ def benchmark(
             len(panel.models),
             len(panel.perturbations),
         )
-        for row in judged.itertuples():
+        for row in of_panel[-1].itertuples():
             logger.info("  %s: %s", row.model, row.sentence)
     for path, parts in tables.items():
         # A part without rows has no types to contribute.

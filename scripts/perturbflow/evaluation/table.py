@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from perturbflow.evaluation.inputs import score_inputs
@@ -31,7 +32,8 @@ def scores(
     ----------
     predictions
         Predicted cells, in memory or backed by their file. Where uns["perturbflow"]["noise_removed"] is true, they
-        are half of the measured cells. They stand for a perfect predictor of the mean (`Metric.reachable`).
+        are half of the measured cells. They stand for a perfect predictor of the mean (`Metric.reachable`). For the
+        perturbations of uns["perturbflow"]["missing"] no prediction was made: n_predicted is 0.
     cells
         All cells of pairs.h5ad.
     members_seen
@@ -45,7 +47,8 @@ def scores(
         As `score_inputs`.
     """
     scored = score_inputs(predictions, cells)
-    is_noise_removed = bool(predictions.uns.get("perturbflow", {}).get("noise_removed", False))
+    about = predictions.uns.get("perturbflow", {})
+    is_noise_removed, missing = bool(about.get("noise_removed", False)), list(about.get("missing", []))
     table = pd.DataFrame(
         {
             **{key: (provenance or {}).get(key, "") for key in ("dataset", "split", "model", "seed")},
@@ -53,6 +56,7 @@ def scores(
             "n_members": [len(members_of(label)) for label in scored.labels],
             "members_seen": [members_seen[label] for label in scored.labels],
             "n_cells": scored.n_cells,
+            "n_predicted": np.where(np.isin(scored.labels, missing), 0, scored.n_predicted),
             "reliability": scored.reliability,
             "effect_size": scored.effect_size,
         }

@@ -354,6 +354,8 @@ class AppendedRows:
         self._data.finish()
         self._indices.finish()
         indptr = np.append(0, np.cumsum(np.concatenate(self._sizes), dtype=np.int64))
+        if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants one type for both, and refuses to sort others
+            indptr = indptr.astype(np.int32)
         self._group.create_dataset("indptr", data=indptr, compression="gzip", shuffle=True)
         shape = len(indptr) - 1, self._n_columns
         self._group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape})

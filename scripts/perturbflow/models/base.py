@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
+import pandas as pd
 
 from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
@@ -132,6 +133,29 @@ class Ceiling(Model):
     @abstractmethod
     def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
         """Return the row of pairs.h5ad of every cell that `predict` returns."""
+
+
+class Given(Model):
+    """A model whose predictions were made elsewhere: it may hold predicted cells."""
+
+    has_cells: bool = False  # else it predicts from control cells, as others do
+
+    @abstractmethod
+    def meet(self, scored: Pairs) -> dict[str, Any]:
+        """Look at the cells of the scored role before predicting; return facts for uns of predictions.h5ad.
+
+        `missing` lists the perturbations that were not predicted.
+        """
+
+    @abstractmethod
+    def cells_of(self, label: str, most: int, seed: int) -> tuple[np.ndarray, pd.DataFrame] | None:
+        """Return predicted cells of a perturbation, (cells, genes), and their batch and cell type; None without any.
+
+        Parameters
+        ----------
+        most
+            Of more cells, as many are drawn.
+        """
 
 
 def build(implementation: str, params: dict) -> Model:

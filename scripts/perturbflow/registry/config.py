@@ -1,7 +1,7 @@
 """The configuration: checked, also beyond the schemas, and completed with defaults."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from perturbflow.errors import InputError
@@ -20,6 +20,8 @@ from perturbflow.registry.sources import labels_file, own_files, problem_of, pro
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
+OF_A_RUN = ("dataset", "split", "model", "seed")  # wildcards that the path of a file of predictions may have
+MISSING_SHOWN = 3
 # Keys of a split's block that only some kinds have a use for.
 SPLIT_KEYS = {
     "covariate": ("unseen_context",),
@@ -136,16 +138,58 @@ def _check_embeddings(config: dict, datasets: Sequence[str], files: Places) -> N
         )
 
 
-def model_files(block: dict) -> list[str]:
-    """Return the files that a model's params name."""
+def latent_files(block: dict) -> list[str]:
+    """Return the files of a latent space that a model's params name."""
     latent = block["params"].get("latent")
     return [latent["file"]] if isinstance(latent, dict) else []
+
+
+def predictions_file(block: dict, wildcards: Mapping[str, str]) -> str | None:
+    """Return the file of predictions of one run, with its wildcards filled in; None where a model makes its own."""
+    if not FAMILIES[block["family"]].made_elsewhere:
+        return None
+    template: str = block["params"]["file"]
+    for name in OF_A_RUN:
+        template = template.replace(f"{{{name}}}", str(wildcards[name]))
+    return template
+
+
+def _check_templates(models: dict, files: Places) -> None:
+    """Check that files of predictions name nothing in braces but the wildcards of a run."""
+    for name, block in models.items():
+        for word in re.findall(r"{(.*?)}", block["params"].get("file", "")):
+            if FAMILIES[block["family"]].made_elsewhere and word not in OF_A_RUN:
+                file = holding_file(files, ["models", name, "params", "file"])
+                raise InputError(
+                    f"{file}models.{name}.params.file: '{{{word}}}' cannot be filled in. Possible: "
+                    f"{', '.join(f'{{{one}}}' for one in OF_A_RUN)}."
+                )
+
+
+def check_predictions(config: dict, runs: Iterable[Mapping[str, str]], files: Places) -> None:
+    """Check that the files of predictions of these runs exist; all that are missing are in one message."""
+    missing, name = [], ""
+    for run in runs:
+        path = predictions_file(config["models"][run["model"]], run)
+        if path is not None and not Path(path).is_file():
+            missing.append(
+                f"no file '{path}' for model {run['model']} on {run['dataset']} × {run['split']}, seed {run['seed']} "
+                f"(looked for {Path(path).absolute()})"
+            )
+            name = run["model"]
+    if missing:
+        more = [f"{len(missing) - MISSING_SHOWN} more"] if len(missing) > MISSING_SHOWN else []
+        raise InputError(
+            f"{holding_file(files, ['models', name, 'params', 'file'])}models.{name}.params.file: there is "
+            + "; ".join(missing[:MISSING_SHOWN] + more)
+            + ". Put it there, or leave the model out of select.models. Relative paths start at the working directory."
+        )
 
 
 def _check_model_files(config: dict, models: Iterable[str], files: Places) -> None:
     """Check that the files exist that these models are made from."""
     for name in models:
-        for path in model_files(config["models"][name]):
+        for path in latent_files(config["models"][name]):
             if not Path(path).is_file():
                 file = holding_file(files, ["models", name, "params", "latent"])
                 raise InputError(
@@ -259,6 +303,7 @@ def _completed_params(models: dict, files: Places) -> None:
         block["params"] = with_values(schema, block["params"])
         check_schema(block["params"], schema, ["models", name, "params"], files)
         block["params"] = with_defaults(schema, block["params"])
+    _check_templates(models, files)
 
 
 def _check_query(name: str, config: dict, folds: dict[str, list[str]], files: Places) -> None:

@@ -173,6 +173,27 @@ class CounterfactualParams(NetworkParams):
     n_integration_steps: int = param(10, "of the midpoint rule", at_least=1)
 
 
+@dataclass(frozen=True)
+class PredictionsParams(Params):
+    """Of predictions that were made elsewhere."""
+
+    file: str = param(
+        sentence="h5ad of cells, or of one mean per perturbation; or a table of means (tsv, csv, parquet). "
+        "{dataset}, {split}, {model} and {seed} are filled in"
+    )
+    values: Literal["expression", "effect"] = param(
+        "expression", "expression, or means minus the mean of the controls (effect)"
+    )
+    scale: Literal["log1p", "linear", "counts"] = param(
+        "log1p", "log1p of normalized counts, normalized counts (linear), or counts"
+    )
+    target_sum: float | None = param(
+        None, "sum that its counts are normalized to; null: found, by measured controls", above=0
+    )
+    label: str = param("perturbation", "the column of obs that names the perturbation")
+    separator: str = param("+", "text between the members of a combination")
+
+
 # --- families --------------------------------------------------------------------------------------------------------
 
 Role = Literal["reference", "floor", "ceiling", "negative", "positive", "scale", "to_beat"]
@@ -198,6 +219,8 @@ class Family:
         strongest closed form.
     split_kinds
         The only kinds of split that the family can serve; empty: all.
+    made_elsewhere
+        Whether its predictions come from a file that `params.file` names. Such a family answers no what-if questions.
     losses
         Stage of training, empty for the last → the meaning of its loss, for the report.
     """
@@ -208,12 +231,13 @@ class Family:
     rule: str = "train_closed_form"
     roles: frozenset[Role] = frozenset()
     split_kinds: tuple[str, ...] = ()
+    made_elsewhere: bool = False
     losses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def answers_counterfactuals(self) -> bool:
         """Whether the family can be asked what-if questions."""
-        return self.kind in ("baseline", "learned")
+        return self.kind in ("baseline", "learned") and not self.made_elsewhere
 
     @property
     def artefact(self) -> str:
@@ -264,6 +288,8 @@ FAMILIES = {
     "interpolated_duplicate": _family(
         "closed_form.ceilings:InterpolatedDuplicate", "reference", "ceiling", "positive", kind="ceiling"
     ),
+    # Made elsewhere
+    "predictions": _family("from_file:FromFile", kind="learned", params=PredictionsParams, made_elsewhere=True),
     # Learned
     "diffusion": _family(
         "scppdm:Diffusion", kind="learned", params=DiffusionParams, rule="train_diffusion",

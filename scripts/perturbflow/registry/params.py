@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
+_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
 _Params = TypeVar("_Params", bound="Params")
 
 
@@ -68,6 +68,8 @@ def _kind(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         return {"enum": list(get_args(kind))}
     if get_origin(kind) in (Union, types.UnionType):
+        if type(None) in get_args(kind):  # a value or none
+            return {"type": [_TYPES[one] for one in get_args(kind)]}
         return {"oneOf": [_kind(one) for one in get_args(kind)]}
     if is_dataclass(kind):
         return json_schema(kind)  # type: ignore[arg-type]

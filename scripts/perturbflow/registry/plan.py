@@ -1,11 +1,19 @@
 """The plan of the runs: everything that a configuration makes."""
 
+from collections.abc import Mapping
 from itertools import product
 
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.registry.config import COEXPRESSION, complete, held_out_of
+from perturbflow.registry.config import (
+    COEXPRESSION,
+    check_predictions,
+    complete,
+    held_out_of,
+    latent_files,
+    predictions_file,
+)
 from perturbflow.registry.families import FAMILIES, REFERENCES, Family
 from perturbflow.registry.schemas import Places
 from perturbflow.registry.sources import CONTENT_KEYS, content_of, files_of
@@ -53,6 +61,8 @@ class Plan:
         possible, rows = self._planned_runs()
         self.runs = pd.DataFrame(rows, columns=["dataset", "split", "model", "seed", "family"])
         self.left_out = list(dict.fromkeys(self.left_out))
+        if files_are_there:
+            check_predictions(self.config, self.runs.to_dict("records"), files)
         is_empty = self.runs.empty
         if is_empty and ((select["models"] and select["seeds"]) or not possible) and select["splits"]:
             raise InputError("Nothing is left to run. " + " ".join(self.left_out))
@@ -63,9 +73,13 @@ class Plan:
             self.left_out.append(self._instead())
         self.queries = pd.DataFrame(self._planned_queries(), columns=["dataset", "split", "model", "seed", "query"])
         key = ["dataset", "split", "model", "seed"]
-        is_learned = self.runs["model"].map(lambda name: self.family(name).kind == "learned").astype(bool)
+        is_learned = self.runs["model"].map(self._is_warranted).astype(bool)
         checked = pd.concat([self.runs.loc[is_learned, key], self.queries[key]])
         self.warranties = checked.drop_duplicates(ignore_index=True)
+
+    def _is_warranted(self, model: str) -> bool:
+        """Return whether a model is checked for what-if questions, asked or not."""
+        return self.family(model).kind == "learned" and self.family(model).answers_counterfactuals
 
     def _planned_runs(self) -> tuple[list[tuple[str, str]], list[tuple[str, str, str, int, str]]]:
         """Return the (dataset, split) that can be made, and the rows of `runs`.
@@ -162,6 +176,24 @@ class Plan:
     def family(self, model: str) -> Family:
         """Return the family of a model."""
         return FAMILIES[self.config["models"][model]["family"]]
+
+    def params(self, run: Mapping[str, str]) -> dict:
+        """Return the params of a run's model: the path of predictions that were made elsewhere is filled in.
+
+        Parameters
+        ----------
+        run
+            Its dataset, split, model and seed.
+        """
+        block = self.config["models"][run["model"]]
+        file = predictions_file(block, run)
+        return block["params"] if file is None else {**block["params"], "file": file}
+
+    def model_files(self, run: Mapping[str, str]) -> list[str]:
+        """Return the user's own files that a run's model is made from."""
+        block = self.config["models"][run["model"]]
+        file = predictions_file(block, run)
+        return latent_files(block) if file is None else [file]
 
     @property
     def families(self) -> dict[str, str]:
