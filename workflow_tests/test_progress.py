@@ -56,7 +56,7 @@ def test_inner_folds_say_how_many_there_are(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 1)
-    SetGP({"other": lambda inner, start: lambda label: inner.effects.values.mean(axis=0)}).learn(training)
+    SetGP(other_means={"other": lambda inner, start: lambda label: inner.effects.values.mean(axis=0)}).learn(training)
     assert any(record.getMessage().startswith(f"inner folds: 3 of {n}, about") for record in caplog.records)
 
 
