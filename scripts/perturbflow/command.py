@@ -142,9 +142,10 @@ def _verdict(table: "pd.DataFrame", folder: Path) -> str:
         folder.glob("*/seed_*/metrics.tsv"), key=lambda path: (path.parts[-3], len(path.parts[-2]), path)
     ):
         name, account = file.parts[-3], file.with_name("run.json")
-        if name not in families and account.is_file():
-            families[name] = of_code[read_json(account)["implementation"]]
-            files[name] = file
+        # A model of another version of the code may be of a class that is gone.
+        family = of_code.get(read_json(account)["implementation"]) if account.is_file() else None
+        if name not in families and family:
+            families[name], files[name] = family, file
     if not files:
         return f"No verdict: no model of the workflow is scored in {folder}; `snakemake evaluated` does that."
     row = judged_beside(table, files, families, shipped()["verdicts"]["least_difference"])
