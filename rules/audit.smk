@@ -22,8 +22,8 @@ rule audit:
         "../envs/data.yaml"
     threads: 2
     resources:
-        mem_mb=memory_by_input(20, least=3000),
-        runtime="2h",
+        mem_mb=memory_by_input(0.5, least=1500),
+        runtime=runtime_by_input(10),
     params:
         code_version=code("perturbflow.audit.audit:audit"),
         made_of=made_of("audit"),

@@ -14,8 +14,8 @@ rule pair:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(20, least=3000),
-        runtime="2h",
+        mem_mb=memory_by_input(1, least=1500),
+        runtime=runtime_by_input(10),
     params:
         n_hvg=plan.config["genes"]["n_hvg"],
         code_version=code("perturbflow.pairs:pair"),

@@ -21,8 +21,8 @@ rule split:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(2),
-        runtime="1h",
+        mem_mb=memory_by_input(0.5),
+        runtime=runtime_by_input(10),
     params:
         name="{split}",
         spec=split_block,

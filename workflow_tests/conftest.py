@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from forked import interpreter
+from made_effects import N_GENES, TARGETS, vectors
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
@@ -70,8 +71,9 @@ def make_screen(
 ) -> ad.AnnData:
     """Return raw counts of a screen with additive effects on the log scale.
 
-    At a dose d (`TF1@d`) an effect is d / (d + HALF_DOSE) of the whole. Every perturbed gene moves ten genes by a fold change and, in its own column, itself; `uns["effects"]` holds the log
-    fold changes (perturbed genes × genes). Batch b2 is sequenced deeper and has a gene of its own that is high.
+    At a dose d (`TF1@d`) an effect is d / (d + HALF_DOSE) of the whole. Every perturbed gene moves ten genes by a fold
+    change, and itself. `uns["effects"]` holds the log fold changes (perturbed genes × genes). Batch b2 is sequenced
+    deeper and has a gene of its own that is high.
 
     Parameters
     ----------
@@ -207,7 +209,8 @@ SPECS = {
 # Perturbations have cells in several roles here.
 SPECS_OF_CELLS = {
     "unseen_context": {
-        "kind": "unseen_context", "covariate": "batch", "held_out": ["b2"], "test_fraction": 0.5, "validation_fraction": 0.2, "seed": 0,
+        "kind": "unseen_context", "covariate": "batch", "held_out": ["b2"], "test_fraction": 0.5,
+        "validation_fraction": 0.2, "seed": 0,
     },
     "random_cells": {"kind": "random_cells", "test_fraction": 0.25, "validation_fraction": 0.15, "seed": 0},
 }  # fmt: skip
@@ -231,6 +234,12 @@ def screen(prepared: dict[str, Prepared]) -> tuple[Pairs, Embeddings]:
     return Pairs.read(files.pairs), Embeddings.read(files.embeddings)
 
 
+@pytest.fixture(scope="session")
+def cells(prepared: dict[str, Prepared]) -> Pairs:
+    """Return all cells of the split that holds combinations out; not to be written to."""
+    return Pairs.read(prepared["unseen_combination"].pairs)
+
+
 @pytest.fixture
 def prepared_copy(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[[str], Prepared]:
     """Return a function that copies a prepared split, to be spoilt."""
@@ -239,6 +248,14 @@ def prepared_copy(prepared: dict[str, Prepared], tmp_path: Path) -> Callable[[st
         return Prepared(Path(shutil.copytree(prepared[kind].folder, tmp_path / kind)))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def singles() -> dict[str, np.ndarray]:
+    """Return effects of twelve genes, drawn from three programmes that a gene's vector tells; not to be written to."""
+    rng = np.random.default_rng(0)
+    programmes = rng.normal(size=(3, N_GENES))
+    return {gene: vector @ programmes for gene, vector in vectors().table.iterrows() if gene in TARGETS}
 
 
 # --- what-if questions ----------------------------------------------------------------------------------------------
@@ -371,7 +388,7 @@ def run_snakemake(
 
 @pytest.fixture(scope="session")
 def python() -> str:
-    """Return an interpreter that starts in a tenth of the time, for tests that start Snakemake dozens of times; see `forked`."""
+    """Return an interpreter that starts in a tenth of the time (`forked`), for dozens of starts of Snakemake."""
     return forked_python()
 
 

@@ -5,17 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from conftest import SPECS, SPECS_OF_CELLS, Prepared
 from scipy import sparse
 
 from perturbflow import embeddings, pairs
+from perturbflow.controls import Groups, match_controls
 from perturbflow.embeddings import Embeddings, coexpression, from_table
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, entities_of
-from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.genes.variable import highly_variable
+from perturbflow.io import streaming
+from perturbflow.pairs import CONTROLS_PER_CELL, Pairs
 
 KINDS = [*SPECS, *SPECS_OF_CELLS]
 
@@ -169,6 +174,66 @@ def test_the_same_inputs_give_the_same_pairs(prepared: dict[str, Prepared], tmp_
     assert (first.X != second.X).nnz == 0
     assert np.array_equal(first.obsm["control_index"], second.obsm["control_index"])
     pd.testing.assert_frame_equal(first.obs, second.obs)
+
+
+# --- block by block -------------------------------------------------------------------------------------------------
+
+
+def in_memory(here: Prepared, n_hvg: int) -> ad.AnnData:
+    """Return what `pair` writes but for the matched controls and halves, from the whole screen in memory, with scanpy."""
+    roles = json.loads(here.split.read_text())["cells"]
+    role_of = {cell: role for role, cells in roles.items() for cell in cells}
+    screen = ad.read_h5ad(here.harmonized)
+    screen = screen[screen.obs_names.isin(list(role_of))].copy()
+    is_train = screen.obs_names.isin(roles["train"])
+    screen.layers["counts"] = screen.X.copy()
+    sc.pp.normalize_total(screen, target_sum=float(np.median(screen.X[is_train].toarray().sum(axis=1))))
+    sc.pp.log1p(screen)
+    training = screen[is_train].copy()
+    sc.pp.highly_variable_genes(training, n_top_genes=n_hvg, flavor="seurat")
+    perturbed = {gene for label in screen.obs["perturbation"].unique() for gene in entities_of(label)}
+    screen.var["highly_variable"] = training.var["highly_variable"]
+    screen.var["is_perturbed_gene"] = screen.var_names.isin(perturbed)
+    screen.obs["role"] = pd.Categorical([role_of[cell] for cell in screen.obs_names], ["train", "validation", "test"])
+    kept = screen[:, screen.var["highly_variable"] | screen.var["is_perturbed_gene"]].copy()
+    kept.strings_to_categoricals()  # as writing does
+    return kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_give_what_the_whole_screen_in_memory_gives(
+    kind: str, prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 33)  # 16 blocks or more
+    pairs.pair(prepared[kind].harmonized, prepared[kind].split, tmp_path / "pairs.h5ad", 40)
+    found, expected = ad.read_h5ad(tmp_path / "pairs.h5ad"), in_memory(prepared[kind], 40)
+    pd.testing.assert_frame_equal(found.obs.drop(columns="half"), expected.obs[found.obs.columns.drop("half")])
+    pd.testing.assert_frame_equal(found.var, expected.var[found.var.columns])
+    assert (found.layers["counts"] != expected.layers["counts"]).nnz == 0
+    np.testing.assert_allclose(found.X.toarray(), expected.X.toarray(), rtol=1e-6)
+    assert found.X.dtype == found.layers["counts"].dtype == np.float32
+
+
+def test_the_layer_of_counts_shares_the_places_of_its_values_with_x(prepared: dict[str, Prepared]) -> None:
+    with h5py.File(prepared["unseen_combination"].pairs) as file:
+        for name in ("indices", "indptr"):
+            assert file["X"][name] == file["layers/counts"][name]
+
+
+@pytest.mark.parametrize("n_genes", [1, 30, 170, 400])
+def test_highly_variable_genes_are_those_of_scanpy(n_genes: int) -> None:
+    rng = np.random.default_rng(0)
+    X = sparse.csr_matrix(
+        rng.negative_binomial(1.0, 1 / (1 + rng.lognormal(-1, 2, 400)), (300, 400)).astype(np.float32)
+    )
+    X[:, 5] = 0.0
+    training = ad.AnnData(X.copy())
+    sc.pp.log1p(training)
+    sc.pp.highly_variable_genes(training, n_top_genes=n_genes, flavor="seurat")
+    found = highly_variable(
+        X.toarray().sum(axis=0, dtype=float), (X.toarray() ** 2).sum(axis=0, dtype=float), 300, n_genes
+    )
+    assert np.array_equal(found, training.var["highly_variable"])
 
 
 # --- halves ---------------------------------------------------------------------------------------------------------
@@ -327,3 +392,56 @@ def test_a_batch_without_controls_is_compared_with_those_of_its_cell_type(prepar
     expected = controls  # all that is left is b1, for cells of b1 and b2 alike
     assert set(batch) == {"b1", "b2"}
     np.testing.assert_allclose(without.control_mean_for(rows), expected, atol=1e-5)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "BYTES_PER_VALUE", 1e12)
+    here = prepared["unseen_combination"]
+    with pytest.raises(InputError, match=r"pairs\.h5ad will take about .* GB, and .* GB are free"):
+        pairs.pair(here.harmonized, here.split, tmp_path / "pairs.h5ad", 40)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("n_batches", [1, 400])
+def test_cells_of_a_few_are_matched_in_one_batch_and_in_hundreds(n_batches: int) -> None:
+    """Three cells per perturbation; where batches are as many as cells, most are compared with other batches."""
+    rng = np.random.default_rng(0)
+    labels = ["control"] * 60 + [f"G{i}" for i in range(100) for _ in range(3)]
+    rows = [
+        (label, "train", f"b{batch}", "t1")
+        for label, batch in zip(labels, rng.integers(0, n_batches, 360), strict=True)
+    ]
+    obs = toy(rows)
+    index, n_relaxed = match_controls(obs, 4, 0)
+    is_control = obs["is_control"].to_numpy()
+    assert is_control[index[~is_control]].all()
+    own = set(obs.loc[is_control, "batch"])
+    assert n_relaxed == (~obs.loc[~is_control, "batch"].isin(own)).sum()
+    groups = Groups(sorted(set(labels) - {CONTROL}), obs["perturbation"].to_numpy(), is_control, obs)
+    np.testing.assert_allclose(groups.control_weights().sum(axis=1), 1.0)
+    values = rng.normal(size=(360, 2))
+    effects = groups.effects(groups.sums(values))
+    batch = obs["batch"].to_numpy()
+    for i, label in enumerate(groups.labels[:10]):
+        pools = [
+            is_control & ((batch == batch[row]) | (batch[row] not in own))
+            for row in np.flatnonzero(obs["perturbation"] == label)
+        ]
+        expected = values[obs["perturbation"] == label].mean(axis=0) - np.mean(
+            [values[pool].mean(axis=0) for pool in pools], axis=0
+        )
+        np.testing.assert_allclose(effects[i], expected)
+
+
+def test_perturbations_with_few_cells_everywhere_have_an_effect_and_none_by_context(cells: Pairs) -> None:
+    few = np.concatenate([cells.cells_of(label)[:3] for label in cells.perturbations])
+    mask = cells.is_control.copy()
+    mask[few] = True
+    some = cells.roles("train").select(mask[cells.roles("train").rows])
+    assert some.effects_by_context == {}
+    assert np.isfinite(some.effect_of(some.perturbations[0])).all()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, SPECS, make_screen, prepare
+from conftest import REPOSITORY, Prepared
 
 from perturbflow import progress
 from perturbflow.embeddings import Embeddings
@@ -46,16 +46,17 @@ def test_a_short_loop_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("kind", ["unseen_perturbation", "unseen_combination"])
-def test_inner_folds_say_how_many_there_are(kind: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
-                                            caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
-    here = prepare(tmp_path_factory.mktemp("folds"), make_screen(), SPECS[kind])
+def test_inner_folds_say_how_many_there_are(
+    kind: str, prepared: dict[str, Prepared], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = prepared[kind]
     training = TrainingSet.of(Pairs.read(here.pairs), Embeddings.read(here.embeddings), 0)
     n = sum(len(training.folds(of_genes=of_genes, one_by_one=False)) for of_genes in (False, True))
     assert n > 3
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 1)
-    SetGP({"other": lambda inner, start: lambda label: inner.effects.values.mean(axis=0)}).learn(training)
+    SetGP(other_means={"other": lambda inner, start: lambda label: inner.effects.values.mean(axis=0)}).learn(training)
     assert any(record.getMessage().startswith(f"inner folds: 3 of {n}, about") for record in caplog.records)
 
 
@@ -64,13 +65,19 @@ def test_inner_folds_say_how_many_there_are(kind: str, tmp_path_factory: pytest.
     "first",
     [
         "import perturbflow.cli",
-        "import perturbflow.command; perturbflow.command.perturbflow(['list', 'splits', '--json'], standalone_mode=False)",
+        (
+            "import perturbflow.command; perturbflow.command.perturbflow(['list', 'splits', '--json'], "
+            "standalone_mode=False)"
+        ),
     ],
 )
 def test_what_is_called_by_hand_has_one_thread_unless_it_is_given_others(
     given: dict[str, str], n: int, first: str
 ) -> None:
-    code = f"{first}; import json, numpy, scipy.linalg, sklearn, threadpoolctl; print(json.dumps([p['num_threads'] for p in threadpoolctl.threadpool_info()]))"
+    code = (
+        f"{first}; import json, numpy, scipy.linalg, sklearn, threadpoolctl; print(json.dumps([p['num_threads'] "
+        f"for p in threadpoolctl.threadpool_info()]))"
+    )
     environment = {
         name: value
         for name, value in os.environ.items()

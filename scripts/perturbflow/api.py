@@ -287,7 +287,7 @@ def audit(
         cells = _read(pairs, "pairs").to_memory()
         screen = _read(harmonized, "harmonized")[cells.obs_names].to_memory()
         place = "pairs in memory" if isinstance(pairs, ad.AnnData) else str(Path(pairs).parent)
-        return audits.passed(Evidence(roles, cells, screen, table), place)
+        return audits.passed(Evidence.of(roles, cells, screen, table), place)
 
 
 def baseline(

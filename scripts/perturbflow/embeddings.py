@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import eigh
 
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import approved_symbol, candidates, entity_of, members_of, without_dose
 from perturbflow.io.files import atomic
-from perturbflow.io.hdf5 import CsrRows
+from perturbflow.io.streaming import row_blocks
 from perturbflow.pairs import Pairs
 
 logger = logging.getLogger(__name__)
 
 N_COEXPRESSION = 32
+CELLS_OF_COEXPRESSION = 50_000  # of training, by a fixed seed; of fewer, all
 MOST_FURTHER = 200  # genes that the screen does not perturb
 
 
@@ -74,21 +76,32 @@ class Embeddings:
 def coexpression(pairs: Pairs, genes: list[str]) -> pd.DataFrame:
     """Return each gene's loadings on the principal components of training cells, scaled by the components' deviations.
 
-    Genes that vary together over unperturbed and perturbed training cells lie close together. Genes × 32 at most;
-    NaN for a gene that was not measured.
+    Genes that vary together over unperturbed and perturbed training cells lie close together. Of more than
+    `CELLS_OF_COEXPRESSION` training cells that many are drawn, by a fixed seed: the co-expression of genes is known
+    from them, and a product of genes × genes takes its time per cell. Genes × 32 at most; NaN for a gene that was not
+    measured.
     """
-    stored = pairs.roles("train").X
-    X = (stored[:] if isinstance(stored, CsrRows) else stored).astype(np.float64)
-    mean = np.asarray(X.mean(axis=0)).ravel()
-    covariance = np.asarray((X.T @ X).todense()) / X.shape[0] - np.outer(mean, mean)
+    training = pairs.roles("train")
+    n_genes, n_cells = len(pairs.genes), len(training.rows)
+    drawn = np.arange(n_cells)
+    if n_cells > CELLS_OF_COEXPRESSION:
+        drawn = np.sort(np.random.default_rng(0).choice(n_cells, CELLS_OF_COEXPRESSION, replace=False))
+    sums, products = np.zeros(n_genes), np.zeros((n_genes, n_genes))
+    for part in row_blocks(len(drawn)):
+        X = training.X[drawn[part]].toarray().astype(np.float64)
+        sums += X.sum(axis=0)
+        products += X.T @ X
+    mean = sums / len(drawn)
+    covariance = products / len(drawn) - np.outer(mean, mean)
     spread = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
     scale = np.where(spread > 1e-8, spread, 1.0)
-    eigenvalues, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
-    leading = np.argsort(eigenvalues)[::-1][: min(N_COEXPRESSION, len(pairs.genes))]
+    n_leading = min(N_COEXPRESSION, n_genes)
+    eigenvalues, vectors = eigh(covariance / np.outer(scale, scale), subset_by_index=[n_genes - n_leading, n_genes - 1])
+    eigenvalues, vectors = eigenvalues[::-1], vectors[:, ::-1]
     # The sign of an eigenvector is arbitrary: fixed here, so that equal data give equal numbers.
-    signs = np.sign(vectors[np.abs(vectors[:, leading]).argmax(axis=0), leading])
-    loadings = vectors[:, leading] * signs * np.sqrt(np.maximum(eigenvalues[leading], 0.0))
-    table = pd.DataFrame(loadings, index=pairs.genes, columns=[f"coexpression:{i}" for i in range(len(leading))])
+    signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(n_leading)])
+    loadings = vectors * signs * np.sqrt(np.maximum(eigenvalues, 0.0))
+    table = pd.DataFrame(loadings, index=pairs.genes, columns=[f"coexpression:{i}" for i in range(n_leading)])
     return table.reindex(genes)
 
 
@@ -229,7 +242,7 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
     priors
         Vectors of all genes, one table per prior among the sources, in their order.
     """
-    cells = Pairs.read(pairs)
+    cells = Pairs.open(pairs)
     perturbed = sorted({gene for label in cells.perturbations for gene in members_of(label)})
     further = further_genes(
         [Path(source["file"]) for source in sources if isinstance(source, dict)], map(entity_of, perturbed), cells.genes

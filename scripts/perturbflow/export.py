@@ -19,7 +19,8 @@ from perturbflow.genes.symbols import CONTROL, SEPARATOR, members_of
 from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.files import atomic, file_digest, read_json, write_json
 from perturbflow.io.hdf5 import AppendedRows, CsrRows
-from perturbflow.pairs import Pairs, row_blocks
+from perturbflow.io.streaming import row_blocks
+from perturbflow.pairs import Pairs
 
 OBS = ["perturbation", "role", "batch", "cell_type", "is_control", "total_counts"]
 GENES = ["gene_name", "gene_id", "highly_variable", "is_perturbed_gene"]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,155 +14,26 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.errors import InputError
+from perturbflow.controls import KEYS, Context, Groups, Sorted, Strata, match_controls
 from perturbflow.genes.symbols import CONTROL, entities_of
-from perturbflow.io.files import atomic, file_digest, read_json
-from perturbflow.io.hdf5 import CsrRows
-from perturbflow.io.kernels import add_moments
+from perturbflow.genes.variable import highly_variable
+from perturbflow.io.anndata_file import read_columns
+from perturbflow.io.files import atomic, file_digest, read_json, require_room
+from perturbflow.io.hdf5 import Appended, AppendedRows, CsrRows
+from perturbflow.io.kernels import add_moments, add_rows
+from perturbflow.io.streaming import row_blocks
 from perturbflow.splits.divisions import KNOWN, ROLES
 
 logger = logging.getLogger(__name__)
 
 CONTROLS_PER_CELL = 8
-ROWS_AT_ONCE = 4096
+BYTES_PER_VALUE = 3.0  # of pairs.h5ad, at the least: normalized value, place and count, compressed
+VALUES_IN_MEMORY = 50_000_000  # of expression, 8 bytes each: of more, rows are read when they are asked for
 LEAST_CELLS = 10  # of a perturbation in a context: fewer give noise for an effect
 CARRIED_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
     "total_counts", "n_genes_by_counts", "pct_counts_mt",
 )  # fmt: skip
-
-
-class Groups:
-    """Groups of cells whose sums hold the mean effects of all perturbations.
-
-    Those are the cells of every perturbation, and the controls of every batch × cell type × role, which are dealt out to two groups
-    by turns: so the effects against either half of the controls come from the same sums.
-
-    Parameters
-    ----------
-    labels
-        Perturbations, sorted.
-    label
-        Label of every cell.
-    is_control
-        Mask of control cells.
-    obs
-        Columns batch, cell_type and role.
-
-    Attributes
-    ----------
-    of_cell
-        Group of every cell: the number of its label or, for controls, from the number of labels on.
-    stratum
-        Number of every cell's batch × cell type × role.
-    strata
-        Batch × cell type of every stratum, as `Pairs.strata` writes it.
-    n_cells
-        Cells per group.
-    """
-
-    def __init__(self, labels: list[str], label: np.ndarray, is_control: np.ndarray, obs: pd.DataFrame) -> None:
-        self.labels = labels
-        strata = obs.groupby(["batch", "cell_type", "role"], observed=True)
-        self.stratum = strata.ngroup().to_numpy()
-        # Where a batch has no control of the role, all of the cell type and role serve, as in `match_controls`.
-        places = strata.size().index.to_frame(index=False)
-        self.strata = (places["batch"].astype(str) + "|" + places["cell_type"].astype(str)).tolist()
-        self._relaxed = places.groupby(["cell_type", "role"], observed=True).ngroup().to_numpy()
-        turn = pd.Series(self.stratum[is_control]).groupby(self.stratum[is_control]).cumcount().to_numpy() % 2
-        self.of_cell = pd.Index(labels).get_indexer(label)
-        self.of_cell[is_control] = len(labels) + 2 * self.stratum[is_control] + turn
-        n_strata = len(self._relaxed)
-        self.n_cells = np.bincount(self.of_cell, minlength=len(labels) + 2 * n_strata)
-        shares = np.zeros((len(labels), n_strata))
-        np.add.at(shares, (self.of_cell[~is_control], self.stratum[~is_control]), 1.0)
-        self._shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1.0)
-
-    def is_of_half(self, half: int) -> np.ndarray:
-        """Return True for the controls of one half, (cells,), as `effects` takes them."""
-        n = self.n_cells[len(self.labels) :].reshape(-1, 2)
-        control = self.of_cell - len(self.labels)
-        is_alone = n.sum(axis=1)[np.maximum(control, 0) // 2] < 2
-        return (control >= 0) & ((control % 2 == half) | is_alone)
-
-    def indicator(self, rows: slice) -> sparse.csr_matrix:
-        """Return 1 where a cell is of a group, (groups, cells), of a range of cells."""
-        group = self.of_cell[rows]
-        return sparse.csr_matrix(
-            (np.ones(len(group)), (group, np.arange(len(group)))), shape=(len(self.n_cells), len(group))
-        )
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """Return sums of what every cell has, (cells, columns), over every group, (groups, columns)."""
-        return sum(self.indicator(rows) @ values[rows] for rows in row_blocks(len(values)))
-
-    def means(self, sums: np.ndarray) -> np.ndarray:
-        """Return the mean of every perturbation from the sums over all groups, (perturbations, columns)."""
-        return sums[: len(self.labels)] / self.n_cells[: len(self.labels), None]
-
-    def effects(self, sums: np.ndarray, half: int | None = None) -> np.ndarray:
-        """Return the mean of every perturbation less that of its controls, weighted as its cells are over strata, (perturbations, columns).
-
-        Parameters
-        ----------
-        sums
-            Over the cells of every group, (groups, columns).
-        half
-            Which half of the controls is compared with, 0 or 1; None is all. A control that is alone in its stratum is in both.
-        """
-        return self.means(sums) - self.control_weights(half) @ self.control_means(sums, half)
-
-    def n_controls(self, half: int | None = None) -> np.ndarray:
-        """Return the controls of each stratum, of one half or of both, (strata,)."""
-        return (self.n_cells[len(self.labels) :].reshape(-1, 2) * self._is_of_half(half)).sum(axis=1)
-
-    def control_means(self, sums: np.ndarray, half: int | None = None) -> np.ndarray:
-        """Return the mean of the controls of each stratum from the sums over all groups, (strata, columns); 0 without controls."""
-        kept = np.where(self._is_of_half(half), 1.0, 0.0)
-        controls = np.einsum("st,stg->sg", kept, sums[len(self.labels) :].reshape(len(kept), 2, -1))
-        return controls / np.maximum(self.n_controls(half), 1)[:, None]
-
-    def _is_of_half(self, half: int | None) -> np.ndarray:
-        n = self.n_cells[len(self.labels) :].reshape(-1, 2)
-        return n > 0 if half is None else (n > 0) & ((np.arange(2) == half) | (n.sum(axis=1) < 2)[:, None])
-
-    def control_weights(self, half: int | None = None) -> np.ndarray:
-        """Return how much each perturbation is compared with the controls of each stratum, (perturbations, strata); rows sum to 1."""
-        n = self.n_controls(half)
-        pool = (self._relaxed[:, None] == self._relaxed) & (n == 0)[:, None] | np.eye(len(n), dtype=bool)
-        return self._shares @ (pool * n / (pool @ n)[:, None])
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where cells are that are asked.
-
-    Attributes
-    ----------
-    strata
-        Batch × cell type of every cell, as `Pairs.strata` writes it.
-    levels
-        Mean control by stratum, (genes,) each, log1p.
-    """
-
-    strata: np.ndarray
-    levels: Mapping[str, np.ndarray]
-
-    @property
-    def level(self) -> np.ndarray:
-        """Mean control of the cells' strata, weighted as they are, (genes,)."""
-        return np.sum([share * self.levels[stratum] for stratum, share in self.shares.items()], axis=0)
-
-    @cached_property
-    def shares(self) -> dict[str, float]:
-        """Share of the cells in each stratum."""
-        names, times = np.unique(self.strata, return_counts=True)
-        return {str(name): n / len(self.strata) for name, n in zip(names, times, strict=True)}
-
-    def places(self) -> Iterator[tuple[np.ndarray, "Context"]]:
-        """Yield the cells of each stratum, as positions, and where they are."""
-        for stratum in self.shares:
-            yield np.flatnonzero(self.strata == stratum), Context(np.array([stratum]), self.levels)
 
 
 @dataclass(frozen=True)
@@ -171,7 +43,8 @@ class Pairs:
     Attributes
     ----------
     X
-        log1p-normalized expression, CSR float32, cells × genes; in memory, or on disk and read when rows are asked for, as X[rows].
+        log1p-normalized expression, CSR float32, cells × genes; in memory, or on disk and read when rows are asked for,
+        as X[rows].
     obs
         One row per cell: perturbation, is_control, batch, cell_type, role, half.
     genes
@@ -198,6 +71,12 @@ class Pairs:
         return replace(cells, X=cells.X[:])
 
     @classmethod
+    def load(cls, path: Path) -> "Pairs":
+        """Read pairs.h5ad where its expression is small (`VALUES_IN_MEMORY`), open it otherwise."""
+        cells = cls.open(path)
+        return replace(cells, X=cells.X[:]) if cells.X.n_stored.sum() <= VALUES_IN_MEMORY else cells
+
+    @classmethod
     def open(cls, path: Path) -> "Pairs":
         """Read pairs.h5ad but for X, whose rows are read when they are asked for, as X[rows]."""
         file = h5py.File(path)
@@ -222,7 +101,7 @@ class Pairs:
         return replace(kept, control_index=match_controls(kept.obs, self.control_index.shape[1], seed)[0])
 
     def roles(self, *roles: str) -> "Pairs":
-        """Return the cells of these roles: always the same object, so that what is measured of them is measured once."""
+        """Return the cells of these roles: always the same object, so that everything is measured once."""
         if roles not in self._of_roles:
             mask = self.obs["role"].isin(roles).to_numpy()
             if mask.all():
@@ -231,7 +110,7 @@ class Pairs:
         return self._of_roles[roles]
 
     def fitted_on(self, scored: str) -> "Pairs":
-        """Return what a model is handed whose scores are those of a role: the cells that it learns from, all in the role train.
+        """Return the cells that a model may learn from whose scores are those of a role, all in the role train.
 
         Where validation is scored, its cells are there too, in their own role: they draw the curve of a training.
         """
@@ -243,10 +122,10 @@ class Pairs:
     def _of_roles(self) -> dict[tuple[str, ...], "Pairs"]:
         return {}
 
-    def blocks(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-        """Yield all cells in their order, some thousands at once: which rows they are, and their expression."""
-        for rows in row_blocks(len(self.rows)):
-            yield rows, self.X[rows]
+    def blocks(self, rows: np.ndarray | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+        """Yield all cells, or these rows, in order and some thousands at once: which they are, and their expression."""
+        for part in row_blocks(len(self.rows) if rows is None else len(rows)):
+            yield part, self.X[part if rows is None else rows[part]]
 
     @cached_property
     def groups(self) -> Groups:
@@ -255,7 +134,7 @@ class Pairs:
 
     @cached_property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of expression and of its squares over every group, from one pass over the cells, (groups, genes) each."""
+        """Sums of expression and of its squares over every group, (groups, genes) each, from one pass over cells."""
         return self.sums_over(self.groups.of_cell, np.ones(len(self.rows), dtype=bool), len(self.groups.n_cells))
 
     def sums_over(self, group: np.ndarray, mask: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -266,36 +145,40 @@ class Pairs:
         group
             Of every cell under the mask.
         """
-        of_cell = np.full(len(mask), -1)
-        of_cell[mask] = group
-        sums, squares = np.zeros((2, n_groups, len(self.genes)))
-        for rows, X in self.blocks():
-            here = of_cell[rows] >= 0
-            kept = X if here.all() else X[here]
-            add_moments(kept.data, kept.indices, kept.indptr, of_cell[rows][here], sums, squares)
+        sums, squares = np.zeros((2, n_groups, self.X.shape[1]))
+        for part, X in self.blocks(None if mask.all() else np.flatnonzero(mask)):
+            add_moments(X.data, X.indices, X.indptr, group[part], sums, squares)
         return sums, squares
 
     @cached_property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        """Per batch × cell type with controls, the mean effect of every perturbation that has at least ten cells in it; from one pass.
+        """Per batch × cell type with controls, the mean effect of every perturbation with at least ten cells in it.
 
         Of cells of one role, as each is compared with controls of its own.
         """
-        strata = self.obs[["batch", "cell_type"]].astype(str)
-        has_controls = set(strata[self.is_control].itertuples(index=False, name=None))
-        group = np.full(len(self.labels), -1)
-        found: list[tuple[str, str, str, np.ndarray]] = []
-        for (batch, cell_type, label), rows in (
-            strata.assign(label=self.labels).groupby(["batch", "cell_type", "label"]).indices.items()
-        ):
-            if label != CONTROL and len(rows) >= LEAST_CELLS and (batch, cell_type) in has_controls:
-                group[rows] = len(found)
-                found.append((batch, cell_type, label, rows))
-        sums, _ = self.sums_over(group[group >= 0], group >= 0, len(found))
+        places = Strata(self.obs, KEYS[:2])
+        names = places.table.astype(str)
+        rank = names.groupby(list(KEYS[:2])).ngroup().to_numpy()
+        contexts = list(names.iloc[np.argsort(rank)].itertuples(index=False, name=None))
+        place = rank[places.of_cell]
+        label, labels = pd.factorize(self.labels, sort=True)
+        has_controls = np.bincount(place[self.is_control], minlength=len(places)) > 0
+        number, group, size = np.unique(place * len(labels) + label, return_inverse=True, return_counts=True)
+        is_found = (
+            (size >= LEAST_CELLS) & has_controls[number // len(labels)] & (labels[number % len(labels)] != CONTROL)
+        )
+        mask = is_found[group]
+        group = (np.cumsum(is_found) - 1)[group[mask]]
+        # Single precision is enough for sums of some dozens of cells, and contexts × perturbations are many.
+        values = np.zeros((is_found.sum(), len(self.genes)), np.float32)
+        for part, X in self.blocks(np.flatnonzero(mask)):
+            add_rows(X.data, X.indices, X.indptr, group[part], values)
+        shape = len(values), len(self._within)
+        weights = sparse.csr_matrix((1.0 / size[is_found][group], (group, self._within.of_cell[mask])), shape=shape)
         effects: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-        for total, (batch, cell_type, label, rows) in zip(sums, found, strict=True):
-            mean = (total / len(rows)).astype(np.float32)
-            effects.setdefault((batch, cell_type), {})[label] = mean - self.control_mean_for(rows)
+        for i, (found, n) in enumerate(zip(number[is_found], size[is_found], strict=True)):
+            values[i] = values[i] / n - weights[i] @ self._control_levels
+            effects.setdefault(contexts[found // len(labels)], {})[labels[found % len(labels)]] = values[i]
         return effects
 
     def is_of_context(self, context: tuple[str, str]) -> np.ndarray:
@@ -332,7 +215,13 @@ class Pairs:
     @cached_property
     def strata(self) -> np.ndarray:
         """Batch and cell type of every cell, as one word."""
-        return (self.obs["batch"].astype(str) + "|" + self.obs["cell_type"].astype(str)).to_numpy()
+        places = Strata(self.obs, KEYS[:2])
+        return places.names[places.of_cell]
+
+    @cached_property
+    def _within(self) -> Strata:
+        """Batch, cell type and role of every cell."""
+        return Strata(self.obs)
 
     @property
     def perturbations(self) -> list[str]:
@@ -344,13 +233,13 @@ class Pairs:
         return self._rows_of.get(label, np.empty(0, dtype=np.int64))
 
     @cached_property
-    def _control_means(self) -> dict[tuple, np.ndarray]:
-        """Mean control per (batch, cell type, role), and per (cell type, role)."""
-        controls = self.obs[self.is_control]
-        X = self.X[np.flatnonzero(self.is_control)]
-        keys = ["batch", "cell_type", "role"]
-        groups = {**controls.groupby(keys, observed=True).indices, **controls.groupby(keys[1:], observed=True).indices}
-        return {key: np.asarray(X[rows].mean(axis=0)).ravel() for key, rows in groups.items()}
+    def _control_levels(self) -> np.ndarray:
+        """Mean of the controls that serve each stratum, (strata, genes), log1p."""
+        within, n = self._within, self.groups.n_controls()
+        pool = within.serving(n)
+        n_serving = np.where(pool < 0, np.nan, (within.members @ n)[pool])
+        sums = self.groups.control_means(self.sums[0]) * n[:, None]
+        return (within.members[pool] @ sums / n_serving[:, None]).astype(self.X.dtype)
 
     @cached_property
     def control_level(self) -> np.ndarray:
@@ -359,10 +248,20 @@ class Pairs:
         return (self.sums[0][first:].sum(axis=0) / self.groups.n_cells[first:].sum()).astype(self.X.dtype)
 
     @cached_property
+    def control_variance(self) -> np.ndarray:
+        """Variance of expression over all controls, (genes,)."""
+        first, (sums, squares) = len(self.groups.labels), self.sums
+        n = self.groups.n_cells[first:].sum()
+        return squares[first:].sum(axis=0) / n - (sums[first:].sum(axis=0) / n) ** 2
+
+    @cached_property
     def control_covariance(self) -> np.ndarray:
         """Covariance of genes over all controls, (genes, genes)."""
-        X = self.X[np.flatnonzero(self.is_control)].toarray() - self.control_level
-        return X.T @ X / len(X)
+        products = np.zeros((len(self.genes), len(self.genes)), self.X.dtype)
+        for _, X in self.blocks(np.flatnonzero(self.is_control)):
+            centred = X.toarray() - self.control_level
+            products += centred.T @ centred
+        return products / self.is_control.sum()
 
     def mean_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the mean expression of cells, (genes,)."""
@@ -379,145 +278,234 @@ class Pairs:
         A perturbation with many cells in one batch is compared with that batch, so that batch effects are no effects.
         For a batch without controls those of the role's other batches serve, as they do in `match_controls`.
         """
-        strata = self.obs.iloc[rows].groupby(["batch", "cell_type", "role"], observed=True).size()
-        means = [n * self._control_means[key if key in self._control_means else key[1:]] for key, n in strata.items()]
-        return sum(means) / len(rows)
+        strata, n = np.unique(self._within.of_cell[rows], return_counts=True)
+        return (n / len(rows) @ self._control_levels[strata]).astype(self.X.dtype)
 
     def context_of(self, rows: np.ndarray) -> Context:
         """Return where cells of one role are, with the mean control of each place."""
-        strata = self.strata[rows]
-        names, first = np.unique(strata, return_index=True)
-        return Context(
-            strata, {str(name): self.control_mean_for(rows[[i]]) for name, i in zip(names, first, strict=True)}
-        )
+        strata = np.unique(self._within.of_cell[rows])
+        levels = dict(zip(self._within.names[strata].tolist(), self._control_levels[strata], strict=True))
+        return Context(self.strata[rows], levels)
 
     def effect_of(self, label: str) -> np.ndarray:
         """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""
+        return self._effects[self.groups.labels.index(label)]
+
+    @cached_property
+    def _effects(self) -> np.ndarray:
+        """Mean effect of every perturbation, (perturbations, genes)."""
+        return self.groups.effects(self.sums[0]).astype(self.X.dtype)
+
+    def effects_of_halves(self, label: str) -> list[np.ndarray]:
+        """Return the mean effect by each half of a perturbation's cells that is not empty, against all controls."""
+        group, sums = self._halves
+        groups = 2 * self.groups.labels.index(label) + np.arange(2)
         rows = self.cells_of(label)
-        return self.mean_of(rows) - self.control_mean_for(rows)
+        found = [(i, rows[group[rows] == i]) for i in groups]
+        return [
+            (sums[i] / len(of_half)).astype(self.X.dtype) - self.control_mean_for(of_half)
+            for i, of_half in found
+            if len(of_half)
+        ]
 
+    @cached_property
+    def _halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Half that every cell belongs to, -1 for none, (cells,); and sums over halves, (halves, genes)."""
+        half = pd.Categorical(self.obs["half"].astype(str), categories=["a", "b"]).codes
+        group = np.where((half >= 0) & ~self.is_control, 2 * self.groups.of_cell + half, -1)
+        return group, self.sums_over(group[group >= 0], group >= 0, 2 * len(self.groups.labels))[0]
 
-def row_blocks(n: int) -> Iterator[slice]:
-    """Yield n rows in their order, some thousands at once."""
-    for first in range(0, n, ROWS_AT_ONCE):
-        yield slice(first, min(first + ROWS_AT_ONCE, n))
+    def controls_at(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return the expression of controls by their rows. Controls are few and asked often, so all stay in memory."""
+        at, X = self._controls
+        return X[np.searchsorted(at, rows)]
 
-
-def match_controls(obs: pd.DataFrame, k: int, seed: int) -> tuple[np.ndarray, int]:
-    """Return k control rows per perturbed cell, of the same role, batch and cell type, each used equally often.
-
-    Returns
-    -------
-    index
-        int32, cells × k; -1 for controls.
-    n_relaxed
-        Cells whose batch holds no control of their role: they got controls of their cell type from other batches.
-
-    Raises
-    ------
-    InputError
-        If a role has no control of a cell type at all.
-    """
-    rng = np.random.default_rng(seed)
-    index = np.full((len(obs), k), -1, dtype=np.int32)
-    table = obs.assign(row=np.arange(len(obs)))
-    controls = table[table["is_control"].to_numpy(bool)]
-    exact = controls.groupby(["role", "cell_type", "batch"], observed=True)["row"].agg(list)
-    relaxed = controls.groupby(["role", "cell_type"], observed=True)["row"].agg(list)
-    n_relaxed = 0
-    perturbed = table[~table["is_control"].to_numpy(bool)]
-    for (role, cell_type, batch, label), cells in perturbed.groupby(
-        ["role", "cell_type", "batch", "perturbation"], observed=True
-    ):
-        pool = exact.get((role, cell_type, batch))
-        if pool is None:
-            n_relaxed += len(cells)
-            pool = relaxed.get((role, cell_type))
-        if pool is None:
-            raise InputError(
-                f"no control cell of cell type '{cell_type}' has the role {role}: {label} cannot be compared with anything. "
-                "Leave this cell type out through subset in the dataset's block, or drop covariates.cell_type."
-            )
-        rounds = -(-len(cells) * k // len(pool))
-        drawn = np.concatenate([rng.permutation(pool) for _ in range(rounds)])[: len(cells) * k]
-        index[cells["row"].to_numpy()] = drawn.reshape(k, len(cells)).T
-    return index, n_relaxed
+    @cached_property
+    def _controls(self) -> tuple[np.ndarray, sparse.csr_matrix]:
+        rows = np.flatnonzero(self.is_control)
+        return rows, self.X[rows]
 
 
 def _halves(obs: pd.DataFrame, seed: int) -> np.ndarray:
-    """Divide the cells of every perturbation × held-out role in two, within batch: 'a' is the technical duplicate, 'b' is scored."""
+    """Divide the cells of every perturbation × held-out role in two, within batch.
+
+    Half 'a' is the technical duplicate, half 'b' is scored.
+    """
     rng = np.random.default_rng(seed)
     half = np.full(len(obs), "", dtype=object)
-    held_out = (obs["role"] != "train").to_numpy() & ~obs["is_control"].to_numpy(bool)
-    table = obs.assign(row=np.arange(len(obs)))[held_out]
-    for _, cells in table.groupby(["perturbation", "role"], observed=True):
-        shuffled = cells.iloc[rng.permutation(len(cells))].sort_values(["batch", "cell_type"], kind="stable")
-        half[shuffled["row"].to_numpy()[0::2]] = "b"
-        half[shuffled["row"].to_numpy()[1::2]] = "a"
+    held_out = np.flatnonzero((obs["role"] != "train").to_numpy() & ~obs["is_control"].to_numpy(bool))
+    cells = obs.iloc[held_out]
+    place = cells.groupby(["batch", "cell_type"], observed=True).ngroup().to_numpy()
+    groups = Sorted(cells.groupby(["perturbation", "role"], observed=True).ngroup().to_numpy())
+    for group in range(len(groups)):
+        shuffled = rng.permutation(groups[group])
+        shuffled = held_out[shuffled[np.argsort(place[shuffled], kind="stable")]]
+        half[shuffled[0::2]] = "b"
+        half[shuffled[1::2]] = "a"
     return half
 
 
-def pair(harmonized: Path, split: Path, pairs: Path, n_hvg: int) -> None:
-    """Write the control/perturbed pairs of one split.
+@dataclass(frozen=True)
+class Screen:
+    """The cells of harmonized.h5ad that a split places; counts stay on disk.
+
+    Attributes
+    ----------
+    counts
+        Raw counts, CSR on disk, cells × genes.
+    obs, var
+        `CARRIED_OBS` and role of every cell; the genes.
+    """
+
+    counts: CsrRows
+    obs: pd.DataFrame
+    var: pd.DataFrame
+
+    @classmethod
+    def open(cls, harmonized: Path, cells: Mapping[str, list[str]]) -> "Screen":
+        """Open a screen; `cells` are the names of the cells of each role."""
+        file = h5py.File(harmonized)
+        obs = read_columns(file["obs"], CARRIED_OBS)
+        code = np.full(len(obs), -1, np.int8)
+        for i, role in enumerate(ROLES):
+            found = obs.index.get_indexer(pd.Index(cells[role]))
+            code[found[found >= 0]] = i
+        placed = np.flatnonzero(code >= 0)
+        obs = obs.iloc[placed].copy()
+        for column in obs.select_dtypes("category"):
+            obs[column] = obs[column].cat.remove_unused_categories()
+        obs["role"] = pd.Categorical.from_codes(code[placed], categories=list(ROLES))
+        return cls(CsrRows(file["X"], Path(harmonized)).select(placed), obs, ad.io.read_elem(file["var"]))
+
+    @cached_property
+    def is_train(self) -> np.ndarray:
+        """Mask of training cells."""
+        return (self.obs["role"] == "train").to_numpy()
+
+    def blocks(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+        """Yield all cells in their order, some thousands at once: which they are, and their counts."""
+        for rows in row_blocks(len(self.obs)):
+            yield rows, self.counts[rows].astype(np.float32, copy=False)
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """Counts per cell over all genes, (cells,)."""
+        return self._first_pass[0]
+
+    @cached_property
+    def target_sum(self) -> float:
+        """Median of the training cells' totals."""
+        return float(np.median(self.totals[self.is_train]))
+
+    @cached_property
+    def _first_pass(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Totals of all cells; sums over training cells of counts ÷ total, and of their squares; values of all cells.
+
+        (cells,) and (genes,) three times.
+        """
+        n_values = np.zeros(len(self.var), np.int64)
+        totals = np.zeros(len(self.obs), np.float32)
+        sums, squares = np.zeros((2, 1, len(self.var)))
+        for rows, counts in self.blocks():
+            totals[rows] = np.asarray(counts.sum(axis=1)).ravel()
+            n_values += np.bincount(counts.indices, minlength=len(n_values))
+            is_train = self.is_train[rows]
+            kept = counts[is_train]
+            fractions = kept.data / np.repeat(totals[rows][is_train], np.diff(kept.indptr))
+            add_moments(fractions, kept.indices, kept.indptr, np.zeros(kept.shape[0], np.int64), sums, squares)
+        return totals, sums[0], squares[0], n_values
+
+    @property
+    def n_values(self) -> np.ndarray:
+        """Counts above 0 of all cells, (genes,)."""
+        return self._first_pass[3]
+
+    def highly_variable(self, n_genes: int) -> np.ndarray:
+        """Return the genes that training cells select, (genes,): all where no more are measured."""
+        if n_genes >= len(self.var):
+            return np.ones(len(self.var), dtype=bool)
+        _, sums, squares, _ = self._first_pass
+        return highly_variable(self.target_sum * sums, self.target_sum**2 * squares, int(self.is_train.sum()), n_genes)
+
+    def normalized(self, rows: slice, counts: sparse.csr_matrix) -> np.ndarray:
+        """Return log1p of counts scaled to the target sum, float32, given rows of cells and their counts of genes."""
+        totals = self.totals[rows]
+        scale = np.divide(self.target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
+        return np.log1p(np.repeat(scale, np.diff(counts.indptr)) * counts.data)
+
+
+def _write_matrices(file: h5py.File, screen: Screen, genes: np.ndarray, threads: int) -> None:
+    """Write X and layers["counts"] of some genes, block by block.
+
+    The two have the same places of values: the layer has them as hard links, which any reader follows, and costs the
+    counts alone.
+    """
+    if "X" in file:
+        del file["X"]
+    X, layer = file.create_group("X"), file["layers"].create_group("counts")
+    with ThreadPoolExecutor(threads) as pool:
+        written = AppendedRows(X, len(genes), len(screen.obs), pool)
+        counted = Appended(layer, "data", np.float32, len(screen.obs) * len(genes), pool)
+        for rows, block in screen.blocks():
+            counts = block[:, genes]
+            counts.sort_indices()
+            counted.append(counts.data)
+            X_block = screen.normalized(rows, counts)
+            written.append(sparse.csr_matrix((X_block, counts.indices, counts.indptr), shape=counts.shape))
+        written.finish()
+        counted.finish()
+    layer.attrs.update(X.attrs)
+    for name in ("indices", "indptr"):
+        layer[name] = X[name]
+
+
+def pair(harmonized: Path, split: Path, pairs: Path, n_hvg: int, threads: int = 1) -> None:
+    """Write the control/perturbed pairs of one split; counts are read twice, in blocks of cells.
 
     Parameters
     ----------
     harmonized, split
         The screen and the roles of its cells.
     pairs
-        AnnData to be written: X log1p of counts normalized to uns["perturbflow"]["target_sum"], layers["counts"], var.highly_variable,
-        var.is_perturbed_gene, obs.role, obs.half, obsm["control_index"].
+        AnnData to be written: X log1p of counts normalized to uns["perturbflow"]["target_sum"], layers["counts"],
+        var.highly_variable, var.is_perturbed_gene, obs.role, obs.half, obsm["control_index"].
     n_hvg
         Highly variable genes, chosen on training cells; measured perturbed genes are kept besides.
+    threads
+        Threads that encode.
     """
     roles = read_json(split)
-    adata = ad.read_h5ad(harmonized)
-    role_of_cell = pd.Series({cell: role for role in ROLES for cell in roles["cells"][role]})
-    adata = adata[adata.obs_names.isin(role_of_cell.index)].copy()
-    obs = adata.obs[list(CARRIED_OBS)].copy()
-    obs["role"] = pd.Categorical(role_of_cell[adata.obs_names].to_numpy(), categories=ROLES)
-    is_train = (obs["role"] == "train").to_numpy()
-    counts = sparse.csr_matrix(adata.X, dtype=np.float32)
-
-    totals = np.asarray(counts.sum(axis=1)).ravel()
-    target_sum = float(np.median(totals[is_train]))
-    scale = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
-    X = sparse.csr_matrix(sparse.diags(scale.astype(np.float32)) @ counts)
-    X.data = np.log1p(X.data)
-
-    highly_variable = np.ones(adata.n_vars, dtype=bool)
-    if n_hvg < adata.n_vars:
-        import scanpy as sc  # seconds to import, and every training imports this module
-
-        training = ad.AnnData(X=X[is_train], var=pd.DataFrame(index=adata.var_names))
-        sc.pp.highly_variable_genes(training, n_top_genes=n_hvg, flavor="seurat")
-        highly_variable = training.var["highly_variable"].to_numpy()
-    perturbed_genes = {gene for label in obs["perturbation"].unique() for gene in entities_of(label)}
-    is_perturbed_gene = adata.var_names.isin(perturbed_genes)
-    kept = highly_variable | is_perturbed_gene
-
     seed = roles["spec"]["seed"]
+    screen = Screen.open(harmonized, roles.pop("cells"))
+    obs = screen.obs
+    highly_variable = screen.highly_variable(n_hvg)
+    perturbed_genes = {gene for label in obs["perturbation"].unique() for gene in entities_of(label)}
+    var = screen.var[["gene_name", "gene_id", "original_name"]].assign(
+        highly_variable=highly_variable, is_perturbed_gene=screen.var.index.isin(perturbed_genes)
+    )
+    kept = np.flatnonzero(var["highly_variable"] | var["is_perturbed_gene"])
+    require_room(pairs.parent, BYTES_PER_VALUE * screen.n_values[kept].sum(), pairs.name)
     control_index, n_relaxed = match_controls(obs, CONTROLS_PER_CELL, seed)
     if n_relaxed:
         logger.warning(
             "%d cells have no control in their own batch and role; controls of other batches serve", n_relaxed
         )
     obs["half"] = pd.Categorical(_halves(obs, seed), categories=["", "a", "b"])
-    var = adata.var[["gene_name", "gene_id", "original_name"]].copy()
-    var["highly_variable"] = highly_variable
-    var["is_perturbed_gene"] = is_perturbed_gene
-    out = ad.AnnData(
-        X=X[:, kept], obs=obs, var=var[kept], layers={"counts": counts[:, kept]}, obsm={"control_index": control_index}
-    )
-    out.uns["perturbflow"] = {
-        "target_sum": target_sum,
+    tables = ad.AnnData(obs=obs, var=var.iloc[kept], obsm={"control_index": control_index})
+    tables.uns["perturbflow"] = {
+        "target_sum": screen.target_sum,
         "n_hvg": int(highly_variable.sum()),
         "n_relaxed_matches": n_relaxed,
         "split_sha256": file_digest(split),
         "train_cells_sha256": roles["sha256"]["train"]["cells"],
     }
     logger.info(
-        "%d cells × %d genes (%d highly variable), target sum %g", *out.shape, highly_variable.sum(), target_sum
+        "%d cells × %d genes (%d highly variable), target sum %g",
+        *tables.shape,
+        highly_variable.sum(),
+        screen.target_sum,
     )
     with atomic(pairs) as partial:
-        out.write_h5ad(partial, compression="gzip")
+        tables.write_h5ad(partial, compression="gzip")
+        with h5py.File(partial, "r+") as file:
+            _write_matrices(file, screen, kept, threads)

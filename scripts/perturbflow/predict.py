@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbflow.controls import Context
 from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic
 from perturbflow.io.hdf5 import AppendedRows
 from perturbflow.models.base import Ceiling, Given, Model, build
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 
 logger = logging.getLogger(__name__)
 

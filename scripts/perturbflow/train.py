@@ -117,7 +117,7 @@ def train(
         logger.info("the same training was finished before and is not repeated; to repeat it, delete %s", model.parent)
         return
     started = time.perf_counter()
-    cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
+    cells = Pairs.open(pairs) if family.reads_blocks else Pairs.load(pairs)
     cells = cells if isinstance(family, Ceiling) else cells.fitted_on(scored)
     artefact = family.fit(cells, Embeddings.read(embeddings), circumstances)
     seconds = time.perf_counter() - started

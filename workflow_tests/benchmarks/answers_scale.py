@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/support")]
 
 import h5py  # noqa: E402
 from conftest import SPECS, make_screen, prepare  # noqa: E402
-from test_models import registered  # noqa: E402
+from learned import registered  # noqa: E402
 
 from perturbflow.counterfactuals.answers import CELLS_PER_BLOCK, Question, Writer, answered  # noqa: E402
 from perturbflow.counterfactuals.novelty import Novelty  # noqa: E402

@@ -14,8 +14,8 @@ Most of a distance is of the mean where that is hard to predict. --mean-given ta
 with a closed-form mean, are asked again with the mean that the duplicate (half a of the measured cells) has, so that
 all three know the same mean and what is left is the spread. With --together: one table, a row per model and its moved
 controls, with differential expression beside the distances; with --over MODEL besides, the share of the way from that
-model's moved controls to the duplicate, and paired differences from that model. With --figure: predicted, moved and measured cells of the
-three held-out perturbations of greatest effect, on the two leading components of measured cells.
+model's moved controls to the duplicate, and paired differences from that model. With --figure: predicted, moved and
+measured cells of the three held-out perturbations of greatest effect, on the two leading components of measured cells.
 """
 
 import sys
@@ -224,7 +224,8 @@ def main() -> None:
         found["technical duplicate"] = compared(read("technical_duplicate")[:1])
         n = len(found["technical duplicate"][0].labels)
         print(
-            f"**{arguments.dataset}, {arguments.split}{given}**: {n} held-out perturbations\n\n{together(found, arguments.over)}\n"
+            f"**{arguments.dataset}, {arguments.split}{given}**: {n} held-out perturbations\n\n"
+            f"{together(found, arguments.over)}\n"
         )
         return
 

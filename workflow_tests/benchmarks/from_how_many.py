@@ -42,18 +42,24 @@ from scipy.special import expit
 from scipy.stats import poisson
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/benchmarks")]
+sys.path[:0] = [
+    str(ROOT / "scripts"),
+    str(ROOT / "workflow_tests"),
+    str(ROOT / "workflow_tests/support"),
+    str(ROOT / "workflow_tests/benchmarks"),
+]
 
 from leaderboard import markdown_of  # noqa: E402
-from test_models import registered  # noqa: E402
+from learned import registered  # noqa: E402
 
 from perturbflow.colours import COLOURS, MARKERS  # noqa: E402
+from perturbflow.controls import Context, match_controls  # noqa: E402
 from perturbflow.embeddings import Embeddings  # noqa: E402
 from perturbflow.evaluation import METRICS, score_inputs  # noqa: E402
 from perturbflow.evaluation.similarity import correlation  # noqa: E402
 from perturbflow.genes.symbols import members_of  # noqa: E402
 from perturbflow.models.base import Model, Run, build  # noqa: E402
-from perturbflow.pairs import CONTROLS_PER_CELL, Context, Pairs, match_controls  # noqa: E402
+from perturbflow.pairs import CONTROLS_PER_CELL, Pairs  # noqa: E402
 from perturbflow.predict import nonnegative  # noqa: E402
 
 N_GENES, N_VECTOR, N_HIDDEN, N_STATES = 300, 8, 16, 3

@@ -4,13 +4,13 @@ r"""Individual effects where they are known: models against the mean effect, on 
     # Simulations that no param was chosen on.
     python workflow_tests/benchmarks/individual_effects.py --seeds 100 101 102 --rows rows.tsv
 
-A world (workflow_tests/structural.py) has 12 perturbed genes, 6 of them with effects that depend on a cell's state and
-one with none at all, and six combinations, half of them held out. Every control of the test role is asked; the truth is
-the same cell, with the same noise of its own and of its measurement, under the perturbation ("the cell itself"), or the
-mean of that over measurements ("expected"). Root mean squared errors over cells and genes; the ratio is to the mean
-effect, the measured mean effect given to every cell (`additive`). "Spread" is the slope of the true on the predicted
-differences between cells: 1 where they are of the right size, 0 where they are noise. Rows of a world go to the file of
---rows as soon as it is done, and worlds that the file holds are not trained again.
+A world (workflow_tests/support/structural.py) has 12 perturbed genes, 6 of them with effects that depend on a cell's
+state and one with none at all, and six combinations, half of them held out. Every control of the test role is asked;
+the truth is the same cell, with the same noise of its own and of its measurement, under the perturbation ("the cell
+itself"), or the mean of that over measurements ("expected"). Root mean squared errors over cells and genes; the ratio
+is to the mean effect, the measured mean effect given to every cell (`additive`). "Spread" is the slope of the true on
+the predicted differences between cells: 1 where they are of the right size, 0 where they are noise. Rows of a world go
+to the file of --rows as soon as it is done, and worlds that the file holds are not trained again.
 """
 
 import argparse
@@ -24,12 +24,17 @@ import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/benchmarks")]
+sys.path[:0] = [
+    str(ROOT / "scripts"),
+    str(ROOT / "workflow_tests"),
+    str(ROOT / "workflow_tests/support"),
+    str(ROOT / "workflow_tests/benchmarks"),
+]
 
 from conftest import prepare  # noqa: E402
 from leaderboard import markdown_of  # noqa: E402
+from learned import registered  # noqa: E402
 from structural import World, chosen, expected_effects, own_effects  # noqa: E402
-from test_models import registered  # noqa: E402
 
 from perturbflow.embeddings import Embeddings  # noqa: E402
 from perturbflow.models.base import Run, build  # noqa: E402

@@ -3,8 +3,8 @@
     python workflow_tests/benchmarks/kills.py --kills 50
 
 In one folder after the other the workflow is started and killed twelve times before it may finish; the short form of
-this is `workflow_tests/test_faults.py`. Prints the table of what was killed in the midst of which job, and how it
-ended.
+this is `workflow_tests/workflow/test_faults.py`. Prints the table of what was killed in the midst of which job, and how
+it ended.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/support")]
 
 from fault_server import serving  # noqa: E402
 from faults import VICTIMS, drawn, finish, finished_files, leftovers, make_folder, screen_bytes, undergo  # noqa: E402

@@ -217,7 +217,10 @@ def figure(cells: Pairs, embeddings: Embeddings, path: Path) -> None:
 
 
 def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
-    """Return, per test perturbation, coverage and width of 90 % intervals in units of the posterior and of one spread, and both errors."""
+    """Return coverage and width of 90 % intervals per test perturbation, and both errors.
+
+    Intervals are in units of the posterior, and in units of one spread for all genes.
+    """
     from perturbflow.models.calibration import Scale, measured_by, novelty_of
     from perturbflow.models.gaussian_process.set_gp import SetGP
 
@@ -239,8 +242,10 @@ def intervals(cells: Pairs, embeddings: Embeddings) -> list[dict]:
             off = np.abs(test.effect_of(label) - model.effect_in(label, context))[kept]
             unit = scale.at(measured_by(test, label), model.uncertainty(label, context))[kept]
             half = calibration.for_novelty(novelty_of(label, measured, entities)).reach(0.9) * unit
-            rows.append({"units": units, "perturbation": label, "coverage": float((off <= half).mean()), "width": float(2 * half.mean()),
-                         "promised": float(np.sqrt((unit**2).mean())), "error": float(np.sqrt((off**2).mean()))})  # fmt: skip
+            rows.append({"units": units, "perturbation": label, "coverage": float((off <= half).mean()),
+                         "width": float(2 * half.mean()),
+                         "promised": float(np.sqrt((unit**2).mean())),
+                         "error": float(np.sqrt((off**2).mean()))})  # fmt: skip
     return rows
 
 

@@ -4,7 +4,7 @@ Each is run to the end and compared with a run from nothing.
 
     python workflow_tests/benchmarks/stale.py --sequences 200 --folder sequences
 
-The short form of this is `workflow_tests/test_sequences.py`. Findings are written to the folder at once;
+The short form of this is `workflow_tests/workflow/test_sequences.py`. Findings are written to the folder at once;
 started again, it goes on.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests"), str(ROOT / "workflow_tests/support")]
 
 from forked import interpreter  # noqa: E402
 from sequences import Place, References, Verdict, finish, summary, undergo  # noqa: E402

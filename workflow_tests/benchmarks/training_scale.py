@@ -26,9 +26,10 @@ from scipy import sparse
 
 sys.path.insert(0, str(SCRIPTS))
 
+from perturbflow.controls import match_controls
 from perturbflow.genes.symbols import CONTROL
 from perturbflow.io.files import write_json
-from perturbflow.pairs import CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.pairs import CONTROLS_PER_CELL, Pairs
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 from perturbflow.splits.divisions import ROLES

@@ -5,11 +5,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
-import scanpy as sc
-from scipy import sparse
 from scipy.stats import poisson
 
 from perturbflow.audit.caveats import caveats_of, matched_across_batches
@@ -26,11 +23,13 @@ from perturbflow.audit.evidence import (
     roles_are_disjoint,
     roles_of_cells_agree,
 )
+from perturbflow.controls import match_controls
 from perturbflow.embeddings import Embeddings, coexpression
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import members_of
+from perturbflow.genes.variable import highly_variable
 from perturbflow.io.files import file_digest, read_json, write_json
-from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs, match_controls
+from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs
 from perturbflow.progress import progressed
 from perturbflow.splits.split import names_digest
 
@@ -59,15 +58,13 @@ def no_cell_twice(evidence: Evidence) -> Findings:
     genes at most. Shallow cells, of which the screen is expected to hold chance copies, are passed over: those where
     product × held-out × training cells exceeds `CHANCE_COPIES`.
     """
-    counts = evidence.counts
-    rows = [
-        hashlib.blake2b(counts.indices[start:end].tobytes() + counts.data[start:end].tobytes(), digest_size=16).digest()
-        for start, end in zip(counts.indptr[:-1], counts.indptr[1:], strict=True)
-    ]
-    trained = {rows[i]: i for i in np.flatnonzero(evidence.is_train).tolist()}
-    copies = [i for i in np.flatnonzero(~evidence.is_train).tolist() if rows[i] in trained]
-    least = np.log(evidence.is_train.sum() * max((~evidence.is_train).sum(), 1) / CHANCE_COPIES)
-    copies = [i for i in copies if -poisson.logpmf(counts[i].data, counts[i].data).sum() > least]
+    digests, is_train = evidence.read.digests, evidence.is_train
+    trained, held_out = np.flatnonzero(is_train), np.flatnonzero(~is_train)
+    trained = trained[np.argsort(digests[trained], kind="stable")]
+    twin = trained[np.searchsorted(digests[trained], digests[held_out], side="right") - 1]  # -1 is the last one
+    is_twin = digests[twin] == digests[held_out]
+    least = np.log(len(trained) * max(len(held_out), 1) / CHANCE_COPIES)
+    copies = [pair for pair in zip(held_out[is_twin], twin[is_twin], strict=True) if _are_equal(evidence, *pair, least)]
     if not copies:
         return []
     obs = evidence.screen.obs
@@ -77,9 +74,16 @@ def no_cell_twice(evidence: Evidence) -> Findings:
 
     return [
         f"{len(copies)} held-out cells have the counts of a training cell in every gene, for example "
-        f"{place(copies[0])} and {place(trained[rows[copies[0]]])}; keep one of the copies through subset in the "
+        f"{place(copies[0][0])} and {place(copies[0][1])}; keep one of the copies through subset in the "
         "dataset's block"
     ]
+
+
+def _are_equal(evidence: Evidence, one: int, other: int, least: float) -> bool:
+    """Return whether two cells have all counts in common, and no chance copy is as deep."""
+    first, second = (evidence.counts_of(np.array([cell])) for cell in (one, other))
+    is_equal = np.array_equal(first.indices, second.indices) and np.array_equal(first.data, second.data)
+    return is_equal and -poisson.logpmf(first.data, first.data).sum() > least
 
 
 # --- controls -------------------------------------------------------------------------------------------------------
@@ -131,13 +135,10 @@ def nothing_else_is_carried(evidence: Evidence) -> Findings:
     found = []
     # Guides and antibodies of the same cells, which pairs.h5ad does not carry.
     apart = set(evidence.screen.uns.get("perturbflow", {}).get("features_apart", {}))
-    screen = {**PLACES, "obsm": apart}
-    for name, adata, places in (
-        ("harmonized.h5ad", evidence.screen, screen),
-        ("pairs.h5ad", evidence.pairs, PLACES_OF_PAIRS),
-    ):
-        for place, known in places.items():
-            if unknown := sorted(map(str, set(getattr(adata, place)) - known)):
+    known = {"harmonized.h5ad": {**PLACES, "obsm": apart}, "pairs.h5ad": PLACES_OF_PAIRS}
+    for name, places in known.items():
+        for place, names in places.items():
+            if unknown := sorted(evidence.carried[name][place] - names):
                 found.append(f"{name} carries {place} {', '.join(unknown[:5])}, which this workflow does not make")
     return found
 
@@ -145,18 +146,21 @@ def nothing_else_is_carried(evidence: Evidence) -> Findings:
 def cells_are_those_of_the_screen(evidence: Evidence) -> Findings:
     """Labels and covariates are those of harmonized.h5ad, cell by cell."""
     pairs, screen = evidence.pairs.obs, evidence.screen.obs
-    columns = [
-        column
-        for column in CARRIED_OBS
-        if (pairs[column].astype(str).to_numpy() != screen[column].astype(str).to_numpy()).any()
-    ]
+    columns = [column for column in CARRIED_OBS if _differ(pairs[column], screen[column])]
     return [f"pairs.h5ad and harmonized.h5ad differ in obs {', '.join(columns)}"] if columns else []
+
+
+def _differ(one: pd.Series, other: pd.Series) -> bool:
+    """Return whether two columns of the same cells differ."""
+    if one.dtype == other.dtype and one.dtype != object:
+        return not one.equals(other)
+    return bool((one.astype(str).to_numpy() != other.astype(str).to_numpy()).any())
 
 
 def normalization_is_of_training(evidence: Evidence) -> Findings:
     """The normalization target is the median of training cells' totals, over all genes of the screen."""
-    expected = float(np.median(evidence.totals[evidence.is_train]))
-    found = float(evidence.pairs.uns["perturbflow"]["target_sum"])
+    expected = float(np.median(evidence.read.totals[evidence.is_train]))
+    found = evidence.target_sum
     return (
         []
         if np.isclose(found, expected, rtol=1e-5)
@@ -166,13 +170,7 @@ def normalization_is_of_training(evidence: Evidence) -> Findings:
 
 def expression_is_normalized(evidence: Evidence) -> Findings:
     """X is log1p of the screen's counts scaled to the recorded target sum, cell by cell."""
-    pairs, totals = evidence.pairs, evidence.totals.astype(float)
-    scale = np.divide(
-        float(pairs.uns["perturbflow"]["target_sum"]), totals, out=np.zeros_like(totals), where=totals > 0
-    )
-    counts = evidence.counts[:, evidence.screen.var_names.get_indexer(pairs.var_names)]
-    expected = sparse.csr_matrix(sparse.diags(scale) @ counts).log1p()
-    worst = abs(expected - sparse.csr_matrix(pairs.X)).max() if pairs.n_obs else 0.0
+    worst = evidence.read.worst
     return [] if worst < 1e-3 else [f"X is not the counts normalized to the target sum: it differs by up to {worst:g}"]
 
 
@@ -182,11 +180,10 @@ def genes_are_of_training(evidence: Evidence) -> Findings:
     if pairs.n_vars == screen.n_vars and pairs.var["highly_variable"].all():
         return []
     n_hvg = int(pairs.uns["perturbflow"]["n_hvg"])
-    training = ad.AnnData(X=evidence.counts[evidence.is_train], var=pd.DataFrame(index=screen.var_names))
-    sc.pp.normalize_total(training, target_sum=float(np.median(evidence.totals[evidence.is_train])))
-    sc.pp.log1p(training)
-    sc.pp.highly_variable_genes(training, n_top_genes=n_hvg, flavor="seurat")
-    expected = set(training.var_names[training.var["highly_variable"]])
+    read = evidence.read
+    target_sum = float(np.median(read.totals[evidence.is_train]))
+    chosen = highly_variable(target_sum * read.sums, target_sum**2 * read.squares, int(evidence.is_train.sum()), n_hvg)
+    expected = set(screen.var_names[chosen])
     found = set(pairs.var_names[pairs.var["highly_variable"]])
     return (
         []
@@ -202,7 +199,7 @@ def embeddings_are_of_training(evidence: Evidence) -> Findings:
         return []
     pairs = evidence.pairs
     cells = Pairs(
-        sparse.csr_matrix(pairs.X),
+        evidence.expression,
         pairs.obs,
         list(pairs.var_names),
         pairs.obsm["control_index"],
@@ -297,9 +294,9 @@ def audit(harmonized: Path, split: Path, pairs: Path, embeddings: Path, audit: P
         If anything leaked; nothing is written then.
     """
     roles = read_json(split)
-    cells = ad.read_h5ad(pairs)
     vectors = Embeddings.read(embeddings)
-    evidence = Evidence(roles, cells, ad.read_h5ad(harmonized)[cells.obs_names].copy(), vectors.table)
+    evidence = Evidence.open(roles, pairs, harmonized, vectors.table)
+    cells = evidence.pairs
     checks = passed(evidence, str(pairs.parent))
     perturbed = {member for label in cells.obs["perturbation"].unique() for member in members_of(label)}
     of_perturbed = Embeddings(vectors.table[vectors.table.index.isin(perturbed)])

@@ -1,14 +1,19 @@
 """The data that training reads of one split, and the checks of its roles: nothing held out has a cell in training."""
 
+import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbflow.errors import InputError
 from perturbflow.genes.symbols import (
     CONTROL,
     SEPARATOR,
@@ -19,10 +24,19 @@ from perturbflow.genes.symbols import (
     members_of,
     without_dose,
 )
+from perturbflow.io.anndata_file import read_columns
+from perturbflow.io.hdf5 import CsrRows
+from perturbflow.io.kernels import add_moments
+from perturbflow.io.streaming import row_blocks
+from perturbflow.pairs import CARRIED_OBS
+from perturbflow.progress import progressed
 from perturbflow.splits.divisions import KNOWN, ROLES, members_seen
 from perturbflow.splits.split import LABEL_KINDS, names_digest
 
 Findings = list[str]
+
+
+TABLES = ("obs", "var", "uns", "obsm", "varm", "obsp", "varp", "layers")
 
 
 @dataclass(frozen=True)
@@ -34,17 +48,58 @@ class Evidence:
     split
         Content of split.json.
     pairs
-        pairs.h5ad.
+        Tables of pairs.h5ad, and its matched controls.
+    expression
+        X of pairs.h5ad, in memory or on disk.
     screen
-        harmonized.h5ad: the cells of `pairs`, in the same order.
+        Tables of harmonized.h5ad: the cells of `pairs`, in the same order.
+    counts
+        X of harmonized.h5ad for these cells, in memory or on disk.
+    carried
+        File → place → names of all that lies there.
     embeddings
         Gene vectors, genes × dimensions.
     """
 
     split: dict
     pairs: ad.AnnData
+    expression: sparse.csr_matrix | CsrRows
     screen: ad.AnnData
+    counts: sparse.csr_matrix | CsrRows
+    carried: dict[str, dict[str, set[str]]]
     embeddings: pd.DataFrame
+
+    @classmethod
+    def of(cls, split: dict, pairs: ad.AnnData, screen: ad.AnnData, embeddings: pd.DataFrame) -> "Evidence":
+        """Return what is in memory; `screen` may hold further cells."""
+        screen = screen[pairs.obs_names]
+        files = {"harmonized.h5ad": screen, "pairs.h5ad": pairs}
+        carried = {name: {place: {*getattr(file, place)} for place in TABLES} for name, file in files.items()}
+        return cls(split, pairs, sparse.csr_matrix(pairs.X), screen, sparse.csr_matrix(screen.X), carried, embeddings)
+
+    @classmethod
+    def open(cls, split: dict, pairs: Path, harmonized: Path, embeddings: pd.DataFrame) -> "Evidence":
+        """Open files; expression and counts stay on disk."""
+        of_pairs, of_screen = h5py.File(pairs), h5py.File(harmonized)
+        obs, var, uns = (ad.io.read_elem(of_pairs[place]) for place in ("obs", "var", "uns"))
+        index = ad.io.read_elem(of_pairs["obsm/control_index"])
+        covariate = {split["spec"].get("covariate", "batch")} & {*of_screen["obs"]}
+        cells = read_columns(of_screen["obs"], [*dict.fromkeys((*CARRIED_OBS, *covariate))])
+        rows = cells.index.get_indexer(obs.index)
+        if (rows < 0).any():
+            raise InputError(f"{pairs} has {(rows < 0).sum():,} cells that {harmonized} lacks. Run `pair` again.")
+        genes, of_source = (ad.io.read_elem(of_screen[place]) for place in ("var", "uns"))
+        files = {"harmonized.h5ad": of_screen, "pairs.h5ad": of_pairs}
+        carried = {name: {place: _names(file[place]) for place in TABLES} for name, file in files.items()}
+        return cls(
+            split,
+            ad.AnnData(obs=obs, var=var, uns=uns, obsm={"control_index": index}),
+            CsrRows(of_pairs["X"], Path(pairs)),
+            ad.AnnData(obs=cells.iloc[rows], var=genes, uns=of_source),
+            CsrRows(of_screen["X"], Path(harmonized)).select(rows),
+            carried,
+            embeddings,
+        )
 
     @property
     def holds_out_perturbations(self) -> bool:
@@ -52,17 +107,31 @@ class Evidence:
         return self.split["spec"]["kind"] in LABEL_KINDS
 
     @cached_property
-    def counts(self) -> sparse.csr_matrix:
-        """Counts of all genes of the screen, cells × genes."""
-        counts = sparse.csr_matrix(self.screen.X)
+    def read(self) -> "Counted":
+        """What one pass over counts and expression tells."""
+        columns = self.screen.var_names.get_indexer(self.pairs.var_names)
+        found = Counted(len(self.is_train), self.screen.n_vars)
+        for rows in progressed([*row_blocks(len(self.is_train))], "blocks of cells"):
+            counts = self.counts_of(rows)
+            found.add(rows, counts, self.is_train[rows])
+            scale = np.divide(
+                self.target_sum, found.totals[rows], out=np.zeros(counts.shape[0]), where=found.totals[rows] > 0
+            )
+            expected = sparse.csr_matrix(sparse.diags(scale) @ counts[:, columns]).log1p()
+            found.worst = max(found.worst, abs(expected - self.expression[rows]).max())
+        return found
+
+    @property
+    def target_sum(self) -> float:
+        """Sum of a cell's counts after normalization, as pairs.h5ad has it."""
+        return float(self.pairs.uns["perturbflow"]["target_sum"])
+
+    def counts_of(self, rows: slice | np.ndarray) -> sparse.csr_matrix:
+        """Return the counts of cells, all genes ascending and none 0: equal cells have equal arrays."""
+        counts = self.counts[rows].copy()
         counts.eliminate_zeros()
         counts.sort_indices()
         return counts
-
-    @cached_property
-    def totals(self) -> np.ndarray:
-        """Counts per cell over all genes of the screen, (cells,)."""
-        return np.asarray(self.counts.sum(axis=1)).ravel()
 
     @cached_property
     def is_train(self) -> np.ndarray:
@@ -84,6 +153,55 @@ class Evidence:
         name, dose = without_dose(member)
         gene = gene_within(name, self.screen.var_names.__contains__)
         return at_dose(gene, dose) if gene else member
+
+
+def _names(group: h5py.Group) -> set[str]:
+    return {*group} - {group.attrs.get("_index")}
+
+
+class Counted:
+    """What one pass over the counts finds.
+
+    Attributes
+    ----------
+    totals
+        Counts per cell over all genes of the screen, (cells,).
+    digests
+        Of all counts of every cell, 64 bits each, (cells,).
+    sums, squares
+        Of the training cells' counts ÷ totals, and of their squares, (genes,).
+    worst
+        Largest difference of X from counts that are normalized anew.
+    """
+
+    def __init__(self, n_cells: int, n_genes: int) -> None:
+        self.totals = np.zeros(n_cells)
+        self.digests = np.zeros(n_cells, np.uint64)
+        self._moments = np.zeros((2, 1, n_genes))
+        self.worst = 0.0
+
+    @property
+    def sums(self) -> np.ndarray:
+        """Sums over training cells, (genes,)."""
+        return self._moments[0, 0]
+
+    @property
+    def squares(self) -> np.ndarray:
+        """Sums of squares over training cells, (genes,)."""
+        return self._moments[1, 0]
+
+    def add(self, rows: slice, counts: sparse.csr_matrix, is_train: np.ndarray) -> None:
+        """Take in the counts of the next cells."""
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+        self.totals[rows] = totals
+        genes, values = counts.indices.astype("<i4", copy=False), counts.data.astype("<f4", copy=False)
+        for cell, (start, end) in enumerate(itertools.pairwise(counts.indptr), rows.start):
+            content = hashlib.blake2b(genes[start:end], digest_size=8)
+            content.update(values[start:end])
+            self.digests[cell] = int.from_bytes(content.digest(), "little")
+        trained = counts[is_train]
+        fractions = trained.data / np.repeat(totals[is_train], np.diff(trained.indptr))
+        add_moments(fractions, trained.indices, trained.indptr, np.zeros(trained.shape[0], np.int64), *self._moments)
 
 
 def roles_are_disjoint(evidence: Evidence) -> Findings:

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from perturbflow.controls import Context
 from perturbflow.counterfactuals.contexts import contexts_of
 from perturbflow.counterfactuals.novelty import Novelty, TrainingKnowledge
 from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes
@@ -25,7 +26,7 @@ from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, read_json
 from perturbflow.models.base import Model, build
 from perturbflow.models.calibration import Calibration, Scale
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 from perturbflow.progress import Progress
 
 logger = logging.getLogger(__name__)

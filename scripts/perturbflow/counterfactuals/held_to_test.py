@@ -29,18 +29,9 @@ def asked_effect(model: Model, cells: Pairs, label: str, seed: int) -> np.ndarra
         rows = np.random.default_rng(seed).choice(rows, MAX_CELLS, replace=False)
     starts, times = np.unique(cells.control_index[rows, 0], return_counts=True)
     context = cells.context_of(starts)
-    return np.average(model.individual_effects(cells.X[starts].toarray(), label, seed, context), axis=0, weights=times)
-
-
-def _halves(cells: Pairs, label: str) -> list[np.ndarray]:
-    """Return the measured effect by each half of the perturbation's cells, against all controls."""
-    rows = cells.cells_of(label)
-    half = cells.obs["half"].astype(str).to_numpy()[rows]
-    return [
-        cells.mean_of(rows[half == name]) - cells.control_mean_for(rows[half == name])
-        for name in ("a", "b")
-        if (half == name).any()
-    ]
+    return np.average(
+        model.individual_effects(cells.controls_at(starts).toarray(), label, seed, context), axis=0, weights=times
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ class _Test:
             novelty_of(label, *self.seen),
             asked_effect(self.model, self.test, label, self.seed),
             self.test.effect_of(label),
-            _halves(self.test, label),
+            self.test.effects_of_halves(label),
             ~np.isin(self.test.genes, entities_of(label)),
             measured_by(self.test, label),
             self.model.uncertainty(label, self.test.context_of(rows)),

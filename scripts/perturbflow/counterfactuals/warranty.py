@@ -175,7 +175,7 @@ def warranty(
         Role that the model is held to. It has not learned from it.
     """
     family = build(implementation, params)
-    cells = Pairs.open(pairs) if family.reads_blocks else Pairs.read(pairs)
+    cells = Pairs.open(pairs) if family.reads_blocks else Pairs.load(pairs)
     family.restore(load_artefact(model))
     logger.info("%s: intervals, agreement and placebo are checked", model)
     known, test = cells.fitted_on(scored), cells.roles(scored)

@@ -1,5 +1,6 @@
-"""An AnnData file written part by part: the tables here, the matrices by whoever has them."""
+"""An AnnData file read and written part by part: the tables here, the matrices by whoever has them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import anndata as ad
@@ -21,3 +22,10 @@ def write_tables(file: h5py.File, obs: pd.DataFrame, var: pd.DataFrame, uns: dic
     """Write the tables of cells and genes, and `uns`, compressed."""
     for place, content in (("obs", obs), ("var", var), ("uns", uns)):
         ad.io.write_elem(file, place, content, dataset_kwargs={"compression": "gzip"})
+
+
+def read_columns(group: h5py.Group, columns: Sequence[str]) -> pd.DataFrame:
+    """Read some columns of a table of cells or genes, and its index."""
+    name = group.attrs["_index"]
+    index = pd.Index(ad.io.read_elem(group[name]), name=None if name == "_index" else name)
+    return pd.DataFrame({name: ad.io.read_elem(group[name]) for name in columns}, index=index)

@@ -40,6 +40,17 @@ def full_disk(folder: str | Path, wanted: str) -> InputError:
     )
 
 
+def require_room(folder: Path, n_bytes: float, wanted: str) -> None:
+    """Raise InputError where a folder's disk has less room than a file will take."""
+    folder = _existing(folder)
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise InputError(
+            f"{folder}: {wanted} will take about {n_bytes / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free. "
+            "Free some, or start where there is more."
+        )
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes the final name only when the block ends without an error.

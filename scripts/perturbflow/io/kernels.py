@@ -125,6 +125,15 @@ def add_moments(
 
 
 @compiled(nogil=True)
+def add_rows(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, group: np.ndarray, sums: np.ndarray) -> None:
+    """Add the rows of a CSR matrix to those of their groups, (groups, columns)."""
+    for cell in range(len(group)):
+        total = sums[group[cell]]
+        for i in range(indptr[cell], indptr[cell + 1]):
+            total[np.uint32(indices[i])] += data[i]
+
+
+@compiled(nogil=True)
 def pack_counts(
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray,
     is_wanted: np.ndarray, packed: np.ndarray, ends: np.ndarray, n_cells: np.ndarray,

@@ -17,6 +17,14 @@ from perturbflow.errors import InputError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+ROWS_AT_ONCE = 4096
+
+
+def row_blocks(n: int) -> Iterator[slice]:
+    """Yield n rows in their order, some thousands at once."""
+    for first in range(0, n, ROWS_AT_ONCE):
+        yield slice(first, min(first + ROWS_AT_ONCE, n))
+
 
 def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], threads: int) -> Iterator[Result]:
     """Yield the results of `function` in the order of the tasks.

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, get_type_hints
 import numpy as np
 import pandas as pd
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.calibration import Calibration
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 from perturbflow.registry.params import Params, made
 
 # A trained model: arrays of a closed form, tensors and plain values of a network.

@@ -100,7 +100,7 @@ def measured_by(pairs: Pairs, label: str, rows: np.ndarray | None = None, share:
     """
     rows = pairs.cells_of(label) if rows is None else rows
     stratum = pairs.groups.stratum
-    controls = np.bincount(stratum[pairs.is_control], minlength=stratum.max() + 1) * share
+    controls = pairs.groups.n_controls() * share
     n = np.bincount(stratum[rows], minlength=len(controls))
     of_controls = np.where(controls > 0, controls, controls.sum())
     return float(1.0 / len(rows) + ((n / len(rows)) ** 2 / of_controls).sum())

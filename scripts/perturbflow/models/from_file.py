@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL
@@ -21,7 +22,7 @@ from perturbflow.models.calibration import Calibration
 from perturbflow.models.closed_form.base import ClosedForm, TrainingSet
 from perturbflow.models.predictions_file import PredictionsFile, Terms, drawn, listed, refuse_measured
 from perturbflow.nearest import nearest
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 from perturbflow.provenance.records import content_digest
 from perturbflow.registry.families import PredictionsParams
 

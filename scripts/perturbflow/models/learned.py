@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, entity_of, members_of
@@ -37,7 +38,7 @@ from perturbflow.models.training.batches import Batches, PairedCells, encoded
 from perturbflow.models.training.conditions import Conditions
 from perturbflow.models.training.loop import Learner, Optimization, optimize
 from perturbflow.models.training.networks import GeneEncoder
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 from perturbflow.registry.families import NetworkParams
 
 CELLS_PER_BLOCK = 2048

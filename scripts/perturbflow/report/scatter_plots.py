@@ -174,7 +174,7 @@ def effect_figures(
     correlations
         (model, perturbation) → `sections.CORRELATION` of that seed, from metrics.tsv.
     """
-    cells = Pairs.read(pairs)
+    cells = Pairs.load(pairs)
     genes = np.array(cells.genes)
     scored = {model: score_inputs(ad.read_h5ad(predictions[model]), cells) for model in chosen.models}
     shown = []

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbflow.controls import KEYS, Strata
 from perturbflow.genes.symbols import CONTROL, entity_of, members_of
 
 DIRECTIONS = {"CRISPRi": "down", "CRISPRko": "down", "CRISPRcas13": "down", "CRISPRa": "up"}
@@ -34,8 +35,8 @@ class OwnGenes:
         Label of every cell, as its number among `labels`.
     labels
         Canonical labels, `control` among them.
-    stratum, cell_type
-        Number of the batch × cell type of every cell; and per stratum, number of its cell type.
+    strata
+        Batch × cell type of every cell, and the controls that serve each.
     genes
         Genes that are perturbed and measured, as numbers of the screen's genes, ascending.
     pairs
@@ -46,8 +47,7 @@ class OwnGenes:
 
     label: np.ndarray
     labels: list[str]
-    stratum: np.ndarray
-    cell_type: np.ndarray
+    strata: Strata
     genes: np.ndarray
     pairs: list[tuple[str, str, int]]
     n_pairs: np.ndarray
@@ -56,8 +56,6 @@ class OwnGenes:
     def of(cls, obs: pd.DataFrame, gene_names: pd.Index) -> OwnGenes:
         """Return the genes to be counted, for cells (`perturbation`, `batch`, `cell_type`) and genes."""
         labels = obs["perturbation"].cat.categories.tolist()
-        strata = obs.groupby(["batch", "cell_type"], observed=True)
-        cell_type = strata.size().index.to_frame(index=False).groupby("cell_type", observed=True).ngroup().to_numpy()
         members = [[(member, entity_of(member)) for member in members_of(label)] for label in labels]
         row = {name: i for i, name in enumerate(gene_names)}
         genes = np.unique([row[gene] for of_label in members for _, gene in of_label if gene in row]).astype(np.int64)
@@ -68,8 +66,7 @@ class OwnGenes:
         return cls(
             obs["perturbation"].cat.codes.to_numpy(),
             labels,
-            strata.ngroup().to_numpy(),
-            cell_type,
+            Strata(obs, KEYS[:2]),
             genes,
             pairs,
             n_pairs,
@@ -106,7 +103,7 @@ class OwnCounts:
     n_read: int = 0
 
     def __post_init__(self) -> None:
-        n_strata = len(self.own.cell_type)
+        n_strata = len(self.own.strata)
         self.n_controls = np.zeros(n_strata)
         self.sums = np.zeros((2, n_strata, len(self.own.genes)))
 
@@ -116,7 +113,7 @@ class OwnCounts:
         It takes counts with ascending genes, their sums, and which cells are within the limits of quality.
         """
         cells = slice(self.n_read, self.n_read + counts.shape[0])
-        label, stratum = self.own.label[cells], self.own.stratum[cells]
+        label, stratum = self.own.label[cells], self.own.strata.of_cell[cells]
         self.n_read = cells.stop
         rate = np.divide(1.0, totals, out=np.zeros(len(totals)), where=totals > 0)
 
@@ -141,20 +138,13 @@ class OwnCounts:
         A stratum without controls is compared with those of its cell type in all batches, as pairs are; without any,
         with all.
         """
-        n_strata, n_types = len(self.own.cell_type), int(self.own.cell_type.max(initial=0)) + 1
-        of_type = sparse.csr_matrix(
-            (np.ones(n_strata), (self.own.cell_type, np.arange(n_strata))), shape=(n_types, n_strata)
-        )
-        n = np.concatenate([self.n_controls, of_type @ self.n_controls, [self.n_controls.sum()]])
-        sums, squares = (np.vstack([values, of_type @ values, values.sum(axis=0)]) for values in self.sums)
+        members = self.own.strata.members
+        n = members @ self.n_controls
+        sums, squares = (members @ values for values in self.sums)
         size = np.maximum(n, 1.0)[:, None]
         mean = sums / size
         variance = np.maximum(squares / size - mean**2, 0.0) / size
-        candidates = np.stack(
-            [np.arange(n_strata), n_strata + self.own.cell_type, np.full(n_strata, n_strata + n_types)]
-        )
-        has_controls = n[candidates] > 0
-        return mean, variance, candidates[has_controls.argmax(axis=0), np.arange(n_strata)]
+        return mean, variance, self.own.strata.serving(self.n_controls, or_all=True)
 
     def _by_pair(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the cell, the number of the pair and the rate, for every cell within the limits × measured member."""
@@ -191,7 +181,7 @@ class OwnCounts:
             np.bincount(pair, values, n_pairs) for values in (np.ones(len(pair)), rate, rate**2, size)
         )
         shares = sparse.csr_matrix(
-            (np.ones(len(pair)), (pair, pool[self.own.stratum[cell]])), shape=(n_pairs, len(mean))
+            (np.ones(len(pair)), (pair, pool[self.own.strata.of_cell[cell]])), shape=(n_pairs, len(mean))
         )
         n_controls = max(self.n_controls.sum(), 1.0)
         rows = []
@@ -245,7 +235,7 @@ class OwnCounts:
         if least_of_cell is not None:
             mean, _, pool = self._pools()
             cell, pair, rate = self._by_pair()
-            level = mean[pool[self.own.stratum[cell]], self.own.place[pair]]
+            level = mean[pool[self.own.strata.of_cell[cell]], self.own.place[pair]]
             of_reliable = set(zip(reliable["label"], reliable["member"], strict=True))
             is_reliable = np.array([(label, member) in of_reliable for label, member, _ in self.own.pairs], bool)
             changed = (rate - level) * (1 if direction == "up" else -1)

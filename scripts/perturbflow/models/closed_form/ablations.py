@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import CONTROL, members_of
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.models.thinning import with_mean_effect
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 
 
 class ShuffledLabels(SetGP):
@@ -41,9 +42,12 @@ class BatchOnly(Model):
         overall = Effects.of_training(training).values.mean(axis=0)
         of_label: dict[str, list[np.ndarray]] = {}
         perturbed = pd.DataFrame({"stratum": strata, "label": training.labels})[~training.is_control]
-        for (stratum, _), index in perturbed.groupby(["stratum", "label"]).groups.items():
+        cells = perturbed.groupby(["stratum", "label"])
+        sums, _ = training.sums_over(cells.ngroup().to_numpy(), ~training.is_control, cells.ngroups)
+        for total, ((stratum, _), index) in zip(sums, cells.groups.items(), strict=True):
             rows = index.to_numpy()
-            of_label.setdefault(stratum, []).append(training.mean_of(rows) - training.control_mean_for(rows))
+            mean = (total / len(rows)).astype(training.X.dtype)
+            of_label.setdefault(stratum, []).append(mean - training.control_mean_for(rows))
         effects = {stratum: np.mean(values, axis=0) for stratum, values in of_label.items()}
         self.artefact = {
             "strata": np.array(list(effects), dtype=str),

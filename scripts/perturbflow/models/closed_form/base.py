@@ -10,13 +10,14 @@ from typing import Self, TypeVar
 
 import numpy as np
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import CONTROL, SEPARATOR, entities_of, members_of
 from perturbflow.models.base import Artefact, Model, Run, off_level, start_cells
 from perturbflow.models.calibration import Calibration, Scale, measured_by, novelty_of
 from perturbflow.models.effects import Effects
 from perturbflow.models.thinning import with_mean_effect
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 
 N_FOLDS = 5
 MAX_GENES_ONE_BY_ONE = 20  # up to so many genes are held out one by one

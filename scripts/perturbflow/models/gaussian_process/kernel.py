@@ -11,12 +11,13 @@ import pandas as pd
 from scipy import sparse
 from scipy.spatial.distance import cdist, pdist
 
+from perturbflow.controls import Context, Groups
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import CONTROL, entity_of, members_of, without_dose
 from perturbflow.models.base import Artefact
 from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.closed_form.doses import Doses
-from perturbflow.pairs import LEAST_CELLS, Context, Groups, Pairs
+from perturbflow.pairs import LEAST_CELLS, Pairs
 
 MOST_CONTEXTS = 8
 MOST_ROWS = 3000  # with more, a perturbation has one row over all contexts: kernels are rows × rows

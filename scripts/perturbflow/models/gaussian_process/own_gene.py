@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from perturbflow.controls import Context
 from perturbflow.genes.gene_starts import TABLES, neighbours, starts
 from perturbflow.genes.symbols import entities_of, entity_of
 from perturbflow.models.base import Artefact
 from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.kernel import EffectRows
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 
 LEAST_TARGETS = 4
 RIDGE = 0.1

@@ -62,6 +62,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import entities_of, members_of
 from perturbflow.models.base import Artefact, Run
@@ -70,7 +71,7 @@ from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel, places_of
 from perturbflow.models.gaussian_process.likelihood import Directions, Problem
 from perturbflow.models.gaussian_process.own_gene import OwnLevels
-from perturbflow.pairs import Context, Pairs
+from perturbflow.pairs import Pairs
 from perturbflow.progress import progressed
 from perturbflow.registry.params import Params
 

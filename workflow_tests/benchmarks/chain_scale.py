@@ -1,0 +1,351 @@
+"""The whole chain at full size, from a raw file to the report: seconds, peak memory and bytes of every step.
+
+    python workflow_tests/benchmarks/chain_scale.py --cells 150000 450000 2000000 --perturbations 800 2000 10000 --folder /a/disk/with/room
+
+makes sparse screens (3,000 genes, about 540 of them expressed per cell, 48 batches) and runs the scripts of the workflow on each, with
+the parameters of the registry. Every step is a process of its own. Markdown tables are printed: a row per step, and after two sizes the
+exponent of CPU seconds and of peak memory in cells (1: twice the cells take twice as much; 0: flat).
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import yaml
+from harmonize_scale import QC, SCRIPTS, measured
+from scipy import sparse
+from scipy.linalg import subspace_angles
+
+sys.path.insert(0, str(SCRIPTS))
+
+from perturbflow import embeddings as vectors
+from perturbflow.io.files import bytes_of, file_digest, write_json
+from perturbflow.io.hdf5 import AppendedRows
+from perturbflow.pairs import Pairs
+from perturbflow.registry.config import complete
+from perturbflow.registry.families import FAMILIES
+
+N_GENES, N_BATCHES, CONTROL_SHARE = 3000, 48, 0.04
+UMI_PER_CELL, SPREAD, DISPERSION = 1900, 1.55, 2.0  # about 540 genes of a cell have a count
+CELLS_PER_BLOCK, DISTINCT_BLOCKS = 4096, 8
+KEPT = 0.8  # of the molecules of a drawn cell: thinned anew, no cell comes twice
+CONFIG = SCRIPTS.parent / "config"
+SPLITS = ("unseen_perturbation",)
+DATASET = {
+    "source": {"path": "screen.h5ad"}, "subset": {},
+    "perturbation": {"column": "perturbation", "control": ["control"], "separator": None, "drop": ["nan", "*", ""]},
+    "covariates": {"batch": "batch", "cell_type": "celltype"}, "perturbation_type": "CRISPRi", "organism": "human",
+}  # fmt: skip
+
+
+# --- a sparse screen ------------------------------------------------------------------------------------------------
+
+
+def _drawn(level: np.ndarray, seed: np.random.SeedSequence) -> sparse.csr_matrix:
+    """Return a block of cells of the same levels, (cells, genes)."""
+    rng = np.random.default_rng(seed)
+    programme = rng.integers(0, 4, len(level))  # genes that vary together from cell to cell
+    activity = rng.lognormal(0, 0.4, (CELLS_PER_BLOCK, 4))
+    mean = level / KEPT * activity[:, programme] * rng.lognormal(-0.06, 0.35, (CELLS_PER_BLOCK, 1))
+    return sparse.csr_matrix(rng.negative_binomial(DISPERSION, DISPERSION / (DISPERSION + mean)).astype(np.int32))
+
+
+def _kept(n_perturbations: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the share of molecules that stays, as percent, (perturbations + control, genes): 60 genes of each respond, and its own."""
+    kept = np.full((n_perturbations + 1, N_GENES), int(100 * KEPT), np.uint8)
+    for label in range(n_perturbations):
+        kept[label, rng.choice(N_GENES, 60, replace=False)] = rng.choice([40, 55, 100], 60)
+        if label < N_GENES // 2:
+            kept[label, label] = 15
+    return kept
+
+
+def generate(path: Path, n_cells: int, n_perturbations: int, seed: int = 0) -> None:
+    """Write a raw screen; half of the genes are targets, further targets are not measured."""
+    rng = np.random.default_rng(seed)
+    level = rng.lognormal(0, SPREAD, N_GENES)
+    level *= UMI_PER_CELL / level.sum()
+    kept = _kept(n_perturbations, rng)
+    share = rng.lognormal(0, 0.25, n_perturbations)
+    label = rng.choice(n_perturbations, n_cells, p=share / share.sum())
+    label[rng.random(n_cells) < CONTROL_SHARE] = n_perturbations
+    targets = [f"TARGET{i}" for i in range(max(n_perturbations, N_GENES // 2))]
+    obs = pd.DataFrame(
+        {
+            "perturbation": pd.Categorical.from_codes(label, [*targets[:n_perturbations], "control"]),
+            "batch": pd.Categorical.from_codes(rng.integers(0, N_BATCHES, n_cells), [f"b{i}" for i in range(N_BATCHES)]),
+            "celltype": pd.Categorical.from_codes(np.zeros(n_cells, np.int8), ["K562"]),
+        },
+        index=pd.Index([f"{i:012x}-1" for i in range(n_cells)], name="cell_barcode"),
+    )  # fmt: skip
+    genes = [*targets[: N_GENES // 2], *(f"GENE{i}" for i in range(N_GENES // 2 - 13)), *(f"MT-{i}" for i in range(13))]
+    ad.AnnData(obs=obs, var=pd.DataFrame(index=genes)).write_h5ad(path, compression="gzip")
+    seeds = np.random.SeedSequence(seed).spawn(min(DISTINCT_BLOCKS, -(-n_cells // CELLS_PER_BLOCK)))
+    with h5py.File(path, "r+") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        if "X" in file:
+            del file["X"]
+        blocks = list(pool.map(lambda seed: _drawn(level, seed), seeds))
+        written = AppendedRows(file.create_group("X"), N_GENES, n_cells, pool)
+        for i, first in enumerate(range(0, n_cells, CELLS_PER_BLOCK)):
+            of_cell = label[first : first + CELLS_PER_BLOCK]
+            X = blocks[i % len(blocks)][: len(of_cell)]
+            row = np.repeat(of_cell, np.diff(X.indptr))
+            counts = rng.binomial(X.data, kept[row, X.indices] / 100).astype(np.float32)
+            X = sparse.csr_matrix((counts, X.indices, X.indptr), shape=X.shape, copy=True)
+            X.eliminate_zeros()
+            written.append(X)
+        written.finish()
+
+
+# --- the chain ------------------------------------------------------------------------------------------------------
+
+
+def registry(models: list[str]) -> dict:
+    """Return the configuration of a run of these models, completed with all defaults."""
+    select = {"datasets": ["renge2023"], "splits": list(SPLITS), "models": models, "seeds": [0]}
+    config: dict = {"select": select}
+    for file in ("config", "datasets", "splits", "models", "counterfactuals"):
+        config = {**yaml.safe_load((CONFIG / f"{file}.yaml").read_text()), **config}
+    return complete({**config, "select": select})
+
+
+class Chain:
+    """The files of one screen, and the steps that make them.
+
+    Parameters
+    ----------
+    folder
+        Where everything lies, as below the working directory of the workflow.
+    models, steps
+        Models of the registry; steps of training, None is each model's own.
+    """
+
+    def __init__(self, folder: Path, models: list[str], steps: int | None) -> None:
+        self.folder, self.models, self.n_steps = folder, models, steps
+        self.config = registry(models)
+        self.raw = folder / "raw"
+        self.screen = folder / "results" / "made"
+        self.split = self.screen / SPLITS[0]
+
+    def run_of(self, model: str) -> Path:
+        """Return the folder of a run."""
+        return self.split / model / "seed_0"
+
+    def model_of(self, name: str) -> tuple[str, str, str]:
+        """Return implementation, params as JSON, and file name of a model."""
+        block = self.config["models"][name]
+        family = FAMILIES[block["family"]]
+        steps = (
+            {}
+            if self.n_steps is None
+            else dict.fromkeys((p for p in block["params"] if p.startswith("n_steps")), self.n_steps)
+        )
+        return family.implementation, json.dumps({**block["params"], **steps}), family.artefact  # fmt: skip
+
+    def steps(self) -> Iterator[tuple[str, str, dict[str, object], list[Path]]]:
+        """Yield name, script, arguments and outputs of every step, in the order of the data."""
+        screen = {"harmonized": self.screen / "harmonized.h5ad", "harmonization": self.screen / "harmonization.json"}
+        here = {name: self.split / name for name in ("split.json", "pairs.h5ad", "embeddings.parquet", "audit.json")}
+        split, pairs, vectors, audit = here.values()
+        qualities = {"table": self.screen / "quality.tsv", "account": self.screen / "quality.json"}
+        yield "harmonize", "harmonize", {
+            "raw": self.raw / "manifest.json", "harmonized": screen["harmonized"], "report": screen["harmonization"],
+            "name": "made", "dataset": json.dumps(DATASET), "qc": json.dumps(QC), "threads": 2,
+        }, [screen["harmonized"]]  # fmt: skip
+        page = self.screen / "quality.html"
+        yield "quality", "quality", {**screen, **qualities, "page": page}, [*qualities.values(), page]
+        spec = json.dumps(self.config["splits"][SPLITS[0]])
+        yield "split", "split", {**screen, "split": split, "name": SPLITS[0], "spec": spec}, [split]
+        yield "pair", "pair", {
+            "harmonized": screen["harmonized"], "split": split, "pairs": pairs, "n-hvg": self.config["genes"]["n_hvg"],
+        }, [pairs]  # fmt: skip
+        yield "embeddings", "embeddings", {"pairs": pairs, "embeddings": vectors, "sources": '["coexpression"]'}, [vectors]  # fmt: skip
+        yield "audit", "audit", {
+            "harmonized": screen["harmonized"], "split": split, "pairs": pairs, "embeddings": vectors, "audit": audit,
+        }, [audit]  # fmt: skip
+        for model in self.models:
+            yield from self._steps_of(model, split, pairs, vectors, audit)
+        yield from self._tables(split, pairs, audit, screen["harmonization"], qualities)
+
+    def _steps_of(
+        self, model: str, split: Path, pairs: Path, vectors: Path, audit: Path
+    ) -> Iterator[tuple[str, str, dict[str, object], list[Path]]]:
+        run = self.run_of(model)
+        implementation, params, artefact = self.model_of(model)
+        built = {"implementation": implementation, "params": params, "seed": 0}
+        yield f"train {model}", "train", {
+            "pairs": pairs, "embeddings": vectors, "audit": audit, "model": run / artefact, "run": run / "run.json",
+            "provenance": '{"code_version": "measured"}', **built,
+        }, [run / artefact]  # fmt: skip
+        yield f"predict {model}", "predict", {
+            "pairs": pairs, "model": run / artefact, "predictions": run / "predictions.h5ad", **built,
+            "max-cells": self.config["predict"]["max_cells"],
+        }, [run / "predictions.h5ad"]  # fmt: skip
+        provenance = {"dataset": "made", "split": SPLITS[0], "model": model, "seed": "0"}
+        yield f"evaluate {model}", "evaluate", {
+            "predictions": run / "predictions.h5ad", "pairs": pairs, "split": split, "metrics": run / "metrics.tsv",
+            "provenance": json.dumps(provenance),
+        }, [run / "metrics.tsv"]  # fmt: skip
+        if FAMILIES[self.config["models"][model]["family"]].kind == "learned" or model == "set_gp":
+            warranty = {
+                name: run / file for name, file in (("warranty", "warranty.json"), ("calibration", "calibration.npz"))
+            }
+            yield f"warranty {model}", "warranty", {
+                "pairs": pairs, "embeddings": vectors, "model": run / artefact, **warranty, **built,
+            }, [*warranty.values()]  # fmt: skip
+
+    def _tables(
+        self, split: Path, pairs: Path, audit: Path, harmonization: Path, qualities: dict[str, Path]
+    ) -> Iterator[tuple[str, str, dict[str, object], list[Path]]]:
+        def of_runs(file: str) -> str:
+            return json.dumps([str(self.run_of(model) / file) for model in self.models])
+
+        results = self.folder / "results"
+        tables = {name: results / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")}  # fmt: skip
+        of_screen = {"audits": json.dumps([str(audit)]), "harmonizations": json.dumps([str(harmonization)])}
+        families = {model: self.config["models"][model]["family"] for model in self.models}
+        yield "benchmark", "benchmark", {
+            "metrics": of_runs("metrics.tsv"), "families": json.dumps(families), **tables, **of_screen,
+            "qualities": json.dumps([str(qualities["table"])]),
+            "least-difference": self.config["verdicts"]["least_difference"],
+        }, [*tables.values()]  # fmt: skip
+        files = {"runs": "run.json", "metrics": "metrics.tsv", "predictions": "predictions.h5ad"}
+        page = results / "report.html"
+        yield "report", "report", {
+            **tables, **{name: of_runs(file) for name, file in files.items()}, **of_screen,
+            "qualities": json.dumps([str(qualities["account"])]), "splits": json.dumps([str(split)]),
+            "pairs": json.dumps([str(pairs)]), "counterfactuals": "[]", "figures": "[]", "report": page,
+            "provenance": json.dumps({"code_version": "measured"}),
+            "warranties": json.dumps([str(path) for path in sorted(self.split.glob("*/seed_0/warranty.json"))]),
+        }, [page]  # fmt: skip
+
+
+def made(chain: Chain, n_cells: int, n_perturbations: int) -> Chain:
+    """Make the raw file, unless it is there."""
+    manifest, path = chain.raw / "manifest.json", chain.raw / "screen.h5ad"
+    if not manifest.exists():
+        chain.raw.mkdir(parents=True, exist_ok=True)
+        generate(path, n_cells, n_perturbations)
+        file = {"file": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}
+        write_json(manifest, {"files": {"file": file}})
+    return chain
+
+
+def walked(chain: Chain, wanted: list[str]) -> pd.DataFrame:
+    """Run the steps whose names begin with one of the wanted; return a row per step: wall and CPU seconds, peak and file in MB."""
+    rows = {}
+    for name, script, arguments, outputs in chain.steps():
+        if not name.startswith(tuple(wanted)):
+            continue
+        for output in outputs:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        given = [word for key, value in arguments.items() for word in (f"--{key}", value)]
+        try:
+            wall, cpu, peak = measured(SCRIPTS / f"{script}.py", *given)
+        except RuntimeError as error:
+            print(f"{name}: {str(error)[-1500:]}", file=sys.stderr, flush=True)
+            rows[name] = (np.nan,) * 4
+            continue
+        rows[name] = wall, cpu, peak, sum(map(bytes_of, outputs)) / 1e6
+        print(f"{name}: {wall:.1f} s, CPU {cpu:.1f} s, {peak:,.0f} MB", file=sys.stderr, flush=True)
+    return pd.DataFrame(rows, index=["wall, s", "CPU, s", "peak, MB", "file, MB"]).T
+
+
+def agreement(chain: Chain) -> str:
+    """Return how far what is streamed or drawn is from all training cells in memory: genes and gene vectors of pairs.h5ad."""
+    pairs, screen = chain.split / "pairs.h5ad", ad.read_h5ad(chain.screen / "harmonized.h5ad")
+    cells = Pairs.open(pairs)
+    is_train = (cells.obs["role"] == "train").to_numpy()
+    training = screen[cells.obs.index[is_train]].copy()
+    sc.pp.normalize_total(training, target_sum=float(np.median(np.asarray(training.X.sum(axis=1)))))
+    sc.pp.log1p(training)
+    sc.pp.highly_variable_genes(training, n_top_genes=chain.config["genes"]["n_hvg"], flavor="seurat")
+    with h5py.File(pairs) as file:
+        var = ad.io.read_elem(file["var"])
+    expected, found = (set(table.index[table["highly_variable"]]) for table in (training.var, var))
+    del training, screen
+    drawn = vectors.coexpression(cells, cells.genes).to_numpy()
+    vectors.CELLS_OF_COEXPRESSION = sys.maxsize
+    exact = vectors.coexpression(cells, cells.genes).to_numpy()
+    angles = np.degrees(subspace_angles(drawn, exact))
+    nearest = [
+        np.argsort(-(table / np.linalg.norm(table, axis=1, keepdims=True)) @ (table / np.linalg.norm(table, axis=1, keepdims=True)).T, axis=1)[:, 1:11]
+        for table in (drawn, exact)
+    ]  # fmt: skip
+    shared = np.mean([len(np.intersect1d(one, other)) / 10 for one, other in zip(*nearest, strict=True)])
+    return (
+        f"{len(found & expected):,} of {len(expected):,} highly variable genes are scanpy's on all {is_train.sum():,} training cells. "
+        f"Principal angles of the gene vectors with the exact ones: median {np.median(angles):.1f}°, largest {angles.max():.1f}°, "
+        f"{(angles < 5).sum()} of {len(angles)} below 5°; {100 * shared:.0f} % of the ten nearest genes are the same."
+    )
+
+
+def table_of(sizes: dict[str, pd.DataFrame], n_cells: list[int]) -> str:
+    """Return a Markdown table of all steps and sizes, with exponents between the first and the last size."""
+    steps = list(dict.fromkeys(step for table in sizes.values() for step in table.index))
+    lines = [
+        "| step | "
+        + " | ".join(f"{size}: wall, CPU s | peak, MB | file, MB" for size in sizes)
+        + " | exponent: CPU | peak |"
+    ]
+    lines.append("| --- |" + " ---: |" * (3 * len(sizes) + 2))
+    for step in steps:
+        cells = []
+        for table in sizes.values():
+            wall, cpu, peak, size = table.loc[step] if step in table.index else (np.nan,) * 4
+            cells += [f"{wall:.0f}, {cpu:.0f}", f"{peak:,.0f}", f"{size:,.1f}"] if wall == wall else ["–"] * 3
+        (_, first), (_, last) = next(iter(sizes.items())), list(sizes.items())[-1]
+        for column in ("CPU, s", "peak, MB"):
+            ratio = last[column].get(step, np.nan) / first[column].get(step, np.nan)
+            is_known = len(sizes) > 1 and ratio == ratio
+            cells.append(f"{math.log(ratio) / math.log(n_cells[-1] / n_cells[0]):.2f}" if is_known else "–")
+        lines.append("| " + " | ".join([step, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=int, nargs="+", default=[150_000, 450_000], help="sizes, ascending")
+    parser.add_argument("--perturbations", type=int, nargs="+", default=[800, 2000], help="per size, or one for all")
+    parser.add_argument("--models", nargs="+", default=["no_change", "additive", "technical_duplicate", "set_gp"])
+    parser.add_argument("--training-steps", type=int, help="of learned models; default: each model's own")
+    parser.add_argument(
+        "--steps", nargs="+", help="run these alone, by the beginning of their names; inputs must be there"
+    )
+    parser.add_argument("--folder", type=Path, help="where the files are kept; default: a temporary folder")
+    parser.add_argument(
+        "--agreement", action="store_true", help="print how far streamed quantities are from exact ones, too"
+    )
+    arguments = parser.parse_args()
+    perturbations = arguments.perturbations * (1 if len(arguments.perturbations) > 1 else len(arguments.cells))
+    sizes = {}
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        for n_cells, n_perturbations in zip(arguments.cells, perturbations, strict=True):
+            folder = (arguments.folder or Path(temporary)) / f"cells_{n_cells}_{n_perturbations}"
+            chain = made(Chain(folder, arguments.models, arguments.training_steps), n_cells, n_perturbations)
+            print(f"{n_cells:,} cells, {n_perturbations:,} perturbations", file=sys.stderr, flush=True)
+            sizes[f"{n_cells:,} × {n_perturbations:,}"] = walked(chain, arguments.steps or [""])
+            if arguments.agreement:
+                print(agreement(chain), flush=True)
+            if not arguments.folder:
+                shutil.rmtree(folder)
+    print(table_of(sizes, arguments.cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""The Gaussian process over sets of genes.
+
+Its likelihood and answers are those of the dense formulas, and each part is right where it should speak.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Prepared
+from made_effects import N_GENES, NO_VECTORS, TARGETS, doubles, error, make_training, vectors
+from scipy import sparse
+from scipy.stats import multivariate_normal
+
+from perturbflow.embeddings import Embeddings
+from perturbflow.genes.symbols import members_of
+from perturbflow.models.base import Run, build
+from perturbflow.models.closed_form.base import TrainingSet
+from perturbflow.models.closed_form.baselines import Additive
+from perturbflow.models.gaussian_process import likelihood as marginal_likelihood
+from perturbflow.models.gaussian_process import set_gp
+from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel
+from perturbflow.models.gaussian_process.likelihood import Directions, Problem
+from perturbflow.models.gaussian_process.set_gp import SetGP
+from perturbflow.pairs import Pairs
+from perturbflow.registry.families import FAMILIES
+
+PROGRAMMES = np.random.default_rng(0).normal(size=(3, N_GENES))
+
+
+# --- the mathematics --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learning(singles: dict[str, np.ndarray]) -> tuple[Problem, SetKernel, Directions]:
+    """Return what hyper-parameters of 23 rows in two contexts are learned from."""
+    training = make_training({**singles, **doubles(singles, 0.7)}, vectors(), n=12, noise=1.0, batches=2)
+    rows = EffectRows.of(training)
+    V = np.linalg.svd(rows.values, full_matrices=False)[2][:5].T
+    Y = rows.values @ V
+    kernel = SetKernel.of(rows, training, Y, np.zeros(len(Y)))
+    asked = Questions(rows.labels, rows.shares, np.zeros(2))
+    orders = np.array([len(members_of(label)) for label in rows.labels])
+    M = np.stack([orders == 1, orders == 2], axis=1)[:, None].astype(float)
+    start = Directions(np.log(Y.var(axis=0)), np.log(0.1 * Y.var(axis=0)), np.log(np.tile(Y.var(axis=0), (2, 1))))
+    return Problem(kernel, asked, rows.sampling / rows.sampling[0, 0], Y, M, np.ones(len(Y)), start, 2), kernel, start
+
+
+def test_the_likelihood_is_that_of_a_dense_normal(learning: tuple[Problem, SetKernel, Directions]) -> None:
+    learned, kernel, of = learning
+    weights = kernel.weights
+    solved = learned.diagonal(weights).solved(of)
+    dense, K = 0.0, weights.covariance(learned.terms)[0]
+    K[np.diag_indices(len(K))] += np.where(learned.asked.is_combination, *weights.groups[4][::-1])
+    for k in range(5):
+        C = np.exp(of.signal[k]) * K + np.exp(of.noise[k]) * (learned.root @ learned.root.T)
+        C += learned.M[:, 0] @ np.diag(np.exp(of.means[:, k])) @ learned.M[:, 0].T
+        dense -= multivariate_normal(np.zeros(len(C)), C).logpdf(learned.Y[:, k])
+    constants = 5 * (len(learned.Y) * np.log(2 * np.pi) / 2 + np.log(np.diag(learned.root)).sum())
+    assert solved.loss == pytest.approx(dense - constants, rel=1e-9)
+
+
+def test_the_gradient_is_that_of_differences(
+    learning: tuple[Problem, SetKernel, Directions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned, kernel, _ = learning
+    seen: list[tuple[Callable, np.ndarray]] = []
+
+    def kept(loss: Callable, start: np.ndarray, n_steps: int) -> np.ndarray:
+        seen.append((loss, start))
+        return start
+
+    monkeypatch.setattr(marginal_likelihood, "minimized", kept)
+    learned.learned(kernel.weights)
+    Problem.conditioned(learned.diagonal(kernel.weights), learned.start)
+    for loss, start in seen:
+        here = start + 0.3 * np.random.default_rng(0).normal(size=len(start))
+        _, gradient = loss(here)
+        steps = 1e-5 * np.eye(len(here))
+        by_differences = [(loss(here + step)[0] - loss(here - step)[0]) / 2e-5 for step in steps]
+        np.testing.assert_allclose(gradient, by_differences, atol=1e-5)
+
+
+def test_answers_and_their_variance_are_those_of_the_dense_formulas(singles: dict[str, np.ndarray]) -> None:
+    training = make_training({**singles, **doubles(singles, 0.7)}, vectors(), n=12, noise=1.0)
+    model = SetGP().learned(training)
+    rows, of = EffectRows.of(training), model.artefact
+    values = model.own.replaced(rows, training.genes)
+    asked = ["G0+G7", "G3", "G31"]
+    questions, V = model.kernel.questions(asked), of["V"]
+    both = Questions([*rows.labels, *asked], np.ones((len(rows.labels) + 3, 1)), np.zeros(1))
+    n = len(rows.labels)
+    K = model.weights.covariance(model.kernel.terms(both, both))[0]
+    nu, (_, h) = model.weights.groups[4], model.kernel.strength_of(rows.labels)
+    is_double = np.array(["+" in label for label in rows.labels])
+    root_h, _ = model.kernel.strength_of(both.labels)
+    M = np.stack([root_h * [("+" in label) == kind for label in both.labels] for kind in (False, True)], axis=1)
+    S = rows.sampling / rows.sampling.diagonal().mean()
+    means, variances = np.zeros((2, 3, V.shape[1]))
+    for k in range(V.shape[1]):
+        # Noise and τ of a direction from what is stored: D = σ² Λ + b, B = (T⁻¹ + Mᵀ C⁻¹ M)⁻¹.
+        signal = of["signal"][k]
+        white = np.linalg.inv(np.linalg.cholesky(S))
+        eigenvalues = np.maximum(
+            np.linalg.eigvalsh(white @ (K[:n, :n] + np.diag(h * np.where(is_double, nu[1], nu[0]))) @ white.T), 0
+        )
+        noise = np.median(1.0 / np.sort(of["inverse"][:, k])[::-1] - signal * eigenvalues)
+        C = signal * (K[:n, :n] + np.diag(h * np.where(is_double, nu[1], nu[0]))) + noise * S
+        tau = np.linalg.inv(np.linalg.inv(of["B"][k]) - M[:n].T @ np.linalg.solve(C, M[:n]))
+        whole = C + M[:n] @ tau @ M[:n].T
+        across = signal * K[n:, :n] + M[n:] @ tau @ M[:n].T
+        means[:, k] = across @ np.linalg.solve(whole, values @ V[:, k])
+        itself = signal * np.diag(K)[n:] + np.einsum("qi,ij,qj->q", M[n:], tau, M[n:])
+        variances[:, k] = itself - np.einsum("qi,iq->q", across, np.linalg.solve(whole, across.T))
+    for i, label in enumerate(asked):
+        others = ~np.isin(training.genes, members_of(label))
+        np.testing.assert_allclose(model.effect(label)[others], (means[i] @ V.T)[others], atol=2e-3)
+        np.testing.assert_allclose(
+            model.uncertainty(label)[others], (V**2 @ variances[i])[others], rtol=0.05, atol=1e-5
+        )
+    assert len(questions.labels) == 3
+
+
+def test_sampling_errors_of_effects_against_the_same_controls_hang_together() -> None:
+    """The covariance that is written down is that of many draws."""
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(300):
+        training = make_training(
+            {"G0": np.zeros(N_GENES), "G1": np.zeros(N_GENES)}, n=10, noise=1.0, batches=2, seed=int(rng.integers(1e9))
+        )
+        rows = EffectRows.of(training)
+        drawn.append(rows.values)
+    assert rows.labels == ["G0", "G0", "G1", "G1"]
+    measured = np.einsum("drg,dsg->rs", drawn, drawn) / len(drawn) / N_GENES
+    np.testing.assert_allclose(measured, rows.sampling, atol=0.01)
+    assert rows.sampling[0, 2] == pytest.approx(1 / 20)
+    np.testing.assert_allclose(rows.variance.mean(), 1.0, atol=0.1)
+
+
+# --- what it knows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_it_beats_the_sum_where_it_fails_and_keeps_up_where_it_holds(
+    factor: float,
+    singles: dict[str, np.ndarray],
+) -> None:
+    training = make_training({**singles, **doubles(singles, factor)}, vectors(), n=12, noise=1.0)
+    model, plain = SetGP().learned(training), Additive().learned(training)
+    labels = ["G0+G7", "G2+G9", "G11+G4"]
+    ours, theirs = (
+        np.mean([error(one, label, factor * sum(singles[g] for g in members_of(label))) for label in labels])
+        for one in (model, plain)
+    )
+    assert ours < (0.6 if factor < 1 else 1.0) * theirs
+
+
+def test_it_believes_vectors_that_tell_and_not_those_that_do_not(singles: dict[str, np.ndarray]) -> None:
+    table = vectors().table
+    noise = pd.DataFrame(
+        np.random.default_rng(5).normal(size=(len(table), 3)),
+        index=table.index,
+        columns=["noise:0", "noise:1", "noise:2"],
+    )
+    model = SetGP().learned(make_training(singles, Embeddings(table.join(noise))))
+    weights = model.account()
+    assert weights["known near"] + weights["known linear"] > 5 * (weights["noise near"] + weights["noise linear"])
+    others = np.arange(N_GENES) != 30
+    assert np.corrcoef(model.effect("G30")[others], (table.loc["G30"].to_numpy() @ PROGRAMMES)[others])[0, 1] > 0.5
+
+
+def test_it_sets_the_level_of_an_unseen_target() -> None:
+    effects = {gene: np.where(np.arange(N_GENES) == int(gene[1:]), -2.0, 0.0) for gene in TARGETS}
+    model = SetGP().learned(make_training(effects, vectors()))
+    assert model.effect("G30")[30] == pytest.approx(-2.0, abs=0.3)
+    assert model.effect("G3+G30")[3] == pytest.approx(-2.0, abs=0.3)
+    assert np.abs(np.delete(model.effect("G30"), 30)).max() < 0.2
+
+
+def test_a_context_has_its_own_part_of_an_effect_and_a_new_one_the_shared_part(singles: dict[str, np.ndarray]) -> None:
+    training = make_training(singles, batches=3)
+    X = training.pairs.X.toarray()
+    rng = np.random.default_rng(3)
+    extra = {gene: rng.normal(size=3) @ PROGRAMMES for gene in TARGETS}
+    for gene, value in extra.items():
+        X[(training.pairs.labels == gene) & (training.pairs.obs["batch"] == "b1").to_numpy()] += value
+    pairs = replace(training.pairs, X=sparse.csr_matrix(X))
+    model = SetGP().learned(TrainingSet.of(pairs, vectors(), 0))
+    controls = np.flatnonzero(pairs.is_control)
+    places = {batch: pairs.context_of(controls[pairs.strata[controls] == f"{batch}|t"]) for batch in ("b0", "b1")}
+    of = {batch: model.effect_in("G3", place) for batch, place in places.items()}
+    moved, planted = np.delete(of["b1"] - of["b0"], 3), np.delete(extra["G3"], 3)
+    assert np.corrcoef(moved, planted)[0, 1] > 0.95
+    assert 0.5 < moved @ planted / (planted @ planted) < 1.1
+    new = replace(pairs.context_of(controls[:5]), strata=np.array(["b9|t"]), levels={"b9|t": pairs.control_level})
+    shared = model.effect_in("G3", new) - of["b0"]  # two of three contexts are alike
+    assert 0.0 < shared @ extra["G3"] / (extra["G3"] @ extra["G3"]) < 0.6
+    assert model.uncertainty("G3", new).mean() > 2 * model.uncertainty("G3", places["b0"]).mean()
+
+
+def test_doses_share_an_effect_and_no_dose_has_none() -> None:
+    rng = np.random.default_rng(2)
+    effects = {}
+    for i in range(6):
+        shape = rng.normal(size=N_GENES)
+        effects |= {f"C{i}@{dose}": shape * dose / (dose + 10) for dose in (1, 10, 100, 1000)}
+    truth = effects.pop("C0@10")
+    training = make_training(effects, n=20, noise=0.5)
+    model = SetGP().learned(training)
+    assert error(model, "C0@10", truth) < 0.6 * error(Additive().learned(training), "C0@10", truth)
+    assert np.linalg.norm(model.effect("C0@3")) < np.linalg.norm(model.effect("C0@100"))
+    assert np.abs(model.effect("C0@0")).max() < 1e-8
+    assert np.isfinite(model.effect("NOBODY@3")).all()
+
+
+def test_it_is_surer_of_what_it_knows_better(singles: dict[str, np.ndarray]) -> None:
+    model = SetGP().learned(make_training({**singles, **doubles(singles)}, vectors(), n=12, noise=1.0))
+    for sure in (("G3", "G30", "NOBODY"), ("G0+G7", "G0+NOBODY", "NOBODY1+NOBODY2")):
+        variances = [model.uncertainty(label).mean() for label in sure]
+        assert variances == sorted(variances)
+    assert all((model.uncertainty(label) >= 0).all() for label in ("G3", "G0+G7", "NOBODY"))
+
+
+def test_intervals_in_its_own_units_hold_what_is_measured(singles: dict[str, np.ndarray]) -> None:
+    training = make_training({**singles, **doubles(singles)}, vectors(), n=12, noise=1.0)
+    found = SetGP().held_out(training.pairs, training.embeddings, 0)
+    assert {"unseen gene", "unseen member", "seen"} == set(found.novelties)
+    assert 0.5 < found.for_novelty("seen").reach(0.9) < 4.0
+
+
+# --- another model's means --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_another_model_is_heard_as_far_as_it_predicts_what_it_was_not_trained_on(
+    screen: tuple[Pairs, Embeddings], monkeypatch: pytest.MonkeyPatch, knows: bool
+) -> None:
+    monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 2)
+    training = TrainingSet.of(screen[0].roles("train", "validation"), screen[1], 0)
+    rng = np.random.default_rng(0)
+    true = {
+        label: value.astype(float)
+        for label, value in zip(training.effects.labels, training.effects.values, strict=True)
+    }
+    truth = {**true, "NEW1": true[training.effects.labels[0]] - true[training.effects.labels[1]]}
+    noise = {label: rng.normal(size=len(training.genes)) * 0.3 for label in truth}
+    asked = []
+
+    def part(inner: TrainingSet, start: np.ndarray) -> Callable[[str], np.ndarray]:
+        assert training.pairs.is_control[training.pairs.rows.searchsorted(start)].all()
+        asked.append(set(inner.effects.labels))
+        return (truth if knows else noise).__getitem__
+
+    model = SetGP(other_means={"world": part}).learned(training)
+    assert asked
+    assert set(model.out_of_fold["world"]) == set(training.effects.labels)
+    silent = SetGP().learned(training)
+    said = {"world": (truth if knows else noise)["NEW1"]}
+    distance = [np.linalg.norm(one.effect_in("NEW1", None, said) - said["world"]) for one in (model, silent)]
+    assert distance[0] < 0.7 * distance[1] if knows else distance[0] > 0.7 * distance[1]
+    again = SetGP()
+    again.restore(model.artefact)
+    np.testing.assert_array_equal(again.effect_in("NEW1", None, said), model.effect_in("NEW1", None, said))
+    # What training measured was conditioned on what folds without it said. Anything else here would count as an effect
+    # of its own.
+    known = training.effects.labels[0]
+    louder = {"world": 3.0 * model.out_of_fold["world"][known]}
+    np.testing.assert_array_equal(model.effect_in(known, None, louder), model.effect_in(known))
+    np.testing.assert_array_equal(model.uncertainty(known, None, louder), model.uncertainty(known))
+
+
+# --- honesty and bad input --------------------------------------------------------------------------------------------
+
+
+def test_it_knows_nothing_of_cells_that_are_held_out(screen: tuple[Pairs, Embeddings]) -> None:
+    pairs, embeddings = screen
+    is_held_out = (pairs.obs["role"] != "train").to_numpy()
+    X = pairs.X.toarray()
+    X[is_held_out] = np.random.default_rng(0).random(X[is_held_out].shape)
+    effects = [
+        SetGP().learned(TrainingSet.of(cells, embeddings, 0)).effect("TF1+TF2")
+        for cells in (pairs, replace(pairs, X=sparse.csr_matrix(X)))
+    ]
+    np.testing.assert_array_equal(*effects)
+
+
+@pytest.mark.parametrize("kind", ["unseen_perturbation", "unseen_combination", "unseen_context"])
+def test_it_serves_every_held_out_perturbation_of_a_screen(kind: str, prepared: dict[str, Prepared]) -> None:
+    cells = Pairs.read(prepared[kind].pairs)
+    model = build(FAMILIES["gaussian_process"].implementation, {})
+    artefact = model.fit(cells.fitted_on("test"), Embeddings.read(prepared[kind].embeddings), Run(seed=0))
+    again = SetGP()
+    again.restore(artefact)
+    test = cells.roles("test")
+    for label in [*test.perturbations, "NEVER_HEARD", "NEVER_HEARD+TF1", "TF1+TF2+TF3"]:
+        context = test.context_of(test.cells_of(label)) if label in test.perturbations else None
+        effect, variance = model.effect_in(label, context), model.uncertainty(label, context)
+        assert effect.shape == variance.shape == (len(cells.genes),)
+        assert np.isfinite(effect).all() and np.isfinite(variance).all()
+        np.testing.assert_array_equal(again.effect_in(label, context), effect)
+
+
+def test_the_order_of_cells_makes_no_difference(singles: dict[str, np.ndarray]) -> None:
+    training = make_training({**singles, **doubles(singles)}, vectors(), batches=2)
+    order = np.random.default_rng(0).permutation(len(training.pairs.rows))
+    pairs = training.pairs
+    shuffled = Pairs(
+        pairs.X[order], pairs.obs.iloc[order], pairs.genes, pairs.control_index[order], np.arange(len(order))
+    )
+    effects = [SetGP().learned(TrainingSet.of(cells, vectors(), 0)).effect("G0+G7") for cells in (pairs, shuffled)]
+    np.testing.assert_allclose(*effects, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "labels", [["G0"], ["G0", "G1"], ["G0", "G1", "G2"], ["G0+G1"], ["G0+G1", "G2+G3", "G0+G3"], ["A@1", "A@10", "B@0"]]
+)
+def test_very_few_perturbations_are_answered_for(labels: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    model = SetGP().learned(make_training({label: rng.normal(size=N_GENES) for label in labels}, vectors()))
+    for label in [*labels, "G0+G2", "G30", "NOBODY"]:
+        assert np.isfinite(model.effect(label)).all()
+        assert np.isfinite(model.uncertainty(label)).all()
+
+
+def test_a_combination_of_very_many_unknown_members_has_an_answer(singles: dict[str, np.ndarray]) -> None:
+    model = SetGP().learned(make_training({**singles, **doubles(singles)}, vectors()))
+    label = "+".join(f"NOBODY{i}" for i in range(12))
+    assert np.isfinite(model.effect(label)).all()
+    assert np.isfinite(model.uncertainty(label)).all()
+
+
+def test_vectors_that_tell_nothing_are_no_trouble(singles: dict[str, np.ndarray]) -> None:
+    genes = [*TARGETS, "G30"]
+    table = pd.DataFrame(1.0, index=genes, columns=["constant:0", "constant:1"])
+    table["elsewhere:0"] = np.nan
+    table["twice:0"] = table["twice:1"] = np.arange(len(genes), dtype=float)
+    table["huge:0"] = 1e12 * np.arange(len(genes))
+    model = SetGP().learned(make_training(singles, Embeddings(table)))
+    assert "constant near" not in model.account()
+    assert "elsewhere near" not in model.account()
+    assert np.isfinite(model.effect("G30")).all()
+    assert np.isfinite(SetGP().learned(make_training(singles, NO_VECTORS)).effect("G30")).all()
+    nothing = {gene: np.zeros(N_GENES) for gene in TARGETS}
+    assert np.abs(SetGP().learned(make_training(nothing, vectors(), noise=0.0)).effect("G30")).max() < 1e-6
+
+
+def test_of_very_many_rows_some_are_learned_from(
+    singles: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = make_training({**singles, **doubles(singles)}, vectors())
+    whole = SetGP().learned(training)
+    monkeypatch.setattr(set_gp, "MOST_LEARNED_FROM", 15)
+    monkeypatch.setattr(set_gp, "MOST_DIRECTIONS", 4)
+    some = SetGP().learned(training)
+    assert some.artefact["V"].shape == (N_GENES, 4)
+    truth = singles["G0"] + singles["G7"]
+    assert error(some, "G0+G7", truth) < error(whole, "G0+G7", truth) + 0.1

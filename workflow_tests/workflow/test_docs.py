@@ -1,0 +1,505 @@
+"""The documents say what is: every key, every default, every command, the graph of rules.
+
+Run as a script (PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py), it writes the generated parts anew:
+the tables of model params and of metrics, the map of the code, and the rule graph.
+"""
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))  # pytest does so, too
+
+from house import MODULES, ORDER, stage
+from software import rules
+
+from perturbflow.evaluation import METRICS
+from perturbflow.registry.config import complete
+from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.params import json_schema
+from perturbflow.registry.shipped import merged
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = REPOSITORY / "README.md"
+CONFIG_README = REPOSITORY / "config" / "README.md"
+CLUSTER_README = REPOSITORY / "config" / "profiles" / "README.md"
+TUTORIAL = REPOSITORY / "config" / "TUTORIAL.md"
+CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
+DOCUMENTS = (README, CONFIG_README, CLUSTER_README, TUTORIAL, CONTRIBUTING)
+SCHEMAS = REPOSITORY / "config" / "schemas"
+DEFAULT_FILES = [
+    REPOSITORY / "config" / f"{name}.yaml" for name in ("config", "datasets", "splits", "models", "counterfactuals")
+]
+
+
+# --- what the schemas say -------------------------------------------------------------------------------------------
+
+
+def schema(name: str) -> dict:
+    return yaml.safe_load((SCHEMAS / f"{name}.schema.yaml").read_text())
+
+
+def type_of(block: dict) -> str:
+    """Return a property's type in the words of the tables."""
+    if "$ref" in block:
+        file, _, place = block["$ref"].partition("#/")
+        return type_of(reduce(dict.__getitem__, place.split("/"), schema(file.removesuffix(".schema.yaml"))))
+    if "enum" in block:
+        return "one of " + ", ".join(f"`{value}`" for value in block["enum"])
+    if "oneOf" in block:
+        return " or ".join(
+            f"`{branch['const']}`" if "const" in branch else type_of(branch) for branch in block["oneOf"]
+        )
+    types = block["type"] if isinstance(block["type"], list) else [block["type"]]
+    names = {"array": "list", "object": "mapping"}
+    return " or ".join(names.get(name, name) for name in types)
+
+
+def default_of(block: dict, is_required: bool) -> str:
+    """Return a property's default as it would be written in YAML."""
+    if "default" in block:
+        return f"`{json.dumps(block['default'], ensure_ascii=False)}`"
+    return "required" if is_required else "–"
+
+
+def rows(block: dict, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield key, first cells of the table row, and description of every property below a schema, mappings opened."""
+    for key, value in block.get("properties", {}).items():
+        if value.get("properties"):
+            yield from rows(value, f"{prefix}{key}.")
+        elif prefix or key not in ("datasets", "splits", "models", "counterfactuals"):
+            row = f"| `{prefix}{key}` | {type_of(value)} | {default_of(value, key in block.get('required', []))} |"
+            yield f"{prefix}{key}", row, value.get("description", "")
+        items = value.get("items", {})
+        for branch in items.get("oneOf", []):
+            yield from rows(branch, f"{prefix}{key}[].")
+
+
+def with_params(family: str) -> bool:
+    """Return whether a family has params at all."""
+    return bool(schema("models")["$defs"][family]["properties"])
+
+
+def params_table(family: str) -> str:
+    """Return the table of a family's params."""
+    block = schema("models")["$defs"][family]
+    lines = ["| param | type | default | |", "| --- | --- | --- | --- |"]
+    lines += [f"{row} {description} |".replace("|  |", "| |") for _, row, description in rows(block)]
+    return "\n".join(lines)
+
+
+def section(title: str) -> str:
+    """Return the text below a heading of config/README.md, up to the next heading of its level."""
+    match = re.search(
+        rf"^(#+) {re.escape(title)}$(.*?)(?=^#{{1,2}} |\Z)", CONFIG_README.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    assert match, f"config/README.md has no section '{title}'"
+    return match[2]
+
+
+MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
+
+
+def models_schema() -> str:
+    """Return the schema of models.yaml, as the declarations of the families have it."""
+
+    def flow(value: object) -> str:
+        text = yaml.dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+        return text.removesuffix("...\n").strip()
+
+    lines = [
+        '$schema: "https://json-schema.org/draft/2020-12/schema"',
+        (
+            "# Written by workflow_tests/workflow/test_docs.py from the declarations in "
+            "scripts/perturbflow/registry/families.py."
+        ),
+        'description: "Registry of models: a name, a family, and its params. $defs holds the params of every family."',
+        "type: object",
+        'propertyNames: {pattern: "^[a-z0-9][a-z0-9_]*$"}',
+        "additionalProperties:",
+        "  type: object",
+        "  additionalProperties: false",
+        "  required: [family]",
+        "  properties:",
+        f"    family: {flow({'enum': list(FAMILIES)})}",
+        "    params: {type: object, default: {}}",
+        "$defs:",
+    ]
+    for name, family in FAMILIES.items():
+        block = json_schema(family.params)
+        if not block["properties"]:
+            lines.append(f"  {name}: {flow(block)}")
+            continue
+        required = [f"    required: {flow(block['required'])}"] if "required" in block else []
+        lines += [f"  {name}:", "    type: object", "    additionalProperties: false", *required, "    properties:"]
+        lines += [f"      {key}: {flow(of)}" for key, of in block["properties"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_schema_of_models_is_that_of_their_declarations():
+    assert MODELS_SCHEMA.read_text() == models_schema(), (
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py`"
+    )
+
+
+DOCUMENTED = {
+    "config.yaml: what to run": schema("config"),
+    "priors: what is known of genes": schema("config")["properties"]["priors"]["additionalProperties"],
+    "datasets.yaml: which screens exist": schema("datasets")["additionalProperties"],
+    "splits.yaml: ways of holding out": schema("splits")["additionalProperties"],
+    "models.yaml: which models exist": schema("models")["additionalProperties"],
+    "counterfactuals.yaml: what-if questions": schema("counterfactuals")["additionalProperties"],
+}
+
+
+@pytest.mark.parametrize("title", DOCUMENTED)
+def test_every_key_is_documented_with_its_type_and_default(title):
+    documented = section(title)
+    missing = [row for _, row, _ in rows(DOCUMENTED[title]) if row not in documented]
+    assert not missing, "rows to add to or mend in config/README.md:\n" + "\n".join(missing)
+
+
+@pytest.mark.parametrize("title", DOCUMENTED)
+def test_no_key_is_documented_that_does_not_exist(title):
+    of_families = r"(?s)<!-- (params|families)\b.*?<!-- \1: end -->"
+    documented = set(
+        re.findall(r"^\| `([a-z_.\[\]0-9]+)` \|", re.sub(of_families, "", section(title)), flags=re.MULTILINE)
+    )
+    assert documented <= {key for key, _, _ in rows(DOCUMENTED[title])}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_documented_with_its_params(family):
+    if not with_params(family):
+        assert f"| `{family}` | {FAMILIES[family].kind} |" in section("models.yaml: which models exist")
+        return
+    expected = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"
+    assert expected in CONFIG_README.read_text(), (
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write the table anew"
+    )
+
+
+def metrics_table() -> str:
+    """Return the table of metrics."""
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else f"{value:g}".replace("inf", "∞").replace("-", "−")
+
+    lines = [
+        "| metric | family | better | range | perfect | useless | unit | needs | ceiling | definition | source |",
+        "| --- " * 11 + "|",
+    ]
+    for metric in METRICS.values():
+        name = f"**`{metric.name}`**" if metric.headline else f"`{metric.name}`"
+        ceiling = metric.correction.__name__.removeprefix("of_").replace("_", " ") if metric.correction else "duplicate"
+        values = (*metric.range, metric.perfect, metric.useless)
+        low, high, perfect, useless = map(shown, values)
+        lines.append(
+            f"| {name} | {metric.family} | {metric.direction} | {low} to {high} | {perfect} | {useless} | "
+            f"{metric.unit} | {metric.needs} | {ceiling} "
+            f"| {metric.formula} | {metric.source} |"
+        )
+    return "\n".join(lines)
+
+
+def test_metrics_are_documented():
+    expected = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
+    assert expected in CONFIG_README.read_text(), (
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write the table anew"
+    )
+
+
+# --- the map of the code --------------------------------------------------------------------------------------------
+
+
+def rules_of_modules() -> dict[str, list[str]]:
+    """Return module → rules whose script calls a function of it."""
+    found: dict[str, list[str]] = {}
+    for rule, fields in rules().items():
+        for node in ast.parse(Path(fields["script"]).read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module and node.module != "perturbflow.cli":
+                place = node.module.removeprefix("perturbflow.").replace(".", "/")
+                found.setdefault(place if place in MODULES else f"{place}/__init__", []).append(rule)
+    return found
+
+
+def map_of_the_code() -> str:
+    """Return the table of modules, in the order of the data; what holds no step comes last."""
+    lines = ["| module | what it does | rules that run it |", "| --- | --- | --- |"]
+    of_module = rules_of_modules()
+    for module in sorted(MODULES, key=lambda name: (stage(name) or len(ORDER) + 1, name)):
+        said = (ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n\n")[0]
+        called = ", ".join(f"`{rule}`" for rule in of_module.get(module, []))
+        lines.append(
+            f"| `{module}.py` | {' '.join(said.split()).replace('|', '/')} | {called} |".replace("|  |", "| |")
+        )
+    return "\n".join(lines)
+
+
+def test_map_of_the_code_is_current():
+    expected = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
+    assert expected in CONTRIBUTING.read_text(), (
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write the map anew"
+    )
+
+
+def test_every_rule_with_a_script_has_its_module_on_the_map():
+    assert set().union(*rules_of_modules().values()) == set(rules())
+    assert set(rules_of_modules()) <= set(MODULES)
+
+
+def test_what_is_named_in_code_is_there():
+    """A page that tells where to put a line names functions and tables that are still called so."""
+    places = [
+        path for folder in ("rules", "scripts", "config", "workflow_tests") for path in (REPOSITORY / folder).rglob("*")
+    ]
+    code = "\n".join(path.read_text() for path in places if path.suffix in (".py", ".smk", ".yaml"))
+    named = set(re.findall(r"`([A-Za-z_][\w.]*)[`(=]", CONTRIBUTING.read_text()))
+    words = {name.rsplit(".", 1)[-1] for name in named if not name.endswith((".py", ".cff", ".md"))}
+    assert words
+    assert not {word for word in words if not re.search(rf"\b{re.escape(word)}\b", code)}
+
+
+# --- examples and commands ------------------------------------------------------------------------------------------
+
+
+def yaml_blocks() -> list[tuple[str, str]]:
+    return [(file.relative_to(REPOSITORY).as_posix(), block) for file in (README, CONFIG_README, TUTORIAL)
+            for block in re.findall(r"^```yaml\n(.*?)^```", file.read_text(),
+                                    flags=re.MULTILINE | re.DOTALL)]  # fmt: skip
+
+
+def files_named_in(value: object) -> Iterator[str]:
+    """Yield every path and file value below a configuration."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key in ("path", "file", "labels"):
+                yield from item.values() if isinstance(item, dict) else [item]
+            yield from files_named_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from files_named_in(item)
+
+
+@pytest.mark.parametrize(("file", "block"), yaml_blocks(), ids=lambda value: value if len(value) < 40 else "block")
+def test_examples_are_valid_configurations(file, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config: dict = {}
+    for default in DEFAULT_FILES:
+        config = merged(config, yaml.safe_load(default.read_text()))
+    example = yaml.safe_load(block)
+    config = merged(config, example)
+    # What exists in an example is checked as if it were selected.
+    for kind in ("datasets", "splits", "models", "counterfactuals"):
+        config["select"][kind] = list(dict.fromkeys([*config["select"].get(kind, []), *example.get(kind, {})]))
+    for name in files_named_in(example):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    complete(config)
+
+
+def test_readme_shows_an_example_for_an_own_screen():
+    assert "<!-- example: mine.yaml -->\n```yaml" in README.read_text()
+
+
+@pytest.mark.parametrize("name", ["run", "test"])
+def test_commands_parse_and_name_files_that_exist(name):
+    match = re.search(
+        rf"^<!-- command: {name} -->\n```bash\n(.*?)```", README.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    assert match, f"README.md has no block marked <!-- command: {name} -->"
+    subprocess.run(["bash", "-n", "-c", match[1]], check=True)
+    words = shlex.split(match[1].replace("&&", " && "))
+    assert words[0] == "python3.11"
+    requirements = words[words.index("-r") + 1]
+    assert (REPOSITORY / requirements).is_file()
+
+
+def test_bash_blocks_parse():
+    for file in DOCUMENTS:
+        for block in re.findall(r"^```bash\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL):
+            subprocess.run(["bash", "-n", "-c", block], check=True)
+            for word in shlex.split(block, comments=True):
+                if re.match(r"(config|rules|scripts|envs|workflow_tests)/.*\.(yaml|smk|py|txt)$", word):
+                    assert (REPOSITORY / word).exists(), f"{file.name} runs {word}"
+
+
+def anchors(file: Path) -> set[str]:
+    """Return what the headings of a document are linked by."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_headings_that_exist():
+    for file in DOCUMENTS:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", file.read_text()):
+            assert anchor in anchors(file.parent / target if target else file), f"{file.name} links {target}#{anchor}"
+
+
+def test_files_that_are_linked_or_named_exist():
+    for file in DOCUMENTS:
+        text = file.read_text()
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+            if "://" not in target:
+                assert (file.parent / target).exists(), f"{file.name} links {target}"
+        for named in re.findall(
+            r"`((?:config|rules|scripts|envs|workflow_tests)/[\w./-]+\.(?:yaml|smk|py|txt|md|tsv))`", text
+        ):
+            assert (REPOSITORY / named).exists(), f"{file.name} names {named}"
+
+
+def test_ci_runs_the_command_of_the_readme():
+    script = REPOSITORY / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "<!-- command: test -->" in script.read_text()
+
+
+# --- the graph of rules ---------------------------------------------------------------------------------------------
+
+RULEGRAPH = re.compile(
+    r"<!-- rulegraph: (?P<command>.*?) -->\n```mermaid\n(?P<graph>.*?)```\n<!-- rulegraph: end -->", flags=re.DOTALL
+)
+
+
+def drawn(text: str) -> tuple[set[str], set[tuple[str, str]]]:
+    """Return rules and edges of a mermaid graph; their order and numbers are Snakemake's whim."""
+    names = dict(re.findall(r"(id\d+)\[([^\]]+)\]", text))
+    return set(names.values()), {(names[start], names[end]) for start, end in re.findall(r"(id\d+) --> (id\d+)", text)}
+
+
+def rule_graph(command: str) -> str:
+    """Return the graph that a command prints now, without its colours."""
+    words = shlex.split(command)
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return "".join(line for line in done.stdout.splitlines(keepends=True) if "style id" not in line)
+
+
+def test_rule_graph_is_current():
+    shown = RULEGRAPH.search(README.read_text())
+    assert shown, "README.md has no rule graph between its markers"
+    current = drawn(rule_graph(shown["command"]))
+    assert current[0], "snakemake drew nothing"
+    assert drawn(shown["graph"]) == current, (
+        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to draw it anew"
+    )
+
+
+# --- what to cite ---------------------------------------------------------------------------------------------------
+
+CITATIONS = re.compile(r"(?<=<!-- citations: CITATION.cff -->\n).*?(?=<!-- citations: end -->)", flags=re.DOTALL)
+SCOPES = {
+    "screen": "Screens",
+    "prior": "Priors and names",
+    "model": "Models",
+    "metric": "Baselines and metrics",
+    "software": "Software",
+}
+IDENTIFIER = re.compile(r"\b10\.\d{4,}/[\w./-]*\w|\d{4}\.\d{5}\b")
+
+
+def references() -> list[dict]:
+    """Return what CITATION.cff refers to."""
+    return yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["references"]
+
+
+def identifier(reference: dict) -> str:
+    """Return doi:... or arXiv:..., or nothing."""
+    return (
+        f"doi:{reference['doi']}"
+        if "doi" in reference
+        else next((entry["value"] for entry in reference.get("identifiers", [])), "")
+    )
+
+
+def citations() -> str:
+    """Return the list of README.md."""
+
+    def author(entry: dict) -> str:
+        return (
+            entry.get("name")
+            or f"{entry['family-names']} {' '.join(name[0] + '.' for name in entry['given-names'].split())}"
+        )
+
+    lines = []
+    for scope, title in SCOPES.items():
+        lines.append(f"<details><summary>{title}</summary>\n")
+        for entry in (entry for entry in references() if entry["scope"] == scope):
+            authors = f"{', '.join(map(author, entry['authors']))}.".replace(", et al.", " et al.").replace("..", ".")
+            place = f" *{entry['journal']}*" if "journal" in entry else ""
+            found = f" {identifier(entry)}." if identifier(entry) else ""
+            lines.append(
+                f"* {authors} {entry['title']}.{place} ({entry['year']}).{found} "
+                f"{entry['notes'][0].upper() + entry['notes'][1:]}."
+            )
+        lines.append("\n</details>\n")
+    return "\n".join(lines)
+
+
+def test_citations_of_the_readme_are_those_of_the_citation_file():
+    assert CITATIONS.search(README.read_text())[0] == citations()
+
+
+def test_everything_that_is_used_is_cited():
+    known = " ".join(identifier(entry) for entry in references())
+    files = [
+        REPOSITORY / "config/datasets.yaml",
+        REPOSITORY / "config/config.yaml",
+        *(REPOSITORY / "scripts").rglob("*.py"),
+    ]
+    used = {
+        name
+        for file in files
+        for name in IDENTIFIER.findall("\n".join(re.findall(r"(?:doi|arXiv)[: ].*", file.read_text())))
+    }
+    assert len(used) > 20
+    assert sorted(name for name in used if name not in known) == []
+
+
+def renew() -> None:
+    """Write the generated parts anew."""
+    MODELS_SCHEMA.write_text(models_schema())
+    README.write_text(CITATIONS.sub(lambda _: citations(), README.read_text()))
+    table = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
+    CONTRIBUTING.write_text(
+        re.sub(
+            r"<!-- modules -->\n.*?<!-- modules: end -->", lambda _: table, CONTRIBUTING.read_text(), flags=re.DOTALL
+        )
+    )
+    text = CONFIG_README.read_text()
+    table = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
+    text = re.sub(r"<!-- metrics -->\n.*?<!-- metrics: end -->", lambda _: table, text, flags=re.DOTALL)
+    enum = ", ".join(f"`{family}`" for family in FAMILIES)
+    text = re.sub(r"(?m)^\| `family` \| one of [^|]*\|", f"| `family` | one of {enum} |", text)
+    for family in filter(with_params, FAMILIES):
+        pattern = rf"<!-- params: {family} -->\n.*?<!-- params: end -->"
+        table = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"
+        text, n = re.subn(pattern, lambda _, table=table: table, text, flags=re.DOTALL)
+        if n != 1:
+            sys.exit(
+                f"config/README.md has no place for the params of {family}: add <!-- params: {family} --> and <!-- "
+                f"params: end -->"
+            )
+    CONFIG_README.write_text(text)
+    text = README.read_text()
+    shown = RULEGRAPH.search(text)
+    graph = rule_graph(shown["command"])
+    if drawn(graph) != drawn(shown["graph"]):  # another order of the same graph is no change
+        README.write_text(text[: shown.start("graph")] + graph + text[shown.end("graph") :])
+
+
+if __name__ == "__main__":
+    renew()
