@@ -311,9 +311,12 @@ def embedding_tables(wildcards):
 
 def files_of_model(rule):
     """Return an input function: the user's own files that a model is made from."""
-    return looked_up(
-        lambda wildcards: own(rule, plan.model_files(dict(wildcards.items())), wildcards)
-    )
+
+    def files(wildcards):
+        paths = plan.model_files(dict(wildcards.items()))
+        return own(rule, paths, wildcards)
+
+    return looked_up(files)
 
 
 @looked_up

@@ -245,6 +245,7 @@ def test_a_prediction_from_an_export_comes_back(results: Path, tmp_path: Path) -
     drawn[:, ::-1].write_h5ad(tmp_path / "back.h5ad")
     done = call("score", tmp_path / "back.h5ad", "--against", results)
     assert done.exit_code == 0, done.output
+    assert "measured cells of training, under whatever label: they are of TF1, " in done.stderr
     drawn.uns["perturbflow"]["split_sha256"] = "0" * 64
     drawn.write_h5ad(tmp_path / "other.h5ad")
     assert "it was made for another split" in refused("score", tmp_path / "other.h5ad", "--against", results)

@@ -60,13 +60,18 @@ class FromFile(ClosedForm, Given):
         """
         file = PredictionsFile(self.path, self.params, Terms.of(pairs))
         target_sum = file.check()
-        digest = content_digest(self.path)
+        digest, copied = content_digest(self.path), {}
+        if file.has_cells and (copied := file.cells_of_training(pairs, target_sum)):
+            logger.warning(
+                "%s holds %d measured cells of training, under whatever label: they are of %s. Predict others.",
+                self.path, sum(copied.values()), listed(sorted(copied)),
+            )  # fmt: skip
         run.facts |= {
             "n_parameters": 0,
             "file": {
                 "path": str(self.path), "sha256": digest, "holds": "cells" if file.has_cells else "means",
                 "rows": len(file.texts), "perturbations": len(set(file.labels(())) - {CONTROL}),
-                "target_sum": target_sum,
+                "target_sum": target_sum, "cells_of_training": copied,
                 "missing_genes": [gene for gene, given in zip(pairs.genes, file.is_given, strict=True) if not given],
             },
         }  # fmt: skip

@@ -11,6 +11,7 @@ these has to be near the screen's own sum, a common one or the declared one.
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -421,6 +422,23 @@ class PredictionsFile:
             values = np.log1p(np.expm1(values) * (own / target_sum))
         return np.where(self.is_given, values, self.terms.control)
 
+    def cells_of_training(self, cells: Pairs, target_sum: float) -> dict[str, int]:
+        """Return which perturbed cells of training the file holds, label → number.
+
+        Parameters
+        ----------
+        cells
+            Training cells.
+        target_sum
+            As `check` returned it.
+        """
+        own = {digest for rows in self._blocks() for digest in _digests(self.expression(rows, target_sum))} - {None}
+        found: Counter[str] = Counter()
+        for rows, X in cells.blocks():
+            digests = zip(cells.labels[rows], _digests(X.toarray()), strict=True)
+            found.update(str(label) for label, digest in digests if label != CONTROL and digest in own)
+        return dict(found)
+
     def _normalized(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Return log1p of counts, each cell's by all its counts, (rows, genes)."""
         if "total_counts" in self.obs:
@@ -472,7 +490,7 @@ def _table(path: Path, label: str) -> tuple[np.ndarray, pd.DataFrame, list[str]]
 
 def refuse_measured(path: Path, label: str, predicted: np.ndarray, measured: np.ndarray) -> None:
     """Raise InputError if predicted cells are the measured cells of the perturbation, (cells, genes) both."""
-    known, own = set(_digests(measured)), _digests(predicted)
+    known, own = set(filter(None, _digests(measured))), list(filter(None, _digests(predicted)))
     equal = sum(digest in known for digest in own)
     if equal > LEAST_EQUAL * len(own):
         raise InputError(
@@ -481,7 +499,7 @@ def refuse_measured(path: Path, label: str, predicted: np.ndarray, measured: np.
         )
 
 
-def _digests(cells: np.ndarray) -> list[bytes]:
-    """Return a digest of every cell with counts, of its rounded expression."""
+def _digests(cells: np.ndarray) -> list[bytes | None]:
+    """Return a digest of every cell's rounded expression; None of a cell without counts."""
     rounded = np.round(cells, DIGITS).astype(np.float32) + np.float32(0.0)  # no negative zero
-    return [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rounded if row.any()]
+    return [hashlib.blake2b(row.tobytes(), digest_size=8).digest() if row.any() else None for row in rounded]
