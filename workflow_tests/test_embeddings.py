@@ -41,7 +41,7 @@ def written(table: pd.DataFrame, path: Path) -> Path:
 
 
 def test_a_gene_finds_its_row_under_another_name() -> None:
-    """A label that goes by an alias stays as it is in screens that do not measure the gene; its vector is the gene's."""
+    """A label by an alias stays as it is in screens that do not measure the gene; its vector is the gene's."""
     found = rows_of(vectors_of(["MAP3K21", "GATA1"]), ["GATA1", "KIAA1804", "NOWHERE1"])
     assert list(found.index) == ["GATA1", "KIAA1804", "NOWHERE1"]
     assert found.notna().all(axis=1).tolist() == [True, True, False]
@@ -58,7 +58,8 @@ def test_a_users_table_goes_by_current_symbols(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "gene"),
     [
-        ("Sox2", "SOX2"), ("SOX2", "Sox2"), ("KIAA1804", "MAP3K21"), ("kiaa1804", "MAP3K21"), ("KIAA1804", "Map3k21"), (" POU5F1 ", "POU5F1"), ("ENSG00000181449", "SOX2"),
+        ("Sox2", "SOX2"), ("SOX2", "Sox2"), ("KIAA1804", "MAP3K21"), ("kiaa1804", "MAP3K21"), ("KIAA1804", "Map3k21"),
+        (" POU5F1 ", "POU5F1"), ("ENSG00000181449", "SOX2"),
         ("Aspirin", "aspirin@10"), ("MLL", "KMT2A"),
     ],
 )  # fmt: skip
@@ -97,7 +98,7 @@ def test_a_table_that_is_none_is_named(text: str, message: str, tmp_path: Path) 
 
 @pytest.fixture
 def several(prepared_copy, tmp_path: Path) -> Prepared:
-    """Return a split with four sources: one has no row for TF1 and TF2, one for TF1 alone, co-expression and one table have all."""
+    """Return a split with four sources: one lacks TF1 and TF2, one TF1 alone, co-expression and one table lack none."""
     here = prepared_copy("unseen_perturbation")
     go = written(vectors_of(PERTURBED[2:]), tmp_path / "go.parquet")
     ppi = written(vectors_of([*PERTURBED[1:], "OTHER"], seed=1), tmp_path / "ppi.parquet")
@@ -114,7 +115,8 @@ def test_sources_stand_side_by_side_in_their_order(several: Prepared) -> None:
     assert found.without_row() == {"go": ["TF1", "TF2"], "coexpression": [], "mine": [], "ppi": ["TF1"]}
     assert found.without_vector == []
     pd.testing.assert_frame_equal(found.of_source("ppi").table.set_axis(range(6), axis=1).astype(float),
-                                  vectors_of([*PERTURBED[1:], "OTHER"], seed=1).loc[PERTURBED[1:]].set_axis(range(6), axis=1),
+                                  vectors_of([*PERTURBED[1:], "OTHER"], seed=1)
+                                   .loc[PERTURBED[1:]].set_axis(range(6), axis=1),
                                   check_names=False, atol=1e-6)  # fmt: skip
     audit = json.loads(several.audit.read_text())
     assert audit["without_row"] == found.without_row()

@@ -180,7 +180,7 @@ def test_the_same_inputs_give_the_same_pairs(prepared: dict[str, Prepared], tmp_
 
 
 def in_memory(here: Prepared, n_hvg: int) -> ad.AnnData:
-    """Return what `pair` writes but for the matched controls and halves, from the whole screen in memory, with scanpy."""
+    """Return the result of `pair` but for matched controls and halves, from the whole screen in memory, by scanpy."""
     roles = json.loads(here.split.read_text())["cells"]
     role_of = {cell: role for role, cells in roles.items() for cell in cells}
     screen = ad.read_h5ad(here.harmonized)

@@ -574,7 +574,7 @@ def test_a_file_of_gears_is_read_as_it_is(key: str, read: Callable) -> None:
 
 
 def test_labels_of_a_file_are_read_as_those_of_the_screen_were(tmp_path: Path) -> None:
-    """The dataset's own pattern, separator, other names and controls bring a label to its form before it is called unknown."""
+    """The dataset's own pattern, separator, other names and controls apply before a label counts as unknown."""
     path = tmp_path / "roles.json"
     path.write_text(
         json.dumps({"train": ["sgA-1", "sgA-2", "sgOLD-1", "NT-12"], "val": ["D"], "test": ["sgA-1|sgB-3"]})
