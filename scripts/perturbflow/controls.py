@@ -1,8 +1,8 @@
 """Which controls a cell is compared with: one answer for pairs, metrics and quality.
 
-Cells are compared within strata: batch × cell type, of one role where cells have roles. Where a stratum holds no control, those of its
-cell type (and role) in other batches serve. Every pool of controls that may serve has a number: first the strata themselves, then the
-cell types (and roles), then all controls.
+Cells are compared within strata: batch × cell type, of one role where cells have roles. Where a stratum holds no
+control, those of its cell type (and role) in other batches serve. Every pool of controls that may serve has a number:
+first the strata themselves, then the cell types (and roles), then all controls.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +61,7 @@ class Strata:
         return sparse.csr_matrix((np.ones(3 * n), (pool, np.tile(every, 3))))
 
     def serving(self, n_controls: np.ndarray, *, or_all: bool = False) -> np.ndarray:
-        """Return the pool that serves each stratum, (strata,): its own, else the wider one; -1 where that is empty, too.
+        """Return the pool that serves each stratum, (strata,): its own, else the wider one; -1 where both are empty.
 
         Parameters
         ----------
@@ -80,8 +80,8 @@ class Strata:
 class Groups:
     """Groups of cells whose sums hold the mean effects of all perturbations.
 
-    Those are the cells of every perturbation, and the controls of every stratum, which are dealt out to two groups by turns: so the
-    effects against either half of the controls come from the same sums.
+    Those are the cells of every perturbation, and the controls of every stratum, which are dealt out to two groups by
+    turns: so the effects against either half of the controls come from the same sums.
 
     Parameters
     ----------
@@ -151,7 +151,8 @@ class Groups:
         sums
             Over the cells of every group, (groups, columns).
         half
-            Which half of the controls is compared with, 0 or 1; None is all. A control that is alone in its stratum is in both.
+            Which half of the controls is compared with, 0 or 1; None is all. A control that is alone in its stratum is
+            in both.
 
         Returns
         -------
@@ -164,7 +165,7 @@ class Groups:
         return (self.n_cells[len(self.labels) :].reshape(-1, 2) * self._is_of_half(half)).sum(axis=1)
 
     def control_means(self, sums: np.ndarray, half: int | None = None) -> np.ndarray:
-        """Return the mean of the controls of each stratum from the sums over all groups, (strata, columns); 0 without controls."""
+        """Return the mean of each stratum's controls from the sums over all groups, (strata, columns); 0 without any."""
         kept = np.where(self._is_of_half(half), 1.0, 0.0)
         controls = np.einsum("st,stg->sg", kept, sums[len(self.labels) :].reshape(len(kept), 2, -1))
         return controls / np.maximum(self.n_controls(half), 1)[:, None]
@@ -174,7 +175,7 @@ class Groups:
         return n > 0 if half is None else (n > 0) & ((np.arange(2) == half) | (n.sum(axis=1) < 2)[:, None])
 
     def control_weights(self, half: int | None = None) -> np.ndarray:
-        """Return how much each perturbation is compared with the controls of each stratum, (perturbations, strata); rows sum to 1."""
+        """Return the weight of each stratum's controls for each perturbation, (perturbations, strata); rows sum to 1."""
         return self._weights(half).toarray()
 
     def _weights(self, half: int | None) -> sparse.csr_matrix:

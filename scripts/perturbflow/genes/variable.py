@@ -1,7 +1,8 @@
 """Highly variable genes from sums over cells: what scanpy's `highly_variable_genes` chooses with its flavour `seurat`.
 
-A gene's dispersion is its variance divided by its mean, over normalized counts. Genes are binned by mean, and the logarithm of the
-dispersion is standardized within each of the 20 bins (Satija et al. 2015). No cell needs to be in memory for that.
+A gene's dispersion is its variance divided by its mean, over normalized counts. Genes are binned by mean, and the
+logarithm of the dispersion is standardized within each of the 20 bins (Satija et al. 2015). No cell needs to be in
+memory for that.
 """
 
 import numpy as np
@@ -11,7 +12,7 @@ N_BINS = 20
 
 
 def highly_variable(sums: np.ndarray, squares: np.ndarray, n_cells: int, n_genes: int) -> np.ndarray:
-    """Return True for the genes with the highest standardized dispersion, (genes,); where several share the last place, all of them.
+    """Return True for the genes with the highest standardized dispersion, (genes,); all that share the last place.
 
     Parameters
     ----------
