@@ -255,8 +255,8 @@ def match_controls(obs: pd.DataFrame, k: int, seed: int) -> tuple[np.ndarray, in
         if pool < 0:
             role, cell_type, label = (obs[column].iloc[cells[0]] for column in ("role", "cell_type", "perturbation"))
             raise InputError(
-                f"no control cell of cell type '{cell_type}' has the role {role}: {label} cannot be compared with anything. "
-                "Leave this cell type out through subset in the dataset's block, or drop covariates.cell_type."
+                f"no control cell of cell type '{cell_type}' has the role {role}: {label} cannot be compared with "
+                "anything. Leave this cell type out through subset in the dataset's block, or drop covariates.cell_type."
             )
         n_relaxed += len(cells) if pool >= len(strata) else 0
         serving = controls[of_pool[pool] % len(controls)]

@@ -392,7 +392,7 @@ class Screen:
 
     @cached_property
     def _first_pass(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Totals of all cells; sums over training cells of counts ÷ total, and of their squares; counts above 0 per gene."""
+        """Totals of cells; training sums of counts ÷ total, and of their squares; counts above 0 per gene."""
         n_values = np.zeros(len(self.var), np.int64)
         totals = np.zeros(len(self.obs), np.float32)
         sums, squares = np.zeros((2, 1, len(self.var)))
