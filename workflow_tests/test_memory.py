@@ -26,10 +26,14 @@ SPEC = SPECS["unseen_perturbation"]
 
 @pytest.fixture(scope="module")
 def screens(tmp_path_factory: pytest.TempPathFactory) -> list[Prepared]:
-    """Return the same screen with few and with four times as many cells."""
+    """Return the same screen with few and with four times as many cells, with predictions of `additive`."""
     folder = tmp_path_factory.mktemp("sizes")
     made = [make_screen(n_genes=N_GENES, n_controls=n, n_cells=n) for n in SIZES]
-    return [prepare(folder / str(n), screen, SPEC, N_GENES - 1) for n, screen in zip(SIZES, made, strict=True)]
+    prepared = [prepare(folder / str(n), screen, SPEC, N_GENES - 1) for n, screen in zip(SIZES, made, strict=True)]
+    for here in prepared:
+        trained("additive")(here)
+        predicted(here)
+    return prepared
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,11 @@ from scipy.linalg import eigh
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import approved_symbol, candidates, entity_of, members_of, without_dose
 from perturbflow.io.files import atomic
-from perturbflow.io.streaming import row_blocks
 from perturbflow.pairs import Pairs
 
 logger = logging.getLogger(__name__)
 
 N_COEXPRESSION = 32
-CELLS_OF_COEXPRESSION = 50_000  # of training, by a fixed seed; of fewer, all
 MOST_FURTHER = 200  # genes that the screen does not perturb
 
 
@@ -76,23 +74,19 @@ class Embeddings:
 def coexpression(pairs: Pairs, genes: list[str]) -> pd.DataFrame:
     """Return each gene's loadings on the principal components of training cells, scaled by the components' deviations.
 
-    Genes that vary together over unperturbed and perturbed training cells lie close together. Of more than
-    `CELLS_OF_COEXPRESSION` training cells that many are drawn, by a fixed seed: the co-expression of genes is known
-    from them, and a product of genes × genes takes its time per cell. Genes × 32 at most; NaN for a gene that was not
+    Genes that vary together over unperturbed and perturbed training cells lie close together. Sums of products of genes
+    are taken block by block: memory does not grow with the cells. Genes × 32 at most; NaN for a gene that was not
     measured.
     """
     training = pairs.roles("train")
     n_genes, n_cells = len(pairs.genes), len(training.rows)
-    drawn = np.arange(n_cells)
-    if n_cells > CELLS_OF_COEXPRESSION:
-        drawn = np.sort(np.random.default_rng(0).choice(n_cells, CELLS_OF_COEXPRESSION, replace=False))
     sums, products = np.zeros(n_genes), np.zeros((n_genes, n_genes))
-    for part in row_blocks(len(drawn)):
-        X = training.X[drawn[part]].toarray().astype(np.float64)
+    for _, block in training.blocks():
+        X = block.toarray().astype(np.float64)
         sums += X.sum(axis=0)
         products += X.T @ X
-    mean = sums / len(drawn)
-    covariance = products / len(drawn) - np.outer(mean, mean)
+    mean = sums / n_cells
+    covariance = products / n_cells - np.outer(mean, mean)
     spread = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
     scale = np.where(spread > 1e-8, spread, 1.0)
     n_leading = min(N_COEXPRESSION, n_genes)

@@ -101,7 +101,7 @@ class Pairs:
         return replace(kept, control_index=match_controls(kept.obs, self.control_index.shape[1], seed)[0])
 
     def roles(self, *roles: str) -> "Pairs":
-        """Return the cells of these roles: always the same object, so that everything is measured once."""
+        """Return the cells of these roles: always the same object, so that its cached values are computed once."""
         if roles not in self._of_roles:
             mask = self.obs["role"].isin(roles).to_numpy()
             if mask.all():
@@ -110,7 +110,7 @@ class Pairs:
         return self._of_roles[roles]
 
     def fitted_on(self, scored: str) -> "Pairs":
-        """Return the cells that a model may learn from whose scores are those of a role, all in the role train.
+        """Return the cells that a model learns from whose scores are those of a role: all in the role train.
 
         Where validation is scored, its cells are there too, in their own role: they draw the curve of a training.
         """
@@ -123,7 +123,7 @@ class Pairs:
         return {}
 
     def blocks(self, rows: np.ndarray | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-        """Yield all cells, or these rows, in order and some thousands at once: which they are, and their expression."""
+        """Yield all cells or these rows in their order, some thousands at once: which ones, and their expression."""
         for part in row_blocks(len(self.rows) if rows is None else len(rows)):
             yield part, self.X[part if rows is None else rows[part]]
 
@@ -134,7 +134,7 @@ class Pairs:
 
     @cached_property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of expression and of its squares over every group, (groups, genes) each, from one pass over cells."""
+        """Sums of expression and of its squares over every group, from one pass, (groups, genes) each."""
         return self.sums_over(self.groups.of_cell, np.ones(len(self.rows), dtype=bool), len(self.groups.n_cells))
 
     def sums_over(self, group: np.ndarray, mask: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +152,7 @@ class Pairs:
 
     @cached_property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        """Per batch × cell type with controls, the mean effect of every perturbation with at least ten cells in it.
+        """Mean effect of every perturbation with at least ten cells in a batch × cell type with controls; from one pass.
 
         Of cells of one role, as each is compared with controls of its own.
         """
@@ -297,7 +297,7 @@ class Pairs:
         return self.groups.effects(self.sums[0]).astype(self.X.dtype)
 
     def effects_of_halves(self, label: str) -> list[np.ndarray]:
-        """Return the mean effect by each half of a perturbation's cells that is not empty, against all controls."""
+        """Return the mean effect of a perturbation by each half of its cells that is not empty, against all controls."""
         group, sums = self._halves
         groups = 2 * self.groups.labels.index(label) + np.arange(2)
         rows = self.cells_of(label)
@@ -310,13 +310,13 @@ class Pairs:
 
     @cached_property
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Half that every cell belongs to, -1 for none, (cells,); and sums over halves, (halves, genes)."""
+        """Half of a perturbation per cell, -1 for none, (cells,), and sums over the halves, (halves, genes)."""
         half = pd.Categorical(self.obs["half"].astype(str), categories=["a", "b"]).codes
         group = np.where((half >= 0) & ~self.is_control, 2 * self.groups.of_cell + half, -1)
         return group, self.sums_over(group[group >= 0], group >= 0, 2 * len(self.groups.labels))[0]
 
     def controls_at(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the expression of controls by their rows. Controls are few and asked often, so all stay in memory."""
+        """Return the expression of controls by their rows; all controls are kept in memory, as many ask for them."""
         at, X = self._controls
         return X[np.searchsorted(at, rows)]
 
@@ -399,10 +399,7 @@ class Screen:
 
     @cached_property
     def _first_pass(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Totals of all cells; sums over training cells of counts ÷ total, and of their squares; values of all cells.
-
-        (cells,) and (genes,) three times.
-        """
+        """Totals of cells; training sums of counts ÷ total, and of their squares; counts above 0 per gene."""
         n_values = np.zeros(len(self.var), np.int64)
         totals = np.zeros(len(self.obs), np.float32)
         sums, squares = np.zeros((2, 1, len(self.var)))
@@ -428,7 +425,7 @@ class Screen:
         return highly_variable(self.target_sum * sums, self.target_sum**2 * squares, int(self.is_train.sum()), n_genes)
 
     def normalized(self, rows: slice, counts: sparse.csr_matrix) -> np.ndarray:
-        """Return log1p of counts scaled to the target sum, float32, given rows of cells and their counts of genes."""
+        """Return log1p of some cells' counts, of any genes, scaled to the target sum, (values,) float32."""
         totals = self.totals[rows]
         scale = np.divide(self.target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
         return np.log1p(np.repeat(scale, np.diff(counts.indptr)) * counts.data)

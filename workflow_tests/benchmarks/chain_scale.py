@@ -26,11 +26,9 @@ import scanpy as sc
 import yaml
 from harmonize_scale import QC, SCRIPTS, measured
 from scipy import sparse
-from scipy.linalg import subspace_angles
 
 sys.path.insert(0, str(SCRIPTS))
 
-from perturbflow import embeddings as vectors
 from perturbflow.io.files import bytes_of, file_digest, write_json
 from perturbflow.io.hdf5 import AppendedRows
 from perturbflow.pairs import Pairs
@@ -264,7 +262,7 @@ def walked(chain: Chain, wanted: list[str]) -> pd.DataFrame:
 
 
 def agreement(chain: Chain) -> str:
-    """Return how far what is streamed or drawn is from all training cells in memory: genes and gene vectors of pairs.h5ad."""
+    """Return how many genes of pairs.h5ad are those that scanpy selects from all training cells in memory."""
     pairs, screen = chain.split / "pairs.h5ad", ad.read_h5ad(chain.screen / "harmonized.h5ad")
     cells = Pairs.open(pairs)
     is_train = (cells.obs["role"] == "train").to_numpy()
@@ -275,21 +273,7 @@ def agreement(chain: Chain) -> str:
     with h5py.File(pairs) as file:
         var = ad.io.read_elem(file["var"])
     expected, found = (set(table.index[table["highly_variable"]]) for table in (training.var, var))
-    del training, screen
-    drawn = vectors.coexpression(cells, cells.genes).to_numpy()
-    vectors.CELLS_OF_COEXPRESSION = sys.maxsize
-    exact = vectors.coexpression(cells, cells.genes).to_numpy()
-    angles = np.degrees(subspace_angles(drawn, exact))
-    nearest = [
-        np.argsort(-(table / np.linalg.norm(table, axis=1, keepdims=True)) @ (table / np.linalg.norm(table, axis=1, keepdims=True)).T, axis=1)[:, 1:11]
-        for table in (drawn, exact)
-    ]  # fmt: skip
-    shared = np.mean([len(np.intersect1d(one, other)) / 10 for one, other in zip(*nearest, strict=True)])
-    return (
-        f"{len(found & expected):,} of {len(expected):,} highly variable genes are scanpy's on all {is_train.sum():,} training cells. "
-        f"Principal angles of the gene vectors with the exact ones: median {np.median(angles):.1f}°, largest {angles.max():.1f}°, "
-        f"{(angles < 5).sum()} of {len(angles)} below 5°; {100 * shared:.0f} % of the ten nearest genes are the same."
-    )
+    return f"{len(found & expected):,} of {len(expected):,} highly variable genes are scanpy's on all {is_train.sum():,} training cells."
 
 
 def table_of(sizes: dict[str, pd.DataFrame], n_cells: list[int]) -> str:
@@ -326,9 +310,7 @@ def main() -> None:
         "--steps", nargs="+", help="run these alone, by the beginning of their names; inputs must be there"
     )
     parser.add_argument("--folder", type=Path, help="where the files are kept; default: a temporary folder")
-    parser.add_argument(
-        "--agreement", action="store_true", help="print how far streamed quantities are from exact ones, too"
-    )
+    parser.add_argument("--agreement", action="store_true", help="hold selected genes against scanpy in memory, too")
     arguments = parser.parse_args()
     perturbations = arguments.perturbations * (1 if len(arguments.perturbations) > 1 else len(arguments.cells))
     sizes = {}

@@ -12,9 +12,7 @@ N_BINS = 20
 
 
 def highly_variable(sums: np.ndarray, squares: np.ndarray, n_cells: int, n_genes: int) -> np.ndarray:
-    """Return True for the genes with the highest standardized dispersion, (genes,).
-
-    Where several share the last place, all of them are chosen.
+    """Return True for the genes with the highest standardized dispersion, (genes,); all that share the last place.
 
     Parameters
     ----------
