@@ -165,7 +165,7 @@ class Groups:
         return (self.n_cells[len(self.labels) :].reshape(-1, 2) * self._is_of_half(half)).sum(axis=1)
 
     def control_means(self, sums: np.ndarray, half: int | None = None) -> np.ndarray:
-        """Return the mean of each stratum's controls from the sums over all groups, (strata, columns); 0 without any."""
+        """Return the mean of each stratum's controls from sums over all groups, (strata, columns); 0 without any."""
         kept = np.where(self._is_of_half(half), 1.0, 0.0)
         controls = np.einsum("st,stg->sg", kept, sums[len(self.labels) :].reshape(len(kept), 2, -1))
         return controls / np.maximum(self.n_controls(half), 1)[:, None]
@@ -175,7 +175,7 @@ class Groups:
         return n > 0 if half is None else (n > 0) & ((np.arange(2) == half) | (n.sum(axis=1) < 2)[:, None])
 
     def control_weights(self, half: int | None = None) -> np.ndarray:
-        """Return the weight of each stratum's controls for each perturbation, (perturbations, strata); rows sum to 1."""
+        """Return the weight of each stratum's controls by perturbation, (perturbations, strata); rows sum to 1."""
         return self._weights(half).toarray()
 
     def _weights(self, half: int | None) -> sparse.csr_matrix:
@@ -255,8 +255,9 @@ def match_controls(obs: pd.DataFrame, k: int, seed: int) -> tuple[np.ndarray, in
         if pool < 0:
             role, cell_type, label = (obs[column].iloc[cells[0]] for column in ("role", "cell_type", "perturbation"))
             raise InputError(
-                f"no control cell of cell type '{cell_type}' has the role {role}: {label} cannot be compared with "
-                "anything. Leave this cell type out through subset in the dataset's block, or drop covariates.cell_type."
+                f"no control cell of cell type '{cell_type}' has the role {role}: {label} cannot be compared "
+                "with anything. Leave this cell type out through subset in the dataset's block, "
+                "or drop covariates.cell_type."
             )
         n_relaxed += len(cells) if pool >= len(strata) else 0
         serving = controls[of_pool[pool] % len(controls)]

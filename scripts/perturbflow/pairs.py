@@ -152,7 +152,7 @@ class Pairs:
 
     @cached_property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        """Mean effect of every perturbation with at least ten cells in a batch × cell type with controls; from one pass.
+        """Mean effect of every perturbation with at least ten cells in a batch × cell type with controls, by one pass.
 
         Of cells of one role, as each is compared with controls of its own.
         """
@@ -297,7 +297,7 @@ class Pairs:
         return self.groups.effects(self.sums[0]).astype(self.X.dtype)
 
     def effects_of_halves(self, label: str) -> list[np.ndarray]:
-        """Return the mean effect of a perturbation by each half of its cells that is not empty, against all controls."""
+        """Return the mean effect by each half of a perturbation's cells that is not empty, against all controls."""
         group, sums = self._halves
         groups = 2 * self.groups.labels.index(label) + np.arange(2)
         rows = self.cells_of(label)
