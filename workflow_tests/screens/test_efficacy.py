@@ -148,7 +148,9 @@ def test_what_no_direction_is_known_of_drops_nothing_and_says_so(
     harmonized_from: Callable, tiny_screen: Callable
 ) -> None:
     account = harmonized_from(tiny_screen(), {"min_efficacy": 0.7}, perturbation_type="unknown").account
-    assert account["warnings"] == ["qc.min_efficacy drops nothing: where unknown takes a gene is not known."]
+    assert account["warnings"] == [
+        "qc.min_efficacy drops nothing: the direction in which unknown takes a gene is not known."
+    ]
     assert account["efficacy"]["perturbations"]["TF1"]["TF1"]["ratio"] < 0.4
     assert harmonized_from(tiny_screen(), perturbation_type="drug").account["efficacy"]["perturbations"] == {}, (
         "a drug is no gene"

@@ -44,14 +44,14 @@ CONFIG = {
 }
 # Code: name → file of the package, text there, and what takes its place. `words` are edits that change no number.
 CODE = {
-    "a message": ("files.py", "is not valid JSON", "cannot be read as JSON"),
+    "a message": ("io/files.py", "is not valid JSON", "cannot be read as JSON"),
     "a log line": ("pairs.py", "logger.info(", "logger.debug("),
     "a new family": (
         "models/closed_form/baselines.py",
         "class Additive(",
         "class Another:\n    level = 3\n\n\nclass Additive(",
     ),
-    "a comment": ("models/diffusion.py", "class Diffusion(", "# a remark\nclass Diffusion("),
+    "a comment": ("models/scppdm.py", "class Diffusion(", "# a remark\nclass Diffusion("),
     "the metrics": ("evaluation/inputs.py", "N_COMPONENTS = 50", "N_COMPONENTS = 9"),
     "the pairing": ("pairs.py", "CONTROLS_PER_CELL = 8", "CONTROLS_PER_CELL = 3"),
     "the baselines": ("models/closed_form/baselines.py", "1e-10 * s[0]", "1e-3 * s[0]"),

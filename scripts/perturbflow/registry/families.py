@@ -8,7 +8,7 @@ import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from perturbflow.registry.params import Params, like, param
 
@@ -255,8 +255,8 @@ class Family:
         return " ".join((next(documented, None) or "").split("\n\n")[0].split())
 
 
-def _family(implementation: str, *roles: Role, **others: object) -> Family:
-    return Family(implementation, roles=frozenset(roles), **others)  # type: ignore[arg-type]
+def _family(implementation: str, *roles: Role, **others: Any) -> Family:
+    return Family(implementation, roles=frozenset(roles), **others)
 
 
 FAMILIES = {

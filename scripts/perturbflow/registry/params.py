@@ -28,9 +28,9 @@ def param(
     Without a default the param is required.
     """
     bounds = {"minimum": at_least, "exclusiveMinimum": above, "maximum": at_most, "exclusiveMaximum": below}
-    schema = {name: bound for name, bound in bounds.items() if bound is not None}
+    schema: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
     if sentence:
-        schema["description"] = sentence  # type: ignore[assignment]
+        schema["description"] = sentence
     if isinstance(default, type):
         return field(default_factory=default, metadata=schema)
     return field(default=default, metadata=schema)
@@ -72,7 +72,7 @@ def _kind(kind: Any) -> dict[str, Any]:
             return {"type": [_TYPES[one] for one in get_args(kind)]}
         return {"oneOf": [_kind(one) for one in get_args(kind)]}
     if is_dataclass(kind):
-        return json_schema(kind)  # type: ignore[arg-type]
+        return json_schema(kind)  # type: ignore[arg-type]  # a dataclass is a type
     return {"type": _TYPES[kind]}
 
 
