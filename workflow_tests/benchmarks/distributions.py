@@ -71,7 +71,7 @@ class MeasuredMean:
     """The mean effects of the duplicate's cells, in place of a model's own."""
 
     looks_at_contexts = False
-    artefact: ClassVar[dict[str, np.ndarray]] = {"others": np.zeros(0, dtype=str)}
+    out_of_fold: ClassVar[dict[str, np.ndarray]] = {}
 
     def __init__(self, cells: Pairs) -> None:
         self._cells = cells.select(

@@ -60,7 +60,7 @@ def test_default_job_ends_well_and_leaves_every_file(default_job: tuple) -> None
     assert all(model in page for model in models)
     for model, family in LEARNED.items():
         run = json.loads((folder / RENGE / model / "seed_0/run.json").read_text())
-        assert family in run["implementation"]
+        assert family in run["implementation"].lower()
         assert run["params"]["n_steps"] == 100
         assert run["history"]
         assert run["provenance"]["code_version"]
