@@ -1,10 +1,12 @@
-"""The whole chain at full size, from a raw file to the report: seconds, peak memory and bytes of every step.
+r"""The whole chain at full size, from a raw file to the report: seconds, peak memory and bytes of every step.
 
-    python workflow_tests/benchmarks/chain_scale.py --cells 150000 450000 2000000 --perturbations 800 2000 10000 --folder /a/disk/with/room
+    python workflow_tests/benchmarks/chain_scale.py --cells 150000 450000 2000000 --perturbations 800 2000 10000 \
+        --folder /a/disk/with/room
 
-makes sparse screens (3,000 genes, about 540 of them expressed per cell, 48 batches) and runs the scripts of the workflow on each, with
-the parameters of the registry. Every step is a process of its own. Markdown tables are printed: a row per step, and after two sizes the
-exponent of CPU seconds and of peak memory in cells (1: twice the cells take twice as much; 0: flat).
+makes sparse screens (3,000 genes, about 540 of them expressed per cell, 48 batches) and runs the scripts of the
+workflow on each, with the parameters of the registry. Every step is a process of its own. Markdown tables are printed: a row per
+step, and after two sizes the exponent of CPU seconds and of peak memory in cells (1: twice the cells take twice as
+much; 0: flat).
 """
 
 import argparse
@@ -61,7 +63,10 @@ def _drawn(level: np.ndarray, seed: np.random.SeedSequence) -> sparse.csr_matrix
 
 
 def _kept(n_perturbations: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the share of molecules that stays, as percent, (perturbations + control, genes): 60 genes of each respond, and its own."""
+    """Return the share of molecules that stays, as percent, (perturbations + control, genes).
+
+    60 genes of each perturbation respond, and its own.
+    """
     kept = np.full((n_perturbations + 1, N_GENES), int(100 * KEPT), np.uint8)
     for label in range(n_perturbations):
         kept[label, rng.choice(N_GENES, 60, replace=False)] = rng.choice([40, 55, 100], 60)
@@ -80,10 +85,11 @@ def generate(path: Path, n_cells: int, n_perturbations: int, seed: int = 0) -> N
     label = rng.choice(n_perturbations, n_cells, p=share / share.sum())
     label[rng.random(n_cells) < CONTROL_SHARE] = n_perturbations
     targets = [f"TARGET{i}" for i in range(max(n_perturbations, N_GENES // 2))]
+    batches = [f"b{i}" for i in range(N_BATCHES)]
     obs = pd.DataFrame(
         {
             "perturbation": pd.Categorical.from_codes(label, [*targets[:n_perturbations], "control"]),
-            "batch": pd.Categorical.from_codes(rng.integers(0, N_BATCHES, n_cells), [f"b{i}" for i in range(N_BATCHES)]),
+            "batch": pd.Categorical.from_codes(rng.integers(0, N_BATCHES, n_cells), batches),
             "celltype": pd.Categorical.from_codes(np.zeros(n_cells, np.int8), ["K562"]),
         },
         index=pd.Index([f"{i:012x}-1" for i in range(n_cells)], name="cell_barcode"),
@@ -169,7 +175,8 @@ class Chain:
         yield "pair", "pair", {
             "harmonized": screen["harmonized"], "split": split, "pairs": pairs, "n-hvg": self.config["genes"]["n_hvg"],
         }, [pairs]  # fmt: skip
-        yield "embeddings", "embeddings", {"pairs": pairs, "embeddings": vectors, "sources": '["coexpression"]'}, [vectors]  # fmt: skip
+        sources = {"pairs": pairs, "embeddings": vectors, "sources": '["coexpression"]'}
+        yield "embeddings", "embeddings", sources, [vectors]
         yield "audit", "audit", {
             "harmonized": screen["harmonized"], "split": split, "pairs": pairs, "embeddings": vectors, "audit": audit,
         }, [audit]  # fmt: skip
@@ -211,7 +218,8 @@ class Chain:
             return json.dumps([str(self.run_of(model) / file) for model in self.models])
 
         results = self.folder / "results"
-        tables = {name: results / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")}  # fmt: skip
+        names = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
+        tables = {name: results / f"{name}.tsv" for name in names}
         of_screen = {"audits": json.dumps([str(audit)]), "harmonizations": json.dumps([str(harmonization)])}
         families = {model: self.config["models"][model]["family"] for model in self.models}
         yield "benchmark", "benchmark", {
@@ -242,7 +250,10 @@ def made(chain: Chain, n_cells: int, n_perturbations: int) -> Chain:
 
 
 def walked(chain: Chain, wanted: list[str]) -> pd.DataFrame:
-    """Run the steps whose names begin with one of the wanted; return a row per step: wall and CPU seconds, peak and file in MB."""
+    """Run the steps whose names begin with one of the wanted.
+
+    Returns a row per step: wall and CPU seconds, peak and file in MB.
+    """
     rows = {}
     for name, script, arguments, outputs in chain.steps():
         if not name.startswith(tuple(wanted)):
@@ -273,7 +284,8 @@ def agreement(chain: Chain) -> str:
     with h5py.File(pairs) as file:
         var = ad.io.read_elem(file["var"])
     expected, found = (set(table.index[table["highly_variable"]]) for table in (training.var, var))
-    return f"{len(found & expected):,} of {len(expected):,} highly variable genes are scanpy's on all {is_train.sum():,} training cells."
+    of_all = f"{len(found & expected):,} of {len(expected):,}"
+    return f"{of_all} highly variable genes are scanpy's on all {is_train.sum():,} training cells."
 
 
 def table_of(sizes: dict[str, pd.DataFrame], n_cells: list[int]) -> str:

@@ -18,8 +18,7 @@ from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL
 from perturbflow.models.base import Artefact, Given, Run
-from perturbflow.models.calibration import Calibration
-from perturbflow.models.closed_form.base import ClosedForm, TrainingSet
+from perturbflow.models.closed_form.base import MeanEffects
 from perturbflow.models.predictions_file import PredictionsFile, Terms, drawn, listed, refuse_measured
 from perturbflow.nearest import nearest
 from perturbflow.pairs import Pairs
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 PLACE = ["batch", "cell_type"]
 
 
-class FromFile(ClosedForm, Given):
+class FromFile(MeanEffects, Given):
     """Predictions that were made elsewhere, read from a file."""
 
     params: PredictionsParams
@@ -44,14 +43,6 @@ class FromFile(ClosedForm, Given):
             self.files = (self.path,)
 
     # --- fit ---
-
-    def learn(self, training: TrainingSet) -> Artefact:
-        """Raise: nothing is learned, the file is all there is."""
-        raise NotImplementedError
-
-    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Return none: a file cannot be fitted again."""
-        return Calibration.none()
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
         """Check values and scale of the file by the controls of training, and take over its means.

@@ -140,57 +140,22 @@ class TrainingSet:
         return {context: effects for context, effects in of_known.items() if effects}
 
 
-class ClosedForm(Model):
+class MeanEffects(Model):
     """A model with one mean effect per perturbation, the same for all cells."""
 
     artefact: Artefact
-
-    @abstractmethod
-    def learn(self, training: TrainingSet) -> Artefact:
-        """Return the arrays that `effect` needs."""
 
     @abstractmethod
     def effect(self, perturbation: str) -> np.ndarray:
         """Return the predicted mean effect, (genes,)."""
 
     def effect_in(self, perturbation: str, context: Context | None) -> np.ndarray:
-        """Return the predicted mean effect in a context, (genes,); most closed forms ignore the context."""
+        """Return the predicted mean effect in a context, (genes,); most models ignore the context."""
         return self.effect(perturbation)
-
-    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Measure training effects and learn from them."""
-        return self.learned(TrainingSet.of(pairs, embeddings, run.seed)).artefact
-
-    def learned(self, training: TrainingSet) -> Self:
-        """Learn, and return the model itself."""
-        self.restore(self.learn(training))
-        return self
 
     def restore(self, artefact: Artefact) -> None:
         """Take over the arrays."""
         self.artefact = artefact
-
-    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Fit again without combinations, genes and contexts, in turn, and score the predictions of these."""
-        training = TrainingSet.of(pairs, embeddings, seed)
-        scale, found = Scale.of(training.pairs, training.effects), Calibration.none()
-        # Every second round: those against one half of the controls.
-        of_labels = (training.rounds(of_genes=of_genes, one_by_one=False) for of_genes in (False, True))
-        rounds = [(*one, None) for of in of_labels for one in itertools.islice(of, 0, None, 2)]
-        for inner, held, context in itertools.chain(rounds, training.rounds_of_contexts()):
-            fitted = copy.copy(self).learned(inner)
-            measured, known = set(inner.effects.labels), set(inner.effects.entities)
-            found += Calibration.of(
-                held.labels,
-                [novelty_of(label, measured, known) for label in held.labels],
-                np.stack([fitted.effect_in(label, context) for label in held.labels]),
-                held.values,
-                [training.sampling_of(label, context) for label in held.labels],
-                scale,
-                training.genes,
-                [fitted.uncertainty(label, context) for label in held.labels],
-            )
-        return found
 
     def predict(
         self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
@@ -227,6 +192,45 @@ class ClosedForm(Model):
         for rows, place in [(slice(None), None)] if context is None else context.places():
             effects[rows] = self.effect_in(perturbation, place)
         return effects
+
+
+class ClosedForm(MeanEffects):
+    """Mean effects that are learned from those of training, without a network."""
+
+    @abstractmethod
+    def learn(self, training: TrainingSet) -> Artefact:
+        """Return the arrays that `effect` needs."""
+
+    def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
+        """Measure training effects and learn from them."""
+        return self.learned(TrainingSet.of(pairs, embeddings, run.seed)).artefact
+
+    def learned(self, training: TrainingSet) -> Self:
+        """Learn, and return the model itself."""
+        self.restore(self.learn(training))
+        return self
+
+    def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
+        """Fit again without combinations, genes and contexts, in turn, and score the predictions of these."""
+        training = TrainingSet.of(pairs, embeddings, seed)
+        scale, found = Scale.of(training.pairs, training.effects), Calibration.none()
+        # Every second round: those against one half of the controls.
+        of_labels = (training.rounds(of_genes=of_genes, one_by_one=False) for of_genes in (False, True))
+        rounds = [(*one, None) for of in of_labels for one in itertools.islice(of, 0, None, 2)]
+        for inner, held, context in itertools.chain(rounds, training.rounds_of_contexts()):
+            fitted = copy.copy(self).learned(inner)
+            measured, known = set(inner.effects.labels), set(inner.effects.entities)
+            found += Calibration.of(
+                held.labels,
+                [novelty_of(label, measured, known) for label in held.labels],
+                np.stack([fitted.effect_in(label, context) for label in held.labels]),
+                held.values,
+                [training.sampling_of(label, context) for label in held.labels],
+                scale,
+                training.genes,
+                [fitted.uncertainty(label, context) for label in held.labels],
+            )
+        return found
 
 
 Candidate = TypeVar("Candidate", bound=ClosedForm)
