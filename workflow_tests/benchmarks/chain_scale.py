@@ -4,9 +4,9 @@ r"""The whole chain at full size, from a raw file to the report: seconds, peak m
         --folder /a/disk/with/room
 
 makes sparse screens (3,000 genes, about 540 of them expressed per cell, 48 batches) and runs the scripts of the
-workflow on each, with the parameters of the registry. Every step is a process of its own. Markdown
-tables are printed: a row per step, and after two sizes the exponent of CPU seconds and of peak memory in cells (1: twice the cells take twice as
-much; 0: flat).
+workflow on each, with the parameters of the registry. Every step is a process of its own. Markdown tables are
+printed: a row per step, and after two sizes the exponent of CPU seconds and of peak memory in cells (1: twice the
+cells take twice as much; 0: flat).
 """
 
 import argparse
