@@ -1,4 +1,4 @@
-"""Which controls a cell is compared with: one answer for pairs, metrics and quality.
+"""Which controls a cell is compared with: one answer for pairs, effects and efficacy.
 
 Cells are compared within strata: batch × cell type, of one role where cells have roles. Where a stratum holds no
 control, those of its cell type (and role) in other batches serve. Every pool of controls that may serve has a number:
