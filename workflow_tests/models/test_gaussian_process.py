@@ -45,7 +45,8 @@ def learning(singles: dict[str, np.ndarray]) -> tuple[Problem, SetKernel, Direct
     orders = np.array([len(members_of(label)) for label in rows.labels])
     M = np.stack([orders == 1, orders == 2], axis=1)[:, None].astype(float)
     start = Directions(np.log(Y.var(axis=0)), np.log(0.1 * Y.var(axis=0)), np.log(np.tile(Y.var(axis=0), (2, 1))))
-    return Problem(kernel, asked, rows.sampling / rows.sampling[0, 0], Y, M, np.ones(len(Y)), start, 2), kernel, start
+    S, ones = rows.sampling / rows.sampling[0, 0], np.ones(len(Y))
+    return Problem(kernel, asked, S, Y, M, ones, start, start.noise - 1.0, 2), kernel, start
 
 
 def test_the_likelihood_is_that_of_a_dense_normal(learning: tuple[Problem, SetKernel, Directions]) -> None:
@@ -62,6 +63,31 @@ def test_the_likelihood_is_that_of_a_dense_normal(learning: tuple[Problem, SetKe
     assert solved.loss == pytest.approx(dense - constants, rel=1e-9)
 
 
+def test_rows_left_out_are_predicted_by_the_others(learning: tuple[Problem, SetKernel, Directions]) -> None:
+    learned, kernel, of = learning
+    weights = kernel.weights
+    data = learned.diagonal(weights)
+    errors = data.solved(of).left_out(data)
+    K = weights.covariance(learned.terms)[0]
+    K[np.diag_indices(len(K))] += np.where(learned.asked.is_combination, *weights.groups[4][::-1])
+    others = np.arange(1, len(K))
+    for k in range(5):
+        C = np.exp(of.signal[k]) * K + np.exp(of.noise[k]) * (learned.root @ learned.root.T)
+        C += learned.M[:, 0] @ np.diag(np.exp(of.means[:, k])) @ learned.M[:, 0].T
+        predicted = C[0, others] @ np.linalg.solve(C[np.ix_(others, others)], learned.Y[others, k])
+        assert errors[0, k] == pytest.approx(learned.Y[0, k] - predicted, rel=1e-8)
+
+
+@pytest.mark.parametrize(("error", "near_sampling"), [(0.96, False), (0.94, True)])
+def test_noise_is_kept_near_sampling_noise_where_that_predicts_rows_left_out_clearly_better(
+    learning: tuple[Problem, SetKernel, Directions], monkeypatch: pytest.MonkeyPatch, error: float, near_sampling: bool
+) -> None:
+    learned, kernel, _ = learning
+    monkeypatch.setattr(marginal_likelihood, "minimized", lambda loss, start, n_steps: start)
+    monkeypatch.setattr(Problem, "_error_left_out", lambda _, of: error if of.near_sampling else 1.0)
+    assert learned.learned(kernel.weights).near_sampling is near_sampling
+
+
 def test_the_gradient_is_that_of_differences(
     learning: tuple[Problem, SetKernel, Directions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +100,8 @@ def test_the_gradient_is_that_of_differences(
 
     monkeypatch.setattr(marginal_likelihood, "minimized", kept)
     learned.learned(kernel.weights)
-    Problem.conditioned(learned.diagonal(kernel.weights), learned.start)
+    for near_sampling in (False, True):
+        learned.conditioned(learned.diagonal(kernel.weights), learned.start, near_sampling)
     for loss, start in seen:
         here = start + 0.3 * np.random.default_rng(0).normal(size=len(start))
         _, gradient = loss(here)

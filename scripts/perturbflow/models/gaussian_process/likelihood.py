@@ -15,8 +15,10 @@ from perturbflow.models.gaussian_process.kernel import STARTS, Questions, SetKer
 SECOND_STARTS = {"own": -6.0, "source": -0.5, "nugget": -6.0}
 WIDTH = 3.0  # of priors on logarithms of shared weights
 WIDTH_OF_DIRECTIONS = 1.0  # of priors on logarithms of a direction's own σ², b and τ
+WIDTH_OF_SAMPLING = 0.3  # of the prior on log b_k around the sampling noise
 WIDTH_OF_MEANS = 4.0  # of the prior on the mean of log τ
 SPARSITY = 10.0  # −log p per √a of a source
+LEAST_GAIN = 0.05  # of the error of left-out rows, for noise to be kept near sampling noise
 ROWS_AT_ONCE = 512
 N_STEPS = 80  # of L-BFGS
 
@@ -131,6 +133,15 @@ class Solved:
     p: np.ndarray
     loss: float
 
+    def left_out(self, data: Diagonal) -> np.ndarray:
+        """Return each row's error when the other rows predict it, (rows, directions).
+
+        The error is [C⁻¹ Y]_i / [C⁻¹]_ii (Rasmussen & Williams 2006, equation 5.12).
+        """
+        H = np.einsum("iko,kop->ikp", self.scaled, np.linalg.cholesky(self.B))
+        itself = data.T**2 @ self.inverse - (np.tensordot(data.T, H, axes=1) ** 2).sum(axis=2)
+        return (data.T @ self.p) / itself
+
     def gradient(self, data: Diagonal, of: Directions) -> tuple[Directions, np.ndarray]:
         """Return the gradient of the loss by the directions' hyper-parameters, and H, (rows, directions, columns)."""
         H = np.einsum("iko,kop->ikp", self.scaled, np.linalg.cholesky(self.B))
@@ -140,6 +151,46 @@ class Solved:
         signal = 0.5 * np.exp(of.signal) * (data.eigenvalues[:, None] * core).sum(axis=0)
         noise = 0.5 * np.exp(of.noise) * core.sum(axis=0)
         return Directions(signal, noise, 0.5 * np.exp(of.means) * (of_means - along**2)), H
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Normal densities of the directions' hyper-parameters: their centers, and the width of noise's."""
+
+    center: Directions
+    width_of_noise: float
+
+    def of(self, of: Directions, n_free: int = 0) -> tuple[float, np.ndarray]:
+        """Return −log p and its gradient.
+
+        In the first `n_free` columns of M, log τ varies around a mean of its own, which is free.
+        """
+        apart = of.values - self.center.values
+        n, n_means = len(of.signal), of.means.size
+        widths = np.repeat([WIDTH_OF_DIRECTIONS, self.width_of_noise, WIDTH_OF_DIRECTIONS], [n, n, n_means])
+        slope = apart / widths**2
+        # The mean is integrated out: (w² I + W² 1 1ᵀ)⁻¹.
+        free = apart[2 * n : (2 + n_free) * n].reshape(n_free, n)
+        common = free.sum(axis=1) / (WIDTH_OF_DIRECTIONS**2 / WIDTH_OF_MEANS**2 + n) / WIDTH_OF_DIRECTIONS**2
+        slope[2 * n : (2 + n_free) * n] -= np.repeat(common, n)
+        return 0.5 * float(apart @ slope), slope
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Hyper-parameters of greatest posterior density.
+
+    Attributes
+    ----------
+    weights, directions
+        Shared ones, and those of the directions they were learned from.
+    near_sampling
+        Whether the prior kept b_k near the sampling noise.
+    """
+
+    weights: Weights
+    directions: Directions
+    near_sampling: bool
 
 
 @dataclass(frozen=True)
@@ -158,6 +209,8 @@ class Problem:
         h of rows, (rows,).
     start
         Starts of the directions' hyper-parameters.
+    sampling_noise
+        log of each direction's sampling noise, (directions,).
     n_means
         Number of columns of M that are means of singles and combinations; the others are means of other models.
     """
@@ -169,6 +222,7 @@ class Problem:
     M: np.ndarray
     strength: np.ndarray
     start: Directions
+    sampling_noise: np.ndarray
     n_means: int
 
     def part(self, rows: np.ndarray, directions: np.ndarray) -> "Problem":
@@ -182,6 +236,7 @@ class Problem:
             M=M,
             strength=self.strength[rows],
             start=self.start.part(directions),
+            sampling_noise=self.sampling_noise[directions],
         )
 
     @cached_property
@@ -212,10 +267,25 @@ class Problem:
         K[np.diag_indices(len(K))] += sum(nu * of for nu, of in zip(weights.groups[4], self.of_nuggets, strict=True))
         return Diagonal(K, self.root, self.Y, self.M)
 
-    def learned(self, weights: Weights) -> tuple[Weights, Directions]:
-        """Return the shared weights and directions' hyper-parameters of greatest posterior density."""
+    def learned(self, weights: Weights) -> Learned:
+        """Return the hyper-parameters under that prior of noise under which left-out rows are predicted best."""
+        free, near = (self._likeliest(weights, near_sampling) for near_sampling in (False, True))
+        is_better = self._error_left_out(near) < (1.0 - LEAST_GAIN) * self._error_left_out(free)
+        return near if is_better else free
+
+    def _error_left_out(self, of: Learned) -> float:
+        """Return the sum of squared errors of rows that the other rows predict."""
+        data = self.diagonal(of.weights)
+        return float((data.solved(of.directions).left_out(data) ** 2).sum())
+
+    def _prior(self, start: Directions, near_sampling: bool) -> "Prior":
+        if near_sampling:
+            return Prior(replace(start, noise=self.sampling_noise), WIDTH_OF_SAMPLING)
+        return Prior(start, WIDTH_OF_DIRECTIONS)
+
+    def _likeliest(self, weights: Weights, near_sampling: bool) -> Learned:
         self.terms  # noqa: B018 (they are needed at every step)
-        n, starts = len(weights.values), weights.values
+        n, starts, prior = len(weights.values), weights.values, self._prior(self.start, near_sampling)
 
         def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
             shared, of = replace(weights, values=values[:n]), self.start.like(values[n:])
@@ -228,7 +298,7 @@ class Problem:
             inner[np.diag_indices(len(inner))] += solved.inverse @ np.exp(of.signal)
             by_K = 0.5 * data.T @ inner @ data.T.T
             penalty, slope = _prior_of_shared(shared, starts)
-            of_own, slope_of_own = _prior_of_directions(of, self.start, self.n_means)
+            of_own, slope_of_own = prior.of(of, self.n_means)
             gradient = np.concatenate([self._by_weights(shared, by_K) + slope, own.values + slope_of_own])
             return solved.loss + penalty + of_own, gradient
 
@@ -236,16 +306,16 @@ class Problem:
         tried = [starts, *([weights.starts(STARTS | SECOND_STARTS)] if has_sources else [])]
         minima = (minimized(loss, np.concatenate([first, self.start.values]), N_STEPS) for first in tried)
         found = min(minima, key=lambda values: loss(values)[0])
-        return replace(weights, values=found[:n]), self.start.like(found[n:])
+        return Learned(replace(weights, values=found[:n]), self.start.like(found[n:]), near_sampling)
 
-    @staticmethod
-    def conditioned(data: "Diagonal", start: Directions) -> Directions:
+    def conditioned(self, data: "Diagonal", start: Directions, near_sampling: bool) -> Directions:
         """Return the directions' hyper-parameters of greatest posterior density, given shared weights."""
+        prior = self._prior(start, near_sampling)
 
         def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
             of = start.like(values)
             solved = data.solved(of)
-            penalty, slope = _prior_of_directions(of, start)
+            penalty, slope = prior.of(of)
             return solved.loss + penalty, solved.gradient(data, of)[0].values + slope
 
         return start.like(minimized(loss, start.values, N_STEPS))
@@ -277,21 +347,6 @@ def _prior_of_shared(weights: Weights, starts: np.ndarray) -> tuple[float, np.nd
             pull = SPARSITY * np.exp(weights.values[i] / 2)
             loss, slope[i] = loss + pull, slope[i] + pull / 2
     return loss, slope
-
-
-def _prior_of_directions(of: Directions, start: Directions, n_free: int = 0) -> tuple[float, np.ndarray]:
-    """Return −log p of the directions' hyper-parameters and its gradient.
-
-    In the first `n_free` columns of M, log τ varies around a mean of its own, which is free.
-    """
-    own = [(of.signal - start.signal) / WIDTH_OF_DIRECTIONS**2, (of.noise - start.noise) / WIDTH_OF_DIRECTIONS**2]
-    loss = 0.5 * WIDTH_OF_DIRECTIONS**2 * sum(float((slope**2).sum()) for slope in own)
-    apart = of.means - start.means
-    slope = apart / WIDTH_OF_DIRECTIONS**2
-    # The mean is integrated out: (w² I + W² 1 1ᵀ)⁻¹.
-    common = WIDTH_OF_DIRECTIONS**2 / WIDTH_OF_MEANS**2 + apart.shape[1]
-    slope[:n_free] -= apart[:n_free].sum(axis=1, keepdims=True) / common / WIDTH_OF_DIRECTIONS**2
-    return loss + 0.5 * float((apart * slope).sum()), np.concatenate([*own, slope.ravel()])
 
 
 def minimized(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray, n_steps: int) -> np.ndarray:

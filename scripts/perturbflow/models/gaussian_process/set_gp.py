@@ -45,6 +45,11 @@ together (`EffectRows`).
    τ_kj of all directions share a mean, which is learned. Shared hyper-parameters are learned from directions with more
    signal than sampling noise, and from at most 1,000 rows. Then every direction learns its own.
 
+   Weak directions are many and may follow another kernel than strong ones. Where b_k is free, K can follow the weak
+   ones, and the strong ones count as noise. So all is learned twice: with b_k free, and with b_k near the sampling
+   noise. The second is kept if it predicts rows that are left out with 5 % less squared error. The error of a row is
+   [C⁻¹ Y]_i / [C⁻¹]_ii.
+
 5. One factorization serves all directions. Let S = L Lᵀ, L⁻¹ K L⁻ᵀ = U Λ Uᵀ and T = L⁻ᵀ U. In the coordinates of T
    every covariance C_k = σ_k² K + b_k S + M T_k Mᵀ is diagonal but for the columns of M: D_k = σ_k² Λ + b_k. The
    gradient is
@@ -123,18 +128,19 @@ class SetGP(ClosedForm):
         others = [_in_directions(effects, rows.labels, V) for effects in self.out_of_fold.values()]
         M = _columns(n_members, root_h, mean_n_members, others)
         n_means = int((mean_n_members > 0).sum())
-        problem = Problem(kernel, asked, rows.sampling / unit, Y, M, h, _starts(Y, noise, M.shape[2], n_means), n_means)
+        start = _starts(Y, noise, M.shape[2], n_means)
+        problem = Problem(kernel, asked, rows.sampling / unit, Y, M, h, start, np.log(noise), n_means)
         informative = _informative(Y, noise)
-        weights, found = problem.part(_learned_from(rows.labels, training.seed), informative).learned(kernel.weights)
-        data = problem.diagonal(weights)
-        of = Problem.conditioned(data, problem.start.around(found, informative))
+        found = problem.part(_learned_from(rows.labels, training.seed), informative).learned(kernel.weights)
+        data = problem.diagonal(found.weights)
+        of = problem.conditioned(data, start.around(found.directions, informative), found.near_sampling)
         solved = data.solved(of)
         signal = np.exp(of.signal)
         return {
             **{f"kernel.{name}": value for name, value in kernel.state.items()},
             **{f"own.{name}": value for name, value in own.arrays().items()},
             **self._stored_means(),
-            "weights": weights.values, "V": V, "labels": np.array(rows.labels, dtype=str), "shares": rows.shares,
+            "weights": found.weights.values, "V": V, "labels": np.array(rows.labels, dtype=str), "shares": rows.shares,
             "mean_n_members": mean_n_members, "genes": np.array(training.genes, dtype=str),
             "alpha": data.T @ (solved.p * signal), "beta": solved.beta, "B": solved.B, "signal": signal,
             "T": data.T.astype(np.float32), "inverse": solved.inverse.astype(np.float32),
