@@ -343,7 +343,8 @@ def test_the_interpolated_duplicate_is_the_duplicate_where_sure_and_the_mean_eff
     pairs = held_out_pairs(effect)
     model = InterpolatedDuplicate()
     model.fit(pairs, NO_VECTORS, Run(seed=0))
-    mean = model.predict(np.zeros((1, N_GENES)), ["G3"], 100, 0)[0].mean(axis=0)
+    cells = pairs.X[model.rows("G3", 100, 0)].toarray()
+    mean = model.predict(cells, ["G3"], len(cells), 0)[0].mean(axis=0)
     control = pairs.roles("test").mean_of(np.flatnonzero(pairs.roles("test").is_control))
     np.testing.assert_allclose((mean - control)[:20], -2.0, atol=0.15)  # sure: as measured
     assert (mean - control)[20:].mean() > 0.5  # nothing measured: as the training perturbations do

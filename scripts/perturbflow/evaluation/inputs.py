@@ -1,7 +1,7 @@
 """From cells to the inputs of the metrics: one pass over pairs.h5ad (`measured`), then one perturbation at a time.
 
-Memory is bounded by the cells of the scored half and the controls of the role. Predicted cells are read one
-perturbation at a time.
+Memory is bounded by the controls of the role, and by the means of perturbations. Measured and predicted cells are read
+one perturbation at a time.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class _Comparison:
 
     def of(self, label: str, own_target: np.ndarray) -> dict:
         """Return the fields of `Scored` for one perturbation, given the mask of its own genes."""
-        predicted, measured = self.predicted.cells(label), self.measured.at(self.measured.rows[label])
+        predicted, measured = self.predicted.cells(label), self.measured.cells(label)
         is_tested = self._is_expressed & ~own_target
         control = _Control.of(self.controls, self._pool[self.measured.rows[label]])
         found = {
