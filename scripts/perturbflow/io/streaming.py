@@ -163,7 +163,7 @@ class RowsByLabel:
         for row, place in enumerate(places):
             of_row = values[X.indptr[row] : X.indptr[row + 1]]
             try:
-                os.pwrite(self._file.fileno(), of_row, 8 * int(self._begins[place]))
+                os.pwrite(self._file.fileno(), of_row.data, 8 * int(self._begins[place]))
             except OSError as error:
                 raise full_disk(self._folder, LAID_ASIDE) if is_of_full_disk(error) else error from error
         self._sizes[places] = np.diff(X.indptr)
