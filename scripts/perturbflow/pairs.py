@@ -22,6 +22,7 @@ from perturbflow.io.files import atomic, file_digest, read_json, require_room
 from perturbflow.io.hdf5 import Appended, AppendedRows, CsrRows
 from perturbflow.io.kernels import add_moments, add_rows
 from perturbflow.io.streaming import row_blocks
+from perturbflow.splits.cells import roles_of_cells
 from perturbflow.splits.divisions import KNOWN, ROLES
 
 logger = logging.getLogger(__name__)
@@ -406,14 +407,11 @@ class Screen:
     var: pd.DataFrame
 
     @classmethod
-    def open(cls, harmonized: Path, cells: Mapping[str, list[str]]) -> "Screen":
-        """Open a screen; `cells` are the names of the cells of each role."""
+    def open(cls, harmonized: Path, split: Mapping[str, Any]) -> "Screen":
+        """Open a screen; `split` is the content of split.json."""
         file = h5py.File(harmonized)
         obs = read_columns(file["obs"], CARRIED_OBS)
-        code = np.full(len(obs), -1, np.int8)
-        for i, role in enumerate(ROLES):
-            found = obs.index.get_indexer(pd.Index(cells[role]))
-            code[found[found >= 0]] = i
+        code = roles_of_cells(split, obs.index)
         placed = np.flatnonzero(code >= 0)
         obs = obs.iloc[placed].copy()
         for column in obs.select_dtypes("category"):
@@ -517,7 +515,7 @@ def pair(harmonized: Path, split: Path, pairs: Path, n_hvg: int, threads: int = 
     """
     roles = read_json(split)
     seed = roles["spec"]["seed"]
-    screen = Screen.open(harmonized, roles.pop("cells"))
+    screen = Screen.open(harmonized, roles)
     obs = screen.obs
     highly_variable = screen.highly_variable(n_hvg)
     perturbed_genes = {gene for label in obs["perturbation"].unique() for gene in entities_of(label)}

@@ -143,7 +143,7 @@ def _role(division: dict, role: str) -> dict[str, Any]:
         "perturbations": Names.of(labels),
         "n": len(labels),
         "controls": division["controls"][role],
-        "cells": len(division["cells"][role]),
+        "cells": division["n_cells"][role],
     }
 
 
