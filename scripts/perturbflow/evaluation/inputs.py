@@ -31,6 +31,7 @@ N_COMPONENTS = 50
 MAX_CELLS_OF_DISTANCE = 1000
 TESTED_CPM = 5.0
 LFC_OFFSET = 1e-9
+MOST_IN_DOUBLE = 16_000_000  # values of a table of perturbations × genes: larger ones are kept in single precision
 NEEDS = frozenset({"pseudobulk", "counts", "de", "cells"})  # data that a metric may be computed from
 
 
@@ -314,7 +315,9 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = 
                 values[name] = [*(values[name] or []), value]
                 continue
             if values.get(name) is None:
-                values[name] = np.empty((len(labels), *np.shape(value)), np.asarray(value).dtype)
+                is_wide = np.ndim(value) and len(labels) * np.shape(value)[-1] > MOST_IN_DOUBLE
+                dtype = np.float32 if is_wide else np.asarray(value).dtype
+                values[name] = np.empty((len(labels), *np.shape(value)), dtype)
             values[name][i] = value
     if "de" in needs:
         values |= {name: Differential(*np.moveaxis(values[name], 1, 0)) for name in ("predicted_test", "measured_test")}
