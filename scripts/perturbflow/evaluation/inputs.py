@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
@@ -307,7 +308,9 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = 
         )
     measured = Measured(cells, labels, role, is_sampled="cells" in needs)
     comparison = _Comparison(measured, Predictions(predictions, measured), needs)
-    own_target = np.stack([np.isin(cells.genes, entities_of(label)) for label in labels])
+    column, own_target = pd.Index(cells.genes), np.zeros((len(labels), len(cells.genes)), dtype=bool)
+    for own, label in zip(own_target, labels, strict=True):
+        own[[place for place in column.get_indexer(entities_of(label)) if place >= 0]] = True
     values: dict = dict.fromkeys(NEEDED)
     for i, (label, own) in enumerate(zip(labels, own_target, strict=True)):
         for name, value in comparison.of(label, own).items():

@@ -98,16 +98,20 @@ class Measured:
         self._of_label = self._groups.groupby("perturbation", observed=True).indices
         self._sums, self._X = self._read(cells, is_kept, grouped.ngroup().to_numpy())
         self._kept = np.flatnonzero(is_kept)
-        is_training = is_train & ~cells.is_control
-        code, _ = pd.factorize(cells.labels[is_training])
-        shares = np.bincount(
-            code * len(self.strata) + self.stratum[is_training], minlength=(code.max() + 1) * len(self.strata)
-        )
-        shares = shares.reshape(-1, len(self.strata))
-        self._training_shares = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)  # (strata,)
+        self._training_shares = self._shares(cells, is_train & ~cells.is_control)
         self.controls = ControlPools(self._at(np.flatnonzero(self.is_control)), cells.obs[self.is_control])
         self.halves = self.controls.halves(cells.obs[self.is_control])
         self.training_sample = self._at(of_pca)
+
+    def _shares(self, cells: Pairs, is_training: np.ndarray) -> np.ndarray:
+        """Return the mean share of each stratum over training perturbations, (strata,); zeros without any."""
+        if not is_training.any():
+            return np.zeros(len(self.strata))
+        code, _ = pd.factorize(cells.labels[is_training])
+        n_strata = len(self.strata)
+        n = np.bincount(code * n_strata + self.stratum[is_training], minlength=(code.max() + 1) * n_strata)
+        n = n.reshape(-1, n_strata)
+        return (n / n.sum(axis=1, keepdims=True)).mean(axis=0)
 
     @staticmethod
     def _rows_of(cells: Pairs, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -154,11 +158,13 @@ class Measured:
         r = mean_q x̄_q + Σ_s w_s k_s − mean_q c̄_q over training perturbations q. w_s is the share of the
         perturbation's cells in stratum s, k_s the mean of the training controls there, c̄_q their mean in q's strata.
         With one stratum that is mean_q x̄_q, as published. Where training has no controls of a stratum (a context that
-        was held out), k_s is the mean of the scored role's.
+        was held out), k_s is the mean of the scored role's. NaN where no training cells were given.
         """
         trained = [
             groups for label in self._of_label if label != CONTROL and len(groups := self._groups_of(label, "train"))
         ]
+        if not trained:
+            return np.full((len(self.labels), len(self.genes)), np.nan)
         controls = self._groups.iloc[self._groups_of(CONTROL, "train")]
         exact = {stratum: self._mean(rows.index) for stratum, rows in controls.groupby("stratum")}
         cell_type = controls["stratum"].map(lambda stratum: self.strata[stratum][1])
