@@ -15,7 +15,7 @@ from scipy import sparse
 from perturbflow.controls import Context
 from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
-from perturbflow.io.files import atomic
+from perturbflow.io.files import atomic, require_room
 from perturbflow.io.hdf5 import AppendedRows
 from perturbflow.io.streaming import RowsByLabel
 from perturbflow.models.base import Ceiling, Given, Model, build
@@ -24,6 +24,7 @@ from perturbflow.pairs import Pairs
 logger = logging.getLogger(__name__)
 
 CELLS_PER_BLOCK = 2048
+BYTES_PER_VALUE = 2.0  # of predictions.h5ad, at the least: value and place, compressed
 
 
 def block_seed(seed: int, label: str, block: int) -> int:
@@ -82,6 +83,9 @@ def predict(
     is_ceiling = isinstance(family, Ceiling)
     has_cells = isinstance(family, Given) and family.has_cells
     n_most = max_cells * len(chosen) if has_cells else sum(map(len, chosen.values()))
+    # Controls hold about as many values as the cells that start from them.
+    n_values = sum(map(len, chosen.values())) * cells.X.n_stored[cells.is_control].mean()
+    require_room(predictions.parent, BYTES_PER_VALUE * n_values, predictions.name)
     tables = []
     with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
         written = AppendedRows(file.create_group("X"), len(cells.genes), n_most, pool)
