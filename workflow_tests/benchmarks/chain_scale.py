@@ -45,6 +45,10 @@ CELLS_PER_BLOCK, DISTINCT_BLOCKS = 4096, 8
 KEPT = 0.8  # of the molecules of a drawn cell: thinned anew, no cell comes twice
 CONFIG = SCRIPTS.parent / "config"
 SPLITS = ("unseen_perturbation",)
+QUERY = {
+    "perturbations": [f"TARGET{i}" for i in range(10)], "cells": "control", "samples_per_cell": 50,
+    "keep_samples": False, "groups": "cell_type", "search": None,
+}  # fmt: skip
 DATASET = {
     "source": {"path": "screen.h5ad"}, "subset": {},
     "perturbation": {"column": "perturbation", "control": ["control"], "separator": None, "drop": ["nan", "*", ""]},
@@ -212,6 +216,12 @@ class Chain:
             yield f"warranty {model}", "warranty", {
                 "pairs": pairs, "embeddings": vectors, "model": run / artefact, **warranty, **built,
             }, [*warranty.values()]  # fmt: skip
+            names = {"cells": "asked.h5ad", "effects": "asked.tsv", "ranking": "asked.ranking.tsv"}
+            answer = {name: run / file for name, file in names.items()}
+            yield f"counterfactual {model}", "counterfactual", {
+                "pairs": pairs, "embeddings": vectors, "model": run / artefact, **warranty, **answer, **built,
+                "query": json.dumps(QUERY),
+            }, [*answer.values()]  # fmt: skip
 
     def _tables(
         self, split: Path, pairs: Path, audit: Path, harmonization: Path, qualities: dict[str, Path]

@@ -9,7 +9,7 @@ import pytest
 from conftest import Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_scores import P, predictions_from, random_scored, score
+from made_scores import N_GENES, P, predictions_from, random_scored, score
 from scipy import sparse, stats
 from sklearn.metrics import average_precision_score
 
@@ -266,6 +266,12 @@ def test_tables_of_distances_are_made_some_rows_at_a_time(rows: int, monkeypatch
     monkeypatch.setattr(pseudobulk, "ROWS_AT_ONCE", rows)
     for name in names:
         np.testing.assert_array_equal(score(name, scored), whole[name], name)
+
+
+@pytest.mark.parametrize("name", ["rank_cosine_off_target", "pds_l1", "pds_l2", "pds_cosine"])
+def test_where_every_gene_is_perturbed_nothing_is_left_to_compare(name: str) -> None:
+    own_target = np.arange(N_GENES) % P == np.arange(P)[:, None]
+    assert np.isnan(score(name, random_scored(5, own_target=own_target))).all()
 
 
 def test_wide_tables_in_single_precision_have_the_same_scores(cells: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def _effects(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _without_rounding(effects: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(effects).max(axis=1, keepdims=True) < NO_EFFECT, 0.0, effects)
+    return np.where(np.abs(effects).max(axis=1, keepdims=True, initial=0.0) < NO_EFFECT, 0.0, effects)
 
 
 def _distances(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
@@ -67,7 +67,8 @@ def _distances(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
 def _nearer(a: np.ndarray, b: np.ndarray, kind: str, *, ties_are_alike: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Return, per row of a, the share of the other rows of b that are nearer than its own, and of those as near.
 
-    A single row has NaN. The table of distances is made ROWS_AT_ONCE rows at a time.
+    A single row has NaN, and so have all where no gene is left to compare. The table of distances is made ROWS_AT_ONCE
+    rows at a time.
 
     Parameters
     ----------
@@ -75,7 +76,7 @@ def _nearer(a: np.ndarray, b: np.ndarray, kind: str, *, ties_are_alike: bool = F
         Whether rows of b within ALIKE of its own, relative to the larger norm, are as near, too.
     """
     n, found = len(a), []
-    if n < 2:
+    if n < 2 or not a.shape[1]:
         return np.full(n, np.nan), np.full(n, np.nan)
     a, b = a.astype(float, copy=False), b.astype(float, copy=False)
     norms = np.linalg.norm(b, axis=1)
@@ -222,7 +223,10 @@ def rank_cosine(scored: Scored) -> np.ndarray:
 
 @metric("ranking", OURS, "lower", SHARE, "pseudobulk", perfect=0.0, useless=0.5, headline=True)
 def rank_cosine_off_target(scored: Scored) -> np.ndarray:
-    """rank_cosine without the perturbed genes of all scored perturbations: these alone distinguish perturbations."""
+    """rank_cosine without the perturbed genes of all scored perturbations: these alone distinguish perturbations.
+
+    NaN where no other gene is measured.
+    """
     return _rank(scored, "cosine", np.any(scored.own_target, axis=0))
 
 
@@ -260,7 +264,7 @@ def pds_cosine(scored: Scored) -> np.ndarray:
     """1 − k/(n − 1), k the measured effects that are nearer to the prediction than its own; ties count half.
 
     By the cosine distance of b − b_c, b the log bulk log(1 + 5·10⁴·P/ΣP) of normalized counts. All perturbed
-    genes of the panel are left out.
+    genes of the panel are left out; NaN where no other gene is measured.
     """
     return _pds(scored, "cosine")
 
