@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import anndata as ad
 import pandas as pd
 
 from perturbflow.evaluation import Scored
@@ -115,7 +114,7 @@ class SplitSection(Titled):
     def of(cls, dataset: str, split: str, run: RunFiles, cards: dict[str, ModelCard]) -> Self:
         """Gather the facts of one dataset × split; effects and curves come later."""
         division, audited = run.divisions[dataset, split], run.audits[dataset, split]
-        n_cells, n_genes = ad.read_h5ad(run.pairs[dataset, split], backed="r").shape
+        n_cells, n_genes = Pairs.open(run.pairs[dataset, split]).X.shape
         scores = run.scores_of(dataset, split)
         models = [model for model in cards if model in set(scores["model"])]
         matched = audited["matched_across_batches"]
