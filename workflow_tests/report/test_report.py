@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -586,6 +587,33 @@ def test_of_many_held_out_perturbations_a_sample_is_plotted_and_the_page_says_so
     assert f"{n - 4} perturbations are in no plot: the others were drawn at random." in section
     drawn = re.findall(r'aria-label="Scatter plot of predicted against measured effects of (\S+) by', section)
     assert len(set(drawn)) == 4
+
+
+def test_the_page_takes_no_pairs_into_memory(
+    tree: Tree, tmp_path: Path, few_figures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, opened = ad.read_h5ad, []
+
+    def watched(path: Path, **options: object) -> ad.AnnData:
+        opened.append(Path(path).name)
+        return read(path, **options)
+
+    monkeypatch.setattr(ad, "read_h5ad", watched)
+    tree.page(report=tmp_path / "report.html")
+    assert "pairs.h5ad" not in opened, "backed or not, it reads the layer of counts"
+
+
+def test_a_table_of_many_perturbations_has_their_rows_alone() -> None:
+    n = 400
+    labels = pd.DataFrame({"perturbation": [f"G{i}" for i in range(n)], "members_seen": 0, "n_cells": range(n)})
+    metrics = ("pearson_delta_ctrl_off_target", "mae", "auprc")
+    scores = pd.concat([labels.assign(model=m, metric=k, value=0.5) for m in "ab" for k in metrics])
+    tracemalloc.start()
+    table = perturbation_table(scores, ["a", "b"], 4000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(table.rows) == 2 * n
+    assert peak < 8e6, "every combination of label and number of cells takes ten times that"
 
 
 def test_plotted_means_are_those_that_are_scored(tree: Tree) -> None:
