@@ -22,6 +22,7 @@ from perturbflow.provenance.code_version import code_version
 from perturbflow.errors import InputError
 from perturbflow.io.files import require_writable
 from perturbflow.registry.sources import labels_file, own_files
+from perturbflow.registry.needs import Needs
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.schemas import CommandLine
 from perturbflow.registry.shipped import above_shipped, shipped_files
@@ -57,6 +58,8 @@ if not records.CHANGED.exists():
     records.CHANGED.touch()
 
 for _sentence in plan.left_out:
+    print(_sentence, file=sys.stderr)
+if workflow.is_main_process and (_sentence := Needs.of(plan).sentence(Path.cwd())):
     print(_sentence, file=sys.stderr)
 
 

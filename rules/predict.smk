@@ -17,7 +17,7 @@ rule predict:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(20, least=3000),
+        mem_mb=memory_by_input(0.5, least=1500),
         runtime=runtime_by_input(60, least=30),
     params:
         implementation=implementation,

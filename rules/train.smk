@@ -33,8 +33,8 @@ rule train_closed_form:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(20, least=2000),
-        runtime=runtime_by_input(10),
+        mem_mb=memory_by_input(1, least=1500),
+        runtime=runtime_by_input(30, least=20),
     params:
         implementation=implementation,
         params=model_params,
@@ -80,7 +80,7 @@ rule train_diffusion:
     # The networks are small: two trainings side by side are faster than one on two threads.
     threads: 1
     resources:
-        mem_mb=memory_by_input(40, least=4000),
+        mem_mb=memory_by_input(1, least=3000),
         runtime="12h",
         gpu=gpu,
     params:

@@ -22,6 +22,7 @@ from perturbflow.io.files import atomic, file_digest, read_json, require_room
 from perturbflow.io.hdf5 import Appended, AppendedRows, CsrRows
 from perturbflow.io.kernels import add_moments, add_rows
 from perturbflow.io.streaming import row_blocks
+from perturbflow.splits.cells import roles_of_cells
 from perturbflow.splits.divisions import KNOWN, ROLES
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 CONTROLS_PER_CELL = 8
 BYTES_PER_VALUE = 3.0  # of pairs.h5ad, at the least: normalized value, place and count, compressed
 VALUES_IN_MEMORY = 50_000_000  # of expression, 8 bytes each: of more, rows are read when they are asked for
+VALUES_OF_SUMS = 10_000_000  # sums over the finest groups of cells, 16 bytes each with those of squares
 LEAST_CELLS = 10  # of a perturbation in a context: fewer give noise for an effect
 CARRIED_OBS = (
     "perturbation", "is_control", "n_perturbations", "perturbation_type", "cell_type", "batch", "dataset",
@@ -145,10 +147,47 @@ class Pairs:
         group
             Of every cell under the mask.
         """
+        if (derived := self._from_finest(group, mask, n_groups)) is not None:
+            return derived
+        return self._summed(group, mask, n_groups)
+
+    def _summed(self, group: np.ndarray, mask: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return `sums_over` by one pass over the cells under the mask."""
         sums, squares = np.zeros((2, n_groups, self.X.shape[1]))
         for part, X in self.blocks(None if mask.all() else np.flatnonzero(mask)):
             add_moments(X.data, X.indices, X.indptr, group[part], sums, squares)
         return sums, squares
+
+    @cached_property
+    def _finest(self) -> tuple[np.ndarray, int]:
+        """Group of every cell by perturbation, batch, cell type, role and turn of controls; and their number.
+
+        The sums over most other groups are sums of these. Where they are too many there are none: (0,) and 0.
+        """
+        key = self.groups.of_cell.astype(np.int64) * len(self._within) + self._within.of_cell
+        numbers, group = np.unique(key, return_inverse=True)
+        return (group, len(numbers)) if len(numbers) * len(self.genes) <= VALUES_OF_SUMS else (group[:0], 0)
+
+    @cached_property
+    def _finest_sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of expression and of its squares over the finest groups, (groups, genes) each."""
+        group, n_groups = self._finest
+        return self._summed(group, np.ones(len(group), dtype=bool), n_groups)
+
+    def _from_finest(self, group: np.ndarray, mask: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return `sums_over` from the sums over the finest groups; None where a group splits one of these."""
+        finest, n_finest = self._finest
+        if not n_finest:
+            return None
+        of_cell, of_finest = np.full(len(mask), -1), np.full(n_finest, -1)
+        of_cell[mask] = group
+        of_finest[finest] = of_cell
+        if (of_finest[finest] != of_cell).any():
+            return None
+        kept = np.flatnonzero(of_finest >= 0)
+        coarse = sparse.csr_matrix((np.ones(len(kept)), (of_finest[kept], kept)), shape=(n_groups, n_finest))
+        sums, squares = self._finest_sums
+        return coarse @ sums, coarse @ squares
 
     @cached_property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
@@ -171,8 +210,11 @@ class Pairs:
         group = (np.cumsum(is_found) - 1)[group[mask]]
         # Single precision is enough for sums of some dozens of cells, and contexts × perturbations are many.
         values = np.zeros((is_found.sum(), len(self.genes)), np.float32)
-        for part, X in self.blocks(np.flatnonzero(mask)):
-            add_rows(X.data, X.indices, X.indptr, group[part], values)
+        if (derived := self._from_finest(group, mask, len(values))) is not None:
+            values[:] = derived[0]
+        else:
+            for part, X in self.blocks(np.flatnonzero(mask)):
+                add_rows(X.data, X.indices, X.indptr, group[part], values)
         shape = len(values), len(self._within)
         weights = sparse.csr_matrix((1.0 / size[is_found][group], (group, self._within.of_cell[mask])), shape=shape)
         effects: dict[tuple[str, str], dict[str, np.ndarray]] = {}
@@ -192,7 +234,10 @@ class Pairs:
 
     def without_context(self, context: tuple[str, str]) -> "Pairs":
         """Return the cells of all other batches × cell types; what is known of effects in them is handed on."""
-        others = self.select(~self.is_of_context(context))
+        is_other = ~self.is_of_context(context)
+        others = self.select(is_other)
+        if others._finest[1] and (sums := self._from_finest(others._finest[0], is_other, others._finest[1])):
+            vars(others)["_finest_sums"] = sums
         vars(others)["effects_by_context"] = {
             other: of for other, of in self.effects_by_context.items() if other != context
         }
@@ -362,14 +407,11 @@ class Screen:
     var: pd.DataFrame
 
     @classmethod
-    def open(cls, harmonized: Path, cells: Mapping[str, list[str]]) -> "Screen":
-        """Open a screen; `cells` are the names of the cells of each role."""
+    def open(cls, harmonized: Path, split: Mapping[str, Any]) -> "Screen":
+        """Open a screen; `split` is the content of split.json."""
         file = h5py.File(harmonized)
         obs = read_columns(file["obs"], CARRIED_OBS)
-        code = np.full(len(obs), -1, np.int8)
-        for i, role in enumerate(ROLES):
-            found = obs.index.get_indexer(pd.Index(cells[role]))
-            code[found[found >= 0]] = i
+        code = roles_of_cells(split, obs.index)
         placed = np.flatnonzero(code >= 0)
         obs = obs.iloc[placed].copy()
         for column in obs.select_dtypes("category"):
@@ -473,7 +515,7 @@ def pair(harmonized: Path, split: Path, pairs: Path, n_hvg: int, threads: int = 
     """
     roles = read_json(split)
     seed = roles["spec"]["seed"]
-    screen = Screen.open(harmonized, roles.pop("cells"))
+    screen = Screen.open(harmonized, roles)
     obs = screen.obs
     highly_variable = screen.highly_variable(n_hvg)
     perturbed_genes = {gene for label in obs["perturbation"].unique() for gene in entities_of(label)}

@@ -15,14 +15,16 @@ from scipy import sparse
 from perturbflow.controls import Context
 from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
-from perturbflow.io.files import atomic
+from perturbflow.io.files import atomic, require_room
 from perturbflow.io.hdf5 import AppendedRows
+from perturbflow.io.streaming import RowsByLabel
 from perturbflow.models.base import Ceiling, Given, Model, build
 from perturbflow.pairs import Pairs
 
 logger = logging.getLogger(__name__)
 
 CELLS_PER_BLOCK = 2048
+BYTES_PER_VALUE = 2.0  # of predictions.h5ad, at the least: value and place, compressed
 
 
 def block_seed(seed: int, label: str, block: int) -> int:
@@ -81,6 +83,9 @@ def predict(
     is_ceiling = isinstance(family, Ceiling)
     has_cells = isinstance(family, Given) and family.has_cells
     n_most = max_cells * len(chosen) if has_cells else sum(map(len, chosen.values()))
+    # Controls hold about as many values as the cells that start from them.
+    n_values = sum(map(len, chosen.values())) * cells.X.n_stored[cells.is_control].mean()
+    require_room(predictions.parent, BYTES_PER_VALUE * n_values, predictions.name)
     tables = []
     with atomic(predictions) as partial, h5py.File(partial, "w") as file, ThreadPoolExecutor(1) as pool:
         written = AppendedRows(file.create_group("X"), len(cells.genes), n_most, pool)
@@ -124,16 +129,19 @@ def _predicted(cells: Pairs, family: Model, chosen: dict[str, np.ndarray], seed:
     is_control = np.flatnonzero(cells.is_control)
     controls = replace(cells.select(cells.is_control), X=cells.X[is_control])
     strata = controls.strata
+    # A ceiling starts from cells of its own, all in one block: it has each once.
+    is_ceiling = isinstance(family, Ceiling)
+    measured = RowsByLabel.gathered(cells.X, chosen) if is_ceiling else None
     for label, rows in chosen.items():
         place = np.searchsorted(is_control, cells.control_index[rows, 0])
         # By chance the mean of these controls differs from that of all controls, which predicted cells shall have.
         levels = controls.context_of(place).levels
-        # A ceiling samples without replacement: in one block.
-        size = len(rows) if isinstance(family, Ceiling) else CELLS_PER_BLOCK
+        size = len(rows) if is_ceiling else CELLS_PER_BLOCK
         for block, first in enumerate(range(0, len(rows), size)):
             starts = place[first : first + size]
             context = Context(strata[starts], levels)
-            start, of_block = controls.X[starts].toarray(), block_seed(seed, label, block)
+            start = (measured.of(label) if measured else controls.X[starts]).toarray()
+            of_block = block_seed(seed, label, block)
             yield family.predict(start, [label], len(starts), of_block, context)[0]
         logger.info("%s: %d cells", label, len(rows))
 

@@ -12,7 +12,7 @@ from perturbflow.benchmark.panel import Panel, panels
 from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
 from perturbflow.benchmark.verdicts import RANK, judge, outcome
 from perturbflow.errors import InputError
-from perturbflow.evaluation import METRICS, Metric
+from perturbflow.evaluation import METRICS, Metric, bootstrap
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS, estimate, resampled_means, share_interval
 from perturbflow.registry.families import FAMILIES, Family
 
@@ -107,6 +107,19 @@ FLOOR, CEILING = (
 
 
 # --- the bootstrap --------------------------------------------------------------------------------------------------
+
+
+def test_resamples_are_drawn_and_summed_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 2, 40))
+    values[1, 0, 3] = np.nan
+    whole = resampled_means(values)
+    rng, n = np.random.default_rng(0), 40
+    times = np.stack([np.bincount(row, minlength=n) for row in rng.integers(0, n, (bootstrap.N_RESAMPLES, n))])
+    np.testing.assert_allclose(resampled_means(values[:1, :1]), values[:1, 0] @ times.T / n, rtol=0, atol=1e-12)
+    monkeypatch.setattr(bootstrap, "RESAMPLES_AT_ONCE", 333)
+    bootstrap._times_sampled.cache_clear()
+    np.testing.assert_allclose(resampled_means(values), whole, rtol=0, atol=1e-12)
+    bootstrap._times_sampled.cache_clear()
 
 
 @pytest.mark.parametrize("n", [6, 12, 40])

@@ -4,15 +4,17 @@ r"""The whole chain at full size, from a raw file to the report: seconds, peak m
         --folder /a/disk/with/room
 
 makes sparse screens (3,000 genes, about 540 of them expressed per cell, 48 batches) and runs the scripts of the
-workflow on each, with the parameters of the registry. Every step is a process of its own. Markdown tables are
-printed: a row per step, and after two sizes the exponent of CPU seconds and of peak memory in cells (1: twice the
-cells take twice as much; 0: flat).
+workflow on each, with the parameters of the registry. Every step is a process of its own. A Markdown table is printed:
+a row per step with wall and CPU seconds, peak memory beside the memory that its rule asks for, and bytes; after two
+sizes the exponent of CPU seconds and of peak memory in cells (1: twice the cells take twice as much; 0: flat). What was
+measured is kept in steps.json beside the files, so that steps can be run a few at a time.
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -43,6 +45,10 @@ CELLS_PER_BLOCK, DISTINCT_BLOCKS = 4096, 8
 KEPT = 0.8  # of the molecules of a drawn cell: thinned anew, no cell comes twice
 CONFIG = SCRIPTS.parent / "config"
 SPLITS = ("unseen_perturbation",)
+QUERY = {
+    "perturbations": [f"TARGET{i}" for i in range(10)], "cells": "control", "samples_per_cell": 50,
+    "keep_samples": False, "groups": "cell_type", "search": None,
+}  # fmt: skip
 DATASET = {
     "source": {"path": "screen.h5ad"}, "subset": {},
     "perturbation": {"column": "perturbation", "control": ["control"], "separator": None, "drop": ["nan", "*", ""]},
@@ -210,6 +216,12 @@ class Chain:
             yield f"warranty {model}", "warranty", {
                 "pairs": pairs, "embeddings": vectors, "model": run / artefact, **warranty, **built,
             }, [*warranty.values()]  # fmt: skip
+            names = {"cells": "asked.h5ad", "effects": "asked.tsv", "ranking": "asked.ranking.tsv"}
+            answer = {name: run / file for name, file in names.items()}
+            yield f"counterfactual {model}", "counterfactual", {
+                "pairs": pairs, "embeddings": vectors, "model": run / artefact, **warranty, **answer, **built,
+                "query": json.dumps(QUERY),
+            }, [*answer.values()]  # fmt: skip
 
     def _tables(
         self, split: Path, pairs: Path, audit: Path, harmonization: Path, qualities: dict[str, Path]
@@ -249,12 +261,35 @@ def made(chain: Chain, n_cells: int, n_perturbations: int) -> Chain:
     return chain
 
 
+def asked(rule: str, inputs: list[Path]) -> float:
+    """Return the MB of memory that a rule asks for with these input files, as rules/*.smk says."""
+    text = "\n".join(path.read_text() for path in sorted((SCRIPTS.parent / "rules").glob("*.smk")))
+    own = re.search(rf"^rule {rule}:(.*?)(?=^(?:use )?rule |\Z)", text, re.DOTALL | re.MULTILINE)
+    if own is None:  # it takes over the resources of another
+        return asked(re.search(rf"^use rule (\w+) as {rule} ", text, re.MULTILINE)[1], inputs)
+    least, factor = 1000.0, 0.0
+    kind, arguments = re.search(r"mem_mb=(\w+)\(([^)]*)\)", own[1]).groups()
+    first, *rest = (part.split("=")[-1] for part in arguments.split(","))
+    if kind == "memory":
+        return float(first)
+    factor, least = float(first), float(rest[0]) if rest else least
+    return least + factor * sum(path.stat().st_size for path in inputs) / 1e6
+
+
+def inputs_of(arguments: dict[str, object], outputs: list[Path]) -> list[Path]:
+    """Return the files among the arguments of a step that are not made by it."""
+    values = [json.loads(value) if str(value).startswith('["') else [value] for value in arguments.values()]
+    paths = [Path(str(value)) for of_key in values for value in of_key if not str(value).startswith("{")]
+    return [path for path in paths if path not in outputs and path.suffix and path.is_file()]
+
+
 def walked(chain: Chain, wanted: list[str]) -> pd.DataFrame:
     """Run the steps whose names begin with one of the wanted.
 
-    Returns a row per step: wall and CPU seconds, peak and file in MB.
+    Returns a row per step that was ever measured here: wall and CPU seconds, peak, asked and file in MB.
     """
-    rows = {}
+    kept = chain.folder / "steps.json"
+    rows = json.loads(kept.read_text()) if kept.exists() else {}
     for name, script, arguments, outputs in chain.steps():
         if not name.startswith(tuple(wanted)):
             continue
@@ -265,11 +300,14 @@ def walked(chain: Chain, wanted: list[str]) -> pd.DataFrame:
             wall, cpu, peak = measured(SCRIPTS / f"{script}.py", *given)
         except RuntimeError as error:
             print(f"{name}: {str(error)[-1500:]}", file=sys.stderr, flush=True)
-            rows[name] = (np.nan,) * 4
             continue
-        rows[name] = wall, cpu, peak, sum(map(bytes_of, outputs)) / 1e6
+        rule = FAMILIES[chain.config["models"][name.split()[-1]]["family"]].rule if script == "train" else script
+        of_rule = asked(rule, inputs_of(arguments, outputs))
+        rows[name] = wall, cpu, peak, of_rule, sum(map(bytes_of, outputs)) / 1e6
+        write_json(kept, rows)
         print(f"{name}: {wall:.1f} s, CPU {cpu:.1f} s, {peak:,.0f} MB", file=sys.stderr, flush=True)
-    return pd.DataFrame(rows, index=["wall, s", "CPU, s", "peak, MB", "file, MB"]).T
+    in_order = {name: rows[name] for name, *_ in chain.steps() if name in rows}
+    return pd.DataFrame(in_order, index=["wall, s", "CPU, s", "peak, MB", "asked, MB", "file, MB"]).T
 
 
 def agreement(chain: Chain) -> str:
@@ -293,15 +331,16 @@ def table_of(sizes: dict[str, pd.DataFrame], n_cells: list[int]) -> str:
     steps = list(dict.fromkeys(step for table in sizes.values() for step in table.index))
     lines = [
         "| step | "
-        + " | ".join(f"{size}: wall, CPU s | peak, MB | file, MB" for size in sizes)
+        + " | ".join(f"{size}: wall, CPU s | peak of asked, MB | file, MB" for size in sizes)
         + " | exponent: CPU | peak |"
     ]
     lines.append("| --- |" + " ---: |" * (3 * len(sizes) + 2))
     for step in steps:
         cells = []
         for table in sizes.values():
-            wall, cpu, peak, size = table.loc[step] if step in table.index else (np.nan,) * 4
-            cells += [f"{wall:.0f}, {cpu:.0f}", f"{peak:,.0f}", f"{size:,.1f}"] if wall == wall else ["–"] * 3
+            wall, cpu, peak, of_rule, size = table.loc[step] if step in table.index else (np.nan,) * 5
+            row = [f"{wall:.0f}, {cpu:.0f}", f"{peak:,.0f} of {of_rule:,.0f}", f"{size:,.1f}"]
+            cells += row if wall == wall else ["–"] * 3
         (_, first), (_, last) = next(iter(sizes.items())), list(sizes.items())[-1]
         for column in ("CPU, s", "peak, MB"):
             ratio = last[column].get(step, np.nan) / first[column].get(step, np.nan)

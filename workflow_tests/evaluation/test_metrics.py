@@ -9,12 +9,21 @@ import pytest
 from conftest import Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_scores import P, predictions_from, random_scored, score
+from made_scores import N_GENES, P, predictions_from, random_scored, score
 from scipy import sparse, stats
 from sklearn.metrics import average_precision_score
 
 from perturbflow.controls import match_controls
-from perturbflow.evaluation import METRICS, Differential, Scored, differential, profiles, score_inputs
+from perturbflow.evaluation import (
+    METRICS,
+    Differential,
+    Scored,
+    differential,
+    inputs,
+    profiles,
+    pseudobulk,
+    score_inputs,
+)
 from perturbflow.evaluation.distributions import sinkhorn_divergence
 from perturbflow.evaluation.ranks import SortedCells, p_value
 from perturbflow.pairs import Pairs
@@ -248,6 +257,32 @@ def test_equal_predictions_tie_in_spite_of_rounding(name: str) -> None:
     same = random_scored(3, predicted=scored.control + one, predicted_bulk=scored.control_bulk + one)
     values = score(name, same)
     assert values.mean() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_tables_of_distances_are_made_some_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, scored = [*FAMILIES["ranking"], *FAMILIES["discrimination"]], random_scored(4)
+    whole = {name: score(name, scored) for name in names}
+    monkeypatch.setattr(pseudobulk, "ROWS_AT_ONCE", rows)
+    for name in names:
+        np.testing.assert_array_equal(score(name, scored), whole[name], name)
+
+
+@pytest.mark.parametrize("name", ["rank_cosine_off_target", "pds_l1", "pds_l2", "pds_cosine"])
+def test_where_every_gene_is_perturbed_nothing_is_left_to_compare(name: str) -> None:
+    own_target = np.arange(N_GENES) % P == np.arange(P)[:, None]
+    assert np.isnan(score(name, random_scored(5, own_target=own_target))).all()
+
+
+def test_wide_tables_in_single_precision_have_the_same_scores(cells: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictions = predictions_from(cells, lambda label, X: X * (1 + len(label) / 20))
+    double = means(score_inputs(predictions, cells))
+    monkeypatch.setattr(inputs, "MOST_IN_DOUBLE", 0)
+    single = score_inputs(predictions, cells)
+    assert single.measured.dtype == single.predicted_test.z.dtype == np.float32
+    assert {key: pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True) for key, value in double.items()} == means(
+        single
+    )
 
 
 def test_one_prediction_for_all_ranks_at_chance_though_counts_tell_its_cells_apart(cells: Pairs) -> None:

@@ -12,6 +12,7 @@ import pytest
 from made_effects import N_GENES, NO_VECTORS, TARGETS, doubles, error, make_training, vectors
 from scipy import sparse
 
+from perturbflow import pairs as of_pairs
 from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import members_of
@@ -221,9 +222,11 @@ def test_a_context_that_is_held_out_takes_nothing_else_with_it(singles: dict[str
             np.testing.assert_array_equal(others.effects_by_context[context][label], effect)
 
 
-def test_cells_are_read_once_for_effects_and_once_for_contexts_however_many_folds(
-    singles: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("most", [of_pairs.VALUES_OF_SUMS, 0])
+def test_cells_are_read_once_however_many_folds_and_contexts(
+    most: int, singles: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the finest groups are too many for their sums, once more for contexts, and for all without each context."""
     read: list[int] = []
     blocks = Pairs.blocks
 
@@ -232,13 +235,35 @@ def test_cells_are_read_once_for_effects_and_once_for_contexts_however_many_fold
         return blocks(pairs, rows)
 
     monkeypatch.setattr(Pairs, "blocks", counted)
+    monkeypatch.setattr(of_pairs, "VALUES_OF_SUMS", most)
     training = make_training(singles, batches=3)
     n = len(training.pairs.rows)
     SetGP().learned(training)
-    assert read == [n, n]
+    assert read == ([n] if most else [n, n])
     read.clear()
-    SetGP().held_out(training.pairs, NO_VECTORS, 0)  # effects in contexts once more, then all without each context
-    assert read == [n, *[n - n // 3] * 6]
+    SetGP().held_out(training.pairs, NO_VECTORS, 0)
+    assert read == ([] if most else [n, *[n - n // 3] * 6])
+
+
+def test_sums_of_the_finest_groups_are_those_of_another_pass(
+    singles: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_training({**singles, **doubles(singles)}, batches=3).pairs
+    groups = np.unique(made.labels, return_inverse=True)[1], np.arange(len(made.labels)) % 2, made.strata == "b1|t"
+    known = {}
+    for most in (of_pairs.VALUES_OF_SUMS, 0):
+        monkeypatch.setattr(of_pairs, "VALUES_OF_SUMS", most)
+        cells = made.select(np.ones(len(made.rows), dtype=bool))
+        known[most] = [cells.sums, cells.without_context(("b1", "t")).sums, *cells.effects_by_context.values()]
+        known[most] += [
+            cells.sums_over(group[mask].astype(int), mask, group.max() + 1)
+            for group in groups
+            for mask in (np.ones(len(group), dtype=bool), made.strata == "b0|t", np.arange(len(group)) % 3 == 0)
+        ]
+    for found, expected in zip(*known.values(), strict=True):
+        tables = [found, expected] if isinstance(found, tuple) else [found.values(), expected.values()]
+        for one, other in zip(*tables, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 # --- inner folds ----------------------------------------------------------------------------------------------------
@@ -343,7 +368,8 @@ def test_the_interpolated_duplicate_is_the_duplicate_where_sure_and_the_mean_eff
     pairs = held_out_pairs(effect)
     model = InterpolatedDuplicate()
     model.fit(pairs, NO_VECTORS, Run(seed=0))
-    mean = model.predict(np.zeros((1, N_GENES)), ["G3"], 100, 0)[0].mean(axis=0)
+    cells = pairs.X[model.rows("G3", 100, 0)].toarray()
+    mean = model.predict(cells, ["G3"], len(cells), 0)[0].mean(axis=0)
     control = pairs.roles("test").mean_of(np.flatnonzero(pairs.roles("test").is_control))
     np.testing.assert_allclose((mean - control)[:20], -2.0, atol=0.15)  # sure: as measured
     assert (mean - control)[20:].mean() > 0.5  # nothing measured: as the training perturbations do

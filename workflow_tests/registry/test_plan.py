@@ -95,6 +95,7 @@ def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, 
         "train_closed_form": 965, "train_diffusion": 100, "train_jepa": 250, "train_counterfactual": 50,
         "predict": 1365, "evaluate": 1365, "warranty": 400, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
+    assert re.search(r"this plan takes about [\d,]+ GB of disk \([\d,]+ GB are free here\), [\d.]+ GB", outcome.text)
 
 
 def test_priors_are_retrieved_once_for_all_splits(light: dict[str, str], tmp_path: Path) -> None:

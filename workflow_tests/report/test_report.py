@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 import subprocess
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,16 +23,17 @@ from perturbflow.audit import audit
 from perturbflow.audit.audit import CHECKS
 from perturbflow.benchmark import benchmark
 from perturbflow.benchmark.verdicts import distinguishing
-from perturbflow.evaluation import METRICS, evaluate
+from perturbflow.evaluation import METRICS, evaluate, score_inputs
 from perturbflow.io.files import read_json, write_json
 from perturbflow.predict import predict
 from perturbflow.quality import quality
 from perturbflow.registry.families import FAMILIES, Family
-from perturbflow.report import leaderboard, report
+from perturbflow.report import leaderboard, report, scatter_plots
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.learning import by_heart
 from perturbflow.report.page import FIGURE_BYTES
 from perturbflow.report.plotting import number, signed
+from perturbflow.report.scatter_plots import Chosen, scored_of
 from perturbflow.report.sections import perturbation_table
 from perturbflow.screens import harmonize
 from perturbflow.splits import split as splits
@@ -570,6 +573,63 @@ def test_every_held_out_perturbation_has_a_figure_while_there_is_room(page: str,
         }
         drawn = re.findall(r'aria-label="Scatter plot of predicted against measured effects of (\S+) by', page)
         assert held_out <= set(drawn)
+
+
+def test_of_many_held_out_perturbations_a_sample_is_plotted_and_the_page_says_so(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scatter_plots, "MOST_OTHERS", 0)
+    page = tree.page(report=tmp_path / "report.html")
+    n = len(read_json(tree.folder / "mine" / "unseen_perturbation" / "split.json")["perturbations"]["test"])
+    section = page[page.index('id="effects-mine-unseen_perturbation"') :]
+    section = section[: section.index("</section>")]
+    assert n > 4
+    assert f"{n - 4} perturbations are in no plot: the others were drawn at random." in section
+    drawn = re.findall(r'aria-label="Scatter plot of predicted against measured effects of (\S+) by', section)
+    assert len(set(drawn)) == 4
+
+
+def test_the_page_takes_no_pairs_into_memory(
+    tree: Tree, tmp_path: Path, few_figures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, opened = ad.read_h5ad, []
+
+    def watched(path: Path, **options: object) -> ad.AnnData:
+        opened.append(Path(path).name)
+        return read(path, **options)
+
+    monkeypatch.setattr(ad, "read_h5ad", watched)
+    tree.page(report=tmp_path / "report.html")
+    assert "pairs.h5ad" not in opened, "backed or not, it reads the layer of counts"
+
+
+def test_a_table_of_many_perturbations_has_their_rows_alone() -> None:
+    n = 400
+    labels = pd.DataFrame({"perturbation": [f"G{i}" for i in range(n)], "members_seen": 0, "n_cells": range(n)})
+    metrics = ("pearson_delta_ctrl_off_target", "mae", "auprc")
+    scores = pd.concat([labels.assign(model=m, metric=k, value=0.5) for m in "ab" for k in metrics])
+    tracemalloc.start()
+    table = perturbation_table(scores, ["a", "b"], 4000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(table.rows) == 2 * n
+    assert peak < 8e6, "every combination of label and number of cells takes ten times that"
+
+
+def test_plotted_means_are_those_that_are_scored(tree: Tree) -> None:
+    here = tree.folder / "mine" / "unseen_combination"
+    files = {model: here / model / "seed_0" / "predictions.h5ad" for model in ("additive", "technical_duplicate")}
+    labels = read_json(here / "split.json")["perturbations"]["test"]
+    chosen = Chosen("additive", {labels[0]: "best", labels[-1]: "worst"}, [*files], 0, [], 0)
+    shown = scored_of(chosen, here / "pairs.h5ad", files)
+    for model, path in files.items():
+        whole = score_inputs(ad.read_h5ad(path), pairs.Pairs.read(here / "pairs.h5ad"))
+        assert shown[model].labels == [labels[0], labels[-1]]
+        for name in ("measured", "predicted", "control"):
+            np.testing.assert_allclose(
+                getattr(shown[model], name), getattr(whole, name)[[0, len(labels) - 1]], rtol=0, atol=1e-12
+            )
+        assert np.array_equal(shown[model].highly_expressed, whole.highly_expressed)
 
 
 def test_where_every_number_comes_from_names_a_rule_that_exists(page: str) -> None:

@@ -218,7 +218,8 @@ def roles_are_disjoint(evidence: Evidence) -> Findings:
             ]
             if evidence.holds_out_perturbations and (shared := sorted(sets[0] & sets[1])):
                 found.append(f"perturbations in both {first} and {second}: {', '.join(shared[:5])}")
-            if shared := sorted(set(split["cells"][first]) & set(split["cells"][second])):
+            named = split.get("cells") or {first: [], second: []}  # else each row has one number
+            if shared := sorted(set(named[first]) & set(named[second])):
                 found.append(f"{len(shared)} cells in both {first} and {second}, for example {shared[0]}")
     return found
 

@@ -8,7 +8,7 @@ moved out as far as Student's t and the n of the plug-in variance ask for. Witho
 perturbations are too narrow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import beta, norm, t
 
 N_RESAMPLES = 5_000
+RESAMPLES_AT_ONCE = 500
 CONFIDENCE = 0.95
 
 # Fewer show nothing at 95 %: five coins fall on one side by chance in 1 of 16 throws, six in 1 of 32.
@@ -39,9 +40,19 @@ class Estimates(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _times_sampled(n: int, seed: int) -> np.ndarray:
-    """Return how often each of n is in every resample, (resamples, n)."""
-    sampled = np.random.default_rng(seed).integers(0, n, (N_RESAMPLES, n)) + n * np.arange(N_RESAMPLES)[:, None]
-    return np.bincount(sampled.ravel(), minlength=N_RESAMPLES * n).reshape(N_RESAMPLES, n).astype(float)
+    """Return how often each of n is in every resample, (resamples, n), in the narrowest type: n may be thousands."""
+    rng, times = np.random.default_rng(seed), np.empty((N_RESAMPLES, n), np.min_scalar_type(n))
+    for part in _parts():
+        sampled = rng.integers(0, n, (len(times[part]), n))
+        places = sampled + n * np.arange(len(sampled))[:, None]
+        times[part] = np.bincount(places.ravel(), minlength=sampled.size).reshape(sampled.shape)
+    return times
+
+
+def _parts() -> Iterator[slice]:
+    """Yield all resamples, RESAMPLES_AT_ONCE at a time."""
+    for first in range(0, N_RESAMPLES, RESAMPLES_AT_ONCE):
+        yield slice(first, min(first + RESAMPLES_AT_ONCE, N_RESAMPLES))
 
 
 def mean(values: np.ndarray) -> np.ndarray:
@@ -89,12 +100,14 @@ def resampled_means(values: np.ndarray) -> np.ndarray:
 
 def _weighted_sums(block: np.ndarray) -> np.ndarray:
     """Return the sums of every resample, (N, S, P) → (N, resamples)."""
-    _, n_seeds, n_columns = block.shape
-    perturbations = _times_sampled(n_columns, seed=0).T
-    if n_seeds == 1:
-        return block[:, 0] @ perturbations
-    seeds = _times_sampled(n_seeds, seed=1)
-    return sum((block[:, s] @ perturbations) * seeds[:, s] for s in range(n_seeds))
+    n_rows, n_seeds, n_columns = block.shape
+    perturbations, total = _times_sampled(n_columns, seed=0), np.zeros((n_rows, N_RESAMPLES))
+    seeds = _times_sampled(n_seeds, seed=1) if n_seeds > 1 else np.ones((N_RESAMPLES, 1))
+    for part in _parts():
+        times = perturbations[part].T.astype(float)
+        for s in range(n_seeds):
+            total[:, part] += (block[:, s] @ times) * seeds[part, s]
+    return total
 
 
 def interval(resampled: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """From cells to the inputs of the metrics: one pass over pairs.h5ad (`measured`), then one perturbation at a time.
 
-Memory is bounded by the cells of the scored half and the controls of the role. Predicted cells are read one
-perturbation at a time.
+Memory is bounded by the controls of the role, and by the means of perturbations. Measured and predicted cells are read
+one perturbation at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from perturbflow.errors import InputError
@@ -31,6 +32,7 @@ N_COMPONENTS = 50
 MAX_CELLS_OF_DISTANCE = 1000
 TESTED_CPM = 5.0
 LFC_OFFSET = 1e-9
+MOST_IN_DOUBLE = 16_000_000  # values of a table of perturbations × genes: larger ones are kept in single precision
 NEEDS = frozenset({"pseudobulk", "counts", "de", "cells"})  # data that a metric may be computed from
 
 
@@ -188,7 +190,7 @@ class _Comparison:
 
     def of(self, label: str, own_target: np.ndarray) -> dict:
         """Return the fields of `Scored` for one perturbation, given the mask of its own genes."""
-        predicted, measured = self.predicted.cells(label), self.measured.at(self.measured.rows[label])
+        predicted, measured = self.predicted.cells(label), self.measured.cells(label)
         is_tested = self._is_expressed & ~own_target
         control = _Control.of(self.controls, self._pool[self.measured.rows[label]])
         found = {
@@ -306,7 +308,9 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = 
         )
     measured = Measured(cells, labels, role, is_sampled="cells" in needs)
     comparison = _Comparison(measured, Predictions(predictions, measured), needs)
-    own_target = np.stack([np.isin(cells.genes, entities_of(label)) for label in labels])
+    column, own_target = pd.Index(cells.genes), np.zeros((len(labels), len(cells.genes)), dtype=bool)
+    for own, label in zip(own_target, labels, strict=True):
+        own[[place for place in column.get_indexer(entities_of(label)) if place >= 0]] = True
     values: dict = dict.fromkeys(NEEDED)
     for i, (label, own) in enumerate(zip(labels, own_target, strict=True)):
         for name, value in comparison.of(label, own).items():
@@ -314,7 +318,9 @@ def score_inputs(predictions: ad.AnnData, cells: Pairs, needs: frozenset[str] = 
                 values[name] = [*(values[name] or []), value]
                 continue
             if values.get(name) is None:
-                values[name] = np.empty((len(labels), *np.shape(value)), np.asarray(value).dtype)
+                is_wide = np.ndim(value) and len(labels) * np.shape(value)[-1] > MOST_IN_DOUBLE
+                dtype = np.float32 if is_wide else np.asarray(value).dtype
+                values[name] = np.empty((len(labels), *np.shape(value)), dtype)
             values[name][i] = value
     if "de" in needs:
         values |= {name: Differential(*np.moveaxis(values[name], 1, 0)) for name in ("predicted_test", "measured_test")}

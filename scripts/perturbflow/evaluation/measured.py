@@ -1,4 +1,8 @@
-"""One pass over the measured cells: sums of groups, the cells of the scored half, and the controls of the role."""
+"""One pass over the measured cells: sums of groups, the controls of the role, and the cells of the scored half.
+
+The controls are kept in memory. So are the scored cells of a matrix in memory; those of a file are laid aside on disk,
+perturbation by perturbation, so that their number is not bounded by memory.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from scipy import sparse
 from perturbflow.evaluation.control_pools import ControlPools, strata_of
 from perturbflow.evaluation.profiles import add_sums
 from perturbflow.genes.symbols import CONTROL
+from perturbflow.io.streaming import RowsByLabel
 from perturbflow.splits.divisions import KNOWN
 
 if TYPE_CHECKING:
@@ -37,13 +42,18 @@ def _stored(X: sparse.csr_matrix) -> np.ndarray:
     return X.n_stored
 
 
+def _without_zeros(X: sparse.spmatrix) -> sparse.csr_matrix:
+    """Return rows as float32 without stored zeros; of float32 in CSR form the zeros are removed in place."""
+    X = sparse.csr_matrix(X).astype(np.float32, copy=False)
+    X.eliminate_zeros()
+    return X
+
+
 def _blocks(cells: Pairs) -> Iterator[tuple[slice, sparse.csr_matrix]]:
     """Yield ranges of rows and their cells, without stored zeros."""
     for start in range(0, len(cells.obs), ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, len(cells.obs)))
-        X = sparse.csr_matrix(run_of_rows(cells.X, rows.start, rows.stop)).astype(np.float32, copy=False)
-        X.eliminate_zeros()
-        yield rows, X
+        yield rows, _without_zeros(run_of_rows(cells.X, rows.start, rows.stop))
 
 
 class Measured:
@@ -71,8 +81,9 @@ class Measured:
         of_pca = np.flatnonzero(is_train & is_sampled)
         if len(of_pca) > CELLS_OF_PCA:
             of_pca = np.sort(np.random.default_rng(0).choice(of_pca, CELLS_OF_PCA, replace=False))
-        is_kept = self.is_control | (is_scored & (half == "b"))
+        is_kept = self.is_control.copy()
         is_kept[of_pca] = True
+        self._scored = RowsByLabel(cells.X, self.rows)
 
         # Sums are taken over groups: training controls by stratum, perturbed cells by label and by use.
         keys = pd.DataFrame(
@@ -85,18 +96,22 @@ class Measured:
         grouped = keys.groupby(list(keys), observed=True, sort=False)
         self._groups = grouped.size().rename("n").reset_index()
         self._of_label = self._groups.groupby("perturbation", observed=True).indices
-        self._sums, self.X = self._read(cells, is_kept, grouped.ngroup().to_numpy())
+        self._sums, self._X = self._read(cells, is_kept, grouped.ngroup().to_numpy())
         self._kept = np.flatnonzero(is_kept)
-        is_training = is_train & ~cells.is_control
-        code, _ = pd.factorize(cells.labels[is_training])
-        shares = np.bincount(
-            code * len(self.strata) + self.stratum[is_training], minlength=(code.max() + 1) * len(self.strata)
-        )
-        shares = shares.reshape(-1, len(self.strata))
-        self._training_shares = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)  # (strata,)
-        self.controls = ControlPools(self.at(np.flatnonzero(self.is_control)), cells.obs[self.is_control])
+        self._training_shares = self._shares(cells, is_train & ~cells.is_control)
+        self.controls = ControlPools(self._at(np.flatnonzero(self.is_control)), cells.obs[self.is_control])
         self.halves = self.controls.halves(cells.obs[self.is_control])
-        self.training_sample = self.at(of_pca)
+        self.training_sample = self._at(of_pca)
+
+    def _shares(self, cells: Pairs, is_training: np.ndarray) -> np.ndarray:
+        """Return the mean share of each stratum over training perturbations, (strata,); zeros without any."""
+        if not is_training.any():
+            return np.zeros(len(self.strata))
+        code, _ = pd.factorize(cells.labels[is_training])
+        n_strata = len(self.strata)
+        n = np.bincount(code * n_strata + self.stratum[is_training], minlength=(code.max() + 1) * n_strata)
+        n = n.reshape(-1, n_strata)
+        return (n / n.sum(axis=1, keepdims=True)).mean(axis=0)
 
     @staticmethod
     def _rows_of(cells: Pairs, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -105,7 +120,7 @@ class Measured:
         return {label: rows[places] for label, places in pd.Series(rows).groupby(cells.labels[mask]).indices.items()}
 
     def _read(self, cells: Pairs, is_kept: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, sparse.csr_matrix]:
-        """Return the sum of x per group, and the kept cells."""
+        """Return the sum of x per group, and the kept cells; scored cells are laid aside."""
         sums = np.zeros((len(self._groups), len(self.genes)))
         # Places for all kept values are made beforehand: to put blocks together takes the memory twice.
         n_stored = _stored(cells.X)[is_kept].sum()
@@ -113,6 +128,7 @@ class Measured:
         sizes, n = [[0]], 0
         for rows, X in _blocks(cells):
             add_sums(sums, X, group[rows])
+            self._scored.put(rows, X)
             X = X[is_kept[rows]]
             here = slice(n, n := n + X.nnz)
             data[here], indices[here] = X.data, X.indices
@@ -121,9 +137,13 @@ class Measured:
             (data[:n], indices[:n], np.cumsum(np.concatenate(sizes))), shape=(is_kept.sum(), len(self.genes))
         )
 
-    def at(self, rows: np.ndarray) -> sparse.csr_matrix:
+    def _at(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return kept cells by their rows in pairs.h5ad."""
-        return self.X[np.searchsorted(self._kept, rows)]
+        return self._X[np.searchsorted(self._kept, rows)]
+
+    def cells(self, label: str) -> sparse.csr_matrix:
+        """Return the scored cells of a perturbation."""
+        return _without_zeros(self._scored.of(label))
 
     def _mean(self, groups: np.ndarray) -> np.ndarray:
         return self._sums[groups].sum(axis=0) / self._groups["n"].to_numpy()[groups].sum()
@@ -138,11 +158,13 @@ class Measured:
         r = mean_q x̄_q + Σ_s w_s k_s − mean_q c̄_q over training perturbations q. w_s is the share of the
         perturbation's cells in stratum s, k_s the mean of the training controls there, c̄_q their mean in q's strata.
         With one stratum that is mean_q x̄_q, as published. Where training has no controls of a stratum (a context that
-        was held out), k_s is the mean of the scored role's.
+        was held out), k_s is the mean of the scored role's. NaN where no training cells were given.
         """
         trained = [
             groups for label in self._of_label if label != CONTROL and len(groups := self._groups_of(label, "train"))
         ]
+        if not trained:
+            return np.full((len(self.labels), len(self.genes)), np.nan)
         controls = self._groups.iloc[self._groups_of(CONTROL, "train")]
         exact = {stratum: self._mean(rows.index) for stratum, rows in controls.groupby("stratum")}
         cell_type = controls["stratum"].map(lambda stratum: self.strata[stratum][1])

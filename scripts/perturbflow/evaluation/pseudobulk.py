@@ -39,6 +39,7 @@ TOLERANCE = 1e-6
 # Predicted effects this near, relative to their norm, are one: equal ones differ by clipping at zero, as their
 # starting controls do.
 ALIKE = 0.1
+ROWS_AT_ONCE = 1024  # of a table of distances
 
 
 def _effects(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
@@ -47,30 +48,49 @@ def _effects(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _without_rounding(effects: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(effects).max(axis=1, keepdims=True) < NO_EFFECT, 0.0, effects)
+    return np.where(np.abs(effects).max(axis=1, keepdims=True, initial=0.0) < NO_EFFECT, 0.0, effects)
 
 
 def _distances(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
     """Return cityblock, euclidean or cosine distances of all rows; the cosine distance of a zero effect is 1."""
-    from scipy.spatial.distance import cdist
+    if kind == "cityblock":
+        from scipy.spatial.distance import cdist
 
-    if kind != "cosine":
         return cdist(a, b, kind)
+    if kind == "euclidean":  # by products: those of all rows at once take a tenth of the time of differences
+        squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)[None, :] - 2.0 * (a @ b.T)
+        return np.sqrt(np.maximum(squares, 0.0))
     norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)[None, :]
     return 1.0 - np.divide(a @ b.T, norms, out=np.zeros(norms.shape), where=norms > 0)
 
 
-def _nearer(distance: np.ndarray, is_alike: np.ndarray | bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Return, per row, the share of the others that are nearer than the diagonal, and of those as near or alike.
+def _nearer(a: np.ndarray, b: np.ndarray, kind: str, *, ties_are_alike: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return, per row of a, the share of the other rows of b that are nearer than its own, and of those as near.
 
-    A single row has NaN.
+    A single row has NaN, and so have all where no gene is left to compare. The table of distances is made ROWS_AT_ONCE
+    rows at a time.
+
+    Parameters
+    ----------
+    ties_are_alike
+        Whether rows of b within ALIKE of its own, relative to the larger norm, are as near, too.
     """
-    n = len(distance)
-    if n < 2:
+    n, found = len(a), []
+    if n < 2 or not a.shape[1]:
         return np.full(n, np.nan), np.full(n, np.nan)
-    own = np.diag(distance)[:, None]
-    is_tie = (np.abs(distance - own) <= TOLERANCE * distance.max(axis=1, keepdims=True)) | is_alike
-    return ((distance < own) & ~is_tie).sum(axis=1) / (n - 1), (is_tie.sum(axis=1) - 1) / (n - 1)
+    a, b = a.astype(float, copy=False), b.astype(float, copy=False)
+    norms = np.linalg.norm(b, axis=1)
+    for first in range(0, n, ROWS_AT_ONCE):
+        rows = np.arange(first, min(first + ROWS_AT_ONCE, n))
+        distance = _distances(a[rows], b, kind)
+        own = distance[np.arange(len(rows)), rows][:, None]
+        is_tie = np.abs(distance - own) <= TOLERANCE * distance.max(axis=1, keepdims=True)
+        if ties_are_alike:
+            is_tie |= _distances(b[rows], b, "euclidean") <= ALIKE * np.maximum.outer(norms[rows], norms)
+        is_tie[np.arange(len(rows)), rows] = True
+        found.append((((distance < own) & ~is_tie).sum(axis=1), is_tie.sum(axis=1) - 1))
+    nearer, ties = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return nearer / (n - 1), ties / (n - 1)
 
 
 # --- error ----------------------------------------------------------------------------------------------------------
@@ -186,9 +206,7 @@ def _rank(scored: Scored, kind: str, is_left_out: np.ndarray | None = None) -> n
     predicted, measured = _effects(scored)
     if is_left_out is not None:
         predicted, measured = predicted[:, ~is_left_out], measured[:, ~is_left_out]
-    norms = np.linalg.norm(predicted, axis=1)
-    is_alike = _distances(predicted, predicted, "euclidean") <= ALIKE * np.maximum.outer(norms, norms)
-    nearer, ties = _nearer(_distances(measured, predicted, kind), is_alike)
+    nearer, ties = _nearer(measured, predicted, kind, ties_are_alike=True)
     return nearer + 0.5 * ties
 
 
@@ -205,7 +223,10 @@ def rank_cosine(scored: Scored) -> np.ndarray:
 
 @metric("ranking", OURS, "lower", SHARE, "pseudobulk", perfect=0.0, useless=0.5, headline=True)
 def rank_cosine_off_target(scored: Scored) -> np.ndarray:
-    """rank_cosine without the perturbed genes of all scored perturbations: these alone distinguish perturbations."""
+    """rank_cosine without the perturbed genes of all scored perturbations: these alone distinguish perturbations.
+
+    NaN where no other gene is measured.
+    """
     return _rank(scored, "cosine", np.any(scored.own_target, axis=0))
 
 
@@ -222,7 +243,7 @@ def _pds(scored: Scored, kind: str) -> np.ndarray:
     genes = ~scored.own_target.any(axis=0)
     bulks = (scored.predicted_bulk, scored.measured_bulk)
     predicted, measured = (_without_rounding((bulk - scored.control_bulk)[:, genes]) for bulk in bulks)
-    nearer, ties = _nearer(_distances(predicted, measured, kind))
+    nearer, ties = _nearer(predicted, measured, kind)
     return 1.0 - nearer - 0.5 * ties
 
 
@@ -243,7 +264,7 @@ def pds_cosine(scored: Scored) -> np.ndarray:
     """1 − k/(n − 1), k the measured effects that are nearer to the prediction than its own; ties count half.
 
     By the cosine distance of b − b_c, b the log bulk log(1 + 5·10⁴·P/ΣP) of normalized counts. All perturbed
-    genes of the panel are left out.
+    genes of the panel are left out; NaN where no other gene is measured.
     """
     return _pds(scored, "cosine")
 
@@ -254,7 +275,7 @@ def centroid_accuracy(scored: Scored) -> np.ndarray:
 
     Distances are over all genes.
     """
-    nearer, ties = _nearer(_distances(*_effects(scored), "euclidean"))
+    nearer, ties = _nearer(*_effects(scored), "euclidean")
     return 1.0 - nearer - 0.5 * ties
 
 

@@ -200,6 +200,7 @@ class CsrRows:
     """
 
     def __init__(self, group: h5py.Group, path: Path):
+        self.path = path
         self._content = path.open("rb")
         self._data, self._indices = (Rows(group[name], self._content.fileno(), path) for name in ("data", "indices"))
         self.dtype = self._data.dtype

@@ -126,13 +126,16 @@ class Model(ABC):
 
 
 class Ceiling(Model):
-    """A predictor that sees measured test cells and predicts with some of them. A model never sees them."""
+    """A predictor that sees measured test cells and predicts with some of them. A model never sees them.
+
+    `predict` gets the cells of `rows`, in place of control cells.
+    """
 
     noise_removed: ClassVar[bool] = False  # whether the noise of its cells is removed from its scores
 
     @abstractmethod
     def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
-        """Return the row of pairs.h5ad of every cell that `predict` returns."""
+        """Return the rows of pairs.h5ad whose cells predict a perturbation: n, or as many as were measured."""
 
 
 class Given(Model):

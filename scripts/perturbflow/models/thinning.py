@@ -124,26 +124,36 @@ def _added(mean: float, u: float) -> int:
     return n
 
 
+def _log1p_of(unit: np.ndarray) -> np.ndarray:
+    """Return log1p of 0 to 15 counts in every cell, (16, cells): nearly all counts are among them."""
+    return np.log1p(np.arange(16)[:, None] * unit)
+
+
 @compiled(nogil=True)
 def _sample(
     k: np.ndarray,
     unit: np.ndarray,
+    log1p: np.ndarray,
     log_fold_change: np.ndarray,
     common: float,
     rate: np.ndarray,
     u: np.ndarray,
     out: np.ndarray,
 ) -> float:
-    """Sample a gene in all cells at log fold changes common + log_fold_change, and return the mean of log1p."""
-    total = 0.0
+    """Sample a gene in all cells at log fold changes common + log_fold_change, and return the mean of log1p.
+
+    `log1p` has that of 0, 1, ... counts, (counts, cells), as `_log1p_of` returns it.
+    """
+    total = f = 0.0
     for i in range(len(k)):
-        f = np.exp(min(HIGHEST, max(LOWEST, common + log_fold_change[i])))
+        if i == 0 or log_fold_change[i] != log_fold_change[i - 1]:  # closed forms have one for all cells
+            f = np.exp(min(HIGHEST, max(LOWEST, common + log_fold_change[i])))
         n = k[i]
         if f < 1.0:
             n = _kept(n, f, u[i])
-        elif rate[i] > 0.0:
+        elif u[i] > 1.0 - (f - 1.0) * rate[i]:  # else Poisson's mass at 0, exp(−mean) ≥ 1 − mean, is not exceeded
             n += _added((f - 1.0) * rate[i], u[i])
-        out[i] = np.log1p(n * unit[i]) if n > 0 else 0.0
+        out[i] = (log1p[n, i] if n < len(log1p) else np.log1p(n * unit[i])) if n > 0 else 0.0
         total += out[i]
     return total / len(k)
 
@@ -152,6 +162,7 @@ def _sample(
 def _calibrated(
     k: np.ndarray,
     unit: np.ndarray,
+    log1p: np.ndarray,
     log_fold_change: np.ndarray,
     rate: np.ndarray,
     u: np.ndarray,
@@ -173,7 +184,7 @@ def _calibrated(
             continue
         low, high, step = 0.0, 0.0, FIRST_STEP
         at_low = at_high = (
-            _sample(k[gene], unit, log_fold_change[gene], 0.0, rate[gene], u[gene], out[gene]) - target[gene]
+            _sample(k[gene], unit, log1p, log_fold_change[gene], 0.0, rate[gene], u[gene], out[gene]) - target[gene]
         )
         if abs(at_low) <= half_a_count:
             continue
@@ -181,12 +192,17 @@ def _calibrated(
             low, at_low = high, at_high
             high += step
             step *= 2.0
-            at_high = _sample(k[gene], unit, log_fold_change[gene], high, rate[gene], u[gene], out[gene]) - target[gene]
+            at_high = (
+                _sample(k[gene], unit, log1p, log_fold_change[gene], high, rate[gene], u[gene], out[gene])
+                - target[gene]
+            )
         while at_low > 0.0 and low > LOWEST:
             high, at_high = low, at_low
             low -= step
             step *= 2.0
-            at_low = _sample(k[gene], unit, log_fold_change[gene], low, rate[gene], u[gene], out[gene]) - target[gene]
+            at_low = (
+                _sample(k[gene], unit, log1p, log_fold_change[gene], low, rate[gene], u[gene], out[gene]) - target[gene]
+            )
         # The Illinois rule halves the weight of a bound that stays; the choice at the end needs the true distances.
         weight_low, weight_high = at_low, at_high
         for _ in range(MAX_TRIALS):
@@ -194,7 +210,8 @@ def _calibrated(
                 break
             middle = (low * weight_high - high * weight_low) / (weight_high - weight_low)
             at_middle = (
-                _sample(k[gene], unit, log_fold_change[gene], middle, rate[gene], u[gene], out[gene]) - target[gene]
+                _sample(k[gene], unit, log1p, log_fold_change[gene], middle, rate[gene], u[gene], out[gene])
+                - target[gene]
             )
             if at_middle < 0.0:
                 low, at_low, weight_low = middle, at_middle, at_middle
@@ -203,7 +220,7 @@ def _calibrated(
                 high, at_high, weight_high = middle, at_middle, at_middle
                 weight_low *= 0.5
         common[gene] = low if abs(at_low) < abs(at_high) else high
-        _sample(k[gene], unit, log_fold_change[gene], common[gene], rate[gene], u[gene], out[gene])
+        _sample(k[gene], unit, log1p, log_fold_change[gene], common[gene], rate[gene], u[gene], out[gene])
 
 
 @compiled
@@ -342,8 +359,11 @@ def _in_parts(n_genes: int, work: Callable[[slice], None]) -> None:
 
 def _met(
     cells: np.ndarray, mean_change: np.ndarray, log_fold_change: np.ndarray | None, rng: np.random.Generator
-) -> tuple[np.ndarray, CommonChange]:
-    """Return cells with the wanted mean, up to less than a count, (genes, at least so many cells), and their change."""
+) -> tuple[np.ndarray, CommonChange, np.ndarray]:
+    """Return cells with the wanted mean, up to less than a count, (genes, at least so many cells), and their change.
+
+    Last comes the value of one count in every start cell, (cells,).
+    """
     repeats = -(-SAMPLED_AT_LEAST // len(cells))
     counted = Counted.of(cells)
     levels = Levels.of(counted)
@@ -356,15 +376,15 @@ def _met(
     if repeats > 1:
         k, rate, own = (np.tile(table, repeats) for table in (k, rate, own))
         unit = np.tile(unit, repeats)
-    u = rng.random(k.shape)
+    u, log1p = rng.random(k.shape), _log1p_of(unit)
     out, common = np.empty(k.shape), np.zeros(len(k))
 
     def calibrate(genes: slice) -> None:
         of_genes = (table[genes] for table in (own, rate, u, target, common, out))
-        _calibrated(k[genes], unit, *of_genes)
+        _calibrated(k[genes], unit, log1p, *of_genes)
 
     _in_parts(len(k), calibrate)
-    return out, CommonChange(levels, common, arriving)
+    return out, CommonChange(levels, common, arriving), counted.unit
 
 
 def with_mean_effect(
@@ -383,9 +403,9 @@ def with_mean_effect(
     log_fold_change
         Each cell's own, (cells, genes), up to a constant per gene; None: the same in all cells.
     """
-    out, _ = _met(cells, mean_change, log_fold_change, rng)
+    out, _, unit = _met(cells, mean_change, log_fold_change, rng)
     out = np.ascontiguousarray(out[:, : len(cells)])
-    unit, target = unit_of(np.expm1(cells.astype(np.float64))), cells.mean(axis=0, dtype=np.float64) + mean_change
+    target = cells.mean(axis=0, dtype=np.float64) + mean_change
     _in_parts(len(out), lambda genes: _settle(unit, target[genes], out[genes]))
     return np.ascontiguousarray(out.T, dtype=np.float32)
 
@@ -414,12 +434,12 @@ def applied(
     counted = Counted.of(cells)
     rate = change.levels.rates(counted) + change.arriving[:, None] / counted.unit
     own = np.ascontiguousarray(log_fold_change.T, dtype=np.float64)
-    u, out = rng.random(counted.k.shape), np.empty(counted.k.shape)
+    u, out, log1p = rng.random(counted.k.shape), np.empty(counted.k.shape), _log1p_of(counted.unit)
 
     def sample(genes: slice) -> None:
         for gene in range(genes.start, genes.stop):
             of_gene = (rate[gene], u[gene], out[gene])
-            _sample(counted.k[gene], counted.unit, own[gene], change.common[gene], *of_gene)
+            _sample(counted.k[gene], counted.unit, log1p, own[gene], change.common[gene], *of_gene)
 
     _in_parts(len(out), sample)
     return np.ascontiguousarray(out.T, dtype=np.float32)

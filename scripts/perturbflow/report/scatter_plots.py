@@ -19,6 +19,7 @@ from perturbflow.report.plotting import INK, STYLE, Plots, new_axes, number
 # Bounds of this section, besides its bytes of figures.
 LEARNED_MODELS_OF_EFFECTS = 5
 LABELLED_GENES = 5
+MOST_OTHERS = 60  # perturbations besides the best and worst: more fit on no page
 VECTOR_POINTS = 400  # more points than this are plotted as pixels: they would be most of the page
 
 
@@ -30,7 +31,8 @@ class Chosen:
     perturbations: dict[str, str]  # → best or worst, or nothing
     models: list[str]
     n_models_left_out: int
-    others: list[str]  # perturbations
+    others: list[str]  # perturbations: all, or a sample of MOST_OTHERS
+    n_others_left_out: int
 
     def rest(self) -> "Chosen":
         """Return the other perturbations, of the best learned model and the best baseline."""
@@ -39,6 +41,7 @@ class Chosen:
             perturbations=dict.fromkeys(self.others, ""),
             models=list(dict.fromkeys([self.models[0], self.models[-1]])),
             others=[],
+            n_others_left_out=0,
         )
 
 
@@ -68,7 +71,43 @@ def choose(correlations: pd.DataFrame, cards: dict[str, ModelCard]) -> Chosen | 
     perturbations = dict.fromkeys(ranked[:n_best], "best") | dict.fromkeys(ranked[len(ranked) - n_worst :], "worst")
     shown = learned[:LEARNED_MODELS_OF_EFFECTS]
     others = sorted(set(ranked) - set(perturbations))
-    return Chosen(reference, perturbations, [*shown, *baseline], len(learned) - len(shown), others)
+    drawn = np.sort(np.random.default_rng(0).permutation(len(others))[:MOST_OTHERS])
+    return Chosen(
+        reference,
+        perturbations,
+        [*shown, *baseline],
+        len(learned) - len(shown),
+        [others[i] for i in drawn],
+        len(others) - len(drawn),
+    )
+
+
+def scored_of(chosen: Chosen, pairs: Path, predictions: dict[str, Path]) -> dict[str, Scored]:
+    """Return means of predicted and measured cells of the chosen perturbations and others, by model.
+
+    No other cells are read but the controls of the scored role.
+
+    Parameters
+    ----------
+    predictions
+        Model → predictions.h5ad of the seed that is shown.
+    """
+    labels = [*chosen.perturbations, *chosen.others]
+    cells, of_role, found = Pairs.open(pairs), {}, {}
+    for model in chosen.models:
+        predicted = ad.read_h5ad(predictions[model], backed="r")
+        role = str(predicted.uns.get("perturbflow", {}).get("role", "test"))
+        if role not in of_role:
+            is_shown = (cells.obs["role"] == role).to_numpy() & (cells.is_control | np.isin(cells.labels, labels))
+            some = cells.select(is_shown)
+            of_role[role] = replace(some, X=some.X[:])
+        some = of_role[role]
+        predicted = predicted[predicted.obs["perturbation"].isin(labels).to_numpy()].to_memory()
+        if "control_index" in predicted.obs:
+            predicted.obs["control_index"] = np.searchsorted(some.rows, predicted.obs["control_index"])
+        if predicted.n_obs:  # a model may have refused all of them
+            found[model] = score_inputs(predicted, some, frozenset({"pseudobulk"}))
+    return found
 
 
 def _label_points(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str], labelled: list[int]) -> None:
@@ -159,8 +198,8 @@ def _limit(effects: list[Effects], targets: list[str]) -> float:
 
 def effect_figures(
     chosen: Chosen,
-    pairs: Path,
-    predictions: dict[str, Path],
+    scored: dict[str, Scored],
+    genes: list[str],
     correlations: dict[tuple, float],
     cards: dict[str, ModelCard],
     plots: Plots,
@@ -169,20 +208,21 @@ def effect_figures(
 
     Parameters
     ----------
-    predictions
-        Model → predictions.h5ad of the seed that is shown.
+    scored
+        As `scored_of` returns it.
+    genes
+        Measured genes.
     correlations
         (model, perturbation) → `sections.CORRELATION` of that seed, from metrics.tsv.
     """
-    cells = Pairs.load(pairs)
-    genes = np.array(cells.genes)
-    scored = {model: score_inputs(ad.read_h5ad(predictions[model]), cells) for model in chosen.models}
     shown = []
     for label, why in chosen.perturbations.items():
         targets = entities_of(label)
         # A model may have refused the perturbation.
         effects = {
-            model: _effects_of(label, inputs, genes) for model, inputs in scored.items() if label in inputs.labels
+            model: _effects_of(label, scored[model], np.array(genes))
+            for model in chosen.models
+            if model in scored and label in scored[model].labels
         }
         limit = _limit(list(effects.values()), targets)
         panels = []
@@ -197,6 +237,6 @@ def effect_figures(
             if svg:
                 panels.append({"svg": svg, "model": model, "r": r})
         if panels:
-            missing = [gene for gene in targets if gene not in cells.genes]
+            missing = [gene for gene in targets if gene not in genes]
             shown.append({"label": label, "why": why, "panels": panels, "missing": missing})
     return shown

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import anndata as ad
 import pandas as pd
 
+from perturbflow.evaluation import Scored
 from perturbflow.io.files import read_json
+from perturbflow.pairs import Pairs
 from perturbflow.report.boards import Titled
 from perturbflow.report.cards import ModelCard, place_of, read_table
 from perturbflow.report.plotting import Plots
-from perturbflow.report.scatter_plots import Chosen, choose, effect_figures
+from perturbflow.report.scatter_plots import Chosen, choose, effect_figures, scored_of
 from perturbflow.report.sections import (
     CORRELATION,
     Names,
@@ -113,7 +114,7 @@ class SplitSection(Titled):
     def of(cls, dataset: str, split: str, run: RunFiles, cards: dict[str, ModelCard]) -> Self:
         """Gather the facts of one dataset × split; effects and curves come later."""
         division, audited = run.divisions[dataset, split], run.audits[dataset, split]
-        n_cells, n_genes = ad.read_h5ad(run.pairs[dataset, split], backed="r").shape
+        n_cells, n_genes = Pairs.open(run.pairs[dataset, split]).X.shape
         scores = run.scores_of(dataset, split)
         models = [model for model in cards if model in set(scores["model"])]
         matched = audited["matched_across_batches"]
@@ -143,7 +144,7 @@ def _role(division: dict, role: str) -> dict[str, Any]:
         "perturbations": Names.of(labels),
         "n": len(labels),
         "controls": division["controls"][role],
-        "cells": len(division["cells"][role]),
+        "cells": division["n_cells"][role],
     }
 
 
@@ -156,18 +157,27 @@ def _curves(section: SplitSection, run: RunFiles, cards: dict[str, ModelCard], p
     return training_curves(histories, section.title, cards, plots)
 
 
+def _scored(section: SplitSection, chosen: Chosen, run: RunFiles) -> dict[str, Scored]:
+    """Return predicted and measured means of what is shown of one dataset × split, for the first seed."""
+    place = section.dataset, section.split
+    predictions = {model: run.predictions[(*place, model, f"seed_{run.seeds[0]}")] for model in chosen.models}
+    return scored_of(chosen, run.pairs[place], predictions)
+
+
 def _effects(
-    section: SplitSection, chosen: Chosen, run: RunFiles, cards: dict[str, ModelCard], plots: Plots
+    section: SplitSection,
+    chosen: Chosen,
+    scored: dict[str, Scored],
+    run: RunFiles,
+    cards: dict[str, ModelCard],
+    plots: Plots,
 ) -> list[dict]:
     """Return the scatter plots of the chosen perturbations and models of one dataset × split, for the first seed."""
-    if plots.bytes_left <= 0:
-        return []
-    place = section.dataset, section.split
-    here = run.scores_of(*place)
+    here = run.scores_of(section.dataset, section.split)
     here = here[(here["metric"] == CORRELATION) & (here["seed"] == run.seeds[0])]
-    predictions = {model: run.predictions[(*place, model, f"seed_{run.seeds[0]}")] for model in chosen.models}
     correlations = here.set_index(["model", "perturbation"])["value"].to_dict()
-    return effect_figures(chosen, run.pairs[place], predictions, correlations, cards, plots)
+    genes = Pairs.open(run.pairs[section.dataset, section.split]).genes
+    return effect_figures(chosen, scored, genes, correlations, cards, plots)
 
 
 def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, Plots]) -> list[SplitSection]:
@@ -186,10 +196,13 @@ def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, 
         logger.info("%s: %d figures of training", section.title, n_figures)
         sections.append(section)
     # The best and worst perturbations of every split first, then as many others as there is room for.
+    scored = {}
     for section in sections:
-        if section.chosen:
-            section.effects = _effects(section, section.chosen, run, cards, plots["effects"])
+        if section.chosen and plots["effects"].bytes_left > 0:
+            scored[section.title] = _scored(section, section.chosen, run)
+            section.effects = _effects(section, section.chosen, scored[section.title], run, cards, plots["effects"])
     for section in sections:
-        if section.chosen and section.chosen.others:
-            section.other_effects = _effects(section, section.chosen.rest(), run, cards, plots["effects"])
+        if section.title in scored and section.chosen.others and plots["effects"].bytes_left > 0:
+            others = section.chosen.rest()
+            section.other_effects = _effects(section, others, scored[section.title], run, cards, plots["effects"])
     return sections

@@ -29,6 +29,7 @@ from perturbflow.io.files import (
     manifest_files,
     read_json,
     remove_leftovers,
+    require_room,
     write_json,
 )
 from perturbflow.registry.sources import labels_file
@@ -65,6 +66,9 @@ from perturbflow.screens.recipes import open_by_recipe
 from perturbflow.screens.unassigned import warning as warning_of_no_genes
 
 logger = logging.getLogger(__name__)
+
+BYTES_PER_VALUE = 1.2
+"""Of harmonized.h5ad, at the least: count and place, compressed."""
 
 SHARED = 0.1
 """From this share of the genes on, one name for them is no name. Ensembl calls 1 % of its 60,000 genes Y_RNA."""
@@ -715,6 +719,7 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
         logger.info("dropped %s cells: %s", f"{n:,}", reason)
     shape = f"{len(kept.rows):,} cells × {len(found.var):,} genes"
     logger.info("kept %s, %d perturbations", shape, len(kept.perturbations) - 1)
+    require_room(harmonized.parent, BYTES_PER_VALUE * screened.n_entries * len(kept.rows) / len(rows), harmonized.name)
     with atomic(harmonized) as partial, h5py.File(partial, "w") as file:
         totals = write_counts(file.create_group("X"), screened, kept.is_kept, is_seen, genes.is_mt, threads)
         begin_anndata(file)

@@ -17,6 +17,7 @@ import pandas as pd
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL
 from perturbflow.io.files import read_json, write_json
+from perturbflow.splits.cells import stored_roles
 from perturbflow.splits.divisions import DIVISIONS, ROLES, Perturbations, Shares, members_seen, take
 from perturbflow.splits.named import Labels, from_file, held_out_names
 
@@ -261,7 +262,7 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
     except InputError as error:
         raise InputError(f"splits.{name}: {error}") from error
     labels = obs["perturbation"].astype(str)
-    cells = {role: sorted(obs.index[role_of_cell == role]) for role in ROLES}
+    cells = {role: (role_of_cell == role).to_numpy() for role in ROLES}
     perturbations = {role: sorted(set(labels[cells[role]]) - {CONTROL}) for role in ROLES}
     for role in ("train", "test"):
         if not perturbations[role]:
@@ -277,9 +278,13 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
         "n_cells_left_out": int(role_of_cell.isna().sum()),
         "members_seen": members_seen(perturbations),
         "controls": {role: int(obs.loc[cells[role], "is_control"].sum()) for role in ROLES},
-        "cells": cells,
+        "n_cells": {role: int(cells[role].sum()) for role in ROLES},
+        **stored_roles(obs.index, pd.Categorical(role_of_cell, categories=list(ROLES)).codes),
         "sha256": {
-            role: {"perturbations": names_digest(perturbations[role]), "cells": names_digest(cells[role])}
+            role: {
+                "perturbations": names_digest(perturbations[role]),
+                "cells": names_digest(obs.index[cells[role]].tolist()),
+            }
             for role in ROLES
         },
     }
@@ -298,7 +303,7 @@ def _log(content: dict[str, Any]) -> None:
         names = ", ".join(left_out)
         logger.info("%d perturbations of the screen are left out with all their cells: %s", len(left_out), names)
     for role in ROLES:
-        n_perturbations, n_cells = len(content["perturbations"][role]), len(content["cells"][role])
+        n_perturbations, n_cells = len(content["perturbations"][role]), content["n_cells"][role]
         n_controls = content["controls"][role]
         logger.info("%s: %d perturbations, %d cells, %d of them controls", role, n_perturbations, n_cells, n_controls)
     if "contexts" in content:

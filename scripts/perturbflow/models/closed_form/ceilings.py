@@ -1,15 +1,14 @@
 """Ceilings: what measured cells of the same perturbation predict. No model; the row every other row is read against."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
-from scipy import sparse
+import pandas as pd
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
 from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
-from perturbflow.models.base import Artefact, Ceiling, Run
+from perturbflow.models.base import Artefact, Ceiling, Run, start_cells
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 
@@ -18,56 +17,44 @@ class TechnicalDuplicate(Ceiling):
     """Half 'a' of the measured cells of a held-out perturbation predicts half 'b', on which every model is scored."""
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
-        """Keep half 'a' of all held-out perturbations."""
+        """Note which cells are half 'a' of every held-out perturbation; they stay in pairs.h5ad."""
         cells = pairs.select((pairs.obs["half"] == "a").to_numpy() | pairs.is_control)
-        cells = replace(cells, X=cells.X[:])  # of the cells that are kept, read together
         of_role = {
             role: cells.roles(role) for role in ("validation", "test")
         }  # a perturbation may be held out in both: test counts
-        X, labels, of_pairs, shifts = [], [], [], {}
-        for label in sorted({label for held_out in of_role.values() for label in held_out.perturbations}):
-            held_out = of_role["test" if label in of_role["test"].perturbations else "validation"]
-            rows = held_out.cells_of(label)
-            X.append(held_out.X[rows])
-            shifts[label] = self.shift(held_out, rows)
-            labels += [label] * len(rows)
-            of_pairs.append(held_out.rows[rows])
-        cells_kept = sparse.vstack(X, format="csr")
-        self.artefact = {
-            "data": cells_kept.data, "indices": cells_kept.indices, "indptr": cells_kept.indptr,
-            "shift_of": np.array(list(shifts), dtype=str),
-            "shifts": np.stack(list(shifts.values())).astype(np.float32), "labels": np.array(labels, dtype=str),
-            "rows": np.concatenate(of_pairs),
-        }  # fmt: skip
+        rows, shifts = {}, []
+        known = {role: set(held_out.perturbations) for role, held_out in of_role.items()}
+        for label in sorted(known["validation"] | known["test"]):
+            held_out = of_role["test" if label in known["test"] else "validation"]
+            rows[label] = held_out.rows[held_out.cells_of(label)]
+            shifts.append(self.shift(held_out, label))
+        self.restore({
+            "shift_of": np.array(list(rows), dtype=str), "shifts": np.stack(shifts).astype(np.float32),
+            "labels": np.repeat(list(rows), list(map(len, rows.values()))), "rows": np.concatenate(list(rows.values())),
+        })  # fmt: skip
         return self.artefact
 
-    def shift(self, held_out: Pairs, rows: np.ndarray) -> np.ndarray:
+    def shift(self, held_out: Pairs, label: str) -> np.ndarray:
         """Return what is added to the cells that stand for a perturbation, (genes,)."""
         return np.zeros(len(held_out.genes))
 
     def restore(self, artefact: Artefact) -> None:
-        """Take over the cells."""
+        """Take over which cells they are."""
         self.artefact = artefact
+        self._places = pd.Series(artefact["labels"]).groupby(artefact["labels"]).indices
+        self._shift_of = dict(zip(artefact["shift_of"].tolist(), artefact["shifts"], strict=True))
 
     def predict(
         self, cells: np.ndarray, perturbations: Sequence[str], n: int, seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Return measured cells, each once: at most n of the duplicate half, drawn at random."""
-        return np.stack([self._cells(perturbation, n, seed) for perturbation in perturbations])
-
-    def _cells(self, perturbation: str, n: int, seed: int) -> np.ndarray:
-        kept, drawn = self.artefact, self._drawn(perturbation, n, seed)
-        shifts = kept["shifts"][kept["shift_of"] == perturbation]
-        parts = kept["data"], kept["indices"], kept["indptr"]
-        cells = sparse.csr_matrix(parts, shape=(len(kept["labels"]), kept["shifts"].shape[1]))
-        return cells[drawn].toarray() + shifts[:1]
+        """Return the measured cells, each with the shift of its perturbation."""
+        start = start_cells(cells, n)
+        return np.stack([start + self._shift_of[perturbation] for perturbation in perturbations])
 
     def rows(self, perturbation: str, n: int, seed: int) -> np.ndarray:
-        """Return the row of pairs.h5ad of every cell that `predict` returns."""
-        return self.artefact["rows"][self._drawn(perturbation, n, seed)]
-
-    def _drawn(self, perturbation: str, n: int, seed: int) -> np.ndarray:
-        return np.random.default_rng(seed).permutation(np.flatnonzero(self.artefact["labels"] == perturbation))[:n]
+        """Return the row of pairs.h5ad of at most n cells of the duplicate half, drawn at random, each once."""
+        drawn = np.random.default_rng(seed).permutation(self._places[perturbation])[:n]
+        return self.artefact["rows"][drawn]
 
 
 class PerfectMean(TechnicalDuplicate):
@@ -93,18 +80,19 @@ class InterpolatedDuplicate(TechnicalDuplicate):
         self.mean_effect = Effects.of_training(pairs).values.mean(axis=0)
         return super().fit(pairs, embeddings, run)
 
-    def shift(self, held_out: Pairs, rows: np.ndarray) -> np.ndarray:
+    def shift(self, held_out: Pairs, label: str) -> np.ndarray:
         """Return the way from the cells' mean towards the mean effect, by how doubtful each gene is, (genes,)."""
-        n_controls = int(held_out.is_control.sum())
-        mean, control = held_out.mean_of(rows), held_out.control_mean_for(rows)
-        if len(rows) < 2 or n_controls < 2:
+        groups, sums = held_out.groups, held_out.sums
+        place, n_controls = groups.labels.index(label), int(held_out.is_control.sum())
+        n = groups.n_cells[place]
+        mean, squares = (of_groups[place] / n for of_groups in sums)
+        if n < 2 or n_controls < 2:
             return np.zeros_like(mean)
+        control = held_out.control_mean_for(held_out.cells_of(label))
         deviations = [
-            np.sqrt(variance * n / (n - 1))
-            for variance, n in ((held_out.variance_of(rows), len(rows)), (held_out.control_variance, n_controls))
+            np.sqrt(np.maximum(variance, 0.0) * n / (n - 1))
+            for variance, n in ((squares - mean**2, n), (held_out.control_variance, n_controls))
         ]
-        p = ttest_ind_from_stats(
-            mean, deviations[0], len(rows), control, deviations[1], n_controls, equal_var=False
-        ).pvalue
+        p = ttest_ind_from_stats(mean, deviations[0], n, control, deviations[1], n_controls, equal_var=False).pvalue
         alpha = 1.0 - false_discovery_control(np.nan_to_num(p, nan=1.0))
         return (1.0 - alpha) * (control + self.mean_effect - mean)
