@@ -613,7 +613,7 @@ def test_a_table_of_many_perturbations_has_their_rows_alone() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(table.rows) == 2 * n
-    assert peak < 8e6, "every combination of label and number of cells takes ten times that"
+    assert peak < 8e6, "every combination of label and number of cells takes three times that"
 
 
 def test_plotted_means_are_those_that_are_scored(tree: Tree) -> None:

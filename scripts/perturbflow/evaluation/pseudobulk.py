@@ -75,7 +75,8 @@ def _nearer(a: np.ndarray, b: np.ndarray, kind: str, *, ties_are_alike: bool = F
     ties_are_alike
         Whether rows of b within ALIKE of its own, relative to the larger norm, are as near, too.
     """
-    n, found = len(a), []
+    n = len(a)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
     if n < 2 or not a.shape[1]:
         return np.full(n, np.nan), np.full(n, np.nan)
     a, b = a.astype(float, copy=False), b.astype(float, copy=False)

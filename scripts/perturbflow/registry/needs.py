@@ -94,7 +94,8 @@ def _shape(datasets: Mapping[str, dict], name: str) -> tuple[int, int] | None:
     block = datasets[name]
     members = block.get("union")
     if members is None:
-        return tuple(block["shape"]) if block.get("shape") else None
+        n_cells, n_genes = block.get("shape") or (0, 0)
+        return (n_cells, n_genes) if n_cells else None
     shapes = [_shape(datasets, member) for member in members if member in datasets]
     known = [shape for shape in shapes if shape is not None]
     if not known or len(known) < len(members):

@@ -93,7 +93,9 @@ def scored_of(chosen: Chosen, pairs: Path, predictions: dict[str, Path]) -> dict
         Model → predictions.h5ad of the seed that is shown.
     """
     labels = [*chosen.perturbations, *chosen.others]
-    cells, of_role, found = Pairs.open(pairs), {}, {}
+    cells = Pairs.open(pairs)
+    of_role: dict[str, Pairs] = {}
+    found: dict[str, Scored] = {}
     for model in chosen.models:
         predicted = ad.read_h5ad(predictions[model], backed="r")
         role = str(predicted.uns.get("perturbflow", {}).get("role", "test"))

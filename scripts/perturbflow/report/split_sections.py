@@ -196,13 +196,13 @@ def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, 
         logger.info("%s: %d figures of training", section.title, n_figures)
         sections.append(section)
     # The best and worst perturbations of every split first, then as many others as there is room for.
-    scored = {}
+    scored: dict[str, dict[str, Scored]] = {}
     for section in sections:
         if section.chosen and plots["effects"].bytes_left > 0:
             scored[section.title] = _scored(section, section.chosen, run)
             section.effects = _effects(section, section.chosen, scored[section.title], run, cards, plots["effects"])
     for section in sections:
-        if section.title in scored and section.chosen.others and plots["effects"].bytes_left > 0:
+        if section.title in scored and section.chosen and section.chosen.others and plots["effects"].bytes_left > 0:
             others = section.chosen.rest()
             section.other_effects = _effects(section, others, scored[section.title], run, cards, plots["effects"])
     return sections

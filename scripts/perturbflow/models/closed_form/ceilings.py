@@ -22,7 +22,8 @@ class TechnicalDuplicate(Ceiling):
         of_role = {
             role: cells.roles(role) for role in ("validation", "test")
         }  # a perturbation may be held out in both: test counts
-        rows, shifts = {}, []
+        rows: dict[str, np.ndarray] = {}
+        shifts: list[np.ndarray] = []
         known = {role: set(held_out.perturbations) for role, held_out in of_role.items()}
         for label in sorted(known["validation"] | known["test"]):
             held_out = of_role["test" if label in known["test"] else "validation"]
