@@ -18,7 +18,7 @@ WIDTH_OF_DIRECTIONS = 1.0  # of priors on logarithms of a direction's own σ², 
 WIDTH_OF_SAMPLING = 0.3  # of the prior on log b_k around the sampling noise
 WIDTH_OF_MEANS = 4.0  # of the prior on the mean of log τ
 SPARSITY = 10.0  # −log p per √a of a source
-LEAST_GAIN = 0.05  # of the error of left-out rows, for noise to be kept near sampling noise
+LEAST_GAIN = 0.05  # of the error of left-out rows, for strong directions to come first
 ROWS_AT_ONCE = 512
 N_STEPS = 80  # of L-BFGS
 
@@ -101,8 +101,8 @@ class Diagonal:
         B = np.linalg.inv(precision)  # covariance of β given the data
         beta = np.einsum("kop,ikp,ik->ko", B, scaled, self.Z)
         p = inverse * self.Z - np.einsum("iko,ko->ik", scaled, beta)
-        determinant = -np.log(inverse).sum() + np.log(tau).sum() + np.linalg.slogdet(precision)[1].sum()
-        return Solved(inverse, scaled, gram, B, beta, p, 0.5 * ((self.Z * p).sum() + determinant))
+        determinant = -np.log(inverse).sum(axis=0) + np.log(tau).sum(axis=0) + np.linalg.slogdet(precision)[1]
+        return Solved(inverse, scaled, gram, B, beta, p, 0.5 * ((self.Z * p).sum(axis=0) + determinant))
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class Solved:
         Covariance, (directions, columns, columns), and mean, (directions, columns), of β given the data.
     p
         C⁻¹ Y, (rows, directions).
-    loss
-        −log likelihood without constants.
+    losses
+        −log likelihood of each direction without constants, (directions,).
     """
 
     inverse: np.ndarray
@@ -131,7 +131,7 @@ class Solved:
     B: np.ndarray
     beta: np.ndarray
     p: np.ndarray
-    loss: float
+    losses: np.ndarray
 
     def left_out(self, data: Diagonal) -> np.ndarray:
         """Return each row's error when the other rows predict it, (rows, directions).
@@ -184,13 +184,13 @@ class Learned:
     ----------
     weights, directions
         Shared ones, and those of the directions they were learned from.
-    near_sampling
-        Whether the prior kept b_k near the sampling noise.
+    strong_first
+        Whether b_k was kept near the sampling noise, and strong directions counted more.
     """
 
     weights: Weights
     directions: Directions
-    near_sampling: bool
+    strong_first: bool
 
 
 @dataclass(frozen=True)
@@ -268,55 +268,62 @@ class Problem:
         return Diagonal(K, self.root, self.Y, self.M)
 
     def learned(self, weights: Weights) -> Learned:
-        """Return the hyper-parameters under that prior of noise under which left-out rows are predicted best."""
-        free, near = (self._likeliest(weights, near_sampling) for near_sampling in (False, True))
-        is_better = self._error_left_out(near) < (1.0 - LEAST_GAIN) * self._error_left_out(free)
-        return near if is_better else free
+        """Return the hyper-parameters, for strong directions first if left-out rows are then predicted better."""
+        alike = self._likeliest(weights, strong_first=False)
+        if self.terms.contexts:
+            return alike
+        strong = self._likeliest(weights, strong_first=True)
+        is_better = self._error_left_out(strong) < (1.0 - LEAST_GAIN) * self._error_left_out(alike)
+        return strong if is_better else alike
 
     def _error_left_out(self, of: Learned) -> float:
         """Return the sum of squared errors of rows that the other rows predict."""
         data = self.diagonal(of.weights)
         return float((data.solved(of.directions).left_out(data) ** 2).sum())
 
-    def _prior(self, start: Directions, near_sampling: bool) -> "Prior":
-        if near_sampling:
+    def _prior(self, start: Directions, strong_first: bool) -> "Prior":
+        if strong_first:
             return Prior(replace(start, noise=self.sampling_noise), WIDTH_OF_SAMPLING)
         return Prior(start, WIDTH_OF_DIRECTIONS)
 
-    def _likeliest(self, weights: Weights, near_sampling: bool) -> Learned:
+    def _likeliest(self, weights: Weights, strong_first: bool) -> Learned:
         self.terms  # noqa: B018 (they are needed at every step)
-        n, starts, prior = len(weights.values), weights.values, self._prior(self.start, near_sampling)
+        n, starts, prior = len(weights.values), weights.values, self._prior(self.start, strong_first)
+        counts = np.exp(0.5 * self.start.signal * strong_first)  # how much a direction counts, on average once
+        counts /= counts.mean()
 
         def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
             shared, of = replace(weights, values=values[:n]), self.start.like(values[n:])
             data = self.diagonal(shared)
             solved = data.solved(of)
             own, H = solved.gradient(data, of)
-            root = np.sqrt(np.exp(of.signal))
+            variance = counts * np.exp(of.signal)
+            root = np.sqrt(variance)
             P, Q = solved.p * root, (H * root[:, None]).reshape(len(H), -1)
             inner = -(P @ P.T) - Q @ Q.T
-            inner[np.diag_indices(len(inner))] += solved.inverse @ np.exp(of.signal)
+            inner[np.diag_indices(len(inner))] += solved.inverse @ variance
             by_K = 0.5 * data.T @ inner @ data.T.T
             penalty, slope = _prior_of_shared(shared, starts)
             of_own, slope_of_own = prior.of(of, self.n_means)
-            gradient = np.concatenate([self._by_weights(shared, by_K) + slope, own.values + slope_of_own])
-            return solved.loss + penalty + of_own, gradient
+            of_directions = Directions(counts * own.signal, counts * own.noise, counts * own.means).values
+            gradient = np.concatenate([self._by_weights(shared, by_K) + slope, of_directions + slope_of_own])
+            return counts @ solved.losses + penalty + of_own, gradient
 
         has_sources = any(name not in STARTS for name in weights.members)
         tried = [starts, *([weights.starts(STARTS | SECOND_STARTS)] if has_sources else [])]
         minima = (minimized(loss, np.concatenate([first, self.start.values]), N_STEPS) for first in tried)
         found = min(minima, key=lambda values: loss(values)[0])
-        return Learned(replace(weights, values=found[:n]), self.start.like(found[n:]), near_sampling)
+        return Learned(replace(weights, values=found[:n]), self.start.like(found[n:]), strong_first)
 
-    def conditioned(self, data: "Diagonal", start: Directions, near_sampling: bool) -> Directions:
+    def conditioned(self, data: "Diagonal", start: Directions, strong_first: bool) -> Directions:
         """Return the directions' hyper-parameters of greatest posterior density, given shared weights."""
-        prior = self._prior(start, near_sampling)
+        prior = self._prior(start, strong_first)
 
         def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
             of = start.like(values)
             solved = data.solved(of)
             penalty, slope = prior.of(of)
-            return solved.loss + penalty, solved.gradient(data, of)[0].values + slope
+            return solved.losses.sum() + penalty, solved.gradient(data, of)[0].values + slope
 
         return start.like(minimized(loss, start.values, N_STEPS))
 

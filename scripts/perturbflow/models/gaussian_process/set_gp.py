@@ -45,10 +45,11 @@ together (`EffectRows`).
    τ_kj of all directions share a mean, which is learned. Shared hyper-parameters are learned from directions with more
    signal than sampling noise, and from at most 1,000 rows. Then every direction learns its own.
 
-   Weak directions are many and may follow another kernel than strong ones. Where b_k is free, K can follow the weak
-   ones, and the strong ones count as noise. So all is learned twice: with b_k free, and with b_k near the sampling
-   noise. The second is kept if it predicts rows that are left out with 5 % less squared error. The error of a row is
-   [C⁻¹ Y]_i / [C⁻¹]_ii.
+   Weak directions are many, and may follow another kernel than strong ones. Where b_k is free and ℓ = Σ_k ℓ_k, K can
+   follow the weak ones, and the strong ones count as noise. So all is learned a second time: with b_k near the sampling
+   noise, and with every ℓ_k times the deviation of its signal. This is kept if it predicts rows that are left out with
+   5 % less squared error. The error of a row is [C⁻¹ Y]_i / [C⁻¹]_ii. Rows left out do not tell what a context adds of
+   its own: with several contexts, the first is kept.
 
 5. One factorization serves all directions. Let S = L Lᵀ, L⁻¹ K L⁻ᵀ = U Λ Uᵀ and T = L⁻ᵀ U. In the coordinates of T
    every covariance C_k = σ_k² K + b_k S + M T_k Mᵀ is diagonal but for the columns of M: D_k = σ_k² Λ + b_k. The
@@ -73,7 +74,7 @@ from perturbflow.genes.symbols import entities_of, members_of
 from perturbflow.models.base import Artefact, Run
 from perturbflow.models.closed_form.base import ClosedForm, TrainingSet
 from perturbflow.models.effects import Effects
-from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel, places_of
+from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel
 from perturbflow.models.gaussian_process.likelihood import Directions, Problem
 from perturbflow.models.gaussian_process.own_gene import OwnLevels
 from perturbflow.pairs import Pairs
@@ -133,7 +134,7 @@ class SetGP(ClosedForm):
         informative = _informative(Y, noise)
         found = problem.part(_learned_from(rows.labels, training.seed), informative).learned(kernel.weights)
         data = problem.diagonal(found.weights)
-        of = problem.conditioned(data, start.around(found.directions, informative), found.near_sampling)
+        of = problem.conditioned(data, start.around(found.directions, informative), found.strong_first)
         solved = data.solved(of)
         signal = np.exp(of.signal)
         return {
@@ -316,17 +317,17 @@ def _in_directions(effects: Mapping[str, np.ndarray], labels: Sequence[str], V: 
 
 
 def _learned_from(labels: list[str], seed: int) -> np.ndarray:
-    """Return the rows that shared weights are learned from: all, or those of sampled perturbations.
+    """Return the rows that shared weights are learned from: all, or at most MOST_LEARNED_FROM, of sampled members.
 
-    A sample has at most MOST_LEARNED_FROM rows.
+    A row is kept if all of its members are sampled. So a combination keeps the singles of its members, and others that
+    share a member with it.
     """
-    rows = places_of(labels)
-    names = sorted(rows)
-    if len(labels) > MOST_LEARNED_FROM:
-        names = np.random.default_rng(seed).permutation(names).tolist()
-    ends = np.cumsum([len(rows[name]) for name in names])
-    kept = [rows[name] for name, end in zip(names, ends, strict=True) if end <= MOST_LEARNED_FROM]
-    return np.sort(np.concatenate(kept))
+    members = [members_of(label) for label in labels]
+    names = sorted({member for of_row in members for member in of_row})
+    place = dict(zip(np.random.default_rng(seed).permutation(names).tolist(), range(len(names)), strict=True))
+    last = np.array([max(place[member] for member in of_row) for of_row in members])
+    n_kept = np.searchsorted(np.sort(last), np.arange(len(names)), side="right")  # with so many members
+    return np.flatnonzero(last < (n_kept <= MOST_LEARNED_FROM).sum())
 
 
 def _out_of_fold(others: Mapping[str, FitMean], training: TrainingSet) -> dict[str, dict[str, np.ndarray]]:
