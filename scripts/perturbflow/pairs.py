@@ -17,7 +17,7 @@ from scipy import sparse
 from perturbflow.controls import KEYS, Context, Groups, Sorted, Strata, match_controls
 from perturbflow.genes.symbols import CONTROL, entities_of
 from perturbflow.genes.variable import highly_variable
-from perturbflow.io.anndata_file import read_columns
+from perturbflow.io.anndata_file import measured_by_all, read_columns
 from perturbflow.io.files import atomic, file_digest, read_json, require_room
 from perturbflow.io.hdf5 import Appended, AppendedRows, CsrRows
 from perturbflow.io.kernels import add_moments, add_rows
@@ -352,14 +352,17 @@ class Screen:
     Attributes
     ----------
     counts
-        Raw counts, CSR on disk, cells × genes.
+        Raw counts, CSR on disk, cells × genes of the file.
     obs, var
-        `CARRIED_OBS` and role of every cell; the genes.
+        `CARRIED_OBS` and role of every cell; the genes that every cell was measured in.
+    genes
+        Columns of `counts` that hold these genes.
     """
 
     counts: CsrRows
     obs: pd.DataFrame
     var: pd.DataFrame
+    genes: np.ndarray
 
     @classmethod
     def open(cls, harmonized: Path, cells: Mapping[str, list[str]]) -> "Screen":
@@ -375,7 +378,9 @@ class Screen:
         for column in obs.select_dtypes("category"):
             obs[column] = obs[column].cat.remove_unused_categories()
         obs["role"] = pd.Categorical.from_codes(code[placed], categories=list(ROLES))
-        return cls(CsrRows(file["X"], Path(harmonized)).select(placed), obs, ad.io.read_elem(file["var"]))
+        var = ad.io.read_elem(file["var"])
+        genes = measured_by_all(file["varm"], len(var))
+        return cls(CsrRows(file["X"], Path(harmonized)).select(placed), obs, var.iloc[genes], genes)
 
     @cached_property
     def is_train(self) -> np.ndarray:
@@ -385,7 +390,8 @@ class Screen:
     def blocks(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
         """Yield all cells in their order, some thousands at once: which they are, and their counts."""
         for rows in row_blocks(len(self.obs)):
-            yield rows, self.counts[rows].astype(np.float32, copy=False)
+            counts = self.counts[rows].astype(np.float32, copy=False)
+            yield rows, counts if len(self.genes) == counts.shape[1] else counts[:, self.genes]
 
     @cached_property
     def totals(self) -> np.ndarray:

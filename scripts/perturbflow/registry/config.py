@@ -17,6 +17,7 @@ from perturbflow.registry.schemas import (
     with_values,
 )
 from perturbflow.registry.sources import labels_file, own_files, problem_of, problem_of_folder, resolved
+from perturbflow.registry.unions import check_keys, completed, is_union
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
@@ -282,6 +283,9 @@ def _completed_registries(config: dict, files: Places) -> None:
         registry = with_values(schema, with_texts(schema, config.get(name, {})))
         check_schema(registry, schema, [name], files)
         config[name] = with_defaults(schema, registry)
+        if name == "datasets":
+            for dataset, block in registry.items():
+                check_keys(dataset, block, files)
         if name == "splits":
             for split, block in registry.items():
                 _check_split(split, block, config["datasets"], files)
@@ -290,9 +294,13 @@ def _completed_registries(config: dict, files: Places) -> None:
 def _completed_datasets(datasets: dict, files: Places) -> dict:
     """Return the blocks of datasets, checked, with their sources resolved."""
     for name, block in datasets.items():
-        _check_source(["datasets", name], block, files)
-        _check_patterns(name, block, files)
-    return {name: resolved(block) for name, block in datasets.items()}
+        if not is_union(block):
+            _check_source(["datasets", name], block, files)
+            _check_patterns(name, block, files)
+    return {
+        name: completed(name, datasets, files) if is_union(block) else resolved(block)
+        for name, block in datasets.items()
+    }
 
 
 def _completed_params(models: dict, files: Places) -> None:
@@ -375,8 +383,9 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
 def _check_own_files(
     config: dict, datasets: Iterable[str], splits: Iterable[str], models: Iterable[str], files: Places
 ) -> None:
-    """Check that the user's own files of the selection exist."""
-    for name in datasets:
+    """Check that the user's own files of the selection exist, those of the members of unions too."""
+    members = (member for dataset in datasets for member in config["datasets"][dataset].get("union", [dataset]))
+    for name in dict.fromkeys(members):
         _check_path(["datasets", name], config["datasets"][name], files)
     for name in splits:
         path = config["splits"][name].get("path")

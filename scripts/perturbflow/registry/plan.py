@@ -17,6 +17,7 @@ from perturbflow.registry.config import (
 from perturbflow.registry.families import FAMILIES, REFERENCES, Family
 from perturbflow.registry.schemas import Places
 from perturbflow.registry.sources import CONTENT_KEYS, content_of, files_of
+from perturbflow.registry.unions import is_union
 
 # Keys of a dataset's `perturbation` by which a label is read.
 NAMING = ("control", "control_pattern", "separator", "pattern", "rename")
@@ -163,10 +164,13 @@ class Plan:
     def folders(self) -> list[str]:
         """Return the folders that downloads and results of all runs are written to."""
         runs = [run for table in (self.runs, self.queries) for run in table.itertuples()]
-        retrieved = dict.fromkeys([*self.datasets, *[run.dataset for run in runs], *self.priors])
+        datasets = dict.fromkeys([*self.datasets, *[run.dataset for run in runs]])
+        screens = dict.fromkeys(screen for name in datasets for screen in self.members(name))
+        retrieved = dict.fromkeys([*screens, *self.priors])
         results = dict.fromkeys(f"results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}" for run in runs)
         if not runs:
             results = dict.fromkeys(f"results/{name}" for name in self.datasets)
+        results |= dict.fromkeys(f"results/{name}" for name in screens if name not in datasets)
         return [*[f"resources/{name}" for name in retrieved], *results]
 
     def models_of_rule(self, rule: str) -> list[str]:
@@ -204,6 +208,26 @@ class Plan:
     def descriptions(self) -> dict[str, str]:
         """Return family → its description, in the words of the report."""
         return {name: FAMILIES[name].description for name in dict.fromkeys(self.runs["family"])}
+
+    @property
+    def unions(self) -> list[str]:
+        """Names of the datasets that unite others."""
+        return [name for name, block in self.config["datasets"].items() if is_union(block)]
+
+    @property
+    def screens(self) -> list[str]:
+        """Names of the datasets that have a source of their own."""
+        return [name for name, block in self.config["datasets"].items() if not is_union(block)]
+
+    def members(self, dataset: str) -> list[str]:
+        """Return the screens that a dataset unites; itself where it is none."""
+        members: list[str] = self.config["datasets"][dataset].get("union", [dataset])
+        return members
+
+    def union(self, name: str) -> dict:
+        """Return the part of a union's block that decides its cells and genes."""
+        block = self.config["datasets"][name]
+        return {"members": block["union"], **{key: block[key] for key in ("genes", "perturbation_types", "organism")}}
 
     def dataset(self, name: str) -> dict:
         """Return the part of a dataset's block that harmonization reads: a change of the rest makes nothing stale."""
@@ -257,7 +281,7 @@ class Plan:
         if spec["kind"] != "file" and ("held_out" not in spec or spec["kind"] == "unseen_context"):
             return {}
         block = self.config["datasets"][dataset]
-        declared = {key: value for key, value in block["perturbation"].items() if key in NAMING}
+        declared = {key: value for key, value in block["perturbation"].items() if key in NAMING}  # none of a union
         return {"perturbation": declared, "perturbation_type": block["perturbation_type"]}
 
     def qc(self, dataset: str) -> dict:
