@@ -423,6 +423,16 @@ def test_strata_by_members_seen_are_named_and_headlines_only() -> None:
     ]
 
 
+def test_strata_by_sources_end_at_three_or_more() -> None:
+    sources = np.array([0, 1, 2, 3, 4, 7] * 2)
+    table = stratify(panel(scores({"learned": sources}, n_sources=sources)), FAMILY_OF)
+    rows = table[table["stratum"] == "n_sources"]
+    assert rows[["bin", "value", "n_perturbations"]].to_numpy().tolist() == [
+        ["0", 0, 2], ["1", 1, 2], ["2", 2, 2], ["3 or more", 14 / 3, 6],
+    ]  # fmt: skip
+    assert "n_sources" not in set(stratify(panel(scores({"learned": sources}, n_sources=1)), FAMILY_OF)["stratum"])
+
+
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 

@@ -98,6 +98,51 @@ def test_a_mistake_is_one_message_with_the_file(mistake: str, tmp_path: Path) ->
             planned(config, tmp_path)
 
 
+def lines(folder: Path, **block: object) -> dict:
+    """Return the configuration with a split that leaves every context out in turn."""
+    config = mine(folder)
+    config["splits"] = {"line": {"kind": "unseen_context", "covariate": "dataset", "folds": "each", **block}}
+    config["select"]["splits"] = ["line"]
+    return config
+
+
+def test_each_context_that_is_known_is_left_out_in_turn(tmp_path: Path) -> None:
+    config = lines(tmp_path)
+    plan = planned(config, tmp_path)
+    assert set(plan.divisions["split"]) == {"line_b1", "line_b2"}
+    assert plan.split("line_b2", "both")["held_out"] == ["b2"]
+    config["splits"]["line"]["covariate"] = "batch"
+    assert set(planned(config, tmp_path).divisions["split"]) == {"line_b1", "line_b2"}, (
+        "members without batches are one"
+    )
+    config["datasets"]["b1"]["covariates"] = config["datasets"]["b2"]["covariates"] = {"batch": "lane"}
+    with pytest.raises(InputError, match=r"splits\.line: folds: each .* contexts: \{batch: \[\.\.\.\]\}"):
+        planned(config, tmp_path)
+    config["datasets"]["b1"]["contexts"] = config["datasets"]["b2"]["contexts"] = {"batch": ["L1", "L2"]}
+    assert set(planned(config, tmp_path).divisions["split"]) == {f"line_b{i}_l{k}" for i in (1, 2) for k in (1, 2)}
+
+
+def test_a_screen_of_one_context_is_left_out_of_splits_that_hold_one_out(tmp_path: Path) -> None:
+    config = lines(tmp_path, covariate="cell_type")
+    config["datasets"]["b1"]["covariates"] = {"cell_type": {"value": "K562"}}
+    config["datasets"]["b2"]["covariates"] = {"cell_type": {"value": "RPE1"}}
+    config["select"]["datasets"] = ["both", "b1"]
+    plan = planned(config, tmp_path)
+    assert [*plan.divisions.itertuples(index=False, name=None)] == [("both", "line_k562"), ("both", "line_rpe1")]
+    assert plan.left_out[0] == "b1 × line is left out: all cells of b1 are of one cell_type, K562."
+
+
+def test_what_another_dataset_holds_out_makes_no_fold_stale(tmp_path: Path) -> None:
+    config = lines(tmp_path)
+    before = planned(config, tmp_path).split("line_b1", "both")
+    config["datasets"]["more"] = {"union": ["b1", "renge2023"], "perturbation_types": ["CRISPRi", "CRISPRko"]}
+    config["select"]["datasets"] = ["both", "more"]
+    plan = planned(config, tmp_path)
+    assert plan.split("line_b1", "both") == before
+    assert set(plan.divisions.loc[plan.divisions["dataset"] == "more", "split"]) == {"line_b1", "line_renge2023"}
+    assert plan.left_out == []
+
+
 def test_parts_of_one_file_are_no_copies(tmp_path: Path) -> None:
     config = mine(tmp_path)
     config["datasets"]["b2"]["source"] = config["datasets"]["b1"]["source"]

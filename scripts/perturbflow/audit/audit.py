@@ -17,10 +17,12 @@ from perturbflow.audit.evidence import (
     held_out_contexts_are_unseen,
     held_out_doses_lie_among_others,
     held_out_genes_are_unseen,
+    held_out_places_are_unseen,
     labels_are_canonical,
     members_seen_are_told,
     roles_are_disjoint,
     roles_of_cells_agree,
+    sources_are_told,
 )
 from perturbflow.controls import match_controls
 from perturbflow.embeddings import Embeddings, coexpression
@@ -217,6 +219,8 @@ CHECKS: tuple[Callable[[Evidence], Findings], ...] = (
     members_seen_are_told,
     guides_of_a_gene_stay_together,
     held_out_contexts_are_unseen,
+    held_out_places_are_unseen,
+    sources_are_told,
     no_cell_twice,
     controls_are_of_the_role,
     controls_are_matched_by_seed,

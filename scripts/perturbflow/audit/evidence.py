@@ -29,6 +29,7 @@ from perturbflow.io.streaming import row_blocks
 from perturbflow.pairs import CARRIED_OBS
 from perturbflow.progress import progressed
 from perturbflow.screens.copies import digests_of
+from perturbflow.splits.contexts import CONTEXT_KINDS, n_sources
 from perturbflow.splits.divisions import KNOWN, ROLES, members_seen
 from perturbflow.splits.split import LABEL_KINDS, names_digest
 
@@ -355,15 +356,65 @@ def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
 def held_out_contexts_are_unseen(evidence: Evidence) -> Findings:
     """In unseen_context, training and validation hold no cell of a held-out context, and test no other.
 
-    This includes controls.
+    This includes controls. Where a part of it trains (support_fraction, support), test alone is bound to it.
     """
-    if evidence.split["spec"]["kind"] != "unseen_context":
+    spec = evidence.split["spec"]
+    if spec["kind"] != "unseen_context":
         return []
-    covariate, held_out = evidence.split["spec"]["covariate"], evidence.split["contexts"]["test"]
+    covariate, held_out = spec["covariate"], evidence.split["contexts"]["test"]
     is_test = (evidence.pairs.obs["role"] == "test").to_numpy()
-    wrong = evidence.screen.obs[covariate].astype(str).isin(held_out).to_numpy() != is_test
+    is_inside = evidence.screen.obs[covariate].astype(str).isin(held_out).to_numpy()
+    wrong = is_test & ~is_inside if "support_fraction" in spec or "support" in spec else is_inside != is_test
+    if spec.get("support_fraction") == 0:
+        wrong |= is_inside & ~is_test & ~evidence.pairs.obs["is_control"].to_numpy(bool)
     return (
         [f"{wrong.sum()} cells are on the wrong side of the held-out {covariate} {', '.join(held_out)}"]
         if wrong.any()
         else []
     )
+
+
+def _perturbed_places(evidence: Evidence) -> pd.DataFrame:
+    """Return perturbation, context and role of the perturbed cells, each combination once."""
+    covariate = evidence.split["spec"]["covariate"]
+    table = evidence.pairs.obs[["perturbation", "role"]].astype(str)
+    table["context"] = evidence.screen.obs[covariate].astype(str).to_numpy()
+    return table[table["perturbation"] != CONTROL].drop_duplicates()
+
+
+def _places(table: pd.DataFrame) -> set[tuple[str, str]]:
+    return set(zip(table["perturbation"], table["context"], strict=True))
+
+
+def held_out_places_are_unseen(evidence: Evidence) -> Findings:
+    """No perturbation that is tested in a context trains in it.
+
+    In unseen_perturbation_in_context, no perturbation with one of its members does either, at any dose.
+    """
+    kind = evidence.split["spec"]["kind"]
+    if kind not in CONTEXT_KINDS:
+        return []
+    table = _perturbed_places(evidence)
+    is_test = table["role"] == "test"
+    if kind == "unseen_perturbation_in_context":
+        # A partner that trains is no leak: a combination is held out with its held-out member.
+        alone = table[is_test & (table["perturbation"].map(members_of).map(len) == 1)]
+        tested = _places(alone.assign(perturbation=alone["perturbation"].map(entity_of)))
+        others = table[~is_test]
+        learned = _places(others.assign(perturbation=others["perturbation"].map(entities_of)).explode("perturbation"))
+    else:
+        tested, learned = _places(table[is_test]), _places(table[~is_test])
+    leaked = sorted(f"{label} in {context}" for label, context in tested & learned)
+    return [f"perturbations that are tested in a context and train in it: {', '.join(leaked[:5])}"] if leaked else []
+
+
+def sources_are_told(evidence: Evidence) -> Findings:
+    """The split states of every tested perturbation how many contexts have it among the cells of training."""
+    if evidence.split["spec"]["kind"] not in CONTEXT_KINDS:
+        return []
+    table = _perturbed_places(evidence)
+    expected = n_sources(table["perturbation"], table["context"], table["role"])
+    stated = evidence.split["n_sources"]
+    wrong = sorted(label for label, n in expected.items() if stated.get(label) != n)
+    told = ", ".join(f"{label} ({stated.get(label)} for {expected[label]})" for label in wrong[:5])
+    return [f"n_sources is wrong for {told}"] if wrong else []

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from perturbflow.registry.contexts import CONTEXT_KINDS
 from perturbflow.registry.params import Params, like, param
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -265,7 +266,7 @@ FAMILIES = {
     "perturbed_mean": _family("closed_form.baselines:PerturbedMean", "reference", "floor", "negative"),
     "additive": _family("closed_form.baselines:Additive", "floor"),
     "matching_mean": _family("closed_form.baselines:MatchingMean", "floor"),
-    "transfer": _family("closed_form.baselines:Transfer", "floor", split_kinds=("unseen_context",)),
+    "transfer": _family("closed_form.baselines:Transfer", "floor", split_kinds=CONTEXT_KINDS),
     "dose_interpolation": _family("closed_form.baselines:DoseInterpolation", "floor"),
     "shrunken_additive": _family("closed_form.baselines:ShrunkenAdditive"),
     "latent_additive": _family("closed_form.baselines:LatentAdditive"),

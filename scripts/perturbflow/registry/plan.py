@@ -14,6 +14,7 @@ from perturbflow.registry.config import (
     latent_files,
     predictions_file,
 )
+from perturbflow.registry.contexts import CONTEXT_KINDS, known_contexts
 from perturbflow.registry.families import FAMILIES, REFERENCES, Family
 from perturbflow.registry.schemas import Places
 from perturbflow.registry.sources import CONTENT_KEYS, content_of, files_of
@@ -92,7 +93,8 @@ class Plan:
         for dataset, split in product(select["datasets"], select["splits"]):
             base = self._base(split)
             if reason := self._why_impossible(dataset, split):
-                self.left_out.append(f"{dataset} × {base} is left out: {reason}.")
+                if not self._has_other_folds(dataset, split):
+                    self.left_out.append(f"{dataset} × {base} is left out: {reason}.")
                 continue
             possible.append((dataset, split))
             reasons = {model: self._why_unfit(model, split) for model in select["models"]}
@@ -132,6 +134,8 @@ class Plan:
     def _why_impossible(self, dataset: str, split: str) -> str | None:
         """Return why a screen cannot serve a split, or None."""
         block, screen = self.config["splits"][split], self.config["datasets"][dataset]
+        if block["kind"] == "unseen_context" and len(known := known_contexts(screen, block["covariate"])) == 1:
+            return f"all cells of {dataset} are of one {block['covariate']}, {known[0]}"
         if block["kind"] == "unseen_combination" and screen.get("combinations") is False:
             return f"{dataset} holds no combinations (combinations: false)"
         if (
@@ -144,9 +148,15 @@ class Plan:
             return f"{dataset} declares no perturbation.dose, so its perturbations have no doses"
         # Batches of a merged file differ at least by the screen that they belong to.
         declared = {*screen["covariates"], *(["batch"] if "dataset" in screen["covariates"] else [])}
-        if block["kind"] == "unseen_context" and block["covariate"] not in declared:
+        if block["kind"] in CONTEXT_KINDS and block["covariate"] not in declared:
             return f"{dataset} declares no covariates.{block['covariate']}, so all its cells are of one context"
         return None
+
+    def _has_other_folds(self, dataset: str, split: str) -> bool:
+        """Return whether a split leaves out a context of other datasets, and another split one of this dataset."""
+        block = self.config["splits"][split]
+        is_of_contexts = block["kind"] == "unseen_context" and "name" in block and "folds" not in block
+        return is_of_contexts and len(known_contexts(self.config["datasets"][dataset], block["covariate"])) > 1
 
     def _why_unfit(self, model: str, split: str) -> str | None:
         """Return why a model cannot serve a split, or None."""
@@ -231,7 +241,7 @@ class Plan:
 
     def dataset(self, name: str) -> dict:
         """Return the part of a dataset's block that harmonization reads: a change of the rest makes nothing stale."""
-        unread = ("reference", "licence", "qc", "combinations", *CONTENT_KEYS)
+        unread = ("reference", "licence", "qc", "combinations", "contexts", *CONTENT_KEYS)
         block = {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
         # The manifest has the source of a download; a further mirror makes nothing stale.
         block["source"] = {
@@ -278,7 +288,8 @@ class Plan:
         It is empty where the split names no labels; then a change of the dataset's block makes no split stale.
         """
         spec = self.split(split, dataset)
-        if spec["kind"] != "file" and ("held_out" not in spec or spec["kind"] == "unseen_context"):
+        names_labels = "support" in spec or ("held_out" in spec and spec["kind"] not in CONTEXT_KINDS)
+        if spec["kind"] != "file" and not names_labels:
             return {}
         block = self.config["datasets"][dataset]
         declared = {key: value for key, value in block["perturbation"].items() if key in NAMING}  # none of a union

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from perturbflow.errors import InputError
+from perturbflow.registry.contexts import of_union
 from perturbflow.registry.schemas import Places, holding_file, suggestion
 
 OWN_KEYS = ("union", "genes", "perturbation_types", "contexts", "note", "reference", "licence")
@@ -66,6 +67,7 @@ def completed(name: str, datasets: Mapping[str, dict], files: Places) -> dict:
         "organism": blocks[0]["organism"],
         "perturbation_type": types[0] if len(types) == 1 else ", ".join(types),
         "covariates": covariates,
+        "contexts": of_union({member: datasets[member] for member in members}, block.get("contexts", {})),
     }
 
 
