@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.controls import KEYS, Context, Groups, Sorted, Strata, match_controls
+from perturbflow.controls import KEYS, MOST_CONTEXTS, Context, Groups, Sorted, Strata, match_controls
 from perturbflow.genes.symbols import CONTROL, entities_of
 from perturbflow.genes.variable import highly_variable
 from perturbflow.io.anndata_file import measured_by_all, read_columns
@@ -151,14 +151,33 @@ class Pairs:
         return sums, squares
 
     @cached_property
+    def context_keys(self) -> tuple[str, str]:
+        """The two columns of obs that tell contexts apart: batch and cell type, or dataset and cell type.
+
+        Few batches may differ as days of an experiment do, and each is a context. Many (`MOST_CONTEXTS`) repeat one
+        another, and a perturbation has few cells in each: then a context is a cell type of a dataset.
+        """
+        if "dataset" not in self.obs:
+            return KEYS[0], KEYS[1]
+        controls = self.obs[self.is_control]
+        n_fine, n_coarse = (len(controls[[key, KEYS[1]]].drop_duplicates()) for key in (KEYS[0], "dataset"))
+        return ("dataset" if n_fine > MOST_CONTEXTS and n_coarse > 1 else KEYS[0], KEYS[1])
+
+    @cached_property
+    def contexts(self) -> np.ndarray:
+        """Context of every cell (`context_keys`), as one word."""
+        places = Strata(self.obs, self.context_keys)
+        return places.names[places.of_cell]
+
+    @cached_property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        """Mean effect of every perturbation with at least ten cells in a batch × cell type with controls, by one pass.
+        """Mean effect of every perturbation with at least ten cells in a context with controls, by one pass.
 
         Of cells of one role, as each is compared with controls of its own.
         """
-        places = Strata(self.obs, KEYS[:2])
+        places = Strata(self.obs, self.context_keys)
         names = places.table.astype(str)
-        rank = names.groupby(list(KEYS[:2])).ngroup().to_numpy()
+        rank = names.groupby(list(self.context_keys)).ngroup().to_numpy()
         contexts = list(names.iloc[np.argsort(rank)].itertuples(index=False, name=None))
         place = rank[places.of_cell]
         label, labels = pd.factorize(self.labels, sort=True)
@@ -182,17 +201,18 @@ class Pairs:
         return effects
 
     def is_of_context(self, context: tuple[str, str]) -> np.ndarray:
-        """Return True for the cells of a batch × cell type, (cells,)."""
-        return self.strata == "|".join(context)
+        """Return True for the cells of a context, (cells,)."""
+        return self.contexts == "|".join(context)
 
-    def cells_in(self, label: str, stratum: str) -> np.ndarray:
-        """Return the rows of one perturbation in a batch × cell type."""
+    def cells_in(self, label: str, context: Context) -> np.ndarray:
+        """Return the rows of one perturbation in the batches and cell types of a context."""
         rows = self.cells_of(label)
-        return rows[self.strata[rows] == stratum]
+        return rows[np.isin(self.strata[rows], list(context.shares))]
 
     def without_context(self, context: tuple[str, str]) -> "Pairs":
-        """Return the cells of all other batches × cell types; what is known of effects in them is handed on."""
+        """Return the cells of all other contexts; what is known of effects in them is handed on."""
         others = self.select(~self.is_of_context(context))
+        vars(others)["context_keys"] = self.context_keys
         vars(others)["effects_by_context"] = {
             other: of for other, of in self.effects_by_context.items() if other != context
         }
@@ -285,7 +305,12 @@ class Pairs:
         """Return where cells of one role are, with the mean control of each place."""
         strata = np.unique(self._within.of_cell[rows])
         levels = dict(zip(self._within.names[strata].tolist(), self._control_levels[strata], strict=True))
-        return Context(self.strata[rows], levels)
+        kinds = {}
+        if "dataset" in self.obs:
+            names, first = np.unique(self.strata[rows].astype(str), return_index=True)
+            of_names = self.obs[["dataset", KEYS[1]]].iloc[rows[first]].astype(str)
+            kinds = dict(zip(names.tolist(), of_names["dataset"] + "|" + of_names[KEYS[1]], strict=True))
+        return Context(self.strata[rows], levels, kinds)
 
     def effect_of(self, label: str) -> np.ndarray:
         """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""

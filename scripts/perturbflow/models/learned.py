@@ -14,6 +14,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -457,7 +458,7 @@ def _places(context: Context | None, cells: np.ndarray) -> Iterator[tuple[np.nda
     if context is None:
         yield np.arange(len(cells)), None
     else:
-        yield from Context(context.strata[cells], context.levels).places()
+        yield from replace(context, strata=context.strata[cells]).places()
 
 
 def _population(training: Pairs) -> np.ndarray:

@@ -266,7 +266,10 @@ FAMILIES = {
     "perturbed_mean": _family("closed_form.baselines:PerturbedMean", "reference", "floor", "negative"),
     "additive": _family("closed_form.baselines:Additive", "floor"),
     "matching_mean": _family("closed_form.baselines:MatchingMean", "floor"),
-    "transfer": _family("closed_form.baselines:Transfer", "floor", split_kinds=CONTEXT_KINDS),
+    "other_contexts_mean": _family("closed_form.transfers:OtherContextsMean", "floor", split_kinds=CONTEXT_KINDS),
+    "same_elsewhere": _family("closed_form.transfers:SameElsewhere", "floor", split_kinds=CONTEXT_KINDS),
+    "nearest_context": _family("closed_form.transfers:NearestContext", "floor", split_kinds=CONTEXT_KINDS),
+    "transfer": _family("closed_form.transfers:Transfer", "floor", split_kinds=CONTEXT_KINDS),
     "dose_interpolation": _family("closed_form.baselines:DoseInterpolation", "floor"),
     "shrunken_additive": _family("closed_form.baselines:ShrunkenAdditive"),
     "latent_additive": _family("closed_form.baselines:LatentAdditive"),
@@ -289,6 +292,7 @@ FAMILIES = {
     "interpolated_duplicate": _family(
         "closed_form.ceilings:InterpolatedDuplicate", "reference", "ceiling", "positive", kind="ceiling"
     ),
+    "context_mean": _family("closed_form.ceilings:ContextMean", kind="ceiling", split_kinds=CONTEXT_KINDS),
     # Made elsewhere
     "predictions": _family("from_file:FromFile", kind="learned", params=PredictionsParams, made_elsewhere=True),
     # Learned

@@ -293,7 +293,7 @@ def check_copies(members: Sequence[Member], found: Streamed) -> None:
         least = least_improbability(len(first.rows), len(second.rows))
         deep = [np.flatnonzero(depth[member.name] > least) for member in (first, second)]
         digests = [of[member.name][cells] for member, cells in zip((first, second), deep, strict=True)]
-        _, here, there = np.intersect1d(*digests, return_indices=True)
+        _, here, there = np.intersect1d(digests[0], digests[1], return_indices=True)
         if len(here):
             cells = [
                 member.obs.index[member.rows[cells[place[0]]]]
