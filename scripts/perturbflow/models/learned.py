@@ -107,7 +107,7 @@ class LearnedModel(Model):
         """Return matched cells to sample batches from; z are their latent coordinates, (cells, dimensions)."""
         of = self.params
         shares = (of.control_share, of.synthetic_share, of.shifted_share, self.cells_together)
-        return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals)
+        return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals, balance=of.balance)
 
     def network_means(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
         """Return, by name, mean effects on cells in latent space for a mean in closed form to use, (genes,) each."""

@@ -45,6 +45,9 @@ class NetworkParams(Params):
     shifted_share: float = param(
         0.7, "share of start cells that are perturbed cells minus their mean effect", at_least=0, at_most=1
     )
+    balance: Literal["perturbations", "screens"] = param(
+        "perturbations", "what batches hold equally often: perturbations, or screens and the perturbations of each"
+    )
 
 
 @dataclass(frozen=True)
