@@ -106,7 +106,7 @@ class Pairs:
             mask = self.obs["role"].isin(roles).to_numpy()
             if mask.all():
                 return self
-            self._of_roles[roles] = self.select(mask)
+            self._of_roles[roles] = self.select(mask).by(self.context_keys)  # all roles of a screen have the same
         return self._of_roles[roles]
 
     def fitted_on(self, scored: str) -> "Pairs":
@@ -163,6 +163,12 @@ class Pairs:
         n_fine, n_coarse = (len(controls[[key, KEYS[1]]].drop_duplicates()) for key in (KEYS[0], "dataset"))
         return ("dataset" if n_fine > MOST_CONTEXTS and n_coarse > 1 else KEYS[0], KEYS[1])
 
+    def by(self, keys: tuple[str, str]) -> "Pairs":
+        """Return the same cells with contexts that these columns tell apart."""
+        cells = replace(self)
+        vars(cells)["context_keys"] = keys
+        return cells
+
     @cached_property
     def contexts(self) -> np.ndarray:
         """Context of every cell (`context_keys`), as one word."""
@@ -211,8 +217,7 @@ class Pairs:
 
     def without_context(self, context: tuple[str, str]) -> "Pairs":
         """Return the cells of all other contexts; what is known of effects in them is handed on."""
-        others = self.select(~self.is_of_context(context))
-        vars(others)["context_keys"] = self.context_keys
+        others = self.select(~self.is_of_context(context)).by(self.context_keys)
         vars(others)["effects_by_context"] = {
             other: of for other, of in self.effects_by_context.items() if other != context
         }
