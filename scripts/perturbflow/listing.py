@@ -33,6 +33,8 @@ def _splits(config: dict) -> list[Row]:
 
 def _share(block: dict) -> str:
     """Return what a split holds out, in words: a fold, what it names, or a share."""
+    if "folds" in block and "fold" not in block:
+        return "each context in turn"
     if "folds" in block:
         return f"fold {block['fold']} of {block['folds']}"
     if "test_fraction" in block:

@@ -287,7 +287,9 @@ def _expand_folds(
                 raise InputError(
                     f"{file}splits.{taken[0]}: this is a fold of splits.{name}; give the block another name."
                 )
-            if not blocks and name in selected:
+            if not blocks and name not in selected:
+                blocks = {name: block}  # its contexts are not known, and nobody asks for them
+            if not blocks:
                 raise InputError(
                     f"{holding_file(files, ['splits', name])}splits.{name}: folds: each leaves every context out in "
                     f"turn, and no selected dataset says which it has. Name them in its block: contexts: "

@@ -138,25 +138,35 @@ class Plan:
             return f"all cells of {dataset} are of one {block['covariate']}, {known[0]}"
         if block["kind"] == "unseen_combination" and screen.get("combinations") is False:
             return f"{dataset} holds no combinations (combinations: false)"
-        if (
-            held_out_of(block.get("held_out", {}), dataset) is None
-            and block["kind"] != "file"
-            and not {"test_fraction", "folds"} & {*block}
-        ):
-            return f"held_out names nothing of {dataset}, and there is no test_fraction"
         if block["kind"] == "unseen_dose" and not _may_have_doses(screen):
             return f"{dataset} declares no perturbation.dose, so its perturbations have no doses"
         # Batches of a merged file differ at least by the screen that they belong to.
         declared = {*screen["covariates"], *(["batch"] if "dataset" in screen["covariates"] else [])}
         if block["kind"] in CONTEXT_KINDS and block["covariate"] not in declared:
             return f"{dataset} declares no covariates.{block['covariate']}, so all its cells are of one context"
+        if (
+            block["kind"] in CONTEXT_KINDS
+            and self._is_of_each(split)
+            and not known_contexts(screen, block["covariate"])
+        ):
+            key = f"contexts.{block['covariate']}"
+            return f"{dataset} does not tell its contexts without the data; name them under {key} in its block"
+        if (
+            held_out_of(block.get("held_out", {}), dataset) is None
+            and block["kind"] != "file"
+            and not {"test_fraction", "folds"} & {*block}
+        ):
+            return f"held_out names nothing of {dataset}, and there is no test_fraction"
         return None
 
     def _has_other_folds(self, dataset: str, split: str) -> bool:
         """Return whether a split leaves out a context of other datasets, and another split one of this dataset."""
-        block = self.config["splits"][split]
-        is_of_contexts = block["kind"] == "unseen_context" and "name" in block and "folds" not in block
-        return is_of_contexts and len(known_contexts(self.config["datasets"][dataset], block["covariate"])) > 1
+        covariate = self.config["splits"][split].get("covariate", "")
+        return self._is_of_each(split) and len(known_contexts(self.config["datasets"][dataset], covariate)) > 1
+
+    def _is_of_each(self, split: str) -> bool:
+        """Return whether a split is one of those that leave out each context in turn."""
+        return "name" in self.config["splits"][split] and "folds" not in self.config["splits"][split]
 
     def _why_unfit(self, model: str, split: str) -> str | None:
         """Return why a model cannot serve a split, or None."""
