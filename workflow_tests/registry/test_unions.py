@@ -143,6 +143,18 @@ def test_what_another_dataset_holds_out_makes_no_fold_stale(tmp_path: Path) -> N
     assert plan.left_out == []
 
 
+def test_a_screen_of_controls_alone_serves_in_a_union(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["datasets"]["b2"]["controls_only"] = True
+    assert planned(config, tmp_path).datasets == ["both"]
+    config["select"]["datasets"] = ["b2", "both"]
+    assert (
+        planned(config, tmp_path)
+        .left_out[0]
+        .startswith("b2 × unseen_perturbation is left out: b2 holds controls alone")
+    )
+
+
 def test_parts_of_one_file_are_no_copies(tmp_path: Path) -> None:
     config = mine(tmp_path)
     config["datasets"]["b2"]["source"] = config["datasets"]["b1"]["source"]

@@ -217,6 +217,25 @@ def test_a_gene_of_two_types_is_kept_in_the_first(member: Callable, united: Call
     assert any("several types" in warning for warning in account["warnings"])
 
 
+def test_a_line_of_controls_alone_is_asked_and_not_scored(member: Callable, united: Callable) -> None:
+    """It trains and answers as a part of the union; held out it would leave nothing to score, and the message says so."""
+    screen, new = make_screen(seed=1), make_screen(seed=2, labels=[])
+    with pytest.raises(InputError, match="no perturbation has"):
+        member("refused", new)
+    folder = united({"known": member("known", screen), "new": member("new", new, controls_only=True)})
+    files = [folder / name for name in ("harmonized.h5ad", "harmonization.json", "split.json")]
+    split(*files, "x", SPECS["unseen_perturbation"])
+    pair(files[0], files[2], folder / "pairs.h5ad", 40)
+    obs = ad.read_h5ad(folder / "pairs.h5ad").obs
+    of_new = obs[obs["dataset"] == "new"]
+    assert of_new["is_control"].all()
+    assert set(of_new["role"]) == {"train", "validation", "test"}
+    assert len(api.score(api.baseline("set_gp", folder / "pairs.h5ad"), folder / "pairs.h5ad")) > 0
+    spec = {**SPECS_OF_CELLS["unseen_context"], "covariate": "dataset", "held_out": ["new"]}
+    with pytest.raises(InputError, match="dataset new has controls alone, so there is nothing to score"):
+        split(*files, "x", spec)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 

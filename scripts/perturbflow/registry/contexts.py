@@ -30,6 +30,7 @@ def of_union(members: Mapping[str, Mapping], own: Mapping[str, list[str]]) -> di
     own
         Those that the union's block names.
     """
+    members = {name: block for name, block in members.items() if not block.get("controls_only")}  # nothing to score
     contexts = {"dataset": list(members), **own}
     for covariate in ("batch", "cell_type"):
         of_members = {name: known_contexts(block, covariate) for name, block in members.items()}

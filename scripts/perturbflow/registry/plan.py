@@ -134,6 +134,8 @@ class Plan:
     def _why_impossible(self, dataset: str, split: str) -> str | None:
         """Return why a screen cannot serve a split, or None."""
         block, screen = self.config["splits"][split], self.config["datasets"][dataset]
+        if screen.get("controls_only"):
+            return f"{dataset} holds controls alone (controls_only: true), so it serves what-if questions, in a union"
         if block["kind"] == "unseen_context" and len(known := known_contexts(screen, block["covariate"])) == 1:
             return f"all cells of {dataset} are of one {block['covariate']}, {known[0]}"
         if block["kind"] == "unseen_combination" and screen.get("combinations") is False:
