@@ -148,11 +148,12 @@ def test_a_screen_of_controls_alone_serves_in_a_union(tmp_path: Path) -> None:
     config["datasets"]["b2"]["controls_only"] = True
     assert planned(config, tmp_path).datasets == ["both"]
     config["select"]["datasets"] = ["b2", "both"]
-    assert (
-        planned(config, tmp_path)
-        .left_out[0]
-        .startswith("b2 × unseen_perturbation is left out: b2 holds controls alone")
-    )
+    said = "b2 × unseen_perturbation is left out: b2 holds controls alone"
+    assert planned(config, tmp_path).left_out[0].startswith(said)
+    config["datasets"]["both"] = {"union": ["b1", "b2", "renge2023"], "perturbation_types": ["CRISPRi", "CRISPRko"]}
+    config["select"] = {**config["select"], "datasets": ["both"], "splits": ["leave_one_line_out"]}
+    lines = set(planned(config, tmp_path).divisions["split"])
+    assert lines == {"leave_one_line_out_b1", "leave_one_line_out_renge2023"}, "of b2 nothing can be scored"
 
 
 def test_parts_of_one_file_are_no_copies(tmp_path: Path) -> None:

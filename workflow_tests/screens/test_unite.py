@@ -218,7 +218,7 @@ def test_a_gene_of_two_types_is_kept_in_the_first(member: Callable, united: Call
 
 
 def test_a_line_of_controls_alone_is_asked_and_not_scored(member: Callable, united: Callable) -> None:
-    """It trains and answers as a part of the union; held out it would leave nothing to score, and the message says so."""
+    """It trains and answers as a part of the union; held out it leaves nothing to score, and the message says so."""
     screen, new = make_screen(seed=1), make_screen(seed=2, labels=[])
     with pytest.raises(InputError, match="no perturbation has"):
         member("refused", new)
