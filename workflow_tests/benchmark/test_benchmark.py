@@ -21,6 +21,7 @@ KINDS = {
     "no_change": "baseline", "perturbed_mean": "baseline", "additive": "baseline", "gaussian_process": "baseline",
     "shuffled_labels": "ablation",
     "technical_duplicate": "ceiling", "interpolated_duplicate": "ceiling", "perfect_mean": "ceiling",
+    "context_mean": "ceiling",
     "learned": "learned", "rival": "learned",
 }  # fmt: skip
 N = 20
@@ -604,6 +605,8 @@ def test_mode_collapse_is_flagged_unless_measured_cells_collapse_too() -> None:
     assert "Mode collapse: rank_cosine_off_target 0.45" in table.loc["learned", "sentence"]
     table = verdicts(scores({**ranks, "technical_duplicate": np.full(N, 0.45)}, RANK))
     assert not table["mode_collapse"].any()
+    table = verdicts(scores({**ranks, "context_mean": np.full(N, 0.5)}, RANK))
+    assert table["mode_collapse"]["learned"], "a ceiling that knows no perturbation says nothing of the metric"
 
 
 def test_outcomes() -> None:
