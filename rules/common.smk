@@ -286,6 +286,27 @@ def dataset_block(wildcards):
 
 
 @looked_up
+def union_block(wildcards):
+    """Return the part of a union's block that decides its cells and genes."""
+    return plan.union(wildcards.dataset)
+
+
+@looked_up
+def note_of_dataset(wildcards):
+    """Return what the user of a dataset should know."""
+    return plan.config["datasets"][wildcards.dataset].get("note", "")
+
+
+def members_of_union(name):
+    """Return an input function: one file of every member of a union, in their order."""
+    return looked_up(
+        lambda wildcards: [
+            f"results/{member}/{name}" for member in plan.members(wildcards.dataset)
+        ]
+    )
+
+
+@looked_up
 def split_block(wildcards):
     """Return a split's block as this screen's division reads it."""
     return plan.split(wildcards.split, wildcards.dataset)

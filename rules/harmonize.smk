@@ -17,6 +17,8 @@ rule harmonize:
         "logs/harmonize/{dataset}.log",
     benchmark:
         "benchmarks/harmonize/{dataset}.tsv"
+    wildcard_constraints:
+        dataset=one_of(plan.screens),
     conda:
         "../envs/data.yaml"
     threads: 4

@@ -212,6 +212,10 @@ SPECS_OF_CELLS = {
         "kind": "unseen_context", "covariate": "batch", "held_out": ["b2"], "test_fraction": 0.5,
         "validation_fraction": 0.2, "seed": 0,
     },
+    "unseen_perturbation_in_context": {
+        "kind": "unseen_perturbation_in_context", "covariate": "batch", "test_fraction": 0.5,
+        "validation_fraction": 0.2, "seed": 0,
+    },
     "random_cells": {"kind": "random_cells", "test_fraction": 0.25, "validation_fraction": 0.15, "seed": 0},
 }  # fmt: skip
 

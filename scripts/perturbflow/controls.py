@@ -6,7 +6,7 @@ first the strata themselves, then the cell types (and roles), then all controls.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,8 @@ from perturbflow.errors import InputError
 from perturbflow.io.streaming import row_blocks
 
 KEYS = ("batch", "cell_type", "role")
+MOST_CONTEXTS = 8
+"""Batches × cell types that are contexts of their own; where there are more, datasets × cell types are."""
 
 
 class Strata:
@@ -50,8 +52,9 @@ class Strata:
 
     @cached_property
     def names(self) -> np.ndarray:
-        """Batch and cell type of every stratum, as one word, (strata,)."""
-        return (self.table["batch"].astype(str) + "|" + self.table["cell_type"].astype(str)).to_numpy(object)
+        """The first two keys of every stratum, batch and cell type, as one word, (strata,)."""
+        first, second = (self.table[column].astype(str) for column in self.table.columns[:2])
+        return (first + "|" + second).to_numpy(object)
 
     @cached_property
     def members(self) -> sparse.csr_matrix:
@@ -197,10 +200,13 @@ class Context:
         Batch × cell type of every cell, as `Pairs.strata` writes it.
     levels
         Mean control by stratum, (genes,) each, log1p.
+    kinds
+        Dataset × cell type by stratum, for models whose contexts these are.
     """
 
     strata: np.ndarray
     levels: Mapping[str, np.ndarray]
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def level(self) -> np.ndarray:
@@ -216,7 +222,15 @@ class Context:
     def places(self) -> Iterator[tuple[np.ndarray, "Context"]]:
         """Yield the cells of each stratum, as positions, and where they are."""
         for stratum in self.shares:
-            yield np.flatnonzero(self.strata == stratum), Context(np.array([stratum]), self.levels)
+            yield np.flatnonzero(self.strata == stratum), replace(self, strata=np.array([stratum]))
+
+    def by_kind(self) -> "Context":
+        """Return the same cells by dataset × cell type; the level of one is the mean of its strata's."""
+        of_kind: dict[str, list[np.ndarray]] = {}
+        for stratum, level in self.levels.items():
+            of_kind.setdefault(self.kinds.get(stratum, stratum), []).append(level)
+        levels = {kind: np.mean(of, axis=0) for kind, of in of_kind.items()}
+        return Context(np.array([self.kinds.get(stratum, stratum) for stratum in self.strata]), levels)
 
 
 def match_controls(obs: pd.DataFrame, k: int, seed: int) -> tuple[np.ndarray, int]:

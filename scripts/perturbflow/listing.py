@@ -32,8 +32,16 @@ def _splits(config: dict) -> list[Row]:
 
 
 def _share(block: dict) -> str:
-    """Return which share a split holds out, in words."""
-    return f"fold {block['fold']} of {block['folds']}" if "folds" in block else f"{block['test_fraction']:g} of all"
+    """Return what a split holds out, in words: a fold, what it names, or a share."""
+    if "folds" in block and "fold" not in block:
+        return "each context in turn"
+    if "folds" in block:
+        return f"fold {block['fold']} of {block['folds']}"
+    if "test_fraction" in block:
+        return f"{block['test_fraction']:g} of all"
+    held_out = block["held_out"]
+    names = held_out if isinstance(held_out, list) else [name for of in held_out.values() for name in of]
+    return ", ".join(map(str, dict.fromkeys(names)))
 
 
 def _models(config: dict) -> list[Row]:

@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.controls import KEYS, Context, Groups, Sorted, Strata, match_controls
+from perturbflow.controls import KEYS, MOST_CONTEXTS, Context, Groups, Sorted, Strata, match_controls
 from perturbflow.genes.symbols import CONTROL, entities_of
 from perturbflow.genes.variable import highly_variable
-from perturbflow.io.anndata_file import read_columns
+from perturbflow.io.anndata_file import measured_by_all, read_columns
 from perturbflow.io.files import atomic, file_digest, read_json, require_room
 from perturbflow.io.hdf5 import Appended, AppendedRows, CsrRows
 from perturbflow.io.kernels import add_moments, add_rows
 from perturbflow.io.streaming import row_blocks
-from perturbflow.splits.cells import roles_of_cells
+from perturbflow.splits.stored_roles import roles_of_cells
 from perturbflow.splits.divisions import KNOWN, ROLES
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Pairs:
             mask = self.obs["role"].isin(roles).to_numpy()
             if mask.all():
                 return self
-            self._of_roles[roles] = self.select(mask)
+            self._of_roles[roles] = self.select(mask).by(self.context_keys)  # all roles of a screen have the same
         return self._of_roles[roles]
 
     def fitted_on(self, scored: str) -> "Pairs":
@@ -189,15 +189,39 @@ class Pairs:
         sums, squares = self._finest_sums
         return coarse @ sums, coarse @ squares
 
+    def context_keys(self) -> tuple[str, str]:
+        """The two columns of obs that tell contexts apart: batch and cell type, or dataset and cell type.
+
+        Few batches may differ as days of an experiment do, and each is a context. Many (`MOST_CONTEXTS`) repeat one
+        another, and a perturbation has few cells in each: then a context is a cell type of a dataset.
+        """
+        if "dataset" not in self.obs:
+            return KEYS[0], KEYS[1]
+        controls = self.obs[self.is_control]
+        n_fine, n_coarse = (len(controls[[key, KEYS[1]]].drop_duplicates()) for key in (KEYS[0], "dataset"))
+        return ("dataset" if n_fine > MOST_CONTEXTS and n_coarse > 1 else KEYS[0], KEYS[1])
+
+    def by(self, keys: tuple[str, str]) -> "Pairs":
+        """Return the same cells with contexts that these columns tell apart."""
+        cells = replace(self)
+        vars(cells)["context_keys"] = keys
+        return cells
+
+    @cached_property
+    def contexts(self) -> np.ndarray:
+        """Context of every cell (`context_keys`), as one word."""
+        places = Strata(self.obs, self.context_keys)
+        return places.names[places.of_cell]
+
     @cached_property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        """Mean effect of every perturbation with at least ten cells in a batch × cell type with controls, by one pass.
+        """Mean effect of every perturbation with at least ten cells in a context with controls, by one pass.
 
         Of cells of one role, as each is compared with controls of its own.
         """
-        places = Strata(self.obs, KEYS[:2])
+        places = Strata(self.obs, self.context_keys)
         names = places.table.astype(str)
-        rank = names.groupby(list(KEYS[:2])).ngroup().to_numpy()
+        rank = names.groupby(list(self.context_keys)).ngroup().to_numpy()
         contexts = list(names.iloc[np.argsort(rank)].itertuples(index=False, name=None))
         place = rank[places.of_cell]
         label, labels = pd.factorize(self.labels, sort=True)
@@ -224,18 +248,18 @@ class Pairs:
         return effects
 
     def is_of_context(self, context: tuple[str, str]) -> np.ndarray:
-        """Return True for the cells of a batch × cell type, (cells,)."""
-        return self.strata == "|".join(context)
+        """Return True for the cells of a context, (cells,)."""
+        return self.contexts == "|".join(context)
 
-    def cells_in(self, label: str, stratum: str) -> np.ndarray:
-        """Return the rows of one perturbation in a batch × cell type."""
+    def cells_in(self, label: str, context: Context) -> np.ndarray:
+        """Return the rows of one perturbation in the batches and cell types of a context."""
         rows = self.cells_of(label)
-        return rows[self.strata[rows] == stratum]
+        return rows[np.isin(self.strata[rows], list(context.shares))]
 
     def without_context(self, context: tuple[str, str]) -> "Pairs":
-        """Return the cells of all other batches × cell types; what is known of effects in them is handed on."""
+        """Return the cells of all other contexts; what is known of effects in them is handed on."""
         is_other = ~self.is_of_context(context)
-        others = self.select(is_other)
+        others = self.select(is_other).by(self.context_keys)
         if others._finest[1] and (sums := self._from_finest(others._finest[0], is_other, others._finest[1])):
             vars(others)["_finest_sums"] = sums
         vars(others)["effects_by_context"] = {
@@ -330,7 +354,12 @@ class Pairs:
         """Return where cells of one role are, with the mean control of each place."""
         strata = np.unique(self._within.of_cell[rows])
         levels = dict(zip(self._within.names[strata].tolist(), self._control_levels[strata], strict=True))
-        return Context(self.strata[rows], levels)
+        kinds = {}
+        if "dataset" in self.obs:
+            names, first = np.unique(self.strata[rows].astype(str), return_index=True)
+            of_names = self.obs[["dataset", KEYS[1]]].iloc[rows[first]].astype(str)
+            kinds = dict(zip(names.tolist(), of_names["dataset"] + "|" + of_names[KEYS[1]], strict=True))
+        return Context(self.strata[rows], levels, kinds)
 
     def effect_of(self, label: str) -> np.ndarray:
         """Return the mean effect of a perturbation: its pseudobulk minus the matched control mean, (genes,)."""
@@ -397,14 +426,17 @@ class Screen:
     Attributes
     ----------
     counts
-        Raw counts, CSR on disk, cells × genes.
+        Raw counts, CSR on disk, cells × genes of the file.
     obs, var
-        `CARRIED_OBS` and role of every cell; the genes.
+        `CARRIED_OBS` and role of every cell; the genes that every cell was measured in.
+    genes
+        Columns of `counts` that hold these genes.
     """
 
     counts: CsrRows
     obs: pd.DataFrame
     var: pd.DataFrame
+    genes: np.ndarray
 
     @classmethod
     def open(cls, harmonized: Path, split: Mapping[str, Any]) -> "Screen":
@@ -417,7 +449,9 @@ class Screen:
         for column in obs.select_dtypes("category"):
             obs[column] = obs[column].cat.remove_unused_categories()
         obs["role"] = pd.Categorical.from_codes(code[placed], categories=list(ROLES))
-        return cls(CsrRows(file["X"], Path(harmonized)).select(placed), obs, ad.io.read_elem(file["var"]))
+        var = ad.io.read_elem(file["var"])
+        genes = measured_by_all(file["varm"], len(var))
+        return cls(CsrRows(file["X"], Path(harmonized)).select(placed), obs, var.iloc[genes], genes)
 
     @cached_property
     def is_train(self) -> np.ndarray:
@@ -427,7 +461,8 @@ class Screen:
     def blocks(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
         """Yield all cells in their order, some thousands at once: which they are, and their counts."""
         for rows in row_blocks(len(self.obs)):
-            yield rows, self.counts[rows].astype(np.float32, copy=False)
+            counts = self.counts[rows].astype(np.float32, copy=False)
+            yield rows, counts if len(self.genes) == counts.shape[1] else counts[:, self.genes]
 
     @cached_property
     def totals(self) -> np.ndarray:

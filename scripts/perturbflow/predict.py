@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbflow.controls import Context
 from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, require_room
@@ -135,11 +134,11 @@ def _predicted(cells: Pairs, family: Model, chosen: dict[str, np.ndarray], seed:
     for label, rows in chosen.items():
         place = np.searchsorted(is_control, cells.control_index[rows, 0])
         # By chance the mean of these controls differs from that of all controls, which predicted cells shall have.
-        levels = controls.context_of(place).levels
+        asked = controls.context_of(place)
         size = len(rows) if is_ceiling else CELLS_PER_BLOCK
         for block, first in enumerate(range(0, len(rows), size)):
             starts = place[first : first + size]
-            context = Context(strata[starts], levels)
+            context = replace(asked, strata=strata[starts])
             start = (measured.of(label) if measured else controls.X[starts]).toarray()
             of_block = block_seed(seed, label, block)
             yield family.predict(start, [label], len(starts), of_block, context)[0]

@@ -213,6 +213,29 @@ def cells_of_the_held_out_context_in_training(here: Prepared) -> None:
     embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
 
 
+def a_perturbation_that_trains_in_the_context_of_its_test(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        obs = ad.read_h5ad(here.pairs).obs
+        label = split["perturbations"]["test"][0]
+        moved = obs.index[(obs["role"] == "test") & (obs["perturbation"] == label)][:3]
+        split["cells"]["test"] = [cell for cell in split["cells"]["test"] if cell not in set(moved)]
+        split["cells"]["train"] = sorted([*split["cells"]["train"], *moved])
+        split["perturbations"]["train"] = sorted({*split["perturbations"]["train"], label})
+        for role in ("train", "test"):
+            split["sha256"][role]["cells"] = names_digest(split["cells"][role])
+
+    change_split(here, change)
+    pairs.pair(here.harmonized, here.split, here.pairs, 40)
+    embeddings.embeddings(here.pairs, here.embeddings, ["coexpression"])
+
+
+def sources_that_training_does_not_have(here: Prepared) -> None:
+    def change(split: dict) -> None:
+        split["n_sources"] = dict.fromkeys(split["n_sources"], 3)
+
+    change_split(here, change)
+
+
 def another_dose_of_a_held_out_compound(here: Prepared) -> None:
     def change(split: dict) -> None:
         split["perturbations"]["train"].append(
@@ -418,6 +441,16 @@ LEAKS = [
         "unseen_context",
         cells_of_the_held_out_context_in_training,
         "held_out_contexts_are_unseen: 3 cells are on the wrong side of the held-out batch b2",
+    ),
+    (
+        "unseen_perturbation_in_context",
+        a_perturbation_that_trains_in_the_context_of_its_test,
+        "held_out_places_are_unseen: perturbations that are tested in a context and train in it: .* in b",
+    ),
+    (
+        "unseen_context",
+        sources_that_training_does_not_have,
+        r"sources_are_told: n_sources is wrong for TF1 \(3 for 1\)",
     ),
     (
         "unseen_perturbation",

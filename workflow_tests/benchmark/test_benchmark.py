@@ -21,6 +21,7 @@ KINDS = {
     "no_change": "baseline", "perturbed_mean": "baseline", "additive": "baseline", "gaussian_process": "baseline",
     "shuffled_labels": "ablation",
     "technical_duplicate": "ceiling", "interpolated_duplicate": "ceiling", "perfect_mean": "ceiling",
+    "context_mean": "ceiling",
     "learned": "learned", "rival": "learned",
 }  # fmt: skip
 N = 20
@@ -436,6 +437,16 @@ def test_strata_by_members_seen_are_named_and_headlines_only() -> None:
     ]
 
 
+def test_strata_by_sources_end_at_three_or_more() -> None:
+    sources = np.array([0, 1, 2, 3, 4, 7] * 2)
+    table = stratify(panel(scores({"learned": sources}, n_sources=sources)), FAMILY_OF)
+    rows = table[table["stratum"] == "n_sources"]
+    assert rows[["bin", "value", "n_perturbations"]].to_numpy().tolist() == [
+        ["0", 0, 2], ["1", 1, 2], ["2", 2, 2], ["3 or more", 14 / 3, 6],
+    ]  # fmt: skip
+    assert "n_sources" not in set(stratify(panel(scores({"learned": sources}, n_sources=1)), FAMILY_OF)["stratum"])
+
+
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
@@ -607,6 +618,8 @@ def test_mode_collapse_is_flagged_unless_measured_cells_collapse_too() -> None:
     assert "Mode collapse: rank_cosine_off_target 0.45" in table.loc["learned", "sentence"]
     table = verdicts(scores({**ranks, "technical_duplicate": np.full(N, 0.45)}, RANK))
     assert not table["mode_collapse"].any()
+    table = verdicts(scores({**ranks, "context_mean": np.full(N, 0.5)}, RANK))
+    assert table["mode_collapse"]["learned"], "a ceiling that knows no perturbation says nothing of the metric"
 
 
 def test_outcomes() -> None:

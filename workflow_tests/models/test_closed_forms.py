@@ -19,9 +19,10 @@ from perturbflow.genes.symbols import members_of
 from perturbflow.models.base import Run, build
 from perturbflow.models.closed_form.ablations import BatchOnly, ShuffledLabels
 from perturbflow.models.closed_form.base import ClosedForm, TrainingSet, least_error
-from perturbflow.models.closed_form.baselines import Additive, LatentSum, Transfer
+from perturbflow.models.closed_form.baselines import Additive, LatentSum
 from perturbflow.models.closed_form.ceilings import InterpolatedDuplicate
 from perturbflow.models.closed_form.regressions import KernelRidge
+from perturbflow.models.closed_form.transfers import Transfer
 from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES

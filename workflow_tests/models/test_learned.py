@@ -16,6 +16,7 @@ from learned import (
     registered,
     trained,
 )
+from made_lines import made_lines
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
@@ -26,6 +27,8 @@ from perturbflow.models.effects import Effects
 from perturbflow.models.gaussian_process.own_gene import OwnGene
 from perturbflow.models.latents.pca import LatentSpace
 from perturbflow.models.neighbours import Neighbours
+from perturbflow.models.training.batches import PairedCells
+from perturbflow.models.training.conditions import Conditions
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
 
@@ -307,3 +310,22 @@ def test_a_class_names_the_params_of_its_declaration(name: str) -> None:
     module, of = FAMILIES[name].implementation.split(":")
     model = getattr(importlib.import_module(f"perturbflow.models.{module}"), of)
     assert get_type_hints(model)["params"] is FAMILIES[name].params
+
+
+@pytest.mark.parametrize(("balance", "share"), [("perturbations", 0.25), ("screens", 0.5)])
+def test_batches_are_balanced_over_perturbations_or_screens(balance: str, share: float) -> None:
+    """A screen of 5 perturbations beside one of 15 others has a quarter of every batch, or half of it."""
+    pairs = made_lines(2, 20, n_genes=10, n_cells=6, n_batches=1).pairs
+    of_small = np.isin(pairs.labels, pairs.perturbations[:5])
+    is_small = (pairs.obs["dataset"] == "line1").to_numpy()
+    training = pairs.rematched(pairs.is_control | (of_small == is_small), 0)
+    z = torch.from_numpy((training.obs["dataset"] == "line1").to_numpy(np.float32)[:, None])
+    conditions = Conditions(training.perturbations, np.zeros((20, 2), np.float32))
+    sampler = PairedCells(training, z, conditions, 0.0, 0.0, 0.0, 1, balance=balance)
+    batch = sampler.batch(8000, (0, 0))
+    is_of_small = batch.target[:, 0] == 1
+    assert float(is_of_small.float().mean()) == pytest.approx(share, abs=0.03)
+    _, n = torch.unique(batch.genes[is_of_small, 0], return_counts=True)
+    assert len(n) == 5
+    torch.testing.assert_close(n / n.sum(), torch.full((5,), 0.2), atol=0.03, rtol=0)
+    torch.testing.assert_close(batch.target, sampler.batch(8000, (0, 0)).target)

@@ -696,8 +696,25 @@ BAD = {
         "datasets.my_screen.perturbation.control_pattern", "NT[", ["perturbation.control_pattern: 'NT[' cannot serve as a regular expression"],
     ),
     "folds of contexts": (
-        "splits.mine", {"kind": "unseen_context", "folds": 3},
-        ["mine.yaml: splits.mine.folds: kind unseen_context has no use for it", "unseen_perturbation and unseen_combination"],
+        "splits.mine", {"kind": "random_cells", "folds": 3},
+        ["mine.yaml: splits.mine.folds: kind random_cells has no use for it", "unseen_perturbation and unseen_combination"],
+    ),
+    "folds of all contexts of genes": (
+        "splits.mine", {"kind": "unseen_perturbation", "folds": "each"}, ["mine.yaml: splits.mine.folds: 'each' is of contexts"],
+    ),
+    "a share and names that train": (
+        "splits.mine", {"kind": "unseen_context", "test_fraction": 0.2, "support_fraction": 0.2, "support": {"a": ["TF1"]}},
+        ["mine.yaml: splits.mine.support: support names what trains"],
+    ),
+    "a support of genes": (
+        "splits.mine", {"kind": "unseen_perturbation", "test_fraction": 0.2, "support_fraction": 0.2},
+        ["mine.yaml: splits.mine.support_fraction: kind unseen_perturbation has no use for it"],
+    ),
+    "a support of all": (
+        "splits.mine", {"kind": "unseen_context", "test_fraction": 0.2, "support_fraction": 1}, ["splits.mine.support_fraction: 1"],
+    ),
+    "perturbations in contexts without a share": (
+        "splits.mine", {"kind": "unseen_perturbation_in_context", "held_out": ["a"]}, ["splits.mine: 'test_fraction' is missing"],
     ),
     "one fold": ("splits.mine", {"kind": "unseen_combination", "folds": 1}, ["mine.yaml: splits.mine.folds: 1"]),
     "a name that is a fold's": (

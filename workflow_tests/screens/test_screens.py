@@ -31,12 +31,17 @@ from perturbflow.genes.symbols import CONTROL
 from perturbflow.io.files import file_digest
 from perturbflow.registry.config import complete
 from perturbflow.registry.sources import files_of
+from perturbflow.registry.unions import is_union
 from perturbflow.screens.harmonize import harmonize
+from perturbflow.screens.unite import unite
 
 BENCHMARKS = REPOSITORY / "workflow_tests" / "benchmarks" / "README.md"
 DATASETS = REPOSITORY / "config" / "datasets.md"
-REGISTRY = complete(merged({}))["datasets"]
+REGISTERED = complete(merged({}))["datasets"]
+REGISTRY = {name: block for name, block in REGISTERED.items() if not is_union(block)}
+UNIONS = {name: block for name, block in REGISTERED.items() if is_union(block)}
 QC = {**OFF, "min_cells_per_perturbation": 3}
+FILES = ("harmonized.h5ad", "harmonization.json")
 
 
 def downloaded(name: str, folder: Path) -> tuple[Path, Expected]:
@@ -132,6 +137,27 @@ NOT_MEASURED = {
 @pytest.mark.parametrize("name", FIXTURES)
 def test_perturbed_genes_find_their_rows(name: str, harmonized_screen: Callable) -> None:
     assert harmonized_screen(name).account["perturbations"]["not_measured"] == NOT_MEASURED.get(name, [])
+
+
+@pytest.mark.parametrize("name", UNIONS)
+def test_every_registered_union_unites_its_members(name: str, harmonized_screen: Callable, tmp_path: Path) -> None:
+    """Of the fixtures' genes it has the shared ones, and of their cells all but those of a type that comes later."""
+    union, members = UNIONS[name], UNIONS[name]["union"]
+    screens = {member: harmonized_screen(member) for member in members}
+    paths = [[of.manifest.parent.parent / file for of in screens.values()] for file in FILES]
+    declared = {"members": members, **{key: union[key] for key in ("genes", "perturbation_types", "organism")}}
+    unite(*paths, tmp_path / FILES[0], tmp_path / FILES[1], name, declared)
+    united, account = ad.read_h5ad(tmp_path / FILES[0]), json.loads((tmp_path / FILES[1]).read_text())
+    assert set(united.var_names) == set.intersection(*[set(of.adata.var_names) for of in screens.values()])
+    for member, screen in screens.items():
+        own = united[united.obs["dataset"] == member]
+        names = own.obs_names.str.removeprefix(f"{member}:")
+        assert (own.X != screen.adata[names, united.var_names].X).nnz == 0
+        assert set(own.obs["perturbation_type"]) == {REGISTRY[member]["perturbation_type"]}
+        lost = set(screen.adata.obs_names) - set(names)
+        if len(union["perturbation_types"]) == 1:
+            assert not lost
+    assert account["cells"]["kept"] == united.n_obs
 
 
 # --- single quirks ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import poisson
 
 from perturbflow.audit.caveats import caveats_of, matched_across_batches
 from perturbflow.audit.evidence import (
@@ -18,10 +17,12 @@ from perturbflow.audit.evidence import (
     held_out_contexts_are_unseen,
     held_out_doses_lie_among_others,
     held_out_genes_are_unseen,
+    held_out_places_are_unseen,
     labels_are_canonical,
     members_seen_are_told,
     roles_are_disjoint,
     roles_of_cells_agree,
+    sources_are_told,
 )
 from perturbflow.controls import match_controls
 from perturbflow.embeddings import Embeddings, coexpression
@@ -31,12 +32,11 @@ from perturbflow.genes.variable import highly_variable
 from perturbflow.io.files import file_digest, read_json, write_json
 from perturbflow.pairs import CARRIED_OBS, CONTROLS_PER_CELL, Pairs
 from perturbflow.progress import progressed
+from perturbflow.screens.copies import improbability_of, least_improbability
 from perturbflow.splits.split import names_digest
 
 logger = logging.getLogger(__name__)
 
-# Expected number of chance copies in a whole screen above which a cell is no evidence of a copy.
-CHANCE_COPIES = 1e-3
 PLACES = {"uns": {"perturbflow"}, "obsm": set(), "varm": set(), "obsp": set(), "varp": set(), "layers": set()}
 PLACES_OF_PAIRS = {
     **PLACES,
@@ -52,18 +52,15 @@ PLACES_OF_PAIRS = {
 def no_cell_twice(evidence: Evidence) -> Findings:
     """No held-out cell has the counts of a training cell in every gene.
 
-    Such cells are one experiment under two names, or copies. UMI counts vary at least as Poisson counts sampled around
-    a cell's rates (Sarkar & Stephens 2021). Whatever the rates, another cell has the count x > 0 of a gene with
-    probability Poisson(x; x) ≤ 1/e at most. It has all counts of a cell with the product of these over its expressed
-    genes at most. Shallow cells, of which the screen is expected to hold chance copies, are passed over: those where
-    product × held-out × training cells exceeds `CHANCE_COPIES`.
+    Such cells are one experiment under two names, or copies. Shallow cells, of which the screen is expected to hold
+    chance copies, are passed over (`perturbflow.screens.copies`).
     """
     digests, is_train = evidence.read.digests, evidence.is_train
     trained, held_out = np.flatnonzero(is_train), np.flatnonzero(~is_train)
     trained = trained[np.argsort(digests[trained], kind="stable")]
     twin = trained[np.searchsorted(digests[trained], digests[held_out], side="right") - 1]  # -1 is the last one
     is_twin = digests[twin] == digests[held_out]
-    least = np.log(len(trained) * max(len(held_out), 1) / CHANCE_COPIES)
+    least = least_improbability(len(trained), len(held_out))
     copies = [pair for pair in zip(held_out[is_twin], twin[is_twin], strict=True) if _are_equal(evidence, *pair, least)]
     if not copies:
         return []
@@ -83,7 +80,7 @@ def _are_equal(evidence: Evidence, one: int, other: int, least: float) -> bool:
     """Return whether two cells have all counts in common, and no chance copy is as deep."""
     first, second = (evidence.counts_of(np.array([cell])) for cell in (one, other))
     is_equal = np.array_equal(first.indices, second.indices) and np.array_equal(first.data, second.data)
-    return is_equal and -poisson.logpmf(first.data, first.data).sum() > least
+    return bool(is_equal and improbability_of(first)[0] > least)
 
 
 # --- controls -------------------------------------------------------------------------------------------------------
@@ -135,7 +132,8 @@ def nothing_else_is_carried(evidence: Evidence) -> Findings:
     found = []
     # Guides and antibodies of the same cells, which pairs.h5ad does not carry.
     apart = set(evidence.screen.uns.get("perturbflow", {}).get("features_apart", {}))
-    known = {"harmonized.h5ad": {**PLACES, "obsm": apart}, "pairs.h5ad": PLACES_OF_PAIRS}
+    of_screen = {**PLACES, "obsm": apart, "varm": {"measured"}}
+    known = {"harmonized.h5ad": of_screen, "pairs.h5ad": PLACES_OF_PAIRS}
     for name, places in known.items():
         for place, names in places.items():
             if unknown := sorted(evidence.carried[name][place] - names):
@@ -221,6 +219,8 @@ CHECKS: tuple[Callable[[Evidence], Findings], ...] = (
     members_seen_are_told,
     guides_of_a_gene_stay_together,
     held_out_contexts_are_unseen,
+    held_out_places_are_unseen,
+    sources_are_told,
     no_cell_twice,
     controls_are_of_the_role,
     controls_are_matched_by_seed,

@@ -1,7 +1,5 @@
 """The data that training reads of one split, and the checks of its roles: nothing held out has a cell in training."""
 
-import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,12 +22,14 @@ from perturbflow.genes.symbols import (
     members_of,
     without_dose,
 )
-from perturbflow.io.anndata_file import read_columns
+from perturbflow.io.anndata_file import measured_by_all, read_columns
 from perturbflow.io.hdf5 import CsrRows
 from perturbflow.io.kernels import add_moments
 from perturbflow.io.streaming import row_blocks
 from perturbflow.pairs import CARRIED_OBS
 from perturbflow.progress import progressed
+from perturbflow.screens.copies import digests_of
+from perturbflow.splits.contexts import CONTEXT_KINDS, n_sources
 from perturbflow.splits.divisions import KNOWN, ROLES, members_seen
 from perturbflow.splits.split import LABEL_KINDS, names_digest
 
@@ -59,6 +59,8 @@ class Evidence:
         File → place → names of all that lies there.
     embeddings
         Gene vectors, genes × dimensions.
+    genes
+        Columns of `counts` that hold the genes of `screen`: those that every cell was measured in.
     """
 
     split: dict
@@ -68,6 +70,7 @@ class Evidence:
     counts: sparse.csr_matrix | CsrRows
     carried: dict[str, dict[str, set[str]]]
     embeddings: pd.DataFrame
+    genes: np.ndarray
 
     @classmethod
     def of(cls, split: dict, pairs: ad.AnnData, screen: ad.AnnData, embeddings: pd.DataFrame) -> "Evidence":
@@ -75,7 +78,10 @@ class Evidence:
         screen = screen[pairs.obs_names]
         files = {"harmonized.h5ad": screen, "pairs.h5ad": pairs}
         carried = {name: {place: {*getattr(file, place)} for place in TABLES} for name, file in files.items()}
-        return cls(split, pairs, sparse.csr_matrix(pairs.X), screen, sparse.csr_matrix(screen.X), carried, embeddings)
+        genes, counts = measured_by_all(screen.varm, screen.n_vars), sparse.csr_matrix(screen.X)
+        return cls(
+            split, pairs, sparse.csr_matrix(pairs.X), screen[:, genes], counts, carried, embeddings, genes
+        )  # fmt: skip
 
     @classmethod
     def open(cls, split: dict, pairs: Path, harmonized: Path, embeddings: pd.DataFrame) -> "Evidence":
@@ -88,17 +94,19 @@ class Evidence:
         rows = cells.index.get_indexer(obs.index)
         if (rows < 0).any():
             raise InputError(f"{pairs} has {(rows < 0).sum():,} cells that {harmonized} lacks. Run `pair` again.")
-        genes, of_source = (ad.io.read_elem(of_screen[place]) for place in ("var", "uns"))
+        var_of_screen, of_source = (ad.io.read_elem(of_screen[place]) for place in ("var", "uns"))
+        genes = measured_by_all(of_screen["varm"], len(var_of_screen))
         files = {"harmonized.h5ad": of_screen, "pairs.h5ad": of_pairs}
         carried = {name: {place: _names(file[place]) for place in TABLES} for name, file in files.items()}
         return cls(
             split,
             ad.AnnData(obs=obs, var=var, uns=uns, obsm={"control_index": index}),
             CsrRows(of_pairs["X"], Path(pairs)),
-            ad.AnnData(obs=cells.iloc[rows], var=genes, uns=of_source),
+            ad.AnnData(obs=cells.iloc[rows], var=var_of_screen.iloc[genes], uns=of_source),
             CsrRows(of_screen["X"], Path(harmonized)).select(rows),
             carried,
             embeddings,
+            genes,
         )
 
     @property
@@ -128,7 +136,8 @@ class Evidence:
 
     def counts_of(self, rows: slice | np.ndarray) -> sparse.csr_matrix:
         """Return the counts of cells, all genes ascending and none 0: equal cells have equal arrays."""
-        counts = self.counts[rows].copy()
+        counts = self.counts[rows]
+        counts = counts.copy() if len(self.genes) == counts.shape[1] else counts[:, self.genes]
         counts.eliminate_zeros()
         counts.sort_indices()
         return counts
@@ -194,11 +203,7 @@ class Counted:
         """Take in the counts of the next cells."""
         totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
         self.totals[rows] = totals
-        genes, values = counts.indices.astype("<i4", copy=False), counts.data.astype("<f4", copy=False)
-        for cell, (start, end) in enumerate(itertools.pairwise(counts.indptr), rows.start):
-            content = hashlib.blake2b(genes[start:end], digest_size=8)
-            content.update(values[start:end])
-            self.digests[cell] = int.from_bytes(content.digest(), "little")
+        self.digests[rows] = digests_of(counts)
         trained = counts[is_train]
         fractions = trained.data / np.repeat(totals[is_train], np.diff(trained.indptr))
         add_moments(fractions, trained.indices, trained.indptr, np.zeros(trained.shape[0], np.int64), *self._moments)
@@ -352,15 +357,65 @@ def guides_of_a_gene_stay_together(evidence: Evidence) -> Findings:
 def held_out_contexts_are_unseen(evidence: Evidence) -> Findings:
     """In unseen_context, training and validation hold no cell of a held-out context, and test no other.
 
-    This includes controls.
+    This includes controls. Where a part of it trains (support_fraction, support), test alone is bound to it.
     """
-    if evidence.split["spec"]["kind"] != "unseen_context":
+    spec = evidence.split["spec"]
+    if spec["kind"] != "unseen_context":
         return []
-    covariate, held_out = evidence.split["spec"]["covariate"], evidence.split["contexts"]["test"]
+    covariate, held_out = spec["covariate"], evidence.split["contexts"]["test"]
     is_test = (evidence.pairs.obs["role"] == "test").to_numpy()
-    wrong = evidence.screen.obs[covariate].astype(str).isin(held_out).to_numpy() != is_test
+    is_inside = evidence.screen.obs[covariate].astype(str).isin(held_out).to_numpy()
+    wrong = is_test & ~is_inside if "support_fraction" in spec or "support" in spec else is_inside != is_test
+    if spec.get("support_fraction") == 0:
+        wrong |= is_inside & ~is_test & ~evidence.pairs.obs["is_control"].to_numpy(bool)
     return (
         [f"{wrong.sum()} cells are on the wrong side of the held-out {covariate} {', '.join(held_out)}"]
         if wrong.any()
         else []
     )
+
+
+def _perturbed_places(evidence: Evidence) -> pd.DataFrame:
+    """Return perturbation, context and role of the perturbed cells, each combination once."""
+    covariate = evidence.split["spec"]["covariate"]
+    table = evidence.pairs.obs[["perturbation", "role"]].astype(str)
+    table["context"] = evidence.screen.obs[covariate].astype(str).to_numpy()
+    return table[table["perturbation"] != CONTROL].drop_duplicates()
+
+
+def _places(table: pd.DataFrame) -> set[tuple[str, str]]:
+    return set(zip(table["perturbation"], table["context"], strict=True))
+
+
+def held_out_places_are_unseen(evidence: Evidence) -> Findings:
+    """No perturbation that is tested in a context trains in it.
+
+    In unseen_perturbation_in_context, no perturbation with one of its members does either, at any dose.
+    """
+    kind = evidence.split["spec"]["kind"]
+    if kind not in CONTEXT_KINDS:
+        return []
+    table = _perturbed_places(evidence)
+    is_test = table["role"] == "test"
+    if kind == "unseen_perturbation_in_context":
+        # A partner that trains is no leak: a combination is held out with its held-out member.
+        alone = table[is_test & (table["perturbation"].map(members_of).map(len) == 1)]
+        tested = _places(alone.assign(perturbation=alone["perturbation"].map(entity_of)))
+        others = table[~is_test]
+        learned = _places(others.assign(perturbation=others["perturbation"].map(entities_of)).explode("perturbation"))
+    else:
+        tested, learned = _places(table[is_test]), _places(table[~is_test])
+    leaked = sorted(f"{label} in {context}" for label, context in tested & learned)
+    return [f"perturbations that are tested in a context and train in it: {', '.join(leaked[:5])}"] if leaked else []
+
+
+def sources_are_told(evidence: Evidence) -> Findings:
+    """The split states of every tested perturbation how many contexts have it among the cells of training."""
+    if evidence.split["spec"]["kind"] not in CONTEXT_KINDS:
+        return []
+    table = _perturbed_places(evidence)
+    expected = n_sources(table["perturbation"], table["context"], table["role"])
+    stated = evidence.split["n_sources"]
+    wrong = sorted(label for label, n in expected.items() if stated.get(label) != n)
+    told = ", ".join(f"{label} ({stated.get(label)} for {expected[label]})" for label in wrong[:5])
+    return [f"n_sources is wrong for {told}"] if wrong else []

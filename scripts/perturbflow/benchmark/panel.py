@@ -12,7 +12,7 @@ from perturbflow.evaluation import METRICS
 
 FOLD = re.compile(r"^(?P<name>.+)_fold_\d+$")
 QUALITY = ["efficacy", "responds"]
-FACTS = ["n_members", "members_seen", "n_cells", "reliability", "effect_size", *QUALITY]
+FACTS = ["n_members", "members_seen", "n_sources", "n_cells", "reliability", "effect_size", *QUALITY]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ STRATA = [
 ]
 
 BETTER, LEVEL, WORSE, UNDECIDED, TOO_FEW = "better", "level", "worse", "undecided", "too few"  # differences
-WORDED = ("members_seen", "responds")  # strata with words for bins, not ranges
+WORDED = ("members_seen", "n_sources", "responds")  # strata with words for bins, not ranges
 BINS = {2: ("low", "high"), 3: ("low", "middle", "high")}
 DISTINGUISHES, CANNOT_DISTINGUISH = "tells", "cannot tell"  # words of calibration.tsv and verdicts.tsv
 
@@ -320,7 +320,8 @@ def stratify(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
 
     Thirds (halves below nine perturbations) divide reliability, effect_size, n_cells and efficacy (how far the
     perturbed gene itself changed), since the useful thresholds differ from screen to screen. The other strata are
-    members_seen (the number of perturbed genes that training knew alone) and responds (whether the perturbation does
+    members_seen (the number of perturbed genes that training knew alone), n_sources (the number of contexts that
+    training has the perturbation in, where contexts are held out) and responds (whether the perturbation does
     anything, by the energy distance to controls). from and to bound the bin.
     """
     facts = panel.perturbations
@@ -328,6 +329,8 @@ def stratify(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
     is_known = facts["members_seen"].notna()
     words = [f"{seen:.0f} of {n:.0f}" for seen, n in zip(facts["members_seen"], facts["n_members"], strict=True)]
     binned["members_seen"] = pd.Series(words, index=facts.index).where(is_known)
+    sources = facts["n_sources"].clip(upper=3).map({0.0: "0", 1.0: "1", 2.0: "2", 3.0: "3 or more"})
+    binned["n_sources"] = sources if len(sources.dropna().unique()) > 1 else pd.Series(np.nan, index=facts.index)
     binned["responds"] = facts["responds"].map({1.0: "responds", 0.0: "like controls"})
     headlines = [k for k, metric in enumerate(panel.metrics) if METRICS[metric].headline]
     parts = []

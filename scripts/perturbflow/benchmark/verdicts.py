@@ -14,7 +14,7 @@ from perturbflow.benchmark.tables import BETTER, CANNOT_DISTINGUISH, DISTINGUISH
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
 from perturbflow.registry.families import with_role
 
-STRONGEST = with_role("to_beat")
+STRONGEST, CEILINGS = with_role("to_beat"), with_role("ceiling")
 RANK = "rank_cosine_off_target"
 COLLAPSED = 0.4  # mean of RANK above it: chance is 0.5
 CANNOT_RANK = "this screen cannot rank models"
@@ -77,7 +77,7 @@ class _Screen:
         is_counted = [distinguishes.get(row.metric, True) and row.verdict != TOO_FEW for row in headlines.itertuples()]
         ranks = summary[summary["metric"] == RANK].groupby("model")["value"].mean()
         # Where RANK does not distinguish measured cells themselves, no model is at fault.
-        ceilings = ranks[ranks.index.isin(summary.loc[summary["kind"] == "ceiling", "model"])]
+        ceilings = ranks[ranks.index.isin(summary.loc[summary["family"].isin(CEILINGS), "model"])]
         return cls(
             headlines,
             headlines[np.array(is_counted, dtype=bool)],

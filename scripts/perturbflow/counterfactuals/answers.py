@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -181,7 +181,7 @@ def blocks_of(question: Question, label: str) -> Iterator[tuple[slice, np.ndarra
     start, context = question.start, question.context
     for first in range(0, len(start), CELLS_PER_BLOCK):
         block = slice(first, min(first + CELLS_PER_BLOCK, len(start)))
-        here = Context(context.strata[block], context.levels)
+        here = replace(context, strata=context.strata[block])
         yield (
             block,
             question.model.counterfactual(start[block], [label], question.samples, question.seed + first, here)[0],

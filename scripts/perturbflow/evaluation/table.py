@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def scores(
-    predictions: ad.AnnData, cells: Pairs, members_seen: Mapping[str, int], provenance: dict | None = None
+    predictions: ad.AnnData,
+    cells: Pairs,
+    members_seen: Mapping[str, int],
+    provenance: dict | None = None,
+    n_sources: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
     """Return one row per metric × perturbation.
 
@@ -40,6 +44,8 @@ def scores(
         Number of members of every predicted perturbation that training saw alone.
     provenance
         Values of the columns dataset, split, model and seed; empty where there are none.
+    n_sources
+        Number of contexts that training has every predicted perturbation in; NaN where a split holds out no contexts.
 
     Raises
     ------
@@ -55,6 +61,7 @@ def scores(
             "perturbation": scored.labels,
             "n_members": [len(members_of(label)) for label in scored.labels],
             "members_seen": [members_seen[label] for label in scored.labels],
+            "n_sources": [(n_sources or {}).get(label, np.nan) for label in scored.labels],
             "n_cells": scored.n_cells,
             "n_predicted": np.where(np.isin(scored.labels, missing), 0, scored.n_predicted),
             "reliability": scored.reliability,
@@ -83,8 +90,9 @@ def evaluate(predictions: Path, pairs: Path, split: Path, metrics: Path, provena
 
     from perturbflow.pairs import Pairs
 
-    members_seen = read_json(split)["members_seen"]
-    table = scores(ad.read_h5ad(predictions, backed="r"), Pairs.open(pairs), members_seen, provenance)
+    roles = read_json(split)
+    predicted, cells = ad.read_h5ad(predictions, backed="r"), Pairs.open(pairs)
+    table = scores(predicted, cells, roles["members_seen"], provenance, roles.get("n_sources"))
     write_scores(metrics, table)
     for name, values in table.groupby("metric", sort=False)["value"]:
         logger.info("%s: %.4f (mean of %d perturbations)", name, values.mean(), values.notna().sum())

@@ -5,6 +5,7 @@ from typing import Any
 
 import anndata as ad
 import h5py
+import numpy as np
 import pandas as pd
 
 PLACES = ("obsm", "varm", "obsp", "varp", "layers")
@@ -29,3 +30,14 @@ def read_columns(group: h5py.Group, columns: Sequence[str]) -> pd.DataFrame:
     name = group.attrs["_index"]
     index = pd.Index(ad.io.read_elem(group[name]), name=None if name == "_index" else name)
     return pd.DataFrame({name: ad.io.read_elem(group[name]) for name in columns}, index=index)
+
+
+def measured_by_all(varm: Any, n_genes: int) -> np.ndarray:
+    """Return the numbers of the genes that every screen of a union measured; all genes of any other screen.
+
+    Parameters
+    ----------
+    varm
+        Of harmonized.h5ad: `measured`, (genes, screens), is there where some screen lacks a gene.
+    """
+    return np.flatnonzero(np.all(varm["measured"], axis=1)) if "measured" in varm else np.arange(n_genes)

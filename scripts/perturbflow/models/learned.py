@@ -14,6 +14,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -106,7 +107,7 @@ class LearnedModel(Model):
         """Return matched cells to sample batches from; z are their latent coordinates, (cells, dimensions)."""
         of = self.params
         shares = (of.control_share, of.synthetic_share, of.shifted_share, self.cells_together)
-        return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals)
+        return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals, balance=of.balance)
 
     def network_means(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
         """Return, by name, mean effects on cells in latent space for a mean in closed form to use, (genes,) each."""
@@ -457,7 +458,7 @@ def _places(context: Context | None, cells: np.ndarray) -> Iterator[tuple[np.nda
     if context is None:
         yield np.arange(len(cells)), None
     else:
-        yield from Context(context.strata[cells], context.levels).places()
+        yield from replace(context, strata=context.strata[cells]).places()
 
 
 def _population(training: Pairs) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from perturbflow.errors import InputError
+from perturbflow.registry.contexts import CONTEXT_KINDS, EACH, known_contexts, split_of
 from perturbflow.registry.families import FAMILIES, REFERENCES
 from perturbflow.registry.schemas import (
     Places,
@@ -17,6 +18,7 @@ from perturbflow.registry.schemas import (
     with_values,
 )
 from perturbflow.registry.sources import labels_file, own_files, problem_of, problem_of_folder, resolved
+from perturbflow.registry.unions import check_keys, completed, is_union
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
@@ -24,9 +26,11 @@ OF_A_RUN = ("dataset", "split", "model", "seed")  # wildcards that the path of a
 MISSING_SHOWN = 3
 # Keys of a split's block that only some kinds have a use for.
 SPLIT_KEYS = {
-    "covariate": ("unseen_context",),
-    "held_out": ("unseen_context", "unseen_perturbation", "unseen_combination", "unseen_dose"),
-    "folds": ("unseen_perturbation", "unseen_combination", "unseen_dose"),
+    "covariate": CONTEXT_KINDS,
+    "held_out": (*CONTEXT_KINDS, "unseen_perturbation", "unseen_combination", "unseen_dose"),
+    "folds": ("unseen_perturbation", "unseen_combination", "unseen_dose", "unseen_context"),
+    "support_fraction": ("unseen_context",),
+    "support": ("unseen_context",),
 }
 
 
@@ -231,6 +235,17 @@ def _check_split(name: str, block: dict, datasets: dict, files: Places) -> None:
             f"{file}splits.{name}: folds decide which names are held out, so {others[0]} has no meaning; remove one of "
             "them."
         )
+    if "folds" in block and block["folds"] == EACH and block["kind"] != "unseen_context":
+        file = holding_file(files, ["splits", name, "folds"])
+        raise InputError(f"{file}splits.{name}.folds: 'each' is of contexts, for kind unseen_context; give a number.")
+    if "support" in block and "support_fraction" in block:
+        file = holding_file(files, ["splits", name, "support"])
+        raise InputError(f"{file}splits.{name}.support: support names what trains, so support_fraction has no meaning.")
+    if block["kind"] == "unseen_perturbation_in_context" and "test_fraction" not in block:
+        file = holding_file(files, ["splits", name])
+        raise InputError(
+            f"{file}splits.{name}: 'test_fraction' is missing: the share of perturbations, each for one context."
+        )
     for dataset in datasets_named(block.get("held_out", {})):
         if dataset not in datasets:
             file = holding_file(files, ["splits", name, "held_out"])
@@ -240,22 +255,45 @@ def _check_split(name: str, block: dict, datasets: dict, files: Places) -> None:
             )
 
 
-def _expand_folds(splits: dict, files: Places) -> tuple[dict, dict[str, list[str]]]:
+def _folds_of(name: str, block: dict, datasets: Mapping[str, dict]) -> dict[str, dict]:
+    """Return the splits that a block with folds stands for, by name."""
+    if block["folds"] != EACH:
+        return {f"{name}_fold_{i}": {**block, "fold": i, "name": name} for i in range(block["folds"])}
+    rest = {key: value for key, value in block.items() if key != "folds"}
+    held_out: dict[str, dict[str, list[str]]] = {}
+    for dataset, of_dataset in datasets.items():
+        for context in known_contexts(of_dataset, block["covariate"]):
+            held_out.setdefault(split_of(name, context), {}).setdefault(dataset, []).append(context)
+    return {fold: {**rest, "held_out": contexts, "name": name} for fold, contexts in held_out.items()}
+
+
+def _expand_folds(
+    splits: dict, datasets: Mapping[str, dict], selected: Sequence[str], files: Places
+) -> tuple[dict, dict[str, list[str]]]:
     """Return the splits, and the names of their folds by block.
 
-    A block of k folds becomes k blocks {name}_fold_{i}.
+    A block of k folds becomes k blocks {name}_fold_{i}, one of each context a block {name}_{context} for every context
+    that the selected datasets are known to have.
     """
     expanded: dict[str, dict] = {}
     folds: dict[str, list[str]] = {}
     for name, block in splits.items():
         blocks = {name: block}
         if "folds" in block:
-            blocks = {f"{name}_fold_{i}": {**block, "fold": i, "name": name} for i in range(block["folds"])}
+            blocks = _folds_of(name, block, datasets)
             folds[name] = list(blocks)
             if taken := [fold for fold in blocks if fold in splits]:
                 file = holding_file(files, ["splits", taken[0]])
                 raise InputError(
                     f"{file}splits.{taken[0]}: this is a fold of splits.{name}; give the block another name."
+                )
+            if not blocks and name not in selected:
+                blocks = {name: block}  # its contexts are not known, and nobody asks for them
+            if not blocks:
+                raise InputError(
+                    f"{holding_file(files, ['splits', name])}splits.{name}: folds: each leaves every context out in "
+                    f"turn, and no selected dataset says which it has. Name them in its block: contexts: "
+                    f"{{{block['covariate']}: [...]}}."
                 )
         expanded |= blocks
     return expanded, folds
@@ -282,6 +320,9 @@ def _completed_registries(config: dict, files: Places) -> None:
         registry = with_values(schema, with_texts(schema, config.get(name, {})))
         check_schema(registry, schema, [name], files)
         config[name] = with_defaults(schema, registry)
+        if name == "datasets":
+            for dataset, block in registry.items():
+                check_keys(dataset, block, files)
         if name == "splits":
             for split, block in registry.items():
                 _check_split(split, block, config["datasets"], files)
@@ -290,9 +331,13 @@ def _completed_registries(config: dict, files: Places) -> None:
 def _completed_datasets(datasets: dict, files: Places) -> dict:
     """Return the blocks of datasets, checked, with their sources resolved."""
     for name, block in datasets.items():
-        _check_source(["datasets", name], block, files)
-        _check_patterns(name, block, files)
-    return {name: resolved(block) for name, block in datasets.items()}
+        if not is_union(block):
+            _check_source(["datasets", name], block, files)
+            _check_patterns(name, block, files)
+    return {
+        name: completed(name, datasets, files) if is_union(block) else resolved(block)
+        for name, block in datasets.items()
+    }
 
 
 def _completed_params(models: dict, files: Places) -> None:
@@ -354,7 +399,10 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
         name: {key: value for key, value in block.items() if block["kind"] in SPLIT_KEYS.get(key, (block["kind"],))}
         for name, block in config["splits"].items()
     }
-    config["splits"], folds = _expand_folds(config["splits"], files)
+    _check_names(select["datasets"], config["datasets"], "datasets", ["select", "datasets"], files)
+    asked = [query["dataset"] for name in select["counterfactuals"] if (query := config["counterfactuals"].get(name))]
+    named = {name: config["datasets"].get(name, {}) for name in [*select["datasets"], *asked]}
+    config["splits"], folds = _expand_folds(config["splits"], named, select["splits"], files)
     select["splits"] = list(dict.fromkeys(fold for name in select["splits"] for fold in folds.get(name, [name])))
     config["models"] = _with_references(config["models"], files)
     _completed_params(config["models"], files)
@@ -375,8 +423,9 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
 def _check_own_files(
     config: dict, datasets: Iterable[str], splits: Iterable[str], models: Iterable[str], files: Places
 ) -> None:
-    """Check that the user's own files of the selection exist."""
-    for name in datasets:
+    """Check that the user's own files of the selection exist, those of the members of unions too."""
+    members = (member for dataset in datasets for member in config["datasets"][dataset].get("union", [dataset]))
+    for name in dict.fromkeys(members):
         _check_path(["datasets", name], config["datasets"][name], files)
     for name in splits:
         path = config["splits"][name].get("path")

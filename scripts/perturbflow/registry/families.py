@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from perturbflow.registry.contexts import CONTEXT_KINDS
 from perturbflow.registry.params import Params, like, param
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -43,6 +44,9 @@ class NetworkParams(Params):
     )
     shifted_share: float = param(
         0.7, "share of start cells that are perturbed cells minus their mean effect", at_least=0, at_most=1
+    )
+    balance: Literal["perturbations", "screens"] = param(
+        "perturbations", "what batches hold equally often: perturbations, or screens and the perturbations of each"
     )
 
 
@@ -265,7 +269,10 @@ FAMILIES = {
     "perturbed_mean": _family("closed_form.baselines:PerturbedMean", "reference", "floor", "negative"),
     "additive": _family("closed_form.baselines:Additive", "floor"),
     "matching_mean": _family("closed_form.baselines:MatchingMean", "floor"),
-    "transfer": _family("closed_form.baselines:Transfer", "floor", split_kinds=("unseen_context",)),
+    "other_contexts_mean": _family("closed_form.transfers:OtherContextsMean", "floor", split_kinds=CONTEXT_KINDS),
+    "same_elsewhere": _family("closed_form.transfers:SameElsewhere", "floor", split_kinds=CONTEXT_KINDS),
+    "nearest_context": _family("closed_form.transfers:NearestContext", "floor", split_kinds=CONTEXT_KINDS),
+    "transfer": _family("closed_form.transfers:Transfer", "floor", split_kinds=CONTEXT_KINDS),
     "dose_interpolation": _family("closed_form.baselines:DoseInterpolation", "floor"),
     "shrunken_additive": _family("closed_form.baselines:ShrunkenAdditive"),
     "latent_additive": _family("closed_form.baselines:LatentAdditive"),
@@ -288,6 +295,7 @@ FAMILIES = {
     "interpolated_duplicate": _family(
         "closed_form.ceilings:InterpolatedDuplicate", "reference", "ceiling", "positive", kind="ceiling"
     ),
+    "context_mean": _family("closed_form.ceilings:ContextMean", kind="ceiling", split_kinds=CONTEXT_KINDS),
     # Made elsewhere
     "predictions": _family("from_file:FromFile", kind="learned", params=PredictionsParams, made_elsewhere=True),
     # Learned

@@ -14,9 +14,11 @@ from perturbflow.registry.config import (
     latent_files,
     predictions_file,
 )
+from perturbflow.registry.contexts import CONTEXT_KINDS, known_contexts
 from perturbflow.registry.families import FAMILIES, REFERENCES, Family
 from perturbflow.registry.schemas import Places
 from perturbflow.registry.sources import CONTENT_KEYS, content_of, files_of
+from perturbflow.registry.unions import is_union
 
 # Keys of a dataset's `perturbation` by which a label is read.
 NAMING = ("control", "control_pattern", "separator", "pattern", "rename")
@@ -91,7 +93,8 @@ class Plan:
         for dataset, split in product(select["datasets"], select["splits"]):
             base = self._base(split)
             if reason := self._why_impossible(dataset, split):
-                self.left_out.append(f"{dataset} × {base} is left out: {reason}.")
+                if not self._has_other_folds(dataset, split):
+                    self.left_out.append(f"{dataset} × {base} is left out: {reason}.")
                 continue
             possible.append((dataset, split))
             reasons = {model: self._why_unfit(model, split) for model in select["models"]}
@@ -131,21 +134,41 @@ class Plan:
     def _why_impossible(self, dataset: str, split: str) -> str | None:
         """Return why a screen cannot serve a split, or None."""
         block, screen = self.config["splits"][split], self.config["datasets"][dataset]
+        if screen.get("controls_only"):
+            return f"{dataset} holds controls alone (controls_only: true), so it serves what-if questions, in a union"
+        if block["kind"] == "unseen_context" and len(known := known_contexts(screen, block["covariate"])) == 1:
+            return f"all cells of {dataset} are of one {block['covariate']}, {known[0]}"
         if block["kind"] == "unseen_combination" and screen.get("combinations") is False:
             return f"{dataset} holds no combinations (combinations: false)"
+        if block["kind"] == "unseen_dose" and not _may_have_doses(screen):
+            return f"{dataset} declares no perturbation.dose, so its perturbations have no doses"
+        # Batches of a merged file differ at least by the screen that they belong to.
+        declared = {*screen["covariates"], *(["batch"] if "dataset" in screen["covariates"] else [])}
+        if block["kind"] in CONTEXT_KINDS and block["covariate"] not in declared:
+            return f"{dataset} declares no covariates.{block['covariate']}, so all its cells are of one context"
+        if (
+            block["kind"] in CONTEXT_KINDS
+            and self._is_of_each(split)
+            and not known_contexts(screen, block["covariate"])
+        ):
+            key = f"contexts.{block['covariate']}"
+            return f"{dataset} does not tell its contexts without the data; name them under {key} in its block"
         if (
             held_out_of(block.get("held_out", {}), dataset) is None
             and block["kind"] != "file"
             and not {"test_fraction", "folds"} & {*block}
         ):
             return f"held_out names nothing of {dataset}, and there is no test_fraction"
-        if block["kind"] == "unseen_dose" and not _may_have_doses(screen):
-            return f"{dataset} declares no perturbation.dose, so its perturbations have no doses"
-        # Batches of a merged file differ at least by the screen that they belong to.
-        declared = {*screen["covariates"], *(["batch"] if "dataset" in screen["covariates"] else [])}
-        if block["kind"] == "unseen_context" and block["covariate"] not in declared:
-            return f"{dataset} declares no covariates.{block['covariate']}, so all its cells are of one context"
         return None
+
+    def _has_other_folds(self, dataset: str, split: str) -> bool:
+        """Return whether a split leaves out a context of other datasets, and another split one of this dataset."""
+        covariate = self.config["splits"][split].get("covariate", "")
+        return self._is_of_each(split) and len(known_contexts(self.config["datasets"][dataset], covariate)) > 1
+
+    def _is_of_each(self, split: str) -> bool:
+        """Return whether a split is one of those that leave out each context in turn."""
+        return "name" in self.config["splits"][split] and "folds" not in self.config["splits"][split]
 
     def _why_unfit(self, model: str, split: str) -> str | None:
         """Return why a model cannot serve a split, or None."""
@@ -163,10 +186,13 @@ class Plan:
     def folders(self) -> list[str]:
         """Return the folders that downloads and results of all runs are written to."""
         runs = [run for table in (self.runs, self.queries) for run in table.itertuples()]
-        retrieved = dict.fromkeys([*self.datasets, *[run.dataset for run in runs], *self.priors])
+        datasets = dict.fromkeys([*self.datasets, *[run.dataset for run in runs]])
+        screens = dict.fromkeys(screen for name in datasets for screen in self.members(name))
+        retrieved = dict.fromkeys([*screens, *self.priors])
         results = dict.fromkeys(f"results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}" for run in runs)
         if not runs:
             results = dict.fromkeys(f"results/{name}" for name in self.datasets)
+        results |= dict.fromkeys(f"results/{name}" for name in screens if name not in datasets)
         return [*[f"resources/{name}" for name in retrieved], *results]
 
     def models_of_rule(self, rule: str) -> list[str]:
@@ -205,9 +231,29 @@ class Plan:
         """Return family → its description, in the words of the report."""
         return {name: FAMILIES[name].description for name in dict.fromkeys(self.runs["family"])}
 
+    @property
+    def unions(self) -> list[str]:
+        """Names of the datasets that unite others."""
+        return [name for name, block in self.config["datasets"].items() if is_union(block)]
+
+    @property
+    def screens(self) -> list[str]:
+        """Names of the datasets that have a source of their own."""
+        return [name for name, block in self.config["datasets"].items() if not is_union(block)]
+
+    def members(self, dataset: str) -> list[str]:
+        """Return the screens that a dataset unites; itself where it is none."""
+        members: list[str] = self.config["datasets"][dataset].get("union", [dataset])
+        return members
+
+    def union(self, name: str) -> dict:
+        """Return the part of a union's block that decides its cells and genes."""
+        block = self.config["datasets"][name]
+        return {"members": block["union"], **{key: block[key] for key in ("genes", "perturbation_types", "organism")}}
+
     def dataset(self, name: str) -> dict:
         """Return the part of a dataset's block that harmonization reads: a change of the rest makes nothing stale."""
-        unread = ("reference", "licence", "qc", "combinations", *CONTENT_KEYS)
+        unread = ("reference", "licence", "qc", "combinations", "contexts", *CONTENT_KEYS)
         block = {key: value for key, value in self.config["datasets"][name].items() if key not in unread}
         # The manifest has the source of a download; a further mirror makes nothing stale.
         block["source"] = {
@@ -254,10 +300,11 @@ class Plan:
         It is empty where the split names no labels; then a change of the dataset's block makes no split stale.
         """
         spec = self.split(split, dataset)
-        if spec["kind"] != "file" and ("held_out" not in spec or spec["kind"] == "unseen_context"):
+        names_labels = "support" in spec or ("held_out" in spec and spec["kind"] not in CONTEXT_KINDS)
+        if spec["kind"] != "file" and not names_labels:
             return {}
         block = self.config["datasets"][dataset]
-        declared = {key: value for key, value in block["perturbation"].items() if key in NAMING}
+        declared = {key: value for key, value in block["perturbation"].items() if key in NAMING}  # none of a union
         return {"perturbation": declared, "perturbation_type": block["perturbation_type"]}
 
     def qc(self, dataset: str) -> dict:

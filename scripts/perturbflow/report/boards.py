@@ -19,6 +19,7 @@ STRATA = {
     "effect_size": "by size of the measured effect",
     "n_cells": "by number of measured cells scored",
     "members_seen": "by how many of the perturbed genes or compounds training knew alone",
+    "n_sources": "by how many other contexts have the perturbation in training",
     "efficacy": "by the share by which the perturbation changed its own gene",
     "responds": "by whether the perturbation differs from controls at all",
 }

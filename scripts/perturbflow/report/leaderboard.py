@@ -137,8 +137,9 @@ def leaderboard(
     scores = _scores(rows, cards)
     models = {model: row for model, row in scores.items() if cards[model].kind != "ceiling"}
     families = rows.drop_duplicates("model").set_index("model")["family"]
+    order = {family: i for i, family in enumerate(CEILINGS)}  # what sees something else of the test cells comes last
     in_order = sorted(
-        (model for model in scores if model not in models), key=lambda model: CEILINGS.index(families[model])
+        (model for model in scores if model not in models), key=lambda model: order.get(families[model], len(order))
     )
     ceilings = {model: scores[model] for model in in_order}
     metrics = [metric for metric in METRICS if any(metric in row for row in scores.values())]

@@ -36,6 +36,7 @@ FIGURE_BYTES = {
     "leaderboard": 1_400_000,
     "effects": 1_500_000,
     "training": 600_000,
+    "contexts": 200_000,
     "counterfactuals": 2_000_000,
     "screens": 350_000,
 }

@@ -33,6 +33,8 @@ REASONS = {
     "qc.min_cell_efficacy": "whose own gene differs by a share below {limit:g}",
     "other_genome": "of the other genome",
     "qc.min_cells_per_perturbation": "in perturbations of fewer than {limit:,} cells",
+    "perturbation_types": "of genes that another member perturbs by a type that comes first",
+    "union": "not measured by all members, or not named",
 }
 VALIDATION = re.compile(r"^(?:validation|val|valid)_")
 
@@ -220,9 +222,11 @@ class Names:
 
 def data_account(account: dict) -> dict:
     """Return harmonization.json in the words of the page."""
-    perturbations, qc = account["perturbations"], account["qc"]
+    perturbations, qc, source = account["perturbations"], account["qc"], account["source"]
     return {
         **account,
+        "union": account.get("union", {}),
+        "sources": [source] if "sha256" in source else [*source.values()],  # one file, or several by their role
         "n_perturbations": len(perturbations["kept"]) - 1,  # control is among the kept labels
         "n_controls": perturbations["kept"].get("control", 0),
         "cells_dropped": [(_reason(reason, qc), n) for reason, n in account["cells"]["dropped"].items()],

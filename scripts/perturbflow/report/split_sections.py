@@ -15,6 +15,7 @@ from perturbflow.io.files import read_json
 from perturbflow.pairs import Pairs
 from perturbflow.report.boards import Titled
 from perturbflow.report.cards import ModelCard, place_of, read_table
+from perturbflow.report.context_agreement import Agreement, matrix_figure
 from perturbflow.report.plotting import Plots
 from perturbflow.report.scatter_plots import Chosen, choose, effect_figures, scored_of
 from perturbflow.report.sections import (
@@ -106,6 +107,7 @@ class SplitSection(Titled):
     matched: dict[str, Any]  # across batches, of the audit
     matched_batches: Names
     chosen: Chosen | None = None
+    agreement: dict[str, Any] | None = None  # of the effects of contexts, where contexts are held out
     effects: list[dict] = field(default_factory=list)
     other_effects: list[dict] = field(default_factory=list)
     curves: list[dict] = field(default_factory=list)
@@ -180,13 +182,24 @@ def _effects(
     return effect_figures(chosen, scored, genes, correlations, cards, plots)
 
 
+def _agreement(section: SplitSection, run: RunFiles, plots: Plots) -> dict[str, Any] | None:
+    """Return the matrix of contexts of a split that holds some out, as a figure and in words."""
+    if not section.contexts:
+        return None
+    found = Agreement.of(Pairs.open(run.pairs[section.dataset, section.split]), section.spec["covariate"])
+    if found is None:
+        return None
+    alternative = f"{section.title}: agreement of effects, by source and target context"
+    return {"words": found.words, "figure": plots.svg(alternative, matrix_figure, found)}
+
+
 def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, Plots]) -> list[SplitSection]:
     """Return a section per dataset × split of the runs.
 
     Parameters
     ----------
     plots
-        Those of the sections "training" and "effects".
+        Those of the sections "training", "contexts" and "effects".
     """
     sections = []
     for dataset, split in dict.fromkeys((dataset, split) for dataset, split, _, _ in run.facts):
@@ -194,6 +207,7 @@ def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, 
         section.curves = _curves(section, run, cards, plots["training"])
         n_figures = sum(len(model["panels"]) for model in section.curves)
         logger.info("%s: %d figures of training", section.title, n_figures)
+        section.agreement = _agreement(section, run, plots["contexts"])
         sections.append(section)
     # The best and worst perturbations of every split first, then as many others as there is room for.
     scored: dict[str, dict[str, Scored]] = {}

@@ -63,7 +63,7 @@ class Genes:
         return block
 
 
-def _totals(total: np.ndarray, mitochondrial: np.ndarray, n_genes: np.ndarray) -> pd.DataFrame:
+def totals_table(total: np.ndarray, mitochondrial: np.ndarray, n_genes: np.ndarray) -> pd.DataFrame:
     """Return totals per cell under scanpy's names and in its types.
 
     Percent are 0-100, and 0 in a cell without counts.
@@ -129,7 +129,7 @@ def _one_pass(source: Source, rows: np.ndarray, genes: Genes, qc: dict, own: Own
         counts = genes.merged(block)
         screened.highest = max(screened.highest, float(counts.data.max(initial=0)))
         total, mitochondrial = cell_totals(counts.data, counts.indices, counts.indptr, genes.is_mt)
-        totals = _totals(total, mitochondrial, np.diff(counts.indptr))
+        totals = totals_table(total, mitochondrial, np.diff(counts.indptr))
         found.append(totals)
         is_within = np.logical_and.reduce([np.ones(len(totals), bool), *(passes for _, passes in _passes(totals, qc))])
         screened.lay_aside(counts, is_within)
@@ -283,7 +283,7 @@ def write_counts(
             written["data"].append(data[: indptr[-1]])
             written["indices"].append(indices[: indptr[-1]])
             total, mitochondrial = cell_totals(data, indices, indptr, is_mt[is_seen])
-            totals.append(_totals(total, mitochondrial, np.diff(indptr)))
+            totals.append(totals_table(total, mitochondrial, np.diff(indptr)))
         for dataset in written.values():
             dataset.finish()
     table = pd.concat(totals, ignore_index=True)

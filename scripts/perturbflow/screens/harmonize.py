@@ -409,7 +409,7 @@ def _no_perturbation(too_few: dict[str, int], limit: int, path: Path, lost: str)
 
 
 def _rare_perturbations(
-    perturbation: pd.Series, limit: int, path: Path, lost: dict[bool, str]
+    perturbation: pd.Series, limit: int, path: Path, lost: dict[bool, str], *, controls_only: bool = False
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return label → cells of the perturbations that have enough, control included, and of those that have too few.
 
@@ -417,6 +417,8 @@ def _rare_perturbations(
     ----------
     lost
         Which limits drop controls (True) and which perturbed cells (False), for messages.
+    controls_only
+        Whether the block says that there is no perturbed cell.
 
     Raises
     ------
@@ -430,7 +432,7 @@ def _rare_perturbations(
         raise _too_few_controls(n_controls, limit, path, lost[True])
     too_few = {label: n for label, n in n_cells.items() if n < limit and label != CONTROL}
     kept = {label: n for label, n in n_cells.items() if label not in too_few}
-    if len(kept) < 2:
+    if len(kept) < 2 and not controls_only:
         raise _no_perturbation(too_few, limit, path, lost[False])
     if too_few:
         shown = ", ".join(f"{label} ({n})" for label, n in list(too_few.items())[:8])
@@ -493,7 +495,8 @@ def _kept_cells(screened: Screened, obs: pd.DataFrame, declared: Declared, notes
         if n
     ]
     lost[False] = ". ".join(filter(None, [lost[False], *weak]))
-    kept, too_few = _rare_perturbations(perturbation[is_effective], qc["min_cells_per_perturbation"] or 0, path, lost)
+    limit, alone = qc["min_cells_per_perturbation"] or 0, declared.block.get("controls_only", False)
+    kept, too_few = _rare_perturbations(perturbation[is_effective], limit, path, lost, controls_only=alone)
     is_rare = perturbation.isin(list(too_few)).to_numpy()
     if too_few:
         notes.cells["qc.min_cells_per_perturbation"] = int((is_effective & is_rare).sum())

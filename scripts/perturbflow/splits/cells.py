@@ -1,65 +1,65 @@
-"""The role of every cell in split.json: names by role or, of a large screen, two bits per row of harmonized.h5ad."""
-
-import base64
-from collections.abc import Mapping
-from typing import Any
+"""Divide cells among training, validation and test: controls always, perturbed cells by perturbation or at random."""
 
 import numpy as np
 import pandas as pd
 
 from perturbflow.errors import InputError
-from perturbflow.splits.divisions import ROLES
+from perturbflow.splits.divisions import ROLES, Perturbations
 
-MOST_NAMED = 200_000  # cells: the names of 2,000,000 take 44 MB, and a second wherever the file is read
+# Controls are split too: a model must not be scored on cells that start from a control of its training.
+CONTROL_FRACTIONS = {"train": 0.5, "test": 0.3, "validation": 0.2}
 
 
-def stored_roles(names: pd.Index, code: np.ndarray) -> dict[str, Any]:
-    """Return the entries of split.json that hold the role of every cell.
+def divide(cells: pd.DataFrame, strata: list[pd.Series], fractions: dict[str, float], seed: int) -> pd.Series:
+    """Return a role for every cell, divided within strata by fractions.
 
-    Parameters
-    ----------
-    names
-        Of the cells of harmonized.h5ad, in its order.
-    code
-        Place of their role in `ROLES`, -1 for none, (cells,).
-
-    Returns
-    -------
-    `cells`, the sorted names by role; of more than MOST_NAMED cells instead `role_of_row`, (cells,) numbers of two
-    bits, packed and written as base64: 0 for none, 1 train, 2 validation, 3 test.
+    In random order, each next cell of a stratum goes to the role that is furthest behind its share.
     """
-    if len(names) <= MOST_NAMED:
-        return {"cells": {role: sorted(names[code == i]) for i, role in enumerate(ROLES)}}
-    bits = np.unpackbits((code + 1).astype(np.uint8)[:, None], axis=1)[:, -2:]
-    return {"role_of_row": base64.b64encode(np.packbits(bits).tobytes()).decode()}
+    roles: dict[str, str] = {}
+    rng = np.random.default_rng(seed)
+    for _, stratum in cells.groupby([column.astype(str) for column in strata], sort=True):
+        given = dict.fromkeys(fractions, 0)
+        for n, cell in enumerate(rng.permutation(np.sort(stratum.index.to_numpy())), start=1):
+            role = max(given, key=lambda role: fractions[role] * n - given[role])
+            given[role] += 1
+            roles[cell] = role
+    return pd.Series(roles, dtype=object).reindex(cells.index)
 
 
-def roles_of_cells(content: Mapping[str, Any], names: pd.Index) -> np.ndarray:
-    """Return the place of every cell's role in `ROLES`, -1 for none, (cells,) int8.
+def divide_controls(obs: pd.DataFrame, seed: int, fractions: dict[str, float] = CONTROL_FRACTIONS) -> pd.Series:
+    """Return a role for every control cell, divided within batch and cell type by fractions.
 
-    Parameters
-    ----------
-    content
-        Of split.json.
-    names
-        Of the cells of harmonized.h5ad, in its order.
-
-    Raises
-    ------
-    InputError
-        If the split is of another screen.
+    Three controls serve all three roles. Batches with fewer than three are divided together, per cell type.
     """
-    if "role_of_row" in content:
-        packed = np.frombuffer(base64.b64decode(content["role_of_row"]), np.uint8)
-        if len(packed) != -(-len(names) // 4):
-            raise InputError(
-                f"the split {content['name']} divides another screen than this one of {len(names):,} cells. "
-                "Run `split` again."
-            )
-        bits = np.unpackbits(packed)[: 2 * len(names)].reshape(-1, 2)
-        return (2 * bits[:, 0] + bits[:, 1]).astype(np.int8) - 1
-    code = np.full(len(names), -1, np.int8)
-    for i, role in enumerate(ROLES):
-        found = names.get_indexer(pd.Index(content["cells"][role]))
-        code[found[found >= 0]] = i
-    return code
+    n_in_stratum = obs.groupby(["batch", "cell_type"], observed=True)["batch"].transform("size")
+    batch = obs["batch"].astype(str).where(n_in_stratum >= len(ROLES), "")
+    return divide(obs, [batch, obs["cell_type"]], fractions, seed)
+
+
+def by_perturbation(obs: pd.DataFrame, roles: Perturbations, seed: int) -> pd.Series:
+    """Return the role of every cell where perturbations have roles.
+
+    Controls are divided, and cells of other labels have none.
+    """
+    role_of_label = {label: role for role in ROLES for label in roles[role]}
+    role_of_cell = obs["perturbation"].astype(str).map(role_of_label).astype(object)
+    controls = obs[obs["is_control"].to_numpy(bool)]
+    role_of_cell[controls.index] = divide_controls(controls, seed)
+    return role_of_cell
+
+
+def random_cells(obs: pd.DataFrame, test_fraction: float, validation_fraction: float, seed: int) -> pd.Series:
+    """Hold out cells of every perturbation, and controls within batch and cell type, at random: interpolation."""
+    if test_fraction + validation_fraction >= 1:
+        raise InputError(
+            f"test_fraction {test_fraction} and validation_fraction {validation_fraction} leave no cell for training."
+        )
+    fractions = {
+        "train": 1 - test_fraction - validation_fraction,
+        "test": test_fraction,
+        "validation": validation_fraction,
+    }
+    is_control = obs["is_control"].to_numpy(bool)
+    controls, perturbed = obs[is_control], obs[~is_control]
+    of_perturbed = divide(perturbed, [perturbed["perturbation"]], fractions, seed)
+    return pd.concat([divide_controls(controls, seed, fractions), of_perturbed])[obs.index]

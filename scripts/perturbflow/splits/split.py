@@ -17,14 +17,13 @@ import pandas as pd
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL
 from perturbflow.io.files import read_json, write_json
-from perturbflow.splits.cells import stored_roles
+from perturbflow.splits.cells import by_perturbation, random_cells
+from perturbflow.splits.contexts import CONTEXT_KINDS, Support, n_sources
 from perturbflow.splits.divisions import DIVISIONS, ROLES, Perturbations, Shares, members_seen, take
 from perturbflow.splits.named import Labels, from_file, held_out_names
+from perturbflow.splits.stored_roles import stored_roles
 
 logger = logging.getLogger(__name__)
-
-# Controls are split too: a model must not be scored on cells that start from a control of its training.
-CONTROL_FRACTIONS = {"train": 0.5, "test": 0.3, "validation": 0.2}
 
 # Kinds that hold perturbations out: a label has one role.
 LABEL_KINDS = ("unseen_perturbation", "unseen_combination", "unseen_dose", "file")
@@ -46,6 +45,10 @@ GENERALIZATION = {
         "Contexts are held out, with all their cells, controls included: scores say how well effects measured in "
         "other contexts carry over to the controls of a new one, and nothing of new perturbations."
     ),
+    "unseen_perturbation_in_context": (
+        "Perturbations are held out in one context each, whose controls and other perturbations train. As many other "
+        "contexts as n_sources says have them in training: scores say how much measurements elsewhere are worth."
+    ),
     "random_cells": (
         "Cells are held out at random, and training saw other cells of every perturbation: scores measure "
         "interpolation and are no evidence of generalization."
@@ -55,6 +58,25 @@ GENERALIZATION = {
         "many of their genes or compounds training saw perturbed alone, at whatever dose, stands beside each."
     ),
 }
+
+# What of a held-out context trains beside this changes the evidence.
+SUPPORTED = {
+    "zero-shot": (
+        "Contexts are held out but for some of their controls, which train: scores say how well effects measured in "
+        "other contexts carry over to a new one whose unperturbed cells are known, and nothing of new perturbations."
+    ),
+    "few-shot": (
+        "Contexts are held out but for some of their controls and perturbations, which train: scores say how well "
+        "these and other contexts tell the effects of the rest in it, and nothing of new perturbations."
+    ),
+}
+
+
+def generalization(spec: dict) -> str:
+    """Return in a sentence or two what scores on a split are evidence of."""
+    if spec["kind"] == "unseen_context" and (support := Support.share_of(spec)) is not None:
+        return SUPPORTED["few-shot" if support else "zero-shot"]
+    return GENERALIZATION[spec["kind"]]
 
 
 # --- perturbations held out by a list ------------------------------------------------------------------------------
@@ -73,145 +95,6 @@ def listed(path: Path, labels: Labels, validation_fraction: float, seed: int) ->
     return {role: roles.get(role, []) for role in ROLES}
 
 
-# --- cells ----------------------------------------------------------------------------------------------------------
-
-
-def _divide(cells: pd.DataFrame, strata: list[pd.Series], fractions: dict[str, float], seed: int) -> pd.Series:
-    """Return a role for every cell, divided within strata by fractions.
-
-    In random order, each next cell of a stratum goes to the role that is furthest behind its share.
-    """
-    roles: dict[str, str] = {}
-    rng = np.random.default_rng(seed)
-    for _, stratum in cells.groupby([column.astype(str) for column in strata], sort=True):
-        given = dict.fromkeys(fractions, 0)
-        for n, cell in enumerate(rng.permutation(np.sort(stratum.index.to_numpy())), start=1):
-            role = max(given, key=lambda role: fractions[role] * n - given[role])
-            given[role] += 1
-            roles[cell] = role
-    return pd.Series(roles, dtype=object).reindex(cells.index)
-
-
-def divide_controls(obs: pd.DataFrame, seed: int, fractions: dict[str, float] = CONTROL_FRACTIONS) -> pd.Series:
-    """Return a role for every control cell, divided within batch and cell type by fractions.
-
-    Three controls serve all three roles. Batches with fewer than three are divided together, per cell type.
-    """
-    n_in_stratum = obs.groupby(["batch", "cell_type"], observed=True)["batch"].transform("size")
-    batch = obs["batch"].astype(str).where(n_in_stratum >= len(ROLES), "")
-    return _divide(obs, [batch, obs["cell_type"]], fractions, seed)
-
-
-def by_perturbation(obs: pd.DataFrame, roles: Perturbations, seed: int) -> pd.Series:
-    """Return the role of every cell where perturbations have roles.
-
-    Controls are divided, and cells of other labels have none.
-    """
-    role_of_label = {label: role for role in ROLES for label in roles[role]}
-    role_of_cell = obs["perturbation"].astype(str).map(role_of_label).astype(object)
-    controls = obs[obs["is_control"].to_numpy(bool)]
-    role_of_cell[controls.index] = divide_controls(controls, seed)
-    return role_of_cell
-
-
-def unseen_context(
-    obs: pd.DataFrame,
-    covariate: str,
-    held_out: list | None,
-    test_fraction: float | None,
-    validation_fraction: float,
-    seed: int,
-) -> pd.Series:
-    """Hold out contexts: values of a covariate, with all their controls and with perturbations seen elsewhere.
-
-    Parameters
-    ----------
-    obs
-        Cells with perturbation, is_control, batch, cell_type and the covariate.
-    held_out
-        The contexts to be held out; without it a share of them, by seed: at least one, never all.
-    validation_fraction
-        Share of the other contexts' cells, per perturbation × context; their controls are divided between training and
-        validation as elsewhere.
-
-    Returns
-    -------
-    A role per cell; none for cells of held-out contexts whose perturbation is in no other.
-
-    Raises
-    ------
-    InputError
-        If the screen has one context or lacks a held-out one, or if a side is left without cells or controls.
-    """
-    context = obs[covariate].astype(str)
-    test = _held_out_contexts(sorted(context.unique()), covariate, held_out, test_fraction, seed)
-    is_test, is_control = context.isin(test), obs["is_control"].astype(bool)
-    for where, side in (("the held-out", is_test), ("the other", ~is_test)):
-        if not (side & is_control).any():
-            raise InputError(
-                f"{where} values of {covariate} ({', '.join(sorted(context[side].unique()))}) hold no control cell to "
-                "compare with; hold out others through held_out in the split's block."
-            )
-    controls, perturbed = obs[~is_test & is_control], obs[~is_test & ~is_control]
-    shares = {role: CONTROL_FRACTIONS[role] for role in ("train", "validation")}
-    of_controls = {role: share / sum(shares.values()) for role, share in shares.items()}
-    of_perturbed = {"train": 1 - validation_fraction, "validation": validation_fraction}
-    roles = pd.Series(index=obs.index, dtype=object)
-    roles[controls.index] = divide_controls(controls, seed, of_controls)
-    roles[perturbed.index] = _divide(perturbed, [perturbed["perturbation"], perturbed[covariate]], of_perturbed, seed)
-    seen = obs["perturbation"].isin(obs.loc[roles == "train", "perturbation"].unique())
-    roles[is_test & (is_control | seen)] = "test"
-    return roles
-
-
-def _held_out_contexts(
-    known: list[str], covariate: str, held_out: list | None, test_fraction: float | None, seed: int
-) -> set[str]:
-    """Return the contexts for test: the named ones, or a share of all.
-
-    Raises
-    ------
-    InputError
-        If the screen has one context, lacks a named one, or none is left to learn from.
-    """
-    if len(known) < 2:
-        raise InputError(
-            f"split unseen_context needs at least 2 values of {covariate}; this screen has one, '{known[0]}'. Name the "
-            f"obs column of contexts under covariates.{covariate} in the dataset's block, or take the split out of "
-            "select.splits."
-        )
-    if held_out is None:
-        assert test_fraction is not None  # the configuration has one of the two
-        return take(known, min(test_fraction, 1 - 1 / len(known)), np.random.default_rng(seed))
-    test = set(map(str, held_out))
-    if unknown := sorted(test - set(known)):
-        raise InputError(
-            f"held_out: {', '.join(unknown)} is no value of {covariate} in this screen; its values: {', '.join(known)}."
-        )
-    if test == set(known):
-        raise InputError(
-            f"held_out names all values of {covariate} ({', '.join(known)}); leave at least one to learn from."
-        )
-    return test
-
-
-def random_cells(obs: pd.DataFrame, test_fraction: float, validation_fraction: float, seed: int) -> pd.Series:
-    """Hold out cells of every perturbation, and controls within batch and cell type, at random: interpolation."""
-    if test_fraction + validation_fraction >= 1:
-        raise InputError(
-            f"test_fraction {test_fraction} and validation_fraction {validation_fraction} leave no cell for training."
-        )
-    fractions = {
-        "train": 1 - test_fraction - validation_fraction,
-        "test": test_fraction,
-        "validation": validation_fraction,
-    }
-    is_control = obs["is_control"].to_numpy(bool)
-    controls, perturbed = obs[is_control], obs[~is_control]
-    of_perturbed = _divide(perturbed, [perturbed["perturbation"]], fractions, seed)
-    return pd.concat([divide_controls(controls, seed, fractions), of_perturbed])[obs.index]
-
-
 # --- the step -------------------------------------------------------------------------------------------------------
 
 
@@ -225,11 +108,13 @@ def _roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict, naming: dict) 
     shares = {key: spec[key] for key in ("validation_fraction", "seed")}
     if spec["kind"] == "random_cells":
         return random_cells(obs, spec["test_fraction"], **shares)
-    if spec["kind"] == "unseen_context":
-        return unseen_context(obs, spec["covariate"], spec.get("held_out"), spec.get("test_fraction"), **shares)
     names = sorted(set(obs["perturbation"].astype(str)) - {CONTROL})
     organism = "" if naming.get("perturbation_type") == "drug" else account["organism"]
     labels = Labels(names, account["perturbations"]["dropped"], organism, naming.get("perturbation", {}))
+    if spec["kind"] in CONTEXT_KINDS:
+        contexts = {str(name) for name in spec["held_out"]} if "held_out" in spec else None
+        divide, support = CONTEXT_KINDS[spec["kind"]], Support.of(spec, labels)
+        return divide(obs, spec["covariate"], Shares.of(spec, contexts), support)
     if spec["kind"] == "file":
         roles = listed(Path(spec["path"]), labels, **shares)
     else:
@@ -272,7 +157,7 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
     content: dict[str, Any] = {
         "name": name,
         "spec": spec,
-        "generalization": GENERALIZATION[spec["kind"]],
+        "generalization": generalization(spec),
         "perturbations": perturbations,
         "left_out": sorted(set(labels) - {CONTROL}.union(*perturbations.values())),
         "n_cells_left_out": int(role_of_cell.isna().sum()),
@@ -288,9 +173,10 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
             for role in ROLES
         },
     }
-    if spec["kind"] == "unseen_context":
+    if spec["kind"] in CONTEXT_KINDS:
         contexts = obs[spec["covariate"]].astype(str)
         content["contexts"] = {role: sorted(set(contexts[cells[role]])) for role in ROLES}
+        content["n_sources"] = n_sources(labels, contexts, role_of_cell)
     _log(content)
     return content
 

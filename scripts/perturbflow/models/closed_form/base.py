@@ -127,11 +127,11 @@ class TrainingSet:
         """Return 1/n + 1/n₀ of a held-out effect: against half of the controls, or in a held-out context."""
         if context is None:
             return measured_by(self.pairs, label, share=0.5)
-        return measured_by(self.pairs, label, self.pairs.cells_in(label, context.strata[0]))
+        return measured_by(self.pairs, label, self.pairs.cells_in(label, context))
 
     @property
     def effects_by_context(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        """Per batch × cell type, the effects of the training perturbations that have enough cells in it."""
+        """Per context, the effects of the training perturbations that have enough cells in it."""
         known = set(self.effects.labels)
         of_known = {
             context: {label: effect for label, effect in effects.items() if label in known}

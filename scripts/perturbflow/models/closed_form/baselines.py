@@ -10,7 +10,6 @@ from perturbflow.registry.families import LinearParams
 
 LATENT_RIDGES = (0.1, 0.3, 1.0, 3.0)
 LATENT_COMPONENTS = (5, 15, 50)
-TRANSFERRED = (0.0, 0.25, 0.5, 0.6)  # share of the centred effect, by the number of contexts
 
 
 class NoChange(ClosedForm):
@@ -219,33 +218,6 @@ class LatentAdditive(ClosedForm):
         """Add up in the latent space."""
         is_seen = set(entities_of(perturbation)) <= self._known
         return self._chosen["seen" if is_seen else "unseen"].effect(perturbation)
-
-
-class Transfer(ClosedForm):
-    """The mean effect, plus a share of the perturbation's difference from it in the contexts that measured it.
-
-    δ̂ = m̄ + w_k · mean over k contexts of (δ_c − m_c). m_c is the mean effect in context c, m̄ the mean of these. w is 0,
-    0.25, 0.5 for k = 0, 1, 2 and 0.6 for three or more contexts: chosen by nested leave-one-line-out in the four
-    essential-gene screens (GenBio 2026). There the whole effect of one other context (w = 1) is worse than no change. A
-    context is a batch × cell type with controls of its own and at least ten cells of the perturbation.
-    """
-
-    def learn(self, training: TrainingSet) -> Artefact:
-        """Centre and average over contexts."""
-        by_context = training.effects_by_context
-        means = {context: np.mean(list(effects.values()), axis=0) for context, effects in by_context.items()}
-        mean = np.mean(list(means.values()), axis=0) if means else training.effects.values.mean(axis=0)
-        effects = []
-        for label in training.effects.labels:
-            own = [of[label] - means[context] for context, of in by_context.items() if label in of]
-            share = TRANSFERRED[min(len(own), len(TRANSFERRED) - 1)]
-            effects.append(mean + share * np.mean(own, axis=0) if own else mean)
-        return {"labels": np.array(training.effects.labels, dtype=str), "effects": np.stack(effects), "mean": mean}
-
-    def effect(self, perturbation: str) -> np.ndarray:
-        """Look the perturbation up."""
-        labels = self.artefact["labels"].tolist()
-        return self.artefact["effects"][labels.index(perturbation)] if perturbation in labels else self.artefact["mean"]
 
 
 class Linear(ClosedForm):

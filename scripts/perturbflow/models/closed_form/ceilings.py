@@ -68,6 +68,19 @@ class PerfectMean(TechnicalDuplicate):
     noise_removed = True
 
 
+class ContextMean(TechnicalDuplicate):
+    """The mean effect of the held-out perturbations in their own context, by half 'a': it has seen them.
+
+    It is what a model would reach that knew the context's mean effect and nothing of the perturbation. Cells are those
+    of half 'a', shifted to controls plus this mean.
+    """
+
+    def shift(self, held_out: Pairs, rows: np.ndarray) -> np.ndarray:
+        """Return the way from the cells' mean to the mean effect on their controls, (genes,)."""
+        mean_effect = np.mean([held_out.effect_of(label) for label in held_out.perturbations], axis=0)
+        return held_out.control_mean_for(rows) + mean_effect - held_out.mean_of(rows)
+
+
 class InterpolatedDuplicate(TechnicalDuplicate):
     """The duplicate where it differs from controls beyond doubt, the mean training effect where it does not.
 

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.spatial.distance import cdist, pdist
 
-from perturbflow.controls import Context, Groups
+from perturbflow.controls import KEYS, MOST_CONTEXTS, Context, Groups
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import CONTROL, entity_of, members_of, without_dose
 from perturbflow.models.base import Artefact
@@ -19,7 +19,6 @@ from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.closed_form.doses import Doses
 from perturbflow.pairs import LEAST_CELLS, Pairs
 
-MOST_CONTEXTS = 8
 MOST_ROWS = 3000  # with more, a perturbation has one row over all contexts: kernels are rows × rows
 LEAST_VARIANCE = 1e-6
 
@@ -28,15 +27,15 @@ LEAST_VARIANCE = 1e-6
 class EffectRows:
     """Mean effects of training perturbations against matched controls.
 
-    A row is a perturbation in one context, a batch × cell type with at least ten of its cells. Where contexts are many,
-    a row is a perturbation in all of them.
+    A row is a perturbation in one context (`Pairs.context_keys`) with at least ten of its cells. Where contexts or rows
+    are many, a row is a perturbation in all of them.
 
     Attributes
     ----------
     labels
         Perturbation of every row.
     contexts
-        Batch × cell type, as `Pairs.strata` writes them; `all` where rows are over all contexts.
+        As `Pairs.contexts` writes them; `all` where rows are over all contexts.
     shares
         Share of a row's cells in each context, (rows, contexts).
     population
@@ -50,6 +49,8 @@ class EffectRows:
         cells, and 1/n₀ between rows for shared controls.
     variance
         Variance of a gene over the cells of a row, (genes,).
+    is_by_kind
+        Whether contexts are datasets × cell types, in place of batches × cell types.
     """
 
     labels: list[str]
@@ -60,6 +61,7 @@ class EffectRows:
     values: np.ndarray
     sampling: np.ndarray
     variance: np.ndarray
+    is_by_kind: bool = False
 
     @classmethod
     def of(cls, training: TrainingSet) -> "EffectRows":
@@ -82,8 +84,25 @@ class EffectRows:
             sampling=np.diag(1.0 / n[is_known]) + (shares / n0) @ shares.T,
             variance=np.maximum(within, LEAST_VARIANCE),
         )
-        is_over_all = groups is training.pairs.groups and len(rows.contexts) > 1
-        return rows._over_all() if is_over_all else rows
+        if groups is training.pairs.groups:
+            return rows._over_all() if len(rows.contexts) > 1 else rows
+        return rows if training.pairs.context_keys == KEYS[:2] else rows._by_kind(training.pairs)
+
+    def _by_kind(self, pairs: Pairs) -> "EffectRows":
+        """Return the same rows with datasets × cell types for contexts: each is all its batches."""
+        kind_of = dict(zip(pairs.strata.tolist(), pairs.contexts.tolist(), strict=True))
+        kinds, of_context = np.unique([kind_of[name] for name in self.contexts], return_inverse=True)
+        members = np.eye(len(kinds))[of_context]  # (batches × cell types, kinds)
+        population = self.population @ members
+        levels = (members * self.population[:, None]).T @ self.levels / population[:, None]
+        return replace(
+            self,
+            contexts=kinds.tolist(),
+            shares=self.shares @ members,
+            population=population,
+            levels=levels,
+            is_by_kind=True,
+        )
 
     def _over_all(self) -> "EffectRows":
         """Return the same rows with one context, the whole of all contexts."""
@@ -103,10 +122,11 @@ def _sums(pairs: Pairs) -> tuple[Groups, list[str], np.ndarray, np.ndarray]:
 
 
 def _measured(pairs: Pairs) -> tuple[Groups, list[str], np.ndarray, np.ndarray]:
-    cells = pd.DataFrame({"label": pairs.labels, "context": pairs.strata})
+    cells = pd.DataFrame({"label": pairs.labels, "context": pairs.contexts})
     perturbed = cells[~pairs.is_control]
     sizes = perturbed.groupby(["label", "context"]).size()
-    own = sizes[(sizes >= LEAST_CELLS) & sizes.index.isin(sorted(set(pairs.strata[pairs.is_control])), level="context")]
+    with_controls = sorted(set(pairs.contexts[pairs.is_control]))
+    own = sizes[(sizes >= LEAST_CELLS) & sizes.index.isin(with_controls, level="context")]
     if not 1 < own.index.get_level_values("context").nunique() <= MOST_CONTEXTS or len(own) > MOST_ROWS:
         return pairs.groups, pairs.groups.labels, *pairs.sums
     # Cells outside of these contexts have no row, unless their perturbation has no other cells.
@@ -264,6 +284,7 @@ class SetKernel:
             "features": features,
             "contexts": np.array(rows.contexts, dtype=str),
             "population": rows.population,
+            "is_by_kind": np.array(rows.is_by_kind),
             **_vectors(rows.labels, training.embeddings),
         }
         if len(rows.contexts) > 1:
@@ -295,6 +316,7 @@ class SetKernel:
         """Return perturbations in one context; without one, in all contexts in the shares of training's controls."""
         shares, alike = self.state["population"], np.zeros(len(self.contexts))
         if context is not None and "levels" in self.state:
+            context = context.by_kind() if self.state["is_by_kind"] else context
             shares = np.array([context.shares.get(name, 0.0) for name in self.contexts])
             if new := {name: share for name, share in context.shares.items() if name not in self.contexts}:
                 levels = np.stack([context.levels[name] for name in new])

@@ -66,8 +66,9 @@ class Sampler(Protocol):
 class PairedCells:
     """Samples batches of matched cells, the same for the same seed and step.
 
-    Every training perturbation is sampled equally often. Controls have a share of their own: the target of a control
-    cell is another control of its stratum. This teaches the difference between two cells without a perturbation.
+    Every training perturbation is sampled equally often, or every screen and within it every perturbation. Controls
+    have a share of their own: the target of a control cell is another control of its stratum. This teaches the
+    difference between two cells without a perturbation.
 
     Parameters
     ----------
@@ -90,6 +91,8 @@ class PairedCells:
         Cells of one perturbation that are sampled together. 1 mixes best; more gives groups to couple within.
     residual
         Whether targets are perturbed cells minus the mean effect of their perturbation, for a model with a given mean.
+    balance
+        perturbations, or screens: datasets are sampled equally often, whatever their cells and perturbations.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class PairedCells:
         cells_together: int,
         *,
         residual: bool = False,
+        balance: str = "perturbations",
     ) -> None:
         self.cells_together = cells_together
         self.pairs, self.z = pairs, z
@@ -110,6 +114,9 @@ class PairedCells:
         self.labels = pairs.perturbations
         self.genes = conditions.index(self.labels)
         cells = [pairs.cells_of(label) for label in self.labels]
+        self.label, self.weight = np.arange(len(cells)), None
+        if balance == "screens":
+            cells, self.label, self.weight = _by_screen(cells, pairs.obs["dataset"].astype(str).to_numpy())
         self.cells = np.concatenate(cells)
         self.n_cells = np.array([len(rows) for rows in cells])
         self.first_cell = np.concatenate([[0], np.cumsum(self.n_cells)[:-1]])
@@ -148,8 +155,11 @@ class PairedCells:
         rng = np.random.default_rng(seed)
         sample = np.arange(size) // self.cells_together
         n_samples = int(sample[-1]) + 1
-        label = rng.integers(0, len(self.labels), n_samples)[sample]
-        target = self.cells[self.first_cell[label] + rng.integers(0, self.n_cells[label])]
+        n = len(self.label)
+        drawn = rng.integers(0, n, n_samples) if self.weight is None else rng.choice(n, n_samples, p=self.weight)
+        place = drawn[sample]
+        label = self.label[place]
+        target = self.cells[self.first_cell[place] + rng.integers(0, self.n_cells[place])]
         start = self.control_index[target, rng.integers(0, self.control_index.shape[1], size)]
         genes = self.genes[label].clone()
         is_control = np.flatnonzero(rng.random(size) < self.control_share)
@@ -173,6 +183,23 @@ class PairedCells:
         group = sample * (self.stratum.max() + 1) + self.stratum[target]
         group[is_control] = -1 - self.stratum[target[is_control]]
         return Batch(before, z, genes, torch.from_numpy(group))
+
+
+def _by_screen(cells: list[np.ndarray], dataset: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Return cells by perturbation × dataset, the perturbation of each, and how often each is sampled.
+
+    Parameters
+    ----------
+    cells
+        Rows of every perturbation.
+    dataset
+        Of every cell.
+    """
+    parts = [
+        (i, name, rows[dataset[rows] == name]) for i, rows in enumerate(cells) for name in np.unique(dataset[rows])
+    ]
+    names, of_part, n = np.unique([name for _, name, _ in parts], return_inverse=True, return_counts=True)
+    return [rows for *_, rows in parts], np.array([i for i, *_ in parts]), 1.0 / (len(names) * n[of_part])
 
 
 def sampled_ahead(cells: Sampler, size: int, seeds: Iterable[tuple[int, ...]]) -> Iterator[Any]:

@@ -10,8 +10,8 @@ from conftest import Prepared
 from perturbflow import pairs
 from perturbflow.audit.audit import audit
 from perturbflow.errors import InputError
-from perturbflow.splits import cells
-from perturbflow.splits.cells import roles_of_cells, stored_roles
+from perturbflow.splits import stored_roles as cells
+from perturbflow.splits.stored_roles import roles_of_cells, stored_roles
 from perturbflow.splits.split import split
 
 

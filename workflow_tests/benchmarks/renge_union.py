@@ -1,0 +1,160 @@
+"""renge2023 as four files, one per day, united: equal to the one file; and its days held out one by one.
+
+    pip download renge==0.0.5 --no-deps --no-binary renge
+    python workflow_tests/benchmarks/renge_union.py equality renge-0.0.5.tar.gz
+    python workflow_tests/benchmarks/renge_union.py days renge-0.0.5.tar.gz --seeds 3
+
+`equality` prints a row per part of the chain: how far the union is from the one file. The limits on genes and
+perturbations are off in both, as each member has its own. `days` prints a row per model and a column per way of holding
+a day out: nothing of it trains, its controls do, or 30 % of its perturbations. Each cell has the error and Pearson's r
+of effects, as means over 23 perturbations × 4 days × seeds, with the standard error over days.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from perturbflow import api
+from perturbflow.pairs import pair
+from perturbflow.registry.shipped import shipped
+from perturbflow.screens.harmonize import harmonize
+from perturbflow.screens.recipes import renge2023
+from perturbflow.screens.unite import unite
+from perturbflow.splits.split import split
+
+DAYS = ("day_2", "day_3", "day_4", "day_5")
+MODELS = ("no_change", "perturbed_mean", "other_contexts_mean", "same_elsewhere", "nearest_context", "transfer",
+          "additive", "set_gp", "context_mean", "technical_duplicate")  # fmt: skip
+WAYS = {"all of it": {}, "zero-shot": {"support_fraction": 0}, "few-shot": {"support_fraction": 0.3}}
+METRICS = ("l2_heg1000_off_target", "pearson_delta_pert_off_target")
+LIMITS = {"min_cells_per_gene": None, "min_cells_per_perturbation": None}
+
+
+def screen_of(archive: Path) -> tuple[ad.AnnData, dict, dict]:
+    """Return the screen with cells named `day:cell` in the order of days, its block and its limits."""
+    config = shipped()
+    block = config["datasets"]["renge2023"]
+    source = renge2023({"file": archive}, block)
+    cells = source.adata
+    cells = ad.concat([cells[cells.obs["day"] == day] for day in DAYS])
+    own = {key: value for key, value in block.items() if key not in ("recipe", "contexts")}
+    return cells, own, {**config["qc"], **block["qc"], **LIMITS}
+
+
+def one_file(cells: ad.AnnData, block: dict, qc: dict, folder: Path) -> Path:
+    """Harmonize the screen as one file."""
+    folder.mkdir()
+    named = cells.copy()
+    named.obs_names = [f"{day}:{cell}" for day, cell in zip(cells.obs["day"], cells.obs_names, strict=True)]
+    named.write_h5ad(folder / "screen.h5ad")
+    harmonize(folder / "screen.h5ad", folder / "harmonized.h5ad", folder / "harmonization.json", "renge", block, qc)
+    return folder
+
+
+def four_files(cells: ad.AnnData, block: dict, qc: dict, folder: Path) -> Path:
+    """Harmonize each day as a screen, and unite them."""
+    members, accounts = [], []
+    for day in DAYS:
+        (folder / day).mkdir(parents=True)
+        cells[cells.obs["day"] == day].copy().write_h5ad(folder / day / "screen.h5ad")
+        members.append(folder / day / "harmonized.h5ad")
+        accounts.append(folder / day / "harmonization.json")
+        covariates = {"cell_type": block["covariates"]["cell_type"]}
+        harmonize(folder / day / "screen.h5ad", members[-1], accounts[-1], day, {**block, "covariates": covariates}, qc)
+    union = {"members": list(DAYS), "genes": "shared", "perturbation_types": ["CRISPRko"], "organism": "human"}
+    unite(members, accounts, folder / "harmonized.h5ad", folder / "harmonization.json", "renge", union)
+    return folder
+
+
+def paired(folder: Path, spec: dict) -> Path:
+    """Split and pair; return pairs.h5ad."""
+    split(folder / "harmonized.h5ad", folder / "harmonization.json", folder / "split.json", "x", spec)
+    pair(folder / "harmonized.h5ad", folder / "split.json", folder / "pairs.h5ad", 2000)
+    return folder / "pairs.h5ad"
+
+
+def equality(archive: Path, folder: Path) -> None:
+    """Print how far the union is from the one file."""
+    cells, block, qc = screen_of(archive)
+    folders = one_file(cells, block, qc, folder / "one"), four_files(cells, block, qc, folder / "four")
+    one, four = (ad.read_h5ad(place / "harmonized.h5ad") for place in folders)
+    columns = [column for column in four.obs if column != "dataset"]
+    same = one.obs[columns].astype(str).equals(four.obs[columns].astype(str))
+    rows = [
+        ("harmonized: cells × genes", f"{one.n_obs} × {one.n_vars}", f"{four.n_obs} × {four.n_vars}"),
+        ("harmonized: counts that differ", "", f"{(one.X != four.X).nnz}"),
+        ("harmonized: obs (batches too), var equal", "", f"{same}, {one.var.equals(four.var)}"),
+    ]
+    for kind in ("unseen_perturbation", "unseen_context"):
+        spec = {"kind": kind, "test_fraction": 0.25, "validation_fraction": 0.1, "seed": 0}
+        spec |= {"covariate": "batch", "held_out": ["day_5"]} if kind == "unseen_context" else {}
+        files = [paired(place, spec) for place in folders]
+        roles = [json.loads((place / "split.json").read_text()) for place in folders]
+        a, b = (ad.read_h5ad(file) for file in files)
+        index = np.array_equal(a.obsm["control_index"], b.obsm["control_index"])
+        rows.append((f"{kind}: roles, matched controls equal", "", f"{roles[0] == roles[1]}, {index}"))
+        rows.append((f"{kind}: largest difference of X", "", f"{abs(a.X - b.X).max():g}"))
+        for name in ("additive", "set_gp", *(["transfer"] if kind == "unseen_context" else [])):
+            scores = [api.score(api.baseline(name, file), file) for file in files]
+            worst = np.nanmax(np.abs(scores[0]["value"] - scores[1]["value"]))
+            n = f"{len(scores[0])} values of {scores[0]['metric'].nunique()} metrics"
+            rows.append((f"{kind}, {name}: largest difference of a score", n, f"{worst:g}"))
+    print("| | one file | four files, united |\n| --- | --- | --- |")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def days(archive: Path, folder: Path, n_seeds: int) -> None:
+    """Print the scores of closed forms with every day held out in turn."""
+    cells, block, qc = screen_of(archive)
+    place, rows = four_files(cells, block, qc, folder / "four"), []
+    for day, (way, own), seed in itertools.product(DAYS, WAYS.items(), range(n_seeds)):
+        spec = {"kind": "unseen_context", "covariate": "dataset", "held_out": [day], "validation_fraction": 0.1}
+        file = paired(place, {**spec, **own, "seed": seed})
+        for model in MODELS:
+            scores = api.score(api.baseline(model, file, seed=seed), file)
+            means = scores.groupby("metric")["value"].mean()
+            rows.append((model, way, day, *[means[metric] for metric in METRICS]))
+        print(f"{day}, {way}, seed {seed}", file=sys.stderr)
+    table = pd.DataFrame(rows, columns=["model", "way", "day", *METRICS])
+    of_day = table.groupby(["model", "way", "day"])[list(METRICS)].mean().groupby(["model", "way"])
+    mean, error = of_day.mean(), of_day.sem()
+    print("| model | " + " | ".join(WAYS) + " |\n| --- |" + " --- |" * len(WAYS))
+    for model in MODELS:
+        shown = [
+            " / ".join(f"{mean.loc[(model, way), m]:.4f} ± {error.loc[(model, way), m]:.4f}" for m in METRICS)
+            for way in WAYS
+        ]
+        print(f"| {model} | " + " | ".join(shown) + " |")
+    by_day = table[table["way"] == "all of it"].pivot_table(index="model", columns="day", values=METRICS[1])
+    print("\nPearson's r of effects by day that is held out, all of it:\n")
+    print("| model | " + " | ".join(DAYS) + " |\n| --- |" + " --- |" * len(DAYS))
+    for model in MODELS:
+        print(f"| {model} | " + " | ".join(f"{by_day.loc[model, day]:.3f}" for day in DAYS) + " |")
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=["equality", "days"])
+    parser.add_argument("archive", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.table == "equality":
+            equality(arguments.archive, Path(folder))
+        else:
+            days(arguments.archive, Path(folder), arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
