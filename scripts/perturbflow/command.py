@@ -184,8 +184,9 @@ def export(folder: Path, target: Path) -> None:
     logger.info("%s is read", folder)
     from perturbflow.export import export
 
-    place = folder.resolve()
-    for file in export(pairs, split, target, f"{place.parent.name} × {place.name}"):
+    place, vectors = folder.resolve(), folder / "embeddings.parquet"
+    known = vectors if vectors.is_file() else None
+    for file in export(pairs, split, target, f"{place.parent.name} × {place.name}", embeddings=known):
         click.echo(file)
 
 
