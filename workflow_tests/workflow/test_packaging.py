@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from software import conda_pins, environment_files, locked, normalized, third_party
 
 from perturbflow import __version__
-from perturbflow.registry.places import PACKAGE, config_folder
+from perturbflow.registry.places import PACKAGE, config_folder, locks_folder, wrappers_folder
 from perturbflow.registry.shipped import shipped_files
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -99,6 +99,8 @@ def test_wheel_holds_the_package_its_tables_and_the_registries(wheel: Path) -> N
     expected = {f"perturbflow/{path.relative_to(PACKAGE).as_posix()}" for path in own}
     registries = [*shipped_files(), *(config_folder() / "schemas").glob("*.yaml")]
     expected |= {f"perturbflow/config/{path.relative_to(config_folder()).as_posix()}" for path in registries}
+    expected |= {f"perturbflow/external/{file.name}" for file in wrappers_folder().glob("*.py")}
+    expected |= {f"perturbflow/environments/{file.name}" for file in locks_folder().iterdir()}
     assert held == expected
 
 
