@@ -1,12 +1,13 @@
 """Ours, closed forms and models of others on the same cells: one table per screen × split.
 
-    snakemake --cores 2 --keep-going --configfile workflow_tests/benchmarks/others.yaml evaluated   # ../shared as shared/
+    snakemake --cores 2 --keep-going --configfile workflow_tests/benchmarks/others.yaml evaluated
     python workflow_tests/benchmarks/others.py results
 
-Of all runs that are scored below results, finished or not. Per model: error (l2_heg1000_off_target) and correlation
-(pearson_delta_pert_off_target), each a mean over held-out perturbations and seeds, with its 95 % interval and, in square
-brackets, where it stands from no change (0) to a perfect predictor of the mean (1); the verdict, in a word; seconds and
-peak memory of the training, those of the script where another program trained.
+The configuration reads ../shared as shared/. Of all runs that are scored below results, finished or not. Per model:
+error (l2_heg1000_off_target) and correlation (pearson_delta_pert_off_target), each a mean over held-out perturbations
+and seeds, with its 95 % interval and, in square brackets, where it stands from no change (0) to a perfect predictor of
+the mean (1); the verdict, in a word; seconds and peak memory of the training, those of the script where another program
+trained.
 """
 
 import argparse
@@ -16,13 +17,14 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+
 from leaderboard import SCALED, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from perturbflow.benchmark import benchmark  # noqa: E402
-from perturbflow.registry.families import FAMILIES  # noqa: E402
-from perturbflow.registry.shipped import shipped  # noqa: E402
+from perturbflow.benchmark import benchmark
+from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.shipped import shipped
 
 SHOWN = ("l2_heg1000_off_target", "pearson_delta_pert_off_target")
 
@@ -35,10 +37,9 @@ def accounts(results: Path) -> pd.DataFrame:
         run = json.loads(file.with_name("run.json").read_text())
         dataset, split, model, seed = file.parts[-5:-1]
         script = run["facts"].get("script", {})
-        rows.append(
-            (dataset, split, model, seed, file, of_code.get(run["implementation"]), script.get("seconds", run["seconds"]),
-             run["peak_memory_mb"])
-        )  # fmt: skip
+        seconds = script.get("seconds", run["seconds"])
+        family = of_code.get(run["implementation"])
+        rows.append((dataset, split, model, seed, file, family, seconds, run["peak_memory_mb"]))
     names = ["dataset", "split", "model", "seed", "file", "family", "seconds", "memory"]
     return pd.DataFrame(rows, columns=names).dropna(subset="family")
 
