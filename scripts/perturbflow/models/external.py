@@ -48,6 +48,7 @@ class External(GivenFile):
     """A model that a script trains in an environment of its own: it gets the exported split and leaves predictions."""
 
     params: ExternalParams
+    on_terms = True
     keeps_trainings = True
 
     def __init__(self, params: ExternalParams) -> None:

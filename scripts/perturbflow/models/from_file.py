@@ -8,7 +8,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -39,10 +39,13 @@ class GivenFile(MeanEffects, Given):
         The file.
     declared
         How it is declared.
+    on_terms
+        Whether its maker was handed expression on the screen's scale.
     """
 
     path: Path
     declared: PredictionsParams
+    on_terms: ClassVar[bool] = False
     reads_blocks = True
 
     # --- fit ---
@@ -52,7 +55,7 @@ class GivenFile(MeanEffects, Given):
 
         Labels are checked when it predicts: training knows none of the held-out ones.
         """
-        file = PredictionsFile(self.path, self.declared, Terms.of(pairs))
+        file = PredictionsFile(self.path, self.declared, Terms.of(pairs), on_terms=self.on_terms)
         target_sum = file.check()
         digest, copied = content_digest(self.path), {}
         if file.has_cells and (copied := file.cells_of_training(pairs, target_sum)):
