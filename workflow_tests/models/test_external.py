@@ -1,9 +1,11 @@
 """Models of others: a script gets the export and nothing else, and whatever it leaves is checked."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +15,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import SHARED_DATA, SPECS, Prepared, closed_forms_config, make_screen, merged, prepare, write_screen
+from conftest import (
+    REPOSITORY,
+    SHARED_DATA,
+    SPECS,
+    Prepared,
+    closed_forms_config,
+    make_screen,
+    merged,
+    prepare,
+    write_screen,
+)
 
 from perturbflow.errors import InputError
 from perturbflow.evaluation import evaluate
@@ -259,6 +271,34 @@ def test_missing_perturbations_are_named(
         {"script": str(tmp_path / "script.py"), **DEFAULTS, **params}, 0, 100,
     )  # fmt: skip
     assert ad.read_h5ad(tmp_path / "predictions.h5ad").uns["perturbflow"]["missing"].tolist() == [gone]
+
+
+def test_a_job_that_is_ended_ends_its_script(here: Prepared, tmp_path: Path) -> None:
+    """The script starts a process of its own, and tells its id."""
+    (tmp_path / "script.py").write_text(
+        "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
+        f"open({str(tmp_path / 'id')!r}, 'w').write(str(child.pid))\nchild.wait()\n"
+    )
+    params = {"script": str(tmp_path / "script.py"), **DEFAULTS}
+    words = [sys.executable, str(REPOSITORY / "scripts/train.py"), "--params", json.dumps(params), "--seed", "0"]
+    for name in ("pairs", "embeddings", "audit", "split"):
+        words += [f"--{name}", str(getattr(here, name))]
+    words += ["--model", str(tmp_path / "model.npz"), "--run", str(tmp_path / "run.json")]
+    with subprocess.Popen([*words, "--implementation", IMPLEMENTATION], env=os.environ) as job:
+        for _ in range(600):
+            if (tmp_path / "id").is_file() and (tmp_path / "id").read_text():
+                break
+            time.sleep(0.1)
+        job.terminate()
+    child = int((tmp_path / "id").read_text())
+    assert job.returncode not in (0, None)
+    for _ in range(50):
+        state = Path(f"/proc/{child}/status")
+        if not state.exists() or "State:\tZ" in state.read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the script's own process is still there")
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

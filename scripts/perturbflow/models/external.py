@@ -9,11 +9,13 @@ The script is called as `COMMAND SCRIPT EXPORTED PREDICTIONS SETTINGS`, in an em
 The file then goes the way of any predictions that were made elsewhere. It is the trained model: the artefact holds it.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -168,12 +170,14 @@ def _followed(words: list[str], work: Path, variables: dict[str, str], last: deq
     try:
         process = subprocess.Popen(
             words, cwd=work, env=variables, text=True, errors="replace", bufsize=1, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         raise InputError(
             f"`{json.dumps(words[:2])[1:-1]}` cannot be run: {error.strerror}. See params.command."
         ) from error
+    # Where this job is ended, the script and all that it started end with it.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -183,7 +187,9 @@ def _followed(words: list[str], work: Path, variables: dict[str, str], last: deq
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     finally:
+        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         if process.returncode is None:
-            process.kill()
             process.wait()
     return process.returncode, round(usage.ru_maxrss / 1024)
