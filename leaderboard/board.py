@@ -160,7 +160,7 @@ def board_of(board: Path, results: Path) -> str:
         )
         made = f"`{row['command']}`" + (f" at {row['commit'][:7]}" if "commit" in row else "")
         lines.append((-ways[ERROR][0], f"| {file.parent.name} | {values} | {row['who']}, {row['date']} | {made} |"))
-    for name in dict.fromkeys([REPLICATE, *best.values(), NO_CHANGE]):
+    for name in [REPLICATE, *closed]:
         ways = {m: progress(known[name][m], known[best[m]][m], known[REPLICATE][m])[0] for m in best}
         values = " | ".join(f"{known[name][m].mean():.3f} | {ways[m]:+.2f}" for m in best)
         lines.append((-ways[ERROR], f"| *{name}* | {values} | reference | |"))
