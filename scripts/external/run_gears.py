@@ -18,7 +18,7 @@ from gears import GEARS, PertData
 from scipy import sparse
 
 DATA = Path("data")  # GEARS writes its graph of genes there, whatever it is told
-GENE2GO = DATA / "gene2go_all.pkl"
+GENE2GO, GENES = DATA / "gene2go_all.pkl", DATA / "genes.pkl"
 SCREEN = "screen"
 
 
@@ -54,7 +54,11 @@ def prepared(task: Task) -> PertData:
         table = pd.read_csv(task.files["gene2go"], sep="\t", usecols=["symbol", "go_id"])
         with GENE2GO.open("wb") as file:
             pickle.dump(table.groupby("symbol")["go_id"].agg(set).to_dict(), file)
-    data = PertData(str(DATA), default_pert_graph=False)
+    # The graph of perturbations has all genes that are measured, perturbed, or to be predicted.
+    members = [member for label in task.targets.index for member in task.members(label)]
+    with GENES.open("wb") as file:
+        pickle.dump(sorted({*task.train.var_names, *task.known, *members}), file)
+    data = PertData(str(DATA), gene_set_path=str(GENES))
     roles = conditions(task, set(data.gene2go))
     cells = ad.read_h5ad(task.exported / "gears/train.h5ad")
     cells = cells[cells.obs["condition"].isin(roles["train"] + roles["val"])].copy()
