@@ -19,6 +19,16 @@ import pandas as pd
 CONTROL = "control"
 
 
+def nonnegative(cells: np.ndarray) -> np.ndarray:
+    """Return cells of one perturbation without negative values, (cells, genes), with the same mean where it is above 0.
+
+    Clipping alone would raise the mean. The workflow does the same with its own models.
+    """
+    clipped, mean = np.maximum(cells, 0.0), np.maximum(cells.mean(axis=0), 0.0)
+    clipped_mean = clipped.mean(axis=0)
+    return clipped * np.divide(mean, clipped_mean, out=np.zeros_like(mean), where=clipped_mean > 0)
+
+
 @dataclass(frozen=True)
 class Task:
     """What a script was handed.
@@ -106,7 +116,7 @@ class Task:
             self.controls.obs.iloc[starts[label]][["batch", "cell_type"]].astype(str).assign(perturbation=label)
             for label in cells
         ]
-        self._leave(np.concatenate(list(cells.values())), pd.concat(obs))
+        self._leave(np.concatenate([nonnegative(of_label) for of_label in cells.values()]), pd.concat(obs))
 
     def _leave(self, X: np.ndarray, obs: pd.DataFrame) -> None:
         obs.index = [f"predicted_{i}" for i in range(len(obs))]

@@ -1,5 +1,6 @@
 """Models of others: a script gets the export and nothing else, and whatever it leaves is checked."""
 
+import importlib
 import json
 import os
 import shutil
@@ -370,6 +371,16 @@ def test_in_the_workflow_a_changed_script_makes_its_runs_stale(tmp_path: Path, s
         file.write("\n# changed\n")
     stale = snakemake(tmp_path, "--dry-run", *wanted, config=config)
     assert stale.jobs == {"train_external": 1, "predict": 1}, stale.text
+
+
+def test_cells_of_a_script_keep_their_mean_where_values_are_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(wrappers_folder()))
+    nonnegative = importlib.import_module("contract").nonnegative
+    cells = np.random.default_rng(0).normal([0.5, 0.1, -1.0], 1.0, (50, 3))
+    kept = nonnegative(cells)
+    assert kept.min() == 0
+    np.testing.assert_allclose(kept.mean(axis=0), np.maximum(cells.mean(axis=0), 0))
+    np.testing.assert_array_equal(nonnegative(np.abs(cells)), np.abs(cells))
 
 
 # --- environments ----------------------------------------------------------------------------------------------------
