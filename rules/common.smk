@@ -26,6 +26,7 @@ from perturbflow.registry.needs import Needs
 from perturbflow.registry.plan import Plan
 from perturbflow.registry.schemas import CommandLine
 from perturbflow.registry.shipped import above_shipped, shipped_files
+from perturbflow.registry.wrappers import files_of
 
 # A plan of 15,000 jobs holds no garbage, so it is searched rarely.
 gc.set_threshold(100_000, 50, 100)
@@ -341,6 +342,13 @@ def files_of_model(rule):
         return own(rule, paths, wildcards)
 
     return looked_up(files)
+
+
+@looked_up
+def content_of_wrapper(wildcards):
+    """Return the content of the script of a model of others, of its environment, and of the files that it reads."""
+    files = files_of(plan.config["models"][wildcards.model]["params"])
+    return {role: records.content_digest(file) for role, file in files.items()}
 
 
 @looked_up

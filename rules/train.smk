@@ -105,3 +105,29 @@ use rule train_diffusion as train_counterfactual with:
     """Train a counterfactual model: a flow that carries each control cell to its perturbed state."""
     wildcard_constraints:
         model=one_of(plan.models_of_rule("train_counterfactual")),
+
+
+# The environment of the script is built where the job runs, once per machine (perturbflow/io/environments.py).
+use rule train_closed_form as train_external with:
+    """Train a model of others: a script in an environment of its own gets the exported split and leaves predictions."""
+    input:
+        pairs="results/{dataset}/{split}/pairs.h5ad",
+        embeddings="results/{dataset}/{split}/embeddings.parquet",
+        audit="results/{dataset}/{split}/audit.json",
+        split="results/{dataset}/{split}/split.json",
+        again=again("train_external"),
+    wildcard_constraints:
+        model=one_of(plan.models_of_rule("train_external")),
+    resources:
+        mem_mb=memory_by_input(40, least=8000),
+        runtime="12h",
+        gpu=gpu,
+    params:
+        implementation=implementation,
+        params=model_params,
+        seed=seed,
+        scored=plan.config["predict"]["role"],
+        device=plan.config["device"],
+        content=content_of_wrapper,
+        code_version=code("perturbflow.train:train", family),
+        made_of=made_of("train_external"),

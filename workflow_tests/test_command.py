@@ -196,8 +196,9 @@ def test_export_holds_all_of_training_and_no_perturbed_test_cell(results: Path, 
     assert done.exit_code == 0, done.output
     written = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
     assert written == [
-        "README.md", "cell_load/unknown.h5ad", "controls.h5ad", "gears/split.json", "gears/train.h5ad", "genes.tsv",
-        "split.json", "targets.tsv", "train.h5ad",
+        "README.md", "cell_load/unknown.h5ad", "controls.h5ad", "embeddings.tsv", "gears/split.json",
+        "gears/train.h5ad",
+        "genes.tsv", "split.json", "targets.tsv", "train.h5ad",
     ]  # fmt: skip
     hidden, held_out = set(pairs.obs_names[test]), set(pairs.obs["perturbation"].iloc[test])
     for file in target.rglob("*.h5ad"):

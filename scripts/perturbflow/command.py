@@ -172,20 +172,31 @@ def _summary(table: "pd.DataFrame", folder: Path) -> "pd.DataFrame":
 
 
 @perturbflow.command()
-@click.argument("folder", type=Folder, metavar="results/DATASET/SPLIT")
+@click.argument("folder", type=Folder, metavar="results/DATASET/SPLIT[/MODEL/seed_N]")
 @click.argument("target", type=Folder, metavar="FOLDER")
 def export(folder: Path, target: Path) -> None:
-    """Write what a model made elsewhere may see of a split.
+    """Write what a model made elsewhere may see of a split, or predictions for other evaluators.
 
-    FOLDER gets train.h5ad, controls.h5ad to start from, targets.tsv to be predicted, genes.tsv, the layouts of GEARS
-    and cell-load, and a README.md that says what to hand back. No perturbed test cell is in it.
+    Of results/DATASET/SPLIT, FOLDER gets train.h5ad, controls.h5ad to start from, targets.tsv to be predicted,
+    genes.tsv, embeddings.tsv, the layouts of GEARS and cell-load, and a README.md that says what to hand back. No
+    perturbed test cell is in it. Of a run, results/DATASET/SPLIT/MODEL/seed_N, it gets predicted and measured cells as
+    cell-eval and the preset vcc2026 of cell-eval2 read them, and a README.md with their commands.
     """
+    if (folder / "predictions.h5ad").is_file():
+        from perturbflow.evaluation.layouts import layouts
+
+        run = folder.resolve()
+        (pairs,) = _require(run.parents[1], ("pairs.h5ad",))
+        for file in layouts(pairs, folder / "predictions.h5ad", target, " × ".join(run.parts[-4:])):
+            click.echo(file)
+        return
     pairs, split = _require(folder, ("pairs.h5ad", "split.json"))
     logger.info("%s is read", folder)
     from perturbflow.export import export
 
-    place = folder.resolve()
-    for file in export(pairs, split, target, f"{place.parent.name} × {place.name}"):
+    place, vectors = folder.resolve(), folder / "embeddings.parquet"
+    known = vectors if vectors.is_file() else None
+    for file in export(pairs, split, target, f"{place.parent.name} × {place.name}", embeddings=known):
         click.echo(file)
 
 

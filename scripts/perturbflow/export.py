@@ -21,6 +21,7 @@ from perturbflow.io.files import atomic, file_digest, read_json, write_json
 from perturbflow.io.hdf5 import AppendedRows, CsrRows
 from perturbflow.io.streaming import row_blocks
 from perturbflow.pairs import Pairs
+from perturbflow.splits.divisions import KNOWN
 
 OBS = ["perturbation", "role", "batch", "cell_type", "is_control", "total_counts"]
 GENES = ["gene_name", "gene_id", "highly_variable", "is_perturbed_gene"]
@@ -35,7 +36,7 @@ Split {split_sha256}
 | --- | --- |
 | `train.h5ad` | {n_train:,} training and validation cells (`obs.role`), controls among them. `X`: log1p of counts \
 normalized to {target_sum!r}; `layers["counts"]`: raw counts; `obs`: perturbation, batch, cell_type, total_counts |
-| `controls.h5ad` | {n_controls:,} control cells of the test role, to start from; the same columns |
+| `controls.h5ad` | {n_controls:,} control cells of the role {scored}, to start from; the same columns |
 | `targets.tsv` | {n_targets:,} perturbations to predict: how many cells were measured, the members, and how many of \
 these training holds alone |
 | `genes.tsv` | {n_genes:,} genes, in the order of the files |
@@ -43,9 +44,10 @@ these training holds alone |
 | `gears/train.h5ad` | the training cells for GEARS: `obs.condition` is `A+ctrl`, `A+B` or `ctrl`; `var.gene_name`; \
 `gears/split.json` lists conditions by role |
 | `cell_load/*.h5ad` | one file per cell type for cell-load (STATE): `obs.gene`, `{cell_load_control}` for controls, \
-`gem_group`, `cell_type`; the test controls are among them |
+`gem_group`, `cell_type`; these controls are among them |
+| `embeddings.tsv` | vectors of the perturbed genes that models of the workflow learn from, where they were made |
 
-No perturbed cell of the test role is in any of them.
+No perturbed cell of the role {scored} is in any of them.
 
 ## What to hand back
 
@@ -99,7 +101,9 @@ class _Source:
         return path
 
 
-def export(pairs: Path, split: Path, target: Path, place: str) -> list[Path]:
+def export(
+    pairs: Path, split: Path, target: Path, place: str, scored: str = "test", embeddings: Path | None = None
+) -> list[Path]:
     """Write what a model made elsewhere may see of a split; return the files.
 
     Parameters
@@ -110,6 +114,10 @@ def export(pairs: Path, split: Path, target: Path, place: str) -> list[Path]:
         Folder to be written, see its README.md.
     place
         Dataset × split, in words.
+    scored
+        Role to be predicted: test, or validation, whose perturbed cells are left out then, as are those of the test.
+    embeddings
+        Vectors of the perturbed genes, which models of the workflow learn from.
 
     Raises
     ------
@@ -125,12 +133,12 @@ def export(pairs: Path, split: Path, target: Path, place: str) -> list[Path]:
         raise InputError(f"{target} holds other files. Name a new folder.")
     role, is_control = source.cells.obs["role"].astype(str).to_numpy(), source.cells.is_control
     train, controls = (
-        np.flatnonzero(np.isin(role, ("train", "validation"))),
-        np.flatnonzero(is_control & (role == "test")),
+        np.flatnonzero(np.isin(role, KNOWN[scored])),
+        np.flatnonzero(is_control & (role == scored)),
     )
     about = {"split_sha256": sha256, "target_sum": float(source.cells.about["target_sum"]), "place": place}
     uns, obs, var = {"perturbflow": about}, source.cells.obs[OBS], source.var[GENES]
-    targets = _targets(source.cells, roles)
+    targets = _targets(source.cells, roles, scored)
     files = [
         source.write(target / "train.h5ad", train, obs.iloc[train], var, uns),
         source.write(target / "controls.h5ad", controls, obs.iloc[controls], var, uns),
@@ -139,9 +147,11 @@ def export(pairs: Path, split: Path, target: Path, place: str) -> list[Path]:
         _write_roles(target / "split.json", roles["perturbations"]),
         *_gears(source, target / "gears", train, uns, roles),
         *_cell_load(source, target / "cell_load", np.union1d(train, controls), uns),
+        *([_write_table(target / "embeddings.tsv", _vectors(embeddings))] if embeddings else []),
     ]
     readme = README.format(
         **about,
+        scored=scored,
         slashed=place.replace(" × ", "/"),
         n_train=len(train),
         n_controls=len(controls),
@@ -154,10 +164,16 @@ def export(pairs: Path, split: Path, target: Path, place: str) -> list[Path]:
     return [*files, target / "README.md"]
 
 
-def _targets(cells: Pairs, roles: dict) -> pd.DataFrame:
+def _vectors(embeddings: Path) -> pd.DataFrame:
+    """Return the vectors of genes, with the genes in the first column."""
+    table = pd.read_parquet(embeddings)
+    return table.rename_axis("gene").reset_index()
+
+
+def _targets(cells: Pairs, roles: dict, scored: str) -> pd.DataFrame:
     """Return the perturbations to predict: how many cells were measured, and their members."""
-    test = cells.obs[(cells.obs["role"] == "test").to_numpy() & ~cells.is_control]
-    n_cells = test["perturbation"].astype(str).value_counts().sort_index()
+    held_out = cells.obs[(cells.obs["role"] == scored).to_numpy() & ~cells.is_control]
+    n_cells = held_out["perturbation"].astype(str).value_counts().sort_index()
     return pd.DataFrame(
         {
             "perturbation": n_cells.index,

@@ -22,8 +22,8 @@ from perturbflow.io.files import atomic, file_digest, read_json, require_room
 from perturbflow.io.hdf5 import Appended, AppendedRows, CsrRows
 from perturbflow.io.kernels import add_moments, add_rows
 from perturbflow.io.streaming import row_blocks
-from perturbflow.splits.stored_roles import roles_of_cells
 from perturbflow.splits.divisions import KNOWN, ROLES
+from perturbflow.splits.stored_roles import roles_of_cells
 
 logger = logging.getLogger(__name__)
 

@@ -71,6 +71,7 @@ def train(
     device: str = "auto",
     threads: int = 1,
     scored: str = "test",
+    split: Path | None = None,
     provenance: dict | None = None,
 ) -> None:
     """Train one model.
@@ -92,6 +93,8 @@ def train(
     scored
         Role that predictions are scored on. For test a model learns from training and validation cells, for validation
         from training cells alone.
+    split
+        split.json, for a model that is trained elsewhere.
     """
     family = build(implementation, params)
     digests = {path.name: content_digest(path) for path in (pairs, embeddings)} | {
@@ -104,14 +107,16 @@ def train(
         threads=threads,
         checkpoints=model.parent / "checkpoints",
         identity=digest(implementation, params, seed, scored, digests, code),
+        scored=scored,
+        sources={"pairs": pairs, "embeddings": embeddings, **({"split": split} if split else {})},
+        place=" × ".join(model.absolute().parts[-5:-3]),
     )
     about = {
         "provenance": provenance or {},
         "inputs_sha256": {**digests, "audit.json": content_digest(audit)},
         "split_sha256": read_json(audit)["split_sha256"],
     }
-    # Only checkpoints are kept: closed forms take seconds.
-    finished = Finished(model, digest(circumstances.identity, device)) if model.suffix == ".ckpt" else None
+    finished = Finished(model, digest(circumstances.identity, device)) if family.keeps_trainings else None
     if finished and (content := finished.restore()):
         write_json(run, {**content, **about})
         logger.info("the same training was finished before and is not repeated; to repeat it, delete %s", model.parent)
@@ -145,13 +150,14 @@ def _account(circumstances: Run, artefact: dict, seconds: float) -> dict:
     if n_parameters is None:
         arrays = [value for value in artefact.values() if isinstance(value, np.ndarray)]
         n_parameters = int(sum(array.size for array in arrays if array.dtype.kind == "f"))
+    own_peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     versions = {"perturbflow": __version__, "numpy": np.__version__, "anndata": version("anndata")}
     return {
         "versions": {"python": platform.python_version(), **versions, **facts.pop("versions", {})},
         "device": facts.pop("device", "cpu"),
         "threads": circumstances.threads,
         "seconds": round(seconds, 2),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mb": max(own_peak, facts.pop("peak_memory_mb", 0)),
         "n_parameters": n_parameters,
         "facts": facts,
         "history": circumstances.history,

@@ -33,7 +33,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "workflow_tests/benchmarks"))
 
 from leaderboard import markdown, parser_of_split  # noqa: E402
-
 from perturbflow.evaluation import METRICS, Scored, score_inputs  # noqa: E402
 from perturbflow.evaluation.bootstrap import estimate  # noqa: E402
 from perturbflow.io.artefacts import load_artefact  # noqa: E402

@@ -49,9 +49,9 @@ sys.path[:0] = [
     str(ROOT / "workflow_tests/benchmarks"),
 ]
 
-from leaderboard import markdown_of  # noqa: E402
 from learned import registered  # noqa: E402
 
+from leaderboard import markdown_of  # noqa: E402
 from perturbflow.colours import COLOURS, MARKERS  # noqa: E402
 from perturbflow.controls import Context, match_controls  # noqa: E402
 from perturbflow.embeddings import Embeddings  # noqa: E402

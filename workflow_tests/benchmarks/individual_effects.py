@@ -32,10 +32,10 @@ sys.path[:0] = [
 ]
 
 from conftest import prepare  # noqa: E402
-from leaderboard import markdown_of  # noqa: E402
 from learned import registered  # noqa: E402
 from structural import World, chosen, expected_effects, own_effects  # noqa: E402
 
+from leaderboard import markdown_of  # noqa: E402
 from perturbflow.embeddings import Embeddings  # noqa: E402
 from perturbflow.models.base import Run, build  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402

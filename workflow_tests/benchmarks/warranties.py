@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "workflow_tests/benchmarks")]
 
 from leaderboard import markdown_of  # noqa: E402
-
 from perturbflow.counterfactuals.search import scores  # noqa: E402
 from perturbflow.evaluation.bootstrap import estimate, share_interval  # noqa: E402
 from perturbflow.genes.symbols import members_of  # noqa: E402

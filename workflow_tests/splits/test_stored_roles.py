@@ -11,8 +11,8 @@ from perturbflow import pairs
 from perturbflow.audit.audit import audit
 from perturbflow.errors import InputError
 from perturbflow.splits import stored_roles as cells
-from perturbflow.splits.stored_roles import roles_of_cells, stored_roles
 from perturbflow.splits.split import split
+from perturbflow.splits.stored_roles import roles_of_cells, stored_roles
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 4001])

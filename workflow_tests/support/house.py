@@ -11,14 +11,14 @@ ORDER = (
     ("controls",),
     ("screens",),
     ("splits",),
-    ("pairs",),
+    ("pairs", "export"),
     ("priors",),
     ("embeddings", "audit"),
     ("models", "train", "predict"),
     ("evaluation", "benchmark"),
     ("counterfactuals",),
     ("report", "quality"),
-    ("listing", "export", "api", "command"),
+    ("listing", "api", "command"),
 )
 
 # These hold no step: all may import them, and they import only one another.

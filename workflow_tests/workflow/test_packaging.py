@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from software import conda_pins, environment_files, locked, normalized, third_party
 
 from perturbflow import __version__
-from perturbflow.registry.places import PACKAGE, config_folder
+from perturbflow.registry.places import PACKAGE, config_folder, locks_folder, wrappers_folder
 from perturbflow.registry.shipped import shipped_files
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -99,6 +99,8 @@ def test_wheel_holds_the_package_its_tables_and_the_registries(wheel: Path) -> N
     expected = {f"perturbflow/{path.relative_to(PACKAGE).as_posix()}" for path in own}
     registries = [*shipped_files(), *(config_folder() / "schemas").glob("*.yaml")]
     expected |= {f"perturbflow/config/{path.relative_to(config_folder()).as_posix()}" for path in registries}
+    expected |= {f"perturbflow/external/{file.name}" for file in wrappers_folder().glob("*.py")}
+    expected |= {f"perturbflow/environments/{file.name}" for file in locks_folder().iterdir()}
     assert held == expected
 
 
@@ -166,10 +168,13 @@ def test_forge_runs_what_exists_and_nothing_of_its_own(file: Path) -> None:
             assert (REPOSITORY / words[words.index("-r") + 1]).is_file()
             assert all(word in contributing for word in words[2:] if "==" in word)
         elif words[0] == "snakemake":
-            assert words == ["snakemake", "-n"]
+            assert words == ["snakemake", "-n"] or (REPOSITORY / words[words.index("--configfile") + 1]).is_file()
+        elif words[0] == "python":
+            assert (REPOSITORY / words[1]).is_file()
         else:
-            assert words[0] in ("echo", "tail"), f"{file.name} runs {shlex.join(words)}, which is tested nowhere"
-    assert {words[0] for words in ran} >= {".ci/run", "pre-commit", "snakemake"}
+            assert words[0] in ("echo", "tail", "git"), f"{file.name} runs {shlex.join(words)}, which is tested nowhere"
+    assert "snakemake" in {words[0] for words in ran}
+    assert file.name != "tests.yml" or {words[0] for words in ran} >= {".ci/run", "pre-commit"}
     for step in steps(file):
         if "run" in step:
             subprocess.run(["bash", "-n", "-c", step["run"]], check=True)

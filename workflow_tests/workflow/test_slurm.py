@@ -43,6 +43,7 @@ def test_every_rule_that_can_use_a_gpu_has_one_in_the_profile() -> None:
     text = (REPOSITORY / "rules" / "train.smk").read_text()
     (first,) = (body.split(":")[0] for body in text.split("\nrule ")[1:] if "gpu=gpu" in body)
     rules = {first, *re.findall(rf"^use rule {first} as (\w+)", text, flags=re.MULTILINE)}
+    rules |= {body.split()[2] for body in text.split("\nuse rule ")[1:] if "gpu=gpu" in body}
     resources = yaml.safe_load((PROFILE / "profile.yaml").read_text())["set-resources"]
     assert resources == {rule: {"slurm_partition": "gpu", "gpu": 1} for rule in rules}
 

@@ -40,6 +40,12 @@ class Run:
         Filled by training: one row of numbers per logged step.
     facts
         Filled by training: other entries of run.json.
+    scored
+        Role that predictions will be scored on.
+    sources
+        Name → file that the data were read from: pairs, embeddings and, where it was given, split.
+    place
+        Dataset × split, in words.
     """
 
     seed: int
@@ -49,6 +55,9 @@ class Run:
     identity: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    scored: str = "test"
+    sources: dict[str, Path] = field(default_factory=dict)
+    place: str = ""
 
 
 class Model(ABC):
@@ -61,6 +70,7 @@ class Model(ABC):
     params: Params
     reads_blocks: bool = False  # fit reads the cells block by block: their expression may stay on disk
     files: tuple[Path, ...] = ()  # files that the params name: their content is part of a training's identity
+    keeps_trainings: bool = False  # finished trainings are kept, and the same one is not repeated
 
     def __init__(self, params: Params | None = None) -> None:
         self.params = params or Params()

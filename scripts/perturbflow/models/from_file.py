@@ -8,7 +8,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -30,17 +30,23 @@ logger = logging.getLogger(__name__)
 PLACE = ["batch", "cell_type"]
 
 
-class FromFile(MeanEffects, Given):
-    """Predictions that were made elsewhere, read from a file."""
+class GivenFile(MeanEffects, Given):
+    """Predictions in a file, whoever wrote it.
 
-    params: PredictionsParams
+    Attributes
+    ----------
+    path
+        The file.
+    declared
+        How it is declared.
+    on_terms
+        Whether its maker was handed expression on the screen's scale.
+    """
+
+    path: Path
+    declared: PredictionsParams
+    on_terms: ClassVar[bool] = False
     reads_blocks = True
-
-    def __init__(self, params: PredictionsParams) -> None:
-        super().__init__(params)
-        self.path = Path(params.file)
-        if self.path.is_file():
-            self.files = (self.path,)
 
     # --- fit ---
 
@@ -49,7 +55,7 @@ class FromFile(MeanEffects, Given):
 
         Labels are checked when it predicts: training knows none of the held-out ones.
         """
-        file = PredictionsFile(self.path, self.params, Terms.of(pairs))
+        file = PredictionsFile(self.path, self.declared, Terms.of(pairs), on_terms=self.on_terms)
         target_sum = file.check()
         digest, copied = content_digest(self.path), {}
         if file.has_cells and (copied := file.cells_of_training(pairs, target_sum)):
@@ -95,7 +101,7 @@ class FromFile(MeanEffects, Given):
         if perturbation not in self._row:
             return np.zeros(len(is_given))
         value = self.artefact["values"][self._row[perturbation]].astype(float)
-        if self.params.values == "effect":
+        if self.declared.values == "effect":
             return value
         if context is None:
             raise InputError(f"{self.path} holds expression: an effect needs controls to compare it with.")
@@ -113,7 +119,7 @@ class FromFile(MeanEffects, Given):
         """
         if not self.path.is_file() or content_digest(self.path) != str(self.artefact["sha256"]):
             raise InputError(f"{self.path} was changed after it was checked. Run again, and it is read anew.")
-        self._scored, self._file = scored, PredictionsFile(self.path, self.params, Terms.of(scored))
+        self._scored, self._file = scored, PredictionsFile(self.path, self.declared, Terms.of(scored))
         self._labels = self._file.labels(scored.perturbations)
         known = set(self._labels) - {CONTROL}
         missing = [label for label in scored.perturbations if label not in known]
@@ -174,3 +180,15 @@ class FromFile(MeanEffects, Given):
                 return own
         sorted_places = self._scored.obs.iloc[measured][PLACE].astype(str).sort_values(PLACE)
         return sorted_places.iloc[np.arange(len(rows)) * len(measured) // len(rows)]
+
+
+class FromFile(GivenFile):
+    """Predictions that were made elsewhere, read from a file."""
+
+    params: PredictionsParams
+
+    def __init__(self, params: PredictionsParams) -> None:
+        super().__init__(params)
+        self.path, self.declared = Path(params.file), params
+        if self.path.is_file():
+            self.files = (self.path,)

@@ -62,6 +62,7 @@ class LearnedModel(Model):
 
     params: NetworkParams
     reads_blocks = True
+    keeps_trainings = True
     cells_together: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
     stops_when_broken: bool = True  # whether a network that complains of itself ends the training
     learns_residuals: bool = False  # whether the network sees targets minus the mean effect of their perturbation

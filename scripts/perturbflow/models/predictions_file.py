@@ -123,6 +123,9 @@ class PredictionsFile:
         How the file is declared.
     terms
         Of the screen.
+    on_terms
+        Whether its maker was handed expression on the screen's scale. Values that look like another scale are then
+        those of a model that learned little: they are named in the log, and scored.
 
     Attributes
     ----------
@@ -139,8 +142,8 @@ class PredictionsFile:
         If the file cannot be read, belongs to another split, or has too few genes of the screen.
     """
 
-    def __init__(self, path: Path, params: PredictionsParams, terms: Terms) -> None:
-        self.path, self.params, self.terms = path, params, terms
+    def __init__(self, path: Path, params: PredictionsParams, terms: Terms, *, on_terms: bool = False) -> None:
+        self.path, self.params, self.terms, self.on_terms = path, params, terms, on_terms
         self._X, self.obs, self.genes, about = _opened(path, params.label)
         self._check_split(about)
         if params.label not in self.obs:
@@ -351,6 +354,13 @@ class PredictionsFile:
         for candidate in COMMON_SUMS:
             if distance(found, candidate) <= NEAR:
                 return float(candidate)
+        if self.on_terms:
+            logger.warning(
+                "%s: its values look like %s of counts normalized to about %.3g, and the screen's to %.1f. "
+                "Either the model learned little, or its script left another scale.",
+                self.path, scale, np.median(found), own,
+            )  # fmt: skip
+            return own
         raise InputError(
             f"{self.path}: its values are no {scale} on the scale of this screen. They look like {scale} of counts "
             f"normalized to about {np.median(found):,.3g}, and the screen's are normalized to {own:,.1f}. Declare "

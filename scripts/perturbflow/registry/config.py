@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perturbflow.errors import InputError
 from perturbflow.registry.contexts import CONTEXT_KINDS, EACH, known_contexts, split_of
-from perturbflow.registry.families import FAMILIES, REFERENCES
+from perturbflow.registry.families import FAMILIES, REFERENCES, PredictionsParams
 from perturbflow.registry.schemas import (
     Places,
     check_schema,
@@ -19,6 +19,7 @@ from perturbflow.registry.schemas import (
 )
 from perturbflow.registry.sources import labels_file, own_files, problem_of, problem_of_folder, resolved
 from perturbflow.registry.unions import check_keys, completed, is_union
+from perturbflow.registry.wrappers import problem_of_files
 
 REGISTRIES = ("datasets", "splits", "models", "counterfactuals")
 COEXPRESSION = "coexpression"  # the source of embeddings that needs no files
@@ -150,7 +151,7 @@ def latent_files(block: dict) -> list[str]:
 
 def predictions_file(block: dict, wildcards: Mapping[str, str]) -> str | None:
     """Return the file of predictions of one run, with its wildcards filled in; None where a model makes its own."""
-    if not FAMILIES[block["family"]].made_elsewhere:
+    if FAMILIES[block["family"]].params is not PredictionsParams:
         return None
     template: str = block["params"]["file"]
     for name in OF_A_RUN:
@@ -162,7 +163,7 @@ def _check_templates(models: dict, files: Places) -> None:
     """Check that files of predictions name nothing in braces but the wildcards of a run."""
     for name, block in models.items():
         for word in re.findall(r"{(.*?)}", block["params"].get("file", "")):
-            if FAMILIES[block["family"]].made_elsewhere and word not in OF_A_RUN:
+            if FAMILIES[block["family"]].params is PredictionsParams and word not in OF_A_RUN:
                 file = holding_file(files, ["models", name, "params", "file"])
                 raise InputError(
                     f"{file}models.{name}.params.file: '{{{word}}}' cannot be filled in. Possible: "
@@ -200,6 +201,13 @@ def _check_model_files(config: dict, models: Iterable[str], files: Places) -> No
                     f"{file}models.{name}.params.latent.file: there is no file '{path}' (looked for "
                     f"{Path(path).absolute()}). Relative paths start at the working directory."
                 )
+        block = config["models"][name]
+        if FAMILIES[block["family"]].rule == "train_external" and (problem := problem_of_files(block["params"])):
+            key, sentence = problem
+            file = holding_file(files, ["models", name, "params", *key.split(".")])
+            raise InputError(
+                f"{file}models.{name}.params.{key}: {sentence}. Relative paths start at the working directory."
+            )
 
 
 def _source_name(source: str | dict) -> str:

@@ -198,6 +198,28 @@ class PredictionsParams(Params):
     separator: str = param("+", "text between the members of a combination")
 
 
+@dataclass(frozen=True)
+class ExternalParams(Params):
+    """Of a model that a script trains in an environment of its own."""
+
+    script: str = param(
+        sentence="gets three paths: the exported folder, the predictions.h5ad to be written, and settings.json"
+    )
+    environment: str | None = param(
+        None,
+        "a lock of pip (.txt), one that ships (by its name), or the folder of an environment that is there; null: the "
+        "workflow's own",
+    )
+    command: str = param("python", "words before the script, found in the environment first")
+    values: Literal["expression", "effect"] = like(PredictionsParams, "values", "expression")
+    scale: Literal["log1p", "linear", "counts"] = like(PredictionsParams, "scale", "log1p")
+    options: dict = param(dict, "whatever the script takes")
+    files: dict = param(dict, "name → path of a file that the script reads; its content counts")
+    unseen_genes: bool = param(
+        True, "whether it predicts genes that no training cell was perturbed in; if not, no unseen_perturbation"
+    )
+
+
 # --- families --------------------------------------------------------------------------------------------------------
 
 Role = Literal["reference", "floor", "ceiling", "negative", "positive", "scale", "to_beat"]
@@ -224,7 +246,8 @@ class Family:
     split_kinds
         The only kinds of split that the family can serve; empty: all.
     made_elsewhere
-        Whether its predictions come from a file that `params.file` names. Such a family answers no what-if questions.
+        Whether its predictions come from a file, which `params.file` names or a script leaves. Such a family answers no
+        what-if questions.
     losses
         Stage of training, empty for the last → the meaning of its loss, for the report.
     """
@@ -246,7 +269,7 @@ class Family:
     @property
     def artefact(self) -> str:
         """File name of a trained model: arrays of a closed form, or a checkpoint."""
-        return "model.npz" if self.rule == "train_closed_form" else "model.ckpt"
+        return "model.npz" if self.rule in ("train_closed_form", "train_external") else "model.ckpt"
 
     @property
     def description(self) -> str:
@@ -298,6 +321,9 @@ FAMILIES = {
     "context_mean": _family("closed_form.ceilings:ContextMean", kind="ceiling", split_kinds=CONTEXT_KINDS),
     # Made elsewhere
     "predictions": _family("from_file:FromFile", kind="learned", params=PredictionsParams, made_elsewhere=True),
+    "external": _family(
+        "external:External", kind="learned", params=ExternalParams, rule="train_external", made_elsewhere=True
+    ),
     # Learned
     "diffusion": _family(
         "scppdm:Diffusion", kind="learned", params=DiffusionParams, rule="train_diffusion",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
+_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", dict: "object", type(None): "null"}
 _Params = TypeVar("_Params", bound="Params")
 
 
@@ -56,7 +56,7 @@ def json_schema(declared: type) -> dict[str, Any]:
 def _property(of: Field, kind: Any) -> dict[str, Any]:
     """Return the schema of one param."""
     schema = {**_kind(kind), **of.metadata}
-    if of.default_factory is not MISSING:
+    if of.default_factory is not MISSING:  # of a group of params, or of a free mapping
         schema["default"] = {}
     elif of.default is not MISSING:
         schema["default"] = of.default
@@ -86,7 +86,11 @@ def made(declared: type[_Params], values: Mapping[str, Any]) -> _Params:
     """
     kinds = get_type_hints(declared)
     params = declared(**values)
-    groups = {name: _group(kinds[name])(**value) for name, value in values.items() if isinstance(value, Mapping)}
+    groups = {
+        name: _group(kinds[name])(**value)
+        for name, value in values.items()
+        if isinstance(value, Mapping) and kinds[name] is not dict
+    }
     return replace(params, **groups)
 
 

@@ -1,4 +1,4 @@
-"""Where the package's configuration lies: in a clone beside the scripts, in an installed package within it."""
+"""Where the package's own files lie: in a clone beside the package, in an installed package within it."""
 
 from pathlib import Path
 
@@ -10,5 +10,19 @@ def config_folder() -> Path:
 
     An installed package has its own; a clone has config/.
     """
-    own = PACKAGE / "config"
-    return own if own.is_dir() else PACKAGE.parents[1] / "config"
+    return _folder("config", "config")
+
+
+def wrappers_folder() -> Path:
+    """Return the folder with the scripts that train models of others."""
+    return _folder("external", "scripts/external")
+
+
+def locks_folder() -> Path:
+    """Return the folder with the environments of these scripts."""
+    return _folder("environments", "envs/external")
+
+
+def _folder(installed: str, cloned: str) -> Path:
+    own = PACKAGE / installed
+    return own if own.is_dir() else PACKAGE.parents[1] / cloned

@@ -173,6 +173,8 @@ class Plan:
     def _why_unfit(self, model: str, split: str) -> str | None:
         """Return why a model cannot serve a split, or None."""
         kind, kinds = self.config["splits"][split]["kind"], self.family(model).split_kinds
+        if kind == "unseen_perturbation" and not self.config["models"][model]["params"].get("unseen_genes", True):
+            return "it predicts no gene that training never saw perturbed (params.unseen_genes)"
         return (
             f"family {self.config['models'][model]['family']} serves {', '.join(kinds)} only"
             if kinds and kind not in kinds
