@@ -189,6 +189,7 @@ class Pairs:
         sums, squares = self._finest_sums
         return coarse @ sums, coarse @ squares
 
+    @cached_property
     def context_keys(self) -> tuple[str, str]:
         """The two columns of obs that tell contexts apart: batch and cell type, or dataset and cell type.
 
