@@ -371,6 +371,11 @@ class Pairs:
         """Mean effect of every perturbation, (perturbations, genes)."""
         return self.groups.effects(self.sums[0]).astype(self.X.dtype)
 
+    @cached_property
+    def mean_effect(self) -> np.ndarray:
+        """Mean over perturbations of their effects, (genes,)."""
+        return self._effects.mean(axis=0)
+
     def effects_of_halves(self, label: str) -> list[np.ndarray]:
         """Return the mean effect by each half of a perturbation's cells that is not empty, against all controls."""
         group, sums = self._halves

@@ -132,8 +132,9 @@ def effects_of_ceiling(model: TechnicalDuplicate, training: TrainingSet, pairs: 
     assert isinstance(model, Ceiling)
     model.fit(pairs, training.embeddings, None)  # type: ignore[arg-type]
     test = pairs.roles("test")
-    return {
-        label: model.predict(np.empty(0), [label], 10**6, 0)[0].mean(axis=0)
-        - test.control_mean_for(np.searchsorted(test.rows, model.rows(label, 10**6, 0)))
-        for label in test.perturbations
-    }
+    found = {}
+    for label in test.perturbations:
+        rows = model.rows(label, 10**6, 0)
+        cells = model.predict(pairs.X[rows].toarray(), [label], len(rows), 0)[0]
+        found[label] = cells.mean(axis=0) - test.control_mean_for(np.searchsorted(test.rows, rows))
+    return found

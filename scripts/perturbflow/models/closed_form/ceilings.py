@@ -75,10 +75,9 @@ class ContextMean(TechnicalDuplicate):
     of half 'a', shifted to controls plus this mean.
     """
 
-    def shift(self, held_out: Pairs, rows: np.ndarray) -> np.ndarray:
-        """Return the way from the cells' mean to the mean effect on their controls, (genes,)."""
-        mean_effect = np.mean([held_out.effect_of(label) for label in held_out.perturbations], axis=0)
-        return held_out.control_mean_for(rows) + mean_effect - held_out.mean_of(rows)
+    def shift(self, held_out: Pairs, label: str) -> np.ndarray:
+        """Return the way from the perturbation's effect to the mean effect, (genes,)."""
+        return held_out.mean_effect - held_out.effect_of(label)
 
 
 class InterpolatedDuplicate(TechnicalDuplicate):
