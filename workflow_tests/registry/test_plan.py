@@ -89,12 +89,12 @@ def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, 
     outcome = plan_in(
         tmp_path, light, {"select": {name: list(config[name]) for name in ("datasets", "splits", "models")}}
     )
-    # 26 screens and 3 unions divide in 79 ways; five models serve the 40 of them that hold out contexts, the other 27
-    # all.
+    # 26 screens and 3 unions divide in 79 ways; five models serve the 40 of them that hold out contexts, the other 32
+    # all, but for two models of others, which cannot predict unseen genes, 29 times.
     assert outcome.jobs == {
         "download": 26, "harmonize": 26, "unite": 3, "quality": 29, "split": 79, "pair": 79, "embeddings": 79,
         "audit": 79, "train_closed_form": 1701, "train_diffusion": 158, "train_jepa": 395, "train_counterfactual": 79,
-        "predict": 2333, "evaluate": 2333, "warranty": 632, "benchmark": 1, "report": 1, "all": 1,
+        "train_external": 337, "predict": 2670, "evaluate": 2670, "warranty": 632, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
     assert re.search(r"this plan takes about [\d,]+ GB of disk \([\d,]+ GB are free here\), [\d.]+ GB", outcome.text)
 
@@ -469,7 +469,7 @@ def requested(finished: Finished, rule: str, *arguments: str) -> tuple[int, int]
 
 
 @pytest.mark.parametrize(
-    ("rule", "least"), [("train_closed_form", (2000, 10)), ("predict", (3000, 30)), ("evaluate", (2000, 10))]
+    ("rule", "least"), [("train_closed_form", (1500, 20)), ("predict", (1500, 30)), ("evaluate", (1500, 10))]
 )
 def test_memory_and_time_grow_with_the_input_and_double_with_every_attempt(
     rule: str, least: tuple[int, int], finished: Finished

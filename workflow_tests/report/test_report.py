@@ -231,7 +231,7 @@ def page(tree: Tree) -> str:
 @pytest.fixture
 def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the time of most figures."""
-    few = {"leaderboard": 1, "effects": 1, "training": 1, "counterfactuals": 100_000, "screens": 1}
+    few = {**dict.fromkeys(FIGURE_BYTES, 1), "counterfactuals": 100_000}
     monkeypatch.setattr("perturbflow.report.page.FIGURE_BYTES", few)
 
 

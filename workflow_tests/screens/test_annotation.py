@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import CONTROL, SEPARATOR, human_symbols, members_of
 from perturbflow.registry.config import complete
+from perturbflow.registry.unions import is_union
 from perturbflow.screens.annotation import canonical_labels, gene_table
 
-REGISTRY = complete(merged({}))["datasets"]
+REGISTRY = {name: block for name, block in complete(merged({}))["datasets"].items() if not is_union(block)}
 NO_GENES = gene_table(pd.DataFrame(index=pd.Index([], dtype=str)), {"organism": "human"})
 
 

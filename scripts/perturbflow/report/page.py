@@ -37,7 +37,7 @@ FIGURE_BYTES = {
     "effects": 1_500_000,
     "training": 600_000,
     "contexts": 200_000,
-    "counterfactuals": 2_000_000,
+    "counterfactuals": 1_800_000,
     "screens": 350_000,
 }
 SCREEN_ROWS = 300  # of tables of screens
