@@ -94,7 +94,8 @@ def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, 
     assert outcome.jobs == {
         "download": 26, "harmonize": 26, "unite": 3, "quality": 29, "split": 79, "pair": 79, "embeddings": 79,
         "audit": 79, "train_closed_form": 1701, "train_diffusion": 158, "train_jepa": 395, "train_counterfactual": 79,
-        "train_external": 337, "predict": 2670, "evaluate": 2670, "warranty": 632, "benchmark": 1, "report": 1, "all": 1,
+        "train_external": 337, "predict": 2670, "evaluate": 2670, "warranty": 632, "benchmark": 1, "report": 1,
+        "all": 1,
     }  # fmt: skip
     assert re.search(r"this plan takes about [\d,]+ GB of disk \([\d,]+ GB are free here\), [\d.]+ GB", outcome.text)
 
