@@ -18,7 +18,7 @@ import pandas as pd
 from contract import CONTROL, Task
 
 if importlib.util.find_spec("tkinter") is None:  # a stray import of the package, which uses nothing of it
-    sys.modules["tkinter"] = types.SimpleNamespace(N="n")  # type: ignore[assignment]
+    sys.modules["tkinter"] = types.SimpleNamespace(N="n")  # type: ignore[assignment]  # a stand-in for a module
 
 import cpa
 import scvi

@@ -41,9 +41,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of all that is checked; every test leaves it as it was."""
     folder = copy_repository(tmp_path_factory.mktemp("copy") / "repository")
     shutil.copy(REPOSITORY / "pyproject.toml", folder)
-    shutil.copytree(
-        REPOSITORY / "workflow_tests", folder / "workflow_tests", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    for name in ("workflow_tests", "leaderboard"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
