@@ -472,11 +472,11 @@ def requested(finished: Finished, rule: str, *arguments: str) -> tuple[int, int]
 @pytest.mark.parametrize(
     ("rule", "least"), [("train_closed_form", (1500, 20)), ("predict", (1500, 30)), ("evaluate", (1500, 10))]
 )
-def test_memory_and_time_grow_with_the_input_and_double_with_every_attempt(
+def test_memory_and_time_are_those_of_the_rule_and_double_with_every_attempt(
     rule: str, least: tuple[int, int], finished: Finished
 ) -> None:
     memory, minutes = requested(finished, rule)
-    assert least[0] < memory < least[0] + 200  # of a screen of a few MB
+    assert least[0] <= memory < least[0] + 200  # of a screen of a few MB
     assert minutes == least[1]
     again = requested(finished, rule, "--attempt", "3")
     assert again[0] == pytest.approx(4 * memory, abs=4)
