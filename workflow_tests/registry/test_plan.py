@@ -470,7 +470,8 @@ def requested(finished: Finished, rule: str, *arguments: str) -> tuple[int, int]
 
 
 @pytest.mark.parametrize(
-    ("rule", "least"), [("train_closed_form", (1500, 20)), ("predict", (1500, 30)), ("evaluate", (1500, 10))]
+    ("rule", "least"),
+    [("train_closed_form", (1500, 20)), ("predict", (1500, 30)), ("evaluate", (1500, 10))],
 )
 def test_memory_and_time_are_those_of_the_rule_and_double_with_every_attempt(
     rule: str, least: tuple[int, int], finished: Finished
@@ -481,6 +482,10 @@ def test_memory_and_time_are_those_of_the_rule_and_double_with_every_attempt(
     again = requested(finished, rule, "--attempt", "3")
     assert again[0] == pytest.approx(4 * memory, abs=4)
     assert again[1] == 4 * minutes
+
+
+def test_memory_grows_with_the_input(finished: Finished) -> None:
+    assert 2000 < requested(finished, "benchmark")[0] < 2500  # twenty times tables of less than 25 MB
 
 
 def test_jobs_of_a_closed_form_are_submitted_together_and_no_others(light: dict[str, str], tmp_path: Path) -> None:

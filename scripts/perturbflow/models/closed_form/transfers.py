@@ -1,5 +1,7 @@
 """Closed forms for a new context: what other contexts measured, carried over as it is, centred or shrunken."""
 
+from abc import abstractmethod
+
 import numpy as np
 
 from perturbflow.controls import Context
@@ -27,6 +29,7 @@ class Elsewhere(ClosedForm):
             effects.append(self.combined(own, means, mean) if own else mean)
         return {"labels": np.array(training.effects.labels, dtype=str), "effects": np.stack(effects), "mean": mean}
 
+    @abstractmethod
     def combined(
         self, own: dict[tuple[str, str], np.ndarray], means: dict[tuple[str, str], np.ndarray], mean: np.ndarray
     ) -> np.ndarray:
@@ -39,7 +42,6 @@ class Elsewhere(ClosedForm):
         means, mean
             Mean effect of every context, and the mean of these.
         """
-        raise NotImplementedError
 
     def effect(self, perturbation: str) -> np.ndarray:
         """Look the perturbation up."""
