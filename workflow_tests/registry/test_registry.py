@@ -761,7 +761,7 @@ def test_a_mistake_is_explained(case: str, tmp_path: Path) -> None:
     set_at(config, key, value)
     with pytest.raises(InputError) as raised:
         planned(config, tmp_path)
-    message = str(raised.value)
+    message = str(raised.value).replace(f"{tmp_path}/", "")  # where the tests run must not decide on the length
     missing = [part for part in expected if part not in message]
     assert not missing, f"not in the message: {missing}\n{message}"
     assert "Traceback" not in message

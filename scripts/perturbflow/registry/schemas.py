@@ -19,7 +19,7 @@ from perturbflow.registry.places import config_folder
 
 SCHEMAS = config_folder() / "schemas"
 # Names in a message; of more, the nearest ones.
-LISTED = 20
+LISTED = 12
 
 # JSON schema takes 1.0 for an integer; it would end up in a path and in a random generator.
 _Validator = extend(
