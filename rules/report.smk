@@ -40,6 +40,7 @@ rule report:
             category="Benchmark",
             labels={"file": "report.html"},
         ),
+        report_numbers="results/report.json",
     log:
         "logs/report.log",
     benchmark:

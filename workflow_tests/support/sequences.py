@@ -61,7 +61,7 @@ NUMBERS = ("the metrics", "the pairing", "the baselines")
 
 def is_moment(name: str) -> bool:
     """Return whether a file says when and how long, besides what."""
-    return name.endswith(("run.json", "report.html"))
+    return name.endswith(("run.json", "report.html", "report.json"))
 
 
 @dataclass

@@ -11,6 +11,16 @@ from perturbflow.errors import InputError
 from perturbflow.registry.families import FAMILIES, Family
 from perturbflow.report.plotting import INK
 
+SHAPES = {
+    "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "s": "M-3.5-3.5h7v7h-7z",
+    "D": "M0-4.6 4.6 0 0 4.6-4.6 0z",
+    "^": "M0-4.4 4.4 3.6h-8.8z",
+    "v": "M0 4.4 4.4-3.6h-8.8z",
+    "|": "M-1-4.5h2v9h-2z",
+}
+"""Markers of figures as SVG paths, for the names of models in text."""
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -23,6 +33,11 @@ class ModelCard:
     colour: str
     marker: str
     losses: Mapping[str, str] = field(default_factory=dict)  # as in Family
+
+    @property
+    def shape(self) -> str:
+        """The marker as an SVG path."""
+        return SHAPES[self.marker]
 
 
 def place_of(path: Path, n: int) -> tuple[str, ...]:
@@ -57,10 +72,7 @@ def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
     families = {model: _family(run) for model, run in first.items()}
     kinds = {model: family.kind for model, family in families.items()}
     coloured = [model for kind in ("learned", "baseline", "ablation") for model in first if kinds[model] == kind]
-    looks = {
-        model: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)])
-        for i, model in enumerate(coloured)
-    }
+    looks = {model: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, model in enumerate(coloured)}
     return {
         model: ModelCard(
             model,

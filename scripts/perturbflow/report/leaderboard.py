@@ -26,6 +26,8 @@ class Score:
     n_perturbations: int
     is_best: bool = False
     scaled: float = float("nan")  # no change is 0, a perfect predictor of the mean 1
+    scaled_low: float = float("nan")
+    scaled_high: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[s
         high=("ci_high", "max"),
         n_perturbations=("n_perturbations", "max"),
         scaled=(SCALED, "mean"),
+        scaled_low=("scaled_ci_low", "min"),
+        scaled_high=("scaled_ci_high", "max"),
     )
     loss = pd.Series(
         [float(METRICS[metric].loss(value)) for (_, metric), value in means["value"].items()], index=means.index
@@ -65,6 +69,8 @@ def _scores(rows: pd.DataFrame, cards: dict[str, ModelCard]) -> dict[str, dict[s
             int(row["n_perturbations"]),
             is_best=bool(loss[model, metric] == best[model, metric]),
             scaled=row["scaled"],
+            scaled_low=row["scaled_low"],
+            scaled_high=row["scaled_high"],
         )
     return table
 

@@ -15,15 +15,17 @@ from perturbflow import __version__
 from perturbflow.audit.audit import CHECKS
 from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
-from perturbflow.io.files import atomic, read_json
+from perturbflow.io.files import atomic, read_json, write_json
 from perturbflow.report.boards import boards_of
 from perturbflow.report.cards import ModelCard, model_cards, place_of, read_table
+from perturbflow.report.numbers import numbers
 from perturbflow.report.overview import overview
 from perturbflow.report.plotting import Plots
 from perturbflow.report.rendering import render
 from perturbflow.report.screens import screen_section
 from perturbflow.report.sections import complaints, data_account, separability_rows, source_rows
 from perturbflow.report.split_sections import RunFiles, split_sections
+from perturbflow.report.summary import summaries
 from perturbflow.report.what_if import counterfactual_answers, coverage_figures, sureness_figures, warranty_rows
 
 logger = logging.getLogger(__name__)
@@ -33,8 +35,10 @@ TEMPLATE = "report_template.html"
 # Bounds of a page of less than 10 MB, whatever was selected: bytes of figures per section, and rows of tables.
 # Other modules bound their own lists.
 FIGURE_BYTES = {
-    "leaderboard": 1_400_000,
-    "effects": 1_500_000,
+    "overview": 600_000,
+    "leaderboard": 700_000,
+    "heatmaps": 400_000,
+    "effects": 1_100_000,
     "training": 600_000,
     "contexts": 200_000,
     "counterfactuals": 1_800_000,
@@ -43,6 +47,18 @@ FIGURE_BYTES = {
 SCREEN_ROWS = 300  # of tables of screens
 
 TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")  # of the rule benchmark
+NUMBERED = (
+    "summaries",
+    "boards",
+    "groups",
+    "datasets",
+    "screens",
+    "warranties",
+    "answers",
+    "runs",
+    "sources",
+    "separability",
+)
 NUMBERS = {"benchmark": "leaderboard", "comparisons": "differences"}  # of a table of the benchmark
 RUN = "results/{dataset}/{split}/{model}/seed_{seed}"
 # Numbers on the page, the file that holds them, and the rule that makes the file.
@@ -132,9 +148,10 @@ def report(
     figures: list[Path],
     warranties: list[Path],
     report: Path,
+    report_numbers: Path,
     provenance: dict | None = None,
 ) -> None:
-    """Write the page.
+    """Write the page, and its numbers.
 
     Parameters
     ----------
@@ -156,6 +173,8 @@ def report(
         warranty.json of every model that was checked.
     report
         HTML to be written: one file, nothing fetched.
+    report_numbers
+        JSON to be written: every number of the page.
     """
     run = RunFiles.read(runs, metrics, predictions, splits, audits, pairs)
     cards = model_cards(run.facts)
@@ -165,7 +184,9 @@ def report(
     plots = {section: Plots(section, n) for section, n in FIGURE_BYTES.items()}
     generalizations = {place: division.get("generalization", "") for place, division in run.divisions.items()}
     boards = boards_of(tables, generalizations, cards, plots["leaderboard"])
+    least_difference = float(tables["verdicts"]["least_difference"].iloc[0])
     content = {
+        "summaries": summaries(boards, least_difference, cards, plots["overview"]),
         "overview": overview(boards, run.facts, cards),
         "cards": cards,
         "seeds": run.seeds,
@@ -181,6 +202,7 @@ def report(
     }
     n_left_out = {section: of_section.n_left_out for section, of_section in plots.items()}
     page = render(TEMPLATE, **content, n_left_out=n_left_out)
+    write_json(report_numbers, {part: numbers(content[part]) for part in NUMBERED})
     with atomic(report) as partial:
         partial.write_text(page, encoding="utf-8")
     n_plotted = sum(of_section.n_plotted for of_section in plots.values())

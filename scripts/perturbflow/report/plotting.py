@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK = "#010203"  # stands for the colour of the text around the figure: the page is read in light and in dark
+NOISE = 1e-6  # of single precision: values below it are zero
 # matplotlib has a type of its own for the names of settings, which no dictionary of some of them fits.
 STYLE: Any = {
     "axes.edgecolor": INK,
@@ -120,9 +121,11 @@ def room_for(names: Iterable[str]) -> float:
 
 
 def number(value: float | None) -> str:
-    """Return three significant digits; whole above a thousand, a dash for none."""
+    """Return three significant digits; whole above a thousand, 0 for what is noise, a dash for none."""
     if value is None or not np.isfinite(value):
         return "–"
+    if abs(value) < NOISE:
+        return "0"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
@@ -130,7 +133,7 @@ def signed(value: float) -> str:
     """Return two significant digits with the sign; a value below the noise of single precision is 0."""
     if not np.isfinite(value):
         return "–"
-    return "0" if abs(value) < 1e-6 else np.format_float_positional(float(f"{value:.2g}"), sign=True, trim="-")
+    return "0" if abs(value) < NOISE else np.format_float_positional(float(f"{value:.2g}"), sign=True, trim="-")
 
 
 def interval(low: float, high: float) -> str:

@@ -153,7 +153,7 @@ def _effect_figure(
     axes.plot(
         measured[~is_target],
         predicted[~is_target],
-        "o",
+        card.marker,
         color=card.colour,
         alpha=0.6,
         markersize=3 if is_vector else 2,

@@ -16,6 +16,7 @@ from perturbflow.pairs import Pairs
 from perturbflow.report.boards import Titled
 from perturbflow.report.cards import ModelCard, place_of, read_table
 from perturbflow.report.context_agreement import Agreement, matrix_figure
+from perturbflow.report.heatmap import effect_heatmap
 from perturbflow.report.plotting import Plots
 from perturbflow.report.scatter_plots import Chosen, choose, effect_figures, scored_of
 from perturbflow.report.sections import (
@@ -108,6 +109,7 @@ class SplitSection(Titled):
     matched_batches: Names
     chosen: Chosen | None = None
     agreement: dict[str, Any] | None = None  # of the effects of contexts, where contexts are held out
+    heatmap: str | None = None  # of measured and predicted effects
     effects: list[dict] = field(default_factory=list)
     other_effects: list[dict] = field(default_factory=list)
     curves: list[dict] = field(default_factory=list)
@@ -199,7 +201,7 @@ def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, 
     Parameters
     ----------
     plots
-        Those of the sections "training", "contexts" and "effects".
+        Those of the sections "training", "contexts", "heatmaps" and "effects".
     """
     sections = []
     for dataset, split in dict.fromkeys((dataset, split) for dataset, split, _, _ in run.facts):
@@ -214,6 +216,9 @@ def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, 
     for section in sections:
         if section.chosen and plots["effects"].bytes_left > 0:
             scored[section.title] = _scored(section, section.chosen, run)
+            genes = Pairs.open(run.pairs[section.dataset, section.split]).genes
+            shown = section.chosen, scored[section.title], genes, section.title
+            section.heatmap = effect_heatmap(*shown, plots["heatmaps"])
             section.effects = _effects(section, section.chosen, scored[section.title], run, cards, plots["effects"])
     for section in sections:
         if section.title in scored and section.chosen and section.chosen.others and plots["effects"].bytes_left > 0:
