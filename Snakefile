@@ -11,7 +11,7 @@ Path grammar, with five wildcards only (dataset, split, model, seed, and query f
   results/{dataset}/{split}/{model}/seed_{seed}/model.npz|.ckpt, run.json, predictions.h5ad, metrics.tsv
   results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, {query}.tsv
   results/{benchmark,calibration,comparisons,strata,verdicts}.tsv      all scores, and what they allow to say
-  results/report.html                                                  one page to read
+  results/report.html, report.json                                     one page to read, and its numbers
   results/download_check.tsv                                           answers of the hosts of all registered screens
 """
 
@@ -84,6 +84,10 @@ rule evaluated:
             file=["predictions.h5ad", "metrics.tsv"],
         ),
     localrule: True
+
+
+onsuccess:
+    tell_verdicts()
 
 
 # A deleted file that these results depend on is made again, too.

@@ -2,7 +2,9 @@
 
 import gc
 import inspect
+import json
 import sys
+import time
 from datetime import UTC, datetime
 from functools import cache
 from os.path import getsize, isfile
@@ -58,10 +60,28 @@ if not records.CHANGED.exists():
     records.CHANGED.parent.mkdir(parents=True, exist_ok=True)
     records.CHANGED.touch()
 
-for _sentence in plan.left_out:
-    print(_sentence, file=sys.stderr)
-if workflow.is_main_process and (_sentence := Needs.of(plan).sentence(Path.cwd())):
-    print(_sentence, file=sys.stderr)
+_started = time.time()
+if workflow.is_main_process:
+    for _sentence in [
+        *plan.left_out,
+        plan.sentence,
+        Needs.of(plan).sentence(Path.cwd()),
+    ]:
+        if _sentence:
+            print(_sentence, file=sys.stderr)
+
+
+def tell_verdicts():
+    """Print the first sentences of a report that this run made, and where it is."""
+    numbers = Path("results/report.json")
+    if not numbers.is_file() or numbers.stat().st_mtime < _started:
+        return
+    for summary in json.loads(numbers.read_text(encoding="utf-8"))["summaries"]:
+        print(
+            f"{summary['dataset']} × {summary['split']}: {summary['sentence']}",
+            file=sys.stderr,
+        )
+    print(f"The report: {numbers.with_suffix('.html').resolve()}", file=sys.stderr)
 
 
 wildcard_constraints:

@@ -23,6 +23,7 @@ from conftest import (
     write_screen,
 )
 
+from perturbflow.io.files import read_json
 from perturbflow.provenance.code_version import entry_point
 from perturbflow.registry.families import REFERENCES
 
@@ -432,6 +433,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, python: str) -> Finished:
     outcome = here.run()
     assert outcome.returncode == 0, outcome.text
     return here
+
+
+def test_a_run_tells_its_plan_first_and_its_verdict_last(finished: Finished) -> None:
+    again = finished.run("--forcerun", "report")
+    assert again.returncode == 0, again.text
+    assert f"The plan: 1 dataset, 1 split, {len(RUNS)} models (0 learned), 1 seed: {len(RUNS)} runs." in again.text
+    (summary,) = read_json(finished.folder / "results/report.json")["summaries"]
+    end = again.text[again.text.index("mine × unseen_combination: ") :]
+    assert summary["sentence"] in end
+    assert f"The report: {finished.folder / 'results/report.html'}" in end
+    assert "The report:" not in finished.run().text, "nothing was made"
 
 
 def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:

@@ -185,6 +185,24 @@ class Plan:
         """Return the name that a split was selected by: the folds of a block share one."""
         return self.config["splits"][split].get("name", split)
 
+    @property
+    def sentence(self) -> str:
+        """The plan in a sentence, whatever of it is done already; nothing where no model is selected."""
+        if self.runs.empty:
+            return ""
+        models = list(self.runs["model"].unique())
+        n_learned = sum(self.family(model).kind == "learned" for model in models)
+        numbers = [
+            (len(self.runs["dataset"].unique()), "dataset"),
+            (len(self.divisions), "split"),
+            (len(models), "model"),
+            (len(self.runs["seed"].unique()), "seed"),
+            (len(self.runs), "run"),
+        ]
+        *parts, runs = (f"{n:,} {word}{'' if n == 1 else 's'}" for n, word in numbers)
+        parts[2] += f" ({n_learned} learned)"
+        return f"The plan: {', '.join(parts)}: {runs}. Every job of it: snakemake -n --quiet rules."
+
     def folders(self) -> list[str]:
         """Return the folders that downloads and results of all runs are written to."""
         runs = [run for table in (self.runs, self.queries) for run in table.itertuples()]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from perturbflow.benchmark.tables import BETTER, LEVEL, WORSE
 from perturbflow.benchmark.verdicts import TRADES
 from perturbflow.evaluation import METRICS
-from perturbflow.report.boards import Board
+from perturbflow.report.boards import Board, Titled
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.leaderboard import Score
 from perturbflow.report.plotting import INK, STYLE, Plots, name_rows, new_axes, number, room_for
@@ -31,10 +31,12 @@ SAID = {
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Titled):
     """One dataset × split in a sentence and a picture: a panel per headline metric that distinguishes."""
 
-    board: Board
+    dataset: str
+    split: str
+    generalization: str
     sentence: str
     panels: list[dict]
 
@@ -146,5 +148,14 @@ def summaries(boards: list[Board], least_difference: float, cards: dict[str, Mod
     least_difference
         Share of the way from no change to the ceiling from which on a difference counts.
     """
-    whole = [board for board in boards if not board.is_fold]
-    return [Summary(board, sentence(board), _panels(board, least_difference, cards, plots)) for board in whole]
+    return [
+        Summary(
+            board.dataset,
+            board.split,
+            board.generalization,
+            sentence(board),
+            _panels(board, least_difference, cards, plots),
+        )
+        for board in boards
+        if not board.is_fold
+    ]
