@@ -238,7 +238,7 @@ def test_a_mistake_on_the_command_line_is_told_to_be_there(light: dict[str, str]
     for part in (
         "device: 'cpuu' is not possible",
         "qc.min_counts: 'many' must be",
-        "select.seeds.1: 'x' must be of type integer",
+        "select.seeds.1: 'x' must be a whole number",
     ):
         assert f"--config: {part}" in text
     text = run_snakemake(

@@ -36,11 +36,13 @@ SPLIT_KEYS = {
 
 
 def _check_names(selected: list[str], known: dict, kind: str, where: list[str], files: Places) -> None:
+    # Folds are known by the name of their block.
+    names = list(dict.fromkeys(block.get("name", name) if kind == "splits" else name for name, block in known.items()))
     for name in selected:
         if name not in known:
             raise InputError(
                 f"{holding_file(files, where)}{kind[:-1]} '{name}' is selected ({'.'.join(where)}) but there is no "
-                f"such block in {kind}.yaml or your config file.{suggestion(name, list(known))}"
+                f"such block in {kind}.yaml or your config file.{suggestion(name, names)}"
             )
 
 

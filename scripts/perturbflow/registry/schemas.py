@@ -18,6 +18,16 @@ from perturbflow.errors import InputError
 from perturbflow.registry.places import config_folder
 
 SCHEMAS = config_folder() / "schemas"
+# Types of JSON in a user's words.
+TYPES = {
+    "array": "a list",
+    "object": "a block of keys and values",
+    "string": "text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "null": "null",
+}
 # Names in a message; of more, the nearest ones.
 LISTED = 12
 
@@ -178,9 +188,10 @@ def _explain(error: ValidationError, path: list[str]) -> str:
             "or 'no' (YAML reads no as false)."
         )
     if error.validator == "type" and error.validator_value == "array" and isinstance(error.instance, str | int | float):
-        return f"{place}: {error.instance!r} must be of type array. Write it as a list: [{_in_yaml(error.instance)}]."
+        return f"{place}: {error.instance!r} must be a list: write [{_in_yaml(error.instance)}]."
     if error.validator == "type":
-        return f"{place}: {error.instance!r} must be of type {error.validator_value}."
+        types = [error.validator_value] if isinstance(error.validator_value, str) else error.validator_value
+        return f"{place}: {error.instance!r} must be {' or '.join(TYPES[name] for name in types)}."
     if error.validator == "oneOf":
         described = [
             branch.get("enum") or branch.get("const") or branch.get("properties") for branch in error.validator_value
