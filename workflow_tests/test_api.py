@@ -122,6 +122,7 @@ def test_audit_passes_and_finds_a_planted_leak(prepared: dict[str, Prepared]) ->
         api.audit(here.harmonized, roles, pairs, table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["no_change", "additive", "linear", "technical_duplicate"])
 def test_baseline_and_score_give_what_the_steps_give(prepared: dict[str, Prepared], tmp_path: Path, model: str) -> None:
     here = prepared["unseen_combination"]
@@ -200,6 +201,7 @@ def test_predictions_that_cannot_be_scored_are_refused_in_words(prepared: dict[s
         api.score(predicted, prepared["unseen_combination"].harmonized)
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch(prepared: dict[str, Prepared]) -> None:
     """Scores, splits, audits and baselines come without the extra `models`."""
     command = f"""

@@ -222,6 +222,7 @@ def test_an_answer_about_a_gene_without_a_vector_says_so(prepared_copy, tmp_path
     assert "times as far" in known[held_out[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ridge", "gaussian_process"])
 def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(
     name: str, prepared_copy, tmp_path: Path
@@ -270,6 +271,7 @@ def test_a_table_of_a_genome_keeps_the_perturbed_genes_and_says_so(
 # --- in the workflow ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_workflow_joins_priors_of_the_users_own(tmp_path: Path) -> None:
     make_screen().write_h5ad(tmp_path / "screen.h5ad")
     rng = np.random.default_rng(0)

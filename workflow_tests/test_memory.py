@@ -108,6 +108,7 @@ STEPS: dict[str, Callable[[Prepared], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_further_cell_takes_no_more_than_its_labels(step: str, screens: list[Prepared]) -> None:
     for here in screens:  # the first call imports and compiles

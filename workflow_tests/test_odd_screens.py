@@ -62,6 +62,7 @@ def scored(here: Prepared, model: str) -> pd.DataFrame:
     return pd.read_csv(folder / "metrics.tsv", sep="\t")
 
 
+@pytest.mark.slow
 def test_every_held_out_perturbation_has_scores(odd: tuple[str, Prepared, pd.DataFrame]) -> None:
     name, here, scores = odd
     held_out = set(json.loads(here.split.read_text())["perturbations"]["test"])

@@ -60,6 +60,7 @@ def test_inner_folds_say_how_many_there_are(
     assert any(record.getMessage().startswith(f"inner folds: 3 of {n}, about") for record in caplog.records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "n"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2), ({"SLURM_CPUS_PER_TASK": "2"}, 2)])
 @pytest.mark.parametrize(
     "first",

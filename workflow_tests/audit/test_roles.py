@@ -28,6 +28,7 @@ def scored(here: Prepared, folder: Path, implementation: str, role: str) -> tupl
     return ad.read_h5ad(folder / "predictions.h5ad"), pd.read_csv(folder / "metrics.tsv", sep="\t")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["test", "validation"])
 @pytest.mark.parametrize("kind", SPECS_OF_CELLS)
 def test_predictions_and_scores_keep_to_the_role(

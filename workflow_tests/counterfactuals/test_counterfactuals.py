@@ -115,6 +115,7 @@ def error(predicted: np.ndarray, truth: np.ndarray) -> float:
     return float(np.sqrt(((predicted - truth) ** 2).mean()))
 
 
+@pytest.mark.slow
 def test_individual_effects_are_nearer_than_the_mean_shift(world: tuple, flow: Model) -> None:
     truth, pairs, _, start, brought, target = world
     columns = [truth.genes.index(gene) for gene in pairs.genes]

@@ -440,6 +440,7 @@ def in_process(manifest: Path, file: dict) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [None, UNPUBLISHED], ids=["declared", "unpublished"])
 def test_a_killed_download_is_gone_on_with(known: dict | None, host: Host, manifest: Path) -> None:
     host.content, host.pace = CONTENT * 20, 0.004  # a megabyte in a second
@@ -711,6 +712,7 @@ def test_a_package_comes_from_a_local_mirror_too(manifest: Path, tmp_path: Path)
     assert entry(manifest)["source"] == str(tmp_path / "renge-0.0.5.tar.gz")
 
 
+@pytest.mark.slow
 def test_the_workflow_keeps_what_arrived_takes_a_mirror_and_needs_nothing_again(host: Host, tmp_path: Path) -> None:
     source = {"url": [f"{host.address}/page_then_right/{NAME}"]}
     config = {

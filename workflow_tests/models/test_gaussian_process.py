@@ -153,6 +153,7 @@ def test_answers_and_their_variance_are_those_of_the_dense_formulas(singles: dic
     assert len(questions.labels) == 3
 
 
+@pytest.mark.slow
 def test_sampling_errors_of_effects_against_the_same_controls_hang_together() -> None:
     """The covariance that is written down is that of many draws."""
     rng = np.random.default_rng(0)

@@ -182,6 +182,7 @@ def test_the_embedding_holds_what_governs_a_cell(tmp_path: Path) -> None:
 # --- stage C --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_effects_of_training_come_back_in_their_size(jepa: tuple, screen: tuple[Pairs, Embeddings]) -> None:
     model, _, _ = jepa
     training = screen[0].roles("train")
@@ -307,6 +308,7 @@ def planted() -> tuple[Predictor, torch.Tensor, torch.Tensor]:
     return net.eval(), shifts, sd
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_planted_linear_world_is_recovered_interactions_too(planted: tuple) -> None:
     net, shifts, _ = planted

@@ -192,6 +192,7 @@ def test_coupling_looks_away_from_what_the_perturbation_did() -> None:
 # --- promises of every learned family -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNED)
 def test_held_out_combinations_are_predicted_better_than_no_change(
     name: str, models: dict, screen: tuple[Pairs, Embeddings]
@@ -272,6 +273,7 @@ def test_a_gene_without_a_vector_is_refused_and_an_unseen_one_is_borrowed(
     assert model.refusal("TF1") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNED)
 def test_inner_folds_of_a_closed_mean_calibrate_its_intervals(
     name: str, models: dict, screen: tuple[Pairs, Embeddings]

@@ -238,6 +238,7 @@ def test_each_guidance_strength_scales_its_own_condition(s_state: float, s_pertu
     torch.testing.assert_close(cells.std(dim=0), torch.full((2,), KnownConditionals.sd), atol=0.05, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["v", "noise"])
 def test_a_trained_network_samples_known_conditionals(objective: str) -> None:
     torch.manual_seed(0)
@@ -308,6 +309,7 @@ def test_a_drug_at_a_dose_finds_the_row_of_the_drug() -> None:
     assert rows_of(table, ["Aspirin@10", "JQ@5", "Other@1"])["a"].tolist()[:2] == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_screen_of_doses_is_learned_and_asked_for_another_dose(tmp_path: Path) -> None:
     """Plant an effect that grows with the dose: a dose between those of training has an effect between theirs."""
     labels = ["TF1@1", "TF1@100", "TF2@1", "TF2@100", "TF3@1", "TF3@100"]
@@ -405,6 +407,7 @@ def test_a_training_is_not_resumed_with_another_content_of_its_file(
     assert identities[0] == identities[1] != identities[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"latent": "counts"}, {"latent": "pca"}, {"latent": "counts", "mean": "closed_form"}, {"objective": "noise"},

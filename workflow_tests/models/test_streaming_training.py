@@ -212,6 +212,7 @@ def fitted(name: str, pairs: Pairs, embeddings: Path, folder: Path, **changes: o
     return model, model.fit(pairs.roles("train", "validation"), Embeddings.read(embeddings), run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "latent"),
     [("scppdm", "counts"), ("scppdm", "pca"), ("scppdm", "external"), ("jepa", None), ("counterfactual", None)],

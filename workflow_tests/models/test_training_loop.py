@@ -44,6 +44,7 @@ def short_epochs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_epochs")
 @pytest.mark.parametrize(
     ("name", "stage"), [("scppdm", "autoencoder"), ("scppdm", "diffusion"), ("scppdm_hybrid", "diffusion"),
@@ -177,6 +178,7 @@ def test_a_training_in_a_batch_job_does_not_put_the_job_into_the_queue_again(
     assert signal.SIGUSR1 not in handled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_copy: Callable, tmp_path: Path) -> None:
     files = prepared_copy(COMBINATION)

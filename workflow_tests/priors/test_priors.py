@@ -502,6 +502,7 @@ def test_a_wrong_file_is_named(fault: str, tmp_path: Path) -> None:
     assert not (tmp_path / "embedding.parquet").exists()
 
 
+@pytest.mark.slow
 def test_real_annotations_and_interactions_agree(shared_data: Callable[[str], Path]) -> None:
     """Subunits of the proteasome and of the ribosome are told apart from any source."""
     tables = [

@@ -560,6 +560,7 @@ def test_all_that_a_model_runs_is_counted(name: str, prepared: dict[str, Prepare
     assert not outside(codes, entry_point("predict"), own)
 
 
+@pytest.mark.slow
 def test_all_that_scores_is_counted(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here = prepared["unseen_combination"]
     models, metrics = ["no_change", "additive", "perfect_mean"], []
@@ -587,6 +588,7 @@ def test_all_that_scores_is_counted(prepared: dict[str, Prepared], tmp_path: Pat
     assert not outside(codes, entry_point("benchmark"))
 
 
+@pytest.mark.slow
 def test_all_that_answers_is_counted(prepared: dict[str, Prepared], tmp_path: Path) -> None:
     here, told = prepared["unseen_combination"], (FAMILIES["additive"].implementation, {})
     files, shown = (

@@ -136,6 +136,7 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "last", "absent"),
     [
@@ -165,6 +166,7 @@ def test_a_split_that_cannot_be_is_left_out_with_one_line(light: dict[str, str],
     assert outcome.text.count("mine × unseen_combination is left out") == 1
 
 
+@pytest.mark.slow
 def test_folds_are_planned_as_splits_of_their_own(light: dict[str, str], tmp_path: Path) -> None:
     write_screen(tmp_path)
     config = closed_forms_config(splits={"genes": {"kind": "unseen_perturbation", "folds": 3}})
@@ -446,6 +448,7 @@ def test_a_run_tells_its_plan_first_and_its_verdict_last(finished: Finished) -> 
     assert "The report:" not in finished.run().text, "nothing was made"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
     results = finished.folder / "results"
     split = results / "mine" / "unseen_combination"
@@ -500,6 +503,7 @@ def test_memory_grows_with_the_input(finished: Finished) -> None:
     assert 2000 < requested(finished, "benchmark")[0] < 2500  # twenty times tables of less than 25 MB
 
 
+@pytest.mark.slow
 def test_jobs_of_a_closed_form_are_submitted_together_and_no_others(light: dict[str, str], tmp_path: Path) -> None:
     write_screen(tmp_path)
     config = closed_forms_config()
@@ -565,6 +569,7 @@ def test_words_about_a_dataset_plan_nothing(finished: Finished) -> None:
     assert finished.planned({**finished.config, "datasets": {"mine": block}}) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "before", "after", "expected"),
     [
@@ -654,6 +659,7 @@ def test_a_deleted_result_that_no_job_asks_for_is_made_again(copied: Callable[..
     assert not page.exists()
 
 
+@pytest.mark.slow
 def test_what_lies_behind_a_file_that_was_made_alone_follows_where_its_bytes_differ(
     copied: Callable[..., Finished],
 ) -> None:
@@ -691,6 +697,7 @@ def test_a_damaged_table_that_nothing_reads_is_made_again(copied: Callable[..., 
     assert here.planned() == AFTER_TRAINING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stamps", [True, False])
 @pytest.mark.parametrize("snakemake", [True, False])
 def test_a_copied_folder_is_current_and_is_not_believed_where_something_changed(

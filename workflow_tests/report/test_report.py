@@ -1099,6 +1099,7 @@ def test_long_tables_keep_the_best_and_the_worst() -> None:
     assert table.n_left_out == 92
 
 
+@pytest.mark.slow
 def test_a_page_of_25_datasets_and_15_models_stays_below_10_mb(
     tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def harmonized(path: Path, qc: dict = OFF, **changes: object) -> bool:
 edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from([1, 2**4, 2**7, 255])), max_size=12)
 
 
+@pytest.mark.slow
 @fuzz
 @given(form=st.integers(0, 5), edits=edits, is_head=st.booleans(), share=st.just(1.0) | st.floats(0, 1))
 def test_any_bytes_are_a_screen_or_one_message(
@@ -231,6 +232,7 @@ acts = st.sampled_from(["remove", "replace", "replace", "empty", "attribute", "n
 alterations = st.tuples(st.integers(0, 10**6), acts, st.sampled_from(OTHER_THINGS), st.sampled_from(OTHER_VALUES))
 
 
+@pytest.mark.slow
 @fuzz
 @given(form=st.integers(0, 5), alterations=st.lists(alterations, min_size=1, max_size=3))
 def test_any_hdf5_file_is_a_screen_or_one_message(
@@ -300,6 +302,7 @@ BLOCKS = [
 LIMITS = {**OFF, "min_cells_per_gene": 1, "min_counts": 1, "max_pct_mt": 50, "min_cells_per_perturbation": 2}
 
 
+@pytest.mark.slow
 @fuzz
 @given(
     of_cells=st.dictionaries(st.sampled_from(NAMES), columns, max_size=2),
@@ -403,6 +406,7 @@ changes = st.tuples(
 )
 
 
+@pytest.mark.slow
 @fuzz
 @given(top=st.data(), changes=st.lists(changes, min_size=1, max_size=3))
 def test_any_configuration_is_a_plan_or_one_message(

@@ -49,6 +49,7 @@ def test_a_ratio_is_that_of_normalized_means() -> None:
     assert found.equals(counted(X, labels, blocks=1).efficacy("down").iloc[0]), "blocks are no groups"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "ratio", "n"), [(5.0, 0.3, 50), (0.4, 0.3, 50), (0.05, 1.0, 80), (1.0, 3.0, 30)])
 def test_intervals_hold_the_truth_as_often_as_they_say(level: float, ratio: float, n: int) -> None:
     held = []

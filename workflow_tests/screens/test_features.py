@@ -255,6 +255,7 @@ def normalized(screen: ad.AnnData) -> ad.AnnData:
     return shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["h5ad", "zarr"])
 @pytest.mark.parametrize(("counts", "n_genes"), [("raw", 80), ("raw_counts", 55), ("layers/raw_counts", 55)])
 def test_counts_are_read_where_the_block_says(
@@ -284,6 +285,7 @@ def test_counts_of_raw_of_the_first_versions_are_read(harmonized_from: Callable,
     np.testing.assert_array_equal(found.adata.X.toarray(), screen.X.toarray())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["h5ad", "zarr"])
 def test_where_x_holds_no_counts_the_places_that_do_are_named(
     form: str, harmonized_from: Callable, tmp_path: Path

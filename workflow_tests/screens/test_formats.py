@@ -168,6 +168,7 @@ TENX = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TENX)
 def test_output_of_cell_ranger_gives_what_the_h5ad_gives(
     form: str, screen: ad.AnnData, expected: SimpleNamespace, tmp_path: Path
@@ -214,6 +215,7 @@ def test_scanpy_reads_the_same_from_what_the_tests_write(screen: ad.AnnData, tmp
         assert list(read.var["feature_types"]) == list(screen.var["feature_types"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("kind", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
 def test_a_zarr_store_gives_what_the_h5ad_gives(

@@ -69,6 +69,7 @@ def test_a_prefix_of_all_genes_is_removed_and_names_without_one_stay(names: list
     assert list(without_genome(pd.Series(names))) == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_labels_find_genes_behind_a_prefix(prefix: str, harmonized_from: Callable, tiny_screen: Callable) -> None:
     organism = "mouse" if prefix.startswith(("mm", "GRCm", "Mus")) else "human"

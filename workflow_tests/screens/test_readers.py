@@ -204,6 +204,7 @@ def assert_same(result: SimpleNamespace, expected: ad.AnnData) -> None:
         np.testing.assert_array_equal(adata.obs[column], expected.obs[column])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_what_scanpy_gives_in_memory(
     form: str, screen: ad.AnnData, expected: ad.AnnData, harmonized_from: Callable, small_blocks: None, tmp_path: Path
@@ -435,6 +436,7 @@ def test_tables_of_records_are_read(tiny_screen: Callable, harmonized_from: Call
 # --- archives -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz"])
 @pytest.mark.parametrize("form", ["dense, gzip", "CSR"])
 def test_the_h5ad_of_an_archive_is_read(
@@ -641,6 +643,7 @@ def command(path: Path, target: Path) -> list[str]:
     )
 
 
+@pytest.mark.slow
 def test_memory_stays_far_below_the_size_of_the_matrix(scale: ModuleType, big: Path, tmp_path: Path) -> None:
     _, _, peak = scale.measured(*command(big, tmp_path / "harmonized.h5ad"))
     with h5py.File(big) as file:
@@ -648,6 +651,7 @@ def test_memory_stays_far_below_the_size_of_the_matrix(scale: ModuleType, big: P
     assert peak < 700
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_the_next_one_does_not_remove(
     big: Path, tmp_path: Path, screen: ad.AnnData, harmonized_from: Callable
 ) -> None:

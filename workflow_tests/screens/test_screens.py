@@ -88,6 +88,7 @@ def test_every_registered_dataset_has_a_fixture_of_its_files() -> None:
         assert fixture.names == {role: file["name"] for role, file in files_of(REGISTRY[name]).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIXTURES)
 def test_every_cell_and_gene_becomes_what_it_has_to(name: str, harmonized_screen: Callable) -> None:
     screen = harmonized_screen(name)

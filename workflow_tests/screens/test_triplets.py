@@ -80,6 +80,7 @@ def together(source: object, rows: np.ndarray | None = None) -> tuple[np.ndarray
     return np.concatenate([numbers for numbers, _ in blocks]), sparse.vstack([counts for _, counts in blocks]).toarray()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gzipped", [False, True])
 @pytest.mark.parametrize("entries", [1, 7, 10**6])
 def test_cells_are_barcodes_with_an_identity_in_the_order_of_the_matrix(

@@ -73,6 +73,7 @@ def with_genes(screen: ad.AnnData, names: dict[str, str], ids: dict[str, str] | 
 # --- one file, written as several -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unseen_perturbation", "unseen_context"])
 def test_one_file_written_as_several_and_united_is_the_one_file(
     kind: str, member: Callable, united: Callable, tmp_path: Path

@@ -59,6 +59,7 @@ def test_a_rules_environment_has_what_the_rule_imports(rule):
     assert needed_by(rule) <= provided, f"rule {rule}: envs/{file.name} lacks {sorted(needed_by(rule) - provided)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", environment_files(), ids=lambda file: file.stem)
 def test_environments_hold_nothing_that_no_rule_imports(file):
     needed = set().union(*(needed_by(rule) for rule in rules() if Path(rules()[rule]["conda"]) == file))

@@ -101,6 +101,7 @@ def test_kills_at_every_step_leave_the_results_of_an_undisturbed_run(
     assert not [name for name in leftovers(tmp_path / "here") if name.endswith((".h5ad", ".part"))]
 
 
+@pytest.mark.slow
 def test_after_a_kill_one_message_leads_on(host: Host, undisturbed: Undisturbed, tmp_path: Path) -> None:
     folder, target = make_folder(tmp_path / "here", host), "results/mine/harmonized.h5ad"
     running = Running(folder, target)
@@ -122,6 +123,7 @@ def test_after_a_kill_one_message_leads_on(host: Host, undisturbed: Undisturbed,
 # --- two at once ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_in_one_folder_says_so_and_harms_nothing(
     host: Host, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
@@ -343,6 +345,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_told_and_training_starts_anew(
     damage: str,

@@ -172,6 +172,7 @@ def test_a_script_does_its_work_from_the_command_line(prepared: dict[str, Prepar
     assert not (tmp_path / "failed.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script", sorted((REPOSITORY / "workflow_tests/benchmarks").glob("*.py")), ids=lambda path: path.stem
 )
