@@ -189,6 +189,11 @@ def _report(reason):
         print(f"More of these: {records.CHANGED}.", file=sys.stderr)
 
 
+def of_no_result(key):
+    """Return a params function for a setting that changes no result: what depends on output makes nothing stale."""
+    return looked_up(lambda wildcards, output: plan.config[key])
+
+
 def made_of(rule):
     """Return a params function: the content of the record beside the results."""
     return looked_up(lambda wildcards, output: _values(rule, wildcards))

@@ -89,6 +89,7 @@ rule train_diffusion:
         seed=seed,
         scored=plan.config["predict"]["role"],
         device=plan.config["device"],
+        logger=of_no_result("logger"),
         code_version=code("perturbflow.train:train", family),
         made_of=made_of("train_diffusion"),
     script:

@@ -63,6 +63,16 @@ OFF = {
 CLOSED_FORMS = ["additive", "linear", *REFERENCES]
 
 
+# Files that run whole workflows, the longest first: one that starts last would keep a worker busy alone.
+LONGEST = ("test_slurm", "test_tutorial", "test_end_to_end", "test_conda", "test_faults", "test_sequences", "test_plan")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 

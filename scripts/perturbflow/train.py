@@ -19,7 +19,7 @@ from perturbflow.pairs import Pairs
 from perturbflow.provenance.code_version import code_version
 from perturbflow.provenance.records import FOLDER, content_digest, digest, read_record, write_records
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # So many finished trainings of a network stay beside its checkpoint: going back to a configuration repeats none.
 KEPT = 3
@@ -72,6 +72,7 @@ def train(
     threads: int = 1,
     scored: str = "test",
     split: Path | None = None,
+    logger: str | None = None,
     provenance: dict | None = None,
 ) -> None:
     """Train one model.
@@ -95,6 +96,8 @@ def train(
         from training cells alone.
     split
         split.json, for a model that is trained elsewhere.
+    logger
+        csv, tensorboard or wandb: where losses of networks go, besides run.json. It changes no result.
     """
     family = build(implementation, params)
     digests = {path.name: content_digest(path) for path in (pairs, embeddings)} | {
@@ -110,6 +113,7 @@ def train(
         scored=scored,
         sources={"pairs": pairs, "embeddings": embeddings, **({"split": split} if split else {})},
         place=" × ".join(model.absolute().parts[-5:-3]),
+        logger=logger,
     )
     about = {
         "provenance": provenance or {},
@@ -119,7 +123,7 @@ def train(
     finished = Finished(model, digest(circumstances.identity, device)) if family.keeps_trainings else None
     if finished and (content := finished.restore()):
         write_json(run, {**content, **about})
-        logger.info("the same training was finished before and is not repeated; to repeat it, delete %s", model.parent)
+        log.info("the same training was finished before and is not repeated; to repeat it, delete %s", model.parent)
         return
     started = time.perf_counter()
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.load(pairs)
@@ -140,7 +144,7 @@ def train(
         finished.keep(content)
     # From here on the state of the training is not needed.
     shutil.rmtree(circumstances.checkpoints, ignore_errors=True)
-    logger.info("trained in %.1f s, %s parameters", seconds, f"{content['n_parameters']:,}")
+    log.info("trained in %.1f s, %s parameters", seconds, f"{content['n_parameters']:,}")
 
 
 def _account(circumstances: Run, artefact: dict, seconds: float) -> dict:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -212,6 +213,27 @@ def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_cop
 
 
 # --- devices ---------------------------------------------------------------------------
+
+
+def test_a_logger_gets_the_history_and_one_that_is_not_installed_is_named(
+    screen: tuple[Pairs, Embeddings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    implementation, params = registered("counterfactual", **{**QUICK, "n_steps": 20})
+    cells = screen[0].roles("train", "validation")
+    run = Run(0, checkpoints=tmp_path / "checkpoints", identity="test", logger="csv")
+    build(implementation, params).fit(cells, screen[1], run)
+    (file,) = (tmp_path / "logger").rglob("metrics.csv")
+    logged = pd.read_csv(file)
+    assert list(logged["step"]) == [row["step"] for row in run.history]
+    np.testing.assert_allclose(logged["loss"], [row["loss"] for row in run.history])
+
+    class Absent:
+        def __init__(self, **places: object) -> None:
+            raise ModuleNotFoundError("no tensorboard")
+
+    monkeypatch.setitem(optimization.LOGGERS, "tensorboard", Absent)
+    with pytest.raises(InputError, match=r"logger: tensorboard needs .*pip install tensorboard"):
+        build(implementation, params).fit(cells, screen[1], Run(0, checkpoints=tmp_path / "c", logger="tensorboard"))
 
 
 def test_a_device_that_is_not_there_is_named() -> None:

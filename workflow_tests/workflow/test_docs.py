@@ -55,7 +55,7 @@ def type_of(block: dict) -> str:
         file, _, place = block["$ref"].partition("#/")
         return type_of(reduce(dict.__getitem__, place.split("/"), schema(file.removesuffix(".schema.yaml"))))
     if "enum" in block:
-        return "one of " + ", ".join(f"`{value}`" for value in block["enum"])
+        return "one of " + ", ".join(f"`{'null' if value is None else value}`" for value in block["enum"])
     if "oneOf" in block:
         return " or ".join(
             f"`{branch['const']}`" if "const" in branch else type_of(branch) for branch in block["oneOf"]

@@ -46,6 +46,8 @@ class Run:
         Name → file that the data were read from: pairs, embeddings and, where it was given, split.
     place
         Dataset × split, in words.
+    logger
+        csv, tensorboard, wandb: one of Lightning's loggers gets the history too.
     """
 
     seed: int
@@ -58,6 +60,7 @@ class Run:
     scored: str = "test"
     sources: dict[str, Path] = field(default_factory=dict)
     place: str = ""
+    logger: str | None = None
 
 
 class Model(ABC):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -186,6 +187,7 @@ class _History(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.first_step = trainer.global_step
+        _send(trainer, self.rows)  # of the part before a resumption: a logger starts anew
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
@@ -194,6 +196,7 @@ class _History(Callback):
         found = {**pl_module.mean_losses(), **trainer.callback_metrics, **pl_module.watched()}
         row = {"step": step, **{name: round(float(value), 6) for name, value in found.items()}}
         self.rows.append(row)
+        _send(trainer, [row])
         now = time.monotonic()
         if now - self.last_line >= SECONDS_BETWEEN_LINES or step >= self.n_steps:
             self.last_line = now
@@ -201,6 +204,14 @@ class _History(Callback):
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
             left = (self.n_steps - step) / max(rate, 1e-9)
             logger.info("%s: step %d of %d, %s; about %.0f s left", self.name, step, self.n_steps, numbers, left)
+
+
+def _send(trainer: pl.Trainer, rows: list[dict[str, float]]) -> None:
+    """Hand rows of a history to the loggers of the training, if it has any."""
+    for to in trainer.loggers:
+        for row in rows:
+            to.log_metrics({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+        to.save()
 
 
 class _WholeCheckpoints(TorchCheckpointIO):
@@ -258,7 +269,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         # A job is one process; Lightning must not take it for a step of SLURM with several tasks.
         warnings.filterwarnings("ignore", message="The `srun` command is available")
-        trainer = _trainer(learner.n_steps, batches, run, _callbacks(history, last))
+        trainer = _trainer(learner.n_steps, batches, run, _callbacks(history, last), name)
         resumed = last if resumable(last, name) else None
         try:
             trainer.fit(learner, datamodule=batches, ckpt_path=resumed, weights_only=True)
@@ -275,14 +286,37 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     run.facts["versions"] = {"torch": torch.__version__, "pytorch_lightning": pl.__version__}
 
 
-def _trainer(n_steps: int, batches: Batches, run: Run, callbacks: list[Callback]) -> pl.Trainer:
-    """Return Lightning's Trainer: one process on one device, no logs of its own, whole checkpoints."""
+LOGGERS = {"csv": CSVLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+
+
+def _logger(run: Run, name: str) -> Logger | bool:
+    """Return the logger of Lightning that a run asks for, or False for none.
+
+    Raises
+    ------
+    InputError
+        If its package is not installed.
+    """
+    if run.logger is None:
+        return False
+    folder, label = run.checkpoints.parent / "logger", f"{run.place} {name} seed {run.seed}"
+    places = {"wandb": {"project": "perturbflow", "name": label}}.get(run.logger, {"name": name, "version": ""})
+    try:
+        return LOGGERS[run.logger](save_dir=str(folder), **places)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"logger: {run.logger} needs a package that is not installed: pip install {run.logger}, or logger: csv."
+        ) from error
+
+
+def _trainer(n_steps: int, batches: Batches, run: Run, callbacks: list[Callback], name: str) -> pl.Trainer:
+    """Return Lightning's Trainer: one process on one device, whole checkpoints."""
     return pl.Trainer(
         max_steps=n_steps,
         accelerator=accelerator(run.device),
         devices=1,
         plugins=[LightningEnvironment(), _WholeCheckpoints()],
-        logger=False,
+        logger=_logger(run, name),
         callbacks=callbacks,
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
