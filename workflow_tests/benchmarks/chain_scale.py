@@ -3,11 +3,12 @@ r"""The whole chain at full size, from a raw file to the report: seconds, peak m
     python workflow_tests/benchmarks/chain_scale.py --cells 150000 450000 2000000 --perturbations 800 2000 10000 \
         --folder /a/disk/with/room
 
-makes sparse screens (3,000 genes, about 540 of them expressed per cell, 48 batches) and runs the scripts of the
+makes sparse screens (3,000 genes, about 780 of them expressed per cell, 48 batches) and runs the scripts of the
 workflow on each, with the parameters of the registry. Every step is a process of its own. A Markdown table is printed:
 a row per step with wall and CPU seconds, peak memory beside the memory that its rule asks for, and bytes; after two
 sizes the exponent of CPU seconds and of peak memory in cells (1: twice the cells take twice as much; 0: flat). What was
-measured is kept in steps.json beside the files, so that steps can be run a few at a time.
+measured is kept in steps.json beside the files, so that steps can be run a few at a time. --test-fraction 0.8 scores
+most perturbations of a wide screen.
 """
 
 import argparse
@@ -39,8 +40,8 @@ from perturbflow.pairs import Pairs
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 
-N_GENES, N_BATCHES, CONTROL_SHARE = 3000, 48, 0.04
-UMI_PER_CELL, SPREAD, DISPERSION = 1900, 1.55, 2.0  # about 540 genes of a cell have a count
+N_GENES, CONTROL_SHARE = 3000, 0.04
+UMI_PER_CELL, SPREAD, DISPERSION = 1900, 1.55, 2.0  # about 780 genes of a cell have a count
 CELLS_PER_BLOCK, DISTINCT_BLOCKS = 4096, 8
 KEPT = 0.8  # of the molecules of a drawn cell: thinned anew, no cell comes twice
 CONFIG = SCRIPTS.parent / "config"
@@ -81,7 +82,7 @@ def _kept(n_perturbations: int, rng: np.random.Generator) -> np.ndarray:
     return kept
 
 
-def generate(path: Path, n_cells: int, n_perturbations: int, seed: int = 0) -> None:
+def generate(path: Path, n_cells: int, n_perturbations: int, n_batches: int = 48, seed: int = 0) -> None:
     """Write a raw screen; half of the genes are targets, further targets are not measured."""
     rng = np.random.default_rng(seed)
     level = rng.lognormal(0, SPREAD, N_GENES)
@@ -91,11 +92,11 @@ def generate(path: Path, n_cells: int, n_perturbations: int, seed: int = 0) -> N
     label = rng.choice(n_perturbations, n_cells, p=share / share.sum())
     label[rng.random(n_cells) < CONTROL_SHARE] = n_perturbations
     targets = [f"TARGET{i}" for i in range(max(n_perturbations, N_GENES // 2))]
-    batches = [f"b{i}" for i in range(N_BATCHES)]
+    batches = [f"b{i}" for i in range(n_batches)]
     obs = pd.DataFrame(
         {
             "perturbation": pd.Categorical.from_codes(label, [*targets[:n_perturbations], "control"]),
-            "batch": pd.Categorical.from_codes(rng.integers(0, N_BATCHES, n_cells), batches),
+            "batch": pd.Categorical.from_codes(rng.integers(0, n_batches, n_cells), batches),
             "celltype": pd.Categorical.from_codes(np.zeros(n_cells, np.int8), ["K562"]),
         },
         index=pd.Index([f"{i:012x}-1" for i in range(n_cells)], name="cell_barcode"),
@@ -122,12 +123,14 @@ def generate(path: Path, n_cells: int, n_perturbations: int, seed: int = 0) -> N
 # --- the chain ------------------------------------------------------------------------------------------------------
 
 
-def registry(models: list[str]) -> dict:
+def registry(models: list[str], test_fraction: float | None) -> dict:
     """Return the configuration of a run of these models, completed with all defaults."""
     select = {"datasets": ["renge2023"], "splits": list(SPLITS), "models": models, "seeds": [0]}
     config: dict = {"select": select}
     for file in ("config", "datasets", "splits", "models", "counterfactuals"):
         config = {**yaml.safe_load((CONFIG / f"{file}.yaml").read_text()), **config}
+    if test_fraction:
+        config["splits"][SPLITS[0]]["test_fraction"] = test_fraction
     return complete({**config, "select": select})
 
 
@@ -138,13 +141,13 @@ class Chain:
     ----------
     folder
         Where everything lies, as below the working directory of the workflow.
-    models, steps
-        Models of the registry; steps of training, None is each model's own.
+    models, steps, test_fraction
+        Models of the registry; steps of training, and the share of perturbations held out; None is the registry's own.
     """
 
-    def __init__(self, folder: Path, models: list[str], steps: int | None) -> None:
+    def __init__(self, folder: Path, models: list[str], steps: int | None, test_fraction: float | None = None) -> None:
         self.folder, self.models, self.n_steps = folder, models, steps
-        self.config = registry(models)
+        self.config = registry(models, test_fraction)
         self.raw = folder / "raw"
         self.screen = folder / "results" / "made"
         self.split = self.screen / SPLITS[0]
@@ -250,12 +253,12 @@ class Chain:
         }, [page]  # fmt: skip
 
 
-def made(chain: Chain, n_cells: int, n_perturbations: int) -> Chain:
+def made(chain: Chain, n_cells: int, n_perturbations: int, n_batches: int) -> Chain:
     """Make the raw file, unless it is there."""
     manifest, path = chain.raw / "manifest.json", chain.raw / "screen.h5ad"
     if not manifest.exists():
         chain.raw.mkdir(parents=True, exist_ok=True)
-        generate(path, n_cells, n_perturbations)
+        generate(path, n_cells, n_perturbations, n_batches)
         file = {"file": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}
         write_json(manifest, {"files": {"file": file}})
     return chain
@@ -356,6 +359,8 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", default=[150_000, 450_000], help="sizes, ascending")
     parser.add_argument("--perturbations", type=int, nargs="+", default=[800, 2000], help="per size, or one for all")
     parser.add_argument("--models", nargs="+", default=["no_change", "additive", "technical_duplicate", "set_gp"])
+    parser.add_argument("--batches", type=int, default=48)
+    parser.add_argument("--test-fraction", type=float, help="of the perturbations; default: the registry's")
     parser.add_argument("--training-steps", type=int, help="of learned models; default: each model's own")
     parser.add_argument(
         "--steps", nargs="+", help="run these alone, by the beginning of their names; inputs must be there"
@@ -370,7 +375,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         for n_cells, n_perturbations in zip(arguments.cells, perturbations, strict=True):
             folder = (arguments.folder or Path(temporary)) / f"cells_{n_cells}_{n_perturbations}"
-            chain = made(Chain(folder, arguments.models, arguments.training_steps), n_cells, n_perturbations)
+            chain = Chain(folder, arguments.models, arguments.training_steps, arguments.test_fraction)
+            made(chain, n_cells, n_perturbations, arguments.batches)
             print(f"{n_cells:,} cells, {n_perturbations:,} perturbations", file=sys.stderr, flush=True)
             sizes[f"{n_cells:,} × {n_perturbations:,}"] = walked(chain, arguments.steps or [""])
             if arguments.agreement:

@@ -45,7 +45,7 @@ def learning(singles: dict[str, np.ndarray]) -> tuple[Problem, SetKernel, Direct
     orders = np.array([len(members_of(label)) for label in rows.labels])
     M = np.stack([orders == 1, orders == 2], axis=1)[:, None].astype(float)
     start = Directions(np.log(Y.var(axis=0)), np.log(0.1 * Y.var(axis=0)), np.log(np.tile(Y.var(axis=0), (2, 1))))
-    S, ones = rows.sampling / rows.sampling[0, 0], np.ones(len(Y))
+    S, ones = rows.sampling.in_units(rows.sampling.variances[0]), np.ones(len(Y))
     return Problem(kernel, asked, S, Y, M, ones, start, start.noise - 1.0, 2), kernel, start
 
 
@@ -127,7 +127,7 @@ def test_answers_and_their_variance_are_those_of_the_dense_formulas(singles: dic
     is_double = np.array(["+" in label for label in rows.labels])
     root_h, _ = model.kernel.strength_of(both.labels)
     M = np.stack([root_h * [("+" in label) == kind for label in both.labels] for kind in (False, True)], axis=1)
-    S = rows.sampling / rows.sampling.diagonal().mean()
+    S = rows.sampling.matrix / rows.sampling.variances.mean()
     means, variances = np.zeros((2, 3, V.shape[1]))
     for k in range(V.shape[1]):
         # Noise and τ of a direction from what is stored: D = σ² Λ + b, B = (T⁻¹ + Mᵀ C⁻¹ M)⁻¹.
@@ -165,8 +165,8 @@ def test_sampling_errors_of_effects_against_the_same_controls_hang_together() ->
         drawn.append(rows.values)
     assert rows.labels == ["G0", "G0", "G1", "G1"]
     measured = np.einsum("drg,dsg->rs", drawn, drawn) / len(drawn) / N_GENES
-    np.testing.assert_allclose(measured, rows.sampling, atol=0.01)
-    assert rows.sampling[0, 2] == pytest.approx(1 / 20)
+    np.testing.assert_allclose(measured, rows.sampling.matrix, atol=0.01)
+    assert rows.sampling.matrix[0, 2] == pytest.approx(1 / 20)
     np.testing.assert_allclose(rows.variance.mean(), 1.0, atol=0.1)
 
 

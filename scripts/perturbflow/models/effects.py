@@ -44,10 +44,8 @@ class Effects:
 
     @classmethod
     def _measured(cls, training: Pairs, half: int | None) -> "Effects":
-        groups, (sums, squares) = training.groups, training.sums
-        variances = groups.means(squares) - groups.means(sums) ** 2
-        errors = variances / groups.n_cells[: len(groups.labels), None]
-        return cls(groups.labels, groups.effects(sums, half).astype(training.X.dtype), errors)
+        values = training.groups.effects(training.sums[0], half).astype(training.X.dtype)
+        return cls(training.groups.labels, values, training.squared_errors)
 
     def without(self, labels: Collection[str]) -> "Effects":
         """Return all effects except these."""
