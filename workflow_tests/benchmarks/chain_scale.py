@@ -7,8 +7,8 @@ makes sparse screens (3,000 genes, about 780 of them expressed per cell, 48 batc
 workflow on each, with the parameters of the registry. Every step is a process of its own. A Markdown table is printed:
 a row per step with wall and CPU seconds, peak memory beside the memory that its rule asks for, and bytes; after two
 sizes the exponent of CPU seconds and of peak memory in cells (1: twice the cells take twice as much; 0: flat). What was
-measured is kept in steps.json beside the files, so that steps can be run a few at a time. --test-fraction 0.8 scores
-most perturbations of a wide screen.
+measured is kept in steps.json beside the files, so that steps can be run a few at a time. A wide screen of few cells,
+10,000 perturbations scored: --cells 100000 --perturbations 12500 --least-cells 3 --test-fraction 0.83.
 """
 
 import argparse
@@ -141,13 +141,14 @@ class Chain:
     ----------
     folder
         Where everything lies, as below the working directory of the workflow.
-    models, steps, test_fraction
-        Models of the registry; steps of training, and the share of perturbations held out; None is the registry's own.
+    wanted
+        Arguments of the command: models, training_steps, test_fraction and least_cells.
     """
 
-    def __init__(self, folder: Path, models: list[str], steps: int | None, test_fraction: float | None = None) -> None:
-        self.folder, self.models, self.n_steps = folder, models, steps
-        self.config = registry(models, test_fraction)
+    def __init__(self, folder: Path, wanted: argparse.Namespace) -> None:
+        self.folder, self.models, self.n_steps = folder, wanted.models, wanted.training_steps
+        self.qc = {**QC, "min_cells_per_perturbation": wanted.least_cells}
+        self.config = registry(self.models, wanted.test_fraction)
         self.raw = folder / "raw"
         self.screen = folder / "results" / "made"
         self.split = self.screen / SPLITS[0]
@@ -175,7 +176,7 @@ class Chain:
         qualities = {"table": self.screen / "quality.tsv", "account": self.screen / "quality.json"}
         yield "harmonize", "harmonize", {
             "raw": self.raw / "manifest.json", "harmonized": screen["harmonized"], "report": screen["harmonization"],
-            "name": "made", "dataset": json.dumps(DATASET), "qc": json.dumps(QC), "threads": 2,
+            "name": "made", "dataset": json.dumps(DATASET), "qc": json.dumps(self.qc), "threads": 2,
         }, [screen["harmonized"]]  # fmt: skip
         page = self.screen / "quality.html"
         yield "quality", "quality", {**screen, **qualities, "page": page}, [*qualities.values(), page]
@@ -360,6 +361,7 @@ def main() -> None:
     parser.add_argument("--perturbations", type=int, nargs="+", default=[800, 2000], help="per size, or one for all")
     parser.add_argument("--models", nargs="+", default=["no_change", "additive", "technical_duplicate", "set_gp"])
     parser.add_argument("--batches", type=int, default=48)
+    parser.add_argument("--least-cells", type=int, default=30, help="of a perturbation: with fewer it is left out")
     parser.add_argument("--test-fraction", type=float, help="of the perturbations; default: the registry's")
     parser.add_argument("--training-steps", type=int, help="of learned models; default: each model's own")
     parser.add_argument(
@@ -375,7 +377,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         for n_cells, n_perturbations in zip(arguments.cells, perturbations, strict=True):
             folder = (arguments.folder or Path(temporary)) / f"cells_{n_cells}_{n_perturbations}"
-            chain = Chain(folder, arguments.models, arguments.training_steps, arguments.test_fraction)
+            chain = Chain(folder, arguments)
             made(chain, n_cells, n_perturbations, arguments.batches)
             print(f"{n_cells:,} cells, {n_perturbations:,} perturbations", file=sys.stderr, flush=True)
             sizes[f"{n_cells:,} × {n_perturbations:,}"] = walked(chain, arguments.steps or [""])
