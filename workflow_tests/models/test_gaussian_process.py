@@ -4,6 +4,7 @@ Its likelihood and answers are those of the dense formulas, and each part is rig
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -168,6 +169,38 @@ def test_sampling_errors_of_effects_against_the_same_controls_hang_together() ->
     np.testing.assert_allclose(measured, rows.sampling.matrix, atol=0.01)
     assert rows.sampling.matrix[0, 2] == pytest.approx(1 / 20)
     np.testing.assert_allclose(rows.variance.mean(), 1.0, atol=0.1)
+
+
+def test_sampling_of_some_rows_is_that_part_of_all() -> None:
+    training = make_training({f"G{i}": np.zeros(N_GENES) for i in range(4)}, n=10, noise=1.0, batches=2)
+    sampling, some = EffectRows.of(training).sampling, np.array([1, 4, 6])
+    np.testing.assert_allclose(sampling.variances, sampling.matrix.diagonal())
+    np.testing.assert_allclose(sampling.part(some).matrix, sampling.matrix[np.ix_(some, some)])
+    np.testing.assert_allclose(sampling.in_units(0.3).matrix, sampling.matrix / 0.3)
+
+
+def test_an_answer_does_not_depend_on_the_questions_before(singles: dict[str, np.ndarray]) -> None:
+    """The last answer is kept: neither who got it, nor another training may change it."""
+    model = SetGP().learned(make_training(singles, vectors(), n=12, noise=1.0))
+    fresh = {label: copy(model).effect(label) for label in ("G3", "G31")}
+    for label in ("G3", "G3", "G31", "G3"):
+        answer = model.effect(label)
+        np.testing.assert_array_equal(answer, fresh[label])
+        answer[:] = 0.0
+    model.learned(make_training(singles, vectors(), n=12, noise=1.0, seed=1))
+    assert not np.array_equal(model.effect("G3"), fresh["G3"])
+
+
+def test_an_unseen_gene_has_its_own_level_in_every_batch(singles: dict[str, np.ndarray]) -> None:
+    """Nine batches are no contexts: an answer is the same in all of them but for the perturbed gene itself."""
+    training = make_training(singles, vectors(), n=3, batches=9)
+    model = SetGP().learned(training)
+    assert not model.looks_at_contexts
+    asked = [training.pairs.context_of(np.flatnonzero(training.pairs.strata == f"b{batch}|t")) for batch in (0, 8)]
+    first, last = (model.effect_in("G31", context) for context in asked)
+    column = training.row["G31"]
+    np.testing.assert_array_equal(np.delete(first, column), np.delete(last, column))
+    assert first[column] != last[column]
 
 
 # --- what it knows ----------------------------------------------------------------------------------------------------
