@@ -371,7 +371,7 @@ class Pairs:
         """Mean effect of every perturbation, (perturbations, genes)."""
         return self.groups.effects(self.sums[0]).astype(self.X.dtype)
 
-    @cached_property
+    @property
     def squared_errors(self) -> np.ndarray:
         """Squared standard error of every perturbation's mean, (perturbations, genes): sampling of its cells alone."""
         groups, (sums, squares) = self.groups, self.sums

@@ -53,7 +53,7 @@ class Generated:
         values += rng.normal(size=values.shape) * np.sqrt(0.1 / CELLS)
         order = np.argsort(labels)
         labels, values = [labels[i] for i in order], values[order].astype(np.float32)
-        self.effects = Effects(labels, values, np.zeros((0, 0)))
+        self.effects = Effects(labels, values)
         self.genes, self.row, self.seed, self.half = [f"G{i}" for i in range(n_genes)], {}, 0, None
         self.pairs = SimpleNamespace(genes=self.genes, control_level=np.full(n_genes, 0.5), obs={})
         self.embeddings = Embeddings(

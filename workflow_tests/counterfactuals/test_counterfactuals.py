@@ -98,7 +98,7 @@ def test_cells_that_differ_by_measurement_alone_have_no_state(tmp_path: Path) ->
     states = States.fit(training, 16)
     assert len(states.reliability) <= 3
     assert states.reliability.max() < 0.4
-    assert effect_directions(Effects.of_training(training), 16).shape[1] <= 2
+    assert effect_directions(training, Effects.of_training(training), 16).shape[1] <= 2
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,10 @@ class Effects:
         Training perturbations, sorted.
     values
         (perturbations, genes), log1p-normalized.
-    errors
-        Their squared standard errors, of the same shape: sampling of perturbed cells alone.
     """
 
     labels: list[str]
     values: np.ndarray
-    errors: np.ndarray
 
     @classmethod
     def of_training(cls, pairs: Pairs) -> "Effects":
@@ -44,13 +41,12 @@ class Effects:
 
     @classmethod
     def _measured(cls, training: Pairs, half: int | None) -> "Effects":
-        values = training.groups.effects(training.sums[0], half).astype(training.X.dtype)
-        return cls(training.groups.labels, values, training.squared_errors)
+        return cls(training.groups.labels, training.groups.effects(training.sums[0], half).astype(training.X.dtype))
 
     def without(self, labels: Collection[str]) -> "Effects":
         """Return all effects except these."""
         keep = [i for i, label in enumerate(self.labels) if label not in labels]
-        return Effects([self.labels[i] for i in keep], self.values[keep], self.errors[keep])
+        return Effects([self.labels[i] for i in keep], self.values[keep])
 
     def of(self, label: str) -> np.ndarray:
         """Return one effect, (genes,)."""

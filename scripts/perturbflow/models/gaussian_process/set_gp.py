@@ -119,6 +119,7 @@ class SetGP(ClosedForm):
         V = _directions(values)  # (genes, directions)
         Y, sampling = values @ V, rows.sampling.variances
         unit = sampling.mean()
+        del values  # as large as the sums over all cells
         of_gene = V**2
         noise = unit * rows.variance @ of_gene
         kernel = SetKernel.of(rows, training, Y, sampling * (rows.variance @ of_gene).sum())
