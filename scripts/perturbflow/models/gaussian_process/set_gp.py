@@ -86,7 +86,6 @@ LEAST_SIGNAL = 0.5  # share of a direction's variance that shared weights are le
 LEAST_DIRECTIONS = 3
 LEAST_SHARE = 0.05  # of a direction's variance: signal starts at least there
 MOST_LEARNED_FROM = 1000  # rows
-ROWS_AT_ONCE = 64
 LEAST_HELD_OUT = 20  # perturbations, to judge another model's means by
 
 # Fits a mean that is no closed form. It gets an inner training set and the rows of pairs.h5ad with controls to start
@@ -212,8 +211,7 @@ class SetGP(ClosedForm):
         K, questions = self._across(perturbation, context)
         itself = self.weights.covariance(self.kernel.terms(questions, questions))[0]
         signal, T = self.artefact["signal"], self.artefact["T"]
-        blocks = (slice(first, first + ROWS_AT_ONCE) for first in range(0, len(T), ROWS_AT_ONCE))
-        R = sum(K[:, rows] @ T[rows] for rows in blocks)  # (1, rows); the whole of T in double precision is large
+        R = (K.astype(T.dtype) @ T).astype(float)  # (1, rows); T in double precision would be large and slow
         of_g = itself[0, 0] * signal - (R**2 @ self.artefact["inverse"])[0] * signal**2
         M, _ = self._in_common(perturbation, other_means)
         columns = M[0] - np.einsum("i,iko,k->ko", R[0], self.artefact["scaled"], signal)
