@@ -8,6 +8,7 @@ import pytest
 from conftest import SPECS, Prepared, make_screen, prepare
 
 from perturbflow import embeddings, pairs
+from perturbflow.counterfactuals import answers, warranty
 from perturbflow.evaluation import measured
 from perturbflow.evaluation.table import evaluate
 from perturbflow.io import hdf5, streaming
@@ -33,6 +34,7 @@ def screens(tmp_path_factory: pytest.TempPathFactory) -> list[Prepared]:
     for here in prepared:
         trained("additive")(here)
         predicted(here)
+        warranted(here)
     return prepared
 
 
@@ -43,6 +45,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs, "VALUES_IN_MEMORY", 0)
     monkeypatch.setattr(measured, "CELLS_OF_PCA", 50)
     monkeypatch.setattr(measured, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(warranty, "MOST_CONTROLS", 20)
+    monkeypatch.setattr(answers, "MAX_CELLS", 20)
     monkeypatch.setattr(hdf5, "CHUNK", 2**12)
     monkeypatch.setattr(hdf5, "CHUNKS_AHEAD", 2)
 
@@ -92,6 +96,24 @@ def scored(here: Prepared) -> None:
     evaluate(folder / "predictions.h5ad", here.pairs, here.split, folder / "metrics.tsv")
 
 
+def warranted(here: Prepared) -> None:
+    """Check `additive` before it answers."""
+    model, _ = run_of(here, "additive")
+    files = model.parent / "warranty.json", model.parent / "calibration.npz"
+    warranty.warranty(here.pairs, here.embeddings, model, *files, FAMILIES["additive"].implementation, {}, 0)
+
+
+def asked(here: Prepared) -> None:
+    """Ask `additive` about a perturbation that it learned from."""
+    model, _ = run_of(here, "additive")
+    known = pairs.Pairs.open(here.pairs).roles("train").perturbations[0]
+    query = {"perturbations": [known], "cells": "control", "samples_per_cell": 5}
+    query |= {"keep_samples": False, "groups": "cell_type", "search": None}
+    made = (model.parent / name for name in ("warranty.json", "calibration.npz", "a.h5ad", "a.tsv", "a.ranking.tsv"))
+    files = here.pairs, here.embeddings, model, *made
+    answers.counterfactual(*files, FAMILIES["additive"].implementation, {}, query, 0)
+
+
 STEPS: dict[str, Callable[[Prepared], None]] = {
     "split": lambda here: splits.split(here.harmonized, here.harmonization, here.folder / "again.json", "mine", SPEC),
     "pair": lambda here: pairs.pair(here.harmonized, here.split, here.folder / "again.h5ad", N_GENES - 1),
@@ -105,6 +127,8 @@ STEPS: dict[str, Callable[[Prepared], None]] = {
     "train batch_only": trained("batch_only"),
     "predict": predicted,
     "evaluate": scored,
+    "warranty": warranted,
+    "counterfactual": asked,
 }
 
 

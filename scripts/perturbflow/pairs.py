@@ -371,6 +371,13 @@ class Pairs:
         """Mean effect of every perturbation, (perturbations, genes)."""
         return self.groups.effects(self.sums[0]).astype(self.X.dtype)
 
+    @property
+    def squared_errors(self) -> np.ndarray:
+        """Squared standard error of every perturbation's mean, (perturbations, genes): sampling of its cells alone."""
+        groups, (sums, squares) = self.groups, self.sums
+        variances = groups.means(squares) - groups.means(sums) ** 2
+        return variances / groups.n_cells[: len(groups.labels), None]
+
     @cached_property
     def mean_effect(self) -> np.ndarray:
         """Mean over perturbations of their effects, (genes,)."""

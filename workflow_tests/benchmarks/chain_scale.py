@@ -3,11 +3,12 @@ r"""The whole chain at full size, from a raw file to the report: seconds, peak m
     python workflow_tests/benchmarks/chain_scale.py --cells 150000 450000 2000000 --perturbations 800 2000 10000 \
         --folder /a/disk/with/room
 
-makes sparse screens (3,000 genes, about 540 of them expressed per cell, 48 batches) and runs the scripts of the
+makes sparse screens (3,000 genes, about 780 of them expressed per cell, 48 batches) and runs the scripts of the
 workflow on each, with the parameters of the registry. Every step is a process of its own. A Markdown table is printed:
 a row per step with wall and CPU seconds, peak memory beside the memory that its rule asks for, and bytes; after two
 sizes the exponent of CPU seconds and of peak memory in cells (1: twice the cells take twice as much; 0: flat). What was
-measured is kept in steps.json beside the files, so that steps can be run a few at a time.
+measured is kept in steps.json beside the files, so that steps can be run a few at a time. A wide screen of few cells,
+10,000 perturbations scored: --cells 100000 --perturbations 12500 --least-cells 3 --test-fraction 0.83.
 """
 
 import argparse
@@ -39,16 +40,13 @@ from perturbflow.pairs import Pairs
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
 
-N_GENES, N_BATCHES, CONTROL_SHARE = 3000, 48, 0.04
-UMI_PER_CELL, SPREAD, DISPERSION = 1900, 1.55, 2.0  # about 540 genes of a cell have a count
+N_GENES, CONTROL_SHARE = 3000, 0.04
+UMI_PER_CELL, SPREAD, DISPERSION = 1900, 1.55, 2.0  # about 780 genes of a cell have a count
 CELLS_PER_BLOCK, DISTINCT_BLOCKS = 4096, 8
 KEPT = 0.8  # of the molecules of a drawn cell: thinned anew, no cell comes twice
 CONFIG = SCRIPTS.parent / "config"
 SPLITS = ("unseen_perturbation",)
-QUERY = {
-    "perturbations": [f"TARGET{i}" for i in range(10)], "cells": "control", "samples_per_cell": 50,
-    "keep_samples": False, "groups": "cell_type", "search": None,
-}  # fmt: skip
+ASKED = [f"TARGET{i}" for i in range(10)]
 DATASET = {
     "source": {"path": "screen.h5ad"}, "subset": {},
     "perturbation": {"column": "perturbation", "control": ["control"], "separator": None, "drop": ["nan", "*", ""]},
@@ -81,7 +79,7 @@ def _kept(n_perturbations: int, rng: np.random.Generator) -> np.ndarray:
     return kept
 
 
-def generate(path: Path, n_cells: int, n_perturbations: int, seed: int = 0) -> None:
+def generate(path: Path, n_cells: int, n_perturbations: int, n_batches: int = 48, seed: int = 0) -> None:
     """Write a raw screen; half of the genes are targets, further targets are not measured."""
     rng = np.random.default_rng(seed)
     level = rng.lognormal(0, SPREAD, N_GENES)
@@ -91,11 +89,11 @@ def generate(path: Path, n_cells: int, n_perturbations: int, seed: int = 0) -> N
     label = rng.choice(n_perturbations, n_cells, p=share / share.sum())
     label[rng.random(n_cells) < CONTROL_SHARE] = n_perturbations
     targets = [f"TARGET{i}" for i in range(max(n_perturbations, N_GENES // 2))]
-    batches = [f"b{i}" for i in range(N_BATCHES)]
+    batches = [f"b{i}" for i in range(n_batches)]
     obs = pd.DataFrame(
         {
             "perturbation": pd.Categorical.from_codes(label, [*targets[:n_perturbations], "control"]),
-            "batch": pd.Categorical.from_codes(rng.integers(0, N_BATCHES, n_cells), batches),
+            "batch": pd.Categorical.from_codes(rng.integers(0, n_batches, n_cells), batches),
             "celltype": pd.Categorical.from_codes(np.zeros(n_cells, np.int8), ["K562"]),
         },
         index=pd.Index([f"{i:012x}-1" for i in range(n_cells)], name="cell_barcode"),
@@ -122,12 +120,14 @@ def generate(path: Path, n_cells: int, n_perturbations: int, seed: int = 0) -> N
 # --- the chain ------------------------------------------------------------------------------------------------------
 
 
-def registry(models: list[str]) -> dict:
+def registry(models: list[str], test_fraction: float | None) -> dict:
     """Return the configuration of a run of these models, completed with all defaults."""
     select = {"datasets": ["renge2023"], "splits": list(SPLITS), "models": models, "seeds": [0]}
     config: dict = {"select": select}
     for file in ("config", "datasets", "splits", "models", "counterfactuals"):
         config = {**yaml.safe_load((CONFIG / f"{file}.yaml").read_text()), **config}
+    if test_fraction:
+        config["splits"][SPLITS[0]]["test_fraction"] = test_fraction
     return complete({**config, "select": select})
 
 
@@ -138,13 +138,14 @@ class Chain:
     ----------
     folder
         Where everything lies, as below the working directory of the workflow.
-    models, steps
-        Models of the registry; steps of training, None is each model's own.
+    wanted
+        Arguments of the command: models, training_steps, test_fraction and least_cells.
     """
 
-    def __init__(self, folder: Path, models: list[str], steps: int | None) -> None:
-        self.folder, self.models, self.n_steps = folder, models, steps
-        self.config = registry(models)
+    def __init__(self, folder: Path, wanted: argparse.Namespace) -> None:
+        self.folder, self.models, self.n_steps = folder, wanted.models, wanted.training_steps
+        self.qc = {**QC, "min_cells_per_perturbation": wanted.least_cells}
+        self.config = registry(self.models, wanted.test_fraction)
         self.raw = folder / "raw"
         self.screen = folder / "results" / "made"
         self.split = self.screen / SPLITS[0]
@@ -164,6 +165,16 @@ class Chain:
         )
         return family.implementation, json.dumps({**block["params"], **steps}), family.artefact  # fmt: skip
 
+    def inputs_of_answers(self, step: str) -> list[Path]:
+        """Return the files that an answer is made of."""
+        model = step.split()[-1]
+        files = (self.model_of(model)[2], "warranty.json", "calibration.npz")
+        return [
+            self.split / "pairs.h5ad",
+            self.split / "embeddings.parquet",
+            *(self.run_of(model) / of for of in files),
+        ]
+
     def steps(self) -> Iterator[tuple[str, str, dict[str, object], list[Path]]]:
         """Yield name, script, arguments and outputs of every step, in the order of the data."""
         screen = {"harmonized": self.screen / "harmonized.h5ad", "harmonization": self.screen / "harmonization.json"}
@@ -172,7 +183,7 @@ class Chain:
         qualities = {"table": self.screen / "quality.tsv", "account": self.screen / "quality.json"}
         yield "harmonize", "harmonize", {
             "raw": self.raw / "manifest.json", "harmonized": screen["harmonized"], "report": screen["harmonization"],
-            "name": "made", "dataset": json.dumps(DATASET), "qc": json.dumps(QC), "threads": 2,
+            "name": "made", "dataset": json.dumps(DATASET), "qc": json.dumps(self.qc), "threads": 2,
         }, [screen["harmonized"]]  # fmt: skip
         page = self.screen / "quality.html"
         yield "quality", "quality", {**screen, **qualities, "page": page}, [*qualities.values(), page]
@@ -216,12 +227,10 @@ class Chain:
             yield f"warranty {model}", "warranty", {
                 "pairs": pairs, "embeddings": vectors, "model": run / artefact, **warranty, **built,
             }, [*warranty.values()]  # fmt: skip
-            names = {"cells": "asked.h5ad", "effects": "asked.tsv", "ranking": "asked.ranking.tsv"}
-            answer = {name: run / file for name, file in names.items()}
+            # By hand, as a user asks; with four figures.
             yield f"counterfactual {model}", "counterfactual", {
-                "pairs": pairs, "embeddings": vectors, "model": run / artefact, **warranty, **answer, **built,
-                "query": json.dumps(QUERY),
-            }, [*answer.values()]  # fmt: skip
+                "run": run, "perturbations": ASKED, "output": run / "asked",
+            }, [run / f"asked.{suffix}" for suffix in ("h5ad", "tsv", "ranking.tsv")]  # fmt: skip
 
     def _tables(
         self, split: Path, pairs: Path, audit: Path, harmonization: Path, qualities: dict[str, Path]
@@ -250,12 +259,12 @@ class Chain:
         }, [page]  # fmt: skip
 
 
-def made(chain: Chain, n_cells: int, n_perturbations: int) -> Chain:
+def made(chain: Chain, n_cells: int, n_perturbations: int, n_batches: int) -> Chain:
     """Make the raw file, unless it is there."""
     manifest, path = chain.raw / "manifest.json", chain.raw / "screen.h5ad"
     if not manifest.exists():
         chain.raw.mkdir(parents=True, exist_ok=True)
-        generate(path, n_cells, n_perturbations)
+        generate(path, n_cells, n_perturbations, n_batches)
         file = {"file": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}
         write_json(manifest, {"files": {"file": file}})
     return chain
@@ -274,6 +283,11 @@ def asked(rule: str, inputs: list[Path]) -> float:
         return float(first)
     factor, least = float(first), float(rest[0]) if rest else least
     return least + factor * sum(path.stat().st_size for path in inputs) / 1e6
+
+
+def words_of(value: object) -> list[object]:
+    """Return the words of a value on the command line."""
+    return value if isinstance(value, list) else [value]
 
 
 def inputs_of(arguments: dict[str, object], outputs: list[Path]) -> list[Path]:
@@ -295,14 +309,15 @@ def walked(chain: Chain, wanted: list[str]) -> pd.DataFrame:
             continue
         for output in outputs:
             output.parent.mkdir(parents=True, exist_ok=True)
-        given = [word for key, value in arguments.items() for word in (f"--{key}", value)]
+        given = [word for key, value in arguments.items() for word in (f"--{key}", *words_of(value))]
         try:
             wall, cpu, peak = measured(SCRIPTS / f"{script}.py", *given)
         except RuntimeError as error:
             print(f"{name}: {str(error)[-1500:]}", file=sys.stderr, flush=True)
             continue
         rule = FAMILIES[chain.config["models"][name.split()[-1]]["family"]].rule if script == "train" else script
-        of_rule = asked(rule, inputs_of(arguments, outputs))
+        inputs = chain.inputs_of_answers(name) if script == "counterfactual" else inputs_of(arguments, outputs)
+        of_rule = asked(rule, inputs)
         rows[name] = wall, cpu, peak, of_rule, sum(map(bytes_of, outputs)) / 1e6
         write_json(kept, rows)
         print(f"{name}: {wall:.1f} s, CPU {cpu:.1f} s, {peak:,.0f} MB", file=sys.stderr, flush=True)
@@ -356,6 +371,9 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", default=[150_000, 450_000], help="sizes, ascending")
     parser.add_argument("--perturbations", type=int, nargs="+", default=[800, 2000], help="per size, or one for all")
     parser.add_argument("--models", nargs="+", default=["no_change", "additive", "technical_duplicate", "set_gp"])
+    parser.add_argument("--batches", type=int, default=48)
+    parser.add_argument("--least-cells", type=int, default=30, help="of a perturbation: with fewer it is left out")
+    parser.add_argument("--test-fraction", type=float, help="of the perturbations; default: the registry's")
     parser.add_argument("--training-steps", type=int, help="of learned models; default: each model's own")
     parser.add_argument(
         "--steps", nargs="+", help="run these alone, by the beginning of their names; inputs must be there"
@@ -370,7 +388,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         for n_cells, n_perturbations in zip(arguments.cells, perturbations, strict=True):
             folder = (arguments.folder or Path(temporary)) / f"cells_{n_cells}_{n_perturbations}"
-            chain = made(Chain(folder, arguments.models, arguments.training_steps), n_cells, n_perturbations)
+            chain = Chain(folder, arguments)
+            made(chain, n_cells, n_perturbations, arguments.batches)
             print(f"{n_cells:,} cells, {n_perturbations:,} perturbations", file=sys.stderr, flush=True)
             sizes[f"{n_cells:,} × {n_perturbations:,}"] = walked(chain, arguments.steps or [""])
             if arguments.agreement:

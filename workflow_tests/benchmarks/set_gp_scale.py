@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from perturbflow.embeddings import Embeddings  # noqa: E402
 from perturbflow.models.effects import Effects  # noqa: E402
-from perturbflow.models.gaussian_process.kernel import EffectRows  # noqa: E402
+from perturbflow.models.gaussian_process.kernel import EffectRows, Sampling  # noqa: E402
 from perturbflow.models.gaussian_process.set_gp import SetGP  # noqa: E402
 
 DIRECTIONS, DIMENSIONS, CELLS, CONTROLS, HELD_OUT = 60, 64, 60, 2000, 100
@@ -53,7 +53,7 @@ class Generated:
         values += rng.normal(size=values.shape) * np.sqrt(0.1 / CELLS)
         order = np.argsort(labels)
         labels, values = [labels[i] for i in order], values[order].astype(np.float32)
-        self.effects = Effects(labels, values, np.zeros((0, 0)))
+        self.effects = Effects(labels, values)
         self.genes, self.row, self.seed, self.half = [f"G{i}" for i in range(n_genes)], {}, 0, None
         self.pairs = SimpleNamespace(genes=self.genes, control_level=np.full(n_genes, 0.5), obs={})
         self.embeddings = Embeddings(
@@ -67,7 +67,7 @@ class Generated:
             np.ones(1),
             np.full((1, n_genes), 0.5),
             values,
-            np.eye(len(labels)) / CELLS + 1 / CONTROLS,
+            Sampling(np.full(len(labels), CELLS), ones, np.array([CONTROLS])),
             np.full(n_genes, 0.1),
         )
 

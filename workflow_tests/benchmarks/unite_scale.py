@@ -24,7 +24,7 @@ QC = dict.fromkeys(("min_counts", "min_genes", "max_pct_mt", "min_cells_per_gene
 def member(folder: Path, n_cells: int, seed: int) -> None:
     """Make a harmonized screen."""
     folder.mkdir(parents=True)
-    chain_scale.generate(folder / "screen.h5ad", n_cells, N_PERTURBATIONS, seed)
+    chain_scale.generate(folder / "screen.h5ad", n_cells, N_PERTURBATIONS, seed=seed)
     block = {**chain_scale.DATASET, "source": {"path": str(folder / "screen.h5ad")}}
     measured(
         SCRIPTS / "harmonize.py", "--raw", folder / "screen.h5ad", "--harmonized", folder / "harmonized.h5ad",

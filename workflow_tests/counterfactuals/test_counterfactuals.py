@@ -18,6 +18,7 @@ from conftest import PERTURBED, QUERY, REPOSITORY, Prepared, ask, make_screen, p
 from structural import World, chosen, expected_effects, own_effects
 
 from perturbflow.controls import Context
+from perturbflow.counterfactuals import warranty as warranties
 from perturbflow.counterfactuals.agreement import KINDS, agreement, summary, verdict
 from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.questions import expanded
@@ -97,7 +98,7 @@ def test_cells_that_differ_by_measurement_alone_have_no_state(tmp_path: Path) ->
     states = States.fit(training, 16)
     assert len(states.reliability) <= 3
     assert states.reliability.max() < 0.4
-    assert effect_directions(Effects.of_training(training), 16).shape[1] <= 2
+    assert effect_directions(training, Effects.of_training(training), 16).shape[1] <= 2
 
 
 @pytest.fixture(scope="module")
@@ -263,13 +264,15 @@ class Boastful(Additive):
         return 3 * super().individual_effects(cells, perturbation, seed, context)
 
 
-def test_a_model_that_leaves_cells_alone_passes_the_placebo(additive: tuple) -> None:
+def test_a_model_that_leaves_cells_alone_passes_the_placebo(additive: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs, _ = additive
     test = pairs.roles("test")
     assert identity(model, test.X[:10].toarray(), 0) == 0.0
     shown = placebo(model, test, 0)
     assert shown["share_called_low"] <= 0.05 <= shown["share_called_high"] + 0.02
     assert shown["repeats_with_discoveries"] <= 3
+    monkeypatch.setattr(warranties, "MOST_CONTROLS", shown["n_cells"] - 1)
+    assert placebo(model, test, 0)["n_cells"] == shown["n_cells"] - 1
 
 
 def test_a_model_that_moves_cells_by_itself_is_found_out(additive: tuple) -> None:

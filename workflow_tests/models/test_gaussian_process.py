@@ -4,6 +4,7 @@ Its likelihood and answers are those of the dense formulas, and each part is rig
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -45,7 +46,7 @@ def learning(singles: dict[str, np.ndarray]) -> tuple[Problem, SetKernel, Direct
     orders = np.array([len(members_of(label)) for label in rows.labels])
     M = np.stack([orders == 1, orders == 2], axis=1)[:, None].astype(float)
     start = Directions(np.log(Y.var(axis=0)), np.log(0.1 * Y.var(axis=0)), np.log(np.tile(Y.var(axis=0), (2, 1))))
-    S, ones = rows.sampling / rows.sampling[0, 0], np.ones(len(Y))
+    S, ones = rows.sampling.in_units(rows.sampling.variances[0]), np.ones(len(Y))
     return Problem(kernel, asked, S, Y, M, ones, start, start.noise - 1.0, 2), kernel, start
 
 
@@ -127,7 +128,7 @@ def test_answers_and_their_variance_are_those_of_the_dense_formulas(singles: dic
     is_double = np.array(["+" in label for label in rows.labels])
     root_h, _ = model.kernel.strength_of(both.labels)
     M = np.stack([root_h * [("+" in label) == kind for label in both.labels] for kind in (False, True)], axis=1)
-    S = rows.sampling / rows.sampling.diagonal().mean()
+    S = rows.sampling.matrix / rows.sampling.variances.mean()
     means, variances = np.zeros((2, 3, V.shape[1]))
     for k in range(V.shape[1]):
         # Noise and τ of a direction from what is stored: D = σ² Λ + b, B = (T⁻¹ + Mᵀ C⁻¹ M)⁻¹.
@@ -166,9 +167,41 @@ def test_sampling_errors_of_effects_against_the_same_controls_hang_together() ->
         drawn.append(rows.values)
     assert rows.labels == ["G0", "G0", "G1", "G1"]
     measured = np.einsum("drg,dsg->rs", drawn, drawn) / len(drawn) / N_GENES
-    np.testing.assert_allclose(measured, rows.sampling, atol=0.01)
-    assert rows.sampling[0, 2] == pytest.approx(1 / 20)
+    np.testing.assert_allclose(measured, rows.sampling.matrix, atol=0.01)
+    assert rows.sampling.matrix[0, 2] == pytest.approx(1 / 20)
     np.testing.assert_allclose(rows.variance.mean(), 1.0, atol=0.1)
+
+
+def test_sampling_of_some_rows_is_that_part_of_all() -> None:
+    training = make_training({f"G{i}": np.zeros(N_GENES) for i in range(4)}, n=10, noise=1.0, batches=2)
+    sampling, some = EffectRows.of(training).sampling, np.array([1, 4, 6])
+    np.testing.assert_allclose(sampling.variances, sampling.matrix.diagonal())
+    np.testing.assert_allclose(sampling.part(some).matrix, sampling.matrix[np.ix_(some, some)])
+    np.testing.assert_allclose(sampling.in_units(0.3).matrix, sampling.matrix / 0.3)
+
+
+def test_an_answer_does_not_depend_on_the_questions_before(singles: dict[str, np.ndarray]) -> None:
+    """The last answer is kept: neither who got it, nor another training may change it."""
+    model = SetGP().learned(make_training(singles, vectors(), n=12, noise=1.0))
+    fresh = {label: copy(model).effect(label) for label in ("G3", "G31")}
+    for label in ("G3", "G3", "G31", "G3"):
+        answer = model.effect(label)
+        np.testing.assert_array_equal(answer, fresh[label])
+        answer[:] = 0.0
+    model.learned(make_training(singles, vectors(), n=12, noise=1.0, seed=1))
+    assert not np.array_equal(model.effect("G3"), fresh["G3"])
+
+
+def test_an_unseen_gene_has_its_own_level_in_every_batch(singles: dict[str, np.ndarray]) -> None:
+    """Nine batches are no contexts: an answer is the same in all of them but for the perturbed gene itself."""
+    training = make_training(singles, vectors(), n=3, batches=9)
+    model = SetGP().learned(training)
+    assert not model.looks_at_contexts
+    asked = [training.pairs.context_of(np.flatnonzero(training.pairs.strata == f"b{batch}|t")) for batch in (0, 8)]
+    first, last = (model.effect_in("G31", context) for context in asked)
+    column = training.row["G31"]
+    np.testing.assert_array_equal(np.delete(first, column), np.delete(last, column))
+    assert first[column] != last[column]
 
 
 # --- what it knows ----------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_own_gene_recovers_a_planted_knock_down(screen: tuple[Pairs, Embeddings]
         assert own.effect(control[row[gene]]) == pytest.approx(effect[row[gene]], abs=0.45)
         assert own.effect(control[row[gene]]) < -0.4
     assert own.effect(0.01) >= -0.01
-    few = Effects(effects.labels[:2], effects.values[:2], effects.errors[:2])
+    few = Effects(effects.labels[:2], effects.values[:2])
     assert OwnGene.fit(training, few).effect(3.0) == 0.0
 
 
@@ -87,7 +87,7 @@ def test_neighbours_believe_others_as_far_as_they_predict(shared_part: float, lo
         + (1 - shared_part) * rng.normal(size=(20, 200))
         + 0.01 * rng.normal(size=(20, 200))
     )
-    effects = Effects(genes, values, np.zeros_like(values))
+    effects = Effects(genes, values)
     neighbours = Neighbours.fit(effects, effects, {gene: rng.normal(size=4) for gene in genes})
     assert low <= neighbours.strength <= high
     weights = neighbours.weights(rng.normal(size=(5, 4)))
@@ -108,7 +108,7 @@ def test_shared_control_noise_is_not_taken_for_a_common_response() -> None:
     rng = np.random.default_rng(0)
     genes = [f"G{i:02d}" for i in range(12)]
     own = rng.normal(size=(12, 300))
-    first, second = (Effects(genes, own - 1.5 * rng.normal(size=300), np.zeros_like(own)) for _ in range(2))
+    first, second = (Effects(genes, own - 1.5 * rng.normal(size=300)) for _ in range(2))
     vectors = {gene: rng.normal(size=4) for gene in genes}
     assert Neighbours.fit(first, second, vectors).strength < 0.3
     assert Neighbours.fit(first, first, vectors).strength > 0.7  # what sharing the controls would have led to
@@ -120,7 +120,7 @@ def test_neighbours_borrow_from_the_near_ones() -> None:
     centre = np.repeat([[0.0], [10.0]], 10, axis=0)
     patterns = rng.normal(size=(2, 100))
     values = np.repeat(patterns, 10, axis=0) + 0.1 * rng.normal(size=(20, 100))
-    effects = Effects(genes, values, np.zeros_like(values))
+    effects = Effects(genes, values)
     vectors = centre + 0.1 * rng.normal(size=(20, 1))
     neighbours = Neighbours.fit(effects, effects, dict(zip(genes, vectors, strict=True)))
     weights = neighbours.weights(np.array([[0.05], [9.9]]))

@@ -137,7 +137,7 @@ def test_effects_are_those_measured_label_by_label(both: tuple[Pairs, Pairs], mo
     expected = np.stack([training.effect_of(label) for label in whole.labels])
     np.testing.assert_allclose(whole.values, expected, atol=3e-6)  # those are sums of 32 bits
     errors = np.stack([training.variance_of(rows) / len(rows) for rows in map(training.cells_of, whole.labels)])
-    np.testing.assert_allclose(whole.errors, errors, atol=1e-6)
+    np.testing.assert_allclose(disk.roles("train").squared_errors, errors, atol=1e-6)
     np.testing.assert_allclose(disk.control_level, memory.mean_of(np.flatnonzero(memory.is_control)), atol=1e-6)
 
 

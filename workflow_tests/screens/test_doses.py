@@ -316,7 +316,7 @@ def test_inner_folds_hold_out_compounds_with_all_doses(compounds: dict[str, np.n
 def test_neighbours_do_not_learn_from_other_doses_of_the_same_compound(compounds: dict[str, np.ndarray]) -> None:
     """Doses of a compound share a vector: borrowing among them would look like knowledge of unseen compounds."""
     labels = sorted(compounds)
-    effects = Effects(labels, np.stack([compounds[label] for label in labels]), np.zeros((len(labels), N_GENES)))
+    effects = Effects(labels, np.stack([compounds[label] for label in labels]))
     rng = np.random.default_rng(2)
     vector = {name: rng.normal(0, 1, 4) for name in map(entity_of, labels)}
     fitted = Neighbours.fit(effects, effects, {label: vector[entity_of(label)] for label in labels})

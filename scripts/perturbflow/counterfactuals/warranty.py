@@ -38,6 +38,7 @@ from perturbflow.progress import progressed
 logger = logging.getLogger(__name__)
 
 ALPHA = 0.05  # of tests
+MOST_CONTROLS = 5000  # in the placebo
 PLACEBOS = 20  # random halves of the controls
 MIN_CELLS_OF_GENE = 10  # fewer controls that hold a gene, and ranks are all ties
 
@@ -84,15 +85,16 @@ def placebo(model: Model, controls: Pairs, seed: int) -> dict[str, Any]:
     Parameters
     ----------
     controls
-        Control cells that the model was not trained on.
+        Cells that the model was not trained on, with their controls. Of many controls, a sample is asked.
     """
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(controls.is_control)
-    X = controls.X[rows]
-    stratum = controls.groups.stratum[controls.is_control]
+    if len(rows) > MOST_CONTROLS:
+        rows = np.sort(rng.choice(rows, MOST_CONTROLS, replace=False))
+    X, stratum = controls.X[rows], controls.groups.stratum[rows]
     tested = np.flatnonzero(np.diff(X.tocsc().indptr) >= MIN_CELLS_OF_GENE)
     before = X[:, tested]
-    after = model.counterfactual(controls.X[rows].toarray(), [CONTROL], 1, seed)[0][:, 0][:, tested]
+    after = model.counterfactual(X.toarray(), [CONTROL], 1, seed)[0][:, 0][:, tested]
     called, n_with_discoveries = [], 0
     for _ in progressed(range(PLACEBOS), "placebo, halves of the controls"):
         p = _p_values_of_halves(before, after, stratum, rng)

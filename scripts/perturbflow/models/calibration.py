@@ -18,6 +18,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -158,19 +160,27 @@ class Calibration:
             np.concatenate([self.sampling, other.sampling]),
         )
 
+    @cached_property
+    def _found(self) -> dict[str | float, Any]:
+        """What `for_novelty` and `reach` returned: thousands of questions ask the same."""
+        return {}
+
     def for_novelty(self, novelty: str) -> "Calibration":
         """Return the perturbations of one novelty; all, where these are too few."""
-        rows = [i for i, of in enumerate(self.novelties) if of == novelty]
-        if len(rows) < LEAST_OF_NOVELTY:
-            return self
-        labels = [self.labels[i] for i in rows]
-        return Calibration(labels, [novelty] * len(rows), self.scores[rows], self.sampling[rows])
+        if novelty not in self._found:
+            rows = [i for i, of in enumerate(self.novelties) if of == novelty]
+            labels = [self.labels[i] for i in rows]
+            own = Calibration(labels, [novelty] * len(rows), self.scores[rows], self.sampling[rows])
+            self._found[novelty] = own if len(rows) >= LEAST_OF_NOVELTY else self
+        return self._found[novelty]
 
     def reach(self, level: float) -> float:
         """Return q, in units of s; infinite without a perturbation."""
         if not self.labels:
             return np.inf
-        return float(np.quantile(self.scores.ravel(), level))
+        if level not in self._found:
+            self._found[level] = float(np.quantile(self.scores.ravel(), level))
+        return self._found[level]
 
     @property
     def typical_sampling(self) -> float:

@@ -147,13 +147,13 @@ def _halves(X: sparse.csr_matrix, rng: np.random.Generator) -> tuple[sparse.csr_
     return half(first), half(k - first)
 
 
-def effect_directions(effects: Effects, most: int) -> np.ndarray:
-    """Return orthonormal directions in which effects exceed sampling noise, (genes, at most so many).
+def effect_directions(training: Pairs, effects: Effects, most: int) -> np.ndarray:
+    """Return orthonormal directions in which effects of training exceed sampling noise, (genes, at most so many).
 
     Without any effect, values in units of their standard errors are noise of variance 1. No singular value of P × G
     such numbers exceeds √P + √G (Marchenko & Pastur 1967). The first direction is always kept.
     """
-    error = np.sqrt(np.maximum(effects.errors, 1e-8))
+    error = np.sqrt(np.maximum(training.squared_errors, 1e-8))
     values = effects.values.astype(np.float64)
     u, singular, _ = np.linalg.svd(values / error, full_matrices=False)
     n = min(most, max(1, int((singular > np.sqrt(len(values)) + np.sqrt(values.shape[1])).sum())))
@@ -213,7 +213,7 @@ class StateSpace(LatentSpace):
     def spanned(cls, training: Pairs, effects: Effects, most: int) -> "StateSpace":
         """Span states and effects of training cells, in at most so many dimensions."""
         states = States.fit(training, max(1, most // 2))
-        of_effects = effect_directions(effects, most - len(states.reliability))
+        of_effects = effect_directions(training, effects, most - len(states.reliability))
         basis = np.linalg.qr(np.hstack([states.basis, of_effects]))[0]
         sums, squares = np.zeros((2, basis.shape[1]))
         for _, X in training.blocks():

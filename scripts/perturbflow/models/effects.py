@@ -19,13 +19,10 @@ class Effects:
         Training perturbations, sorted.
     values
         (perturbations, genes), log1p-normalized.
-    errors
-        Their squared standard errors, of the same shape: sampling of perturbed cells alone.
     """
 
     labels: list[str]
     values: np.ndarray
-    errors: np.ndarray
 
     @classmethod
     def of_training(cls, pairs: Pairs) -> "Effects":
@@ -44,15 +41,12 @@ class Effects:
 
     @classmethod
     def _measured(cls, training: Pairs, half: int | None) -> "Effects":
-        groups, (sums, squares) = training.groups, training.sums
-        variances = groups.means(squares) - groups.means(sums) ** 2
-        errors = variances / groups.n_cells[: len(groups.labels), None]
-        return cls(groups.labels, groups.effects(sums, half).astype(training.X.dtype), errors)
+        return cls(training.groups.labels, training.groups.effects(training.sums[0], half).astype(training.X.dtype))
 
     def without(self, labels: Collection[str]) -> "Effects":
         """Return all effects except these."""
         keep = [i for i, label in enumerate(self.labels) if label not in labels]
-        return Effects([self.labels[i] for i in keep], self.values[keep], self.errors[keep])
+        return Effects([self.labels[i] for i in keep], self.values[keep])
 
     def of(self, label: str) -> np.ndarray:
         """Return one effect, (genes,)."""

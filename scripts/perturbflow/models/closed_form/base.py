@@ -121,7 +121,7 @@ class TrainingSet:
             if labels:
                 values = np.stack([by_context[name][label] for label in labels])
                 here = np.flatnonzero(self.pairs.is_of_context(name) & self.pairs.is_control)
-                yield inner, Effects(labels, values, np.zeros_like(values)), self.pairs.context_of(here)
+                yield inner, Effects(labels, values), self.pairs.context_of(here)
 
     def sampling_of(self, label: str, context: Context | None) -> float:
         """Return 1/n + 1/n₀ of a held-out effect: against half of the controls, or in a held-out context."""

@@ -24,6 +24,47 @@ LEAST_VARIANCE = 1e-6
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """The sampling covariance S of rows, in units of a gene's variance.
+
+    It is 1/n on the diagonal for the perturbed cells, and 1/n₀ between rows for shared controls.
+
+    Attributes
+    ----------
+    n_cells
+        n of each row, (rows,).
+    shares
+        Share of a row's controls in each batch × cell type, (rows, strata).
+    n_controls
+        n₀ of each batch × cell type, (strata,).
+    """
+
+    n_cells: np.ndarray
+    shares: np.ndarray
+    n_controls: np.ndarray
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """S, (rows, rows)."""
+        S = (self.shares / self.n_controls) @ self.shares.T
+        S[np.diag_indices(len(S))] += 1.0 / self.n_cells
+        return S
+
+    @property
+    def variances(self) -> np.ndarray:
+        """The diagonal of S, (rows,)."""
+        return 1.0 / self.n_cells + self.shares**2 @ (1.0 / self.n_controls)
+
+    def part(self, rows: np.ndarray) -> "Sampling":
+        """Return that of some rows."""
+        return replace(self, n_cells=self.n_cells[rows], shares=self.shares[rows])
+
+    def in_units(self, unit: float) -> "Sampling":
+        """Return S / unit."""
+        return replace(self, n_cells=self.n_cells * unit, n_controls=self.n_controls * unit)
+
+
+@dataclass(frozen=True)
 class EffectRows:
     """Mean effects of training perturbations against matched controls.
 
@@ -45,8 +86,7 @@ class EffectRows:
     values
         Effects, (rows, genes), log1p.
     sampling
-        Their sampling covariance in units of a gene's variance, (rows, rows): 1/n on the diagonal for the perturbed
-        cells, and 1/n₀ between rows for shared controls.
+        Their sampling covariance.
     variance
         Variance of a gene over the cells of a row, (genes,).
     is_by_kind
@@ -59,7 +99,7 @@ class EffectRows:
     population: np.ndarray
     levels: np.ndarray
     values: np.ndarray
-    sampling: np.ndarray
+    sampling: Sampling
     variance: np.ndarray
     is_by_kind: bool = False
 
@@ -81,7 +121,7 @@ class EffectRows:
             population=n0 / n0.sum(),
             levels=groups.control_means(sums, training.half)[has_controls],
             values=groups.effects(sums, training.half)[is_known],
-            sampling=np.diag(1.0 / n[is_known]) + (shares / n0) @ shares.T,
+            sampling=Sampling(n[is_known], shares, n0),
             variance=np.maximum(within, LEAST_VARIANCE),
         )
         if groups is training.pairs.groups:

@@ -6,9 +6,10 @@ from functools import cached_property
 
 import numpy as np
 from scipy.linalg import cholesky, eigh, solve_triangular
+from scipy.linalg.lapack import dsygst
 from scipy.optimize import minimize
 
-from perturbflow.models.gaussian_process.kernel import STARTS, Questions, SetKernel, Terms, Weights
+from perturbflow.models.gaussian_process.kernel import STARTS, Questions, Sampling, SetKernel, Terms, Weights
 
 # The weight of a source may stay near its start. So learning starts twice: with low weights of sources, and with high
 # ones beside low weights of the genes' own effects.
@@ -79,9 +80,8 @@ class Diagonal:
     """
 
     def __init__(self, K: np.ndarray, root: np.ndarray, Y: np.ndarray, M: np.ndarray) -> None:
-        # Each of these arrays may fill most of the memory: none stays longer than needed.
-        K = solve_triangular(root, K, lower=True, check_finite=False).T
-        K = solve_triangular(root, K, lower=True, overwrite_b=True, check_finite=False)
+        # Each of these arrays may fill much of the memory: each takes the place of the one before.
+        K, _ = dsygst(K, root, lower=1, overwrite_a=1)  # L⁻¹ K L⁻ᵀ in the lower triangle, which eigh reads
         eigenvalues, U = eigh(K, overwrite_a=True, check_finite=False)
         del K
         self.eigenvalues = np.maximum(eigenvalues, 0.0)
@@ -202,7 +202,7 @@ class Problem:
     kernel, asked
         The kernel, and the rows as questions to it.
     sampling
-        S, (rows, rows), with a mean of 1 on the diagonal.
+        S, with a mean of 1 on the diagonal.
     Y, M
         Effects in directions, (rows, directions), and the columns of means, (rows, directions or 1, columns).
     strength
@@ -217,7 +217,7 @@ class Problem:
 
     kernel: SetKernel
     asked: Questions
-    sampling: np.ndarray
+    sampling: Sampling
     Y: np.ndarray
     M: np.ndarray
     strength: np.ndarray
@@ -231,7 +231,7 @@ class Problem:
         return replace(
             self,
             asked=self.asked.part(rows),
-            sampling=self.sampling[np.ix_(rows, rows)],
+            sampling=self.sampling.part(rows),
             Y=self.Y[np.ix_(rows, directions)],
             M=M,
             strength=self.strength[rows],
@@ -242,7 +242,7 @@ class Problem:
     @cached_property
     def root(self) -> np.ndarray:
         """L of S = L Lᵀ, (rows, rows)."""
-        return cholesky(self.sampling, lower=True)
+        return cholesky(self.sampling.matrix, lower=True)
 
     @cached_property
     def terms(self) -> Terms:
@@ -260,7 +260,7 @@ class Problem:
         if "terms" in vars(self):
             K = weights.covariance(self.terms)[0]
         else:  # the parts of many rows would not fit into memory together
-            K = np.empty(self.sampling.shape)
+            K = np.empty((len(self.Y), len(self.Y)), order="F")  # so `Diagonal` works in its place
             for first in range(0, len(K), ROWS_AT_ONCE):
                 block = slice(first, first + ROWS_AT_ONCE)
                 K[block] = weights.covariance(self.kernel.terms(self.asked.part(block), self.asked))[0]

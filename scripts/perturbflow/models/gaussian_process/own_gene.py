@@ -84,10 +84,11 @@ class OwnLevels:
         """Measure the effects of training perturbations on their own genes."""
         own, level = OwnGene.fit(training.pairs, training.effects), rows.population @ rows.levels
         found: dict[str, list[tuple[float, float]]] = {}
+        weight = 1.0 / rows.sampling.variances
         for i, label in enumerate(rows.labels):
             for gene in entities_of(label):
                 if (column := training.row.get(gene)) is not None:
-                    found.setdefault(gene, []).append((rows.values[i, column], 1.0 / rows.sampling[i, i]))
+                    found.setdefault(gene, []).append((rows.values[i, column], weight[i]))
         values, variances, left = [], [], []
         for gene, measured in found.items():
             effects, weights = np.array(measured).T

@@ -116,10 +116,12 @@ class SetGP(ClosedForm):
         own = OwnLevels.of(rows, training)
         values = own.replaced(rows, training.genes)
         V = _directions(values)  # (genes, directions)
-        Y, unit = values @ V, rows.sampling.diagonal().mean()
+        Y, sampling = values @ V, rows.sampling.variances
+        unit = sampling.mean()
+        del values  # as large as the sums over all cells
         of_gene = V**2
         noise = unit * rows.variance @ of_gene
-        kernel = SetKernel.of(rows, training, Y, rows.sampling.diagonal() * (rows.variance @ of_gene).sum())
+        kernel = SetKernel.of(rows, training, Y, sampling * (rows.variance @ of_gene).sum())
         asked = Questions(rows.labels, rows.shares, np.zeros(len(rows.contexts)))
         self.out_of_fold = self.out_of_fold or _out_of_fold(self.other_means, training)
         root_h, h = kernel.strength_of(rows.labels)
@@ -130,7 +132,7 @@ class SetGP(ClosedForm):
         M = _columns(n_members, root_h, mean_n_members, others)
         n_means = int((mean_n_members > 0).sum())
         start = _starts(Y, noise, M.shape[2], n_means)
-        problem = Problem(kernel, asked, rows.sampling / unit, Y, M, h, start, np.log(noise), n_means)
+        problem = Problem(kernel, asked, rows.sampling.in_units(unit), Y, M, h, start, np.log(noise), n_means)
         informative = _informative(Y, noise)
         found = problem.part(_learned_from(rows.labels, training.seed), informative).learned(kernel.weights)
         data = problem.diagonal(found.weights)
@@ -168,6 +170,8 @@ class SetGP(ClosedForm):
         self.weights = replace(self.kernel.weights, values=artefact["weights"])
         self.asked = Questions(artefact["labels"].tolist(), artefact["shares"], np.zeros(len(self.kernel.contexts)))
         self.column = {gene: i for i, gene in enumerate(artefact["genes"].tolist())}
+        self._last = ("", np.zeros(0))
+        self._neighbours: dict[str, list[str]] = {}
         self.out_of_fold = {
             name: dict(zip(artefact[f"predicted_for.{name}"].tolist(), artefact[f"predicted.{name}"], strict=True))
             for name in artefact["others"].tolist()
@@ -192,13 +196,11 @@ class SetGP(ClosedForm):
         other_means
             Effects by the models of `other_means`, by name, (genes,) each.
         """
-        K, _ = self._across(perturbation, context)
-        _, in_common = self._in_common(perturbation, other_means)
-        effect = (K @ self.artefact["alpha"] + in_common)[0] @ self.artefact["V"].T
+        effect = self._on_others(perturbation, context, other_means).copy()
         for gene in entities_of(perturbation):
             if gene in self.column:
                 effect[self.column[gene]] = self.own.at(gene, self.column[gene], context)[0]
-                for other in self.own.neighbours_of(gene, self.artefact["genes"].tolist()):
+                for other in self._neighbours_of(gene):
                     effect[self.column[other]] += self.own.share * effect[self.column[gene]]
         return effect
 
@@ -208,7 +210,8 @@ class SetGP(ClosedForm):
         """Return the posterior variance of the effect, (genes,)."""
         K, questions = self._across(perturbation, context)
         itself = self.weights.covariance(self.kernel.terms(questions, questions))[0]
-        signal, R = self.artefact["signal"], K @ self.artefact["T"]  # (1, rows)
+        signal, T = self.artefact["signal"], self.artefact["T"]
+        R = (K.astype(T.dtype) @ T).astype(float)  # (1, rows); T in double precision would be large and slow
         of_g = itself[0, 0] * signal - (R**2 @ self.artefact["inverse"])[0] * signal**2
         M, _ = self._in_common(perturbation, other_means)
         columns = M[0] - np.einsum("i,iko,k->ko", R[0], self.artefact["scaled"], signal)
@@ -218,6 +221,26 @@ class SetGP(ClosedForm):
             if gene in self.column:
                 found[self.column[gene]] = self.own.at(gene, self.column[gene], context)[1]
         return found
+
+    def _on_others(
+        self, perturbation: str, context: Context | None, other_means: Mapping[str, np.ndarray] | None
+    ) -> np.ndarray:
+        """Return the posterior mean as if no gene were perturbed itself, (genes,).
+
+        The last one is kept: a perturbation is asked in dozens of batches, which change nothing but its own gene.
+        """
+        is_same = not self.looks_at_contexts and other_means is None
+        if not is_same or self._last[0] != perturbation:
+            K, _ = self._across(perturbation, context)
+            _, in_common = self._in_common(perturbation, other_means)
+            effect = (K @ self.artefact["alpha"] + in_common)[0] @ self.artefact["V"].T
+            self._last = (perturbation if is_same else "", effect)
+        return self._last[1]
+
+    def _neighbours_of(self, gene: str) -> list[str]:
+        if gene not in self._neighbours:
+            self._neighbours[gene] = self.own.neighbours_of(gene, self.artefact["genes"].tolist())
+        return self._neighbours[gene]
 
     def _across(self, perturbation: str, context: Context | None) -> tuple[np.ndarray, Questions]:
         """Return K between a question and the rows, (1, rows), and the question."""
