@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 from conftest import BATCHES, OFF, SPECS, SPECS_OF_CELLS, dataset_block, make_screen
 from scipy import sparse
+from screens import REAL
+from unions import KINDS, check, prepared_from
 
 from perturbflow import api, embeddings
 from perturbflow.audit.audit import passed
@@ -108,6 +110,23 @@ def test_one_file_written_as_several_and_united_is_the_one_file(
     assert np.array_equal(pairs.obsm["control_index"], pairs_u.obsm["control_index"])
     pd.testing.assert_frame_equal(scores, scores_u)
     assert set(harmonized_u.obs["dataset"]) == set(BATCHES)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="../shared/data/norman_k562_mini is missing")
+def test_two_real_lines_of_one_file_are_two_screens_and_go_through_every_kind_of_split(
+    member: Callable, united: Callable, tmp_path: Path
+) -> None:
+    """Glioblastoma lines of McFaline-Figueroa et al. 2023, with the same nine genes repressed."""
+    cells = ad.read_h5ad(REAL)
+    lines = {"a172": cells[cells.obs["cell_type"] == "A172"], "t98g": cells[cells.obs["cell_type"] == "T98G"]}
+    covariates = {"cell_type": "cell_type"}
+    union = united({name: member(name, of, covariates=covariates) for name, of in lines.items()})
+    both = ad.read_h5ad(union / "harmonized.h5ad")
+    assert both.n_obs == sum(of.n_obs for of in lines.values())
+    assert set(zip(both.obs["dataset"], both.obs["cell_type"], strict=True)) == {("a172", "A172"), ("t98g", "T98G")}
+    assert both.X.sum() == sum(of.X.sum() for of in lines.values())
+    for kind in KINDS:
+        check(kind, "t98g", *prepared_from(union, tmp_path / kind, kind, "t98g"))
 
 
 def test_the_account_of_a_union_adds_up_those_of_its_members(member: Callable, united: Callable) -> None:
