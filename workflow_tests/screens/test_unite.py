@@ -193,6 +193,21 @@ def test_models_read_no_gene_that_a_member_did_not_measure(member: Callable, uni
     assert abs(cells["shared"].X - cells["any"].X).nnz == 0
 
 
+def test_a_member_that_was_written_anew_has_genes_as_categories_and_is_united(
+    member: Callable, united: Callable
+) -> None:
+    ids = {f"GENE{i}": f"ENSG000009990{i}" for i in range(10, 20)}  # the others have none, so ids are no index
+    screens = [
+        with_genes(make_screen(seed=seed), {"GENE11": name}, ids) for seed, name in ((1, "GENE11"), (2, "OLD11"))
+    ]
+    members = {name: member(name, of) for name, of in zip("ab", screens, strict=True)}
+    for files in members.values():
+        again = ad.read_h5ad(files["harmonized"])
+        again.write_h5ad(files["harmonized"])
+        assert ad.read_h5ad(files["harmonized"]).var["gene_id"].dtype == "category"
+    assert "GENE11" in ad.read_h5ad(united(members) / "harmonized.h5ad").var_names
+
+
 def test_a_gene_that_members_call_differently_has_one_name(member: Callable, united: Callable) -> None:
     """By Ensembl id: in the measured genes and in the labels."""
     ids = {"GENE30": "ENSG00000999901", "TF1": "ENSG00000999902"}

@@ -73,6 +73,7 @@ class Member:
         """Open a member; its counts stay on disk."""
         file = h5py.File(harmonized)
         obs, var = read_columns(file["obs"], OF_CELLS), ad.io.read_elem(file["var"])
+        var = var.astype(dict.fromkeys(("gene_name", "gene_id"), str))  # a file that AnnData wrote anew has categories
         return cls(name, CsrRows(file["X"], Path(harmonized)), obs, var, read_json(account), np.arange(len(obs)))
 
     @cached_property
