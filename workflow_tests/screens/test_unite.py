@@ -129,6 +129,20 @@ def test_two_real_lines_of_one_file_are_two_screens_and_go_through_every_kind_of
         check(kind, "t98g", *prepared_from(union, tmp_path / kind, kind, "t98g"))
 
 
+def test_screens_in_memory_are_united_as_files_are(member: Callable, united: Callable) -> None:
+    screen = make_screen()
+    members = {lane: member(lane, of_lane(screen, lane)) for lane in BATCHES}
+    in_memory = {name: ad.read_h5ad(files["harmonized"]) for name, files in members.items()}
+    found, expected = api.unite(in_memory), ad.read_h5ad(united(members) / "harmonized.h5ad")
+    assert abs(found.X - expected.X).nnz == 0
+    pd.testing.assert_frame_equal(found.obs.astype(str), expected.obs.astype(str))
+    pd.testing.assert_frame_equal(found.var.astype(str), expected.var.astype(str))
+    other = in_memory[BATCHES[0]].copy()
+    other.obs["perturbation_type"] = "CRISPRa"
+    with pytest.raises(InputError, match=r"several ways: CRISPRi, CRISPRa.*perturbation_types"):
+        api.unite({"a": in_memory[BATCHES[1]], "b": other})
+
+
 def test_the_account_of_a_union_adds_up_those_of_its_members(member: Callable, united: Callable) -> None:
     screen = make_screen()
     members = {lane: member(lane, of_lane(screen, lane)) for lane in BATCHES}
