@@ -37,6 +37,7 @@ from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.schemas import suggestion
 from perturbflow.registry.shipped import shipped
 from perturbflow.screens import harmonize as harmonization
+from perturbflow.screens import unite as uniting
 from perturbflow.splits import divisions
 from perturbflow.splits import split as splits
 from perturbflow.splits.named import Labels, held_out_names
@@ -144,6 +145,57 @@ def harmonize(
             raw, folder.path / "harmonized.h5ad", folder.path / "account.json", name, completed, limits
         )
         return ad.read_h5ad(folder.path / "harmonized.h5ad")
+
+
+def unite(
+    members: Mapping[str, Cells],
+    genes: str | Sequence[str] = "shared",
+    *,
+    perturbation_types: Sequence[str] | None = None,
+    organism: str = "human",
+) -> ad.AnnData:
+    """Unite harmonized screens into one in the same schema; obs.dataset says which screen a cell is of.
+
+    Parameters
+    ----------
+    members
+        Name → a screen as `harmonize` gives it.
+    genes
+        shared: those that all measure; any: those that some measure, with varm["measured"]; or names.
+    perturbation_types
+        Where members perturb in several ways: all types, in order. A gene that several perturb is kept in the first.
+    organism
+        human or mouse.
+
+    Returns
+    -------
+    harmonized.h5ad of the union.
+
+    Raises
+    ------
+    InputError
+        If the members cannot be one screen; the message has the fix.
+    """
+    with _Folder() as folder:
+        files = {name: folder.file(cells, f"{i}.h5ad") for i, (name, cells) in enumerate(members.items())}
+        accounts, types = [], {}
+        for i, (name, file) in enumerate(files.items()):
+            screen = _read(file, name)
+            types |= dict.fromkeys(screen.obs["perturbation_type"].astype(str).unique())
+            accounts.append(folder.path / f"{i}.json")
+            write_json(
+                accounts[-1], uniting.unknown_account(screen.uns.get("perturbflow", {}).get("dose_unit") or None)
+            )
+        if perturbation_types is None and len(types) > 1:
+            raise InputError(
+                f"the screens perturb in several ways: {', '.join(types)}. A gene repressed and activated is not one "
+                "perturbation. Name all types in perturbation_types, in order, to take them all the same."
+            )
+        union = {"members": list(files), "genes": genes, "organism": organism}
+        union["perturbation_types"] = list(perturbation_types or types)
+        united = folder.path / "united.h5ad"
+        uniting.unite(list(files.values()), accounts, united, folder.path / "united.json", "union", union)
+        return ad.read_h5ad(united)
 
 
 def _spec(kind: str, options: Mapping[str, Any]) -> dict:

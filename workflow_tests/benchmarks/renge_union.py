@@ -3,11 +3,14 @@
     pip download renge==0.0.5 --no-deps --no-binary renge
     python workflow_tests/benchmarks/renge_union.py equality renge-0.0.5.tar.gz
     python workflow_tests/benchmarks/renge_union.py days renge-0.0.5.tar.gz --seeds 3
+    python workflow_tests/benchmarks/renge_union.py days renge-0.0.5.tar.gz --models scppdm jepa counterfactual
+    python workflow_tests/benchmarks/renge_union.py context renge-0.0.5.tar.gz
 
 `equality` prints a row per part of the chain: how far the union is from the one file. The limits on genes and
 perturbations are off in both, as each member has its own. `days` prints a row per model and a column per way of holding
 a day out: nothing of it trains, its controls do, or 30 % of its perturbations. Each cell has the error and Pearson's r
-of effects, as means over 23 perturbations × 4 days × seeds, with the standard error over days.
+of effects, as means over 23 perturbations × 4 days × seeds, with the standard error over days. `context` tells networks
+of contexts or not, and holds out days 2 to 4 in turn. Day 5 is in none of it, so it chooses nothing that day 5 scores.
 """
 
 import argparse
@@ -15,6 +18,8 @@ import itertools
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -24,7 +29,12 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from perturbflow import api
-from perturbflow.pairs import pair
+from perturbflow.embeddings import Embeddings, embeddings
+from perturbflow.io.artefacts import save_artefact
+from perturbflow.models.base import Run, build
+from perturbflow.pairs import Pairs, pair
+from perturbflow.predict import predict
+from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.shipped import shipped
 from perturbflow.screens.harmonize import harmonize
 from perturbflow.screens.recipes import renge2023
@@ -37,6 +47,9 @@ MODELS = ("no_change", "perturbed_mean", "other_contexts_mean", "same_elsewhere"
 WAYS = {"all of it": {}, "zero-shot": {"support_fraction": 0}, "few-shot": {"support_fraction": 0.3}}
 METRICS = ("l2_heg1000_off_target", "pearson_delta_pert_off_target")
 LIMITS = {"min_cells_per_gene": None, "min_cells_per_perturbation": None}
+
+
+TOLD = ("cells", "controls")
 
 
 def screen_of(archive: Path) -> tuple[ad.AnnData, dict, dict]:
@@ -60,17 +73,17 @@ def one_file(cells: ad.AnnData, block: dict, qc: dict, folder: Path) -> Path:
     return folder
 
 
-def four_files(cells: ad.AnnData, block: dict, qc: dict, folder: Path) -> Path:
+def four_files(cells: ad.AnnData, block: dict, qc: dict, folder: Path, days: Sequence[str] = DAYS) -> Path:
     """Harmonize each day as a screen, and unite them."""
     members, accounts = [], []
-    for day in DAYS:
+    for day in days:
         (folder / day).mkdir(parents=True)
         cells[cells.obs["day"] == day].copy().write_h5ad(folder / day / "screen.h5ad")
         members.append(folder / day / "harmonized.h5ad")
         accounts.append(folder / day / "harmonization.json")
         covariates = {"cell_type": block["covariates"]["cell_type"]}
         harmonize(folder / day / "screen.h5ad", members[-1], accounts[-1], day, {**block, "covariates": covariates}, qc)
-    union = {"members": list(DAYS), "genes": "shared", "perturbation_types": ["CRISPRko"], "organism": "human"}
+    union = {"members": list(days), "genes": "shared", "perturbation_types": ["CRISPRko"], "organism": "human"}
     unite(members, accounts, folder / "harmonized.h5ad", folder / "harmonization.json", "renge", union)
     return folder
 
@@ -113,47 +126,91 @@ def equality(archive: Path, folder: Path) -> None:
         print("| " + " | ".join(row) + " |")
 
 
-def days(archive: Path, folder: Path, n_seeds: int) -> None:
-    """Print the scores of closed forms with every day held out in turn."""
+def scores_of(model: str, file: Path, seed: int, params: dict | None = None) -> list[float]:
+    """Return the means of METRICS of a model, in closed form or learned, on the tested perturbations of pairs.h5ad."""
+    started, config = time.perf_counter(), shipped(mine={"models": {model: {"params": params or {}}}})
+    block = config["models"][model]
+    if FAMILIES[block["family"]].kind != "learned":
+        predictions: ad.AnnData | Path = api.baseline(model, file, seed=seed)
+    else:
+        implementation, folder = FAMILIES[block["family"]].implementation, file.parent / "trained"
+        table, trained, predictions = (
+            folder / name for name in ("embeddings.parquet", "model.ckpt", "predictions.h5ad")
+        )
+        folder.mkdir(exist_ok=True)
+        embeddings(file, table, ["coexpression"])
+        with tempfile.TemporaryDirectory() as checkpoints:
+            learned = build(implementation, block["params"])
+            run = Run(seed=seed, checkpoints=Path(checkpoints))
+            save_artefact(trained, learned.fit(Pairs.load(file).fitted_on("test"), Embeddings.read(table), run))
+        predict(file, trained, predictions, implementation, block["params"], seed, config["predict"]["max_cells"])
+    means = api.score(predictions, file).groupby("metric")["value"].mean()
+    found = [float(means[metric]) for metric in METRICS]
+    print(model, params or "", file.parent.name, seed, found, f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return found
+
+
+def held_out(place: Path, day: str, seed: int, own: dict) -> Path:
+    """Return pairs.h5ad with a day held out."""
+    print(f"{day}, {own}, seed {seed}", file=sys.stderr)
+    spec = {"kind": "unseen_context", "covariate": "dataset", "held_out": [day], "validation_fraction": 0.1}
+    return paired(place, {**spec, **own, "seed": seed})
+
+
+def context(archive: Path, folder: Path, n_seeds: int, models: Sequence[str]) -> None:
+    """Print the scores of learned models that are told of contexts or not; days 2 to 4, without day 5."""
+    cells, block, qc = screen_of(archive)
+    place = four_files(cells, block, qc, folder / "three", DAYS[:3])
+    print("| day | way | model | context | " + " | ".join(METRICS) + " |\n| --- | --- | --- | --- | --- | --- |")
+    for seed, model, day in itertools.product(range(n_seeds), models, DAYS[:3]):
+        for way in ("zero-shot", "few-shot"):
+            file = held_out(place, day, seed, WAYS[way])
+            for told in TOLD:
+                found = scores_of(model, file, seed, {"context": told})
+                shown = " | ".join(f"{value:.4f}" for value in found)
+                print(f"| {day} | {way} | {model} | {told} | {shown} |", flush=True)
+
+
+def days(archive: Path, folder: Path, n_seeds: int, models: Sequence[str], ways: Sequence[str]) -> None:
+    """Print the scores of models with every day held out in turn."""
     cells, block, qc = screen_of(archive)
     place, rows = four_files(cells, block, qc, folder / "four"), []
-    for day, (way, own), seed in itertools.product(DAYS, WAYS.items(), range(n_seeds)):
-        spec = {"kind": "unseen_context", "covariate": "dataset", "held_out": [day], "validation_fraction": 0.1}
-        file = paired(place, {**spec, **own, "seed": seed})
-        for model in MODELS:
-            scores = api.score(api.baseline(model, file, seed=seed), file)
-            means = scores.groupby("metric")["value"].mean()
-            rows.append((model, way, day, *[means[metric] for metric in METRICS]))
-        print(f"{day}, {way}, seed {seed}", file=sys.stderr)
+    for seed, model, day, way in itertools.product(range(n_seeds), models, DAYS, ways):
+        file = held_out(place, day, seed, WAYS[way])
+        rows.append((model, way, day, *scores_of(model, file, seed)))
     table = pd.DataFrame(rows, columns=["model", "way", "day", *METRICS])
     of_day = table.groupby(["model", "way", "day"])[list(METRICS)].mean().groupby(["model", "way"])
     mean, error = of_day.mean(), of_day.sem()
-    print("| model | " + " | ".join(WAYS) + " |\n| --- |" + " --- |" * len(WAYS))
-    for model in MODELS:
+    print("| model | " + " | ".join(ways) + " |\n| --- |" + " --- |" * len(ways))
+    for model in models:
         shown = [
             " / ".join(f"{mean.loc[(model, way), m]:.4f} ± {error.loc[(model, way), m]:.4f}" for m in METRICS)
-            for way in WAYS
+            for way in ways
         ]
         print(f"| {model} | " + " | ".join(shown) + " |")
-    by_day = table[table["way"] == "all of it"].pivot_table(index="model", columns="day", values=METRICS[1])
-    print("\nPearson's r of effects by day that is held out, all of it:\n")
+    by_day = table[table["way"] == ways[0]].pivot_table(index="model", columns="day", values=METRICS[1])
+    print(f"\nPearson's r of effects by day that is held out, {ways[0]}:\n")
     print("| model | " + " | ".join(DAYS) + " |\n| --- |" + " --- |" * len(DAYS))
-    for model in MODELS:
+    for model in models:
         print(f"| {model} | " + " | ".join(f"{by_day.loc[model, day]:.3f}" for day in DAYS) + " |")
 
 
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["equality", "days"])
+    parser.add_argument("table", choices=["equality", "days", "context"])
     parser.add_argument("archive", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.table == "equality":
             equality(arguments.archive, Path(folder))
+        elif arguments.table == "days":
+            days(arguments.archive, Path(folder), arguments.seeds, arguments.models, arguments.ways)
         else:
-            days(arguments.archive, Path(folder), arguments.seeds)
+            context(arguments.archive, Path(folder), arguments.seeds, arguments.models)
 
 
 if __name__ == "__main__":

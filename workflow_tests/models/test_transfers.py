@@ -11,6 +11,7 @@ from perturbflow.controls import MOST_CONTEXTS
 from perturbflow.embeddings import Embeddings
 from perturbflow.models.base import build
 from perturbflow.models.closed_form.base import TrainingSet
+from perturbflow.models.gaussian_process import kernel
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.splits.contexts import Support
@@ -107,3 +108,25 @@ def test_the_nearest_context_is_that_whose_controls_are_most_alike() -> None:
         np.testing.assert_allclose(model.effect_in("P003", here), training.effects_by_context[line, line]["P003"])
         mean = np.mean(list(training.effects_by_context[line, line].values()), axis=0)
         np.testing.assert_allclose(model.effect_in("never measured", here), mean, rtol=1e-5)
+
+
+def test_of_very_many_rows_a_sample_tells_lines_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have one row over all lines. That is nearer than lines that are not told apart at all."""
+    lines, pairs, _, line = held_out("few-shot")
+    found, errors = {}, {}
+    for name, (most, least) in {"all": (10**6, 20), "some": (60, 10), "none": (60, 10**6)}.items():
+        monkeypatch.setattr(kernel, "MOST_ROWS", most)
+        monkeypatch.setattr(kernel, "LEAST_BY_CONTEXT", least)
+        training = TrainingSet.of(pairs.roles("train").select(np.ones(len(pairs.roles("train").rows), bool)),
+                                  Embeddings(pd.DataFrame()), 0)  # fmt: skip
+        model = build(FAMILIES["gaussian_process"].implementation, {})
+        errors[name] = lines.errors(effects_of(model, training, pairs), line)[0]
+        found[name] = model.artefact["labels"], model.looks_at_contexts
+    labels, looks = found["some"]
+    assert looks
+    assert len(labels) <= 60
+    assert set(labels) == set(lines.labels)
+    assert len(found["all"][0]) > 90
+    assert not found["none"][1]
+    assert len(found["none"][0]) == 30
+    assert max(errors["all"], errors["some"]) < errors["none"] - 0.02

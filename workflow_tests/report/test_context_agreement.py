@@ -1,5 +1,7 @@
 """Agreement of the effects of contexts, on lines whose shares of conserved and specific effects are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from made_lines import CONSERVED, SPECIFIC, made_lines
@@ -20,6 +22,10 @@ def test_agreement_is_the_conserved_share_and_tells_which_transfers_to_trust() -
     assert found.trust > 0.2
     assert "r 0.5" in found.words
     assert f"over {found.n_tested} tested perturbations" in found.words
+    assert "The more its sources agree" in found.words
+    against = replace(found, trust=-0.8)
+    assert "is no sign that they tell" in against.words
+    assert "The more" not in against.words
 
 
 def test_a_context_that_trains_in_part_is_source_and_target() -> None:

@@ -24,6 +24,7 @@ sys.path.extend(str(Path(__file__).resolve().parents[1] / place) for place in ("
 
 from conftest import OFF, REPOSITORY, merged
 from screens import FIXTURES, Expected, norman_cells
+from unions import KINDS, check, prepared_from
 
 from perturbflow.download import download
 from perturbflow.errors import InputError
@@ -34,6 +35,7 @@ from perturbflow.registry.sources import files_of
 from perturbflow.registry.unions import is_union
 from perturbflow.screens.harmonize import harmonize
 from perturbflow.screens.unite import unite
+from perturbflow.splits.split import split
 
 BENCHMARKS = REPOSITORY / "workflow_tests" / "benchmarks" / "README.md"
 DATASETS = REPOSITORY / "config" / "datasets.md"
@@ -159,6 +161,33 @@ def test_every_registered_union_unites_its_members(name: str, harmonized_screen:
         if len(union["perturbation_types"]) == 1:
             assert not lost
     assert account["cells"]["kept"] == united.n_obs
+
+
+@pytest.fixture(scope="session")
+def essential_lines(harmonized_screen: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the union of the four lines' fixtures."""
+    union, folder = UNIONS["essential_lines"], tmp_path_factory.mktemp("essential_lines")
+    paths = [[harmonized_screen(of).manifest.parent.parent / file for of in union["union"]] for file in FILES]
+    declared = {"members": union["union"], **{key: union[key] for key in ("genes", "perturbation_types", "organism")}}
+    unite(*paths, folder / FILES[0], folder / FILES[1], "essential_lines", declared)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_four_lines_go_through_every_kind_of_split(kind: str, essential_lines: Path, tmp_path: Path) -> None:
+    held_out = "nadig2025_jurkat"
+    check(kind, held_out, *prepared_from(essential_lines, tmp_path, kind, held_out))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("unseen_combination", "at least 2 combinations"), ("unseen_dose", "at least 3 doses")]
+)
+def test_what_the_four_lines_cannot_be_split_by_is_said(
+    kind: str, message: str, essential_lines: Path, tmp_path: Path
+) -> None:
+    spec = {"kind": kind, "test_fraction": 0.3, "validation_fraction": 0.1, "seed": 0}
+    with pytest.raises(InputError, match=message):
+        split(*[essential_lines / file for file in FILES], tmp_path / "split.json", kind, spec)
 
 
 # --- single quirks ----------------------------------------------------------------------------------------------------

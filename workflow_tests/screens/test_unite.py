@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 from conftest import BATCHES, OFF, SPECS, SPECS_OF_CELLS, dataset_block, make_screen
 from scipy import sparse
+from screens import REAL
+from unions import KINDS, check, prepared_from
 
 from perturbflow import api, embeddings
 from perturbflow.audit.audit import passed
@@ -111,6 +113,37 @@ def test_one_file_written_as_several_and_united_is_the_one_file(
     assert set(harmonized_u.obs["dataset"]) == set(BATCHES)
 
 
+@pytest.mark.skipif(not REAL.exists(), reason="../shared/data/norman_k562_mini is missing")
+def test_two_real_lines_of_one_file_are_two_screens_and_go_through_every_kind_of_split(
+    member: Callable, united: Callable, tmp_path: Path
+) -> None:
+    """Glioblastoma lines of McFaline-Figueroa et al. 2023, with the same nine genes repressed."""
+    cells = ad.read_h5ad(REAL)
+    lines = {"a172": cells[cells.obs["cell_type"] == "A172"], "t98g": cells[cells.obs["cell_type"] == "T98G"]}
+    covariates = {"cell_type": "cell_type"}
+    union = united({name: member(name, of, covariates=covariates) for name, of in lines.items()})
+    both = ad.read_h5ad(union / "harmonized.h5ad")
+    assert both.n_obs == sum(of.n_obs for of in lines.values())
+    assert set(zip(both.obs["dataset"], both.obs["cell_type"], strict=True)) == {("a172", "A172"), ("t98g", "T98G")}
+    assert both.X.sum() == sum(of.X.sum() for of in lines.values())
+    for kind in KINDS:
+        check(kind, "t98g", *prepared_from(union, tmp_path / kind, kind, "t98g"))
+
+
+def test_screens_in_memory_are_united_as_files_are(member: Callable, united: Callable) -> None:
+    screen = make_screen()
+    members = {lane: member(lane, of_lane(screen, lane)) for lane in BATCHES}
+    in_memory = {name: ad.read_h5ad(files["harmonized"]) for name, files in members.items()}
+    found, expected = api.unite(in_memory), ad.read_h5ad(united(members) / "harmonized.h5ad")
+    assert abs(found.X - expected.X).nnz == 0
+    pd.testing.assert_frame_equal(found.obs.astype(str), expected.obs.astype(str))
+    pd.testing.assert_frame_equal(found.var.astype(str), expected.var.astype(str))
+    other = in_memory[BATCHES[0]].copy()
+    other.obs["perturbation_type"] = "CRISPRa"
+    with pytest.raises(InputError, match=r"several ways: CRISPRi, CRISPRa.*perturbation_types"):
+        api.unite({"a": in_memory[BATCHES[1]], "b": other})
+
+
 def test_the_account_of_a_union_adds_up_those_of_its_members(member: Callable, united: Callable) -> None:
     screen = make_screen()
     members = {lane: member(lane, of_lane(screen, lane)) for lane in BATCHES}
@@ -173,6 +206,21 @@ def test_models_read_no_gene_that_a_member_did_not_measure(member: Callable, uni
         cells[genes] = Pairs.read(files[2])
     assert cells["shared"].genes == cells["any"].genes
     assert abs(cells["shared"].X - cells["any"].X).nnz == 0
+
+
+def test_a_member_that_was_written_anew_has_genes_as_categories_and_is_united(
+    member: Callable, united: Callable
+) -> None:
+    ids = {f"GENE{i}": f"ENSG000009990{i}" for i in range(10, 20)}  # the others have none, so ids are no index
+    screens = [
+        with_genes(make_screen(seed=seed), {"GENE11": name}, ids) for seed, name in ((1, "GENE11"), (2, "OLD11"))
+    ]
+    members = {name: member(name, of) for name, of in zip("ab", screens, strict=True)}
+    for files in members.values():
+        again = ad.read_h5ad(files["harmonized"])
+        again.write_h5ad(files["harmonized"])
+        assert ad.read_h5ad(files["harmonized"]).var["gene_id"].dtype == "category"
+    assert "GENE11" in ad.read_h5ad(united(members) / "harmonized.h5ad").var_names
 
 
 def test_a_gene_that_members_call_differently_has_one_name(member: Callable, united: Callable) -> None:

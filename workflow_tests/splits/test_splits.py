@@ -11,13 +11,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import COMBINATIONS, PERTURBED, SPECS, SPECS_OF_CELLS, Prepared
+from conftest import COMBINATIONS, PERTURBED, REPOSITORY, SPECS, SPECS_OF_CELLS, Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perturbflow import embeddings, pairs
 from perturbflow.errors import InputError
-from perturbflow.genes.symbols import CONTROL, entities_of, entity_of, members_of
+from perturbflow.genes.symbols import CONTROL, canonical_label, entities_of, entity_of, members_of
+from perturbflow.registry.places import own_or_shipped
 from perturbflow.splits.cells import CONTROL_FRACTIONS, divide_controls, random_cells
 from perturbflow.splits.contexts import Support, unseen_context
 from perturbflow.splits.divisions import (
@@ -521,6 +522,32 @@ def test_a_file_says_the_roles(read: Callable) -> None:
 def test_labels_of_a_file_are_made_canonical(read: Callable) -> None:
     content = {"train": ["C+control", "B", "control", "B"], "validation": ["D"], "test": ["B+A"]}
     assert read(content) == {"train": ["B", "C"], "validation": ["D"], "test": ["A+B"]}
+
+
+def test_without_a_list_for_training_all_others_train(read: Callable) -> None:
+    assert read({"validation": ["C"], "test": ["B+A"]}) == {
+        "train": ["A", "B", "D", "E"],
+        "validation": ["C"],
+        "test": ["A+B"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("number", "n_seen"), [(1, (9, 43, 19)), (2, (12, 52, 16)), (3, (4, 51, 19)), (4, (4, 52, 18)), (5, (3, 56, 18))]
+)
+def test_the_published_test_sets_of_gears_have_their_published_sizes(number: int, n_seen: tuple) -> None:
+    """Combinations with none, one and both of their genes in training; a quarter of 102 genes is unseen."""
+    path = REPOSITORY / own_or_shipped(f"config/splits/gears_norman_{number}.json")
+    test = json.loads(path.read_text())["test"]
+    unseen = {label for label in test if "+" not in label}
+    assert len(unseen) == 26
+    found = [sum(gene in unseen for gene in label.split("+")) for label in test if "+" in label]
+    assert (found.count(2), found.count(1), found.count(0)) == n_seen
+    genes = sorted({"KLF1", "CEBPE", "AHR", *(gene for label in test for gene in label.split("+"))})
+    known = [canonical_label(label, [], "+", "human") for label in {*test, *genes}]
+    roles = listed(path, Labels(known, {}, "human"), 0.1, 0)
+    assert len(roles["test"]) == len(test)
+    assert not set(roles["train"]) & set(roles["test"])
 
 
 def test_renamed_symbols_are_understood_in_a_file(tmp_path: Path) -> None:

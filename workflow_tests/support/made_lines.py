@@ -13,7 +13,7 @@ from scipy import sparse
 
 from perturbflow.controls import Context, match_controls
 from perturbflow.genes.symbols import CONTROL
-from perturbflow.models.base import Ceiling
+from perturbflow.models.base import Ceiling, Model
 from perturbflow.models.closed_form.base import MeanEffects, TrainingSet
 from perturbflow.models.closed_form.ceilings import TechnicalDuplicate
 from perturbflow.pairs import Pairs
@@ -120,6 +120,16 @@ def effects_of(model: MeanEffects, training: TrainingSet, pairs: Pairs) -> dict[
     model.restore(model.learn(training))  # type: ignore[attr-defined]
     test = pairs.roles("test")
     return {label: model.effect_in(label, asked(test, label)) for label in test.perturbations}
+
+
+def predicted_by(model: Model, pairs: Pairs) -> dict[str, np.ndarray]:
+    """Return the mean effects of the cells that a model predicts for the tested perturbations, by label."""
+    test, found = pairs.roles("test"), {}
+    for label in test.perturbations:
+        rows = test.control_index[test.cells_of(label), 0]
+        start, context = test.X[rows].toarray(), test.context_of(rows)
+        found[label] = model.predict(start, [label], len(start), 0, context)[0].mean(axis=0) - context.level
+    return found
 
 
 def asked(test: Pairs, label: str) -> Context:

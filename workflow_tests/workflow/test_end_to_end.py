@@ -238,3 +238,34 @@ def test_a_user_screen_on_all_kinds_of_split(tmp_path: Path, snakemake: Callable
     frozen = json.loads((tmp_path / "results/norman_mini/frozen/split.json").read_text())
     assert frozen["perturbations"]["test"] == ["KLF1+SET", "NIT1"]
     assert frozen["perturbations"]["validation"] == []  # as the file says
+
+
+def test_a_union_of_real_lines_is_reported_with_its_matrix(
+    tmp_path: Path, snakemake: Callable, shared_data: Callable
+) -> None:
+    """Three glioblastoma lines of one file as three screens; one of them is the new one."""
+    path, lines = shared_data("norman_k562_mini/perturbench_devel_counts.h5ad"), ("A172", "T98G", "U87MG")
+    line = {
+        "source": {"path": str(path)},
+        "perturbation": {"column": "perturbation", "control": ["control"], "separator": "+"},
+        "perturbation_type": "CRISPRi",
+        "combinations": False,
+        "qc": {"min_counts": None, "min_genes": None, "max_pct_mt": None},
+    }
+    members = {
+        name.lower(): {**line, "subset": {"cell_type": [name]}, "covariates": {"cell_type": {"value": name}}}
+        for name in lines
+    }
+    config = {
+        "select": {"datasets": ["glioma"], "splits": ["leave_one_line_out_t98g"], "models": ["no_change", "transfer"]},
+        "datasets": {**members, "glioma": {"union": list(members)}},
+    }
+    outcome = snakemake(tmp_path, config=config)
+    assert outcome.returncode == 0, outcome.text
+    here = tmp_path / "results/glioma"
+    roles = json.loads((here / "leave_one_line_out_t98g/split.json").read_text())
+    assert roles["contexts"]["test"] == ["t98g"]
+    assert set(ad.read_h5ad(here / "harmonized.h5ad", backed="r").obs["dataset"]) == set(members)
+    page = (tmp_path / "results/report.html").read_text()
+    assert "Effects in the held-out context agree with those in another at r" in page
+    assert all(f">{name}<" in page for name in members), "rows and columns of the matrix"

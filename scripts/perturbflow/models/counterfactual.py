@@ -249,7 +249,9 @@ class Velocity(nn.Module):
         self.time = TimeEmbedding(32)
         self.layers = mlp(n_states + 32 + width, *[width] * params.n_layers, n_latent, dropout=params.dropout)
 
-    def forward(self, z: Tensor, t: Tensor, genes: Tensor, unknown: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, t: Tensor, genes: Tensor, unknown: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """Return the velocity.
 
         Parameters
@@ -262,8 +264,10 @@ class Velocity(nn.Module):
             (B, members), -1 for none.
         unknown
             Difference between the state and the most likely one, (B, states), in standard deviations of its posterior.
+        context
+            Vectors of contexts, (B, dimensions).
         """
-        action = self.gene_encoder(genes).sum(dim=1)
+        action = self.gene_encoder(genes, context).sum(dim=1)
         shift = self.shift(action)
         state = self.reliability * ((z - t[:, None] * shift) @ self.to_state)
         if unknown is not None:
@@ -277,9 +281,9 @@ class Velocity(nn.Module):
         start = batch.start[coupled(batch.start @ self.to_state, batch.target @ self.to_state, batch.group, weights)]
         t = torch.rand(len(start), device=start.device)
         path = torch.lerp(start, batch.target, t[:, None]) + self.bridge_noise * torch.randn_like(start)
-        shift = self.shift(self.gene_encoder(batch.genes).sum(dim=1))
+        shift = self.shift(self.gene_encoder(batch.genes, batch.context).sum(dim=1))
         difference = batch.target - start
-        velocity = nn.functional.mse_loss(self(path, t, batch.genes), difference)
+        velocity = nn.functional.mse_loss(self(path, t, batch.genes, context=batch.context), difference)
         return {"loss": velocity + nn.functional.mse_loss(shift, difference), "velocity": velocity}
 
 
@@ -308,7 +312,9 @@ class Counterfactual(LearnedModel):
         """Return a new velocity."""
         return Velocity(latent, conditions, self.params)
 
-    def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+    def shift(
+        self, z: Tensor, genes: Tensor, generator: torch.Generator | None, context: Tensor | None = None
+    ) -> Tensor:
         """Integrate the flow by the midpoint rule, and return its end minus its start.
 
         With a generator the cell's state is sampled from its posterior; without one it is the most likely state.
@@ -318,6 +324,6 @@ class Counterfactual(LearnedModel):
         start, step = z, 1.0 / self.params.n_integration_steps
         for i in range(self.params.n_integration_steps):
             t = torch.full((len(z),), i * step)
-            halfway = z + 0.5 * step * self.net(z, t, genes, unknown)
-            z = z + step * self.net(halfway, t + 0.5 * step, genes, unknown)
+            halfway = z + 0.5 * step * self.net(z, t, genes, unknown, context)
+            z = z + step * self.net(halfway, t + 0.5 * step, genes, unknown, context)
         return z - start

@@ -455,7 +455,9 @@ class Predictor(nn.Module):
         self.null_action = nn.Parameter(torch.zeros(width))
         self.own_log_variance = nn.Parameter(torch.full((n,), -2.0))
 
-    def predicted(self, h: Tensor, genes: Tensor, has_action: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predicted(
+        self, h: Tensor, genes: Tensor, has_action: Tensor | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the embedding after a perturbation, (B, D) each.
 
         No perturbation is no change. A withheld action is one member, the learned null.
@@ -468,8 +470,10 @@ class Predictor(nn.Module):
             (B, members), -1 for none.
         has_action
             (B,), False where the perturbation is withheld; None withholds none, or all where they always are.
+        context
+            Vectors of contexts, (B, dimensions).
         """
-        tokens, is_member = self.gene_encoder(genes), genes >= 0  # (B, members, width), (B, members)
+        tokens, is_member = self.gene_encoder(genes, context), genes >= 0  # (B, members, width), (B, members)
         if has_action is None:
             has_action = torch.full((len(h),), not self.is_withheld, device=h.device)
         withheld = ~has_action & is_member.any(dim=1)
@@ -488,9 +492,10 @@ class Predictor(nn.Module):
         groups = CellGroups(batch.group)
         withheld = 1.0 if self.is_withheld else self.params.action_dropout if self.training else 0.0
         has_action = torch.rand(groups.n, device=batch.start.device)[groups.member] >= withheld
-        mean, log_variance = self.predicted(batch.start, batch.genes, has_action)
+        mean, log_variance = self.predicted(batch.start, batch.genes, has_action, batch.context)
         centre, shift = groups.mean(mean), mean - batch.start
-        of_actions = CellGroups(batch.genes.unique(dim=0, return_inverse=True)[1])
+        actions = batch.genes if batch.context is None else torch.cat([batch.genes, batch.context], dim=1)
+        of_actions = CellGroups(actions.unique(dim=0, return_inverse=True)[1])
         error = (centre - groups.mean(batch.target)) @ self.in_genes
         spread = groups.mean((mean - centre[groups.member]).pow(2) + torch.exp(log_variance))[groups.member]
         terms = {
@@ -513,14 +518,15 @@ class Predictor(nn.Module):
         start, genes = batch.start[is_perturbed], batch.genes[is_perturbed]
         groups = CellGroups(batch.group[is_perturbed])
         has_action = torch.full((len(start),), not self.is_withheld, device=start.device)
+        context = None if batch.context is None else batch.context[is_perturbed]
         predicted = {
-            "right": self.predicted(start, genes, has_action)[0],
-            "null": self.predicted(start, genes, torch.zeros_like(has_action))[0],
+            "right": self.predicted(start, genes, has_action, context)[0],
+            "null": self.predicted(start, genes, torch.zeros_like(has_action), context)[0],
         }
         watched = {}
         actions, action = genes.unique(dim=0, return_inverse=True)
         if len(actions) > 1:
-            predicted["wrong"] = self.predicted(start, actions[(action + 1) % len(actions)], has_action)[0]
+            predicted["wrong"] = self.predicted(start, actions[(action + 1) % len(actions)], has_action, context)[0]
             shift, of_actions = predicted["right"] - start, CellGroups(action)
             between = of_actions.mean(shift)[of_actions.member] - shift.mean(dim=0)
             apart = (predicted["right"] - predicted["wrong"]).pow(2).mean()
@@ -628,12 +634,14 @@ class Jepa(LearnedModel):
                 cells.genes[rows] = cells.genes[np.roll(rows, 1)]
         return cells
 
-    def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+    def shift(
+        self, z: Tensor, genes: Tensor, generator: torch.Generator | None, context: Tensor | None = None
+    ) -> Tensor:
         """Return the difference between the perturbed embedding, sampled, and the cell's own.
 
         The same noise serves both, so that control has a shift of zero.
         """
-        mean, log_variance = self.net.predicted(z, genes)
+        mean, log_variance = self.net.predicted(z, genes, context=context)
         if generator is None:
             return mean - z
         _, own_log_variance = self.net.predicted(z, torch.full_like(genes, -1))
@@ -642,15 +650,16 @@ class Jepa(LearnedModel):
 
     # --- mean effects of the predictor ---
 
-    def network_means(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
+    def network_means(self, z: np.ndarray, perturbation: str, context: Tensor | None) -> dict[str, np.ndarray]:
         """Return the predictor's mean effect on cells."""
-        start = torch.from_numpy(z[:: -(-len(z) // STARTS)])
+        step = -(-len(z) // STARTS)
+        starts = torch.from_numpy(z[::step]), None if context is None else context[::step]
         known = self.conditions, self.neighbours, frozenset(self.seen)
-        return {"predictor": PredictedMean(self.latent, self.net, *known, start)(perturbation)}
+        return {"predictor": PredictedMean(self.latent, self.net, *known, *starts)(perturbation)}
 
     def learned_mean(self, response: Response, rng: np.random.Generator) -> np.ndarray:
         """Return the predictor's mean effect, without its noise and without sampled neighbours."""
-        return self.network_means(response.z, response.perturbation)["predictor"]
+        return self.network_means(response.z, response.perturbation, response.told)["predictor"]
 
     def fit_network_means(self, cells: PairedCells, run: Run) -> dict[str, FitMean]:
         """Return how to train the predictor again for an inner fold of a mean in closed form."""
@@ -670,11 +679,12 @@ class Jepa(LearnedModel):
         is_known = _cells_of(inner, rng)
         rows = cells.pairs.rows.searchsorted(rng.permutation(start)[:STARTS])  # rows of pairs.h5ad rise
         table = inner.embeddings.standardized(inner.effects.genes)
-        conditions = Conditions(list(table.index), table.to_numpy())
+        conditions = Conditions(list(table.index), table.to_numpy(), self.conditions.contexts)
         neighbours = Neighbours.fit(*inner.halves, dict(zip(table.index, table.to_numpy(float), strict=True)))
         latent, net = self._trained_for_fold(cells, run, inner, is_known, conditions, start)
         z = cells.z[rows] if self.params.fold_embedding == "shared" else _encoded_rows(latent, cells.pairs, rows)
-        return PredictedMean(latent, net.eval(), conditions, neighbours, frozenset(inner.effects.genes), z)
+        told = None if cells.context is None else cells.context[rows]
+        return PredictedMean(latent, net.eval(), conditions, neighbours, frozenset(inner.effects.genes), z, told)
 
     def _trained_for_fold(
         self,
@@ -749,6 +759,8 @@ class PredictedMean:
         Genes that training perturbed.
     z
         Embeddings of the control cells, (cells, dimensions).
+    context
+        Vectors of their contexts, (cells, dimensions), where the network is told of them.
     """
 
     latent: JepaLatent
@@ -757,6 +769,7 @@ class PredictedMean:
     neighbours: Neighbours
     seen: frozenset[str]
     z: Tensor
+    context: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, perturbation: str) -> np.ndarray:
@@ -779,5 +792,6 @@ class PredictedMean:
         index = [[*map(self.conditions.genes.index, genes), *[-1] * (width - len(genes))] for genes in labels]
         genes = torch.tensor(index).repeat_interleave(len(start), dim=0)
         h = start.repeat(len(labels), 1)
-        shifts = self.net.predicted(h, genes)[0] - h
+        context = None if self.context is None else self.context[: len(start)].repeat(len(labels), 1)
+        shifts = self.net.predicted(h, genes, context=context)[0] - h
         return shifts.reshape(len(labels), len(start), -1).mean(dim=1).numpy()

@@ -2,6 +2,7 @@
 
 1. Latent space. A cell x has coordinates z = encode(x). `latents/` holds the spaces.
 2. Network. It gives each cell a latent shift, given its coordinates and the perturbed genes. Every family has its own.
+   With `context: controls` it is also told of the cell's context, see `Contexts`.
 3. Unseen genes. A gene that training never perturbed borrows shifts from genes that it did, see `Neighbours`.
 4. Mean effect. It is the mean of the shifts (`mean: learned`) or that of `SetGP` (`mean: closed_form`).
 5. Perturbed cells. Counts of a control cell are thinned or added to, see `thinning`. The log fold change of a gene has
@@ -37,6 +38,7 @@ from perturbflow.models.latents.pca import Latent, LatentSpace
 from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.training.batches import Batches, PairedCells, encoded
 from perturbflow.models.training.conditions import Conditions
+from perturbflow.models.training.contexts import Contexts
 from perturbflow.models.training.loop import Learner, Optimization, optimize
 from perturbflow.models.training.networks import GeneEncoder
 from perturbflow.pairs import Pairs
@@ -79,7 +81,9 @@ class LearnedModel(Model):
         """Return a new network for cells of this latent space and these perturbations."""
 
     @abstractmethod
-    def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+    def shift(
+        self, z: Tensor, genes: Tensor, generator: torch.Generator | None, context: Tensor | None = None
+    ) -> Tensor:
         """Return the latent shift of cells, (B, dimensions); zero where all gene indices are -1.
 
         Parameters
@@ -90,11 +94,13 @@ class LearnedModel(Model):
             Indices of the perturbed genes, (B, members), -1 for none.
         generator
             Of the noise of a sample; None asks for the expected shift.
+        context
+            Vectors of the cells' contexts, (B, dimensions), where the network is told of them.
         """
 
-    def mean_shift(self, z: Tensor, several: Sequence[Tensor]) -> Tensor:
+    def mean_shift(self, z: Tensor, several: Sequence[Tensor], context: Tensor | None = None) -> Tensor:
         """Return the mean of the cells' expected shifts under several gene indices, (B, dimensions)."""
-        return sum(self.shift(z, genes, None) for genes in several) / len(several)
+        return sum(self.shift(z, genes, None, context) for genes in several) / len(several)
 
     def fit_latent(self, pairs: Pairs, effects: Effects, run: Run) -> Latent:
         """Return the latent space that the network works in."""
@@ -110,7 +116,7 @@ class LearnedModel(Model):
         shares = (of.control_share, of.synthetic_share, of.shifted_share, self.cells_together)
         return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals, balance=of.balance)
 
-    def network_means(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray]:
+    def network_means(self, z: np.ndarray, perturbation: str, context: Tensor | None) -> dict[str, np.ndarray]:
         """Return, by name, mean effects on cells in latent space for a mean in closed form to use, (genes,) each."""
         return {}
 
@@ -128,7 +134,8 @@ class LearnedModel(Model):
         self.own_gene = OwnGene.fit(training, effects)
         table = embeddings.standardized(effects.genes)
         vectors = dict(zip(table.index, table.to_numpy(float), strict=True))
-        self.conditions = Conditions(list(table.index), table.to_numpy())
+        contexts = Contexts.of(training) if self.params.context == "controls" else None
+        self.conditions = Conditions(list(table.index), table.to_numpy(), contexts)
         self.neighbours = Neighbours.fit(*Effects.with_disjoint_controls(pairs), vectors)
         self.population = _population(training)
         cells = self._train(pairs, run)
@@ -169,6 +176,8 @@ class LearnedModel(Model):
             "seen": self.seen,
             "population": torch.from_numpy(self.population),
         }
+        if self.conditions.contexts is not None:
+            artefact["contexts"] = self.conditions.contexts.state()
         return artefact | ({"mean": _as_tensors(self.mean.artefact)} if self.has_closed_mean else {})
 
     def restore(self, artefact: Artefact) -> None:
@@ -179,7 +188,8 @@ class LearnedModel(Model):
         self.neighbours = Neighbours.restored(artefact["neighbours"])
         self.population = artefact["population"].numpy()
         vectors = next(value for name, value in artefact["state"].items() if name.endswith("gene_encoder.vectors"))
-        self.conditions = Conditions(artefact["condition_genes"], vectors.numpy())
+        contexts = Contexts.restored(artefact["contexts"]) if "contexts" in artefact else None
+        self.conditions = Conditions(artefact["condition_genes"], vectors.numpy(), contexts)
         self.net = self.network(self.latent, self.conditions)
         self.net.load_state_dict(artefact["state"])
         self.net.eval()
@@ -203,8 +213,17 @@ class LearnedModel(Model):
 
     # --- latent shifts ---
 
+    def contexts_of(self, context: Context | None, n: int) -> Tensor | None:
+        """Return the vectors of n cells' contexts, (n, dimensions); None where the network is not told of them."""
+        return self.conditions.contexts and self.conditions.contexts.of_cells(context, n)
+
     def shifts(
-        self, z: np.ndarray, perturbation: str, rng: np.random.Generator, generator: torch.Generator | None
+        self,
+        z: np.ndarray,
+        perturbation: str,
+        rng: np.random.Generator,
+        generator: torch.Generator | None,
+        context: Tensor | None = None,
     ) -> np.ndarray:
         """Return latent shifts of control cells, (cells, dimensions); unseen members borrow theirs.
 
@@ -215,24 +234,26 @@ class LearnedModel(Model):
         rng, generator
             Of the neighbours that unseen members borrow from, and of the network's noise. Without a generator the
             shifts are expected ones, averaged over `BORROWED` samples of neighbours.
+        context
+            As `contexts_of` returns it.
         """
         start, members = torch.from_numpy(z), members_of(perturbation)
         unseen = unseen_among(members, self.seen)
         known = self.conditions.index([perturbation]).expand(len(z), -1).clone()
         if not unseen:
-            return self.shift(start, known, generator).numpy()
+            return self.shift(start, known, generator, context).numpy()
         known[:, [members.index(gene) for gene in unseen]] = -1
         noise = generator and generator.get_state()
         if generator is None:
             samples = [self._with_neighbours(perturbation, unseen, known, rng) for _ in range(BORROWED)]
-            borrowed = self.mean_shift(start, samples)
+            borrowed = self.mean_shift(start, samples, context)
         else:
-            borrowed = self.shift(start, self._with_neighbours(perturbation, unseen, known, rng), generator)
+            borrowed = self.shift(start, self._with_neighbours(perturbation, unseen, known, rng), generator, context)
         if len(unseen) == len(members):
             return (self.neighbours.strength * borrowed).numpy()
         if generator is not None:
             generator.set_state(noise)
-        certain = self.shift(start, known, generator)
+        certain = self.shift(start, known, generator, context)
         return (certain + self.neighbours.strength * (borrowed - certain)).numpy()
 
     def _with_neighbours(self, perturbation: str, unseen: list[str], known: Tensor, rng: np.random.Generator) -> Tensor:
@@ -264,16 +285,19 @@ class LearnedModel(Model):
                 change[row[gene]] += self.own_gene.effect(float(population[:, row[gene]].mean()))
         return change
 
-    def network_means_in_use(self, z: np.ndarray, perturbation: str) -> dict[str, np.ndarray] | None:
+    def network_means_in_use(
+        self, z: np.ndarray, perturbation: str, context: Tensor | None
+    ) -> dict[str, np.ndarray] | None:
         """Return the network's mean effects, where the mean in closed form was fitted with them; else None."""
-        return self.network_means(z, perturbation) if self.mean.out_of_fold else None
+        return self.network_means(z, perturbation, context) if self.mean.out_of_fold else None
 
     def uncertainty(self, perturbation: str, context: Context | None = None) -> np.ndarray | None:
         """Return the posterior variance of a mean in closed form, (genes,)."""
         if not self.has_closed_mean:
             return None
         z = self.latent.encode(self.population) if self.mean.out_of_fold else self.population[:0]
-        return self.mean.uncertainty(perturbation, context, self.network_means_in_use(z, perturbation))
+        means = self.network_means_in_use(z, perturbation, self.contexts_of(context, len(z)))
+        return self.mean.uncertainty(perturbation, context, means)
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
         """Return the errors of a mean in closed form in inner folds; none where the network owns the mean."""
@@ -288,6 +312,7 @@ class LearnedModel(Model):
         """Return perturbed cells whose mean is exact, a block at a time; see the head of this module."""
         start = start_cells(cells, n)
         predicted = np.empty((len(perturbations), n, start.shape[1]), dtype=np.float32)
+        told = self.contexts_of(context, n)
         for p, perturbation in enumerate(perturbations):
             if reason := self.refusal(perturbation):
                 raise InputError(f"{perturbation} cannot be predicted: {reason}.")
@@ -297,7 +322,7 @@ class LearnedModel(Model):
                 if perturbation == CONTROL:
                     predicted[p, block] = start[block]
                 else:
-                    response = Response(self, perturbation, start[block], rng, generator)
+                    response = Response(self, perturbation, start[block], rng, generator, _rows(told, block))
                     predicted[p, block] = response.of_population(context)
         return predicted
 
@@ -308,18 +333,20 @@ class LearnedModel(Model):
         """Return samples of each cell after each perturbation, (perturbations, cells, samples, genes)."""
         outcomes = np.empty((len(perturbations), len(cells), samples, cells.shape[1]), dtype=np.float32)
         start, of_cell = np.repeat(cells, samples, axis=0), np.repeat(np.arange(len(cells)), samples)
+        told = self.contexts_of(context, len(cells))
         for p, perturbation in enumerate(perturbations):
             if perturbation == CONTROL:
                 outcomes[p] = cells[:, None]
                 continue
-            response = self._response_of_training(perturbation)
+            self._refuse_unknown(perturbation)
             rng, generator = _randomness(seed, p)
             flat = outcomes[p].reshape(-1, cells.shape[1])
             for first in range(0, len(start), CELLS_PER_BLOCK):
                 block = slice(first, first + CELLS_PER_BLOCK)
                 z = self.latent.encode(start[block])
-                shifts = self.shifts(z, perturbation, rng, generator)
+                shifts = self.shifts(z, perturbation, rng, generator, _rows(told, of_cell[block]))
                 for rows, place in _places(context, of_cell[block]):
+                    response = self._response_of_training(perturbation, place)
                     flat[first + rows] = response.of_cells(start[first + rows], z[rows], shifts[rows], place, rng)
         return outcomes
 
@@ -330,27 +357,38 @@ class LearnedModel(Model):
         """Return the mean effect plus each cell's own deviation from it, (cells, genes)."""
         if perturbation == CONTROL:
             return np.zeros_like(cells)
-        response = self._response_of_training(perturbation)
-        effects = self.expected_change(cells, perturbation) - response.expected_change
-        for rows, place in _places(context, np.arange(len(cells))):
-            effects[rows] += response.mean_effect(place)
+        places = list(_places(context, np.arange(len(cells))))
+        responses = [self._response_of_training(perturbation, place) for _, place in places]  # refuses first
+        effects = self.expected_change(cells, perturbation, self.contexts_of(context, len(cells)))
+        for (rows, place), response in zip(places, responses, strict=True):
+            effects[rows] = (effects[rows] - response.expected_change) + response.mean_effect(place)
         return effects.astype(np.float32)
 
-    def expected_change(self, cells: np.ndarray, perturbation: str) -> np.ndarray:
+    def expected_change(self, cells: np.ndarray, perturbation: str, context: Tensor | None) -> np.ndarray:
         """Return how expected shifts change each cell's expected expression, (cells, genes)."""
         z = self.latent.encode(cells)
-        shifts = self.shifts(z, perturbation, np.random.default_rng(0), None)
+        shifts = self.shifts(z, perturbation, np.random.default_rng(0), None, context)
         return self.latent.change(z, shifts, np.expm1(cells).sum(axis=1))
 
-    def _response_of_training(self, perturbation: str) -> "Response":
-        """Return the response of training's controls. The last one is kept: cells are asked block by block."""
+    def _refuse_unknown(self, perturbation: str) -> None:
+        if reason := self.refusal(perturbation):
+            raise InputError(f"{perturbation} cannot be answered: {reason}.")
+
+    def _response_of_training(self, perturbation: str, context: Context | None = None) -> "Response":
+        """Return the response of training's controls, as if they were in a context where the network is told of it.
+
+        Those to the last perturbation are kept: cells are asked block by block.
+        """
         last = getattr(self, "_last", None)
-        if last is None or last.perturbation != perturbation or last.population is not self.population:
-            if reason := self.refusal(perturbation):
-                raise InputError(f"{perturbation} cannot be answered: {reason}.")
+        if last is None or last[:2] != (perturbation, id(self.population)):
+            self._refuse_unknown(perturbation)
+            self._last = last = (perturbation, id(self.population), {})
+        name = _name_of(context) if self.conditions.contexts else ""
+        if name not in last[2]:
             rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-            self._last = last = Response(self, perturbation, self.population, rng, generator)
-        return last
+            told = self.contexts_of(context, len(self.population))
+            last[2][name] = Response(self, perturbation, self.population, rng, generator, told)
+        return last[2][name]
 
 
 class Response:
@@ -366,6 +404,8 @@ class Response:
         Control cells, log1p-normalized, (cells, genes).
     rng, generator
         Of all that is random in the response.
+    told
+        Vectors of the contexts that the cells are asked in, as `LearnedModel.contexts_of` returns them.
     """
 
     def __init__(
@@ -375,10 +415,11 @@ class Response:
         population: np.ndarray,
         rng: np.random.Generator,
         generator: torch.Generator,
+        told: Tensor | None = None,
     ) -> None:
-        self.model, self.perturbation, self.population, self.rng = model, perturbation, population, rng
+        self.model, self.perturbation, self.population, self.rng, self.told = model, perturbation, population, rng, told
         self.z = model.latent.encode(population)
-        shifts = model.shifts(self.z, perturbation, rng, generator)
+        shifts = model.shifts(self.z, perturbation, rng, generator, told)
         # Residuals have no mean of their own; of a sample of them it is chance.
         is_centred = model.learns_residuals and len(shifts) >= CENTRED_FROM
         self.centre = shifts.mean(axis=0) if is_centred else np.zeros(self.z.shape[1], dtype=np.float32)
@@ -391,7 +432,7 @@ class Response:
         if (name := self._name(context)) not in self._means:
             model = self.model
             if model.has_closed_mean:
-                network_means = model.network_means_in_use(self.z, self.perturbation)
+                network_means = model.network_means_in_use(self.z, self.perturbation, self.told)
                 self._means[name] = model.mean.effect_in(self.perturbation, context, network_means)
             else:
                 own_level = model.own_level_change(self.population, self.perturbation)
@@ -401,7 +442,7 @@ class Response:
     @cached_property
     def expected_change(self) -> np.ndarray:
         """The mean change of the population by expected shifts, (genes,)."""
-        return self.model.expected_change(self.population, self.perturbation).mean(axis=0)
+        return self.model.expected_change(self.population, self.perturbation, self.told).mean(axis=0)
 
     def of_population(self, context: Context | None) -> np.ndarray:
         """Return the population after the perturbation, (cells, genes), at the level of its context."""
@@ -431,7 +472,7 @@ class Response:
     def _name(self, context: Context | None) -> str:
         """Return a name for the context, if the mean effect depends on it."""
         depends = context is not None and self.model.has_closed_mean and self.model.mean.looks_at_contexts
-        return "|".join(sorted(context.shares)) if context is not None and depends else ""
+        return _name_of(context) if depends else ""
 
 
 def _as_tensors(artefact: Artefact) -> dict[str, Tensor | list[str]]:
@@ -452,6 +493,16 @@ def _randomness(seed: int, p: int) -> tuple[np.random.Generator, torch.Generator
     """Return the generators of the p-th perturbation that is asked for."""
     rng = np.random.default_rng((seed, p))
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
+
+
+def _rows(of_cells: Tensor | None, rows: slice | np.ndarray) -> Tensor | None:
+    """Return some rows of what cells have, if they have it."""
+    return None if of_cells is None else of_cells[rows]
+
+
+def _name_of(context: Context | None) -> str:
+    """Return the batches and cell types of a context as one word, empty for none."""
+    return "" if context is None else "|".join(sorted(context.shares))
 
 
 def _places(context: Context | None, cells: np.ndarray) -> Iterator[tuple[np.ndarray, Context | None]]:

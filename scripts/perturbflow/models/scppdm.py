@@ -150,7 +150,14 @@ class Denoiser(nn.Module):
         self.align_change = mlp(n_latent, width, width)
 
     def forward(
-        self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor, has_state: Tensor, has_perturbation: Tensor
+        self,
+        z: Tensor,
+        t: Tensor,
+        state: Tensor,
+        genes: Tensor,
+        has_state: Tensor,
+        has_perturbation: Tensor,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Return v.
 
@@ -166,13 +173,15 @@ class Denoiser(nn.Module):
             (B, members), -1 for none. All -1 is the control condition; a dropped condition is another input.
         has_state, has_perturbation
             (B,) booleans: False where the condition is dropped.
+        context
+            Vectors of contexts, (B, dimensions): a part of the perturbation's condition.
         """
         is_used = (genes >= 0).any(dim=0)
         is_used[0] = True
         genes = genes[:, is_used]  # columns without any member only take time
         shape = (self.n_tokens, self.width)
         state = torch.where(has_state[:, None, None], self.state_tokens(state).unflatten(1, shape), self.no_state)
-        tokens = self.gene_tokens(self.gene_encoder(genes)).unflatten(2, shape)  # (B, members, tokens, width)
+        tokens = self.gene_tokens(self.gene_encoder(genes, context)).unflatten(2, shape)  # (B, members, tokens, width)
         is_member = (genes >= 0).clone()
         is_control = ~is_member.any(dim=1)
         # Control and "dropped" are tokens too: they take the place of the first member.
@@ -198,7 +207,8 @@ class Denoiser(nn.Module):
         noise = torch.randn_like(batch.target)
         alpha, sigma = (value[:, None] for value in cosine_schedule(t))
         kept = torch.rand(2, B, device=device) >= self.condition_dropout
-        output = self(alpha * batch.target + sigma * noise, t, batch.start, batch.genes, kept[0], kept[1])
+        noised = alpha * batch.target + sigma * noise
+        output = self(noised, t, batch.start, batch.genes, kept[0], kept[1], batch.context)
         truth = noise if self.objective == "noise" else alpha * noise - sigma * batch.target
         loss = nn.functional.mse_loss(output, truth)
         if not self.alignment:
@@ -343,12 +353,14 @@ class Diffusion(LearnedModel):
             return ExportedLatent.restored(state, self.files[0], self.genes)
         return CountLatent.restored(state) if self.params.latent == "counts" else super().restore_latent(state)
 
-    def guided(self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
+    def guided(
+        self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return clean latent and noise in z_t, (B, n_latent) each, with guidance; t is one time for all cells, ()."""
         yes = torch.ones(len(z), dtype=torch.bool, device=z.device)
         times = t.expand(len(z))
         s_state, s_perturbation = self.params.guidance_state, self.params.guidance_perturbation
-        output = self.net(z, times, state, genes, yes, yes)
+        output = self.net(z, times, state, genes, yes, yes, context)
         if s_state != 1.0 or s_perturbation != 1.0:
             state_only = self.net(z, times, state, genes, yes, ~yes)
             difference = s_perturbation * (output - state_only)
@@ -359,7 +371,14 @@ class Diffusion(LearnedModel):
         return split(self.params.objective, z, t, output)
 
     def flow(
-        self, z: Tensor, state: Tensor, genes: Tensor, *, to_noise: bool, generator: torch.Generator | None = None
+        self,
+        z: Tensor,
+        state: Tensor,
+        genes: Tensor,
+        context: Tensor | None = None,
+        *,
+        to_noise: bool,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Sample cells from noise; or run the deterministic sampler backwards, from cells to their noise.
 
@@ -369,7 +388,7 @@ class Diffusion(LearnedModel):
             Of the fresh noise of the ancestral sampler. Without one the deterministic sampler replaces it.
         """
         times = torch.linspace(0.0, last_time(self.params.objective), self.params.n_sampling_steps + 1)
-        denoise = partial(self.guided, state=state, genes=genes)
+        denoise = partial(self.guided, state=state, genes=genes, context=context)
         if to_noise:
             return ddim(denoise, z, times)
         times = times.flip(0)
@@ -378,7 +397,9 @@ class Diffusion(LearnedModel):
             return ancestral(denoise, z, times, lambda: torch.randn(half, generator=generator).repeat(2, 1))
         return (dpm if self.params.sampler == "dpm" else ddim)(denoise, z, times)
 
-    def shift(self, z: Tensor, genes: Tensor, generator: torch.Generator | None) -> Tensor:
+    def shift(
+        self, z: Tensor, genes: Tensor, generator: torch.Generator | None, context: Tensor | None = None
+    ) -> Tensor:
         """Return the difference between the cell sampled with and without the perturbation, from the same noise.
 
         The noise is the cell's own, found by the sampler run backwards under the control condition (dual diffusion
@@ -390,14 +411,15 @@ class Diffusion(LearnedModel):
         if generator is not None:
             share = self.params.fresh_noise
             noise = math.sqrt(1.0 - share**2) * own + share * torch.randn(z.shape, generator=generator)
-        conditions = z.repeat(2, 1), torch.cat([genes, control])
+        twice = None if context is None else context.repeat(2, 1)
+        conditions = z.repeat(2, 1), torch.cat([genes, control]), twice
         both = self.flow(noise.repeat(2, 1), *conditions, to_noise=False, generator=generator)
         perturbed, unperturbed = both.chunk(2)
         return perturbed - unperturbed
 
-    def mean_shift(self, z: Tensor, several: Sequence[Tensor]) -> Tensor:
+    def mean_shift(self, z: Tensor, several: Sequence[Tensor], context: Tensor | None = None) -> Tensor:
         """Return the mean of the expected shifts. All share the cells' own noise and unperturbed samples."""
         control = torch.full_like(several[0], -1)
         own = self.flow(z, z, control, to_noise=True)
         after = partial(self.flow, own, z, to_noise=False)
-        return sum(after(genes) for genes in several) / len(several) - after(control)
+        return sum(after(genes, context) for genes in several) / len(several) - after(control)

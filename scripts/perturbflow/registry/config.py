@@ -7,6 +7,7 @@ from pathlib import Path
 from perturbflow.errors import InputError
 from perturbflow.registry.contexts import CONTEXT_KINDS, EACH, known_contexts, split_of
 from perturbflow.registry.families import FAMILIES, REFERENCES, PredictionsParams
+from perturbflow.registry.places import own_or_shipped
 from perturbflow.registry.schemas import (
     Places,
     check_schema,
@@ -409,6 +410,9 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
         name: {key: value for key, value in block.items() if block["kind"] in SPLIT_KEYS.get(key, (block["kind"],))}
         for name, block in config["splits"].items()
     }
+    for block in config["splits"].values():
+        if "path" in block:
+            block["path"] = own_or_shipped(block["path"])
     _check_names(select["datasets"], config["datasets"], "datasets", ["select", "datasets"], files)
     asked = [query["dataset"] for name in select["counterfactuals"] if (query := config["counterfactuals"].get(name))]
     named = {name: config["datasets"].get(name, {}) for name in [*select["datasets"], *asked]}

@@ -48,6 +48,11 @@ class NetworkParams(Params):
     balance: Literal["perturbations", "screens"] = param(
         "perturbations", "what batches hold equally often: perturbations, or screens and the perturbations of each"
     )
+    context: Literal["cells", "controls"] = param(
+        "cells",
+        "what tells the network of a context, where training holds several: its cells alone, or how alike its controls "
+        "are to those of others, too",
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,12 @@ def config_folder() -> Path:
     return _folder("config", "config")
 
 
+def own_or_shipped(path: str) -> str:
+    """Return the path of a file, or of the package's own one where there is none and the path is below config/."""
+    shipped = config_folder().parent / path
+    return str(shipped) if path.startswith("config/") and not Path(path).is_file() and shipped.is_file() else path
+
+
 def wrappers_folder() -> Path:
     """Return the folder with the scripts that train models of others."""
     return _folder("external", "scripts/external")

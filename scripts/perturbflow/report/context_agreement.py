@@ -16,6 +16,7 @@ from perturbflow.report.plotting import STYLE, new_axes, room_for
 
 LEAST_SHARED = 6  # perturbations: of fewer, a mean correlation is chance
 MOST_SHOWN = 12  # contexts in the figure
+LEAST_LIMIT = 0.5  # of the colours: agreement near none is pale
 
 Effects = dict[str, dict[str, np.ndarray]]
 
@@ -72,16 +73,23 @@ class Agreement:
             f"{np.nanmin(values):.2f} to {np.nanmax(values):.2f})."
         )
         if np.isfinite(self.trust):
-            text += (
-                " The more its sources agree on a perturbation, the better they tell its effect in the target: "
-                f"Spearman's ρ {self.trust:.2f} over {self.n_tested:,} tested perturbations."
+            meaning = (
+                "The more its sources agree on a perturbation, the better they tell its effect in the target"
+                if self.trust > 0
+                else "That its sources agree on a perturbation is no sign that they tell its effect in the target"
             )
+            text += f" {meaning}: Spearman's ρ {self.trust:.2f} over {self.n_tested:,} tested perturbations."
         return text
 
 
 def _effects(cells: Pairs) -> Effects:
     """Return context → label → effect of the cells of a role."""
-    return {" ".join(dict.fromkeys(context)): of for context, of in cells.effects_by_context.items()}
+    return {_named(*context): of for context, of in cells.effects_by_context.items()}
+
+
+def _named(place: str, cell_type: str) -> str:
+    """Return one name of a context: that of a screen or batch, and the cell type if it is another."""
+    return place if place.casefold() == cell_type.casefold() else f"{place} {cell_type}"
 
 
 def _centred(effects: dict[str, np.ndarray], labels: list[str]) -> np.ndarray:
@@ -124,7 +132,7 @@ def matrix_figure(agreement: Agreement) -> Figure:
     values = shown[columns].to_numpy()
     left, below = room_for(shown.index), room_for(columns)
     figure, axes = new_axes(left + 0.42 * len(columns) + 0.2, below + 0.3 * len(shown) + 0.2, left, bottom=below)
-    limit = max(0.1, float(np.nanmax(np.abs(values))))
+    limit = max(LEAST_LIMIT, float(np.nanmax(np.abs(values))))
     axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", alpha=0.75)
     axes.set_yticks(range(len(shown)), shown.index)
     axes.set_xticks(range(len(columns)), columns, rotation=90)

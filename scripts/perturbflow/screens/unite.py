@@ -73,6 +73,7 @@ class Member:
         """Open a member; its counts stay on disk."""
         file = h5py.File(harmonized)
         obs, var = read_columns(file["obs"], OF_CELLS), ad.io.read_elem(file["var"])
+        var = var.astype(dict.fromkeys(("gene_name", "gene_id"), str))  # a file that AnnData wrote anew has categories
         return cls(name, CsrRows(file["X"], Path(harmonized)), obs, var, read_json(account), np.arange(len(obs)))
 
     @cached_property
@@ -400,6 +401,17 @@ def account_of(
             of.name: {"cells": len(of.rows), "genes": len(of.var), "perturbations": len(of.labels) - 1, "type": of.type}
             for of in members
         },
+    }
+
+
+def unknown_account(dose_unit: str | None) -> dict[str, Any]:
+    """Return the account of a member that has no harmonization.json: what the union asks of it, and nothing known."""
+    perturbations = {"dropped": {}, "renamed": {}, "controls_declared": [], "dose_unit": dose_unit}
+    return {
+        "source": {},
+        "warnings": [],
+        "efficacy": {"direction": "", "perturbations": {}},
+        "perturbations": {**perturbations, **{key: {} for key in DOUBTS}},
     }
 
 

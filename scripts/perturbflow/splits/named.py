@@ -181,6 +181,8 @@ def read_roles(path: Path) -> dict[str, list[str]]:
 def from_file(path: Path, labels: Labels) -> dict[str, list[str]]:
     """Read roles from a JSON of lists of labels, as they are in the screen, in its file, or in GEARS.
 
+    Without a list for training, all that the others do not name trains.
+
     Raises
     ------
     InputError
@@ -204,6 +206,8 @@ def from_file(path: Path, labels: Labels) -> dict[str, list[str]]:
         found.append(f"in two lists, while a perturbation has one role: {_listed(twice)}")
     if found:
         raise InputError("\n  ".join([f"{path}: labels that cannot be used. Remove or correct them:", *found]))
+    if "train" not in roles:
+        roles["train"] = sorted({*labels.known}.difference(*roles.values()))
     for role in ("train", "test"):
         if not roles.get(role):
             raise InputError(f"{path}: '{role}' is empty.")

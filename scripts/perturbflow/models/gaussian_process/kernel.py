@@ -19,7 +19,8 @@ from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.closed_form.doses import Doses
 from perturbflow.pairs import LEAST_CELLS, Pairs
 
-MOST_ROWS = 3000  # with more, a perturbation has one row over all contexts: kernels are rows × rows
+MOST_ROWS = 3000  # kernels are rows × rows; with more, only some perturbations have a row per context
+LEAST_BY_CONTEXT = 20  # of which there must be so many, else none has
 LEAST_VARIANCE = 1e-6
 
 
@@ -68,8 +69,8 @@ class Sampling:
 class EffectRows:
     """Mean effects of training perturbations against matched controls.
 
-    A row is a perturbation in one context (`Pairs.context_keys`) with at least ten of its cells. Where contexts or rows
-    are many, a row is a perturbation in all of them.
+    A row is a perturbation in one context (`Pairs.context_keys`) with at least ten of its cells. Where contexts are
+    many, a row is a perturbation in all of them. Where rows are, this holds for all but a sample of the perturbations.
 
     Attributes
     ----------
@@ -167,7 +168,9 @@ def _measured(pairs: Pairs) -> tuple[Groups, list[str], np.ndarray, np.ndarray]:
     sizes = perturbed.groupby(["label", "context"]).size()
     with_controls = sorted(set(pairs.contexts[pairs.is_control]))
     own = sizes[(sizes >= LEAST_CELLS) & sizes.index.isin(with_controls, level="context")]
-    if not 1 < own.index.get_level_values("context").nunique() <= MOST_CONTEXTS or len(own) > MOST_ROWS:
+    n_contexts = own.index.get_level_values("context").nunique()
+    own = _as_many_as_fit(own, perturbed["label"].nunique())
+    if not 1 < n_contexts <= MOST_CONTEXTS or own.empty:
         return pairs.groups, pairs.groups.labels, *pairs.sums
     # Cells outside of these contexts have no row, unless their perturbation has no other cells.
     names = pd.Series([f"{label}\n{context}" for label, context in own.index], index=own.index)
@@ -179,6 +182,24 @@ def _measured(pairs: Pairs) -> tuple[Groups, list[str], np.ndarray, np.ndarray]:
     rows = sorted(set(row) - {CONTROL})
     groups = Groups(rows, row, pairs.is_control[is_row], pairs.obs[is_row])
     return groups, [name.split("\n")[0] for name in rows], *pairs.sums_over(groups.of_cell, is_row, len(groups.n_cells))
+
+
+def _as_many_as_fit(own: pd.Series, n_labels: int) -> pd.Series:
+    """Return the rows of perturbations by context: all, or those of a sample; no more than MOST_ROWS with the others.
+
+    Parameters
+    ----------
+    own
+        Cells by perturbation and context.
+    n_labels
+        Perturbations. One that is not sampled has one row over all contexts.
+    """
+    if len(own) <= MOST_ROWS:
+        return own
+    n_rows = own.groupby("label").size()
+    n_rows = n_rows.loc[np.random.default_rng(0).permutation(n_rows.index)]
+    sampled = n_rows.index[(n_rows - 1).cumsum() + n_labels <= MOST_ROWS]
+    return own[own.index.isin(sampled, level="label")] if len(sampled) >= LEAST_BY_CONTEXT else own[:0]
 
 
 # Starts of the logarithms of weights.

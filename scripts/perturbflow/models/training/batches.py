@@ -33,19 +33,23 @@ class Batch:
         (B, members) of gene indices, -1 for none; all -1 for control.
     group
         (B,): equal where cells share perturbation, batch and cell type. Within a group any start fits any target.
+    context
+        (B, dimensions): vectors of the targets' contexts; None where the network is not told of them.
     """
 
     start: Tensor
     target: Tensor
     genes: Tensor
     group: Tensor
+    context: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.genes)
 
     def to(self, device: torch.device) -> "Batch":
         """Move all tensors."""
-        return Batch(*(getattr(self, name).to(device) for name in ("start", "target", "genes", "group")))
+        of_cells = (getattr(self, name).to(device) for name in ("start", "target", "genes", "group"))
+        return Batch(*of_cells, context=None if self.context is None else self.context.to(device))
 
 
 def encoded(pairs: Pairs, latent: Latent) -> Tensor:
@@ -77,7 +81,7 @@ class PairedCells:
     z
         Their latent coordinates, (cells, dimensions).
     conditions
-        Gene indices.
+        Gene indices, and contexts.
     control_share
         Share of controls in a batch.
     synthetic_share
@@ -145,6 +149,7 @@ class PairedCells:
         self.single_effects = torch.zeros_like(effects[is_single]) if residual else effects[is_single]
         self.single_genes = conditions.index(single)[:, 0] if single else torch.zeros(0, dtype=torch.long)
         self.base = conditions.base
+        self.context = conditions.contexts and conditions.contexts.of_pairs(pairs)
 
     def shifted(self, rows: np.ndarray) -> Tensor:
         """Return cells minus the mean effect of their perturbation, (rows, dimensions)."""
@@ -182,7 +187,8 @@ class PairedCells:
             genes[is_composed, 1] = self.single_genes[other[is_composed]]
         group = sample * (self.stratum.max() + 1) + self.stratum[target]
         group[is_control] = -1 - self.stratum[target[is_control]]
-        return Batch(before, z, genes, torch.from_numpy(group))
+        context = None if self.context is None else self.context[target]
+        return Batch(before, z, genes, torch.from_numpy(group), context)
 
 
 def _by_screen(cells: list[np.ndarray], dataset: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from perturbflow.genes.symbols import members_of, without_dose
+from perturbflow.models.training.contexts import Contexts
 
 
 class Conditions:
@@ -18,6 +19,8 @@ class Conditions:
         Members of labels, in the order of `vectors`. A drug at several doses (`DRUG@dose`) has one entry per dose.
     vectors
         Standardized embeddings, (entries, dimensions).
+    contexts
+        Where perturbations are; None where a network is not told.
 
     Attributes
     ----------
@@ -27,8 +30,8 @@ class Conditions:
         (entries,): log(1 + dose), centred and scaled over the entries that have one; 0 without a dose.
     """
 
-    def __init__(self, genes: Sequence[str], vectors: np.ndarray) -> None:
-        self.genes = list(genes)
+    def __init__(self, genes: Sequence[str], vectors: np.ndarray, contexts: Contexts | None = None) -> None:
+        self.genes, self.contexts = list(genes), contexts
         self.vectors = torch.as_tensor(np.asarray(vectors), dtype=torch.float32)
         names, doses = zip(*map(without_dose, self.genes), strict=True)
         self._base = {name: i for i, name in enumerate(dict.fromkeys(names))}

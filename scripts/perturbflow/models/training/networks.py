@@ -42,6 +42,8 @@ class GeneEncoder(nn.Module):
     2 sigmoid(a (log(1 + d) − m) / s). m and s are mean and deviation of log(1 + d) over the screen's doses; a is
     learned (scPPDM, eq. 16: strength rises with log dose and saturates). Without a dose the factor is 1.
 
+    In a context with the vector c (`Contexts`) a vector v becomes v (1 + A c) + B c (Perez et al. 2018, FiLM).
+
     Parameters
     ----------
     conditions
@@ -65,6 +67,9 @@ class GeneEncoder(nn.Module):
         self.own = nn.Parameter(torch.zeros(int(conditions.base.max()) + 1, width))
         self.dose_slope = nn.Parameter(torch.ones(()))
         self.own_dropout = own_dropout
+        self.in_context: nn.Linear | None = None
+        if conditions.contexts is not None:
+            self.in_context = nn.Linear(conditions.contexts.n_dimensions, 2 * width, bias=False)
 
     def follow(self, conditions: Conditions) -> None:
         """Take over entries that were added: new doses of known drugs."""
@@ -74,8 +79,14 @@ class GeneEncoder(nn.Module):
         """(B, members) of indices → (B, members), 1 without a dose."""
         return 2.0 * torch.sigmoid(self.dose_slope * self.log_dose[genes.clamp(min=0)])
 
-    def forward(self, genes: Tensor) -> Tensor:
-        """(B, members) of indices, -1 for none → (B, members, width), zero where there is none."""
+    def forward(self, genes: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, members) of indices, -1 for none → (B, members, width), zero where there is none.
+
+        Parameters
+        ----------
+        context
+            Vectors of contexts, (B, dimensions); None: the average context, or a network that is told of none.
+        """
         index = genes.clamp(min=0)
         own = self.own[self.base[index]]
         if self.training:
@@ -83,4 +94,8 @@ class GeneEncoder(nn.Module):
             kept = torch.rand(shape, device=genes.device) >= self.own_dropout
             own = own * (kept[self.base[index]] if self.drops_together else kept)[..., None]
         scale = self.strength(genes) * (genes >= 0)
-        return (self.project(self.vectors[index]) + own) * scale[..., None]
+        vectors = self.project(self.vectors[index]) + own
+        if self.in_context is not None and context is not None:
+            gain, offset = self.in_context(context)[:, None].chunk(2, dim=-1)
+            vectors = vectors * (1.0 + gain) + offset
+        return vectors * scale[..., None]
