@@ -44,6 +44,9 @@ rule warranty:
 rule counterfactual:
     """Answer one what-if question with a distribution."""
     input:
+        files_of_query,
+        gene_vectors="results/{dataset}/{split}/gene_vectors.parquet",
+        annotations=annotations_of_query,
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         model=model_file,
@@ -82,6 +85,7 @@ rule counterfactual:
         implementation=implementation,
         params=model_params,
         query=query_block,
+        roles=roles_of_annotations,
         seed=seed,
         scored=plan.config["predict"]["role"],
         code_version=code("perturbflow.counterfactuals.answers:counterfactual", family),

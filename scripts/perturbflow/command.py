@@ -264,7 +264,7 @@ def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **opti
 
 @perturbflow.command()
 @click.argument("run", type=Folder, metavar="results/DATASET/SPLIT/MODEL/seed_N")
-@click.argument("perturbations", nargs=-1, required=True, metavar="GENE|A+B|all_single...")
+@click.argument("perturbations", nargs=-1, required=True, metavar="GENE|A+B|all_single|all_genes|go:TERM|@FILE...")
 @click.option(
     "--output",
     required=True,
@@ -278,6 +278,8 @@ def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **opti
 @click.option("--keep-samples", is_flag=True, help="Store every outcome, not their mean alone.")
 @click.option("--groups", default="cell_type", show_default=True, help="The obs column that answers are given by.")
 @click.option("--search", default="null", help="JSON: the state to search perturbations towards.")
+@click.option("--drawn", default=20, show_default=True, help="Of more than 400 perturbations, so many have cells.")
+@click.option("--annotations", type=Folder, help="GO annotations, for the genes of a term such as go:0006986.")
 def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any) -> None:
     """Ask a trained model a what-if question.
 

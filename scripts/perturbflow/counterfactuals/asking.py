@@ -2,12 +2,13 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from perturbflow.counterfactuals.answers import counterfactual
 from perturbflow.counterfactuals.figures import draw
-from perturbflow.counterfactuals.questions import check_question
+from perturbflow.counterfactuals.questions import Asked, check_question, term_of
 from perturbflow.counterfactuals.warranty import warranty
 from perturbflow.errors import InputError
 from perturbflow.io.files import read_json
@@ -24,6 +25,8 @@ def ask(
     keep_samples: bool = False,
     groups: str = "cell_type",
     search: str = "null",
+    drawn: int = 20,
+    annotations: Path | None = None,
 ) -> None:
     """Ask what would become of control cells if genes were perturbed in them.
 
@@ -36,13 +39,16 @@ def ask(
     run
         The folder of the trained model.
     perturbations
-        Genes, or A+B for several at once; all_single asks every perturbed gene of the screen.
+        Genes, or A+B for several at once; all_single asks every perturbed gene of the screen, all_genes every gene
+        with a vector, go:0006986 the genes of a GO term, and @FILE those of a text with a label per line.
     output
         Where to write, without suffix.
     cells
         control: the test controls; or JSON that selects among them by obs columns, such as '{"batch": ["1"]}'.
-    samples_per_cell, keep_samples, groups
+    samples_per_cell, keep_samples, groups, drawn
         As in config/counterfactuals.yaml.
+    annotations
+        GO annotations, for the genes of a term.
     search
         JSON, such as '{"towards": {"cells": {"perturbation": ["SOX2"]}}, "budget": 3}'.
 
@@ -67,8 +73,15 @@ def ask(
     trained = read_json(needed["run.json"])
     about = (trained["implementation"], trained["params"])
     files = needed["pairs.h5ad"], needed["embeddings.parquet"], model
-    asked: list[str] | str = "all_single" if perturbations == ["all_single"] else perturbations
-    check_question(*files[:2], asked)
+    asked = _as_in_config(perturbations)
+    everyone = run.parents[1] / "gene_vectors.parquet"
+    further = {
+        "gene_vectors": everyone if everyone.is_file() else None,
+        "annotations": [annotations] if annotations else [],
+        "roles": ["annotations"] if annotations else [],
+    }
+    of_term = term_of(asked, further["annotations"], further["roles"])
+    check_question(*files[:2], asked, further["gene_vectors"], of_term)
     shown = run / "warranty.json", run / "calibration.npz"
     if not all(path.is_file() for path in shown):
         logger.info("checking the model first; once per model")
@@ -80,14 +93,28 @@ def ask(
         "keep_samples": keep_samples,
         "groups": groups,
         "search": _parsed("search", search),
+        "drawn": drawn,
     }
     if query["search"]:
         query["search"].setdefault("budget", 10)
     output.parent.mkdir(parents=True, exist_ok=True)
     answers = Path(f"{output}.h5ad"), Path(f"{output}.tsv"), Path(f"{output}.ranking.tsv")
-    counterfactual(*files, *shown, *answers, *about, query, trained["seed"], trained["scored"])
+    counterfactual(*files, *shown, *answers, *about, query, trained["seed"], trained["scored"], **further)
     draw(*answers, *[Path(f"{output}.{figure}.png") for figure in ("effects", "responders", "map", "heatmap")])
     logger.info("written: %s.h5ad, .tsv, .ranking.tsv and .effects, .responders, .map and .heatmap.png", output)
+
+
+def _as_in_config(perturbations: list[str]) -> Asked:
+    """Return the perturbations of a command as config/counterfactuals.yaml has them."""
+    if len(perturbations) == 1:
+        only = perturbations[0]
+        if only in ("all_single", "all_genes"):
+            return only
+        if re.fullmatch(r"[a-z0-9_]+:\d{7}", only):
+            return {"genes_of": only}
+        if only.startswith("@"):
+            return {"file": only[1:]}
+    return perturbations
 
 
 def _parsed(name: str, text: str) -> Any:

@@ -187,6 +187,21 @@ class LearnedModel(Model):
             self.mean = SetGP()
             self.mean.restore(_as_arrays(artefact["mean"]))
 
+    def add_genes(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> None:
+        """Take in the vectors of further genes: they borrow the shifts of genes that training perturbed."""
+        table = embeddings.standardized(self.seen)
+        self.conditions.add_genes(list(table.index), table.to_numpy())
+        if self.has_closed_mean:
+            self.mean.add_genes(pairs, embeddings, seed)
+
+    def mean_effects(
+        self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Return mean effects over cells, (perturbations, genes)."""
+        if self.has_closed_mean and not self.mean.out_of_fold:
+            return self.mean.mean_effects(cells, perturbations, seed, context)
+        return super().mean_effects(cells, perturbations, seed, context)
+
     def refusal(self, perturbation: str) -> str | None:
         """Return why a perturbation has no answer: a gene has no vector. A new dose of a known drug gets one."""
         if self.conditions.add_doses(perturbation):

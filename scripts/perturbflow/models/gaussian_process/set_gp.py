@@ -74,7 +74,7 @@ from perturbflow.genes.symbols import entities_of, members_of
 from perturbflow.models.base import Artefact, Run
 from perturbflow.models.closed_form.base import ClosedForm, TrainingSet
 from perturbflow.models.effects import Effects
-from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel
+from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel, vectors_of
 from perturbflow.models.gaussian_process.likelihood import Directions, Problem
 from perturbflow.models.gaussian_process.own_gene import OwnLevels
 from perturbflow.pairs import Pairs
@@ -173,6 +173,10 @@ class SetGP(ClosedForm):
             for name in artefact["others"].tolist()
         }
 
+    def add_genes(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> None:
+        """Take in vectors of genes that the screen does not perturb; nothing is learned again."""
+        self.kernel = SetKernel({**self.kernel.state, **vectors_of(self.asked.labels, embeddings)})
+
     @property
     def looks_at_contexts(self) -> bool:
         """Whether answers differ between batches and cell types."""
@@ -192,50 +196,77 @@ class SetGP(ClosedForm):
         other_means
             Effects by the models of `other_means`, by name, (genes,) each.
         """
-        K, _ = self._across(perturbation, context)
-        _, in_common = self._in_common(perturbation, other_means)
-        effect = (K @ self.artefact["alpha"] + in_common)[0] @ self.artefact["V"].T
-        for gene in entities_of(perturbation):
-            if gene in self.column:
-                effect[self.column[gene]] = self.own.at(gene, self.column[gene], context)[0]
-                for other in self.own.neighbours_of(gene, self.artefact["genes"].tolist()):
-                    effect[self.column[other]] += self.own.share * effect[self.column[gene]]
-        return effect
+        return self._effects([perturbation], context, other_means)[0]
+
+    def _effects(
+        self, labels: Sequence[str], context: Context | None, other_means: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
+        """Return posterior means, (labels, genes)."""
+        K, _ = self._across(labels, context)
+        _, in_common = self._in_common(labels, other_means)
+        effects = (K @ self.artefact["alpha"] + in_common) @ self.artefact["V"].T
+        for effect, label in zip(effects, labels, strict=True):
+            for gene in entities_of(label):
+                if gene in self.column:
+                    effect[self.column[gene]] = self.own.at(gene, self.column[gene], context)[0]
+                    for other in self.own.neighbours_of(gene, self.artefact["genes"].tolist()):
+                        effect[self.column[other]] += self.own.share * effect[self.column[gene]]
+        return effects
+
+    def mean_effects(
+        self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Return mean effects over a context, (perturbations, genes), all at once."""
+        return self._effects(perturbations, context)
 
     def uncertainty(
         self, perturbation: str, context: Context | None = None, other_means: Mapping[str, np.ndarray] | None = None
     ) -> np.ndarray:
         """Return the posterior variance of the effect, (genes,)."""
-        K, questions = self._across(perturbation, context)
-        itself = self.weights.covariance(self.kernel.terms(questions, questions))[0]
-        signal, R = self.artefact["signal"], K @ self.artefact["T"]  # (1, rows)
-        of_g = itself[0, 0] * signal - (R**2 @ self.artefact["inverse"])[0] * signal**2
-        M, _ = self._in_common(perturbation, other_means)
-        columns = M[0] - np.einsum("i,iko,k->ko", R[0], self.artefact["scaled"], signal)
-        variance = np.maximum(of_g, 0.0) + np.einsum("ko,kop,kp->k", columns, self.artefact["B"], columns)
-        found = self.artefact["V"] ** 2 @ variance
-        for gene in entities_of(perturbation):
-            if gene in self.column:
-                found[self.column[gene]] = self.own.at(gene, self.column[gene], context)[1]
+        return self.uncertainties([perturbation], context, other_means)[0]
+
+    def uncertainties(
+        self,
+        perturbations: Sequence[str],
+        context: Context | None = None,
+        other_means: Mapping[str, np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Return the posterior variances of effects, (perturbations, genes)."""
+        K, questions = self._across(perturbations, context)
+        itself = self.weights.covariance(self.kernel.terms(questions, questions))[0].diagonal()
+        signal, R = self.artefact["signal"], K @ self.artefact["T"]  # (questions, rows)
+        of_g = np.outer(itself, signal) - (R**2 @ self.artefact["inverse"]) * signal**2
+        M, _ = self._in_common(perturbations, other_means)
+        columns = M - np.einsum("qi,iko,k->qko", R, self.artefact["scaled"], signal, optimize=True)
+        variance = np.maximum(of_g, 0.0) + np.einsum("qko,kop,qkp->qk", columns, self.artefact["B"], columns)
+        found = variance @ (self.artefact["V"] ** 2).T
+        for of_label, label in zip(found, perturbations, strict=True):
+            for gene in entities_of(label):
+                if gene in self.column:
+                    of_label[self.column[gene]] = self.own.at(gene, self.column[gene], context)[1]
         return found
 
-    def _across(self, perturbation: str, context: Context | None) -> tuple[np.ndarray, Questions]:
-        """Return K between a question and the rows, (1, rows), and the question."""
-        questions = self.kernel.questions([perturbation], context)
+    def _across(self, labels: Sequence[str], context: Context | None) -> tuple[np.ndarray, Questions]:
+        """Return K between questions and the rows, (questions, rows), and the questions."""
+        questions = self.kernel.questions(labels, context)
         return self.weights.covariance(self.kernel.terms(questions, self.asked))[0], questions
 
     def _in_common(
-        self, perturbation: str, other_means: Mapping[str, np.ndarray] | None
+        self, labels: Sequence[str], other_means: Mapping[str, np.ndarray] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the columns of M of a question, (1, directions, columns), and M β̂, (1, directions)."""
+        """Return the columns of M of questions, (questions, directions, columns), and M β̂, (questions, directions).
+
+        Means of other models are of one question.
+        """
         known = self.out_of_fold
         if other_means is not None:
             # A measured perturbation keeps its out-of-fold prediction: its rows were conditioned on that.
-            known = {name: {perturbation: other_means[name]} | of for name, of in known.items()}
-        others = [_in_directions(of, [perturbation], self.artefact["V"]) for of in known.values()]
-        root_h, _ = self.kernel.strength_of([perturbation])
-        M = _columns(np.array([len(members_of(perturbation))]), root_h, self.artefact["mean_n_members"], others)
-        M = np.broadcast_to(M, (1, len(self.artefact["beta"]), M.shape[2]))
+            known = {name: {labels[0]: other_means[name]} | of for name, of in known.items()}
+        others = [_in_directions(of, labels, self.artefact["V"]) for of in known.values()]
+        root_h, _ = self.kernel.strength_of(labels)
+        n_members = np.array([len(members_of(label)) for label in labels])
+        M = _columns(n_members, root_h, self.artefact["mean_n_members"], others)
+        M = np.broadcast_to(M, (len(labels), len(self.artefact["beta"]), M.shape[2]))
         return M, np.einsum("qko,ko->qk", M, self.artefact["beta"])
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:
