@@ -455,6 +455,13 @@ def files_of_query(wildcards):
     return own("counterfactual", [path], wildcards) if path else []
 
 
+def designs():
+    """Return the selected questions that ask which perturbations to measure next."""
+    blocks = plan.config["counterfactuals"]
+    asked = [query for query in plan.queries["query"] if blocks[query]["design"]]
+    return plan.queries[plan.queries["query"].isin(asked)]
+
+
 # Closed forms are many, and each of their jobs takes seconds: a cluster gets them together. It gets other jobs one by
 # one: where one of a group fails, Snakemake removes the finished results of the others.
 @looked_up

@@ -94,6 +94,49 @@ rule counterfactual:
         "../scripts/counterfactual.py"
 
 
+rule design:
+    """Choose which perturbations of a question to measure next."""
+    input:
+        files_of_query,
+        gene_vectors="results/{dataset}/{split}/gene_vectors.parquet",
+        annotations=annotations_of_query,
+        pairs="results/{dataset}/{split}/pairs.h5ad",
+        embeddings="results/{dataset}/{split}/embeddings.parquet",
+        model=model_file,
+        again=again("design"),
+    output:
+        design=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.design.tsv",
+            caption="captions/design.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "design.tsv"},
+        ),
+    log:
+        "logs/design/{dataset}.{split}.{model}.seed_{seed}.{query}.log",
+    benchmark:
+        "benchmarks/design/{dataset}.{split}.{model}.seed_{seed}.{query}.tsv"
+    wildcard_constraints:
+        query=one_of(plan.config["counterfactuals"]),
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory_by_input(1, least=3000),
+        runtime="1h",
+    params:
+        implementation=implementation,
+        params=model_params,
+        query=query_block,
+        roles=roles_of_annotations,
+        seed=seed,
+        scored=plan.config["predict"]["role"],
+        code_version=code("perturbflow.counterfactuals.design:design", family),
+        made_of=made_of("design"),
+    script:
+        "../scripts/design.py"
+
+
 rule draw:
     """Plot an answer: effects with intervals, responding cells, cells before and after, all perturbations together."""
     input:
@@ -165,6 +208,10 @@ rule counterfactuals:
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.{suffix}",
             run=plan.queries.itertuples(),
             suffix=["h5ad", "ranking.tsv"],
+        ),
+        designs=collect(
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.design.tsv",
+            run=designs().itertuples(),
         ),
         calibrations=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/calibration.npz",

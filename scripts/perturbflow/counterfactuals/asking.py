@@ -1,4 +1,4 @@
-"""One question from the command line, about a model that the workflow has trained."""
+"""One question, or one design, from the command line, about a model that the workflow has trained."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perturbflow.counterfactuals.answers import counterfactual
+from perturbflow.counterfactuals.design import design
 from perturbflow.counterfactuals.figures import draw
 from perturbflow.counterfactuals.questions import Asked, check_question, term_of
 from perturbflow.counterfactuals.warranty import warranty
@@ -57,29 +58,9 @@ def ask(
     InputError
         If the folder holds no trained model, or the question cannot be answered.
     """
-    model = next((file for name in ("model.ckpt", "model.npz") if (file := run / name).is_file()), None)
-    needed = {
-        "run.json": run / "run.json",
-        "pairs.h5ad": run.parents[1] / "pairs.h5ad",
-        "embeddings.parquet": run.parents[1] / "embeddings.parquet",
-    }
-    missing = [str(path) for path in needed.values() if not path.is_file()]
-    if model is None or missing:
-        absent = "there is no " + ("model.ckpt or model.npz in it" if model is None else " and no ".join(missing))
-        raise InputError(
-            f"--run {run}: {absent}. It takes the folder of a model that the workflow has trained, "
-            "results/{dataset}/{split}/{model}/seed_{n}."
-        )
-    trained = read_json(needed["run.json"])
-    about = (trained["implementation"], trained["params"])
-    files = needed["pairs.h5ad"], needed["embeddings.parquet"], model
     asked = _as_in_config(perturbations)
-    everyone = run.parents[1] / "gene_vectors.parquet"
-    further = {
-        "gene_vectors": everyone if everyone.is_file() else None,
-        "annotations": [annotations] if annotations else [],
-        "roles": ["annotations"] if annotations else [],
-    }
+    files, trained, further = _opened(run, annotations)
+    about = (trained["implementation"], trained["params"])
     of_term = term_of(asked, further["annotations"], further["roles"])
     check_question(*files[:2], asked, further["gene_vectors"], of_term)
     shown = run / "warranty.json", run / "calibration.npz"
@@ -94,6 +75,7 @@ def ask(
         "groups": groups,
         "search": _parsed("search", search),
         "drawn": drawn,
+        "design": None,
     }
     if query["search"]:
         query["search"].setdefault("budget", 10)
@@ -102,6 +84,71 @@ def ask(
     counterfactual(*files, *shown, *answers, *about, query, trained["seed"], trained["scored"], **further)
     draw(*answers, *[Path(f"{output}.{figure}.png") for figure in ("effects", "responders", "map", "heatmap")])
     logger.info("written: %s.h5ad, .tsv, .ranking.tsv and .effects, .responders, .map and .heatmap.png", output)
+
+
+def design_by_hand(
+    run: Path,
+    candidates: list[str],
+    output: Path,
+    budget: int = 50,
+    aim: str = "rest",
+    targets: list[str] | None = None,
+    search: str = "null",
+    annotations: Path | None = None,
+) -> None:
+    """Choose which perturbations to measure next, by a `set_gp` that the workflow has trained.
+
+    Parameters
+    ----------
+    run, search, annotations
+        As in `ask`.
+    candidates, targets
+        As the perturbations of `ask`; without targets the candidates themselves are to be predicted.
+    output
+        Table to be written (`design.design`).
+    budget, aim
+        As in config/counterfactuals.yaml.
+    """
+    files, trained, further = _opened(run, annotations)
+    query = {
+        "perturbations": _as_in_config(candidates),
+        "design": {"aim": aim, "budget": budget, "targets": _as_in_config(targets) if targets else None},
+        "search": _parsed("search", search),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = trained["implementation"], trained["params"], query, trained["seed"], trained["scored"]
+    design(*files, output, *about, **further)
+    logger.info("written: %s", output)
+
+
+def _opened(run: Path, annotations: Path | None) -> tuple[tuple[Path, Path, Path], dict, dict]:
+    """Return pairs, embeddings and model of a finished training, its run.json, and files on further genes.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no trained model.
+    """
+    model = next((file for name in ("model.ckpt", "model.npz") if (file := run / name).is_file()), None)
+    needed = {
+        "run.json": run / "run.json",
+        "pairs.h5ad": run.parents[1] / "pairs.h5ad",
+        "embeddings.parquet": run.parents[1] / "embeddings.parquet",
+    }
+    missing = [str(path) for path in needed.values() if not path.is_file()]
+    if model is None or missing:
+        absent = "there is no " + ("model.ckpt or model.npz in it" if model is None else " and no ".join(missing))
+        raise InputError(
+            f"--run {run}: {absent}. It takes the folder of a model that the workflow has trained, "
+            "results/{dataset}/{split}/{model}/seed_{n}."
+        )
+    everyone = run.parents[1] / "gene_vectors.parquet"
+    further = {
+        "gene_vectors": everyone if everyone.is_file() else None,
+        "annotations": [annotations] if annotations else [],
+        "roles": ["annotations"] if annotations else [],
+    }
+    return (needed["pairs.h5ad"], needed["embeddings.parquet"], model), read_json(needed["run.json"]), further
 
 
 def _as_in_config(perturbations: list[str]) -> Asked:

@@ -376,6 +376,16 @@ def _check_query(name: str, config: dict, folds: dict[str, list[str]], files: Pl
         raise InputError(
             f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions."
         )
+    if query["design"] and family != "gaussian_process":
+        raise InputError(
+            f"{holding_file(files, ['counterfactuals', name, 'model'])}counterfactuals.{name}.design needs a model of "
+            f"family gaussian_process, such as set_gp; '{query['model']}' is of family {family}."
+        )
+    if query["design"] and query["design"]["aim"] == "target" and not query["search"]:
+        raise InputError(
+            f"{holding_file(files, ['counterfactuals', name, 'design'])}counterfactuals.{name}.design: the aim target "
+            "needs a state to reach: search: {towards: ...}."
+        )
     asked = query["perturbations"]
     term = asked.get("genes_of") if isinstance(asked, dict) else None
     known = [prior for prior, block in config["priors"].items() if block["kind"] == "go"]

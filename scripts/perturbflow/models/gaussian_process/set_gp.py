@@ -145,7 +145,7 @@ class SetGP(ClosedForm):
             "mean_n_members": mean_n_members, "genes": np.array(training.genes, dtype=str),
             "alpha": data.T @ (solved.p * signal), "beta": solved.beta, "B": solved.B, "signal": signal,
             "T": data.T.astype(np.float32), "inverse": solved.inverse.astype(np.float32),
-            "scaled": solved.scaled.astype(np.float32),
+            "scaled": solved.scaled.astype(np.float32), "noise": np.exp(of.noise),
         }  # fmt: skip
 
     def _stored_means(self) -> Artefact:
@@ -202,8 +202,8 @@ class SetGP(ClosedForm):
         self, labels: Sequence[str], context: Context | None, other_means: Mapping[str, np.ndarray] | None = None
     ) -> np.ndarray:
         """Return posterior means, (labels, genes)."""
-        K, _ = self._across(labels, context)
-        _, in_common = self._in_common(labels, other_means)
+        K, _ = self.across(labels, context)
+        _, in_common = self.in_common(labels, other_means)
         effects = (K @ self.artefact["alpha"] + in_common) @ self.artefact["V"].T
         for effect, label in zip(effects, labels, strict=True):
             for gene in entities_of(label):
@@ -232,11 +232,11 @@ class SetGP(ClosedForm):
         other_means: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Return the posterior variances of effects, (perturbations, genes)."""
-        K, questions = self._across(perturbations, context)
+        K, questions = self.across(perturbations, context)
         itself = self.weights.covariance(self.kernel.terms(questions, questions))[0].diagonal()
         signal, R = self.artefact["signal"], K @ self.artefact["T"]  # (questions, rows)
         of_g = np.outer(itself, signal) - (R**2 @ self.artefact["inverse"]) * signal**2
-        M, _ = self._in_common(perturbations, other_means)
+        M, _ = self.in_common(perturbations, other_means)
         columns = M - np.einsum("qi,iko,k->qko", R, self.artefact["scaled"], signal, optimize=True)
         variance = np.maximum(of_g, 0.0) + np.einsum("qko,kop,qkp->qk", columns, self.artefact["B"], columns)
         found = variance @ (self.artefact["V"] ** 2).T
@@ -246,12 +246,12 @@ class SetGP(ClosedForm):
                     of_label[self.column[gene]] = self.own.at(gene, self.column[gene], context)[1]
         return found
 
-    def _across(self, labels: Sequence[str], context: Context | None) -> tuple[np.ndarray, Questions]:
+    def across(self, labels: Sequence[str], context: Context | None) -> tuple[np.ndarray, Questions]:
         """Return K between questions and the rows, (questions, rows), and the questions."""
         questions = self.kernel.questions(labels, context)
         return self.weights.covariance(self.kernel.terms(questions, self.asked))[0], questions
 
-    def _in_common(
+    def in_common(
         self, labels: Sequence[str], other_means: Mapping[str, np.ndarray] | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the columns of M of questions, (questions, directions, columns), and M β̂, (questions, directions).
