@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -17,6 +17,7 @@ from perturbflow.counterfactuals.contexts import contexts_of
 from perturbflow.counterfactuals.novelty import Novelty, TrainingKnowledge
 from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes, term_of
 from perturbflow.counterfactuals.search import Direction, ranked
+from perturbflow.counterfactuals.trust import Kept, Trust
 from perturbflow.counterfactuals.warranty import Fitting, fitting, was_checked
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
@@ -25,7 +26,7 @@ from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, read_json
 from perturbflow.models.base import Model, build
-from perturbflow.models.calibration import Calibration, Scale
+from perturbflow.models.calibration import Calibration, Scale, promised
 from perturbflow.pairs import Pairs
 from perturbflow.progress import Progress, progressed
 
@@ -103,12 +104,15 @@ class Checks:
         Of warranty.json.
     words
         For perturbations that training measured in other contexts alone (True), and for others.
+    known_kept
+        What answers like one kept, by novelty and promise.
     """
 
     content: dict
     words: dict[bool, Fitting]
     calibration: Calibration
     scale: Scale
+    known_kept: dict[tuple[str, float], Kept | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, warranty: Path, calibration: Path) -> Self:
@@ -120,7 +124,7 @@ class Checks:
             content,
             {elsewhere: fitting(content, elsewhere) for elsewhere in (False, True)},
             Calibration.from_arrays(stored),
-            Scale(stored["variance"], stored["spread"]),
+            Scale(stored["variance"], stored["spread"], stored["mean"]),
         )
 
     def half_width(self, answer: Answer, is_elsewhere: bool) -> np.ndarray:
@@ -129,6 +133,29 @@ class Checks:
         if not own.labels or answer.label == CONTROL or not was_checked(self.content, is_elsewhere):
             return np.full(answer.effects.shape[1], np.nan)
         return own.reach(LEVEL) * self.scale.at(own.typical_sampling, answer.uncertainty)
+
+    def trust(self, answer: Answer, knowledge: TrainingKnowledge, genes: list[str]) -> Trust:
+        """Return how far an answer can be believed."""
+        kept, effect = ~np.isin(genes, entities_of(answer.label)), answer.effects.mean(axis=0)
+        sampling = self.calibration.typical_sampling
+        unit = self.scale.at(sampling if np.isfinite(sampling) else 0.0, answer.uncertainty)
+        promise = promised(effect[kept], unit[kept])
+        variance = answer.uncertainty
+        is_known = was_checked(self.content, answer.novelty.is_elsewhere) and answer.label != CONTROL
+        return Trust(
+            answer.novelty.kind,
+            promise,
+            np.nan if variance is None else float(np.sqrt(variance[kept].mean())),
+            set(entities_of(answer.label)) <= set(genes),
+            *knowledge.neighbourhood.of(answer.label),
+            self._kept_of(answer.novelty.kind, round(promise, 2)) if is_known else None,
+        )
+
+    def _kept_of(self, novelty: str, promise: float) -> Kept | None:
+        """Look up what answers like one kept; of a thousand answers with one promise, once."""
+        if (novelty, promise) not in self.known_kept:
+            self.known_kept[novelty, promise] = Kept.of(self.calibration, novelty, promise)
+        return self.known_kept[novelty, promise]
 
     def words_of(self, is_elsewhere: dict[str, bool]) -> dict[str, str]:
         """Return verdict and warranty of an answer in words.
@@ -161,6 +188,8 @@ class Answer:
         Share of samples above the start cell, ties half, per cell, (cells, genes).
     uncertainty
         The model's own variance of the mean effect, (genes,); None where it has none.
+    trust
+        How far it can be believed.
     """
 
     label: str
@@ -168,6 +197,7 @@ class Answer:
     effects: np.ndarray
     up: np.ndarray
     uncertainty: np.ndarray | None
+    trust: Trust | None = None
 
     def response(self, is_target: np.ndarray) -> np.ndarray:
         """Return how far each cell goes along the mean effect, (cells,): 1 as far as the mean, 0 not at all.
@@ -260,6 +290,7 @@ def effect_table(
             {
                 "perturbation": answer.label,
                 "verdict": checks.words[novelty.is_elsewhere].verdict,
+                "trust": answer.trust.words if answer.trust else "",
                 "group": name,
                 "gene": genes,
                 "effect": effect,
@@ -302,6 +333,7 @@ class Results:
     def add(self, answer: Answer) -> None:
         """Take in the answer on one perturbation."""
         label, chosen = answer.label, self.chosen
+        answer.trust = self.checks.trust(answer, self.knowledge, chosen.genes)
         response = answer.response(np.isin(chosen.genes, entities_of(label)))
         in_context = {context: self.knowledge.of(label, {context}).words for context in self.knowledge.asked}
         known = [in_context[context] for context in contexts_of(chosen.obs)]
@@ -348,14 +380,16 @@ def counterfactual(
         has the first of the ranking alone, as many as the query's `drawn`.
     effects
         Table to be written, one row per perturbation × group of cells × gene; of more than 20 perturbations, the 50
-        strongest genes of each. verdict is that of the warranty, in words. effect is the mean over cells,
+        strongest genes of each. verdict is that of the warranty, and trust says what answers like it were worth, in
+        words. effect is the mean over cells,
         log1p-normalized. low and high are the 90 % conformal interval of a screen's measurement. cells_low and
         cells_high are the 5 and 95 % quantile of the cells' effects. probability_of_sign is the share of outcomes on
         the effect's side of the start cell. rank is by size. is_perturbed_gene and known follow. in_other_contexts
         marks perturbations that training measured in none of the contexts of these cells. low and high are empty
         without held-out perturbations, or if the warranty was not checked on such perturbations.
     ranking
-        Table to be written, one row per perturbation: size of the effect, genes whose interval leaves out zero, share
+        Table to be written, one row per perturbation: verdict and trust, in words; promised, kept and the other
+        numbers of trust (`trust.Trust`); size of the effect, genes whose interval leaves out zero, share
         of cells that do not respond, known, distance, verdict. A search adds its score, chance and whether the
         perturbation is within the budget. Of more than 400 perturbations, the best is first: by score, or by size.
     query
@@ -471,6 +505,7 @@ def ranked_by_means(
         for i, label in enumerate(block):
             variance = None if variances is None else variances[i]
             answer = Answer(label, knowledge.of(label), means[i][None], np.zeros((0, 0)), variance)
+            answer.trust = checks.trust(answer, knowledge, chosen.genes)
             rows.append(mean_row(answer, chosen.genes, checks))
         if direction:
             sought.append(direction.scored(block, means, chosen.genes))
@@ -535,6 +570,7 @@ def mean_row(answer: Answer, genes: list[str], checks: Checks) -> dict[str, obje
     return {
         "perturbation": answer.label,
         "verdict": checks.words[answer.novelty.is_elsewhere].verdict,
+        **(answer.trust.row if answer.trust else {}),
         "size": float(np.linalg.norm(effect[others])),
         "n_genes_told": int((np.abs(effect) > half)[others].sum()),
         "strongest": ", ".join(f"{genes[i]} {effect[i]:+.2f}" for i in strongest),
