@@ -3,9 +3,9 @@
     PYTHONPATH=scripts python workflow_tests/benchmarks/power_thinning.py results/DATASET/harmonized.h5ad ...
 
 Of every perturbation two disjoint sets of n cells are drawn five times, each against its own half of the controls.
-Found is the correlation of the two effects. Predicted is `quality.power.reliability` for n cells and half of the controls,
-with the signal of all cells of the perturbation, or (pilot) of 20 further cells that are in neither set. Printed per n:
-perturbations, means over them with 90 % intervals by bootstrap, and Spearman's correlation over perturbations.
+Found is the correlation of the two effects. Predicted is `quality.power.reliability` for n cells and half of the
+controls, with the signal of all cells of the perturbation, or (pilot) of 20 further cells that are in neither set.
+Printed per n: perturbations, means over them with 90 % intervals by bootstrap, and Spearman's correlation over these.
 """
 
 import argparse
