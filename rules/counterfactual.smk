@@ -137,6 +137,42 @@ rule design:
         "../scripts/design.py"
 
 
+rule answer_page:
+    """Write one page on a question, to be sent on."""
+    input:
+        cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",
+        effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",
+        ranking="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.ranking.tsv",
+        calibration="results/{dataset}/{split}/{model}/seed_{seed}/calibration.npz",
+        again=again("answer_page"),
+    output:
+        answer_page=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.html",
+            caption="captions/answer_page.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "page"},
+        ),
+    log:
+        "logs/answer_page/{dataset}.{split}.{model}.seed_{seed}.{query}.log",
+    benchmark:
+        "benchmarks/answer_page/{dataset}.{split}.{model}.seed_{seed}.{query}.tsv"
+    wildcard_constraints:
+        query=one_of(plan.config["counterfactuals"]),
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory_by_input(5, least=1500),
+        runtime="30m",
+    params:
+        query=query_block,
+        code_version=code("perturbflow.report.answer_page:answer_page"),
+        made_of=made_of("answer_page"),
+    script:
+        "../scripts/answer_page.py"
+
+
 rule draw:
     """Plot an answer: effects with intervals, responding cells, cells before and after, all perturbations together."""
     input:
@@ -207,7 +243,7 @@ rule counterfactuals:
         answers=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.{suffix}",
             run=plan.queries.itertuples(),
-            suffix=["h5ad", "ranking.tsv"],
+            suffix=["h5ad", "ranking.tsv", "html"],
         ),
         designs=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.design.tsv",

@@ -269,7 +269,7 @@ def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **opti
     "--output",
     required=True,
     type=Folder,
-    help="Where to write, without suffix: .h5ad, .tsv, .ranking.tsv and four figures.",
+    help="Where to write, without suffix: .html, .h5ad, .tsv, .ranking.tsv and four figures.",
 )
 @click.option(
     "--cells", default="control", show_default=True, help='control, or JSON that selects, such as \'{"batch": ["1"]}\'.'
@@ -289,7 +289,11 @@ def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any)
     logger.info("%s is asked, with OMP_NUM_THREADS %s", run, THREADS)
     from perturbflow.counterfactuals import asking
 
-    asking.ask(run, list(perturbations), output, **options)
+    asked = asking.ask(run, list(perturbations), output, **options)
+    from perturbflow.report.answer_page import answer_page
+
+    files = [Path(f"{output}{suffix}") for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
+    answer_page(*files, run / "calibration.npz", Path(f"{output}.html"), asked)
 
 
 @perturbflow.command()

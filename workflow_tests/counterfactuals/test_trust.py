@@ -100,5 +100,6 @@ def test_neighbours_agree_where_their_effects_do(screen: tuple[Pairs, Embeddings
     assert found.of(f"NEW+{found.genes[0]}") == pytest.approx(found.of("NEW"), nan_ok=True)
     near = found.nearest("NEW")["a"]
     assert set(found.names("NEW")) == {found.genes[i] for i in near}
+    assert found.names(f"NEW+{found.genes[0]}")[0] == found.genes[0]
     found.directions[near] = found.directions[near[0]]
     assert found.of("NEW")[0] == pytest.approx(1.0)

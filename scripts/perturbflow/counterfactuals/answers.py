@@ -42,6 +42,7 @@ PROBED = 4  # cells that are asked first, to see whether the model has an answer
 MANY = 20  # perturbations: of more, the table has the strongest genes only
 GENES_OF_MANY = 50
 MOST_DRAWN = MAX_ROWS // LEAST_CELLS  # perturbations: of more, the best of the ranking alone have cells
+N_LEANT_ON = 8  # training perturbations that are named
 LABELS_AT_ONCE = 250  # of which only means are asked
 LAYERS = ("before", "effect", *(f"q{int(100 * quantile):02d}" for quantile in QUANTILES))
 
@@ -149,6 +150,7 @@ class Checks:
             set(entities_of(answer.label)) <= set(genes),
             *knowledge.neighbourhood.of(answer.label),
             self._kept_of(answer.novelty.kind, round(promise, 2)) if is_known else None,
+            tuple(knowledge.neighbourhood.names(answer.label)[:N_LEANT_ON]),
         )
 
     def _kept_of(self, novelty: str, promise: float) -> Kept | None:

@@ -28,7 +28,7 @@ def ask(
     search: str = "null",
     drawn: int = 20,
     annotations: Path | None = None,
-) -> None:
+) -> dict:
     """Ask what would become of control cells if genes were perturbed in them.
 
     Needs a finished training: a folder results/{dataset}/{split}/{model}/seed_{n} of this workflow. Writes OUTPUT.h5ad,
@@ -53,6 +53,10 @@ def ask(
     search
         JSON, such as '{"towards": {"cells": {"perturbation": ["SOX2"]}}, "budget": 3}'.
 
+    Returns
+    -------
+    The question, as a block of config/counterfactuals.yaml.
+
     Raises
     ------
     InputError
@@ -76,6 +80,7 @@ def ask(
         "search": _parsed("search", search),
         "drawn": drawn,
         "design": None,
+        **dict(zip(("dataset", "split", "model"), run.resolve().parts[-4:-1], strict=True)),
     }
     if query["search"]:
         query["search"].setdefault("budget", 10)
@@ -84,6 +89,7 @@ def ask(
     counterfactual(*files, *shown, *answers, *about, query, trained["seed"], trained["scored"], **further)
     draw(*answers, *[Path(f"{output}.{figure}.png") for figure in ("effects", "responders", "map", "heatmap")])
     logger.info("written: %s.h5ad, .tsv, .ranking.tsv and .effects, .responders, .map and .heatmap.png", output)
+    return query
 
 
 def design_by_hand(

@@ -16,6 +16,7 @@
 """
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,8 @@ class Trust:
         Agreement of neighbours and of sources, NaN without any, and number of sources that know the unseen gene.
     kept
         Of answers like it.
+    leans_on
+        Training perturbations that it rests on, the most important first.
     """
 
     novelty: str
@@ -131,6 +134,7 @@ class Trust:
     sources: float
     n_sources: int
     kept: Kept | None
+    leans_on: tuple[str, ...] = ()
 
     @property
     def words(self) -> str:
@@ -160,6 +164,7 @@ class Trust:
             "sources_agree": self.sources,
             "n_sources": self.n_sources,
             "on_panel": self.on_panel,
+            "leans_on": ", ".join(self.leans_on),
         }
 
 
@@ -218,11 +223,12 @@ class Neighbourhood:
         return float(np.mean(lengths)), float(np.mean(pairs)) if pairs else np.nan, len(nearest)
 
     def names(self, label: str) -> list[str]:
-        """Return the training genes that any source names for the unseen genes of a label, most often named first."""
-        named: dict[str, int] = {}
+        """Return what training measured of a label: its members, or the nearest genes of those it never perturbed.
+
+        Members come first, then the genes that most sources name.
+        """
+        members, named = [gene for gene in entities_of(label) if gene in self.seen], Counter[str]()
         for gene in entities_of(label):
             if gene not in self.seen:
-                for places in self.nearest(gene).values():
-                    for i in places:
-                        named[self.genes[i]] = named.get(self.genes[i], 0) + 1
-        return sorted(named, key=lambda gene: (-named[gene], gene))
+                named.update(self.genes[i] for places in self.nearest(gene).values() for i in places)
+        return members + sorted(named, key=lambda gene: (-named[gene], gene))
