@@ -327,7 +327,7 @@ def gene_vectors(
     known = [{*pd.read_parquet(path, columns=[]).index.astype(str)} for path in priors or []]
     known += [{*map(_today, _read(Path(source["file"])).index)} for source in sources if isinstance(source, dict)]
     known += [set(measured)] if "coexpression" in sources else []
-    others = sorted(set().union(*known) - {*own.table.index, *map(entity_of, own.table.index)})
+    others = sorted(set[str]().union(*known) - {*own.table.index, *map(entity_of, own.table.index)})
 
     def of_coexpression() -> pd.DataFrame:
         components = Components.of(cells.roles("train"))

@@ -27,7 +27,7 @@ from perturbflow.counterfactuals.search import scores
 from perturbflow.counterfactuals.trust import KINDS, Neighbourhood
 from perturbflow.embeddings import Embeddings
 from perturbflow.evaluation.bootstrap import mean_with_interval
-from perturbflow.genes.symbols import SEPARATOR, entities_of, members_of
+from perturbflow.genes.symbols import SEPARATOR, entities_of
 from perturbflow.models.calibration import Calibration, Scale, novelty_of
 from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.effects import Effects
@@ -52,23 +52,22 @@ def agreements(inner: TrainingSet, vectors: Embeddings, labels: list[str]) -> np
     return np.array([near.of(label)[:2] for label in labels])
 
 
-def rank_of(label: str, model: SetGP, target: np.ndarray, candidates: list[str], genes: list[str]) -> float:
-    """Return the share of candidates that score higher towards the target than the true one."""
-    names = [label, *candidates]
-    effects = np.concatenate([model.mean_effects(NO_CELLS, names[i : i + 500], 0) for i in range(0, len(names), 500)])
-    wanted = np.where(np.isin(genes, entities_of(label)), 0.0, target)
-    is_target = np.stack([np.isin(genes, entities_of(name)) for name in names])
-    found = scores(effects, wanted[None], is_target)[0]
-    return float((found[1:] > found[0]).mean())
+class Candidates:
+    """Predicted effects of all that could be in place of a held-out perturbation, for one fold."""
 
+    def __init__(self, model: SetGP, labels: list[str], genes: list[str]) -> None:
+        blocks = [labels[i : i + 500] for i in range(0, len(labels), 500)]
+        self.effects = np.concatenate([model.mean_effects(NO_CELLS, block, 0) for block in blocks])
+        self.is_target = np.stack([np.isin(genes, entities_of(label)) for label in labels])
+        self.labels = labels
 
-def candidates_for(label: str, known: set[str], everyone: list[str], everything: TrainingSet) -> list[str]:
-    """Return what could be in place of a held-out perturbation."""
-    if len(members_of(label)) == 1:
-        return [gene for gene in everyone if gene not in known and gene != label]
-    genes = everything.effects.entities
-    pairs = {SEPARATOR.join(sorted(pair)) for pair in itertools.combinations(genes, 2)}
-    return sorted(pairs - set(everything.effects.labels))
+    def rank(self, label: str, own: np.ndarray, target: np.ndarray, genes: list[str]) -> float:
+        """Return the share of candidates that score higher towards the target than the true one."""
+        is_own = np.isin(genes, entities_of(label))
+        wanted = np.where(is_own, 0.0, target)[None]
+        found = scores(self.effects, wanted, self.is_target)[0]
+        others = [i for i, other in enumerate(self.labels) if other != label]
+        return float((found[others] > scores(own[None], wanted, is_own[None])[0, 0]).mean())
 
 
 def held_out(folder: Path) -> pd.DataFrame:
@@ -101,11 +100,17 @@ def of_fold(
     found = Calibration.of(
         held.labels, novelties, predicted, held.values, sampling, of_fold, everything.genes, list(variances)
     )
-    ranks = []
-    for label, novelty, target in zip(held.labels, novelties, held.values, strict=True):
-        asked = novelty in ("unseen gene", "seen")
-        candidates = candidates_for(label, known, everyone, everything) if asked else []
-        ranks.append(rank_of(label, model, target, candidates, everything.genes) if candidates else np.nan)
+    genes, pairs = everything.genes, itertools.combinations(sorted(known), 2)
+    unseen = [gene for gene in everyone if gene not in known]
+    new = sorted({SEPARATOR.join(pair) for pair in pairs} - measured)
+    candidates = {}
+    for novelty, labels in (("unseen gene", unseen), ("seen", new)):
+        if novelty in novelties:
+            candidates[novelty] = Candidates(model, labels, genes)
+    ranks = [
+        candidates[novelty].rank(label, own, target, genes) if novelty in candidates else np.nan
+        for label, novelty, own, target in zip(held.labels, novelties, predicted, held.values, strict=True)
+    ]
     near = agreements(inner, vectors, held.labels)
     table = pd.DataFrame(found.accuracy, columns=["promised", "kept", "specific"])
     return table.assign(label=held.labels, novelty=novelties, neighbours=near[:, 0], sources=near[:, 1], rank=ranks)

@@ -412,10 +412,10 @@ def counterfactual(
     chosen = selected_cells(everything, query["cells"])
     family = build(implementation, params)
     family.restore(load_artefact(model))
-    vectors, everyone = Embeddings.read(embeddings), gene_vectors and Embeddings.read(gene_vectors)
+    vectors, everyone = Embeddings.read(embeddings), Embeddings.read(gene_vectors) if gene_vectors else None
     of_term = term_of(query["perturbations"], annotations or [], roles or [])
     perturbed = perturbed_genes(vectors, everything.perturbations)
-    labels = expanded(query["perturbations"], perturbed, chosen.genes, everyone or None, of_term)
+    labels = expanded(query["perturbations"], perturbed, chosen.genes, everyone, of_term)
     training = everything.fitted_on(scored)
     vectors = _with_asked_genes(family, training, vectors, everyone or vectors, labels, seed)
     knowledge = TrainingKnowledge(training.roles("train"), vectors, chosen)

@@ -131,7 +131,8 @@ class Model(ABC):
     def uncertainties(self, perturbations: Sequence[str], context: Context | None = None) -> np.ndarray | None:
         """Return the model's own variances of mean effects, (perturbations, genes); None where it has none."""
         found = [self.uncertainty(label, context) for label in perturbations]
-        return None if any(of is None for of in found) else np.stack(found)  # type: ignore[arg-type]
+        known = [variance for variance in found if variance is not None]
+        return np.stack(known) if len(known) == len(found) else None
 
     def add_genes(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> None:  # noqa: B027
         """Take in the vectors of genes that the screen does not perturb. A model that reads no vectors needs none.

@@ -61,9 +61,7 @@ def answer_page(cells: Path, effects: Path, ranking: Path, calibration: Path, an
         The question: dataset, split, model, cells and search.
     """
     answer = ad.read_h5ad(cells)
-    of = {"keep_default_na": False, "na_values": [""], "sep": "\t"}
-    table = pd.read_csv(effects, dtype={"perturbation": str, "group": str}, **of)
-    ranked = pd.read_csv(ranking, dtype={"perturbation": str}, **of)
+    table, ranked = _read(effects), _read(ranking)
     with np.load(calibration) as arrays:
         variance = arrays["variance"]
     drawn = set(answer.obs["perturbation"].unique())
@@ -83,6 +81,12 @@ def answer_page(cells: Path, effects: Path, ranking: Path, calibration: Path, an
     )
     with atomic(answer_page) as partial:
         partial.write_text(content, encoding="utf-8")
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """Read a table; a gene may be called NA."""
+    texts = dict.fromkeys(("perturbation", "group", "gene", "trust", "known", "leans_on"), str)
+    return pd.read_csv(path, sep="\t", keep_default_na=False, na_values=[""], dtype=texts)
 
 
 def _question(ranked: pd.DataFrame, shown: pd.DataFrame, query: dict) -> str:
@@ -123,7 +127,7 @@ def _order(ranked: pd.DataFrame, query: dict) -> str:
     return f"In the order of the table {best}."
 
 
-def _section(row: dict[str, Any], table: pd.DataFrame, answer: ad.AnnData, variance: np.ndarray, plots: Plots) -> dict:
+def _section(row: dict[Any, Any], table: pd.DataFrame, answer: ad.AnnData, variance: np.ndarray, plots: Plots) -> dict:
     label = row["perturbation"]
     own = table[(table["perturbation"] == label) & (table["group"] == "all")]
     top = own.sort_values("rank").head(GENES)
@@ -140,12 +144,12 @@ def _section(row: dict[str, Any], table: pd.DataFrame, answer: ad.AnnData, varia
         "responders": plots.svg(f"Responses of cells to {label}.", _responders_figure, response) if varies else None,
         "responding": f"Who responds: {100 * (response < 0.5).mean():.0f} % of cells less than half as the mean does",
         "known": row["known"],
-        "leans_on": row["leans_on"] or "the mean effect of training alone",
+        "leans_on": row["leans_on"] if isinstance(row["leans_on"], str) else "the mean effect of training alone",
         "to_know": _to_know(row, variance),
     }
 
 
-def _promise(row: dict[str, Any]) -> str:
+def _promise(row: dict[Any, Any]) -> str:
     """Return the numbers of trust in sentences."""
     parts = [f"The model itself expects a correlation of {row['promised']:.2f} with a measurement."]
     if row["n_sources"]:
@@ -157,7 +161,7 @@ def _promise(row: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _to_know(row: dict[str, Any], variance: np.ndarray) -> str:
+def _to_know(row: dict[Any, Any], variance: np.ndarray) -> str:
     """Return the experiment that would tell, with the cells that it takes."""
     if row["perturbation"] == CONTROL:
         return "nothing."
