@@ -7,9 +7,10 @@ Path grammar, with five wildcards only (dataset, split, model, seed, and query f
   results/{dataset}/harmonized.h5ad, harmonization.json                one schema for all; what was dropped and why
   results/{dataset}/quality.tsv, quality.json, quality.html            quality of a screen, before any training
   results/{dataset}/{split}/split.json                                 perturbations and cells per role
+  results/{dataset}/{split}/gene_vectors.parquet                       vectors of all genes, for what-if questions
   results/{dataset}/{split}/pairs.h5ad, embeddings.parquet, audit.json training data, and the proof that nothing leaked
   results/{dataset}/{split}/{model}/seed_{seed}/model.npz|.ckpt, run.json, predictions.h5ad, metrics.tsv
-  results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, {query}.tsv
+  results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, {query}.tsv, {query}.design.tsv, {query}.html
   results/{benchmark,calibration,comparisons,strata,verdicts}.tsv      all scores, and what they allow to say
   results/report.html, report.json                                     one page to read, and its numbers
   results/download_check.tsv                                           answers of the hosts of all registered screens

@@ -446,6 +446,47 @@ def query_block(wildcards):
     return plan.config["counterfactuals"][wildcards.query]
 
 
+def _prior_of_query(wildcards):
+    """Return the prior that a question names a term of, such as go of go:0006986; None where it names none."""
+    asked = plan.config["counterfactuals"][wildcards.query]["perturbations"]
+    term = asked.get("genes_of", "") if isinstance(asked, dict) else ""
+    return Wildcards(fromdict={"dataset": term.split(":")[0]}) if term else None
+
+
+@looked_up
+def annotations_of_query(wildcards):
+    """Return the annotations of the prior that a question names a term of, or nothing."""
+    prior = _prior_of_query(wildcards)
+    if prior is None:
+        return []
+    files = own_files(plan.config["priors"][prior.dataset])
+    if files:
+        return own("counterfactual", files.values(), wildcards)
+    return f"resources/{prior.dataset}/raw/manifest.json"
+
+
+@looked_up
+def roles_of_annotations(wildcards):
+    """Return the role of every file of `annotations_of_query`; none of a download, which tells them itself."""
+    prior = _prior_of_query(wildcards)
+    return [] if prior is None else prior_roles(prior)
+
+
+@looked_up
+def files_of_query(wildcards):
+    """Return the user's own list of perturbations of a question, if it names one."""
+    asked = plan.config["counterfactuals"][wildcards.query]["perturbations"]
+    path = asked.get("file") if isinstance(asked, dict) else None
+    return own("counterfactual", [path], wildcards) if path else []
+
+
+def designs():
+    """Return the selected questions that ask which perturbations to measure next."""
+    blocks = plan.config["counterfactuals"]
+    asked = [query for query in plan.queries["query"] if blocks[query]["design"]]
+    return plan.queries[plan.queries["query"].isin(asked)]
+
+
 # Closed forms are many, and each of their jobs takes seconds: a cluster gets them together. It gets other jobs one by
 # one: where one of a group fails, Snakemake removes the finished results of the others.
 @looked_up

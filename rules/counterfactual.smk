@@ -44,6 +44,9 @@ rule warranty:
 rule counterfactual:
     """Answer one what-if question with a distribution."""
     input:
+        files_of_query,
+        gene_vectors="results/{dataset}/{split}/gene_vectors.parquet",
+        annotations=annotations_of_query,
         pairs="results/{dataset}/{split}/pairs.h5ad",
         embeddings="results/{dataset}/{split}/embeddings.parquet",
         model=model_file,
@@ -82,12 +85,92 @@ rule counterfactual:
         implementation=implementation,
         params=model_params,
         query=query_block,
+        roles=roles_of_annotations,
         seed=seed,
         scored=plan.config["predict"]["role"],
         code_version=code("perturbflow.counterfactuals.answers:counterfactual", family),
         made_of=made_of("counterfactual"),
     script:
         "../scripts/counterfactual.py"
+
+
+rule design:
+    """Choose which perturbations of a question to measure next."""
+    input:
+        files_of_query,
+        gene_vectors="results/{dataset}/{split}/gene_vectors.parquet",
+        annotations=annotations_of_query,
+        pairs="results/{dataset}/{split}/pairs.h5ad",
+        embeddings="results/{dataset}/{split}/embeddings.parquet",
+        model=model_file,
+        again=again("design"),
+    output:
+        design=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.design.tsv",
+            caption="captions/design.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "design.tsv"},
+        ),
+    log:
+        "logs/design/{dataset}.{split}.{model}.seed_{seed}.{query}.log",
+    benchmark:
+        "benchmarks/design/{dataset}.{split}.{model}.seed_{seed}.{query}.tsv"
+    wildcard_constraints:
+        query=one_of(plan.config["counterfactuals"]),
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory_by_input(1, least=3000),
+        runtime="1h",
+    params:
+        implementation=implementation,
+        params=model_params,
+        query=query_block,
+        roles=roles_of_annotations,
+        seed=seed,
+        scored=plan.config["predict"]["role"],
+        code_version=code("perturbflow.counterfactuals.design:design", family),
+        made_of=made_of("design"),
+    script:
+        "../scripts/design.py"
+
+
+rule answer_page:
+    """Write one page on a question, to be sent on."""
+    input:
+        cells="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad",
+        effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.tsv",
+        ranking="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.ranking.tsv",
+        calibration="results/{dataset}/{split}/{model}/seed_{seed}/calibration.npz",
+        again=again("answer_page"),
+    output:
+        answer_page=report(
+            "results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.html",
+            caption="captions/answer_page.rst",
+            category="What-if",
+            subcategory="{query}",
+            labels={"query": "{query}", "seed": "{seed}", "file": "page"},
+        ),
+    log:
+        "logs/answer_page/{dataset}.{split}.{model}.seed_{seed}.{query}.log",
+    benchmark:
+        "benchmarks/answer_page/{dataset}.{split}.{model}.seed_{seed}.{query}.tsv"
+    wildcard_constraints:
+        query=one_of(plan.config["counterfactuals"]),
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory_by_input(5, least=1500),
+        runtime="30m",
+    params:
+        query=query_block,
+        code_version=code("perturbflow.report.answer_page:answer_page"),
+        made_of=made_of("answer_page"),
+    script:
+        "../scripts/answer_page.py"
 
 
 rule draw:
@@ -160,7 +243,11 @@ rule counterfactuals:
         answers=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.{suffix}",
             run=plan.queries.itertuples(),
-            suffix=["h5ad", "ranking.tsv"],
+            suffix=["h5ad", "ranking.tsv", "html"],
+        ),
+        designs=collect(
+            "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.design.tsv",
+            run=designs().itertuples(),
         ),
         calibrations=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/calibration.npz",

@@ -274,18 +274,33 @@ def singles() -> dict[str, np.ndarray]:
 
 # --- what-if questions ----------------------------------------------------------------------------------------------
 
-QUERY = {"cells": "control", "samples_per_cell": 4, "keep_samples": False, "groups": "cell_type", "search": None}
+QUERY = {
+    "cells": "control",
+    "samples_per_cell": 4,
+    "keep_samples": False,
+    "groups": "cell_type",
+    "search": None,
+    "drawn": 2,
+}
 
 
 def ask(
-    here: Prepared, model: Path, folder: Path, implementation: str, params: dict, seed: int = 0, **query: object
+    here: Prepared,
+    model: Path,
+    folder: Path,
+    implementation: str,
+    params: dict,
+    seed: int = 0,
+    gene_vectors: Path | None = None,
+    **query: object,
 ) -> Path:
     """Check a trained model and ask it; return where the answers are, without suffix."""
     shown = folder / "warranty.json", folder / "calibration.npz"
     files = here.pairs, here.embeddings, model
     warranty(*files, *shown, implementation, params, seed)
     answers = [folder / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
-    counterfactual(*files, *shown, *answers, implementation, params, {**QUERY, **query}, seed)
+    asked = {**QUERY, **query}
+    counterfactual(*files, *shown, *answers, implementation, params, asked, seed, gene_vectors=gene_vectors)
     return folder / "answer"
 
 

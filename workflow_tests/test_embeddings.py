@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from conftest import PERTURBED, REPOSITORY, Prepared, ask, make_screen, run_snakemake
 
-from perturbflow.embeddings import Embeddings, embeddings, from_table, rows_of
+from perturbflow.embeddings import Components, Embeddings, embeddings, from_table, gene_vectors, rows_of
 from perturbflow.errors import InputError
 from perturbflow.models.base import Ceiling, Run, build
-from perturbflow.pairs import Pairs
+from perturbflow.pairs import Pairs, Screen
 from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train
 
@@ -228,44 +228,56 @@ def test_a_gene_that_no_cell_lost_is_answered_by_its_row_in_a_users_table(
     name: str, prepared_copy, tmp_path: Path
 ) -> None:
     here = prepared_copy("unseen_perturbation")
-    other, without = [gene for gene in Pairs.read(here.pairs).genes if gene not in PERTURBED][
-        :2
-    ]  # measured, and never perturbed
+    other = next(gene for gene in Pairs.read(here.pairs).genes if gene not in PERTURBED)  # measured, never perturbed
     table = vectors_of([*PERTURBED, other, "NOWHERE1"])
-    table.loc[other] = table.loc["TF1"] + 0.1
+    table.loc[other] = table.loc["NOWHERE1"] = table.loc["TF1"] + 0.1
     table.to_csv(tmp_path / "mine.tsv", sep="\t")
-    embeddings(here.pairs, here.embeddings, ["coexpression", {"file": str(tmp_path / "mine.tsv")}])
-    assert set(Embeddings.read(here.embeddings).table.index) == {*PERTURBED, other}
-    here.run_audit()
-    assert json.loads(here.audit.read_text())["without_vector"] == []
-    implementation = FAMILIES[name].implementation
-    train(here.pairs, here.embeddings, here.audit, tmp_path / "model.npz", tmp_path / "run.json", implementation, {}, 0)
-    answer = ask(
-        here,
-        tmp_path / "model.npz",
-        tmp_path,
-        implementation,
-        {},
-        perturbations=[other] if name == "gaussian_process" else [other, without],
-    )
-    known = pd.read_csv(f"{answer}.tsv", sep="\t").groupby("perturbation")["known"].first()
-    assert "times as far" in known[other]
-    assert name == "gaussian_process" or "without a vector" in known[without]
-    everyone = ask(here, tmp_path / "model.npz", tmp_path, implementation, {}, perturbations="all_single")
-    assert set(pd.read_csv(f"{everyone}.ranking.tsv", sep="\t")["perturbation"]) == set(PERTURBED), (
-        "all perturbed genes, no more"
-    )
-
-
-def test_a_table_of_a_genome_keeps_the_perturbed_genes_and_says_so(
-    prepared_copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("perturbflow.embeddings.MOST_FURTHER", 3)
-    here = prepared_copy("unseen_perturbation")
-    vectors_of(Pairs.read(here.pairs).genes).to_csv(tmp_path / "mine.tsv", sep="\t")
-    embeddings(here.pairs, here.embeddings, [{"file": str(tmp_path / "mine.tsv")}])
+    sources = ["coexpression", {"file": str(tmp_path / "mine.tsv")}]
+    embeddings(here.pairs, here.embeddings, sources)
     assert set(Embeddings.read(here.embeddings).table.index) == set(PERTURBED)
-    assert "measured genes that the screen does not perturb: above 3 none of them is kept" in caplog.text
+    everyone = tmp_path / "gene_vectors.parquet"
+    gene_vectors(here.pairs, here.harmonized, here.split, here.embeddings, everyone, sources)
+    here.run_audit()
+    model, implementation = tmp_path / "model.npz", FAMILIES[name].implementation
+    train(here.pairs, here.embeddings, here.audit, model, tmp_path / "run.json", implementation, {}, 0)
+    asked = [other, "NOWHERE1", f"{other}+TF2"]
+    answer = ask(here, model, tmp_path, implementation, {}, gene_vectors=everyone, perturbations=asked)
+    table = pd.read_csv(f"{answer}.tsv", sep="\t")
+    known = table.groupby("perturbation")["known"].first()
+    assert all("times as far" in known[label] for label in (other, "NOWHERE1"))
+    effects = table.pivot(index="gene", columns="perturbation", values="effect")
+    assert (effects.abs().max() > 0.01).all()
+    with pytest.raises(InputError, match=r"no vector in coexpression, mine: 'NOWHERE2' \(did you mean NOWHERE1"):
+        ask(here, model, tmp_path, implementation, {}, gene_vectors=everyone, perturbations=[other, "NOWHERE2"])
+
+
+def test_every_measured_gene_has_its_correlations_with_the_components(prepared: dict, tmp_path: Path) -> None:
+    here = prepared["unseen_perturbation"]
+    everyone = tmp_path / "gene_vectors.parquet"
+    gene_vectors(here.pairs, here.harmonized, here.split, here.embeddings, everyone, ["coexpression"])
+    found, own = Embeddings.read(everyone).table, Embeddings.read(here.embeddings).table
+    pd.testing.assert_frame_equal(found.loc[own.index], own, check_names=False)
+    screen, cells = Screen.open(here.harmonized, json.loads(here.split.read_text())), Pairs.read(here.pairs)
+    assert set(found.index) == {*screen.var.index, *own.index}
+    assert len(found) > len(cells.genes), "also those that are not highly variable"
+    components = Components.of(cells.roles("train"))
+    same = components.loadings_of(cells.genes, screen, cells)
+    np.testing.assert_allclose(same, components.loadings, atol=1e-4)  # of the components' own genes: two ways to one
+
+
+def test_no_gene_changes_the_answers_of_others(prepared: dict, tmp_path: Path) -> None:
+    """Vectors of further genes are on the scale of the perturbed ones, and are scaled by nothing else."""
+    here = prepared["unseen_perturbation"]
+    everyone = tmp_path / "gene_vectors.parquet"
+    gene_vectors(here.pairs, here.harmonized, here.split, here.embeddings, everyone, ["coexpression"])
+    pairs, own = Pairs.read(here.pairs), Embeddings.read(here.embeddings)
+    further = own.with_genes_of(Embeddings.read(everyone), pairs.genes)
+    for name in ("ridge", "gaussian_process"):
+        model = build(FAMILIES[name].implementation, {})
+        model.fit(pairs, own, Run(seed=0))
+        before = model.mean_effects(pairs.X[:2].toarray(), PERTURBED, 0)
+        model.add_genes(pairs, further, 0)
+        np.testing.assert_allclose(model.mean_effects(pairs.X[:2].toarray(), PERTURBED, 0), before, atol=1e-6)
 
 
 # --- in the workflow ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command `perturbflow`: lists, scores of predictions made anywhere, exports, audits, splits and what-if questions.
+"""The command `perturbflow`: lists, scores of predictions, exports, audits, splits, what-if questions and designs.
 
 Each verb calls one function of the package, imported when it is needed, so that help waits for no library.
 """
@@ -264,12 +264,12 @@ def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **opti
 
 @perturbflow.command()
 @click.argument("run", type=Folder, metavar="results/DATASET/SPLIT/MODEL/seed_N")
-@click.argument("perturbations", nargs=-1, required=True, metavar="GENE|A+B|all_single...")
+@click.argument("perturbations", nargs=-1, required=True, metavar="GENE|A+B|all_single|all_genes|go:TERM|@FILE...")
 @click.option(
     "--output",
     required=True,
     type=Folder,
-    help="Where to write, without suffix: .h5ad, .tsv, .ranking.tsv and four figures.",
+    help="Where to write, without suffix: .html, .h5ad, .tsv, .ranking.tsv and four figures.",
 )
 @click.option(
     "--cells", default="control", show_default=True, help='control, or JSON that selects, such as \'{"batch": ["1"]}\'.'
@@ -278,6 +278,8 @@ def split(file: Path, kind: str, output: Path, held_out: tuple[str, ...], **opti
 @click.option("--keep-samples", is_flag=True, help="Store every outcome, not their mean alone.")
 @click.option("--groups", default="cell_type", show_default=True, help="The obs column that answers are given by.")
 @click.option("--search", default="null", help="JSON: the state to search perturbations towards.")
+@click.option("--drawn", default=20, show_default=True, help="Of more than 400 perturbations, so many have cells.")
+@click.option("--annotations", type=Folder, help="GO annotations, for the genes of a term such as go:0006986.")
 def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any) -> None:
     """Ask a trained model a what-if question.
 
@@ -287,7 +289,40 @@ def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any)
     logger.info("%s is asked, with OMP_NUM_THREADS %s", run, THREADS)
     from perturbflow.counterfactuals import asking
 
-    asking.ask(run, list(perturbations), output, **options)
+    asked = asking.ask(run, list(perturbations), output, **options)
+    from perturbflow.report.answer_page import answer_page
+
+    cells, effects, ranking, page = (Path(f"{output}{suffix}") for suffix in (".h5ad", ".tsv", ".ranking.tsv", ".html"))
+    answer_page(cells, effects, ranking, run / "calibration.npz", page, asked)
+
+
+@perturbflow.command()
+@click.argument("run", type=Folder, metavar="results/DATASET/SPLIT/set_gp/seed_N")
+@click.argument("candidates", nargs=-1, metavar="[GENE|A+B|all_single|all_genes|go:TERM|@FILE]...")
+@click.option("--budget", default=50, show_default=True, help="How many are chosen.")
+@click.option(
+    "--aim",
+    default="rest",
+    show_default=True,
+    type=click.Choice(["rest", "target", "interactions"]),
+    help="The rest of the list is predicted best; the state of --search is reached; or interactions are found.",
+)
+@click.option("--targets", multiple=True, help="To be predicted, if not the candidates themselves; may be repeated.")
+@click.option("--search", default="null", help="JSON: the state to reach, as in ask.")
+@click.option("--annotations", type=Folder, help="GO annotations, for the genes of a term such as go:0006986.")
+@click.option("--output", required=True, type=Folder, help="The table to be written.")
+def design(run: Path, candidates: tuple[str, ...], output: Path, targets: tuple[str, ...], **options: Any) -> None:
+    """Choose which perturbations to measure next.
+
+    Candidates are all single genes of the screen that training did not measure, or those that are named. They are
+    chosen one by one, each given that those before it are measured. OUTPUT has them in this order, with their gains.
+    """
+    import pandas as pd
+
+    from perturbflow.counterfactuals import asking
+
+    asking.design_by_hand(run, list(candidates) or ["all_single"], output, targets=list(targets) or None, **options)
+    click.echo(pd.read_csv(output, sep="\t").head(20).to_string(index=False, na_rep="–"))
 
 
 def main() -> None:

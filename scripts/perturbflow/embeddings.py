@@ -1,24 +1,24 @@
-"""Vectors of perturbed genes: the knowledge of a model about a gene that it never saw perturbed."""
+"""Vectors of genes: the knowledge of a model about a gene that it never saw perturbed."""
 
-import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from scipy.linalg import eigh
 
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import approved_symbol, candidates, entity_of, members_of, without_dose
-from perturbflow.io.files import atomic
-from perturbflow.pairs import Pairs
+from perturbflow.io.files import atomic, read_json
+from perturbflow.pairs import Pairs, Screen
 
 logger = logging.getLogger(__name__)
 
+
 N_COEXPRESSION = 32
-MOST_FURTHER = 200  # genes that the screen does not perturb
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ class Embeddings:
         """Genes that no source has a row for."""
         return self.table.index[self.table.isna().all(axis=1)].tolist()
 
+    def with_genes_of(self, others: "Embeddings", genes: Iterable[str]) -> "Embeddings":
+        """Return these vectors, and those of further genes that others hold."""
+        further = [gene for gene in dict.fromkeys(genes) if gene in others.table.index and gene not in self.table.index]
+        table = pd.concat([self.table, others.table.loc[further, self.table.columns]])
+        table.attrs = self.table.attrs
+        return Embeddings(table)
+
     def standardized(self, training_genes: list[str]) -> pd.DataFrame:
         """Return the table centred and scaled by the training genes; missing values become 0, their mean."""
         reference = self.table.loc[self.table.index.intersection(training_genes)]
@@ -71,32 +78,95 @@ class Embeddings:
         return ((self.table - reference.mean()) / scale.where(scale > 0, 1.0)).fillna(0.0)
 
 
+@dataclass(frozen=True)
+class Components:
+    """The leading principal components of training cells, genes scaled to unit variance.
+
+    Attributes
+    ----------
+    genes
+        Highly variable and perturbed genes.
+    mean, scale
+        Of each gene, (genes,).
+    eigenvalues, vectors
+        (components,), descending, and (genes, components).
+    """
+
+    genes: list[str]
+    mean: np.ndarray
+    scale: np.ndarray
+    eigenvalues: np.ndarray
+    vectors: np.ndarray
+
+    @classmethod
+    def of(cls, training: Pairs) -> "Components":
+        """Sum products of genes block by block: memory does not grow with the cells."""
+        n_genes, n_cells = len(training.genes), len(training.rows)
+        sums, products = np.zeros(n_genes), np.zeros((n_genes, n_genes))
+        for _, block in training.blocks():
+            X = block.toarray().astype(np.float64)
+            sums += X.sum(axis=0)
+            products += X.T @ X
+        mean = sums / n_cells
+        covariance = products / n_cells - np.outer(mean, mean)
+        spread = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
+        scale = np.where(spread > 1e-8, spread, 1.0)
+        n_leading = min(N_COEXPRESSION, n_genes)
+        leading = [n_genes - n_leading, n_genes - 1]
+        eigenvalues, vectors = eigh(covariance / np.outer(scale, scale), subset_by_index=leading)
+        eigenvalues, vectors = np.maximum(eigenvalues[::-1], 0.0), vectors[:, ::-1]
+        # The sign of an eigenvector is arbitrary: fixed here, so that equal data give equal numbers.
+        signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(n_leading)])
+        return cls(training.genes, mean, scale, eigenvalues, vectors * signs)
+
+    def table(self, loadings: np.ndarray, genes: list[str]) -> pd.DataFrame:
+        """Return loadings, (genes, components), as vectors of the source coexpression."""
+        return pd.DataFrame(loadings, index=genes, columns=[f"coexpression:{i}" for i in range(loadings.shape[1])])
+
+    @property
+    def loadings(self) -> pd.DataFrame:
+        """Correlations of the genes with the components, genes × components: vectors × √eigenvalues."""
+        return self.table(self.vectors * np.sqrt(self.eigenvalues), self.genes)
+
+    def loadings_of(self, genes: list[str], screen: Screen, cells: Pairs) -> pd.DataFrame:
+        """Return the correlations of other measured genes with the components, from one pass over the counts.
+
+        NaN for a gene that does not vary.
+
+        Parameters
+        ----------
+        genes
+            Measured genes of the screen.
+        screen, cells
+            The same cells in the same order: counts of all genes, and pairs.h5ad.
+        """
+        columns = screen.var.index.get_indexer(genes)
+        sums, squares, products = (
+            np.zeros(len(genes)),
+            np.zeros(len(genes)),
+            np.zeros((len(genes), self.vectors.shape[1])),
+        )
+        for rows, counts in screen.blocks():
+            places = np.flatnonzero(screen.is_train[rows]) + rows.start
+            X = sparse.csr_matrix((screen.normalized(rows, counts), counts.indices, counts.indptr), counts.shape)
+            X = X[places - rows.start][:, columns].astype(np.float64)
+            scores = ((cells.X[places].toarray() - self.mean) / self.scale) @ self.vectors  # (cells, components)
+            products += X.T @ scores
+            sums += np.asarray(X.sum(axis=0)).ravel()
+            squares += np.asarray(X.power(2).sum(axis=0)).ravel()
+        n = max(1, int(screen.is_train.sum()))
+        spread = np.sqrt(np.maximum(squares / n - (sums / n) ** 2, 0.0))
+        unit = np.outer(np.where(spread > 1e-8, spread, np.nan), np.sqrt(np.maximum(self.eigenvalues, 1e-12)))
+        return self.table(products / n / unit, genes)
+
+
 def coexpression(pairs: Pairs, genes: list[str]) -> pd.DataFrame:
     """Return each gene's loadings on the principal components of training cells, scaled by the components' deviations.
 
-    Genes that vary together over unperturbed and perturbed training cells lie close together. Sums of products of genes
-    are taken block by block: memory does not grow with the cells. Genes × 32 at most; NaN for a gene that was not
-    measured.
+    Genes that vary together over unperturbed and perturbed training cells lie close together. Genes × 32 at most; NaN
+    for a gene that is not in pairs.h5ad.
     """
-    training = pairs.roles("train")
-    n_genes, n_cells = len(pairs.genes), len(training.rows)
-    sums, products = np.zeros(n_genes), np.zeros((n_genes, n_genes))
-    for _, block in training.blocks():
-        X = block.toarray().astype(np.float64)
-        sums += X.sum(axis=0)
-        products += X.T @ X
-    mean = sums / n_cells
-    covariance = products / n_cells - np.outer(mean, mean)
-    spread = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
-    scale = np.where(spread > 1e-8, spread, 1.0)
-    n_leading = min(N_COEXPRESSION, n_genes)
-    eigenvalues, vectors = eigh(covariance / np.outer(scale, scale), subset_by_index=[n_genes - n_leading, n_genes - 1])
-    eigenvalues, vectors = eigenvalues[::-1], vectors[:, ::-1]
-    # The sign of an eigenvector is arbitrary: fixed here, so that equal data give equal numbers.
-    signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(n_leading)])
-    loadings = vectors * signs * np.sqrt(np.maximum(eigenvalues, 0.0))
-    table = pd.DataFrame(loadings, index=pairs.genes, columns=[f"coexpression:{i}" for i in range(n_leading)])
-    return table.reindex(genes)
+    return Components.of(pairs.roles("train")).loadings.reindex(genes)
 
 
 def rows_of(table: pd.DataFrame, genes: list[str]) -> pd.DataFrame:
@@ -121,7 +191,7 @@ def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
     these in other letters. The name has to be one gene's alone.
     """
     table = _read(path)
-    table.index = [approved_symbol(str(gene).strip()) for gene in table.index]
+    table.index = [_today(gene) for gene in table.index]
     table = table[~table.index.duplicated()]
     found = rows_of(table, genes)
     missing = found.index[found.isna().all(axis=1)].tolist()
@@ -139,6 +209,11 @@ def from_table(path: Path, genes: list[str]) -> pd.DataFrame:
             f"{', '.join(genes[:5])}); is its first column the gene symbol?"
         )
     return found
+
+
+def _today(gene: object) -> str:
+    """Return the approved symbol of a row's name."""
+    return approved_symbol(str(gene).strip())
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -160,36 +235,16 @@ def _read(path: Path) -> pd.DataFrame:
     return table
 
 
-def further_genes(paths: Iterable[Path], perturbed: Iterable[str], measured: Iterable[str]) -> list[str]:
-    """Return the measured genes of users' tables that the screen does not perturb: questions may name them.
-
-    It returns none, and logs why, where they are more than MOST_FURTHER: every model keeps an effect of each.
-    """
-    others = sorted(set(measured) - set(perturbed))
-    found: set[str] = set()
-    for path in paths:
-        with contextlib.suppress(InputError):  # a table of perturbed genes alone
-            rows = from_table(path, others) if others else pd.DataFrame()
-            found |= {*rows.index[rows.notna().any(axis=1)]}
-    if len(found) <= MOST_FURTHER:
-        return sorted(found)
-    logger.warning(
-        "%s has rows for %d measured genes that the screen does not perturb: above %d none of them is kept, and "
-        "what-if questions about them are answered without a vector. A table of the perturbed genes and of those "
-        "that you mean to ask about keeps them",
-        " and ".join(map(str, paths)), len(found), MOST_FURTHER,
-    )  # fmt: skip
-    return []
-
-
-def _joined_sources(cells: Pairs, genes: list[str], sources: list, priors: Iterable[Path]) -> pd.DataFrame:
+def _joined_sources(
+    genes: list[str], sources: list, priors: Iterable[Path], of_coexpression: Callable[[], pd.DataFrame]
+) -> pd.DataFrame:
     """Return the vectors of genes from all sources, side by side; parameters as in `embeddings`."""
     of_priors = iter(priors)
     tables: list[pd.DataFrame] = []
     knows: dict[str, str] = {}
     for source in sources:
         if source == "coexpression":
-            table = coexpression(cells, genes)
+            table = of_coexpression().reindex(genes)
         elif isinstance(source, str):
             vectors = pd.read_parquet(next(of_priors))
             knows |= {source: vectors.attrs["knows"]} if "knows" in vectors.attrs else {}
@@ -222,7 +277,7 @@ def _log_coverage(found: Embeddings) -> None:
 
 
 def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] | None = None) -> None:
-    """Write one row per perturbed gene, and per measured gene that a user's table has a row for.
+    """Write one row per perturbed gene.
 
     Parameters
     ----------
@@ -237,22 +292,55 @@ def embeddings(pairs: Path, embeddings: Path, sources: list, priors: list[Path] 
         Vectors of all genes, one table per prior among the sources, in their order.
     """
     cells = Pairs.open(pairs)
-    perturbed = sorted({gene for label in cells.perturbations for gene in members_of(label)})
-    further = further_genes(
-        [Path(source["file"]) for source in sources if isinstance(source, dict)], map(entity_of, perturbed), cells.genes
-    )
-    genes = perturbed + further
-    if further:
-        logger.info(
-            "%d genes that the screen does not perturb have a row in your tables: they can be asked about%s",
-            len(further),
-            _list_of(further, "with"),
-        )
-    table = _joined_sources(cells, genes, sources, priors or [])
-    _log_coverage(Embeddings(table.loc[perturbed]))
+    genes = sorted({gene for label in cells.perturbations for gene in members_of(label)})
+    table = _joined_sources(genes, sources, priors or [], lambda: coexpression(cells, genes))
+    _log_coverage(Embeddings(table))
     with atomic(embeddings) as partial:
         table.to_parquet(partial)
 
 
-def _list_of(genes: list[str], which: str = "without") -> str:
-    return f" ({which}: {', '.join(genes)})" if genes else ""
+def gene_vectors(
+    pairs: Path,
+    harmonized: Path,
+    split: Path,
+    embeddings: Path,
+    gene_vectors: Path,
+    sources: list,
+    priors: list[Path] | None = None,
+) -> None:
+    """Write one row per gene that any source knows: what-if questions may name them all.
+
+    The rows of perturbed genes are those of embeddings.parquet. By co-expression every measured gene has one, highly
+    variable or not: its correlations with the same components of the same training cells.
+
+    Parameters
+    ----------
+    pairs, harmonized, split, embeddings
+        Files of one split.
+    gene_vectors
+        Parquet to be written, as embeddings.parquet.
+    sources, priors
+        As in `embeddings`.
+    """
+    cells, screen, own = Pairs.open(pairs), Screen.open(harmonized, read_json(split)), Embeddings.read(embeddings)
+    measured = screen.var.index.astype(str).tolist()
+    known = [{*pd.read_parquet(path, columns=[]).index.astype(str)} for path in priors or []]
+    known += [{*map(_today, _read(Path(source["file"])).index)} for source in sources if isinstance(source, dict)]
+    known += [set(measured)] if "coexpression" in sources else []
+    others = sorted(set[str]().union(*known) - {*own.table.index, *map(entity_of, own.table.index)})
+
+    def of_coexpression() -> pd.DataFrame:
+        components = Components.of(cells.roles("train"))
+        further = [gene for gene in others if gene in set(measured) - set(cells.genes)]
+        return pd.concat([components.loadings, components.loadings_of(further, screen, cells)])
+
+    table = _joined_sources(others, sources, priors or [], of_coexpression).dropna(how="all")
+    found = pd.concat([own.table, table])
+    found.index.name, found.attrs = "gene", own.table.attrs
+    logger.info("%d genes have a vector, %d of them perturbed in this screen", len(found), len(own.table))
+    with atomic(gene_vectors) as partial:
+        found.to_parquet(partial)
+
+
+def _list_of(genes: list[str]) -> str:
+    return f" (without: {', '.join(genes)})" if genes else ""

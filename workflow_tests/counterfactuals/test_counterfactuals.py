@@ -630,3 +630,62 @@ def test_cells_stay_on_disk_while_a_question_is_answered(
     query = {**QUERY, "perturbations": ["TF1", "TF6+TF5"], "groups": "batch"}
     counterfactual(here.pairs, here.embeddings, model, *shown, *again, ADDITIVE, {}, query, 0)
     assert again[1].read_text() == Path(f"{answer}.tsv").read_text()
+
+
+# --- any gene -------------------------------------------------------------------------------------------------------
+
+
+def test_genes_that_no_source_knows_are_refused_by_name() -> None:
+    vectors = Embeddings(pd.DataFrame({"go:0": [0.1, 0.2, 0.3], "ppi:0": 0.5}, index=["KLF1", "SOX2", "GATA1"]))
+    assert expanded("all_genes", ["KLF1"], ["SOX2"], vectors) == ["KLF1", "SOX2", "GATA1"]
+    assert expanded(["gata1+KLF1"], ["KLF1"], [], Embeddings(vectors.table.rename({"GATA1": "gata1"}))) == [
+        "KLF1+gata1"
+    ]
+    assert expanded({"genes_of": "go:0000001"}, ["KLF1"], [], vectors, ["GATA1", "NOWHERE1"]) == ["GATA1"]
+    with pytest.raises(InputError) as raised:
+        expanded(["GATA1", "GATA11", "Gm10436", "MEASURED"], ["KLF1"], ["MEASURED", "SOX2"], vectors)
+    for part in ("no vector in go, ppi", "'GATA11' (did you mean GATA1", "'MEASURED'", "'Gm10436', a gene of mouse"):
+        assert part in str(raised.value)
+    with pytest.raises(InputError, match="all_genes needs gene_vectors"):
+        expanded("all_genes", ["KLF1"], ["SOX2"])
+
+
+def test_lists_of_questions_are_read_and_their_length_is_bounded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "mine.txt").write_text("# of interest\nB+A\n\nA+B\nC\n")
+    assert expanded({"file": str(tmp_path / "mine.txt")}, ["A", "B", "C"], []) == ["A+B", "C"]
+    assert "1 perturbations are there twice" in caplog.text
+    with pytest.raises(InputError, match="cannot be read"):
+        expanded({"file": str(tmp_path / "none.txt")}, ["A"], [])
+    genes = [f"G{i}" for i in range(450)]
+    with pytest.raises(InputError, match=r"101,025 are asked, and a question takes at most 50,000.* hours"):
+        expanded({"all_pairs_of": genes}, genes, [])
+
+
+def test_many_perturbations_are_ranked_by_means_and_the_best_are_drawn(
+    asked: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranking and answers are those of the same question with cells for all."""
+    here, model, _ = asked
+    search = {"towards": {"cells": {"perturbation": ["TF5+TF6"]}}, "budget": 2}
+    whole = ask(here, model, tmp_path, ADDITIVE, {}, perturbations="all_single", search=search)
+    ranking, effects = (pd.read_csv(f"{whole}{suffix}", sep="\t") for suffix in (".ranking.tsv", ".tsv"))
+    monkeypatch.setattr("perturbflow.counterfactuals.answers.MOST_DRAWN", 3)
+    monkeypatch.setattr("perturbflow.counterfactuals.answers.LABELS_AT_ONCE", 2)
+    few = ask(here, model, tmp_path, ADDITIVE, {}, perturbations="all_single", search=search)
+    same, drawn = (pd.read_csv(f"{few}{suffix}", sep="\t") for suffix in (".ranking.tsv", ".tsv"))
+    assert set(ad.read_h5ad(f"{few}.h5ad").obs["perturbation"]) == set(ranking["perturbation"].head(2))
+    assert same["not_responding"].notna().sum() == 2
+    columns = ["perturbation", "size", "score", "chance", "within_budget"]
+    pd.testing.assert_frame_equal(same[columns], ranking[columns], rtol=1e-3)
+    both = drawn.merge(effects, on=["perturbation", "group", "gene"])
+    np.testing.assert_allclose(both["effect_x"], both["effect_y"], atol=1e-5)
+
+
+def test_a_target_that_is_the_start_is_refused(asked: tuple, tmp_path: Path) -> None:
+    here, model, _ = asked
+    search = {"towards": {"cells": {"perturbation": ["control"]}}, "budget": 2}
+    with pytest.raises(InputError, match="holds all cells that the question starts from"):
+        ask(here, model, tmp_path, ADDITIVE, {}, perturbations=["TF1"], search=search)

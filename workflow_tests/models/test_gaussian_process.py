@@ -15,6 +15,7 @@ from made_effects import N_GENES, NO_VECTORS, TARGETS, doubles, error, make_trai
 from scipy import sparse
 from scipy.stats import multivariate_normal
 
+from perturbflow.counterfactuals.design import Measured, for_rest, for_target
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import members_of
 from perturbflow.models.base import Run, build
@@ -24,6 +25,7 @@ from perturbflow.models.gaussian_process import likelihood as marginal_likelihoo
 from perturbflow.models.gaussian_process import set_gp
 from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel
 from perturbflow.models.gaussian_process.likelihood import Directions, Problem
+from perturbflow.models.gaussian_process.posterior import Posterior
 from perturbflow.models.gaussian_process.set_gp import SetGP
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
@@ -435,3 +437,61 @@ def test_of_very_many_rows_some_are_learned_from(
     assert some.artefact["V"].shape == (N_GENES, 4)
     truth = singles["G0"] + singles["G7"]
     assert error(some, "G0+G7", truth) < error(whole, "G0+G7", truth) + 0.1
+
+
+# --- joint posterior ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def posterior(screen: tuple) -> tuple[SetGP, Posterior]:
+    """Return a model, and its joint posterior of measured and new perturbations."""
+    pairs, embeddings = screen
+    model = SetGP()
+    model.fit(pairs, embeddings, Run(seed=0))
+    return model, Posterior.of(model, ["TF1", "TF2+TF5", "TF3+TF7", "TF2", "TF7"])
+
+
+def test_the_joint_posterior_has_the_means_and_variances_of_single_answers(
+    posterior: tuple[SetGP, Posterior],
+) -> None:
+    model, joint = posterior
+    effects, variances = model.mean_effects(np.zeros((0, 0)), joint.labels, 0), model.uncertainties(joint.labels)
+    kept = ~np.isin(model.artefact["genes"], [gene for label in joint.labels for gene in members_of(label)])
+    np.testing.assert_allclose((joint.mean @ joint.V.T)[:, kept], effects[:, kept], atol=1e-6)
+    units = np.eye(len(joint.signal))
+    of_directions = np.stack([joint.covariance(unit).diagonal() for unit in units], axis=1)
+    np.testing.assert_allclose((of_directions @ (joint.V**2).T)[:, kept], variances[:, kept], rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(of_directions.sum(axis=1), joint.variance, rtol=1e-4)
+    assert joint.variance[0] < joint.variance[1], "a measured perturbation is known better"
+
+
+def test_a_measurement_leaves_the_variance_that_conditioning_leaves(posterior: tuple[SetGP, Posterior]) -> None:
+    """Adding one by one is conditioning on all at once."""
+    _, joint = posterior
+    measured = Measured.of(joint)
+    before = measured.C.copy()
+    assert (measured.gains(np.array([False, True, True, True, True])) > 0).all()
+    for i in (1, 3):
+        measured.add(i)
+    at = [1, 3]
+    for C, own, after in zip(before, measured.own, measured.C, strict=True):
+        noisy = C[np.ix_(at, at)] + np.diag(own[at])
+        np.testing.assert_allclose(after, C - C[:, at] @ np.linalg.solve(noisy, C[at]), atol=1e-9)
+
+
+def test_a_design_prefers_what_others_resemble_and_never_repeats() -> None:
+    """Of five that are alike and three that are alone, one of the five is first; then those alone tell nothing."""
+    K = np.eye(8)
+    K[:5, :5] = 0.9 + 0.1 * np.eye(5)
+    joint = Posterior(
+        labels=list("ABCDEFGH"), mean=np.zeros((8, 1)), K=K, R=np.zeros((8, 1)), columns=np.zeros((8, 1, 1)),
+        nugget=np.zeros(8), signal=np.ones(1), inverse=np.zeros((1, 1)), noise=np.full(1, 0.1), V=np.ones((1, 1)),
+    )  # fmt: skip
+    everyone = np.ones(8, dtype=bool)
+    choice = for_rest(joint, everyone, everyone, 8)
+    assert choice.places[0] < 5
+    assert sorted(choice.places) == list(range(8))
+    assert (np.diff(choice.left) < 0).all()
+    np.testing.assert_allclose(choice.gains[0], 4 * 0.9**2 / 1.1 / 8)
+    towards = for_target(joint, np.ones(1), everyone, 0.0, 4, seed=0)
+    assert (towards.places < 5).sum() == 1, "of those that are alike one is tried"

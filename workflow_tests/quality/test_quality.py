@@ -156,7 +156,9 @@ def test_a_screen_of_which_nothing_was_tested_is_described_in_whole_sentences(
     account = json.loads((screen / "quality.json").read_text())
     said = {
         one["about"]: one["text"]
-        for one in findings(table.assign(responds=np.nan), pd.DataFrame(account["batches"]), {"direction": ""})
+        for one in findings(
+            table.assign(responds=np.nan), pd.DataFrame(account["batches"]), {"direction": ""}, account["power"]
+        )
     }
     assert said["response"].startswith("No perturbation could be compared with its controls.")
     assert "none perturbations" not in " ".join(said.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -15,8 +15,9 @@ import pandas as pd
 from perturbflow.controls import Context
 from perturbflow.counterfactuals.contexts import contexts_of
 from perturbflow.counterfactuals.novelty import Novelty, TrainingKnowledge
-from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes
+from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes, term_of
 from perturbflow.counterfactuals.search import Direction, ranked
+from perturbflow.counterfactuals.trust import Kept, Trust
 from perturbflow.counterfactuals.warranty import Fitting, fitting, was_checked
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
@@ -25,9 +26,9 @@ from perturbflow.io.anndata_file import begin_anndata, write_tables
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.io.files import atomic, read_json
 from perturbflow.models.base import Model, build
-from perturbflow.models.calibration import Calibration, Scale
+from perturbflow.models.calibration import Calibration, Scale, promised
 from perturbflow.pairs import Pairs
-from perturbflow.progress import Progress
+from perturbflow.progress import Progress, progressed
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ CELLS_PER_BLOCK = 32
 PROBED = 4  # cells that are asked first, to see whether the model has an answer
 MANY = 20  # perturbations: of more, the table has the strongest genes only
 GENES_OF_MANY = 50
+MOST_DRAWN = MAX_ROWS // LEAST_CELLS  # perturbations: of more, the best of the ranking alone have cells
+N_LEANT_ON = 8  # training perturbations that are named
+LABELS_AT_ONCE = 250  # of which only means are asked
 LAYERS = ("before", "effect", *(f"q{int(100 * quantile):02d}" for quantile in QUANTILES))
 
 
@@ -101,12 +105,15 @@ class Checks:
         Of warranty.json.
     words
         For perturbations that training measured in other contexts alone (True), and for others.
+    known_kept
+        What answers like one kept, by novelty and promise.
     """
 
     content: dict
     words: dict[bool, Fitting]
     calibration: Calibration
     scale: Scale
+    known_kept: dict[tuple[str, float], Kept | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, warranty: Path, calibration: Path) -> Self:
@@ -118,7 +125,7 @@ class Checks:
             content,
             {elsewhere: fitting(content, elsewhere) for elsewhere in (False, True)},
             Calibration.from_arrays(stored),
-            Scale(stored["variance"], stored["spread"]),
+            Scale(stored["variance"], stored["spread"], stored["mean"]),
         )
 
     def half_width(self, answer: Answer, is_elsewhere: bool) -> np.ndarray:
@@ -127,6 +134,30 @@ class Checks:
         if not own.labels or answer.label == CONTROL or not was_checked(self.content, is_elsewhere):
             return np.full(answer.effects.shape[1], np.nan)
         return own.reach(LEVEL) * self.scale.at(own.typical_sampling, answer.uncertainty)
+
+    def trust(self, answer: Answer, knowledge: TrainingKnowledge, genes: list[str]) -> Trust:
+        """Return how far an answer can be believed."""
+        kept, effect = ~np.isin(genes, entities_of(answer.label)), answer.effects.mean(axis=0)
+        sampling = self.calibration.typical_sampling
+        unit = self.scale.at(sampling if np.isfinite(sampling) else 0.0, answer.uncertainty)
+        promise = promised(effect[kept], unit[kept])
+        variance = answer.uncertainty
+        is_known = was_checked(self.content, answer.novelty.is_elsewhere) and answer.label != CONTROL
+        return Trust(
+            answer.novelty.kind,
+            promise,
+            np.nan if variance is None else float(np.sqrt(variance[kept].mean())),
+            set(entities_of(answer.label)) <= set(genes),
+            *knowledge.neighbourhood.of(answer.label),
+            self._kept_of(answer.novelty.kind, round(promise, 2)) if is_known else None,
+            tuple(knowledge.neighbourhood.names(answer.label)[:N_LEANT_ON]),
+        )
+
+    def _kept_of(self, novelty: str, promise: float) -> Kept | None:
+        """Look up what answers like one kept; of a thousand answers with one promise, once."""
+        if (novelty, promise) not in self.known_kept:
+            self.known_kept[novelty, promise] = Kept.of(self.calibration, novelty, promise)
+        return self.known_kept[novelty, promise]
 
     def words_of(self, is_elsewhere: dict[str, bool]) -> dict[str, str]:
         """Return verdict and warranty of an answer in words.
@@ -159,6 +190,8 @@ class Answer:
         Share of samples above the start cell, ties half, per cell, (cells, genes).
     uncertainty
         The model's own variance of the mean effect, (genes,); None where it has none.
+    trust
+        How far it can be believed.
     """
 
     label: str
@@ -166,6 +199,7 @@ class Answer:
     effects: np.ndarray
     up: np.ndarray
     uncertainty: np.ndarray | None
+    trust: Trust | None = None
 
     def response(self, is_target: np.ndarray) -> np.ndarray:
         """Return how far each cell goes along the mean effect, (cells,): 1 as far as the mean, 0 not at all.
@@ -258,6 +292,7 @@ def effect_table(
             {
                 "perturbation": answer.label,
                 "verdict": checks.words[novelty.is_elsewhere].verdict,
+                "trust": answer.trust.words if answer.trust else "",
                 "group": name,
                 "gene": genes,
                 "effect": effect,
@@ -300,6 +335,7 @@ class Results:
     def add(self, answer: Answer) -> None:
         """Take in the answer on one perturbation."""
         label, chosen = answer.label, self.chosen
+        answer.trust = self.checks.trust(answer, self.knowledge, chosen.genes)
         response = answer.response(np.isin(chosen.genes, entities_of(label)))
         in_context = {context: self.knowledge.of(label, {context}).words for context in self.knowledge.asked}
         known = [in_context[context] for context in contexts_of(chosen.obs)]
@@ -310,7 +346,7 @@ class Results:
         table = effect_table(answer, chosen.genes, self.groups, novelties, self.checks)
         self.effects.append(table[table["rank"] <= GENES_OF_MANY] if self.is_long else table)
         self.means[label] = answer.effects.mean(axis=0)
-        self.ranking.append(_row(answer, table, response))
+        self.ranking.append(_row(answer, chosen.genes, self.checks, response))
         logger.info("%s (%s): largest effects %s", label, answer.novelty.words, self.ranking[-1]["strongest"])
 
 
@@ -328,6 +364,9 @@ def counterfactual(
     query: dict,
     seed: int,
     scored: str = "test",
+    gene_vectors: Path | None = None,
+    annotations: list[Path] | None = None,
+    roles: list | None = None,
 ) -> None:
     """Answer one query: each perturbation in each selected cell, with a distribution of outcomes.
 
@@ -339,63 +378,151 @@ def counterfactual(
         AnnData to be written, one row per perturbation × cell. X is the mean outcome. Layers are before, effect (the
         expected change of this cell), and q05, q50, q95 of its outcomes. obsm has samples (cells, samples, genes), if
         asked for. obs has perturbation, cell (name of the start cell), cell_type, batch, known, and response (how far
-        the cell goes along the mean effect). uns["perturbflow"] has the warranty.
+        the cell goes along the mean effect). uns["perturbflow"] has the warranty. Of more than 400 perturbations, it
+        has the first of the ranking alone, as many as the query's `drawn`.
     effects
         Table to be written, one row per perturbation × group of cells × gene; of more than 20 perturbations, the 50
-        strongest genes of each. verdict is that of the warranty, in words. effect is the mean over cells,
+        strongest genes of each. verdict is that of the warranty, and trust says what answers like it were worth, in
+        words. effect is the mean over cells,
         log1p-normalized. low and high are the 90 % conformal interval of a screen's measurement. cells_low and
         cells_high are the 5 and 95 % quantile of the cells' effects. probability_of_sign is the share of outcomes on
         the effect's side of the start cell. rank is by size. is_perturbed_gene and known follow. in_other_contexts
         marks perturbations that training measured in none of the contexts of these cells. low and high are empty
         without held-out perturbations, or if the warranty was not checked on such perturbations.
     ranking
-        Table to be written, one row per perturbation: size of the effect, genes whose interval leaves out zero, share
+        Table to be written, one row per perturbation: verdict and trust, in words; promised, kept and the other
+        numbers of trust (`trust.Trust`); size of the effect, genes whose interval leaves out zero, share
         of cells that do not respond, known, distance, verdict. A search adds its score, chance and whether the
-        perturbation is within the budget.
+        perturbation is within the budget. Of more than 400 perturbations, the best is first: by score, or by size.
     query
-        perturbations, cells, samples_per_cell, keep_samples, groups and search.
+        perturbations, cells, samples_per_cell, keep_samples, groups, search and drawn.
     scored
         Role that the model is scored on. It has learned from the others.
+    gene_vectors
+        Vectors of all genes; None: only genes that are perturbed or measured in the screen can be asked about.
+    annotations, roles
+        Files of GO annotations, and the role of each, for a question about the genes of a term.
 
     Raises
     ------
     InputError
-        For a gene that the screen does not know or the model does not distinguish from others, or a selection without
-        cells.
+        For a gene that has no vector or that the model does not distinguish from others, or a selection without cells.
     """
     everything = Pairs.open(pairs)
     chosen = selected_cells(everything, query["cells"])
     family = build(implementation, params)
     family.restore(load_artefact(model))
-    training, vectors = everything.fitted_on(scored).roles("train"), Embeddings.read(embeddings)
-    labels = expanded(query["perturbations"], perturbed_genes(vectors, everything.perturbations), chosen.genes)
-    knowledge = TrainingKnowledge(training, vectors, chosen)
-    _check_answerable(family, labels, knowledge, chosen.X[:PROBED].toarray(), seed)
-    chosen = _few_enough(chosen, len(labels), seed)
-    results = Results(
-        chosen, _groups(chosen, query["groups"]), knowledge, Checks.read(warranty, calibration), len(labels) > MANY
-    )
-    words = results.checks.words_of({label: knowledge.of(label).is_elsewhere for label in labels})
-    logger.info("verdict on this model: %s", words["verdict"])
+    vectors, everyone = Embeddings.read(embeddings), Embeddings.read(gene_vectors) if gene_vectors else None
+    of_term = term_of(query["perturbations"], annotations or [], roles or [])
+    perturbed = perturbed_genes(vectors, everything.perturbations)
+    labels = expanded(query["perturbations"], perturbed, chosen.genes, everyone, of_term)
+    training = everything.fitted_on(scored)
+    vectors = _with_asked_genes(family, training, vectors, everyone or vectors, labels, seed)
+    knowledge = TrainingKnowledge(training.roles("train"), vectors, chosen)
+    _check_answerable(family, labels[:MOST_DRAWN], knowledge, chosen.X[:PROBED].toarray(), seed)
+    checks = Checks.read(warranty, calibration)
     direction = Direction.of(query["search"], everything, chosen) if query["search"] else None
-    samples = query["samples_per_cell"]
-    facts = {"cells": str(query["cells"]), "samples_per_cell": samples, "seed": seed, "level_of_intervals": LEVEL}
-    start, context = chosen.X[:].toarray(), chosen.context_of(np.arange(len(chosen.rows)))
-    question = Question(family, start, context, samples, seed)
-    logger.info("%d perturbations are asked in %d cells, %d outcomes each", len(labels), len(start), samples)
-    progress = Progress(f"blocks of {CELLS_PER_BLOCK} cells", len(labels) * -(-len(start) // CELLS_PER_BLOCK))
-    with atomic(cells) as partial, h5py.File(partial, "w") as file:
-        writer = Writer(file, len(labels) * len(start), chosen.genes, samples if query["keep_samples"] else None)
-        for i, label in enumerate(labels):
-            results.add(answered(question, label, knowledge.of(label), writer, i * len(start), progress))
-        writer.finish(pd.concat(results.obs), {"perturbflow": words | facts})
-    _write_table(effects, pd.concat(results.effects, ignore_index=True))
-    summary = pd.DataFrame(results.ranking)
-    if direction:
-        summary = ranked(summary, results.means, chosen.genes, direction, query["search"]["budget"])
+    drawn, known_of_all = labels, pd.DataFrame()
+    if len(labels) > MOST_DRAWN:
+        known_of_all = ranked_by_means(family, labels, chosen, knowledge, checks, direction, query["search"], seed)
+        drawn = known_of_all["perturbation"].head(query.get("drawn", MANY)).tolist()
+    answers = Answers(family, chosen, knowledge, checks, query, seed)
+    answers.write(drawn, cells)
+    _write_table(effects, pd.concat(answers.results.effects, ignore_index=True))
+    summary = pd.DataFrame(answers.results.ranking)
+    if not known_of_all.empty:
+        summary = completed(known_of_all, summary)
+    elif direction:
+        summary = ranked(summary, answers.results.means, chosen.genes, direction, query["search"]["budget"])
         logger.info("towards %s: %s", direction.words, ", ".join(summary["perturbation"].head(5)))
     _write_table(ranking, summary)
-    logger.info("warranty: %s", words["warranty"])
+    logger.info("warranty: %s", answers.words["warranty"])
+
+
+class Answers:
+    """The answers to one query, with cells drawn for every perturbation, see `counterfactual`."""
+
+    def __init__(
+        self, model: Model, chosen: Pairs, knowledge: TrainingKnowledge, checks: Checks, query: dict, seed: int
+    ) -> None:
+        self.model, self.chosen, self.knowledge, self.checks = model, chosen, knowledge, checks
+        self.query, self.seed = query, seed
+
+    def write(self, labels: list[str], cells: Path) -> None:
+        """Answer, and write {query}.h5ad; the tables are in `results`, verdict and warranty in `words`."""
+        query, knowledge = self.query, self.knowledge
+        chosen = _few_enough(self.chosen, len(labels), self.seed)
+        groups = _groups(chosen, query["groups"])
+        self.results = results = Results(chosen, groups, knowledge, self.checks, len(labels) > MANY)
+        self.words = self.checks.words_of({label: knowledge.of(label).is_elsewhere for label in labels})
+        logger.info("verdict on this model: %s", self.words["verdict"])
+        samples = query["samples_per_cell"]
+        facts = {
+            "cells": str(query["cells"]), "samples_per_cell": samples, "seed": self.seed, "level_of_intervals": LEVEL,
+        }  # fmt: skip
+        start, context = chosen.X[:].toarray(), chosen.context_of(np.arange(len(chosen.rows)))
+        question = Question(self.model, start, context, samples, self.seed)
+        logger.info("%d perturbations are asked in %d cells, %d outcomes each", len(labels), len(start), samples)
+        progress = Progress(f"blocks of {CELLS_PER_BLOCK} cells", len(labels) * -(-len(start) // CELLS_PER_BLOCK))
+        with atomic(cells) as partial, h5py.File(partial, "w") as file:
+            writer = Writer(file, len(labels) * len(start), chosen.genes, samples if query["keep_samples"] else None)
+            for i, label in enumerate(labels):
+                results.add(answered(question, label, knowledge.of(label), writer, i * len(start), progress))
+            writer.finish(pd.concat(results.obs), {"perturbflow": self.words | facts})
+
+
+def _with_asked_genes(
+    model: Model, training: Pairs, vectors: Embeddings, everyone: Embeddings, labels: list[str], seed: int
+) -> Embeddings:
+    """Return the vectors of perturbed genes and of those that are asked about, after the model took these in."""
+    joined = vectors.with_genes_of(everyone, [name for label in labels for name in entities_of(label)])
+    if n_further := len(joined.table) - len(vectors.table):
+        logger.info("%d genes are asked that the screen does not perturb", n_further)
+        model.add_genes(training, joined, seed)
+    return joined
+
+
+def ranked_by_means(
+    model: Model,
+    labels: list[str],
+    chosen: Pairs,
+    knowledge: TrainingKnowledge,
+    checks: Checks,
+    direction: Direction | None,
+    search: dict | None,
+    seed: int,
+) -> pd.DataFrame:
+    """Return the ranking of many perturbations by mean effects alone, a block of them at a time.
+
+    Columns of the ranking that need drawn cells are not there yet.
+    """
+    cells = _few_enough(chosen, len(labels), seed)
+    start, context = cells.X[:].toarray(), cells.context_of(np.arange(len(cells.rows)))
+    logger.info("%d perturbations are ranked by their mean effects in %d cells", len(labels), len(start))
+    rows, sought = [], []
+    blocks = [labels[first : first + LABELS_AT_ONCE] for first in range(0, len(labels), LABELS_AT_ONCE)]
+    for block in progressed(blocks, f"blocks of {LABELS_AT_ONCE} perturbations", len(blocks)):
+        means = model.mean_effects(start, block, seed, context).astype(np.float32)
+        variances = model.uncertainties(block, context)
+        for i, label in enumerate(block):
+            variance = None if variances is None else variances[i]
+            answer = Answer(label, knowledge.of(label), means[i][None], np.zeros((0, 0)), variance)
+            answer.trust = checks.trust(answer, knowledge, chosen.genes)
+            rows.append(mean_row(answer, chosen.genes, checks))
+        if direction:
+            sought.append(direction.scored(block, means, chosen.genes))
+    table = pd.DataFrame(rows)
+    if direction and search:
+        found = direction.ranked(table, pd.concat(sought, ignore_index=True), search["budget"])
+        logger.info("towards %s: %s", direction.words, ", ".join(found["perturbation"].head(5)))
+        return found
+    return table.sort_values("size", ascending=False, ignore_index=True)
+
+
+def completed(of_all: pd.DataFrame, drawn: pd.DataFrame) -> pd.DataFrame:
+    """Return the ranking of all perturbations, with the columns that only drawn cells give where there are some."""
+    further = [column for column in drawn if column not in of_all]
+    return of_all.merge(drawn[["perturbation", *further]], on="perturbation", how="left")
 
 
 def _few_enough(chosen: Pairs, n_perturbations: int, seed: int) -> Pairs:
@@ -437,20 +564,27 @@ def _groups(chosen: Pairs, column: str) -> pd.Series:
     return chosen.obs[column].astype(str)
 
 
-def _row(answer: Answer, table: pd.DataFrame, response: np.ndarray) -> dict[str, object]:
-    """Return one perturbation's row of the ranking."""
-    table = table[table["group"] == "all"]
-    others = table[~table["is_perturbed_gene"]]
-    leaves_out_zero = (others["low"] > 0) | (others["high"] < 0)
+def mean_row(answer: Answer, genes: list[str], checks: Checks) -> dict[str, object]:
+    """Return the part of a perturbation's row of the ranking that its mean effect tells."""
+    effect, half = answer.effects.mean(axis=0), checks.half_width(answer, answer.novelty.is_elsewhere)
+    others = ~np.isin(genes, entities_of(answer.label))
+    strongest = np.argsort(-np.abs(effect), kind="stable")[:5]
     return {
         "perturbation": answer.label,
-        "verdict": table["verdict"].iloc[0],
-        "size": float(np.linalg.norm(others["effect"])),
-        "n_genes_told": int(leaves_out_zero.sum()),
-        "not_responding": float((response < 0.5).mean()),
-        "spread_of_response": float(response.std()),
-        "strongest": ", ".join(f"{row.gene} {row.effect:+.2f}" for row in table.head(5).itertuples()),
+        "verdict": checks.words[answer.novelty.is_elsewhere].verdict,
+        **(answer.trust.row if answer.trust else {}),
+        "size": float(np.linalg.norm(effect[others])),
+        "n_genes_told": int((np.abs(effect) > half)[others].sum()),
+        "strongest": ", ".join(f"{genes[i]} {effect[i]:+.2f}" for i in strongest),
         "known": answer.novelty.words,
         "distance": answer.novelty.distance,
         "in_other_contexts": answer.novelty.is_elsewhere,
+    }
+
+
+def _row(answer: Answer, genes: list[str], checks: Checks, response: np.ndarray) -> dict[str, object]:
+    """Return one perturbation's row of the ranking."""
+    return mean_row(answer, genes, checks) | {
+        "not_responding": float((response < 0.5).mean()),
+        "spread_of_response": float(response.std()),
     }

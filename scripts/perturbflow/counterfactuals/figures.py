@@ -59,6 +59,7 @@ def draw(
         effects, sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str, "group": str}
     )
     ranked = pd.read_csv(ranking, sep="\t", keep_default_na=False, na_values=[""], dtype={"perturbation": str})
+    ranked = ranked[ranked["perturbation"].isin(answer.obs["perturbation"].unique())]  # those with cells
     shown = ranked["perturbation"].tolist()[:PANELS]
     of_all = table[table["group"] == "all"]
     with mpl.rc_context(STYLE):

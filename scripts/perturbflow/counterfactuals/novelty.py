@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 
 from perturbflow.counterfactuals.contexts import ContextName, MeasuredContexts, contexts_of
+from perturbflow.counterfactuals.trust import Neighbourhood
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import CONTROL, entities_of, entity_of, members_of
 from perturbflow.models.calibration import novelty_of
@@ -54,6 +55,7 @@ class TrainingKnowledge:
         self.own = own
         self.asked = set(contexts_of(chosen.obs))
         self.measured = MeasuredContexts(training)
+        self.neighbourhood = Neighbourhood(training, vectors)
 
     def of(self, label: str, asked: set[ContextName] | None = None) -> Novelty:
         """Return the novelty of a canonical label in some of the contexts of the question, or in all of them."""

@@ -1,5 +1,6 @@
 """Which perturbations move these cells towards that state? Ranked by predicted effects, beside the level of chance."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,7 @@ class Direction:
         Raises
         ------
         InputError
-            For a target without cells, or a signature without measured genes.
+            For a target without cells or with all start cells, or a signature without measured genes.
         """
         towards, rng = search["towards"], np.random.default_rng(seed)
         X = start.X[:].toarray()
@@ -49,8 +50,44 @@ class Direction:
         if not mask.any():
             raise InputError(f"search.towards.cells: {towards['cells']} selects no cell.")
         rows = np.flatnonzero(mask)
+        if np.isin(start.rows, pairs.rows[rows]).all():
+            raise InputError(
+                f"search.towards.cells: {towards['cells']} holds all cells that the question starts from, so there is "
+                "nothing to reach. Name other cells, such as those of a perturbation or of another cell type."
+            )
         wanted = pairs.mean_of(rows) - X.mean(axis=0)
         return cls(wanted, directions_of_nothing(X, len(rows), rng), f"{len(rows)} cells of {towards['cells']}")
+
+    def scored(self, labels: Sequence[str], effects: np.ndarray, genes: list[str]) -> pd.DataFrame:
+        """Return score and reach of perturbations by their effects, (perturbations, genes), and scores of nothing."""
+        is_target = np.stack([np.isin(genes, entities_of(label)) for label in labels])
+        kept = np.where(is_target, 0.0, 1.0)
+        of_nothing = scores(effects, self.noise, is_target)
+        return pd.DataFrame(
+            {
+                "score": scores(effects, self.wanted[None], is_target)[0],
+                "reach": (effects * kept) @ self.wanted / np.maximum(kept @ self.wanted**2, 1e-12),
+                "nothing": list(of_nothing.T),
+            }
+        )
+
+    def ranked(self, summary: pd.DataFrame, scored: pd.DataFrame, budget: int) -> pd.DataFrame:
+        """Return the candidates, best first.
+
+        New columns: score is the cosine of the predicted effect with the wanted change, perturbed genes left out. reach
+        is the share of the wanted change that it makes: the projection, 1 is all. chance is how often the best of all
+        candidates scores as high towards nothing; a small chance is a finding. search_rank and within_budget follow.
+
+        Parameters
+        ----------
+        scored
+            The result of `scored` for all candidates, in the order of the summary.
+        """
+        best = np.sort(np.stack(scored["nothing"].tolist()).max(axis=0))
+        n_as_high = len(best) - np.searchsorted(best, scored["score"].to_numpy(), side="left")
+        found = summary.assign(score=scored["score"], reach=scored["reach"], chance=(1 + n_as_high) / (1 + len(best)))
+        found = found.sort_values("score", ascending=False, ignore_index=True)
+        return found.assign(search_rank=np.arange(1, len(found) + 1), within_budget=np.arange(len(found)) < budget)
 
     @classmethod
     def _of_signature(cls, signature: dict[str, float], genes: list[str], rng: np.random.Generator) -> "Direction":
@@ -97,23 +134,8 @@ def scores(effects: np.ndarray, wanted: np.ndarray, is_target: np.ndarray) -> np
 def ranked(
     summary: pd.DataFrame, means: dict[str, np.ndarray], genes: list[str], direction: Direction, budget: int
 ) -> pd.DataFrame:
-    """Return the candidates, best first.
-
-    New columns: score is the cosine of the predicted effect with the wanted change, perturbed genes left out. reach is
-    the share of the wanted change that it makes: the projection, 1 is all. chance is how often the best of all
-    candidates scores as high towards nothing; a small chance is a finding. search_rank and within_budget follow.
-    """
+    """Return the candidates, best first, as `Direction.ranked` does, from their mean effects."""
     labels = summary["perturbation"].tolist()
-    effects = np.stack([means[label] for label in labels])
-    is_target = np.stack([np.isin(genes, entities_of(label)) for label in labels])
-    score = scores(effects, direction.wanted[None], is_target)[0]
-    best_of_nothing = scores(effects, direction.noise, is_target).max(axis=1)
-    kept = np.where(is_target, 0.0, 1.0)
-    reach = (effects * kept) @ direction.wanted / np.maximum(kept @ direction.wanted**2, 1e-12)
-    found = summary.assign(
-        score=score,
-        reach=reach,
-        chance=[(1 + (best_of_nothing >= value).sum()) / (1 + len(best_of_nothing)) for value in score],
+    return direction.ranked(
+        summary, direction.scored(labels, np.stack([means[label] for label in labels]), genes), budget
     )
-    found = found.sort_values("score", ascending=False, ignore_index=True)
-    return found.assign(search_rank=np.arange(1, len(found) + 1), within_budget=np.arange(len(found)) < budget)

@@ -194,7 +194,12 @@ def warranty(
         },
     }
     with atomic(calibration) as partial:
-        arrays: dict[str, Any] = {**found.arrays(), "variance": scale.variance, "spread": scale.spread}
+        arrays: dict[str, Any] = {
+            **found.arrays(),
+            "variance": scale.variance,
+            "spread": scale.spread,
+            "mean": scale.mean,
+        }
         np.savez_compressed(partial, **arrays)
     write_json(warranty, content)
     logger.info("%s", sentence(content))

@@ -125,6 +125,27 @@ class Model(ABC):
         """Return the expected effect on each of these cells, (cells, genes): the mean over its samples."""
         return self.predict(cells, [perturbation], len(cells), seed, context)[0] - cells
 
+    def mean_effects(
+        self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Return the mean of `individual_effects` over the cells, (perturbations, genes)."""
+        return np.stack([self.individual_effects(cells, label, seed, context).mean(axis=0) for label in perturbations])
+
+    def uncertainties(self, perturbations: Sequence[str], context: Context | None = None) -> np.ndarray | None:
+        """Return the model's own variances of mean effects, (perturbations, genes); None where it has none."""
+        found = [self.uncertainty(label, context) for label in perturbations]
+        known = [variance for variance in found if variance is not None]
+        return np.stack(known) if len(known) == len(found) else None
+
+    def add_genes(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> None:  # noqa: B027
+        """Take in the vectors of genes that the screen does not perturb. A model that reads no vectors needs none.
+
+        Parameters
+        ----------
+        pairs, embeddings
+            Those that the model was fitted on; the embeddings hold the further genes, too.
+        """
+
     def uncertainty(self, perturbation: str, context: Context | None = None) -> np.ndarray | None:
         """Return the model's own variance of the mean effect, (genes,); None where it has none."""
         return None

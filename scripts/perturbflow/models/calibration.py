@@ -12,12 +12,15 @@
    measurement has the same weight (the pooled distribution of groups: Dunn, Wasserman & Ramdas 2022,
    doi:10.1080/01621459.2022.2060112, section 3).
 
-3. Promise. For perturbations like those held out, it covers the measurement of a screen with as many cells. With few
+3. Promise. The expected correlation of a predicted effect μ with a measurement is about ‖μ‖ / √(‖μ‖² + Σ_g s_g²), where
+   s_pg is the scale above. Beside it stands the correlation that was found (`accuracy`).
+
+4. Coverage. For perturbations like those held out, it covers the measurement of a screen with as many cells. With few
    held out, the level holds only roughly.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +32,7 @@ from perturbflow.pairs import Pairs
 
 NOVELTIES = ("measured", "seen", "unseen gene", "unseen member")  # how new a perturbation is to training
 LEVELS = np.linspace(0.0, 1.0, 201)  # of a perturbation's scores, of which these quantiles are kept
+NEGLIGIBLE = 1e-3  # of an effect: rounding may leave this of a multiple of another
 LEAST_OF_NOVELTY = 4  # perturbations: with fewer of its own novelty, a question gets the scores of all
 
 
@@ -60,10 +64,13 @@ class Scale:
         v_g, of log1p expression over controls of a batch and cell type, (genes,).
     spread
         τ_g², of true effects over perturbations, (genes,).
+    mean
+        Mean effect of training, (genes,).
     """
 
     variance: np.ndarray
     spread: np.ndarray
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
     @classmethod
     def of(cls, training: Pairs, effects: Effects) -> "Scale":
@@ -75,7 +82,8 @@ class Scale:
         within = (squares_of_strata - of_strata**2 / np.maximum(n, 1)).sum(axis=0) / max(1, (n - 1)[n > 0].sum())
         variance = np.maximum(within, 1e-6)
         noise = variance * np.mean([measured_by(training, label) for label in effects.labels])
-        return cls(variance, np.maximum((effects.values.astype(float) ** 2).mean(axis=0) - noise, 0.0))
+        values = effects.values.astype(float)
+        return cls(variance, np.maximum((values**2).mean(axis=0) - noise, 0.0), values.mean(axis=0))
 
     def at(self, sampling: float, uncertainty: np.ndarray | None = None) -> np.ndarray:
         """Return s, (genes,).
@@ -88,6 +96,32 @@ class Scale:
             The model's own variance, (genes,), which replaces τ²; None keeps τ².
         """
         return np.sqrt(self.variance * sampling + (self.spread if uncertainty is None else uncertainty))
+
+
+def promised(effect: np.ndarray, unit: np.ndarray) -> float:
+    """Return the expected correlation of a predicted effect with a measurement.
+
+    Parameters
+    ----------
+    effect
+        (genes,).
+    unit
+        s of `Scale.at`, (genes,).
+    """
+    size = float(((effect - effect.mean()) ** 2).sum())
+    return float(np.sqrt(size / max(size + float((unit**2).sum()), 1e-24)))
+
+
+def _agreement(a: np.ndarray, b: np.ndarray, without: Sequence[np.ndarray]) -> float:
+    """Return the cosine of two effects of what some vectors leave of them, (genes,) each; 0 where that is nothing.
+
+    Without a constant it is Pearson's correlation, and without another effect too the partial one.
+    """
+    basis, _ = np.linalg.qr(np.stack([vector for vector in without if np.abs(vector).max() > 0], axis=1))
+    rests = [effect - basis @ (basis.T @ effect) for effect in (a.astype(float), b.astype(float))]
+    sizes = [float(np.linalg.norm(rest)) for rest in rests]
+    is_flat = any(size <= NEGLIGIBLE * np.linalg.norm(of) for size, of in zip(sizes, (a, b), strict=True))
+    return 0.0 if is_flat else float(rests[0] @ rests[1]) / (sizes[0] * sizes[1])
 
 
 def measured_by(pairs: Pairs, label: str, rows: np.ndarray | None = None, share: float = 1.0) -> float:
@@ -120,12 +154,20 @@ class Calibration:
         Quantiles at LEVELS of the scores of its genes without the perturbed ones, (perturbations, levels).
     sampling
         1/n + 1/n₀ of its measurement, (perturbations,).
+    accuracy
+        Promised correlation, and the correlations that were found: of whole effects, and of effects without the mean
+        effect of training; NaN where they are not known, (perturbations, 3).
     """
 
     labels: list[str]
     novelties: list[str]
     scores: np.ndarray
     sampling: np.ndarray
+    accuracy: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
+
+    def __post_init__(self) -> None:
+        if len(self.accuracy) != len(self.labels):
+            object.__setattr__(self, "accuracy", np.full((len(self.labels), 3), np.nan))
 
     @classmethod
     def none(cls) -> "Calibration":
@@ -145,12 +187,19 @@ class Calibration:
         uncertainty: Sequence[np.ndarray | None] | None = None,
     ) -> "Calibration":
         """Score predictions of held-out perturbations, (perturbations, genes), in units of `Scale.at`."""
-        scores = np.empty((len(labels), len(LEVELS)))
+        scores, accuracy = np.empty((len(labels), len(LEVELS))), np.empty((len(labels), 3))
         uncertainty = uncertainty or [None] * len(labels)
         for i, (label, variance) in enumerate(zip(labels, uncertainty, strict=True)):
-            scored = np.abs(measured[i] - predicted[i]) / scale.at(sampling[i], variance)
-            scores[i] = np.quantile(scored[~np.isin(genes, entities_of(label))], LEVELS)
-        return cls(list(labels), list(novelties), scores, np.array(sampling, dtype=float))
+            kept, unit = ~np.isin(genes, entities_of(label)), scale.at(sampling[i], variance)
+            scores[i] = np.quantile((np.abs(measured[i] - predicted[i]) / unit)[kept], LEVELS)
+            mean = np.broadcast_to(scale.mean, unit.shape)[kept]
+            effects = predicted[i][kept], measured[i][kept]
+            accuracy[i] = (
+                promised(effects[0], unit[kept]),
+                _agreement(*effects, [np.ones(len(mean))]),
+                _agreement(*effects, [np.ones(len(mean)), mean]),
+            )
+        return cls(list(labels), list(novelties), scores, np.array(sampling, dtype=float), accuracy)
 
     def __add__(self, other: "Calibration") -> "Calibration":
         return Calibration(
@@ -158,6 +207,7 @@ class Calibration:
             [*self.novelties, *other.novelties],
             np.concatenate([self.scores, other.scores]),
             np.concatenate([self.sampling, other.sampling]),
+            np.concatenate([self.accuracy, other.accuracy]),
         )
 
     @cached_property
@@ -170,7 +220,8 @@ class Calibration:
         if novelty not in self._found:
             rows = [i for i, of in enumerate(self.novelties) if of == novelty]
             labels = [self.labels[i] for i in rows]
-            own = Calibration(labels, [novelty] * len(rows), self.scores[rows], self.sampling[rows])
+            of_rows = self.scores[rows], self.sampling[rows], self.accuracy[rows]
+            own = Calibration(labels, [novelty] * len(rows), *of_rows)
             self._found[novelty] = own if len(rows) >= LEAST_OF_NOVELTY else self
         return self._found[novelty]
 
@@ -194,10 +245,11 @@ class Calibration:
             "cases": np.array(self.novelties, dtype=str),
             "scores": self.scores.astype(np.float32),
             "sampling": self.sampling,
+            "accuracy": self.accuracy,
         }
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Calibration":
         """Undo `arrays`."""
         labels, novelties = arrays["labels"].tolist(), arrays["cases"].tolist()
-        return cls(labels, novelties, arrays["scores"].astype(float), arrays["sampling"])
+        return cls(labels, novelties, arrays["scores"].astype(float), arrays["sampling"], arrays["accuracy"])

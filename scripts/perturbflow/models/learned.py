@@ -197,6 +197,21 @@ class LearnedModel(Model):
             self.mean = SetGP()
             self.mean.restore(_as_arrays(artefact["mean"]))
 
+    def add_genes(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> None:
+        """Take in the vectors of further genes: they borrow the shifts of genes that training perturbed."""
+        table = embeddings.standardized(self.seen)
+        self.conditions.add_genes(list(table.index), table.to_numpy())
+        if self.has_closed_mean:
+            self.mean.add_genes(pairs, embeddings, seed)
+
+    def mean_effects(
+        self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Return mean effects over cells, (perturbations, genes)."""
+        if self.has_closed_mean and not self.mean.out_of_fold:
+            return self.mean.mean_effects(cells, perturbations, seed, context)
+        return super().mean_effects(cells, perturbations, seed, context)
+
     def refusal(self, perturbation: str) -> str | None:
         """Return why a perturbation has no answer: a gene has no vector. A new dose of a known drug gets one."""
         if self.conditions.add_doses(perturbation):
@@ -379,16 +394,17 @@ class LearnedModel(Model):
 
         Those to the last perturbation are kept: cells are asked block by block.
         """
-        last = getattr(self, "_last", None)
-        if last is None or last[:2] != (perturbation, id(self.population)):
+        asked: tuple[str, np.ndarray | None] = getattr(self, "_asked", ("", None))
+        if asked[0] != perturbation or asked[1] is not self.population:
             self._refuse_unknown(perturbation)
-            self._last = last = (perturbation, id(self.population), {})
+            self._asked = (perturbation, self.population)
+            self._responses: dict[str, Response] = {}
         name = _name_of(context) if self.conditions.contexts else ""
-        if name not in last[2]:
+        if name not in self._responses:
             rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
             told = self.contexts_of(context, len(self.population))
-            last[2][name] = Response(self, perturbation, self.population, rng, generator, told)
-        return last[2][name]
+            self._responses[name] = Response(self, perturbation, self.population, rng, generator, told)
+        return self._responses[name]
 
 
 class Response:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
+from perturbflow.quality.power import sentence
 from perturbflow.quality.response import ALPHA, LEAST_CELLS, N_PERMUTATIONS
 from perturbflow.quality.sample import CELLS_PER_PERTURBATION
 
@@ -169,7 +170,7 @@ def _on_scorable(table: pd.DataFrame) -> Finding:
     return "scorable", lost.empty and n_test >= MIN_PERTURBATIONS, text
 
 
-def findings(table: pd.DataFrame, batches: pd.DataFrame, efficacy: dict) -> list[dict]:
+def findings(table: pd.DataFrame, batches: pd.DataFrame, efficacy: dict, power: dict) -> list[dict]:
     """Return sentences on a screen, each with its topic and whether it needs a look: {about, is_fine, text}."""
     found = [_on_cells(table), _on_controls(table, batches)]
     if efficacy["direction"]:
@@ -177,17 +178,25 @@ def findings(table: pd.DataFrame, batches: pd.DataFrame, efficacy: dict) -> list
     found.append(_on_response(table))
     if len(escaping := table["escaping"].dropna()):
         found.append(_on_escaping(escaping))
-    found.append(_on_scorable(table))
+    found += [_on_scorable(table), _on_power(power, len(table))]
     return [{"about": about, "is_fine": bool(is_fine), "text": text} for about, is_fine, text in found]
 
 
-def summary(name: str, obs: pd.DataFrame, table: pd.DataFrame, batches: pd.DataFrame, account: dict) -> dict:
+def _on_power(power: dict, n: int) -> Finding:
+    return "power", power["n_reliable"] >= 0.5 * n, sentence(power, n)
+
+
+def summary(
+    name: str, obs: pd.DataFrame, table: pd.DataFrame, batches: pd.DataFrame, account: dict, power: dict
+) -> dict:
     """Return quality.json.
 
     Parameters
     ----------
     account
         Content of harmonization.json.
+    power
+        The result of `Power.account`.
     """
     tested = table["responds"].dropna()
     n_members = obs["n_perturbations"].value_counts().sort_index()
@@ -207,5 +216,6 @@ def summary(name: str, obs: pd.DataFrame, table: pd.DataFrame, batches: pd.DataF
         },
         "not_scorable": {str(label): str(why) for label, why in table["not_scorable"].items() if why},
         "warnings": account["warnings"],
-        "findings": findings(table, batches, account["efficacy"]),
+        "power": power,
+        "findings": findings(table, batches, account["efficacy"], power),
     }

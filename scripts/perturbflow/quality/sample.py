@@ -46,9 +46,12 @@ class Sample:
     components
         Principal components of log1p-normalized expression over the most variable genes, float32, (sampled cells, 50 or
         fewer).
+    genes
+        Columns of these genes.
     """
 
     def __init__(self, harmonized: Path) -> None:
+        self._path = harmonized
         with h5py.File(harmonized) as file:
             self.obs = ad.io.read_elem(file["obs"])
             self._X = CsrRows(file["X"], harmonized)
@@ -87,6 +90,31 @@ class Sample:
             here = slice(first, first + ROWS_AT_ONCE)
             yield here, self._expression(self.rows[here])
 
+    def moments(self, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return sums of expression and of its squares over groups of the sample's cells, (groups, genes) each.
+
+        Parameters
+        ----------
+        group
+            Of every sampled cell.
+        """
+        sums, squares = np.zeros((2, n_groups, len(self.genes)))
+        first = 0
+        for block in self.expression():
+            X, n = block[:, self.genes], block.shape[0]
+            of_group = sparse.csr_matrix((np.ones(n), (group[first : first + n], np.arange(n))), shape=(n_groups, n))
+            sums += (of_group @ X).toarray()
+            squares += (of_group @ X.power(2)).toarray()
+            first += n
+        return sums, squares
+
+    def expression(self) -> Iterator[sparse.csr_matrix]:
+        """Yield log1p of normalized counts of the sampled cells in their order, a block at a time."""
+        with h5py.File(self._path) as file:
+            self._X = CsrRows(file["X"], self._path)
+            for _, block in self._blocks():
+                yield block
+
     def _components(self) -> np.ndarray:
         """Return the principal components, fitted on some thousand cells of the sample.
 
@@ -103,6 +131,7 @@ class Sample:
             cells = ad.AnnData(X)
             sc.pp.highly_variable_genes(cells, n_top_genes=N_GENES, flavor="seurat")
             genes = np.flatnonzero(cells.var["highly_variable"])
+        self.genes = genes
         n_components = min(N_COMPONENTS, len(genes) - 1, len(fitted) - 1)
         if n_components < 1:
             return np.zeros((n, 1), np.float32)

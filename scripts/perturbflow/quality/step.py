@@ -5,6 +5,7 @@ from pathlib import Path
 
 from perturbflow.io.files import atomic, read_json, write_json
 from perturbflow.quality.facts import batch_table, perturbation_facts, summary
+from perturbflow.quality.power import Power
 from perturbflow.quality.response import responses
 from perturbflow.quality.sample import Sample
 from perturbflow.report.plotting import Plots
@@ -38,10 +39,12 @@ def quality(harmonized: Path, harmonization: Path, table: Path, account: Path, p
     known = read_json(harmonization)
     sample = Sample(harmonized)
     batches = batch_table(sample.obs)
+    power = Power.of(sample)
     found = perturbation_facts(sample.obs, batches, known["efficacy"], responses(sample))
+    found = found.join(power.table(found["n_cells"]))
     with atomic(table) as partial:
         found.to_csv(partial, sep="\t", float_format="%.6g")
-    content = summary(known["dataset"], sample.obs, found, batches, known)
+    content = summary(known["dataset"], sample.obs, found, batches, known, power.account(found))
     write_json(account, content)
     for finding in content["findings"]:
         logger.info("%s: %s", finding["about"], finding["text"])

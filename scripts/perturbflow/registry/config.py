@@ -379,6 +379,35 @@ def _check_query(name: str, config: dict, folds: dict[str, list[str]], files: Pl
         raise InputError(
             f"{file}counterfactuals.{name}.model: '{query['model']}' (family {family}) answers no what-if questions."
         )
+    if query["design"] and family != "gaussian_process":
+        raise InputError(
+            f"{holding_file(files, ['counterfactuals', name, 'model'])}counterfactuals.{name}.design needs a model of "
+            f"family gaussian_process, such as set_gp; '{query['model']}' is of family {family}."
+        )
+    if query["design"] and query["design"]["aim"] == "target" and not query["search"]:
+        raise InputError(
+            f"{holding_file(files, ['counterfactuals', name, 'design'])}counterfactuals.{name}.design: the aim target "
+            "needs a state to reach: search: {towards: ...}."
+        )
+    asked = query["perturbations"]
+    term = asked.get("genes_of") if isinstance(asked, dict) else None
+    known = [prior for prior, block in config["priors"].items() if block["kind"] == "go"]
+    if term and (prior := term.split(":")[0]) not in known:
+        raise InputError(
+            f"{holding_file(files, ['counterfactuals', name, 'perturbations'])}counterfactuals.{name}.perturbations: "
+            f"genes_of {term}: '{prior}' is no prior of kind go; known: {', '.join(known)}."
+        )
+
+
+def _check_query_file(name: str, asked: list | str | dict, files: Places) -> None:
+    """Check that the list of perturbations of a question exists, if it names one."""
+    path = asked.get("file") if isinstance(asked, dict) else None
+    if path is not None and not Path(path).is_file():
+        file = holding_file(files, ["counterfactuals", name, "perturbations"])
+        raise InputError(
+            f"{file}counterfactuals.{name}.perturbations.file: there is no file '{path}' (looked for "
+            f"{Path(path).absolute()}). It is a text with a label per line."
+        )
 
 
 def complete(config: dict, files: Places = (), files_are_there: bool = True) -> dict:
@@ -428,6 +457,8 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
     datasets = list(dict.fromkeys([*select["datasets"], *[query["dataset"] for query in queries]]))
     _check_embeddings(config, datasets, files)
     if files_are_there:
+        for name in select["counterfactuals"]:
+            _check_query_file(name, config["counterfactuals"][name]["perturbations"], files)
         splits = [*select["splits"], *[query["split"] for query in queries]]
         models = [*select["models"], *[query["model"] for query in queries]]
         _check_own_files(config, datasets, dict.fromkeys(splits), dict.fromkeys(models), files)

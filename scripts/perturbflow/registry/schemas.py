@@ -72,10 +72,16 @@ def _retrieve(uri: str) -> Resource:
 
 
 def with_defaults(schema: dict, value: Any) -> Any:
-    """Return the value completed with the schema's defaults; a $ref fills nothing."""
+    """Return the value completed with the schema's defaults; a $ref fills nothing.
+
+    Of the branches of a oneOf, the first mapping counts whose required keys are there.
+    """
     if not isinstance(value, dict):
         return value
+    branches = [branch for branch in schema.get("oneOf", ()) if branch.get("type") == "object"]
     filled = dict(value)
+    if fitting := [branch for branch in branches if {*branch.get("required", ())} <= {*value}]:
+        filled = with_defaults(fitting[0], filled)
     for key, subschema in schema.get("properties", {}).items():
         if key not in filled and "default" in subschema:
             filled[key] = subschema["default"]

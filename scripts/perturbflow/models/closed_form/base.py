@@ -184,6 +184,12 @@ class MeanEffects(Model):
         effects = np.stack([effect(perturbation) for perturbation in perturbations])
         return np.repeat((cells + effects)[:, :, None], samples, axis=2).astype(np.float32)
 
+    def mean_effects(
+        self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Return mean effects over a context, (perturbations, genes)."""
+        return np.stack([self.effect_in(label, context) for label in perturbations])
+
     def individual_effects(
         self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None
     ) -> np.ndarray:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
 
+from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import entity_of
-from perturbflow.models.base import Artefact
+from perturbflow.models.base import Artefact, Run
 from perturbflow.models.closed_form.base import TrainingSet, least_error
 from perturbflow.models.closed_form.baselines import Additive
 from perturbflow.models.closed_form.doses import Doses
 from perturbflow.models.gaussian_process.own_gene import OwnGene
+from perturbflow.pairs import Pairs
 
 RIDGES = (0.03, 0.3, 1.0, 3.0, 30.0)
 NEIGHBOURS = (1, 3, 5, 10)
@@ -28,8 +30,12 @@ class GeneTable(Additive):
     def predicted(self, training: TrainingSet, known: dict[str, np.ndarray], genes: Sequence[str]) -> np.ndarray:
         """Return effects of genes that training does not hold alone, (len(genes), measured genes)."""
 
+    def add_genes(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> None:
+        """Learn again, which takes seconds, and predict the further genes too."""
+        self.fit(pairs, embeddings, Run(seed=seed))
+
     def learn(self, training: TrainingSet) -> Artefact:
-        """Keep measured effects, and predict those of the other perturbed genes."""
+        """Keep measured effects, and predict those of all other genes with a row of vectors."""
         known = training.effects.by_gene()
         doses = Doses(known)
         unknown = [gene for gene in training.embeddings.table.index if not doses.holds(gene)]

@@ -346,7 +346,7 @@ class SetKernel:
             "contexts": np.array(rows.contexts, dtype=str),
             "population": rows.population,
             "is_by_kind": np.array(rows.is_by_kind),
-            **_vectors(rows.labels, training.embeddings),
+            **vectors_of(rows.labels, training.embeddings),
         }
         if len(rows.contexts) > 1:
             between = cdist(rows.levels, rows.levels, "sqeuclidean")
@@ -511,8 +511,11 @@ def _strengths(of_single: list[np.ndarray], values: np.ndarray, noise: np.ndarra
     return np.sqrt(size / size.mean()), features
 
 
-def _vectors(labels: Sequence[str], embeddings: Embeddings) -> Artefact:
-    """Return the entities that have vectors, and per usable source the vectors and their typical distance and size."""
+def vectors_of(labels: Sequence[str], embeddings: Embeddings) -> Artefact:
+    """Return the entities that have vectors, and per usable source the vectors and their typical distance and size.
+
+    Genes outside of the labels change nothing for those within: scales and sources are those of the labels.
+    """
     members = sorted({member for label in labels for member in members_of(label)})
     raw = embeddings.table
     table = embeddings.standardized(members) if len(raw.columns) else raw

@@ -74,7 +74,7 @@ from perturbflow.genes.symbols import entities_of, members_of
 from perturbflow.models.base import Artefact, Run
 from perturbflow.models.closed_form.base import ClosedForm, TrainingSet
 from perturbflow.models.effects import Effects
-from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel
+from perturbflow.models.gaussian_process.kernel import EffectRows, Questions, SetKernel, vectors_of
 from perturbflow.models.gaussian_process.likelihood import Directions, Problem
 from perturbflow.models.gaussian_process.own_gene import OwnLevels
 from perturbflow.pairs import Pairs
@@ -147,7 +147,7 @@ class SetGP(ClosedForm):
             "mean_n_members": mean_n_members, "genes": np.array(training.genes, dtype=str),
             "alpha": data.T @ (solved.p * signal), "beta": solved.beta, "B": solved.B, "signal": signal,
             "T": data.T.astype(np.float32), "inverse": solved.inverse.astype(np.float32),
-            "scaled": solved.scaled.astype(np.float32),
+            "scaled": solved.scaled.astype(np.float32), "noise": np.exp(of.noise),
         }  # fmt: skip
 
     def _stored_means(self) -> Artefact:
@@ -177,6 +177,10 @@ class SetGP(ClosedForm):
             for name in artefact["others"].tolist()
         }
 
+    def add_genes(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> None:
+        """Take in vectors of genes that the screen does not perturb; nothing is learned again."""
+        self.kernel = SetKernel({**self.kernel.state, **vectors_of(self.asked.labels, embeddings)})
+
     @property
     def looks_at_contexts(self) -> bool:
         """Whether answers differ between batches and cell types."""
@@ -196,69 +200,99 @@ class SetGP(ClosedForm):
         other_means
             Effects by the models of `other_means`, by name, (genes,) each.
         """
-        effect = self._on_others(perturbation, context, other_means).copy()
-        for gene in entities_of(perturbation):
-            if gene in self.column:
-                effect[self.column[gene]] = self.own.at(gene, self.column[gene], context)[0]
-                for other in self._neighbours_of(gene):
-                    effect[self.column[other]] += self.own.share * effect[self.column[gene]]
+        effect = self._on_others([perturbation], context, other_means)[0].copy()
+        self._put_own(effect, perturbation, context)
         return effect
+
+    def mean_effects(
+        self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Return mean effects over a context, (perturbations, genes), all at once."""
+        effects = self._on_others(perturbations, context, None).copy()
+        for effect, label in zip(effects, perturbations, strict=True):
+            self._put_own(effect, label, context)
+        return effects
 
     def uncertainty(
         self, perturbation: str, context: Context | None = None, other_means: Mapping[str, np.ndarray] | None = None
     ) -> np.ndarray:
         """Return the posterior variance of the effect, (genes,)."""
-        K, questions = self._across(perturbation, context)
-        itself = self.weights.covariance(self.kernel.terms(questions, questions))[0]
+        return self.uncertainties([perturbation], context, other_means)[0]
+
+    def uncertainties(
+        self,
+        perturbations: Sequence[str],
+        context: Context | None = None,
+        other_means: Mapping[str, np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Return the posterior variances of effects, (perturbations, genes)."""
+        K, questions = self.across(perturbations, context)
+        itself = self.weights.covariance(self.kernel.terms(questions, questions))[0].diagonal()
         signal, T = self.artefact["signal"], self.artefact["T"]
-        R = (K.astype(T.dtype) @ T).astype(float)  # (1, rows); T in double precision would be large and slow
-        of_g = itself[0, 0] * signal - (R**2 @ self.artefact["inverse"])[0] * signal**2
-        M, _ = self._in_common(perturbation, other_means)
-        columns = M[0] - np.einsum("i,iko,k->ko", R[0], self.artefact["scaled"], signal)
-        variance = np.maximum(of_g, 0.0) + np.einsum("ko,kop,kp->k", columns, self.artefact["B"], columns)
-        found = self.artefact["V"] ** 2 @ variance
-        for gene in entities_of(perturbation):
-            if gene in self.column:
-                found[self.column[gene]] = self.own.at(gene, self.column[gene], context)[1]
+        R = (K.astype(T.dtype) @ T).astype(float)  # (questions, rows); T in double precision would be large and slow
+        of_g = np.outer(itself, signal) - (R**2 @ self.artefact["inverse"]) * signal**2
+        M, _ = self.in_common(perturbations, other_means)
+        columns = M - np.einsum("qi,iko,k->qko", R, self.artefact["scaled"], signal, optimize=True)
+        variance = np.maximum(of_g, 0.0) + np.einsum("qko,kop,qkp->qk", columns, self.artefact["B"], columns)
+        found = variance @ (self.artefact["V"] ** 2).T
+        for of_label, label in zip(found, perturbations, strict=True):
+            for gene in entities_of(label):
+                if gene in self.column:
+                    of_label[self.column[gene]] = self.own.at(gene, self.column[gene], context)[1]
         return found
 
     def _on_others(
-        self, perturbation: str, context: Context | None, other_means: Mapping[str, np.ndarray] | None
+        self, labels: Sequence[str], context: Context | None, other_means: Mapping[str, np.ndarray] | None
     ) -> np.ndarray:
-        """Return the posterior mean as if no gene were perturbed itself, (genes,).
+        """Return posterior means as if no gene were perturbed itself, (labels, genes).
 
-        The last one is kept: a perturbation is asked in dozens of batches, which change nothing but its own gene.
+        Those of the last single question are kept: it is asked in dozens of batches, which change nothing but its own
+        gene.
         """
-        is_same = not self.looks_at_contexts and other_means is None
-        if not is_same or self._last[0] != perturbation:
-            K, _ = self._across(perturbation, context)
-            _, in_common = self._in_common(perturbation, other_means)
-            effect = (K @ self.artefact["alpha"] + in_common)[0] @ self.artefact["V"].T
-            self._last = (perturbation if is_same else "", effect)
-        return self._last[1]
+        is_same = len(labels) == 1 and not self.looks_at_contexts and other_means is None
+        if is_same and self._last[0] == labels[0]:
+            return self._last[1]
+        K, _ = self.across(labels, context)
+        _, in_common = self.in_common(labels, other_means)
+        effects = (K @ self.artefact["alpha"] + in_common) @ self.artefact["V"].T
+        if is_same:
+            self._last = (labels[0], effects)
+        return effects
+
+    def _put_own(self, effect: np.ndarray, perturbation: str, context: Context | None) -> None:
+        """Put the effects on the perturbed genes themselves, and on their neighbours on the genome, in their place."""
+        for gene in entities_of(perturbation):
+            if gene in self.column:
+                effect[self.column[gene]] = self.own.at(gene, self.column[gene], context)[0]
+                for other in self._neighbours_of(gene):
+                    effect[self.column[other]] += self.own.share * effect[self.column[gene]]
 
     def _neighbours_of(self, gene: str) -> list[str]:
         if gene not in self._neighbours:
             self._neighbours[gene] = self.own.neighbours_of(gene, self.artefact["genes"].tolist())
         return self._neighbours[gene]
 
-    def _across(self, perturbation: str, context: Context | None) -> tuple[np.ndarray, Questions]:
-        """Return K between a question and the rows, (1, rows), and the question."""
-        questions = self.kernel.questions([perturbation], context)
+    def across(self, labels: Sequence[str], context: Context | None) -> tuple[np.ndarray, Questions]:
+        """Return K between questions and the rows, (questions, rows), and the questions."""
+        questions = self.kernel.questions(labels, context)
         return self.weights.covariance(self.kernel.terms(questions, self.asked))[0], questions
 
-    def _in_common(
-        self, perturbation: str, other_means: Mapping[str, np.ndarray] | None
+    def in_common(
+        self, labels: Sequence[str], other_means: Mapping[str, np.ndarray] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the columns of M of a question, (1, directions, columns), and M β̂, (1, directions)."""
+        """Return the columns of M of questions, (questions, directions, columns), and M β̂, (questions, directions).
+
+        Means of other models are of one question.
+        """
         known = self.out_of_fold
         if other_means is not None:
             # A measured perturbation keeps its out-of-fold prediction: its rows were conditioned on that.
-            known = {name: {perturbation: other_means[name]} | of for name, of in known.items()}
-        others = [_in_directions(of, [perturbation], self.artefact["V"]) for of in known.values()]
-        root_h, _ = self.kernel.strength_of([perturbation])
-        M = _columns(np.array([len(members_of(perturbation))]), root_h, self.artefact["mean_n_members"], others)
-        M = np.broadcast_to(M, (1, len(self.artefact["beta"]), M.shape[2]))
+            known = {name: {labels[0]: other_means[name]} | of for name, of in known.items()}
+        others = [_in_directions(of, labels, self.artefact["V"]) for of in known.values()]
+        root_h, _ = self.kernel.strength_of(labels)
+        n_members = np.array([len(members_of(label)) for label in labels])
+        M = _columns(n_members, root_h, self.artefact["mean_n_members"], others)
+        M = np.broadcast_to(M, (len(labels), len(self.artefact["beta"]), M.shape[2]))
         return M, np.einsum("qko,ko->qk", M, self.artefact["beta"])
 
     def fit(self, pairs: Pairs, embeddings: Embeddings, run: Run) -> Artefact:

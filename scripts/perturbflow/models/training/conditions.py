@@ -59,6 +59,16 @@ class Conditions:
             self.log_dose = torch.cat([self.log_dose, torch.tensor([self._standardized(dose)])])
         return bool(new)
 
+    def add_genes(self, genes: Sequence[str], vectors: np.ndarray) -> None:
+        """Make an entry of every gene that has none, (genes, dimensions). A network was not trained on it."""
+        new = [i for i, gene in enumerate(genes) if gene not in self._index]
+        n, n_base = len(self.genes), int(self.base.max()) + 1
+        self.genes += [genes[i] for i in new]
+        self._index |= {gene: n + i for i, gene in enumerate(self.genes[n:])}
+        self.vectors = torch.cat([self.vectors, torch.as_tensor(vectors[new], dtype=torch.float32)])
+        self.base = torch.cat([self.base, torch.arange(n_base, n_base + len(new))])
+        self.log_dose = torch.cat([self.log_dose, torch.zeros(len(new))])
+
     def index(self, labels: Sequence[str], width: int = 2) -> Tensor:
         """Return entries of the members, (labels, members), padded with -1."""
         members = [members_of(label) for label in labels]

@@ -1,0 +1,95 @@
+"""Which experiment next: the table of choices, and questions that have no answer. Its maths: test_gaussian_process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import Prepared
+
+from perturbflow.counterfactuals.asking import design_by_hand
+from perturbflow.errors import InputError
+from perturbflow.pairs import Pairs
+from perturbflow.registry.config import complete
+from perturbflow.registry.families import FAMILIES
+from perturbflow.registry.shipped import above_shipped
+from perturbflow.train import train
+
+SET_GP, ADDITIVE = (FAMILIES[name].implementation for name in ("gaussian_process", "additive"))
+
+
+@pytest.fixture(scope="module")
+def run(prepared: dict[str, Prepared], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a set_gp that was trained without a half of the combinations."""
+    folder = tmp_path_factory.mktemp("design") / "results" / "mine" / "split"
+    shutil.copytree(prepared["unseen_combination"].folder, folder)
+    here, made = Prepared(folder), folder / "set_gp" / "seed_0"
+    made.mkdir(parents=True)
+    train(here.pairs, here.embeddings, here.audit, made / "model.npz", made / "run.json", SET_GP, {}, 0)
+    return made
+
+
+def unmeasured(run: Path) -> list[str]:
+    """Return the combinations that training did not see."""
+    return Pairs.open(run.parents[1] / "pairs.h5ad").roles("test").perturbations
+
+
+@pytest.mark.parametrize("aim", ["rest", "target", "interactions"])
+def test_a_design_lists_what_was_not_measured(aim: str, run: Path, tmp_path: Path) -> None:
+    new = unmeasured(run)
+    search = json.dumps({"towards": {"cells": {"perturbation": ["TF1"]}}})
+    design_by_hand(run, [*new, "TF1"], tmp_path / "design.tsv", len(new), aim, search=search)
+    table = pd.read_csv(tmp_path / "design.tsv", sep="\t")
+    assert sorted(table["perturbation"]) == sorted(new), "all of them in the end, and TF1 was measured"
+    assert table["rank"].tolist() == list(range(1, len(new) + 1))
+    assert (table["gain"] >= 0).all()
+    assert table["sd"].gt(0).all()
+    if aim == "rest":
+        assert table["left"].is_monotonic_decreasing
+        assert table["left"].between(0, 1).all()
+
+
+def test_designs_that_cannot_be_made_are_refused(run: Path, tmp_path: Path) -> None:
+    new = unmeasured(run)
+    with pytest.raises(InputError, match=f"budget: 50 are to be chosen, and only {len(new)} candidates"):
+        design_by_hand(run, new, tmp_path / "design.tsv")
+    with pytest.raises(InputError, match="only 0 combinations are not measured yet"):
+        design_by_hand(run, ["TF1"], tmp_path / "design.tsv", 1, "interactions")
+    with pytest.raises(InputError, match="needs a state to reach"):
+        design_by_hand(run, new, tmp_path / "design.tsv", 1, "target")
+    other = shutil.copytree(run, run.parent / "seed_1")
+    content = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**content, "implementation": ADDITIVE, "params": {}}))
+    with pytest.raises(InputError, match="Train the model set_gp"):
+        design_by_hand(other, new, tmp_path / "design.tsv", 1)
+    assert not (tmp_path / "design.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "additive"}, "design needs a model of family gaussian_process"),
+        ({"design": {"aim": "target"}}, "the aim target needs a state to reach"),
+        ({"perturbations": {"genes_of": "mine:0006986"}}, "'mine' is no prior of kind go; known: go"),
+        ({"perturbations": {"file": "nowhere.txt"}}, "there is no file 'nowhere.txt'"),
+    ],
+)
+def test_the_plan_refuses_what_cannot_be_asked(changes: dict, message: str) -> None:
+    block = {"dataset": "renge2023", "split": "unseen_perturbation", "model": "set_gp", "perturbations": "all_single"}
+    config = {
+        "select": {"counterfactuals": ["mine"]},
+        "counterfactuals": {"mine": {**block, "design": {"budget": 3}, **changes}},
+    }
+    with pytest.raises(InputError, match=message):
+        complete(above_shipped(config))
+
+
+def test_blocks_within_a_question_get_their_defaults() -> None:
+    """A search or design without a budget once ended in a KeyError, after the training."""
+    block = {"dataset": "renge2023", "split": "unseen_perturbation", "model": "set_gp", "perturbations": "all_single"}
+    further = {"search": {"towards": {"signature": {"NANOG": 1}}}, "design": {}}
+    config = complete(above_shipped({"counterfactuals": {"mine": {**block, **further}}}))
+    asked = config["counterfactuals"]["mine"]
+    assert asked["search"]["budget"] == 10
+    assert asked["design"] == {"aim": "rest", "budget": 50, "targets": None}
