@@ -485,7 +485,7 @@ def test_memory_and_time_are_those_of_the_rule_and_double_with_every_attempt(
 
 
 def test_memory_grows_with_the_input(finished: Finished) -> None:
-    assert 2000 < requested(finished, "benchmark")[0] < 2500  # twenty times tables of less than 25 MB
+    assert 1000 < requested(finished, "benchmark")[0] < 1500  # twenty times tables of less than 25 MB
 
 
 def test_jobs_of_a_closed_form_are_submitted_together_and_no_others(light: dict[str, str], tmp_path: Path) -> None:
