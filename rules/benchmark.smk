@@ -47,7 +47,7 @@ rule benchmark:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(20, least=2000),
+        mem_mb=memory_by_input(20, least=1000),
         runtime="1h",
     params:
         families=plan.families,

@@ -28,7 +28,7 @@ rule warranty:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(1, least=3000),
+        mem_mb=memory_by_input(1, least=2000),
         runtime="4h",
     params:
         implementation=implementation,
@@ -79,7 +79,7 @@ rule counterfactual:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(1, least=3000),
+        mem_mb=memory_by_input(1, least=2000),
         runtime="4h",
     params:
         implementation=implementation,
