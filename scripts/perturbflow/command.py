@@ -292,8 +292,8 @@ def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any)
     asked = asking.ask(run, list(perturbations), output, **options)
     from perturbflow.report.answer_page import answer_page
 
-    files = [Path(f"{output}{suffix}") for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
-    answer_page(*files, run / "calibration.npz", Path(f"{output}.html"), asked)
+    cells, effects, ranking, page = (Path(f"{output}{suffix}") for suffix in (".h5ad", ".tsv", ".ranking.tsv", ".html"))
+    answer_page(cells, effects, ranking, run / "calibration.npz", page, asked)
 
 
 @perturbflow.command()

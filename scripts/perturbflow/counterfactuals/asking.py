@@ -122,8 +122,8 @@ def design_by_hand(
         "search": _parsed("search", search),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    about = trained["implementation"], trained["params"], query, trained["seed"], trained["scored"]
-    design(*files, output, *about, **further)
+    about = trained["implementation"], trained["params"]
+    design(*files, output, *about, query, trained["seed"], trained["scored"], **further)
     logger.info("written: %s", output)
 
 

@@ -111,7 +111,8 @@ def for_rest(posterior: Posterior, candidates: np.ndarray, targets: np.ndarray, 
     """
     measured, open_ = Measured.of(posterior), candidates.copy()
     start = measured.variance[targets].sum()
-    places, gains, left = [], [], []
+    places: list[int] = []
+    gains, left = [], []
     for _ in range(budget):
         gain = np.where(open_, measured.gains(targets & ~np.isin(np.arange(len(open_)), places)), -np.inf)
         places.append(int(gain.argmax()))
@@ -139,7 +140,8 @@ def for_target(
     z = np.random.default_rng(seed).normal(size=(N_SAMPLES, len(values)))
     samples = (posterior.mean @ along)[places] + (z * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
     reached = np.full(N_SAMPLES, best)
-    chosen, gains = [], []
+    chosen: list[int] = []
+    gains = []
     for _ in range(budget):
         gain = np.maximum(samples - reached[:, None], 0.0).mean(axis=0)
         gain[chosen] = -1.0
