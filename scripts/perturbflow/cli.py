@@ -82,11 +82,10 @@ def _as_declared(value: Any, hint: Any) -> Any:
     """Return strings as paths where the signature says so; Snakemake hands over strings."""
     if value is None:
         return None
-    if Path in (hint, *typing.get_args(hint)):
-        if typing.get_origin(hint) is list:
-            return [Path(item) for item in ([value] if isinstance(value, str) else value)]
-        return Path(value)
-    return value
+    options = (hint, *typing.get_args(hint))  # of a union, its members
+    if any(typing.get_origin(option) is list and Path in typing.get_args(option) for option in options):
+        return [Path(item) for item in ([value] if isinstance(value, str) else value)]
+    return Path(value) if Path in options else value
 
 
 def _arguments_of_job(function: Callable, snakemake: Any) -> dict[str, Any]:

@@ -5,27 +5,31 @@ choose a batch, `set_gp` learns again, and the test is predicted: its rmse, and 
 mean effect of all. Strategies: random, largest (predicted effect), coverage (the candidate farthest, by gene vectors,
 from all that is measured), design (`counterfactuals.design.for_rest`, for the test).
 
-    PYTHONPATH=scripts python workflow_tests/benchmarks/design_backwards.py results/DATASET/SPLIT --seeds 5
+    python workflow_tests/benchmarks/design_backwards.py results/DATASET/SPLIT --seeds 5
 
 Needs pairs.h5ad and embeddings.parquet of a split; all its cells count as measured. Prints one table per aim: means
 over seeds, and of the paired differences to random the mean with a 90 % interval of the mean.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from perturbflow.counterfactuals.design import for_interactions, for_rest, for_target
-from perturbflow.embeddings import Embeddings
-from perturbflow.evaluation.similarity import correlation
-from perturbflow.genes.symbols import entities_of, members_of
-from perturbflow.models.closed_form.base import TrainingSet
-from perturbflow.models.gaussian_process.posterior import Posterior
-from perturbflow.models.gaussian_process.set_gp import SetGP
-from perturbflow.pairs import Pairs
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from perturbflow.counterfactuals.design import for_interactions, for_rest, for_target  # noqa: E402
+from perturbflow.embeddings import Embeddings  # noqa: E402
+from perturbflow.evaluation.similarity import correlation  # noqa: E402
+from perturbflow.genes.symbols import entities_of, members_of  # noqa: E402
+from perturbflow.models.closed_form.base import TrainingSet  # noqa: E402
+from perturbflow.models.gaussian_process.posterior import Posterior  # noqa: E402
+from perturbflow.models.gaussian_process.set_gp import SetGP  # noqa: E402
+from perturbflow.pairs import Pairs  # noqa: E402
 
 STRATEGIES = ("random", "largest", "coverage", "design")
 SHARES = (0.2, 0.35, 0.5, 0.7)  # of the pool that is measured

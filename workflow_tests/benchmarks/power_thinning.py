@@ -1,6 +1,6 @@
 """How many cells, checked by thinning: the reliability that a screen's variance predicts, beside the one that is found.
 
-    PYTHONPATH=scripts python workflow_tests/benchmarks/power_thinning.py results/DATASET/harmonized.h5ad ...
+    python workflow_tests/benchmarks/power_thinning.py results/DATASET/harmonized.h5ad ...
 
 Of every perturbation two disjoint sets of n cells are drawn five times, each against its own half of the controls.
 Found is the correlation of the two effects. Predicted is `quality.power.reliability` for n cells and half of the
@@ -9,6 +9,7 @@ Printed per n: perturbations, means over them with 90 % intervals by bootstrap, 
 """
 
 import argparse
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from perturbflow.evaluation.bootstrap import mean_with_interval
-from perturbflow.genes.symbols import CONTROL
-from perturbflow.quality.power import Power, reliability
-from perturbflow.quality.sample import Sample
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from perturbflow.evaluation.bootstrap import mean_with_interval  # noqa: E402
+from perturbflow.genes.symbols import CONTROL  # noqa: E402
+from perturbflow.quality.power import Power, reliability  # noqa: E402
+from perturbflow.quality.sample import Sample  # noqa: E402
 
 CELLS, PILOT, DRAWS = (5, 10, 20, 40, 80), 20, 5
 

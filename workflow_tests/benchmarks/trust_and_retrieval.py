@@ -1,6 +1,6 @@
 """Trust and retrieval of set_gp where inner folds hold out genes or combinations: promises kept, true ones found.
 
-    PYTHONPATH=scripts python workflow_tests/benchmarks/trust_and_retrieval.py results/DATASET/SPLIT ... --figure a.png
+    python workflow_tests/benchmarks/trust_and_retrieval.py results/DATASET/SPLIT ... --figure a.png
 
 Needs pairs.h5ad, embeddings.parquet and gene_vectors.parquet of a split; all its cells count as training.
 
@@ -14,6 +14,7 @@ Printed: how often the true one is among the best tenth by cosine, with a 90 % i
 
 import argparse
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,17 +23,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from perturbflow.colours import COLOURS
-from perturbflow.counterfactuals.search import scores
-from perturbflow.counterfactuals.trust import KINDS, Neighbourhood
-from perturbflow.embeddings import Embeddings
-from perturbflow.evaluation.bootstrap import mean_with_interval
-from perturbflow.genes.symbols import SEPARATOR, entities_of
-from perturbflow.models.calibration import Calibration, Scale, novelty_of
-from perturbflow.models.closed_form.base import TrainingSet
-from perturbflow.models.effects import Effects
-from perturbflow.models.gaussian_process.set_gp import SetGP
-from perturbflow.pairs import Pairs
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from perturbflow.colours import COLOURS  # noqa: E402
+from perturbflow.counterfactuals.search import scores  # noqa: E402
+from perturbflow.counterfactuals.trust import KINDS, Neighbourhood  # noqa: E402
+from perturbflow.embeddings import Embeddings  # noqa: E402
+from perturbflow.evaluation.bootstrap import mean_with_interval  # noqa: E402
+from perturbflow.genes.symbols import SEPARATOR, entities_of  # noqa: E402
+from perturbflow.models.calibration import Calibration, Scale, novelty_of  # noqa: E402
+from perturbflow.models.closed_form.base import TrainingSet  # noqa: E402
+from perturbflow.models.effects import Effects  # noqa: E402
+from perturbflow.models.gaussian_process.set_gp import SetGP  # noqa: E402
+from perturbflow.pairs import Pairs  # noqa: E402
 
 MOST_CANDIDATES = 3000
 NO_CELLS = np.zeros((0, 0))

@@ -131,8 +131,8 @@ def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str
     }
     assert plan_in(tmp_path, light, config).jobs == {
         "harmonize": 1, "quality": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2, "train_closed_form": 28,
-        "predict": 28, "evaluate": 28,
-        "warranty": 2, "counterfactual": 2, "draw": 2, "benchmark": 1, "report": 1, "all": 1,
+        "predict": 28, "evaluate": 28, "gene_vectors": 1,
+        "warranty": 2, "counterfactual": 2, "answer_page": 2, "draw": 2, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
 

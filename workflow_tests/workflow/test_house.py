@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from closures import source_files
@@ -180,3 +181,15 @@ def test_every_benchmark_starts(script: Path) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+def test_a_job_hands_over_paths_also_where_they_may_be_left_out() -> None:
+    """Snakemake has a string for one file and a list for several; a function asks for paths."""
+    got = {}
+
+    def step(one: Path | None, some: list[Path] | None, single: list[Path] | None, none: list[Path] | None) -> None:
+        got.update(one=one, some=some, single=single, none=none)
+
+    inputs = {"one": "a", "some": ["b", "c"], "single": "d", "none": []}
+    cli.run(step, SimpleNamespace(input=inputs, output={}, params={}, log=[]))
+    assert got == {"one": Path("a"), "some": [Path("b"), Path("c")], "single": [Path("d")], "none": []}

@@ -122,16 +122,8 @@ def design_by_hand(
         "search": _parsed("search", search),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    design(
-        *files,
-        output,
-        trained["implementation"],
-        trained["params"],
-        query,
-        trained["seed"],
-        trained["scored"],
-        **further,
-    )
+    about = trained["implementation"], trained["params"]
+    design(*files, output, *about, query, trained["seed"], trained["scored"], **further)
     logger.info("written: %s", output)
 
 

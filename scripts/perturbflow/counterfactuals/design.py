@@ -201,8 +201,8 @@ def design(
     design
         Table to be written, one row per choice in its order: rank, perturbation, gain, left, size of the predicted
         effect, and sd, its posterior standard deviation. gain of the aim rest is the share of the targets' variance
-        that the choice takes away, and left what is left of it; of target the expected reach beyond the best so far;
-        of interactions the expected norm of the interaction.
+        that the choice takes away from the others, and left what is left, its own taken off too; of target the
+        expected reach beyond the best so far; of interactions the expected norm of the interaction.
     query
         A question whose perturbations are the candidates. Its `design` has aim, budget and targets, its `search` the
         state that the aim target goes towards.

@@ -22,7 +22,14 @@ CAPTIONS = {  # of the figures of an answer
     "map": "Cells before and after, where their own expected effect takes them",
     "heatmap": "All perturbations of the question beside one another",
 }
-FACTS_OF_ANSWER = ("perturbation", "verdict", "known", "group", "in_other_contexts")  # columns that the table omits
+FACTS_OF_ANSWER = (
+    "perturbation",
+    "verdict",
+    "trust",
+    "known",
+    "group",
+    "in_other_contexts",
+)  # columns that the table omits
 
 
 @mpl.rc_context(STYLE)
