@@ -178,7 +178,8 @@ def unite(
     """
     with _Folder() as folder:
         files = {name: folder.file(cells, f"{i}.h5ad") for i, (name, cells) in enumerate(members.items())}
-        accounts, types = [], {}
+        accounts: list[Path] = []
+        types: dict[str, None] = {}
         for i, (name, file) in enumerate(files.items()):
             screen = _read(file, name)
             types |= dict.fromkeys(screen.obs["perturbation_type"].astype(str).unique())

@@ -68,6 +68,7 @@ class LearnedModel(Model):
     cells_together: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
     stops_when_broken: bool = True  # whether a network that complains of itself ends the training
     learns_residuals: bool = False  # whether the network sees targets minus the mean effect of their perturbation
+    _last: "tuple[str, int, dict[str, Response]] | None" = None  # of training's controls, by context
 
     def __init__(self, params: NetworkParams) -> None:
         super().__init__(params)
@@ -215,7 +216,7 @@ class LearnedModel(Model):
 
     def contexts_of(self, context: Context | None, n: int) -> Tensor | None:
         """Return the vectors of n cells' contexts, (n, dimensions); None where the network is not told of them."""
-        return self.conditions.contexts and self.conditions.contexts.of_cells(context, n)
+        return None if self.conditions.contexts is None else self.conditions.contexts.of_cells(context, n)
 
     def shifts(
         self,
@@ -379,16 +380,16 @@ class LearnedModel(Model):
 
         Those to the last perturbation are kept: cells are asked block by block.
         """
-        last = getattr(self, "_last", None)
-        if last is None or last[:2] != (perturbation, id(self.population)):
+        if self._last is None or self._last[:2] != (perturbation, id(self.population)):
             self._refuse_unknown(perturbation)
-            self._last = last = (perturbation, id(self.population), {})
-        name = _name_of(context) if self.conditions.contexts else ""
-        if name not in last[2]:
+            self._last = (perturbation, id(self.population), {})
+        responses = self._last[2]
+        name = "" if self.conditions.contexts is None else _name_of(context)
+        if name not in responses:
             rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
             told = self.contexts_of(context, len(self.population))
-            last[2][name] = Response(self, perturbation, self.population, rng, generator, told)
-        return last[2][name]
+            responses[name] = Response(self, perturbation, self.population, rng, generator, told)
+        return responses[name]
 
 
 class Response:

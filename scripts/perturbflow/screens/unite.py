@@ -406,7 +406,7 @@ def account_of(
 
 def unknown_account(dose_unit: str | None) -> dict[str, Any]:
     """Return the account of a member that has no harmonization.json: what the union asks of it, and nothing known."""
-    perturbations = {"dropped": {}, "renamed": {}, "controls_declared": [], "dose_unit": dose_unit}
+    perturbations: dict[str, Any] = {"dropped": {}, "renamed": {}, "controls_declared": [], "dose_unit": dose_unit}
     return {
         "source": {},
         "warnings": [],

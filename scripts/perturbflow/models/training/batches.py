@@ -48,8 +48,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Move all tensors."""
-        of_cells = (getattr(self, name).to(device) for name in ("start", "target", "genes", "group"))
-        return Batch(*of_cells, context=None if self.context is None else self.context.to(device))
+        start, target, genes, group = (
+            tensor.to(device) for tensor in (self.start, self.target, self.genes, self.group)
+        )
+        return Batch(start, target, genes, group, None if self.context is None else self.context.to(device))
 
 
 def encoded(pairs: Pairs, latent: Latent) -> Tensor:
@@ -149,7 +151,7 @@ class PairedCells:
         self.single_effects = torch.zeros_like(effects[is_single]) if residual else effects[is_single]
         self.single_genes = conditions.index(single)[:, 0] if single else torch.zeros(0, dtype=torch.long)
         self.base = conditions.base
-        self.context = conditions.contexts and conditions.contexts.of_pairs(pairs)
+        self.context = None if conditions.contexts is None else conditions.contexts.of_pairs(pairs)
 
     def shifted(self, rows: np.ndarray) -> Tensor:
         """Return cells minus the mean effect of their perturbation, (rows, dimensions)."""
