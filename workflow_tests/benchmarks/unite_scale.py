@@ -48,8 +48,8 @@ def repeated(made: Path, folder: Path, times: int) -> None:
     cells = ad.read_h5ad(made / "harmonized.h5ad")
     n_values = cells.X.nnz // CHUNK * CHUNK
     ends = np.minimum(cells.X.indptr, n_values).astype(np.int64)
-    tables = ad.AnnData(obs=pd.concat([cells.obs] * times), var=cells.var, uns=cells.uns)
-    tables.obs_names = [f"{i}:{name}" for i in range(times) for name in cells.obs_names]
+    names = [f"{i}:{name}" for i in range(times) for name in cells.obs_names]
+    tables = ad.AnnData(obs=pd.concat([cells.obs] * times).set_axis(names), var=cells.var, uns=cells.uns)
     tables.write_h5ad(folder / "harmonized.h5ad")
     with h5py.File(folder / "harmonized.h5ad", "r+") as file:
         if "X" in file:

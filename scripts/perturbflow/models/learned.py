@@ -68,6 +68,11 @@ class LearnedModel(Model):
     cells_together: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
     stops_when_broken: bool = True  # whether a network that complains of itself ends the training
     learns_residuals: bool = False  # whether the network sees targets minus the mean effect of their perturbation
+    _asked: tuple[str, np.ndarray | None] = (
+        "",
+        None,
+    )  # the last perturbation, and the controls whose responses are kept
+    _responses: "dict[str, Response]"  # by context
 
     def __init__(self, params: NetworkParams) -> None:
         super().__init__(params)
@@ -230,7 +235,7 @@ class LearnedModel(Model):
 
     def contexts_of(self, context: Context | None, n: int) -> Tensor | None:
         """Return the vectors of n cells' contexts, (n, dimensions); None where the network is not told of them."""
-        return self.conditions.contexts and self.conditions.contexts.of_cells(context, n)
+        return None if self.conditions.contexts is None else self.conditions.contexts.of_cells(context, n)
 
     def shifts(
         self,
@@ -394,11 +399,9 @@ class LearnedModel(Model):
 
         Those to the last perturbation are kept: cells are asked block by block.
         """
-        asked: tuple[str, np.ndarray | None] = getattr(self, "_asked", ("", None))
-        if asked[0] != perturbation or asked[1] is not self.population:
+        if self._asked[0] != perturbation or self._asked[1] is not self.population:
             self._refuse_unknown(perturbation)
-            self._asked = (perturbation, self.population)
-            self._responses: dict[str, Response] = {}
+            self._asked, self._responses = (perturbation, self.population), {}
         name = _name_of(context) if self.conditions.contexts else ""
         if name not in self._responses:
             rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
