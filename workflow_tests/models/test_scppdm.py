@@ -216,7 +216,14 @@ class KnownConditionals(torch.nn.Module):
     sd, of_state, of_perturbation = 0.5, torch.tensor([2.0, 0.0]), torch.tensor([0.0, -3.0])
 
     def forward(
-        self, z: Tensor, t: Tensor, state: Tensor, genes: Tensor, has_state: Tensor, has_perturbation: Tensor
+        self,
+        z: Tensor,
+        t: Tensor,
+        state: Tensor,
+        genes: Tensor,
+        has_state: Tensor,
+        has_perturbation: Tensor,
+        context: None = None,
     ) -> Tensor:
         is_perturbed = has_perturbation[:, None] & (genes >= 0).any(dim=1, keepdim=True)
         mean = has_state[:, None] * self.of_state + is_perturbed * self.of_perturbation

@@ -138,6 +138,7 @@ SHOWN = (
     "*.tsv", "report.html", "*/harmonization.json", "*/quality.tsv", "*/quality.html", "*/*/split.json",
     "*/*/audit.json", "*/*/*/*/run.json", "*/*/*/*/metrics.tsv",
     "*/*/*/*/warranty.json", "*/*/*/*/counterfactuals/*.tsv", "*/*/*/*/counterfactuals/*.png",
+    "*/*/*/*/counterfactuals/*.html",
 )  # fmt: skip
 
 
