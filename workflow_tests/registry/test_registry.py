@@ -569,6 +569,10 @@ BAD = {
     ),
     # names that are not there
     "no such model": ("select.models", ["jepa2"], ["mine.yaml: ", "model 'jepa2' is selected", "models.yaml", "Did you mean 'jepa'?", "jepa_off"]),
+    "a split for no such dataset": (
+        "splits.mine", {"kind": "file", "path": "x.json", "datasets": ["my_scren"]},
+        ["mine.yaml: splits.mine.datasets: there is no dataset 'my_scren'", "Did you mean 'my_screen'?"],
+    ),
     "no such split of folds": (
         "select.splits", ["leave_one_line_ou"], ["split 'leave_one_line_ou'", "Did you mean 'leave_one_line_out'?"],
     ),

@@ -257,11 +257,12 @@ def _check_split(name: str, block: dict, datasets: dict, files: Places) -> None:
         raise InputError(
             f"{file}splits.{name}: 'test_fraction' is missing: the share of perturbations, each for one context."
         )
-    for dataset in datasets_named(block.get("held_out", {})):
+    named = [("held_out", dataset) for dataset in datasets_named(block.get("held_out", {}))]
+    for key, dataset in [*named, *(("datasets", dataset) for dataset in block.get("datasets", []))]:
         if dataset not in datasets:
-            file = holding_file(files, ["splits", name, "held_out"])
+            file = holding_file(files, ["splits", name, key])
             raise InputError(
-                f"{file}splits.{name}.held_out: there is no dataset "
+                f"{file}splits.{name}.{key}: there is no dataset "
                 f"'{dataset}'.{suggestion(str(dataset), list(datasets))}"
             )
 

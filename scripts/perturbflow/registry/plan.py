@@ -134,6 +134,8 @@ class Plan:
     def _why_impossible(self, dataset: str, split: str) -> str | None:
         """Return why a screen cannot serve a split, or None."""
         block, screen = self.config["splits"][split], self.config["datasets"][dataset]
+        if dataset not in block.get("datasets", [dataset]):
+            return f"the split is for {' and '.join(block['datasets'])} (datasets in its block)"
         if screen.get("controls_only"):
             return f"{dataset} holds controls alone (controls_only: true), so it serves what-if questions, in a union"
         if block["kind"] == "unseen_context" and len(known := known_contexts(screen, block["covariate"])) == 1:
