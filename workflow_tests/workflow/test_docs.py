@@ -77,7 +77,7 @@ def rows(block: dict, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     for key, value in block.get("properties", {}).items():
         if value.get("properties"):
             yield from rows(value, f"{prefix}{key}.")
-        elif prefix or key not in ("datasets", "splits", "models", "counterfactuals"):
+        elif prefix or value.get("type") == "array" or key not in ("datasets", "splits", "models", "counterfactuals"):
             row = f"| `{prefix}{key}` | {type_of(value)} | {default_of(value, key in block.get('required', []))} |"
             yield f"{prefix}{key}", row, value.get("description", "")
         items = value.get("items", {})
