@@ -91,7 +91,7 @@ def test_all_screens_on_all_splits_with_all_models_are_planned(light: dict[str, 
         tmp_path, light, {"select": {name: list(config[name]) for name in ("datasets", "splits", "models")}}
     )
     # 26 screens and 3 unions divide in 89 ways; five models serve the 40 of them that hold out contexts, the other 32
-    # all, but for two models of others, which cannot predict unseen genes, 29 times. Five splits are for Norman's alone.
+    # all, but for two models of others, which cannot predict unseen genes, 29 times. Five are for Norman.
     assert outcome.jobs == {
         "download": 26, "harmonize": 26, "unite": 3, "quality": 29, "split": 89, "pair": 89, "embeddings": 89,
         "audit": 89, "train_closed_form": 1891, "train_diffusion": 178, "train_jepa": 445, "train_counterfactual": 89,
