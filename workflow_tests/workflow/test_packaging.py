@@ -97,7 +97,8 @@ def test_wheel_holds_the_package_its_tables_and_the_registries(wheel: Path) -> N
     held = {name for name in files if name.startswith("perturbflow/")}
     own = {path for path in PACKAGE.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
     expected = {f"perturbflow/{path.relative_to(PACKAGE).as_posix()}" for path in own}
-    registries = [*shipped_files(), *(config_folder() / "schemas").glob("*.yaml")]
+    lists = (config_folder() / "splits").glob("*.json")
+    registries = [*shipped_files(), *(config_folder() / "schemas").glob("*.yaml"), *lists]
     expected |= {f"perturbflow/config/{path.relative_to(config_folder()).as_posix()}" for path in registries}
     expected |= {f"perturbflow/external/{file.name}" for file in wrappers_folder().glob("*.py")}
     expected |= {f"perturbflow/environments/{file.name}" for file in locks_folder().iterdir()}
