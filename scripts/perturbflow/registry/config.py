@@ -262,8 +262,7 @@ def _check_split(name: str, block: dict, datasets: dict, files: Places) -> None:
         if dataset not in datasets:
             file = holding_file(files, ["splits", name, key])
             raise InputError(
-                f"{file}splits.{name}.{key}: there is no dataset "
-                f"'{dataset}'.{suggestion(str(dataset), list(datasets))}"
+                f"{file}splits.{name}.{key}: there is no dataset '{dataset}'.{suggestion(str(dataset), list(datasets))}"
             )
 
 
