@@ -1,4 +1,4 @@
-"""report.json: every number that the page shows, for programs."""
+"""report.json: the numbers of the page's text and tables, for programs."""
 
 import math
 from dataclasses import fields, is_dataclass

@@ -174,7 +174,7 @@ def report(
     report
         HTML to be written: one file, nothing fetched.
     report_numbers
-        JSON to be written: every number of the page.
+        JSON to be written: the numbers of the page's text and tables.
     """
     run = RunFiles.read(runs, metrics, predictions, splits, audits, pairs)
     cards = model_cards(run.facts)
