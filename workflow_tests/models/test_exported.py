@@ -19,7 +19,7 @@ from perturbflow.errors import InputError
 from perturbflow.io.artefacts import load_artefact, save_artefact
 from perturbflow.models.base import Run, build
 from perturbflow.models.latents.exported import ExportedEncoder, ExportedLatent
-from perturbflow.models.training.loop import Optimization
+from perturbflow.models.training.learner import Optimization
 from perturbflow.pairs import Pairs
 
 

@@ -40,7 +40,7 @@ from perturbflow.models.jepa import (
 from perturbflow.models.latents.vae import Cells, CellSampler
 from perturbflow.models.training.batches import Batch, PairedCells
 from perturbflow.models.training.conditions import Conditions
-from perturbflow.models.training.loop import Optimization
+from perturbflow.models.training.learner import Optimization
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import JepaParams, JepaWeights
 

@@ -28,7 +28,7 @@ from perturbflow.models.latents.vae import CellSampler, CountLatent, negative_bi
 from perturbflow.models.training import networks
 from perturbflow.models.training.batches import Batch
 from perturbflow.models.training.conditions import Conditions
-from perturbflow.models.training.loop import Optimization
+from perturbflow.models.training.learner import Optimization
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import latent_files
 from perturbflow.registry.families import DiffusionParams

@@ -24,8 +24,8 @@ from perturbflow.errors import InputError
 from perturbflow.models import counterfactual
 from perturbflow.models.base import Run, build
 from perturbflow.models.gaussian_process import set_gp
-from perturbflow.models.training import batches, devices
-from perturbflow.models.training import loop as optimization
+from perturbflow.models.training import batches, devices, loop
+from perturbflow.models.training.learner import Learner, Optimization
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import CounterfactualParams
 
@@ -67,12 +67,12 @@ def test_resumed_training_equals_uninterrupted(
     class Cut(Exception):
         pass
 
-    def cut(self: optimization._History, trainer: object, pl_module: object) -> None:
+    def cut(self: loop._History, trainer: object, pl_module: object) -> None:
         if self.name == stage and trainer.global_step == 15:
             raise Cut
 
     with monkeypatch.context() as patched:
-        patched.setattr(optimization._History, "on_train_epoch_start", cut, raising=False)
+        patched.setattr(loop._History, "on_train_epoch_start", cut, raising=False)
         with pytest.raises(Cut):
             trained(name, *screen, tmp_path / "cut", **short)
     folder = tmp_path / "cut" / "checkpoints" / FOLDERS.get(stage, "")
@@ -121,20 +121,29 @@ def test_brief_trainings_take_the_same_steps(screen: tuple[Pairs, Embeddings], t
         np.zeros(len(identity)), identity, np.ones(len(identity)), identity, np.full(len(identity), 0.5)
     )
 
-    def learner() -> optimization.Learner:
+    def learner() -> Learner:
         torch.manual_seed(0)
         net = counterfactual.Velocity(
             latent, conditions, CounterfactualParams(width=16, n_layers=1, dropout=0.1, bridge_noise=0.1)
         )
-        return optimization.Learner(net, 3, 30, optimization.Optimization(0.01, 0.01, 0.9))
+        return Learner(net, 3, 30, Optimization(0.01, 0.01, 0.9))
 
     whole = learner()
-    optimization.optimize(
-        whole, batches.Batches(cells, None, 32, 3), Run(seed=3, checkpoints=tmp_path, identity="test"), "whole"
-    )
-    brief = optimization.optimize_briefly(learner(), cells, 32)
+    whole.optimize(batches.Batches(cells, None, 32, 3), Run(seed=3, checkpoints=tmp_path, identity="test"), "whole")
+    brief = learner().optimize_briefly(cells, 32)
     for name, value in whole.average.module.state_dict().items():
         torch.testing.assert_close(brief.state_dict()[name], value, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_prediction_needs_no_lightning() -> None:
+    """Its import takes longer than most predictions."""
+    code = (
+        "import sys, perturbflow.predict, perturbflow.counterfactuals.warranty; "
+        "from perturbflow.models import counterfactual, jepa, scppdm; print('pytorch_lightning' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("has_accelerator", [False, True])
@@ -144,7 +153,7 @@ def test_a_step_is_seeded_as_torch_would_without_a_word_to_devices_that_are_not_
     told: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", told.append)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
-    optimization._tie_noise(3, 30)
+    Learner(torch.nn.Linear(1, 1), 3, 100, Optimization(0.01, 0.01, 0.9)).before_step(30)
     drawn, seed = torch.rand(5), 3 * 1_000_003 + 30
     assert told == [seed] * has_accelerator
     torch.manual_seed(seed)
@@ -231,7 +240,7 @@ def test_a_logger_gets_the_history_and_one_that_is_not_installed_is_named(
         def __init__(self, **places: object) -> None:
             raise ModuleNotFoundError("no tensorboard")
 
-    monkeypatch.setitem(optimization.LOGGERS, "tensorboard", Absent)
+    monkeypatch.setitem(loop.LOGGERS, "tensorboard", Absent)
     with pytest.raises(InputError, match=r"logger: tensorboard needs .*pip install tensorboard"):
         build(implementation, params).fit(cells, screen[1], Run(0, checkpoints=tmp_path / "c", logger="tensorboard"))
 

@@ -52,7 +52,7 @@ from perturbflow.models.learned import LearnedModel, Response, unseen_among
 from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.training.batches import N_WATCHED, WATCHED, Batch, Batches, PairedCells, encoded
 from perturbflow.models.training.conditions import Conditions
-from perturbflow.models.training.loop import Learner, Optimization, optimize, optimize_briefly, resumable
+from perturbflow.models.training.learner import Learner, Optimization, resumable
 from perturbflow.models.training.networks import GeneEncoder, mlp
 from perturbflow.pairs import Pairs
 from perturbflow.provenance.records import digest
@@ -284,7 +284,7 @@ class Recipe:
         """Return the averaged network after its training, whose history and complaints become facts of the run."""
         own = replace(run, checkpoints=run.checkpoints / stage, history=[], facts={})
         learner = self.learner(network, run.seed, n_steps)
-        optimize(learner, Batches(cells, None, self.params.batch_size, run.seed), own, f"jepa {stage}")
+        learner.optimize(Batches(cells, None, self.params.batch_size, run.seed), own, f"jepa {stage}")
         facts = {key: own.facts[key] for key in ("n_parameters", "complaint") if key in own.facts}
         run.facts[stage] = {**facts, "history": own.history}
         return learner.average.module.cpu().eval()
@@ -296,7 +296,7 @@ class Recipe:
         """
         if stage == "stage_c" and self.params.self_supervised:
             return network
-        network = optimize_briefly(self.learner(network, seed, n_steps), cells, self.params.batch_size)
+        network = self.learner(network, seed, n_steps).optimize_briefly(cells, self.params.batch_size)
         with torch.no_grad():
             found = network.watch(cells.batch(N_WATCHED, (seed, WATCHED, 0)))
         watched = {name: float(value) for name, value in found.items()}
@@ -709,7 +709,7 @@ class Jepa(LearnedModel):
         torch.manual_seed(run.seed)
         learner = Learner(self.network(latent, conditions), run.seed, self.params.n_steps, self.optimization)
         matched = self.training_cells(known, z, conditions, run.seed)
-        net = optimize_briefly(learner, matched, self.params.batch_size)
+        net = learner.optimize_briefly(matched, self.params.batch_size)
         save_checkpoint(kept, {"latent": latent.state(), "state": net.state_dict()})
         logger.info("jepa: trained again for an inner fold, on %d perturbations", len(inner.effects.labels))
         return latent, net

@@ -39,7 +39,7 @@ from perturbflow.models.neighbours import Neighbours
 from perturbflow.models.training.batches import Batches, PairedCells, encoded
 from perturbflow.models.training.conditions import Conditions
 from perturbflow.models.training.contexts import Contexts
-from perturbflow.models.training.loop import Learner, Optimization, optimize
+from perturbflow.models.training.learner import Learner, Optimization
 from perturbflow.models.training.networks import GeneEncoder
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import NetworkParams
@@ -165,7 +165,7 @@ class LearnedModel(Model):
         }
         learner = Learner(net, run.seed, self.params.n_steps, self.optimization, stops=self.stops_when_broken)
         batches = Batches(cells["train"], cells.get("validation"), self.params.batch_size, run.seed)
-        optimize(learner, batches, run, type(self).__name__.lower())
+        learner.optimize(batches, run, type(self).__name__.lower())
         self.net = learner.average.module.cpu().eval()
         return cells["train"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from perturbflow.errors import InputError
 from perturbflow.registry.contexts import CONTEXT_KINDS, EACH, known_contexts, split_of
+from perturbflow.registry.effort import EFFORTS, scaled
 from perturbflow.registry.families import FAMILIES, REFERENCES, PredictionsParams
 from perturbflow.registry.places import own_or_shipped
 from perturbflow.registry.schemas import (
@@ -351,14 +352,14 @@ def _completed_datasets(datasets: dict, files: Places) -> dict:
     }
 
 
-def _completed_params(models: dict, files: Places) -> None:
-    """Check the params of all models by the schemas of their families and fill in defaults, in place."""
+def _completed_params(models: dict, effort: str, files: Places) -> None:
+    """Check the params of all models by the schemas of their families and fill in defaults by effort, in place."""
     schemas = schema_of("models")["$defs"]
     for name, block in models.items():
         schema = schemas[block["family"]]
         block["params"] = with_values(schema, block["params"])
         check_schema(block["params"], schema, ["models", name, "params"], files)
-        block["params"] = with_defaults(schema, block["params"])
+        block["params"] = with_defaults(scaled(schema, effort), block["params"])
     _check_templates(models, files)
 
 
@@ -399,6 +400,16 @@ def _check_query(name: str, config: dict, folds: dict[str, list[str]], files: Pl
         )
 
 
+def _selected_queries(config: dict) -> list[str]:
+    """Return the what-if questions whose dataset, split and model are all selected."""
+    select = config["select"]
+    return [
+        name
+        for name, query in config["counterfactuals"].items()
+        if all(query[kind] in select[f"{kind}s"] for kind in ("dataset", "split", "model"))
+    ]
+
+
 def _check_query_file(name: str, asked: list | str | dict, files: Places) -> None:
     """Check that the list of perturbations of a question exists, if it names one."""
     path = asked.get("file") if isinstance(asked, dict) else None
@@ -432,6 +443,8 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
     check_schema(config, schema, [], files)
     config = with_defaults(schema, config)
     select = config["select"]
+    if select["seeds"] is None:
+        select["seeds"] = [*EFFORTS[config["effort"]].seeds]
     _completed_registries(config, files)
     config["datasets"] = _completed_datasets(config["datasets"], files)
     _check_priors(config, files)
@@ -443,12 +456,16 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
         if "path" in block:
             block["path"] = own_or_shipped(block["path"])
     _check_names(select["datasets"], config["datasets"], "datasets", ["select", "datasets"], files)
+    if is_open := select["counterfactuals"] is None:
+        select["counterfactuals"] = []
     asked = [query["dataset"] for name in select["counterfactuals"] if (query := config["counterfactuals"].get(name))]
     named = {name: config["datasets"].get(name, {}) for name in [*select["datasets"], *asked]}
     config["splits"], folds = _expand_folds(config["splits"], named, select["splits"], files)
     select["splits"] = list(dict.fromkeys(fold for name in select["splits"] for fold in folds.get(name, [name])))
     config["models"] = _with_references(config["models"], files)
-    _completed_params(config["models"], files)
+    _completed_params(config["models"], config["effort"], files)
+    if is_open:
+        select["counterfactuals"] = _selected_queries(config)
     for kind in REGISTRIES:
         _check_names(select[kind], config[kind], kind, ["select", kind], files)
     for name in select["counterfactuals"]:

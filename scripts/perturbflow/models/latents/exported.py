@@ -32,7 +32,7 @@ from perturbflow.models.latents.vae import (
     trained,
 )
 from perturbflow.models.thinning import counts_of
-from perturbflow.models.training.loop import Optimization
+from perturbflow.models.training.learner import Optimization
 from perturbflow.models.training.networks import mlp
 from perturbflow.pairs import Pairs
 

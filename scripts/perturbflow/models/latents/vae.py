@@ -18,7 +18,7 @@ from perturbflow.io.hdf5 import CsrRows
 from perturbflow.models.base import Run
 from perturbflow.models.thinning import counts_of
 from perturbflow.models.training.batches import STEPS_PER_EPOCH, WATCHED, Batches, Sampler
-from perturbflow.models.training.loop import Learner, Optimization, optimize
+from perturbflow.models.training.learner import Learner, Optimization
 from perturbflow.models.training.networks import mlp
 from perturbflow.pairs import Pairs
 
@@ -155,7 +155,7 @@ def trained(
     of_vae = replace(optimization, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, ema_decay=EMA_DECAY)
     learner = Learner(network, run.seed, n_steps, of_vae)
     own = replace(run, checkpoints=run.checkpoints / "autoencoder", history=[], facts={})
-    optimize(learner, Batches(cells, None, batch_size, run.seed), own, "autoencoder")
+    learner.optimize(Batches(cells, None, batch_size, run.seed), own, "autoencoder")
     run.facts["autoencoder"] = {"n_parameters": own.facts["n_parameters"], **own.history[-1]}
     return learner.average.module.cpu()
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from perturbflow.genes.symbols import members_of
 from perturbflow.models.latents.pca import Latent
@@ -232,21 +231,16 @@ class _Stream(IterableDataset):
         yield from sampled_ahead(self.cells, self.size, self.seeds)
 
 
-class Batches(pl.LightningDataModule):
+class Batches:
     """Batches that depend on seed and epoch, so that a resumed training sees the same batches."""
 
     def __init__(self, training: Sampler, validation: Sampler | None, size: int, seed: int) -> None:
-        super().__init__()
         self.training, self.validation, self.size, self.seed = training, validation, size, seed
         self._watched: list[Batch] | None = None
 
-    def train_dataloader(self) -> DataLoader:
-        """Return the batches of the current epoch.
-
-        The epoch is counted in steps: Lightning asks a resumed training for batches before it updates its own epoch.
-        """
-        epoch = self.trainer.global_step // STEPS_PER_EPOCH
-        return DataLoader(_Stream(self.training, self.size, self.seed, epoch, STEPS_PER_EPOCH), batch_size=None)
+    def of_epoch(self, n_done: int) -> IterableDataset:
+        """Return the training's batches of the epoch that begins after so many steps."""
+        return _Stream(self.training, self.size, self.seed, n_done // STEPS_PER_EPOCH, STEPS_PER_EPOCH)
 
     def watched(self) -> list[Batch]:
         """Return a batch of training cells and one of validation cells where there are any: always the same ones."""
@@ -255,12 +249,6 @@ class Batches(pl.LightningDataModule):
             self._watched = [cells.batch(N_WATCHED, (self.seed, WATCHED, 0)) for cells in kinds]
         return self._watched
 
-    def val_dataloader(self) -> DataLoader | list:
-        """Return four fixed batches of validation perturbations."""
-        if self.validation is None:
-            return []
-        return DataLoader(_Stream(self.validation, self.size, self.seed, VALIDATED, 4), batch_size=None)
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch."""
-        return batch.to(device)
+    def validated(self) -> IterableDataset | None:
+        """Return four fixed batches of validation perturbations, where there are any."""
+        return None if self.validation is None else _Stream(self.validation, self.size, self.seed, VALIDATED, 4)

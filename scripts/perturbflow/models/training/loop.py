@@ -1,12 +1,10 @@
 """The training loop: PyTorch Lightning's Trainer, an average of weights, and a history. A killed training resumes."""
 
 import logging
-import math
 import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -16,95 +14,54 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from perturbflow.errors import InputError
-from perturbflow.io.artefacts import DAMAGED, load_checkpoint, save_checkpoint
+from perturbflow.io.artefacts import load_checkpoint, save_checkpoint
 from perturbflow.models.base import Run
-from perturbflow.models.training.batches import STEPS_PER_EPOCH, Batch, Batches, Sampler, sampled_ahead
+from perturbflow.models.training.batches import Batch, Batches
 from perturbflow.models.training.devices import accelerator
+from perturbflow.models.training.learner import MAX_GRADIENT, Learner, resumable
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-MAX_GRADIENT = 1.0  # norm
 
 
-@dataclass(frozen=True)
-class Optimization:
-    """How weights are optimized.
+class _Fit(pl.LightningModule):
+    """A learner as Lightning calls it, and the sums of its losses."""
 
-    Attributes
-    ----------
-    learning_rate, weight_decay
-        Of AdamW.
-    ema_decay
-        Of the moving average of weights, which predicts.
-    """
-
-    learning_rate: float
-    weight_decay: float
-    ema_decay: float
-
-
-class Learner(pl.LightningModule):
-    """A network, its exponential moving average, and the optimization of a loss.
-
-    Parameters
-    ----------
-    network
-        With a method `losses(batch) -> dict of tensors`: the entry "loss" is minimized, the others are reported. It may
-        have `after_step(progress)`. It may have `watch(batch) -> dict of tensors` and `complaint(watched) -> text or
-        None`, which check whether its training makes sense.
-    stops
-        Whether a complaint in the second half of the training is an error. Otherwise the last one is a fact of the run.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        seed: int,
-        n_steps: int,
-        optimization: Optimization,
-        *,
-        stops: bool = True,
-    ) -> None:
+    def __init__(self, learner: Learner) -> None:
         super().__init__()
-        self.optimization, self.stops = optimization, stops
+        self.learner = learner
         self.totals: dict[str, Tensor] = {}
         self.n_in_totals = 0
-        self.network = network
-        self.average = AveragedModel(
-            network, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay), use_buffers=False
-        )
-        self.seed, self.n_steps = seed, n_steps
 
     def configure_optimizers(self) -> dict:
-        """AdamW with a linear warm-up and a cosine decay."""
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.optimization.learning_rate, weight_decay=self.optimization.weight_decay
-        )
-        warm_up = min(100, self.n_steps // 10)
-
-        def factor(step: int) -> float:
-            warmth = min(1.0, (step + 1) / max(1, warm_up))
-            return warmth * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.n_steps)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        optimizer, schedule = self.learner.optimizers()
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Tie noise and dropout to the step, so that a resumed training has the same noise."""
-        _tie_noise(self.seed, self.global_step)
+        self.learner.before_step(self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Minimize the network's loss."""
-        losses = _finite(self.network.losses(batch), self.global_step)
+        losses = self.learner.losses(batch, self.global_step)
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0.0) + value.detach()
         self.n_in_totals += 1
         return losses["loss"]
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        self.learner.after_step(self.global_step)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Report the averaged network's loss on validation perturbations, with noise tied to the batch."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(batch_idx)
+            losses = self.learner.average.module.losses(batch)
+        values = {f"validation_{name}": value for name, value in losses.items()}
+        self.log_dict(values, on_epoch=True, batch_size=len(batch))
 
     def mean_losses(self) -> dict[str, float]:
         """Return the mean losses since the last call. Lightning's own log slows the steps of small networks."""
@@ -112,62 +69,32 @@ class Learner(pl.LightningModule):
         self.totals, self.n_in_totals = {}, 0
         return means
 
-    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        """Update the average, and let the network finish its step."""
-        self.after_step(self.global_step)
-
-    def after_step(self, n_done: int) -> None:
-        """Update the average, and let the network finish the last of so many steps."""
-        self.average.update_parameters(self.network)
-        if hasattr(self.network, "after_step"):
-            self.network.after_step(n_done / self.n_steps)
-
-    @torch.no_grad()
     def watched(self) -> dict[str, float]:
-        """Return the averaged network's report on fixed cells of training and, with a prefix, of validation.
+        """Return the network's report on the cells that are watched."""
+        cells = [batch.to(self.device) for batch in self.trainer.datamodule.batches.watched()]
+        return self.learner.watched(cells, self.global_step)
 
-        Raises
-        ------
-        InputError
-            If the network complains in the second half of the training.
+
+class _Data(pl.LightningDataModule):
+    """Batches as Lightning asks for them."""
+
+    def __init__(self, batches: Batches) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the batches of the current epoch.
+
+        The epoch is counted in steps: Lightning asks a resumed training for batches before it updates its own epoch.
         """
-        network, cells = self.average.module, self.trainer.datamodule
-        if not hasattr(network, "watch"):
-            return {}
-        network.eval()
-        watched = {
-            f"{prefix}{name}": float(value)
-            for prefix, batch in zip(("", "validation_"), cells.watched(), strict=False)
-            for name, value in network.watch(batch.to(self.device)).items()
-        }
-        complaint = network.complaint(watched)
-        if complaint and self.stops and self.global_step >= self.n_steps / 2:
-            raise InputError(f"training was stopped at step {self.global_step} of {self.n_steps}: {complaint}")
-        return watched
+        return DataLoader(self.batches.of_epoch(self.trainer.global_step), batch_size=None)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Report the averaged network's loss on validation perturbations, with noise tied to the batch."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(batch_idx)
-            losses = self.average.module.losses(batch)
-        values = {f"validation_{name}": value for name, value in losses.items()}
-        self.log_dict(values, on_epoch=True, batch_size=len(batch))
+    def val_dataloader(self) -> DataLoader | list:
+        validated = self.batches.validated()
+        return [] if validated is None else DataLoader(validated, batch_size=None)
 
-
-def _tie_noise(seed: int, step: int) -> None:
-    """Seed all that is random in a step.
-
-    Without an accelerator this seeds the CPU's generator directly. `torch.manual_seed` would also keep a traceback for
-    later devices, which takes a tenth of a small step.
-    """
-    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-    seed_all(seed * 1_000_003 + step)
-
-
-def _finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-    if not torch.isfinite(losses["loss"]):
-        raise InputError(f"the loss is not finite at step {step}; lower learning_rate in the model's params.")
-    return losses
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
 
 
 class _History(Callback):
@@ -224,36 +151,6 @@ class _WholeCheckpoints(TorchCheckpointIO):
         return load_checkpoint(Path(path))
 
 
-def resumable(last: Path, name: str) -> dict | None:
-    """Return the content of the last checkpoint; None if there is none, or a damaged one, which is soon replaced."""
-    if not last.exists():
-        return None
-    try:
-        found = load_checkpoint(last)
-    except DAMAGED as error:
-        logger.warning("%s: %s is damaged (%s); training starts from its first step", name, last, error)
-        return None
-    logger.info("%s: resuming from %s", name, last)
-    return found
-
-
-def optimize_briefly(learner: Learner, cells: Sampler, batch_size: int) -> nn.Module:
-    """Return the averaged network after the steps of `optimize`, on the CPU, without checkpoints and history."""
-    configured = learner.configure_optimizers()
-    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    learner.network.train()
-    seeds = ((learner.seed, *divmod(step, STEPS_PER_EPOCH)) for step in range(learner.n_steps))
-    for step, batch in enumerate(sampled_ahead(cells, batch_size, seeds)):
-        _tie_noise(learner.seed, step)
-        optimizer.zero_grad()
-        _finite(learner.network.losses(batch), step)["loss"].backward()
-        nn.utils.clip_grad_norm_(learner.network.parameters(), MAX_GRADIENT)
-        optimizer.step()
-        schedule.step()
-        learner.after_step(step + 1)
-    return learner.average.module.eval()
-
-
 def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
     """Train a learner to its last step, from the last checkpoint of the same training where there is one.
 
@@ -272,7 +169,7 @@ def optimize(learner: Learner, batches: Batches, run: Run, name: str) -> None:
         trainer = _trainer(learner.n_steps, batches, run, _callbacks(history, last), name)
         resumed = last if resumable(last, name) else None
         try:
-            trainer.fit(learner, datamodule=batches, ckpt_path=resumed, weights_only=True)
+            trainer.fit(_Fit(learner), datamodule=_Data(batches), ckpt_path=resumed, weights_only=True)
         except SIGTERMException:
             text = "%s: asked to end (cancelled, or out of run time); the next attempt resumes from the last checkpoint"
             logger.warning(text, name)
