@@ -65,6 +65,7 @@ if workflow.is_main_process:
     for _sentence in [
         *plan.left_out,
         plan.sentence,
+        plan.effort,
         Needs.of(plan).sentence(Path.cwd()),
     ]:
         if _sentence:

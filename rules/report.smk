@@ -53,6 +53,7 @@ rule report:
         runtime="1h",
     params:
         descriptions=plan.descriptions,
+        effort=plan.effort,
         code_version=code("perturbflow.report.page:report"),
         made_of=made_of("report"),
     script:

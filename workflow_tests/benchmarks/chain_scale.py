@@ -123,7 +123,7 @@ def generate(path: Path, n_cells: int, n_perturbations: int, n_batches: int = 48
 def registry(models: list[str], test_fraction: float | None) -> dict:
     """Return the configuration of a run of these models, completed with all defaults."""
     select = {"datasets": ["renge2023"], "splits": list(SPLITS), "models": models, "seeds": [0]}
-    config: dict = {"select": select}
+    config: dict = {"select": select, "effort": "standard"}
     for file in ("config", "datasets", "splits", "models", "counterfactuals"):
         config = {**yaml.safe_load((CONFIG / f"{file}.yaml").read_text()), **config}
     if test_fraction:

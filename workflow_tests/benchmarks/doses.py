@@ -56,6 +56,7 @@ def configuration(screen: Path, splits: list[str], models: list[str], seeds: lis
     kept = {key: value for key, value in block.items() if key not in ("source", "bytes", "md5", "shape")}
     qc = dict.fromkeys(("min_counts", "min_genes", "max_pct_mt", "min_cells_per_gene"))
     return {
+        "effort": "standard",
         "select": {"datasets": ["sciplex_made"], "splits": splits, "models": models, "seeds": seeds},
         "models": {"scppdm_quick": {"family": "diffusion", "params": {"latent": "pca", "n_steps": 800}}},
         "datasets": {"sciplex_made": {**kept, "source": {"path": str(screen.resolve())}, "qc": qc}},

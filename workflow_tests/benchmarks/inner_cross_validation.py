@@ -68,7 +68,7 @@ def main() -> None:
     config = {}
     for name in ("config", "datasets", "splits", "models"):
         config.update(yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()))
-    config["counterfactuals"] = {}
+    config |= {"counterfactuals": {}, "effort": "standard"}
     models = complete(config)["models"]
     wanted = [(name, {}) for name in arguments.models]
     wanted += [(text.split(" ", 1)[0], json.loads(text.split(" ", 1)[1])) for text in arguments.variant]

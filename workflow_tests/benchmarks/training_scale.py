@@ -130,7 +130,8 @@ def model_of(name: str, n_steps: int) -> tuple[str, dict]:
     """Return implementation and params of a model; `name:counts` and `name:pca` have that latent space."""
     name, _, latent = name.partition(":")
     config: dict = {
-        "select": {"datasets": ["renge2023"], "splits": ["unseen_perturbation"], "models": [name], "seeds": [0]}
+        "select": {"datasets": ["renge2023"], "splits": ["unseen_perturbation"], "models": [name], "seeds": [0]},
+        "effort": "standard",
     }
     for file in ("config", "datasets", "splits", "models", "counterfactuals"):
         config = {**yaml.safe_load((CONFIG / f"{file}.yaml").read_text()), **config}

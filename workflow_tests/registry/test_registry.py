@@ -175,6 +175,41 @@ def test_every_family_of_the_schema_is_implemented_somewhere_and_no_other() -> N
     assert set(schema["additionalProperties"]["properties"]["family"]["enum"]) == set(FAMILIES) == set(schema["$defs"])
 
 
+# --- effort ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_effort_decides_what_the_configuration_leaves_open(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    del config["select"]["seeds"]
+    config["select"]["models"] = ["additive", "jepa", "own"]
+    config["models"] = {"own": {"family": "diffusion", "params": {"n_steps": 77}}}
+    for effort, seeds, steps in (("quick", 1, 300), ("standard", 3, 1200), ("thorough", 5, 3600)):
+        plan = planned({**config, "effort": effort}, tmp_path)
+        params = plan.config["models"]["jepa"]["params"]
+        assert sorted(plan.runs["seed"].unique()) == list(range(seeds))
+        assert (params["n_steps"], params["n_steps_decoder"]) == (steps, steps / 1200 * 1000)
+        assert plan.config["models"]["own"]["params"]["n_steps"] == 77
+        assert plan.config["models"]["own"]["params"]["n_sampling_steps"] == 15
+        assert ("For claims, set effort: standard" in plan.effort) == (effort == "quick")
+    config["select"] |= {"models": ["additive"], "seeds": [7]}
+    plan = planned({**config, "effort": "thorough"}, tmp_path)
+    assert set(plan.runs["seed"]) == {7}
+    assert planned(config, tmp_path).effort == "", "no network is trained"
+
+
+def test_null_asks_the_questions_whose_dataset_split_and_model_are_selected(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    asked = {"dataset": "my_screen", "split": "unseen_combination", "perturbations": ["A"]}
+    config["counterfactuals"] = {
+        "here": {**asked, "model": "ridge"},
+        "elsewhere": {**asked, "model": "random_forest"},
+    }
+    config["select"] |= {"models": ["additive", "ridge"], "counterfactuals": None}
+    assert set(planned(config, tmp_path).queries["query"]) == {"here"}
+    config["select"]["counterfactuals"] = []
+    assert planned(config, tmp_path).queries.empty
+
+
 # --- sources --------------------------------------------------------------------------------------------------------
 
 

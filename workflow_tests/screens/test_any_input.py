@@ -122,7 +122,7 @@ def test_a_truncated_archive_is_told(suffix: str, share: float, tmp_path: Path) 
 fuzz = settings(
     deadline=None,
     derandomize=True,
-    max_examples=80 * int(os.environ.get("FUZZ", "1")),
+    max_examples=40 * int(os.environ.get("FUZZ", "1")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 

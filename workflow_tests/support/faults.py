@@ -50,7 +50,7 @@ def configuration(url: str, content: bytes) -> dict:
     fetched = {**config["datasets"]["mine"], "source": {"url": [url]}, **declared(content)}
     config["datasets"]["fetched"] = fetched
     config["select"] |= {"datasets": ["mine", "fetched"], "models": MODELS}
-    config["models"] = {"counterfactual": {"params": {"n_steps": 500, "batch_size": 32, "n_latent": 8}}}
+    config["models"] = {"counterfactual": {"params": {"n_steps": 300, "batch_size": 32, "n_latent": 8}}}
     return config
 
 

@@ -24,7 +24,8 @@ COMBINATION = "unseen_combination"
 
 def registered(name: str, **changes: object) -> tuple[str, dict]:
     """Return implementation and params of a model of the registry, with some params changed."""
-    config: dict = {"select": {"datasets": ["renge2023"], "splits": [COMBINATION], "models": [name], "seeds": [0]}}
+    select = {"datasets": ["renge2023"], "splits": [COMBINATION], "models": [name], "seeds": [0], "counterfactuals": []}
+    config: dict = {"select": select, "effort": "standard"}
     for file in ("config", "datasets", "splits", "models", "counterfactuals"):
         config = {**yaml.safe_load((REPOSITORY / f"config/{file}.yaml").read_text()), **config}
     block = complete(config)["models"][name]

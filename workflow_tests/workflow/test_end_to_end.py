@@ -18,10 +18,9 @@ from perturbflow.registry.families import REFERENCES
 
 pytestmark = pytest.mark.slow
 
-LEARNED = {"scppdm": "diffusion", "scppdm_hybrid": "diffusion", "jepa": "jepa", "counterfactual": "counterfactual"}
+LEARNED = {"scppdm": "diffusion", "jepa": "jepa", "counterfactual": "counterfactual"}
 QUICK = {
     "scppdm": {"n_steps": 100, "width": 16, "n_sampling_steps": 4},
-    "scppdm_hybrid": {"n_steps": 100, "width": 16, "n_sampling_steps": 4},
     "jepa": {"n_steps": 100, "n_steps_representation": 100, "n_steps_decoder": 100},
     "counterfactual": {"n_steps": 100},
 }
@@ -151,12 +150,11 @@ SHOWN = (
         "verdicts.py --before results --now results --now-without results",
         "best_baseline.py results renge2023 unseen_context --models scppdm jepa",
         "best_baseline.py results renge2023 unseen_context --models jepa --baseline perturbed_mean",
-        "distributions.py results renge2023 unseen_perturbation --models scppdm",
-        "distributions.py results renge2023 unseen_perturbation --models scppdm_hybrid --mean-given --figure cells.png",
-        "distributions.py results renge2023 unseen_perturbation --models set_gp scppdm_hybrid --mean-given --together",
+        "distributions.py results renge2023 unseen_perturbation --models counterfactual --mean-given --figure cells.png",
+        "distributions.py results renge2023 unseen_perturbation --models set_gp jepa --mean-given --together",
         "embeddings_and_actions.py results renge2023 unseen_context --models jepa --figure monitors.png",
         "loss_curves.py results renge2023 unseen_context --models scppdm jepa --figure loss_curves.png",
-        "warranties.py results renge2023/unseen_context --models scppdm_hybrid counterfactual",
+        "warranties.py results renge2023/unseen_context --models jepa counterfactual",
     ],
 )
 def test_measurements_of_a_run_are_made_by_their_commands(default_job: tuple, command: str) -> None:

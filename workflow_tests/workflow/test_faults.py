@@ -89,7 +89,7 @@ def copied(undisturbed: Undisturbed, folder: Path, *left_out: str) -> Path:
 def test_kills_at_every_step_leave_the_results_of_an_undisturbed_run(
     host: Host, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    n_per_step = {"download": 2, "harmonize": 1, "train": 2, "predict": 1, "evaluate": 1}
+    n_per_step = {"download": 1, "harmonize": 1, "train": 2, "predict": 1, "evaluate": 1}
     kills = drawn(random.Random(3), undisturbed.folder, n_per_step, latest=0.4)
     ordeal = undergo(make_folder(tmp_path / "here", host), kills, undisturbed.files)
     assert len(ordeal.kills) >= 5

@@ -177,8 +177,8 @@ def test_a_script_does_its_work_from_the_command_line(prepared: dict[str, Prepar
 @pytest.mark.parametrize(
     "script", sorted((REPOSITORY / "workflow_tests/benchmarks").glob("*.py")), ids=lambda path: path.stem
 )
-def test_every_benchmark_starts(script: Path) -> None:
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
+def test_every_benchmark_starts(script: Path, python: str) -> None:
+    done = subprocess.run([python, str(script), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
 

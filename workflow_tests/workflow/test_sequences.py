@@ -11,7 +11,7 @@ from sequences import LEARNED, Place, References, finish, undergo
 
 pytestmark = pytest.mark.slow
 
-N_SEQUENCES, N_ACTIONS, BACK = 12, 2, 0.9  # few runs from nothing, so that it takes minutes
+N_SEQUENCES, N_ACTIONS, BACK = 6, 2, 0.9  # few runs from nothing, so that it takes minutes
 
 
 @pytest.fixture(scope="module")

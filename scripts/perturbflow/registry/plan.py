@@ -15,7 +15,8 @@ from perturbflow.registry.config import (
     predictions_file,
 )
 from perturbflow.registry.contexts import CONTEXT_KINDS, known_contexts
-from perturbflow.registry.families import FAMILIES, REFERENCES, Family
+from perturbflow.registry.effort import EFFORTS
+from perturbflow.registry.families import FAMILIES, REFERENCES, Family, NetworkParams
 from perturbflow.registry.schemas import Places
 from perturbflow.registry.sources import CONTENT_KEYS, content_of, files_of
 from perturbflow.registry.unions import is_union
@@ -204,6 +205,17 @@ class Plan:
         *parts, runs = (f"{n:,} {word}{'' if n == 1 else 's'}" for n, word in numbers)
         parts[2] += f" ({n_learned} learned)"
         return f"The plan: {', '.join(parts)}: {runs}. Every job of it: snakemake -n --quiet rules."
+
+    @property
+    def effort(self) -> str:
+        """The effort in two sentences; nothing where no network is trained, or at an effort for claims."""
+        networks = {name for name, family in FAMILIES.items() if issubclass(family.params, NetworkParams)}
+        if self.config["effort"] != "quick" or not networks & {*self.runs["family"]}:
+            return ""
+        return (
+            f"Effort quick: networks train for {EFFORTS['quick'].steps:.0%} of their steps, where their params set no "
+            "number, and seeds are as selected. For claims, set effort: standard."
+        )
 
     def folders(self) -> list[str]:
         """Return the folders that downloads and results of all runs are written to."""

@@ -149,6 +149,7 @@ def report(
     warranties: list[Path],
     report: Path,
     report_numbers: Path,
+    effort: str = "",
     provenance: dict | None = None,
 ) -> None:
     """Write the page, and its numbers.
@@ -175,6 +176,8 @@ def report(
         HTML to be written: one file, nothing fetched.
     report_numbers
         JSON to be written: the numbers of the page's text and tables.
+    effort
+        How short trainings were, where the page is not for claims.
     """
     run = RunFiles.read(runs, metrics, predictions, splits, audits, pairs)
     cards = model_cards(run.facts)
@@ -186,6 +189,7 @@ def report(
     boards = boards_of(tables, generalizations, cards, plots["leaderboard"])
     least_difference = float(tables["verdicts"]["least_difference"].iloc[0])
     content = {
+        "effort": effort,
         "summaries": summaries(boards, least_difference, cards, plots["overview"]),
         "overview": overview(boards, run.facts, cards),
         "cards": cards,
