@@ -92,8 +92,8 @@ def test_all_screens_on_all_splits_and_all_models_are_planned(light: dict[str, s
     for name in ("datasets", "splits"):
         few["select"][name] = list(config[name])
     outcome = plan_in(tmp_path, light, few)
-    # 26 screens and 3 unions divide in 89 ways. Five references and two models serve all of them, transfer the 40 that hold
-    # out contexts, and a model that cannot predict unseen genes 60.
+    # 26 screens and 3 unions divide in 89 ways. Five references and two models serve all of them, transfer the 40 that
+    # hold out contexts, and a model that cannot predict unseen genes 60.
     assert outcome.jobs == {
         "download": 26, "harmonize": 26, "unite": 3, "quality": 29, "split": 89, "pair": 89, "embeddings": 89,
         "audit": 89, "train_closed_form": 574, "train_diffusion": 89, "train_external": 60, "predict": 723,

@@ -301,7 +301,8 @@ def test_examples_are_valid_configurations(file, block, tmp_path, monkeypatch):
     config = merged(config, example)
     # What exists in an example is checked as if it were selected.
     for kind in ("datasets", "splits", "models", "counterfactuals"):
-        config["select"][kind] = list(dict.fromkeys([*config["select"].get(kind, []), *example.get(kind, {})]))
+        selected = config["select"].get(kind) or []
+        config["select"][kind] = list(dict.fromkeys([*selected, *example.get(kind, {})]))
     for name in files_named_in(example):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

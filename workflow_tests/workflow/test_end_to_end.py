@@ -150,7 +150,7 @@ SHOWN = (
         "verdicts.py --before results --now results --now-without results",
         "best_baseline.py results renge2023 unseen_context --models scppdm jepa",
         "best_baseline.py results renge2023 unseen_context --models jepa --baseline perturbed_mean",
-        "distributions.py results renge2023 unseen_perturbation --models counterfactual --mean-given --figure cells.png",
+        "distributions.py results renge2023 unseen_perturbation --models jepa --mean-given --figure cells.png",
         "distributions.py results renge2023 unseen_perturbation --models set_gp jepa --mean-given --together",
         "embeddings_and_actions.py results renge2023 unseen_context --models jepa --figure monitors.png",
         "loss_curves.py results renge2023 unseen_context --models scppdm jepa --figure loss_curves.png",
