@@ -294,7 +294,7 @@ def test_inner_folds_of_a_closed_mean_calibrate_its_intervals(
 @pytest.mark.parametrize("name", LEARNED)
 def test_history_and_facts_are_written(name: str, models: dict) -> None:
     _, _, run = models[name]
-    assert [row["step"] for row in run.history] == list(range(100, QUICK["n_steps"] + 1, 100))
+    assert [row["step"] for row in run.history] == list(range(100, quick(name)["n_steps"] + 1, 100))
     assert run.history[-1]["loss"] < run.history[0]["loss"]
     assert any("validation_loss" in row for row in run.history)
     assert run.facts["n_parameters"] > 0

@@ -189,10 +189,10 @@ def test_a_training_in_a_batch_job_does_not_put_the_job_into_the_queue_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_copy: Callable, tmp_path: Path) -> None:
+def test_a_cancelled_training_resumes_where_it_was(prepared_copy: Callable, tmp_path: Path) -> None:
+    """One that was killed: workflow/test_faults.py."""
     files = prepared_copy(COMBINATION)
-    implementation, params = registered("counterfactual", n_steps=600, batch_size=32, n_latent=8)
+    implementation, params = registered("counterfactual", n_steps=300, batch_size=32, n_latent=8)
     outputs = ["--model", str(tmp_path / "model.ckpt"), "--run", str(tmp_path / "run.json")]
     (tmp_path / "audit.json").write_text('{"split_sha256": ""}')
     command = [
@@ -207,17 +207,17 @@ def test_a_killed_training_resumes_where_it_was(by: signal.Signals, prepared_cop
         assert time.monotonic() < deadline, "no checkpoint in two minutes"
         assert job.poll() is None, job.stderr.read().decode()
         time.sleep(0.05)
-    os.killpg(job.pid, by)
+    os.killpg(job.pid, signal.SIGTERM)
     said = job.communicate()[1].decode()
     assert job.returncode
-    assert ("the next attempt resumes from the last checkpoint" in said) == (by == signal.SIGTERM)
+    assert "the next attempt resumes from the last checkpoint" in said
     assert "Traceback" not in said
     assert not (tmp_path / "model.ckpt").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stderr
     history = json.loads((tmp_path / "run.json").read_text())["history"]
-    assert [row["step"] for row in history] == [100, 200, 300, 400, 500, 600]
+    assert [row["step"] for row in history] == [100, 200, 300]
     assert not list(tmp_path.rglob("last.ckpt"))
 
 

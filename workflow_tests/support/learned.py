@@ -18,6 +18,7 @@ from perturbflow.registry.families import FAMILIES
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEARNED = ["scppdm", "scppdm_hybrid", "jepa", "counterfactual"]
 QUICK = {"n_steps": 600, "batch_size": 64, "n_latent": 24}
+QUICK_HYBRID = {**QUICK, "n_steps": 200}  # its network need not learn means
 QUICK_JEPA = {**QUICK, "n_steps_representation": 300, "n_steps_decoder": 300}
 COMBINATION = "unseen_combination"
 
@@ -45,7 +46,7 @@ def trained(
 
 def quick(name: str) -> dict:
     """Return params of a short training."""
-    return QUICK_JEPA if name == "jepa" else QUICK
+    return {"jepa": QUICK_JEPA, "scppdm_hybrid": QUICK_HYBRID}.get(name, QUICK)
 
 
 def small_conditions(n: int = 5, dimensions: int = 3) -> Conditions:
