@@ -10,7 +10,6 @@ import pytest
 import torch
 from learned import (
     LEARNED,
-    QUICK,
     make_pairs_of_cells,
     quick,
     registered,
