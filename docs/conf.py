@@ -31,6 +31,8 @@ myst_fence_as_directive = ["mermaid"]
 html_theme = "furo"
 html_title = f"perturbflow {release}"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 suppress_warnings = ["misc.highlighting_failure"]  # `…` in what a command prints
 
 

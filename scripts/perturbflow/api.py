@@ -431,8 +431,8 @@ def score(
     Returns
     -------
     metrics.tsv: one row per metric × perturbation, with n_cells, n_predicted, reliability, effect_size, metric and
-    value. It is NaN where a metric is undefined. Units, ranges and directions: docs/reference/metrics.md, or `perturbflow
-    list metrics`.
+    value. It is NaN where a metric is undefined. Units, ranges and directions: docs/reference/metrics.md, or
+    `perturbflow list metrics`.
 
     Raises
     ------

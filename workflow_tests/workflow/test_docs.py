@@ -220,26 +220,25 @@ def test_every_family_is_documented_with_its_params(family):
 
 
 def metrics_table() -> str:
-    """Return the table of metrics."""
+    """Return a table of what metrics are, by family, and one of their facts."""
 
     def shown(value: float | None) -> str:
         return "–" if value is None else f"{value:g}".replace("inf", "∞").replace("-", "−")
 
-    lines = [
-        "| metric | family | better | range | perfect | useless | unit | needs | ceiling | definition | source |",
-        "| --- " * 11 + "|",
-    ]
+    lines, facts = [], ["| metric | better | range | perfect | useless | unit | needs | ceiling |", "| --- " * 8 + "|"]
     for metric in METRICS.values():
+        if f"### {metric.family.replace('_', ' ').capitalize()}" not in lines:
+            lines += ["", f"### {metric.family.replace('_', ' ').capitalize()}", ""]
+            lines += ["| metric | definition | source |", "| --- | --- | --- |"]
         name = f"**`{metric.name}`**" if metric.headline else f"`{metric.name}`"
+        lines.append(f"| {name} | {metric.formula} | {metric.source} |")
         ceiling = metric.correction.__name__.removeprefix("of_").replace("_", " ") if metric.correction else "duplicate"
-        values = (*metric.range, metric.perfect, metric.useless)
-        low, high, perfect, useless = map(shown, values)
-        lines.append(
-            f"| {name} | {metric.family} | {metric.direction} | {low} to {high} | {perfect} | {useless} | "
-            f"{metric.unit} | {metric.needs} | {ceiling} "
-            f"| {metric.formula} | {metric.source} |"
+        low, high, perfect, useless = map(shown, (*metric.range, metric.perfect, metric.useless))
+        facts.append(
+            f"| {name} | {metric.direction} | {low} to {high} | {perfect} | {useless} | {metric.unit} | {metric.needs} "
+            f"| {ceiling} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines[1:], "", "### Range and unit", "", *facts])
 
 
 def test_metrics_are_documented():
@@ -490,13 +489,14 @@ def drawn(text: str) -> tuple[set[str], set[tuple[str, str]]]:
 
 
 def rule_graph(command: str) -> str:
-    """Return the graph that a command prints now, without its colours."""
+    """Return the graph that a command prints now, without its title and colours."""
     words = shlex.split(command)
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return "".join(line for line in done.stdout.splitlines(keepends=True) if "style id" not in line)
+    said = done.stdout.partition("flowchart")[2].splitlines(keepends=True)
+    return "flowchart" + "".join(line for line in said if "style id" not in line)
 
 
 def test_rule_graph_is_current():
