@@ -24,7 +24,7 @@ import yaml
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))  # pytest does so, too
 
 from house import MODULES, ORDER, stage
-from software import rules
+from software import locked, rules
 
 from perturbflow.command import perturbflow
 from perturbflow.evaluation import METRICS
@@ -449,7 +449,7 @@ def test_a_page_begins_with_its_bottom_line(page):
 
 def test_every_table_of_the_results_is_linked_and_whole():
     tables = sorted((SITE / "results").glob("*.tsv"))
-    linked = set(re.findall(r"\]\(([\w]+\.tsv)\)", "".join(page.read_text() for page in PAGES)))
+    linked = set(re.findall(r"\]\((?:[\w./-]*/)?(\w+\.tsv)\)", "".join(page.read_text() for page in PAGES)))
     assert {table.name for table in tables} == linked
     for table in tables:
         widths = {line.count("\t") for line in table.read_text().splitlines()}
@@ -466,6 +466,19 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     keys = (tmp_path / "site" / "reference" / "keys.html").read_text()
     assert "select.datasets" in keys
     assert 'href="metrics.html' in keys
+
+
+def test_versions_that_are_named_are_those_of_the_locks():
+    pins = {
+        name: version
+        for lock in ("requirements.txt", "requirements-test.txt")
+        for name, version in locked(lock).items()
+    }
+    named = [
+        pin for file in DOCUMENTS for pin in re.findall(r"\b([\w-]+)==(\d[\w.]*\w)", file.read_text()) if pin[0] in pins
+    ]
+    assert {"torch", "snakemake-executor-plugin-slurm"} <= {name for name, _ in named}
+    assert [(name, version) for name, version in named if pins[name] != version] == []
 
 
 def test_ci_runs_the_command_of_the_readme():
