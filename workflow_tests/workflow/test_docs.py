@@ -383,6 +383,27 @@ def test_bash_blocks_parse():
                     assert (REPOSITORY / word).exists(), f"{file.name} runs {word}"
 
 
+def test_python_blocks_parse():
+    blocks = [
+        (file, block)
+        for file in DOCUMENTS
+        for block in re.findall(r"^```python\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+    ]
+    assert len(blocks) > 10
+    for file, block in blocks:
+        compile(block, str(file), "exec")
+
+
+def test_snakemake_blocks_parse():
+    text = "\n".join(file.read_text() for file in DOCUMENTS)
+    blocks = re.findall(r"^```snakemake\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        command = [sys.executable, "-m", "snakefmt", "--check", "-"]
+        done = subprocess.run(command, input=block, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), done.stderr  # 1: it would be laid out in another way
+
+
 def anchors(file: Path) -> set[str]:
     """Return what the headings of a document are linked by."""
     text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
