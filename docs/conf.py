@@ -1,7 +1,8 @@
 """The site: sphinx-build -W --keep-going -b html docs docs/_build.
 
 All pages are plain Markdown that a forge shows as it is. Documents with a place of their own in the repository have a
-page that links them; on the site that page holds the whole document, and links to it lead to that page.
+page that links them; on the site that page holds the whole document, and links to it lead to that page. The tree of
+pages is that of the links in `index.md` of each folder.
 """
 
 import os
@@ -48,6 +49,13 @@ def linked(text: str, folder: Path, page: Path) -> str:
     return LINK.sub(moved, text)
 
 
+def contents(text: str, page: Path) -> str:
+    """Return the tree of the pages beside an index, and of the folders below it, in the order of its links."""
+    targets = [match["target"] for match in LINK.finditer(text)]
+    below = [name for name in targets if re.fullmatch(r"[\w-]+(/index)?\.md", name) and (page.parent / name).exists()]
+    return "\n```{toctree}\n:hidden:\n\n" + "\n".join(dict.fromkeys(below)) + "\n```\n"
+
+
 def read(app: Sphinx, docname: str, content: list[str]) -> None:
     """Put a document in place of the page that links it; let links lead to pages where there are some."""
     page = HERE / f"{docname}.md"
@@ -57,6 +65,8 @@ def read(app: Sphinx, docname: str, content: list[str]) -> None:
         app.env.note_dependency(str(file))
         content[0] = file.read_text(encoding="utf-8")
     content[0] = linked(content[0], file.parent, page)
+    if page.name == "index.md":
+        content[0] += contents(content[0], page)
 
 
 def setup(app: Sphinx) -> None:
