@@ -227,9 +227,11 @@ def test_the_lines_of_the_readme_score_an_anndata(
     prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     shown = re.search(
-        r"<!-- example: score -->\n```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL
+        r"<!-- example: score -->\n```python\n(.*?)```",
+        (REPOSITORY / "docs/how-to/python.md").read_text(),
+        flags=re.DOTALL,
     )
-    assert shown, "README.md has no block marked <!-- example: score -->"
+    assert shown, "docs/how-to/python.md has no block marked <!-- example: score -->"
     named = re.findall(r'"(results/[^"]+)"', shown[1])
     assert len(named) == 1
     (tmp_path / named[0]).parent.mkdir(parents=True)

@@ -153,10 +153,10 @@ def test_what_may_know_the_screen_is_said_with_every_verdict(
 
 
 def test_the_lines_that_make_tables_of_published_vectors_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of config/README.md, on files of the formats that they name; GenePT's zeros are no vector."""
+    """Those of docs/how-to/gene-vectors.md, on files of the formats that they name; GenePT's zeros are no vector."""
     torch = pytest.importorskip("torch")
     (code,) = re.findall(
-        r"```python\n(import pickle\n.*?)```", (REPOSITORY / "config/README.md").read_text(), flags=re.DOTALL
+        r"```python\n(import pickle\n.*?)```", (REPOSITORY / "docs/how-to/gene-vectors.md").read_text(), flags=re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
     Path("tables").mkdir()
@@ -165,7 +165,7 @@ def test_the_lines_that_make_tables_of_published_vectors_run(tmp_path: Path, mon
     )
     texts = {"KLF1": [0.5, 0.25], "GATA1": np.array([0.0, 1.0]), "NOTEXT": [0.0, 0.0]}
     Path("GenePT_gene_embedding_ada_text.pickle").write_bytes(pickle.dumps(texts))
-    exec(compile(code, "config/README.md", "exec"), {})
+    exec(compile(code, "docs/how-to/gene-vectors.md", "exec"), {})
     esm2 = from_table(Path("tables/esm2.parquet"), ["AARS1", "GATA1", "KLF1"])
     assert esm2.notna().all(axis=1).tolist() == [True, False, True]
     assert esm2.loc["KLF1"].tolist() == [0, 1, 2, 3]

@@ -5,4 +5,4 @@ registry → download → harmonize → splits → pairs → embeddings → mode
 `registry`, `records` and `code_version` are all that the Snakefile imports: they need no torch, scanpy or anndata.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

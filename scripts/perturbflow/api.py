@@ -128,8 +128,8 @@ def harmonize(
 
     Returns
     -------
-    harmonized.h5ad: X CSR float32, integer-valued; obs and var as in config/README.md; uns["perturbflow"] counts the
-    dropped cells and genes.
+    harmonized.h5ad: X CSR float32, integer-valued; obs and var as in docs/reference/files.md; uns["perturbflow"] counts
+    the dropped cells and genes.
 
     Raises
     ------
@@ -431,8 +431,8 @@ def score(
     Returns
     -------
     metrics.tsv: one row per metric × perturbation, with n_cells, n_predicted, reliability, effect_size, metric and
-    value. It is NaN where a metric is undefined. Units, ranges and directions: config/README.md, or `perturbflow list
-    metrics`.
+    value. It is NaN where a metric is undefined. Units, ranges and directions: docs/reference/metrics.md, or
+    `perturbflow list metrics`.
 
     Raises
     ------

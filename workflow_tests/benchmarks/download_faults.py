@@ -1,4 +1,4 @@
-"""Download from a host with every fault that is known of public hosts, and print the table of outcomes in Markdown.
+"""Download from a host with every fault that is known of public hosts, and print the table of outcomes.
 
 python workflow_tests/benchmarks/download_faults.py
 """

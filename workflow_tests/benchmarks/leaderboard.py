@@ -1,4 +1,4 @@
-"""Print the tables of the benchmark as Markdown, as they stand in the READMEs.
+"""Print the tables of the benchmark as Markdown, as docs/results/default-run.md has them.
 
     python workflow_tests/benchmarks/leaderboard.py results renge2023
     python workflow_tests/benchmarks/leaderboard.py results renge2023 --brief no_change set_gp perfect_mean

@@ -103,17 +103,10 @@ def hidden(manifest: Path) -> list[Path]:
 
 
 def outcomes() -> list[tuple[str, str, str]]:
-    """Return fault, what is known of the file, and the outcome, from the table in benchmarks/README.md."""
-    text = (REPOSITORY / "workflow_tests" / "benchmarks" / "README.md").read_text()
-    rows = []
-    for line in re.findall(
-        r"^\| `[\w-]+` \| .* \|$", text.split("## Downloads: faults tried")[1].split("\n## ")[0], flags=re.MULTILINE
-    ):
-        fault, _, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
-        for i, known in enumerate(KNOWN):
-            cells[i] = cells[i - 1] if cells[i] == "the same" else cells[i]
-            rows.append((fault.strip("` "), known, cells[i].strip(" |")))
-    return rows
+    """Return fault, what is known of the file, and the outcome, from docs/results/download_faults.tsv."""
+    _, *lines = (REPOSITORY / "docs" / "results" / "download_faults.tsv").read_text().splitlines()
+    rows = [line.split("\t") for line in lines]
+    return [(fault, known, end) for fault, _, *ends in rows for known, end in zip(KNOWN, ends, strict=True)]
 
 
 @pytest.mark.parametrize(("fault", "known", "expected"), outcomes(), ids=lambda value: value[:30])

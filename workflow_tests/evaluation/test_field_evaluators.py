@@ -73,9 +73,11 @@ def test_pins_are_exact_and_add_to_the_lock_alone() -> None:
 
 
 def documented_lines(module: str) -> str:
-    """Return the lines of config/README.md that call an evaluator."""
+    """Return the lines of docs/reference/metrics.md that call an evaluator."""
     blocks = re.findall(
-        r"^```python\n(.*?)^```", (REPOSITORY / "config" / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL
+        r"^```python\n(.*?)^```",
+        (REPOSITORY / "docs" / "reference" / "metrics.md").read_text(),
+        flags=re.MULTILINE | re.DOTALL,
     )
     return next(block for block in blocks if re.search(rf"^(import|from) {module}\b", block, flags=re.MULTILINE))
 

@@ -2,12 +2,11 @@
 
 The files come through download from a mirror folder; of the block, the shape, sizes and checksums alone are replaced.
 
-Run as a script (PYTHONPATH=scripts python workflow_tests/screens/test_screens.py), it writes the table of
-workflow_tests/benchmarks/README.md anew.
+Run as a script (PYTHONPATH=scripts python workflow_tests/screens/test_screens.py), it writes
+docs/results/screens.tsv anew.
 """
 
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -37,8 +36,8 @@ from perturbflow.screens.harmonize import harmonize
 from perturbflow.screens.unite import unite
 from perturbflow.splits.split import split
 
-BENCHMARKS = REPOSITORY / "workflow_tests" / "benchmarks" / "README.md"
-DATASETS = REPOSITORY / "config" / "datasets.md"
+SHOWN = REPOSITORY / "docs" / "results" / "screens.tsv"
+DATASETS = REPOSITORY / "docs" / "reference" / "datasets.md"
 REGISTERED = complete(merged({}))["datasets"]
 REGISTRY = {name: block for name, block in REGISTERED.items() if not is_union(block)}
 UNIONS = {name: block for name, block in REGISTERED.items() if is_union(block)}
@@ -361,7 +360,7 @@ def test_the_table_of_sources_says_what_the_registry_says(name: str, file: dict)
         for line in DATASETS.read_text().splitlines()
         if line.startswith(f"| `{name}` |") and f"`{file['name']}`" in line
     ]
-    assert len(rows) == 1, f"config/datasets.md has no row of {name}, {file['name']}"
+    assert len(rows) == 1, f"docs/reference/datasets.md has no row of {name}, {file['name']}"
     expected = [
         f"{file['bytes']:,}" if "bytes" in file else "unpublished",
         file.get("md5") or file.get("sha256") or "unpublished",
@@ -377,11 +376,8 @@ def test_the_table_of_sources_says_what_the_registry_says(name: str, file: dict)
 def table(harmonized: Callable[[str], SimpleNamespace]) -> str:
     """Return the table of what the harmonizer did to each fixture."""
     lines = [
-        (
-            "| dataset | cells | kept | controls | perturbations | dropped | genes renamed | genes dropped, merged, "
-            "not measured | traps in the file |"
-        ),
-        "| --- " * 9 + "|",
+        "dataset\tcells\tkept\tcontrols\tperturbations\tdropped\tgenes renamed\tgenes dropped, merged, not measured\t"
+        "traps in the file"
     ]
     for name, fixture in FIXTURES.items():
         account = harmonized(name).account
@@ -405,29 +401,20 @@ def table(harmonized: Callable[[str], SimpleNamespace]) -> str:
             "; ".join(others) or "–",
             fixture.traps,
         )
-        lines.append("| " + " | ".join(map(str, row)) + " |")
-    return "\n".join(lines)
-
-
-SHOWN = re.compile(r"<!-- screens -->\n(.*?)\n<!-- screens: end -->", flags=re.DOTALL)
+        lines.append("\t".join(map(str, row)))
+    return "\n".join(lines) + "\n"
 
 
 def test_the_table_of_fixtures_is_current(harmonized_screen: Callable) -> None:
-    shown = SHOWN.search(BENCHMARKS.read_text())
-    assert shown
-    assert shown[1] == table(harmonized_screen), (
+    assert SHOWN.read_text() == table(harmonized_screen), (
         "run `PYTHONPATH=scripts python workflow_tests/screens/test_screens.py` to write the table anew"
     )
 
 
 def renew() -> None:
     """Write the table anew."""
-    text = BENCHMARKS.read_text()
-    if not SHOWN.search(text):
-        sys.exit(f"{BENCHMARKS} has no place for the table: add <!-- screens --> and <!-- screens: end -->")
     with tempfile.TemporaryDirectory() as folder:
-        written = table(cache(lambda name: harmonized_in(Path(folder) / name, name)))
-    BENCHMARKS.write_text(SHOWN.sub(lambda _: f"<!-- screens -->\n{written}\n<!-- screens: end -->", text))
+        SHOWN.write_text(table(cache(lambda name: harmonized_in(Path(folder) / name, name))))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def exported(
     *,
     any_number: bool = True,
 ) -> Path:
-    """Save an encoder as config/README.md says it."""
+    """Save an encoder as docs/concepts/models.md says it."""
     cells = ({0: torch.export.Dim("cells")},) if any_number else None
     program = torch.export.export(module or Directions(len(genes)), (torch.ones(7, len(genes)),), dynamic_shapes=cells)
     torch.export.save(program, path, extra_files={"genes": "\n".join(names or genes)})

@@ -100,10 +100,9 @@ def _without_numbers(message: str) -> str:
 
 
 def table(host: Host, folder: Path) -> str:
-    """Return the table of all faults and outcomes in Markdown."""
-    lines = ["| fault | the host | " + " | ".join(KNOWN.values()) + " |", "| --- " * (2 + len(KNOWN)) + "|"]
+    """Return the table of all faults and outcomes, tab-separated."""
+    lines = ["\t".join(["fault", "the host", *KNOWN.values()])]
     for fault, does in FAULTS.items():
         outcomes = [outcome(host, fault, known, folder / fault / known) for known in KNOWN]
-        shown = ["the same" if i and text == outcomes[i - 1] else text for i, text in enumerate(outcomes)]
-        lines.append(f"| `{fault}` | {does} | " + " | ".join(shown) + " |")
+        lines.append("\t".join([fault, does, *outcomes]))
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Small files in the schema of every registered one, quirks included, with the outcome of each cell and gene.
 
-The schemas are those of config/datasets.md: columns, types, index names, storage of X, labels. Counts are drawn from
-a real screen where one lies beside the repository, else from a negative binomial distribution.
+The schemas are those of docs/reference/datasets.md: columns, types, index names, storage of X, labels. Counts are drawn
+from a real screen where one lies beside the repository, else from a negative binomial distribution.
 """
 
 import gzip

@@ -76,8 +76,6 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for title in SECTIONS:
         for name, language, block in blocks(title):
             (folder / name).write_text(changed((folder / name).read_text(), language, block))
-    for name in ("README.md", "CONTRIBUTING.md"):  # test_docs reads them
-        shutil.copy(REPOSITORY / name, folder)
     for part in ("workflow", "support"):
         shutil.copytree(REPOSITORY / "workflow_tests" / part, folder / "workflow_tests" / part)
     code = "import test_docs; test_docs.MODELS_SCHEMA.write_text(test_docs.models_schema())"

@@ -1,10 +1,12 @@
 """The documents say what is: every key, every default, every command, the graph of rules.
 
 Run as a script (PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py), it writes the generated parts anew:
-the tables of model params and of metrics, the map of the code, and the rule graph.
+the tables of model params and of metrics, the command line, the map of the code, the citations and the rule graph.
 """
 
 import ast
+import importlib.util
+import inspect
 import json
 import os
 import re
@@ -15,14 +17,16 @@ from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))  # pytest does so, too
 
 from house import MODULES, ORDER, stage
-from software import rules
+from software import locked, rules
 
+from perturbflow.command import perturbflow
 from perturbflow.evaluation import METRICS
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
@@ -32,14 +36,45 @@ from perturbflow.registry.shipped import merged
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
 CONFIG_README = REPOSITORY / "config" / "README.md"
-CLUSTER_README = REPOSITORY / "config" / "profiles" / "README.md"
-TUTORIAL = REPOSITORY / "config" / "TUTORIAL.md"
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
-DOCUMENTS = (README, CONFIG_README, CLUSTER_README, TUTORIAL, CONTRIBUTING)
+SITE = REPOSITORY / "docs"
+DOCUMENTS = sorted(
+    path
+    for places in ("*.md", "config/**/*.md", "docs/**/*.md", "leaderboard/*.md", "workflow_tests/benchmarks/*.md")
+    for path in REPOSITORY.glob(places)
+    if "_build" not in path.parts
+)
+PAGES = [path for path in DOCUMENTS if SITE in path.parents]
+# Pages with generated parts.
+CITATIONS = SITE / "citations.md"
+CODE = SITE / "developers" / "code.md"
+COMMAND_LINE = SITE / "reference" / "cli.md"
+METRICS_PAGE = SITE / "reference" / "metrics.md"
+RULES = SITE / "developers" / "rules.md"
+RENEW = "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write it anew"
 SCHEMAS = REPOSITORY / "config" / "schemas"
 DEFAULT_FILES = [
     REPOSITORY / "config" / f"{name}.yaml" for name in ("config", "datasets", "splits", "models", "counterfactuals")
 ]
+
+
+def generated(file: Path, name: str) -> str:
+    """Return the part of a document that stands between its marks."""
+    match = re.search(
+        rf"<!-- {name} -->\n(.*?)\n?<!-- {name.split(':')[0]}: end -->", file.read_text(), flags=re.DOTALL
+    )
+    assert match, f"{file} has no place for its generated part: add <!-- {name} --> and the mark of its end"
+    return match[1]
+
+
+def write(file: Path, name: str, text: str) -> None:
+    """Put a text between the marks of a document."""
+    end = f"<!-- {name.split(':')[0]}: end -->"
+    pattern = rf"<!-- {name} -->\n.*?{end}"
+    written, n = re.subn(pattern, lambda _: f"<!-- {name} -->\n{text}\n{end}", file.read_text(), flags=re.DOTALL)
+    if n != 1:
+        sys.exit(f"{file} has no place for its generated part: add <!-- {name} --> and {end}")
+    file.write_text(written)
 
 
 # --- what the schemas say -------------------------------------------------------------------------------------------
@@ -147,9 +182,7 @@ def models_schema() -> str:
 
 
 def test_the_schema_of_models_is_that_of_their_declarations():
-    assert MODELS_SCHEMA.read_text() == models_schema(), (
-        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py`"
-    )
+    assert MODELS_SCHEMA.read_text() == models_schema(), RENEW
 
 
 DOCUMENTED = {
@@ -183,40 +216,59 @@ def test_every_family_is_documented_with_its_params(family):
     if not with_params(family):
         assert f"| `{family}` | {FAMILIES[family].kind} |" in section("models.yaml: which models exist")
         return
-    expected = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"
-    assert expected in CONFIG_README.read_text(), (
-        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write the table anew"
-    )
+    assert generated(CONFIG_README, f"params: {family}") == params_table(family), RENEW
 
 
 def metrics_table() -> str:
-    """Return the table of metrics."""
+    """Return a table of what metrics are, by family, and one of their facts."""
 
     def shown(value: float | None) -> str:
         return "–" if value is None else f"{value:g}".replace("inf", "∞").replace("-", "−")
 
-    lines = [
-        "| metric | family | better | range | perfect | useless | unit | needs | ceiling | definition | source |",
-        "| --- " * 11 + "|",
-    ]
+    lines, facts = [], ["| metric | better | range | perfect | useless | unit | needs | ceiling |", "| --- " * 8 + "|"]
     for metric in METRICS.values():
+        if f"### {metric.family.replace('_', ' ').capitalize()}" not in lines:
+            lines += ["", f"### {metric.family.replace('_', ' ').capitalize()}", ""]
+            lines += ["| metric | definition | source |", "| --- | --- | --- |"]
         name = f"**`{metric.name}`**" if metric.headline else f"`{metric.name}`"
+        lines.append(f"| {name} | {metric.formula} | {metric.source} |")
         ceiling = metric.correction.__name__.removeprefix("of_").replace("_", " ") if metric.correction else "duplicate"
-        values = (*metric.range, metric.perfect, metric.useless)
-        low, high, perfect, useless = map(shown, values)
-        lines.append(
-            f"| {name} | {metric.family} | {metric.direction} | {low} to {high} | {perfect} | {useless} | "
-            f"{metric.unit} | {metric.needs} | {ceiling} "
-            f"| {metric.formula} | {metric.source} |"
+        low, high, perfect, useless = map(shown, (*metric.range, metric.perfect, metric.useless))
+        facts.append(
+            f"| {name} | {metric.direction} | {low} to {high} | {perfect} | {useless} | {metric.unit} | {metric.needs} "
+            f"| {ceiling} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines[1:], "", "### Range and unit", "", *facts])
 
 
 def test_metrics_are_documented():
-    expected = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
-    assert expected in CONFIG_README.read_text(), (
-        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write the table anew"
-    )
+    assert generated(METRICS_PAGE, "metrics") == metrics_table(), RENEW
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def command_line() -> str:
+    """Return a section per verb of the command, and the table of the scripts."""
+    lines, bar = [], r"\|"
+    for name, verb in perturbflow.commands.items():
+        context = click.Context(verb, info_name=name, parent=click.Context(perturbflow, info_name="perturbflow"))
+        usage = f"perturbflow {name} {' '.join(verb.collect_usage_pieces(context))}"
+        lines += [f"## perturbflow {name}", "", inspect.cleandoc(verb.help), "", "```text", usage, "```", ""]
+        records = [param.get_help_record(context) for param in verb.params if isinstance(param, click.Option)]
+        lines += ["| option | |", "| --- | --- |"] * bool(records)
+        lines += [f"| `{option.replace('|', bar)}` | {said.replace('|', bar)} |" for option, said in records]
+        lines += [""] * bool(records)
+    lines += ["## Scripts", "", "Each step of the workflow by hand; `--help` says its options.", ""]
+    lines += ["| script | what it does |", "| --- | --- |"]
+    for script in sorted((REPOSITORY / "scripts").glob("*.py")):
+        said = (ast.get_docstring(ast.parse(script.read_text())) or "").split("\n\n")[0]
+        lines.append(f"| `scripts/{script.name}` | {' '.join(said.split())} |")
+    return "\n".join(lines)
+
+
+def test_the_command_line_is_documented():
+    assert generated(COMMAND_LINE, "cli") == command_line(), RENEW
 
 
 # --- the map of the code --------------------------------------------------------------------------------------------
@@ -247,10 +299,7 @@ def map_of_the_code() -> str:
 
 
 def test_map_of_the_code_is_current():
-    expected = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
-    assert expected in CONTRIBUTING.read_text(), (
-        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write the map anew"
-    )
+    assert generated(CODE, "modules") == map_of_the_code(), RENEW
 
 
 def test_every_rule_with_a_script_has_its_module_on_the_map():
@@ -274,7 +323,7 @@ def test_what_is_named_in_code_is_there():
 
 
 def yaml_blocks() -> list[tuple[str, str]]:
-    return [(file.relative_to(REPOSITORY).as_posix(), block) for file in (README, CONFIG_README, TUTORIAL)
+    return [(file.relative_to(REPOSITORY).as_posix(), block) for file in DOCUMENTS
             for block in re.findall(r"^```yaml\n(.*?)^```", file.read_text(),
                                     flags=re.MULTILINE | re.DOTALL)]  # fmt: skip
 
@@ -328,16 +377,38 @@ def test_commands_parse_and_name_files_that_exist(name):
 
 def test_bash_blocks_parse():
     for file in DOCUMENTS:
-        for block in re.findall(r"^```bash\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL):
+        for block in re.findall(r"^```(?:ba)?sh\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL):
             subprocess.run(["bash", "-n", "-c", block], check=True)
             for word in shlex.split(block, comments=True):
                 if re.match(r"(config|rules|scripts|envs|workflow_tests)/.*\.(yaml|smk|py|txt)$", word):
                     assert (REPOSITORY / word).exists(), f"{file.name} runs {word}"
 
 
+def test_python_blocks_parse():
+    blocks = [
+        (file, block)
+        for file in DOCUMENTS
+        for block in re.findall(r"^```python\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+    ]
+    assert len(blocks) > 10
+    for file, block in blocks:
+        compile(block, str(file), "exec")
+
+
+def test_snakemake_blocks_parse():
+    text = "\n".join(file.read_text() for file in DOCUMENTS)
+    blocks = re.findall(r"^```snakemake\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        command = [sys.executable, "-m", "snakefmt", "--check", "-"]
+        done = subprocess.run(command, input=block, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), done.stderr  # 1: it would be laid out in another way
+
+
 def anchors(file: Path) -> set[str]:
     """Return what the headings of a document are linked by."""
-    headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -354,9 +425,82 @@ def test_files_that_are_linked_or_named_exist():
             if "://" not in target:
                 assert (file.parent / target).exists(), f"{file.name} links {target}"
         for named in re.findall(
-            r"`((?:config|rules|scripts|envs|workflow_tests)/[\w./-]+\.(?:yaml|smk|py|txt|md|tsv))`", text
+            r"`((?:config|docs|rules|scripts|envs|workflow_tests)/[\w./-]+\.(?:yaml|smk|py|txt|md|tsv))`", text
         ):
             assert (REPOSITORY / named).exists(), f"{file.name} names {named}"
+
+
+def test_what_code_and_messages_name_is_where_they_say():
+    """`config/README.md, "Add a split"` leads to a heading of that document."""
+    files = [
+        path
+        for folder in (*("config", "envs", "rules", "scripts", "profiles", "docs", "leaderboard"), ".github")
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.suffix in (".py", ".smk", ".yaml", ".yml", ".rst", ".txt") and "_build" not in path.parts
+    ]
+    files += [REPOSITORY / name for name in ("Snakefile", "CITATION.cff", ".snakemake-workflow-catalog.yml")]
+    found = 0
+    for file in files:
+        text = " ".join(re.sub(r"^\s*#", "", file.read_text(), flags=re.MULTILINE).split())
+        for document in set(re.findall(r"\b((?:docs|config|workflow_tests|leaderboard)/[\w./-]+\.md)\b", text)):
+            assert (REPOSITORY / document).exists(), f"{file} names {document}"
+        for document, heading in re.findall(r"\b((?:[\w-]+/)*[\w-]+\.md), \"([^\"]+)\"", text):
+            found += 1
+            anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            assert anchor in anchors(REPOSITORY / document), f"{file} names {document}, {heading}"
+    assert found > 3
+
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+OF_ANOTHER_FILE = ("changelog", "contributing", "keys", "leaderboard")
+
+
+def test_readme_is_one_front_page():
+    assert len(README.read_text().split()) <= 900
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.stem not in OF_ANOTHER_FILE], ids=lambda page: page.stem
+)
+def test_a_page_begins_with_its_bottom_line(page):
+    lines = [line for line in page.read_text().splitlines() if line]
+    assert lines[0].startswith("# ")
+    assert "**" in lines[1], f"{page} begins without a sentence in bold"
+
+
+def test_every_table_of_the_results_is_linked_and_whole():
+    tables = sorted((SITE / "results").glob("*.tsv"))
+    linked = set(re.findall(r"\]\((?:[\w./-]*/)?(\w+\.tsv)\)", "".join(page.read_text() for page in PAGES)))
+    assert {table.name for table in tables} == linked
+    for table in tables:
+        widths = {line.count("\t") for line in table.read_text().splitlines()}
+        assert len(widths) == 1, f"{table} has rows of {sorted(widths)} tabs"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    if not all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo", "sphinxcontrib.mermaid")):
+        pytest.skip("envs/requirements-docs.txt is not installed")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", SITE, tmp_path / "site"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    keys = (tmp_path / "site" / "reference" / "keys.html").read_text()
+    assert "select.datasets" in keys
+    assert 'href="metrics.html' in keys
+
+
+def test_versions_that_are_named_are_those_of_the_locks():
+    pins = {
+        name: version
+        for lock in ("requirements.txt", "requirements-test.txt")
+        for name, version in locked(lock).items()
+    }
+    named = [
+        pin for file in DOCUMENTS for pin in re.findall(r"\b([\w-]+)==(\d[\w.]*\w)", file.read_text()) if pin[0] in pins
+    ]
+    assert {"torch", "snakemake-executor-plugin-slurm"} <= {name for name, _ in named}
+    assert [(name, version) for name, version in named if pins[name] != version] == []
 
 
 def test_ci_runs_the_command_of_the_readme():
@@ -380,28 +524,26 @@ def drawn(text: str) -> tuple[set[str], set[tuple[str, str]]]:
 
 
 def rule_graph(command: str) -> str:
-    """Return the graph that a command prints now, without its colours."""
+    """Return the graph that a command prints now, without its title and colours."""
     words = shlex.split(command)
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return "".join(line for line in done.stdout.splitlines(keepends=True) if "style id" not in line)
+    said = done.stdout.partition("flowchart")[2].splitlines(keepends=True)
+    return "flowchart" + "".join(line for line in said if "style id" not in line)
 
 
 def test_rule_graph_is_current():
-    shown = RULEGRAPH.search(README.read_text())
-    assert shown, "README.md has no rule graph between its markers"
+    shown = RULEGRAPH.search(RULES.read_text())
+    assert shown, f"{RULES} has no rule graph between its markers"
     current = drawn(rule_graph(shown["command"]))
     assert current[0], "snakemake drew nothing"
-    assert drawn(shown["graph"]) == current, (
-        "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to draw it anew"
-    )
+    assert drawn(shown["graph"]) == current, RENEW
 
 
 # --- what to cite ---------------------------------------------------------------------------------------------------
 
-CITATIONS = re.compile(r"(?<=<!-- citations: CITATION.cff -->\n).*?(?=<!-- citations: end -->)", flags=re.DOTALL)
 SCOPES = {
     "screen": "Screens",
     "prior": "Priors and names",
@@ -427,7 +569,7 @@ def identifier(reference: dict) -> str:
 
 
 def citations() -> str:
-    """Return the list of README.md."""
+    """Return the list of docs/citations.md."""
 
     def author(entry: dict) -> str:
         return (
@@ -437,7 +579,7 @@ def citations() -> str:
 
     lines = []
     for scope, title in SCOPES.items():
-        lines.append(f"<details><summary>{title}</summary>\n")
+        lines.append(f"## {title}\n")
         for entry in (entry for entry in references() if entry["scope"] == scope):
             authors = f"{', '.join(map(author, entry['authors']))}.".replace(", et al.", " et al.").replace("..", ".")
             place = f" *{entry['journal']}*" if "journal" in entry else ""
@@ -446,12 +588,12 @@ def citations() -> str:
                 f"* {authors} {entry['title']}.{place} ({entry['year']}).{found} "
                 f"{entry['notes'][0].upper() + entry['notes'][1:]}."
             )
-        lines.append("\n</details>\n")
+        lines.append("")
     return "\n".join(lines)
 
 
-def test_citations_of_the_readme_are_those_of_the_citation_file():
-    assert CITATIONS.search(README.read_text())[0] == citations()
+def test_citations_are_those_of_the_citation_file():
+    assert generated(CITATIONS, "citations: CITATION.cff") == citations(), RENEW
 
 
 def test_everything_that_is_used_is_cited():
@@ -473,33 +615,21 @@ def test_everything_that_is_used_is_cited():
 def renew() -> None:
     """Write the generated parts anew."""
     MODELS_SCHEMA.write_text(models_schema())
-    README.write_text(CITATIONS.sub(lambda _: citations(), README.read_text()))
-    table = f"<!-- modules -->\n{map_of_the_code()}\n<!-- modules: end -->"
-    CONTRIBUTING.write_text(
-        re.sub(
-            r"<!-- modules -->\n.*?<!-- modules: end -->", lambda _: table, CONTRIBUTING.read_text(), flags=re.DOTALL
-        )
-    )
-    text = CONFIG_README.read_text()
-    table = f"<!-- metrics -->\n{metrics_table()}\n<!-- metrics: end -->"
-    text = re.sub(r"<!-- metrics -->\n.*?<!-- metrics: end -->", lambda _: table, text, flags=re.DOTALL)
+    write(CITATIONS, "citations: CITATION.cff", citations())
+    write(CODE, "modules", map_of_the_code())
+    write(COMMAND_LINE, "cli", command_line())
+    write(METRICS_PAGE, "metrics", metrics_table())
     enum = ", ".join(f"`{family}`" for family in FAMILIES)
-    text = re.sub(r"(?m)^\| `family` \| one of [^|]*\|", f"| `family` | one of {enum} |", text)
+    CONFIG_README.write_text(
+        re.sub(r"(?m)^\| `family` \| one of [^|]*\|", f"| `family` | one of {enum} |", CONFIG_README.read_text())
+    )
     for family in filter(with_params, FAMILIES):
-        pattern = rf"<!-- params: {family} -->\n.*?<!-- params: end -->"
-        table = f"<!-- params: {family} -->\n{params_table(family)}\n<!-- params: end -->"
-        text, n = re.subn(pattern, lambda _, table=table: table, text, flags=re.DOTALL)
-        if n != 1:
-            sys.exit(
-                f"config/README.md has no place for the params of {family}: add <!-- params: {family} --> and <!-- "
-                f"params: end -->"
-            )
-    CONFIG_README.write_text(text)
-    text = README.read_text()
+        write(CONFIG_README, f"params: {family}", params_table(family))
+    text = RULES.read_text()
     shown = RULEGRAPH.search(text)
     graph = rule_graph(shown["command"])
     if drawn(graph) != drawn(shown["graph"]):  # another order of the same graph is no change
-        README.write_text(text[: shown.start("graph")] + graph + text[shown.end("graph") :])
+        RULES.write_text(text[: shown.start("graph")] + graph + text[shown.end("graph") :])
 
 
 if __name__ == "__main__":

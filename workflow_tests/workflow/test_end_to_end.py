@@ -158,7 +158,7 @@ SHOWN = (
     ],
 )
 def test_measurements_of_a_run_are_made_by_their_commands(default_job: tuple, command: str) -> None:
-    """Their numbers stand in benchmarks/README.md: a change of the package may not break what makes them again."""
+    """Their numbers stand in docs/results: a change of the package may not break what makes them again."""
     folder, _ = default_job
     script, *words = command.split()
     done = subprocess.run(

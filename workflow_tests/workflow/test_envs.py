@@ -68,13 +68,16 @@ def test_environments_hold_nothing_that_no_rule_imports(file):
     assert not idle
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-test.txt"])
+LOCKS = ("requirements.txt", "requirements-docs.txt", "requirements-test.txt")
+
+
+@pytest.mark.parametrize("file", LOCKS)
 def test_lock_is_exact_and_names_no_machine(file):
     lines = [
         line.strip() for line in (ENVS / file).read_text().splitlines() if line.strip() and not line.startswith("#")
     ]
     for line in lines:
-        is_inclusion = file == "requirements-test.txt" and line == "-r requirements.txt"
+        is_inclusion = file == "requirements-test.txt" and line in {f"-r {lock}" for lock in LOCKS[:2]}
         assert is_inclusion or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.!]*", line), (
             f"{file}: '{line}' is no plain pin name==version"
         )
@@ -82,9 +85,10 @@ def test_lock_is_exact_and_names_no_machine(file):
     assert len(names) == len(set(names))
 
 
-def test_test_lock_includes_the_runtime_lock():
-    assert "-r requirements.txt" in (ENVS / "requirements-test.txt").read_text().splitlines()
-    assert not set(locked("requirements-test.txt")) & set(locked("requirements.txt"))
+def test_test_lock_includes_the_other_locks():
+    assert {f"-r {lock}" for lock in LOCKS[:2]} <= set((ENVS / "requirements-test.txt").read_text().splitlines())
+    names = [name for lock in LOCKS for name in locked(lock)]
+    assert len(names) == len(set(names))
 
 
 def test_lock_has_what_the_tests_and_the_snakefile_import():
@@ -102,5 +106,5 @@ def test_running_versions_are_those_of_the_lock():
     """In the environment of the README's test command; elsewhere the lock is not what is being tested."""
     if "venv-test" not in sys.prefix:
         pytest.skip("not in .venv-test")
-    pins = {**locked("requirements.txt"), **locked("requirements-test.txt")}
+    pins = {name: version for lock in LOCKS for name, version in locked(lock).items()}
     assert {name: metadata.version(name).split("+")[0] for name in pins} == pins

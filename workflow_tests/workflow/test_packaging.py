@@ -35,6 +35,14 @@ def test_version_citation_and_changelog_agree() -> None:
     assert released[0] == __version__
     assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == __version__
     assert "version" in PROJECT["dynamic"]
+    images = re.findall(r"perturbflow:(\d[\w.]*)", (REPOSITORY / "docs" / "how-to" / "cluster.md").read_text())
+    assert set(images) == {__version__}
+
+
+def test_changelog_is_short_and_begins_with_what_changed_for_results() -> None:
+    text = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert len(text.split()) <= 1300
+    assert re.findall(r"^##+ (.*)$", text, flags=re.MULTILINE)[:2] == [__version__, "What changed for results"]
 
 
 # --- what is required -----------------------------------------------------------------------------------------------

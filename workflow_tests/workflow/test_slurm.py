@@ -16,7 +16,7 @@ from slurm_runs import FATES, LEARNED, N_CLOSED, PROFILE, TARGET, Failures, Inte
 CLOSED_FORM = (
     "closed_form_evaluate_predict_train_closed_form"  # the group and its rules, as the plugin names such a job
 )
-GUIDE = REPOSITORY / "config" / "profiles" / "README.md"
+GUIDE = REPOSITORY / "docs" / "how-to" / "cluster.md"
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_messages_are_those_of_the_guide(failures: Failures, interruption: Inter
     assert len(messages) > 4
     for message in messages:
         pattern = ".*?".join(map(re.escape, message.split("…")))
-        assert re.search(pattern, shown), f"config/profiles/README.md quotes a message that nobody sees: {message}"
+        assert re.search(pattern, shown), f"docs/how-to/cluster.md quotes a message that nobody sees: {message}"
 
 
 @pytest.mark.slow

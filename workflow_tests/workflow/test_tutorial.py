@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, copy_repository
 
-TUTORIAL = REPOSITORY / "config" / "TUTORIAL.md"
+TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
 # A marker stands above every block: a command (one that fails, too), a piece of Python, a file, or what the block
 # before it says.
 MARKED = re.compile(r"^<!-- (?P<marker>.+?) -->\n```\w+\n(?P<text>.*?)^```$", flags=re.MULTILINE | re.DOTALL)

@@ -12,7 +12,7 @@
 3. Neighbours. A source that knows an unseen gene names its N_NEIGHBOURS nearest training genes. They agree as far as
    their effects, minus the mean and at unit length, add up: ‖Σ_i u_i‖ / n, 1 where all are alike. Sources agree as the
    means over their neighbours correlate. This is shown beside the promise, which orders what is kept as well or better
-   on the screens where anything does (workflow_tests/benchmarks/README.md, "Trust and retrieval").
+   on the screens where anything does (docs/results/what-if.md, "Trust").
 """
 
 import itertools

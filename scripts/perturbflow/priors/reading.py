@@ -15,7 +15,7 @@ from scipy.sparse.linalg import svds
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import approved_symbol
 
-# Of every prior's vectors; chosen by inner folds over training genes (workflow_tests/benchmarks/README.md, "Priors").
+# Of every prior's vectors; chosen by inner folds over training genes (docs/results/priors.md, "Choices").
 N_DIMENSIONS = 64
 BLOCK_ROWS = 1_000_000
 ALIKE = 1e-6  # relative to the largest entry: entries that are closer differ by rounding

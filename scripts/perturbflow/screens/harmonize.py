@@ -671,8 +671,8 @@ def harmonize(raw: Path, harmonized: Path, report: Path, name: str, dataset: dic
     raw
         The user's file or folder, or the manifest of a download.
     harmonized
-        AnnData to be written: X raw UMI counts (CSR float32, integer-valued), obs and var as in config/README.md.
-        obsm holds the counts of features that are no gene expression, one matrix per type.
+        AnnData to be written: X raw UMI counts (CSR float32, integer-valued), obs and var as in
+        docs/reference/files.md. obsm holds the counts of features that are no gene expression, one matrix per type.
     report
         JSON to be written: cells, genes and perturbations kept, dropped and renamed, by reason; how perturbed genes
         changed (`efficacy`); and sentences that a reader should know (`warnings`).

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 ENCODER = ".pt2"  # suffix of its file
 N_PROBES = 5
-HOW = "config/README.md shows how to export one (latent)"
+HOW = "docs/concepts/models.md shows how to export one"
 
 
 class ExportedEncoder:
