@@ -208,13 +208,13 @@ class Plan:
 
     @property
     def effort(self) -> str:
-        """The effort in two sentences; nothing where no network is trained, or at an effort for claims."""
+        """Two sentences on short trainings; nothing where no network is trained, or at an effort for claims."""
         networks = {name for name, family in FAMILIES.items() if issubclass(family.params, NetworkParams)}
         if self.config["effort"] != "quick" or not networks & {*self.runs["family"]}:
             return ""
         return (
-            f"Effort quick: networks train for {EFFORTS['quick'].steps:.0%} of their steps, where their params set no "
-            "number, and seeds are as selected. For claims, set effort: standard."
+            f"Effort quick: networks train for {100 * EFFORTS['quick'].steps:.0f} % of their default steps. "
+            "For claims, set effort: standard."
         )
 
     def folders(self) -> list[str]:
