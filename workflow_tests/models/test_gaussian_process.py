@@ -19,6 +19,7 @@ from perturbflow.counterfactuals.design import Measured, for_rest, for_target
 from perturbflow.embeddings import Embeddings
 from perturbflow.genes.symbols import members_of
 from perturbflow.models.base import Run, build
+from perturbflow.models.closed_form import base
 from perturbflow.models.closed_form.base import TrainingSet
 from perturbflow.models.closed_form.baselines import Additive
 from perturbflow.models.gaussian_process import likelihood as marginal_likelihood
@@ -295,6 +296,19 @@ def test_intervals_in_its_own_units_hold_what_is_measured(singles: dict[str, np.
     found = SetGP().held_out(training.pairs, training.embeddings, 0)
     assert {"unseen gene", "unseen member", "seen"} == set(found.novelties)
     assert 0.5 < found.for_novelty("seen").reach(0.9) < 4.0
+
+
+def test_folds_end_where_enough_is_held_out(singles: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    training = make_training({**singles, **doubles(singles)}, vectors(), n=12, noise=1.0)
+    all_folds = SetGP().held_out(training.pairs, training.embeddings, 0)
+    monkeypatch.setattr(base, "ENOUGH_HELD_OUT", 1)
+    fits: list[str] = []
+    learned = SetGP.learned
+    monkeypatch.setattr(SetGP, "learned", lambda self, inner: fits.append("") or learned(self, inner))
+    found = SetGP().held_out(training.pairs, training.embeddings, 0)
+    assert len(fits) == 2, "one fold of combinations, one of genes"
+    assert set(found.novelties) == set(all_folds.novelties)
+    assert len(found.labels) < len(all_folds.labels)
 
 
 # --- another model's means --------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from software import locked, rules
 from perturbflow.command import perturbflow
 from perturbflow.evaluation import METRICS
 from perturbflow.registry.config import complete
+from perturbflow.registry.effort import EFFORTS
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.params import json_schema
 from perturbflow.registry.shipped import merged
@@ -356,6 +357,13 @@ def test_examples_are_valid_configurations(file, block, tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     complete(config)
+
+
+def test_efforts_are_documented_as_they_are():
+    rows = [
+        f"| `{name}` | {of.steps:g} × the defaults | {', '.join(map(str, of.seeds))} |" for name, of in EFFORTS.items()
+    ]
+    assert "\n".join(rows) in CONFIG_README.read_text()
 
 
 def test_readme_shows_an_example_for_an_own_screen():

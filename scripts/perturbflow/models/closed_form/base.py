@@ -3,7 +3,7 @@
 import copy
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self, TypeVar
@@ -22,6 +22,7 @@ from perturbflow.pairs import Pairs
 N_FOLDS = 5
 MAX_GENES_ONE_BY_ONE = 20  # up to so many genes are held out one by one
 MAX_CONTEXTS = 8  # at most so many contexts are held out
+ENOUGH_HELD_OUT = 1000  # perturbations by folds of one kind: more make intervals no better, and each fold is a fit
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,9 @@ class TrainingSet:
         return {context: effects for context, effects in of_known.items() if effects}
 
 
+Round = tuple[TrainingSet, Effects, Context | None]  # an inner training set, held-out effects, and their context
+
+
 class MeanEffects(Model):
     """A model with one mean effect per perturbation, the same for all cells."""
 
@@ -217,13 +221,17 @@ class ClosedForm(MeanEffects):
         return self
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
-        """Fit again without combinations, genes and contexts, in turn, and score the predictions of these."""
+        """Fit again without combinations, genes and contexts, in turn, and score the predictions of these.
+
+        Of each kind, folds end once ENOUGH_HELD_OUT perturbations are scored.
+        """
         training = TrainingSet.of(pairs, embeddings, seed)
         scale, found = Scale.of(training.pairs, training.effects), Calibration.none()
         # Every second round: those against one half of the controls.
         of_labels = (training.rounds(of_genes=of_genes, one_by_one=False) for of_genes in (False, True))
-        rounds = [(*one, None) for of in of_labels for one in itertools.islice(of, 0, None, 2)]
-        for inner, held, context in itertools.chain(rounds, training.rounds_of_contexts()):
+        kinds = [((*one, None) for one in itertools.islice(of, 0, None, 2)) for of in of_labels]
+        rounds = map(_until_enough, [*kinds, training.rounds_of_contexts()])
+        for inner, held, context in itertools.chain.from_iterable(rounds):
             fitted = copy.copy(self).learned(inner)
             measured, known = set(inner.effects.labels), set(inner.effects.entities)
             found += Calibration.of(
@@ -237,6 +245,16 @@ class ClosedForm(MeanEffects):
                 [fitted.uncertainty(label, context) for label in held.labels],
             )
         return found
+
+
+def _until_enough(rounds: Iterable[Round]) -> Iterator[Round]:
+    """Yield rounds of one kind until they held out enough perturbations."""
+    n = 0
+    for inner, held_out, context in rounds:
+        yield inner, held_out, context
+        n += len(held_out.labels)
+        if n >= ENOUGH_HELD_OUT:
+            return
 
 
 Candidate = TypeVar("Candidate", bound=ClosedForm)
