@@ -50,6 +50,7 @@ PAGES = [path for path in DOCUMENTS if SITE in path.parents]
 CITATIONS = SITE / "citations.md"
 CODE = SITE / "developers" / "code.md"
 COMMAND_LINE = SITE / "reference" / "cli.md"
+MEASUREMENTS = REPOSITORY / "workflow_tests" / "benchmarks" / "README.md"
 METRICS_PAGE = SITE / "reference" / "metrics.md"
 RULES = SITE / "developers" / "rules.md"
 RENEW = "run `PYTHONPATH=scripts python workflow_tests/workflow/test_docs.py` to write it anew"
@@ -318,6 +319,26 @@ def test_what_is_named_in_code_is_there():
     words = {name.rsplit(".", 1)[-1] for name in named if not name.endswith((".py", ".cff", ".md"))}
     assert words
     assert not {word for word in words if not re.search(rf"\b{re.escape(word)}\b", code)}
+
+
+# --- the map of the measurements ------------------------------------------------------------------------------------
+
+
+def map_of_the_measurements() -> str:
+    """Return the table of the scripts that measure, with the pages that show their commands."""
+    lines = ["| script | what it does | page |", "| --- | --- | --- |"]
+    for script in sorted(MEASUREMENTS.parent.glob("*.py")):
+        said = (ast.get_docstring(ast.parse(script.read_text())) or "").split("\n\n")[0]
+        pages = [page for page in PAGES if f"benchmarks/{script.name}" in page.read_text()]
+        links = ", ".join(f"[{page.stem}]({os.path.relpath(page, MEASUREMENTS.parent)})" for page in pages)
+        lines.append(
+            f"| `{script.name}` | {' '.join(said.split()).replace('|', '/')} | {links} |".replace("|  |", "| |")
+        )
+    return "\n".join(lines)
+
+
+def test_map_of_the_measurements_is_current():
+    assert generated(MEASUREMENTS, "scripts") == map_of_the_measurements(), RENEW
 
 
 # --- examples and commands ------------------------------------------------------------------------------------------
@@ -626,6 +647,7 @@ def renew() -> None:
     write(CITATIONS, "citations: CITATION.cff", citations())
     write(CODE, "modules", map_of_the_code())
     write(COMMAND_LINE, "cli", command_line())
+    write(MEASUREMENTS, "scripts", map_of_the_measurements())
     write(METRICS_PAGE, "metrics", metrics_table())
     enum = ", ".join(f"`{family}`" for family in FAMILIES)
     CONFIG_README.write_text(
