@@ -8,18 +8,7 @@ rule sweep:
         split="results/{dataset}/{split}/split.json",
         again=again("sweep"),
     output:
-        best=report(
-            "results/{dataset}/{split}/sweeps/{model}/best.yaml",
-            caption="captions/sweep.rst",
-            category="Sweeps",
-            subcategory="{dataset}, {split}",
-            labels={
-                "dataset": "{dataset}",
-                "split": "{split}",
-                "model": "{model}",
-                "file": "best.yaml",
-            },
-        ),
+        best="results/{dataset}/{split}/sweeps/{model}/best.yaml",
         trials="results/{dataset}/{split}/sweeps/{model}/trials.tsv",
         figure=report(
             "results/{dataset}/{split}/sweeps/{model}/sweep.png",
