@@ -101,6 +101,7 @@ def design_by_hand(
     targets: list[str] | None = None,
     search: str = "null",
     annotations: Path | None = None,
+    each_context: bool = False,
 ) -> None:
     """Choose which perturbations to measure next, by a `set_gp` that the workflow has trained.
 
@@ -112,13 +113,20 @@ def design_by_hand(
         As the perturbations of `ask`; without targets the candidates themselves are to be predicted.
     output
         Table to be written (`design.design`).
-    budget, aim
+    budget, aim, each_context
         As in config/counterfactuals.yaml.
     """
+    if aim == "interactions" and each_context:
+        raise InputError("each_context: the aim interactions compares combinations over all contexts; leave it out.")
     files, trained, further = _opened(run, annotations)
     query = {
         "perturbations": _as_in_config(candidates),
-        "design": {"aim": aim, "budget": budget, "targets": _as_in_config(targets) if targets else None},
+        "design": {
+            "aim": aim,
+            "budget": budget,
+            "targets": _as_in_config(targets) if targets else None,
+            "each_context": each_context,
+        },
         "search": _parsed("search", search),
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -390,6 +390,11 @@ def _check_query(name: str, config: dict, folds: dict[str, list[str]], files: Pl
             f"{holding_file(files, ['counterfactuals', name, 'design'])}counterfactuals.{name}.design: the aim target "
             "needs a state to reach: search: {towards: ...}."
         )
+    if query["design"] and query["design"]["aim"] == "interactions" and query["design"]["each_context"]:
+        raise InputError(
+            f"{holding_file(files, ['counterfactuals', name, 'design'])}counterfactuals.{name}.design.each_context: "
+            "the aim interactions compares combinations over all contexts; choose another aim, or leave it out."
+        )
     asked = query["perturbations"]
     term = asked.get("genes_of") if isinstance(asked, dict) else None
     known = [prior for prior, block in config["priors"].items() if block["kind"] == "go"]
