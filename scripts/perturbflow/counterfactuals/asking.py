@@ -32,8 +32,8 @@ def ask(
     """Ask what would become of control cells if genes were perturbed in them.
 
     Needs a finished training: a folder results/{dataset}/{split}/{model}/seed_{n} of this workflow. Writes OUTPUT.h5ad,
-    OUTPUT.tsv, OUTPUT.ranking.tsv and four figures; the first question about a model also writes its warranty beside
-    it.
+    OUTPUT.tsv, OUTPUT.ranking.tsv, OUTPUT.effects.h5ad and four figures; the first question about a model also writes
+    its warranty beside it.
 
     Parameters
     ----------
@@ -86,9 +86,12 @@ def ask(
         query["search"].setdefault("budget", 10)
     output.parent.mkdir(parents=True, exist_ok=True)
     answers = Path(f"{output}.h5ad"), Path(f"{output}.tsv"), Path(f"{output}.ranking.tsv")
-    counterfactual(*files, *shown, *answers, *about, query, trained["seed"], trained["scored"], **further)
+    all_effects = Path(f"{output}.effects.h5ad")
+    counterfactual(*files, *shown, *answers, all_effects, *about, query, trained["seed"], trained["scored"], **further)
     draw(*answers, *[Path(f"{output}.{figure}.png") for figure in ("effects", "responders", "map", "heatmap")])
-    logger.info("written: %s.h5ad, .tsv, .ranking.tsv and .effects, .responders, .map and .heatmap.png", output)
+    logger.info(
+        "written: %s.h5ad, .tsv, .ranking.tsv, .effects.h5ad and .effects, .responders, .map and .heatmap.png", output
+    )
     return query
 
 
