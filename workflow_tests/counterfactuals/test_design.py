@@ -1,16 +1,18 @@
 """Which experiment next: the table of choices, and questions that have no answer. Its maths: test_gaussian_process."""
 
+import importlib.util
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import SPECS, Prepared, make_screen, prepare
+from conftest import PERTURBED, REPOSITORY, SPECS, Prepared, make_screen, prepare
 
 from perturbflow.counterfactuals.asking import design_by_hand
 from perturbflow.errors import InputError
-from perturbflow.genes.symbols import CONTROL
+from perturbflow.genes.symbols import CONTROL, SEPARATOR
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
@@ -126,3 +128,17 @@ def test_blocks_within_a_question_get_their_defaults() -> None:
     asked = config["counterfactuals"]["mine"]
     assert asked["search"]["budget"] == 10
     assert asked["design"] == {"aim": "rest", "budget": 50, "targets": None, "each_context": False}
+
+
+def test_designs_are_measured_backwards_for_interactions(tmp_path: Path) -> None:
+    """The benchmark once read an attribute that was gone; of 28 combinations a tenth is to be found among 22."""
+    path = REPOSITORY / "workflow_tests/benchmarks/design_backwards.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    backwards = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backwards)
+    pairs = [SEPARATOR.join(pair) for pair in itertools.combinations(PERTURBED, 2)]
+    screen = make_screen(labels=[*PERTURBED, *pairs], n_cells=12)
+    here = prepare(tmp_path, screen, SPECS["unseen_combination"])
+    table = backwards.interactions(backwards.whole(here.folder), 0)
+    assert table["strategy"].tolist() == ["random", "largest", "design"]
+    assert table["recall"].isin([0.0, 0.5, 1.0]).all()
