@@ -9,8 +9,9 @@ Path grammar, with five wildcards only (dataset, split, model, seed, and query f
   results/{dataset}/{split}/split.json                                 perturbations and cells per role
   results/{dataset}/{split}/gene_vectors.parquet                       vectors of all genes, for what-if questions
   results/{dataset}/{split}/pairs.h5ad, embeddings.parquet, audit.json training data, and the proof that nothing leaked
+  results/{dataset}/{split}/sweeps/{model}/best.yaml, trials.tsv       params of a model, searched on training cells
   results/{dataset}/{split}/{model}/seed_{seed}/model.npz|.ckpt, run.json, predictions.h5ad, metrics.tsv
-  results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, {query}.tsv, {query}.design.tsv, {query}.html
+  results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, {query}.tsv, {query}.effects.h5ad, {query}.html
   results/{benchmark,calibration,comparisons,strata,verdicts}.tsv      all scores, and what they allow to say
   results/report.html, report.json                                     one page to read, and its numbers
   results/download_check.tsv                                           answers of the hosts of all registered screens
@@ -35,6 +36,7 @@ include: "rules/pair.smk"
 include: "rules/embeddings.smk"
 include: "rules/audit.smk"
 include: "rules/train.smk"
+include: "rules/sweep.smk"
 include: "rules/predict.smk"
 include: "rules/evaluate.smk"
 include: "rules/counterfactual.smk"

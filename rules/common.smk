@@ -436,6 +436,30 @@ def model_params(wildcards):
 
 
 @looked_up
+def sweep_block(wildcards):
+    """Return the block `sweep`, with the family of its model."""
+    return {
+        **plan.config["sweep"],
+        "family": plan.config["models"][wildcards.model]["family"],
+    }
+
+
+@looked_up
+def files_of_sweeps(wildcards):
+    """Return the files of all sweeps; WorkflowError where there is none."""
+    if plan.sweeps.empty:
+        raise WorkflowError(
+            "Nothing is searched: the configuration has no block sweep: {model: ..., over: ...}, or its model serves "
+            "no selected split."
+        )
+    return collect(
+        "results/{run.dataset}/{run.split}/sweeps/{run.model}/{file}",
+        run=plan.sweeps.itertuples(),
+        file=["best.yaml", "trials.tsv", "sweep.png"],
+    )
+
+
+@looked_up
 def seed(wildcards):
     """Return the seed of a run as a number."""
     return int(wildcards.seed)

@@ -69,6 +69,7 @@ rule counterfactual:
             subcategory="{query}",
             labels={"query": "{query}", "seed": "{seed}", "file": "ranking.tsv"},
         ),
+        all_effects="results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.effects.h5ad",
     log:
         "logs/counterfactual/{dataset}.{split}.{model}.seed_{seed}.{query}.log",
     benchmark:
@@ -243,7 +244,7 @@ rule counterfactuals:
         answers=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.{suffix}",
             run=plan.queries.itertuples(),
-            suffix=["h5ad", "ranking.tsv", "html"],
+            suffix=["h5ad", "ranking.tsv", "effects.h5ad", "html"],
         ),
         designs=collect(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/counterfactuals/{run.query}.design.tsv",

@@ -298,7 +298,7 @@ def ask(
     shown = folder / "warranty.json", folder / "calibration.npz"
     files = here.pairs, here.embeddings, model
     warranty(*files, *shown, implementation, params, seed)
-    answers = [folder / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
+    answers = [folder / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv", ".effects.h5ad")]
     asked = {**QUERY, **query}
     counterfactual(*files, *shown, *answers, implementation, params, asked, seed, gene_vectors=gene_vectors)
     return folder / "answer"

@@ -307,6 +307,7 @@ def ask(run: Path, perturbations: tuple[str, ...], output: Path, **options: Any)
     type=click.Choice(["rest", "target", "interactions"]),
     help="The rest of the list is predicted best; the state of --search is reached; or interactions are found.",
 )
+@click.option("--each-context", is_flag=True, help="Candidates are perturbations in each context of training.")
 @click.option("--targets", multiple=True, help="To be predicted, if not the candidates themselves; may be repeated.")
 @click.option("--search", default="null", help="JSON: the state to reach, as in ask.")
 @click.option("--annotations", type=Folder, help="GO annotations, for the genes of a term such as go:0006986.")

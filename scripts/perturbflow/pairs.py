@@ -102,6 +102,21 @@ class Pairs:
         kept = self.select(mask)
         return replace(kept, control_index=match_controls(kept.obs, self.control_index.shape[1], seed)[0])
 
+    def with_roles(self, role: np.ndarray, seed: int) -> "Pairs":
+        """Return the cells that have a role, in these roles: controls are matched and halves drawn anew.
+
+        Parameters
+        ----------
+        role
+            train, validation, test or missing, (cells,).
+        """
+        has_role = pd.notna(role)
+        kept = self.select(has_role)
+        obs = kept.obs.assign(role=pd.Categorical(role[has_role], categories=list(ROLES)))
+        obs["half"] = pd.Categorical(_halves(obs, seed), categories=["", "a", "b"])
+        control_index, _ = match_controls(obs, self.control_index.shape[1], seed)
+        return replace(kept, obs=obs, control_index=control_index, rows=np.arange(len(obs)))
+
     def roles(self, *roles: str) -> "Pairs":
         """Return the cells of these roles: always the same object, so that its cached values are computed once."""
         if roles not in self._of_roles:

@@ -1,12 +1,12 @@
 """Predict cells for held-out perturbations, each from a control of its own role, batch and cell type."""
 
-import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
+import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
@@ -19,8 +19,7 @@ from perturbflow.io.hdf5 import AppendedRows
 from perturbflow.io.streaming import RowsByLabel
 from perturbflow.models.base import Ceiling, Given, Model, build
 from perturbflow.pairs import Pairs
-
-logger = logging.getLogger(__name__)
+from perturbflow.progress import progressed
 
 CELLS_PER_BLOCK = 2048
 BYTES_PER_VALUE = 2.0  # of predictions.h5ad, at the least: value and place, compressed
@@ -108,6 +107,18 @@ def predict(
         write_tables(file, obs, pd.DataFrame(index=cells.genes), uns)
 
 
+def predicted_cells(cells: Pairs, family: Model, seed: int, max_cells: int, role: str) -> ad.AnnData:
+    """Return in memory what `predict` writes for a model that makes its own cells, of the cells of one role."""
+    chosen = _chosen(cells, family, seed, max_cells)
+    X = sparse.vstack(
+        [sparse.csr_matrix(nonnegative(block).astype(np.float32)) for block in _predicted(cells, family, chosen, seed)],
+        format="csr",
+    )
+    obs = _joined([_table(cells, chosen, starts_from_controls=True)], without=[])
+    about = {"starts_from_controls": True, "role": role, "noise_removed": False}
+    return ad.AnnData(X, obs, pd.DataFrame(index=cells.genes), uns={"perturbflow": about})
+
+
 def _chosen(cells: Pairs, family: Model, seed: int, max_cells: int) -> dict[str, np.ndarray]:
     """Return, by label, rows of the measured cells that predictions stand for; a ceiling has rows of its own."""
     rng = np.random.default_rng(seed)
@@ -131,7 +142,7 @@ def _predicted(cells: Pairs, family: Model, chosen: dict[str, np.ndarray], seed:
     # A ceiling starts from cells of its own, all in one block: it has each once.
     is_ceiling = isinstance(family, Ceiling)
     measured = RowsByLabel.gathered(cells.X, chosen) if is_ceiling else None
-    for label, rows in chosen.items():
+    for label, rows in progressed(chosen.items(), "perturbations"):
         place = np.searchsorted(is_control, cells.control_index[rows, 0])
         # By chance the mean of these controls differs from that of all controls, which predicted cells shall have.
         asked = controls.context_of(place)
@@ -142,7 +153,6 @@ def _predicted(cells: Pairs, family: Model, chosen: dict[str, np.ndarray], seed:
             start = (measured.of(label) if measured else controls.X[starts]).toarray()
             of_block = block_seed(seed, label, block)
             yield family.predict(start, [label], len(starts), of_block, context)[0]
-        logger.info("%s: %d cells", label, len(rows))
 
 
 def _table(cells: Pairs, chosen: dict[str, np.ndarray], *, starts_from_controls: bool) -> pd.DataFrame:

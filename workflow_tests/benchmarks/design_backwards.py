@@ -154,7 +154,7 @@ def interactions(everything: TrainingSet, seed: int) -> pd.DataFrame:
     if len(pairs) < 20:
         return pd.DataFrame(columns=["seed", "strategy", "recall"])
     effects = {p: everything.effects.of(p) - sum(singles[g] for g in members_of(p)) for p in pairs}
-    noise = {p: everything.effects.errors[everything.effects.labels.index(p)].sum() for p in pairs}
+    noise = dict(zip(everything.effects.labels, everything.pairs.squared_errors.sum(axis=1), strict=True))
     order = rng.permutation(pairs).tolist()
     n = round(0.2 * len(pairs))
     known, pool = order[:n], order[n:]

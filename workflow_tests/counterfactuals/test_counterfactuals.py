@@ -626,7 +626,7 @@ def test_cells_stay_on_disk_while_a_question_is_answered(
 
     shown = model.parent / "warranty.json", model.parent / "calibration.npz"
     monkeypatch.setattr(Pairs, "read", whole)
-    again = [tmp_path / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
+    again = [tmp_path / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv", ".effects.h5ad")]
     query = {**QUERY, "perturbations": ["TF1", "TF6+TF5"], "groups": "batch"}
     counterfactual(here.pairs, here.embeddings, model, *shown, *again, ADDITIVE, {}, query, 0)
     assert again[1].read_text() == Path(f"{answer}.tsv").read_text()
@@ -672,6 +672,7 @@ def test_many_perturbations_are_ranked_by_means_and_the_best_are_drawn(
     search = {"towards": {"cells": {"perturbation": ["TF5+TF6"]}}, "budget": 2}
     whole = ask(here, model, tmp_path, ADDITIVE, {}, perturbations="all_single", search=search)
     ranking, effects = (pd.read_csv(f"{whole}{suffix}", sep="\t") for suffix in (".ranking.tsv", ".tsv"))
+    of_all = ad.read_h5ad(f"{whole}.effects.h5ad")
     monkeypatch.setattr("perturbflow.counterfactuals.answers.MOST_DRAWN", 3)
     monkeypatch.setattr("perturbflow.counterfactuals.answers.LABELS_AT_ONCE", 2)
     few = ask(here, model, tmp_path, ADDITIVE, {}, perturbations="all_single", search=search)
@@ -682,6 +683,18 @@ def test_many_perturbations_are_ranked_by_means_and_the_best_are_drawn(
     pd.testing.assert_frame_equal(same[columns], ranking[columns], rtol=1e-3)
     both = drawn.merge(effects, on=["perturbation", "group", "gene"])
     np.testing.assert_allclose(both["effect_x"], both["effect_y"], atol=1e-5)
+    # Effects of all, drawn or not, are in one file, and are those of the table.
+    found = ad.read_h5ad(f"{few}.effects.h5ad")
+    assert list(found.obs_names) == list(of_all.obs_names) == sorted(ranking["perturbation"])
+    assert found.obs["trust"].notna().all()
+    for name in ("X", "half_width"):
+        values, others = (one.X if name == "X" else one.layers[name] for one in (found, of_all))
+        np.testing.assert_allclose(values, others, atol=1e-5)
+    table = effects[effects["group"] == "all"].pivot(index="perturbation", columns="gene", values="effect")
+    np.testing.assert_allclose(of_all.X, table.loc[of_all.obs_names, of_all.var_names], atol=1e-5)
+    half = effects.assign(half=(effects["high"] - effects["low"]) / 2)[effects["group"] == "all"]
+    half = half.pivot(index="perturbation", columns="gene", values="half")
+    np.testing.assert_allclose(of_all.layers["half_width"], half.loc[of_all.obs_names, of_all.var_names], rtol=1e-3)
 
 
 def test_a_target_that_is_the_start_is_refused(asked: tuple, tmp_path: Path) -> None:

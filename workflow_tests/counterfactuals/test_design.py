@@ -1,15 +1,18 @@
 """Which experiment next: the table of choices, and questions that have no answer. Its maths: test_gaussian_process."""
 
+import importlib.util
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Prepared
+from conftest import PERTURBED, REPOSITORY, SPECS, Prepared, make_screen, prepare
 
 from perturbflow.counterfactuals.asking import design_by_hand
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import CONTROL, SEPARATOR
 from perturbflow.pairs import Pairs
 from perturbflow.registry.config import complete
 from perturbflow.registry.families import FAMILIES
@@ -19,15 +22,20 @@ from perturbflow.train import train
 SET_GP, ADDITIVE = (FAMILIES[name].implementation for name in ("gaussian_process", "additive"))
 
 
-@pytest.fixture(scope="module")
-def run(prepared: dict[str, Prepared], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a set_gp that was trained without a half of the combinations."""
-    folder = tmp_path_factory.mktemp("design") / "results" / "mine" / "split"
-    shutil.copytree(prepared["unseen_combination"].folder, folder)
+def trained_on(split: Prepared, folder: Path) -> Path:
+    """Return the folder of a set_gp that was trained on a copy of a split."""
+    folder = folder / "results" / "mine" / "split"
+    shutil.copytree(split.folder, folder)
     here, made = Prepared(folder), folder / "set_gp" / "seed_0"
     made.mkdir(parents=True)
     train(here.pairs, here.embeddings, here.audit, made / "model.npz", made / "run.json", SET_GP, {}, 0)
     return made
+
+
+@pytest.fixture(scope="module")
+def run(prepared: dict[str, Prepared], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a set_gp that was trained without a half of the combinations."""
+    return trained_on(prepared["unseen_combination"], tmp_path_factory.mktemp("design"))
 
 
 def unmeasured(run: Path) -> list[str]:
@@ -48,6 +56,32 @@ def test_a_design_lists_what_was_not_measured(aim: str, run: Path, tmp_path: Pat
     if aim == "rest":
         assert table["left"].is_monotonic_decreasing
         assert table["left"].between(0, 1).all()
+
+
+def test_contexts_are_candidates_too(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+    """What training measured in one batch alone is a candidate in the other, and nowhere else."""
+    made = trained_on(prepared["unseen_perturbation_in_context"], tmp_path)
+    cells = Pairs.open(made.parents[1] / "pairs.h5ad").fitted_on("test")
+    contexts = sorted(set(cells.contexts))
+    measured = {
+        (label, context) for label, context in zip(cells.labels, cells.contexts, strict=True) if label != CONTROL
+    }
+    labels = sorted({label for label, _ in measured})
+    new = {(label, context) for label in labels for context in contexts} - measured
+    assert new, "every perturbation of training is measured in both batches"
+    design_by_hand(made, labels, tmp_path / "design.tsv", len(new), each_context=True)
+    table = pd.read_csv(tmp_path / "design.tsv", sep="\t")
+    assert set(zip(table["perturbation"], table["context"], strict=True)) == new
+    with pytest.raises(InputError, match="the aim interactions compares combinations over all contexts"):
+        design_by_hand(made, labels, tmp_path / "design.tsv", 1, "interactions", each_context=True)
+
+
+def test_one_context_leaves_nothing_to_choose_between(tmp_path: Path) -> None:
+    screen = make_screen()
+    here = prepare(tmp_path / "screen", screen[screen.obs["lane"] == "b1"].copy(), SPECS["unseen_combination"])
+    made = trained_on(here, tmp_path)
+    with pytest.raises(InputError, match=r"each_context: training knows one context, .*unite screens"):
+        design_by_hand(made, unmeasured(made), tmp_path / "design.tsv", 1, each_context=True)
 
 
 def test_designs_that_cannot_be_made_are_refused(run: Path, tmp_path: Path) -> None:
@@ -71,6 +105,7 @@ def test_designs_that_cannot_be_made_are_refused(run: Path, tmp_path: Path) -> N
     [
         ({"model": "additive"}, "design needs a model of family gaussian_process"),
         ({"design": {"aim": "target"}}, "the aim target needs a state to reach"),
+        ({"design": {"aim": "interactions", "each_context": True}}, "compares combinations over all contexts"),
         ({"perturbations": {"genes_of": "mine:0006986"}}, "'mine' is no prior of kind go; known: go"),
         ({"perturbations": {"file": "nowhere.txt"}}, "there is no file 'nowhere.txt'"),
     ],
@@ -92,4 +127,18 @@ def test_blocks_within_a_question_get_their_defaults() -> None:
     config = complete(above_shipped({"counterfactuals": {"mine": {**block, **further}}}))
     asked = config["counterfactuals"]["mine"]
     assert asked["search"]["budget"] == 10
-    assert asked["design"] == {"aim": "rest", "budget": 50, "targets": None}
+    assert asked["design"] == {"aim": "rest", "budget": 50, "targets": None, "each_context": False}
+
+
+def test_designs_are_measured_backwards_for_interactions(tmp_path: Path) -> None:
+    """The benchmark once read an attribute that was gone; of 28 combinations a tenth is to be found among 22."""
+    path = REPOSITORY / "workflow_tests/benchmarks/design_backwards.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    backwards = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backwards)
+    pairs = [SEPARATOR.join(pair) for pair in itertools.combinations(PERTURBED, 2)]
+    screen = make_screen(labels=[*PERTURBED, *pairs], n_cells=12)
+    here = prepare(tmp_path, screen, SPECS["unseen_combination"])
+    table = backwards.interactions(backwards.whole(here.folder), 0)
+    assert table["strategy"].tolist() == ["random", "largest", "design"]
+    assert table["recall"].isin([0.0, 0.5, 1.0]).all()

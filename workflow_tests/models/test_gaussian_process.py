@@ -493,6 +493,37 @@ def test_a_measurement_leaves_the_variance_that_conditioning_leaves(posterior: t
         np.testing.assert_allclose(after, C - C[:, at] @ np.linalg.solve(noisy, C[at]), atol=1e-9)
 
 
+def test_the_joint_posterior_knows_contexts(posterior: tuple[SetGP, Posterior], screen: tuple) -> None:
+    """Each question in a context of its own has the mean and variance of a single answer there."""
+    model, _ = posterior
+    pairs, labels = screen[0].roles("train"), ["TF1", "TF2+TF5"]
+    joint = Posterior.of(model, [*labels, *labels], each_in=np.repeat(model.kernel.contexts, 2).tolist())
+    kept = ~np.isin(model.artefact["genes"], ["TF1", "TF2", "TF5"])
+    for i, name in enumerate(model.kernel.contexts):
+        there = pairs.context_of(np.flatnonzero(pairs.is_control & (pairs.strata == name)))
+        effects, variances = model.mean_effects(np.zeros((0, 0)), labels, 0, there), model.uncertainties(labels, there)
+        rows = [2 * i, 2 * i + 1]
+        np.testing.assert_allclose((joint.mean[rows] @ joint.V.T)[:, kept], effects[:, kept], atol=1e-6)
+        of_directions = np.stack([joint.covariance(one).diagonal() for one in np.eye(len(joint.signal))], axis=1)[rows]
+        np.testing.assert_allclose((of_directions @ (joint.V**2).T)[:, kept], variances[:, kept], rtol=1e-3, atol=1e-7)
+    assert not np.allclose(joint.mean[:2], joint.mean[2:])
+
+
+def test_the_same_perturbation_elsewhere_tells_most_of_it_here() -> None:
+    """K is genes ⊗ contexts: the first choice for A in context 2 is A in context 1, with the gain of the formula."""
+    genes, contexts = 0.3 + 0.7 * np.eye(3), np.array([[1.0, 0.8], [0.8, 1.0]])
+    K = np.kron(genes, contexts)  # A1, A2, B1, B2, C1, C2
+    joint = Posterior(
+        labels=["A", "A", "B", "B", "C", "C"], mean=np.zeros((6, 1)), K=K, R=np.zeros((6, 1)),
+        columns=np.zeros((6, 1, 1)), nugget=np.zeros(6), signal=np.ones(1), inverse=np.zeros((1, 1)),
+        noise=np.full(1, 0.1), V=np.ones((1, 1)),
+    )  # fmt: skip
+    target = np.arange(6) == 1
+    choice = for_rest(joint, ~target, target, 2)
+    assert choice.places.tolist() == [0, 3]
+    np.testing.assert_allclose(choice.gains[0], 0.8**2 / 1.1)
+
+
 def test_a_design_prefers_what_others_resemble_and_never_repeats() -> None:
     """Of five that are alike and three that are alone, one of the five is first; then those alone tell nothing."""
     K = np.eye(8)

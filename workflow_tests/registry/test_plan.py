@@ -116,6 +116,18 @@ def test_priors_are_retrieved_once_for_all_splits(light: dict[str, str], tmp_pat
     }
 
 
+def test_a_sweep_is_a_job_of_its_target(light: dict[str, str], tmp_path: Path) -> None:
+    write_screen(tmp_path)
+    config = closed_forms_config(sweep={"model": "scppdm", "over": {"width": [16, 32]}})
+    outcome = plan_in(tmp_path, light, config, "swept")
+    assert outcome.jobs == {"harmonize": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1, "sweep": 1, "swept": 1}
+    assert re.search(r"rule sweep:(.|\n)*?model=scppdm\n.*runtime=1440", outcome.text)
+    without = run_snakemake(
+        tmp_path, "--dry-run", "swept", config=closed_forms_config(), environment=light, python=sys.executable
+    )
+    assert "the configuration has no block sweep" in without.text
+
+
 def test_jobs_multiply_with_splits_seeds_models_and_queries(light: dict[str, str], tmp_path: Path) -> None:
     write_screen(tmp_path)
     config = closed_forms_config(
@@ -338,7 +350,7 @@ def test_names_of_rule_script_log_and_benchmark_agree(name: str, text: str) -> N
     assert re.search(rf'"logs/{step}[/.]', text)
     assert re.search(rf'"benchmarks/{step}[/.]', text)
     assert f'        code_version=code("{entry_point(step)}"' in text
-    assert (", family)" in text) == (step in ("train", "predict", "warranty", "counterfactual", "design"))
+    assert (", family)" in text) == (step in ("train", "sweep", "predict", "warranty", "counterfactual", "design"))
     environment = re.search(r'"\.\./(envs/\w+\.yaml)"', text)
     assert environment, name
     assert (REPOSITORY / environment.group(1)).is_file()

@@ -15,7 +15,7 @@ ORDER = (
     ("priors",),
     ("embeddings", "audit"),
     ("models", "train", "predict"),
-    ("evaluation", "benchmark"),
+    ("evaluation", "benchmark", "sweep"),
     ("counterfactuals",),
     ("report", "quality"),
     ("listing", "api", "command"),

@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 DOCKERFILE = REPOSITORY / "envs" / "Dockerfile"
 # What only these import may be left to an extra.
-EXTRAS = {"models": {"torch", "pytorch-lightning"}}
+EXTRAS = {"models": {"torch", "pytorch-lightning", "optuna"}}
 
 
 # --- the version ----------------------------------------------------------------------------------------------------

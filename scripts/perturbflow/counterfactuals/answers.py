@@ -14,6 +14,7 @@ import pandas as pd
 
 from perturbflow.controls import Context
 from perturbflow.counterfactuals.contexts import contexts_of
+from perturbflow.counterfactuals.effects_file import EffectsFile, effects_file
 from perturbflow.counterfactuals.novelty import Novelty, TrainingKnowledge
 from perturbflow.counterfactuals.questions import expanded, holding, perturbed_genes, term_of
 from perturbflow.counterfactuals.search import Direction, ranked
@@ -331,6 +332,7 @@ class Results:
         self.effects: list[pd.DataFrame] = []
         self.ranking: list[dict] = []
         self.means: dict[str, np.ndarray] = {}
+        self.half_widths: list[np.ndarray] = []
 
     def add(self, answer: Answer) -> None:
         """Take in the answer on one perturbation."""
@@ -346,7 +348,8 @@ class Results:
         table = effect_table(answer, chosen.genes, self.groups, novelties, self.checks)
         self.effects.append(table[table["rank"] <= GENES_OF_MANY] if self.is_long else table)
         self.means[label] = answer.effects.mean(axis=0)
-        self.ranking.append(_row(answer, chosen.genes, self.checks, response))
+        self.half_widths.append(self.checks.half_width(answer, answer.novelty.is_elsewhere))
+        self.ranking.append(_row(answer, chosen.genes, self.half_widths[-1], self.checks, response))
         logger.info("%s (%s): largest effects %s", label, answer.novelty.words, self.ranking[-1]["strongest"])
 
 
@@ -359,6 +362,7 @@ def counterfactual(
     cells: Path,
     effects: Path,
     ranking: Path,
+    all_effects: Path,
     implementation: str,
     params: dict,
     query: dict,
@@ -394,6 +398,8 @@ def counterfactual(
         numbers of trust (`trust.Trust`); size of the effect, genes whose interval leaves out zero, share
         of cells that do not respond, known, distance, verdict. A search adds its score, chance and whether the
         perturbation is within the budget. Of more than 400 perturbations, the best is first: by score, or by size.
+    all_effects
+        AnnData to be written, perturbations × genes, of all that were asked (`effects_file.EffectsFile`).
     query
         perturbations, cells, samples_per_cell, keep_samples, groups, search and drawn.
     scored
@@ -423,18 +429,23 @@ def counterfactual(
     checks = Checks.read(warranty, calibration)
     direction = Direction.of(query["search"], everything, chosen) if query["search"] else None
     drawn, known_of_all = labels, pd.DataFrame()
-    if len(labels) > MOST_DRAWN:
-        known_of_all = ranked_by_means(family, labels, chosen, knowledge, checks, direction, query["search"], seed)
-        drawn = known_of_all["perturbation"].head(query.get("drawn", MANY)).tolist()
     answers = Answers(family, chosen, knowledge, checks, query, seed)
-    answers.write(drawn, cells)
-    _write_table(effects, pd.concat(answers.results.effects, ignore_index=True))
-    summary = pd.DataFrame(answers.results.ranking)
-    if not known_of_all.empty:
-        summary = completed(known_of_all, summary)
-    elif direction:
-        summary = ranked(summary, answers.results.means, chosen.genes, direction, query["search"]["budget"])
-        logger.info("towards %s: %s", direction.words, ", ".join(summary["perturbation"].head(5)))
+    with effects_file(all_effects, len(labels), chosen.genes) as file:
+        if len(labels) > MOST_DRAWN:
+            sought = direction, query["search"]
+            known_of_all = ranked_by_means(family, labels, chosen, knowledge, checks, *sought, seed, file)
+            drawn = known_of_all["perturbation"].head(query.get("drawn", MANY)).tolist()
+        answers.write(drawn, cells)
+        results, summary = answers.results, pd.DataFrame(answers.results.ranking)
+        if not known_of_all.empty:
+            summary = completed(known_of_all, summary)
+        else:
+            file.add(labels, np.stack(list(results.means.values())), np.stack(results.half_widths))
+            if direction:
+                summary = ranked(summary, results.means, chosen.genes, direction, query["search"]["budget"])
+                logger.info("towards %s: %s", direction.words, ", ".join(summary["perturbation"].head(5)))
+        file.finish(summary, {"perturbflow": answers.words | {"level_of_intervals": LEVEL}})
+    _write_table(effects, pd.concat(results.effects, ignore_index=True))
     _write_table(ranking, summary)
     logger.info("warranty: %s", answers.words["warranty"])
 
@@ -491,8 +502,9 @@ def ranked_by_means(
     direction: Direction | None,
     search: dict | None,
     seed: int,
+    file: EffectsFile,
 ) -> pd.DataFrame:
-    """Return the ranking of many perturbations by mean effects alone, a block of them at a time.
+    """Return the ranking of many perturbations by mean effects alone; these are written, a block of them at a time.
 
     Columns of the ranking that need drawn cells are not there yet.
     """
@@ -503,12 +515,14 @@ def ranked_by_means(
     blocks = [labels[first : first + LABELS_AT_ONCE] for first in range(0, len(labels), LABELS_AT_ONCE)]
     for block in progressed(blocks, f"blocks of {LABELS_AT_ONCE} perturbations", len(blocks)):
         means = model.mean_effects(start, block, seed, context).astype(np.float32)
-        variances = model.uncertainties(block, context)
+        variances, half_widths = model.uncertainties(block, context), []
         for i, label in enumerate(block):
             variance = None if variances is None else variances[i]
             answer = Answer(label, knowledge.of(label), means[i][None], np.zeros((0, 0)), variance)
             answer.trust = checks.trust(answer, knowledge, chosen.genes)
-            rows.append(mean_row(answer, chosen.genes, checks))
+            half_widths.append(checks.half_width(answer, answer.novelty.is_elsewhere))
+            rows.append(mean_row(answer, chosen.genes, half_widths[-1], checks))
+        file.add(block, means, np.stack(half_widths))
         if direction:
             sought.append(direction.scored(block, means, chosen.genes))
     table = pd.DataFrame(rows)
@@ -564,9 +578,9 @@ def _groups(chosen: Pairs, column: str) -> pd.Series:
     return chosen.obs[column].astype(str)
 
 
-def mean_row(answer: Answer, genes: list[str], checks: Checks) -> dict[str, object]:
-    """Return the part of a perturbation's row of the ranking that its mean effect tells."""
-    effect, half = answer.effects.mean(axis=0), checks.half_width(answer, answer.novelty.is_elsewhere)
+def mean_row(answer: Answer, genes: list[str], half: np.ndarray, checks: Checks) -> dict[str, object]:
+    """Return the part of a perturbation's row of the ranking that its mean effect and its interval tell."""
+    effect = answer.effects.mean(axis=0)
     others = ~np.isin(genes, entities_of(answer.label))
     strongest = np.argsort(-np.abs(effect), kind="stable")[:5]
     return {
@@ -582,9 +596,9 @@ def mean_row(answer: Answer, genes: list[str], checks: Checks) -> dict[str, obje
     }
 
 
-def _row(answer: Answer, genes: list[str], checks: Checks, response: np.ndarray) -> dict[str, object]:
+def _row(answer: Answer, genes: list[str], half: np.ndarray, checks: Checks, response: np.ndarray) -> dict[str, object]:
     """Return one perturbation's row of the ranking."""
-    return mean_row(answer, genes, checks) | {
+    return mean_row(answer, genes, half, checks) | {
         "not_responding": float((response < 0.5).mean()),
         "spread_of_response": float(response.std()),
     }

@@ -32,8 +32,8 @@ def ask(
     """Ask what would become of control cells if genes were perturbed in them.
 
     Needs a finished training: a folder results/{dataset}/{split}/{model}/seed_{n} of this workflow. Writes OUTPUT.h5ad,
-    OUTPUT.tsv, OUTPUT.ranking.tsv and four figures; the first question about a model also writes its warranty beside
-    it.
+    OUTPUT.tsv, OUTPUT.ranking.tsv, OUTPUT.effects.h5ad and four figures; the first question about a model also writes
+    its warranty beside it.
 
     Parameters
     ----------
@@ -86,9 +86,12 @@ def ask(
         query["search"].setdefault("budget", 10)
     output.parent.mkdir(parents=True, exist_ok=True)
     answers = Path(f"{output}.h5ad"), Path(f"{output}.tsv"), Path(f"{output}.ranking.tsv")
-    counterfactual(*files, *shown, *answers, *about, query, trained["seed"], trained["scored"], **further)
+    all_effects = Path(f"{output}.effects.h5ad")
+    counterfactual(*files, *shown, *answers, all_effects, *about, query, trained["seed"], trained["scored"], **further)
     draw(*answers, *[Path(f"{output}.{figure}.png") for figure in ("effects", "responders", "map", "heatmap")])
-    logger.info("written: %s.h5ad, .tsv, .ranking.tsv and .effects, .responders, .map and .heatmap.png", output)
+    logger.info(
+        "written: %s.h5ad, .tsv, .ranking.tsv, .effects.h5ad and .effects, .responders, .map and .heatmap.png", output
+    )
     return query
 
 
@@ -101,6 +104,7 @@ def design_by_hand(
     targets: list[str] | None = None,
     search: str = "null",
     annotations: Path | None = None,
+    each_context: bool = False,
 ) -> None:
     """Choose which perturbations to measure next, by a `set_gp` that the workflow has trained.
 
@@ -112,13 +116,20 @@ def design_by_hand(
         As the perturbations of `ask`; without targets the candidates themselves are to be predicted.
     output
         Table to be written (`design.design`).
-    budget, aim
+    budget, aim, each_context
         As in config/counterfactuals.yaml.
     """
+    if aim == "interactions" and each_context:
+        raise InputError("each_context: the aim interactions compares combinations over all contexts; leave it out.")
     files, trained, further = _opened(run, annotations)
     query = {
         "perturbations": _as_in_config(candidates),
-        "design": {"aim": aim, "budget": budget, "targets": _as_in_config(targets) if targets else None},
+        "design": {
+            "aim": aim,
+            "budget": budget,
+            "targets": _as_in_config(targets) if targets else None,
+            "each_context": each_context,
+        },
         "search": _parsed("search", search),
     }
     output.parent.mkdir(parents=True, exist_ok=True)

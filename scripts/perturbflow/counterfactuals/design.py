@@ -35,6 +35,8 @@ from perturbflow.pairs import Pairs
 logger = logging.getLogger(__name__)
 
 AIMS = ("rest", "target", "interactions")
+# A perturbation and the context that it is measured in; "" is all contexts, in the shares of training's controls.
+Place = tuple[str, str]
 MOST_CANDIDATES = 1500  # covariances are candidates × candidates
 MOST_DIRECTIONS = 20  # the strongest: the others hold little variance
 N_SAMPLES = 2000  # of reaches, for expected improvement
@@ -199,20 +201,22 @@ def design(
     pairs, embeddings, model
         The pairs of the split, its gene vectors, and a trained `set_gp`.
     design
-        Table to be written, one row per choice in its order: rank, perturbation, gain, left, size of the predicted
+        Table to be written, one row per choice in its order: rank, perturbation, context (with `each_context`: batch |
+        cell type, or dataset | cell type), gain, left, size of the predicted
         effect, and sd, its posterior standard deviation. gain of the aim rest is the share of the targets' variance
         that the choice takes away from the others, and left what is left, its own taken off too; of target the
         expected reach beyond the best so far; of interactions the expected norm of the interaction.
     query
-        A question whose perturbations are the candidates. Its `design` has aim, budget and targets, its `search` the
-        state that the aim target goes towards.
+        A question whose perturbations are the candidates. Its `design` has aim, budget, targets and each_context, its
+        `search` the state that the aim target goes towards.
     scored, gene_vectors, annotations, roles
         As in `answers.counterfactual`.
 
     Raises
     ------
     InputError
-        For a model of another family, or a budget above the number of candidates that are not measured yet.
+        For a model of another family, a budget above the number of candidates that are not measured yet, or
+        each_context where training has one context.
     """
     everything = Pairs.open(pairs)
     family = build(implementation, params)
@@ -224,37 +228,54 @@ def design(
     family.restore(load_artefact(model))
     training, own = everything.fitted_on(scored), Embeddings.read(embeddings)
     everyone = Embeddings.read(gene_vectors) if gene_vectors else None
-    perturbed, measured = perturbed_genes(own, everything.perturbations), set(family.asked.labels)
+    perturbed, each = perturbed_genes(own, everything.perturbations), query["design"]["each_context"]
+    contexts, measured = _contexts(family) if each else ([""], {(label, "") for label in family.asked.labels})
 
-    def named(asked: Asked) -> list[str]:
+    def named(asked: Asked) -> list[Place]:
         of_term = term_of(asked, annotations or [], roles or [])
         labels = expanded(asked, perturbed, everything.genes, everyone, of_term)
-        return [label for label in labels if label not in measured and label != CONTROL]
+        places = [(label, context) for label in labels for context in contexts if label != CONTROL]
+        return _few_enough([place for place in places if place not in measured], seed)
 
-    aim, budget = query["design"]["aim"], query["design"]["budget"]
-    candidates = _few_enough(named(query["perturbations"]), seed)
+    aim, budget, targets = (query["design"][key] for key in ("aim", "budget", "targets"))
+    candidates = named(query["perturbations"])
     if aim == "interactions":
-        candidates = [label for label in candidates if len(members_of(label)) > 1]
-        others = [name for label in candidates for name in members_of(label)]
+        candidates = [place for place in candidates if len(members_of(place[0])) > 1]
+        others = [(name, "") for label, _ in candidates for name in members_of(label)]
     else:
-        targets = query["design"]["targets"]
-        others = candidates if targets is None else _few_enough(named(targets), seed)
-    _check_budget(aim, budget, candidates)
-    labels = list(dict.fromkeys([*candidates, *others]))
+        others = candidates if targets is None else named(targets)
+    _check_budget(aim, budget, len(candidates))
+    places = list(dict.fromkeys([*candidates, *others]))
+    labels, each_in = [label for label, _ in places], [context for _, context in places]
     members = [member for label in labels for member in members_of(label)]
     family.add_genes(training, own.with_genes_of(everyone or own, members), seed)
-    posterior = Posterior.of(family, labels)
-    is_candidate, is_target = (np.isin(labels, names) for names in (candidates, others))
+    posterior = Posterior.of(family, labels, each_in=each_in if each else None)
+    is_candidate, is_target = (np.array([place in kept for place in places]) for kept in (set(candidates), set(others)))
     if aim == "rest":
         choice = for_rest(posterior, is_candidate, is_target, budget)
     elif aim == "target":
         choice = _towards(query, posterior, is_candidate, everything, training, seed)
     else:
-        choice = for_interactions(posterior, candidates, budget)
+        choice = for_interactions(posterior, [label for label, _ in candidates], budget)
     table = _table(posterior, choice)
+    if each:
+        table.insert(2, "context", [each_in[i] for i in choice.places])
     with atomic(design) as partial:
         table.to_csv(partial, sep="\t", index=False, float_format="%.6g")
     logger.info("%s: first %s", aim, ", ".join(table["perturbation"].head(5)))
+
+
+def _contexts(model: SetGP) -> tuple[list[str], set[Place]]:
+    """Return the contexts of training, and which perturbations were measured in which; InputError for one context."""
+    contexts = list(model.kernel.contexts)
+    if not model.looks_at_contexts:
+        raise InputError(
+            f"each_context: training knows one context, {contexts[0]}, so there is none to choose between. Leave "
+            "each_context out, or unite screens of several lines (union), or declare covariates.batch and "
+            "covariates.cell_type in the dataset's block."
+        )
+    rows, columns = np.nonzero(model.asked.shares)
+    return contexts, {(model.asked.labels[row], contexts[column]) for row, column in zip(rows, columns, strict=True)}
 
 
 def _towards(
@@ -272,22 +293,22 @@ def _towards(
     return for_target(posterior, direction.wanted, is_candidate, float(best), query["design"]["budget"], seed)
 
 
-def _few_enough(labels: list[str], seed: int) -> list[str]:
-    """Return the labels, or a sample of them."""
-    if len(labels) <= MOST_CANDIDATES:
-        return labels
+def _few_enough(places: list[Place], seed: int) -> list[Place]:
+    """Return the places, or a sample of them."""
+    if len(places) <= MOST_CANDIDATES:
+        return places
     logger.info(
-        "%d of %d candidates are compared: covariances are candidates × candidates", MOST_CANDIDATES, len(labels)
+        "%d of %d candidates are compared: covariances are candidates × candidates", MOST_CANDIDATES, len(places)
     )
-    kept = np.sort(np.random.default_rng(seed).choice(len(labels), MOST_CANDIDATES, replace=False))
-    return [labels[i] for i in kept]
+    kept = np.sort(np.random.default_rng(seed).choice(len(places), MOST_CANDIDATES, replace=False))
+    return [places[i] for i in kept]
 
 
-def _check_budget(aim: str, budget: int, candidates: list[str]) -> None:
-    if budget > len(candidates):
+def _check_budget(aim: str, budget: int, n_candidates: int) -> None:
+    if budget > n_candidates:
         kind = "combinations" if aim == "interactions" else "candidates"
         raise InputError(
-            f"budget: {budget} are to be chosen, and only {len(candidates)} {kind} are not measured yet. Lower the "
+            f"budget: {budget} are to be chosen, and only {n_candidates} {kind} are not measured yet. Lower the "
             "budget, or name more candidates."
         )
 

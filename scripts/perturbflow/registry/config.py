@@ -20,6 +20,7 @@ from perturbflow.registry.schemas import (
     with_values,
 )
 from perturbflow.registry.sources import labels_file, own_files, problem_of, problem_of_folder, resolved
+from perturbflow.registry.sweeps import completed_sweep
 from perturbflow.registry.unions import check_keys, completed, is_union
 from perturbflow.registry.wrappers import problem_of_files
 
@@ -390,6 +391,11 @@ def _check_query(name: str, config: dict, folds: dict[str, list[str]], files: Pl
             f"{holding_file(files, ['counterfactuals', name, 'design'])}counterfactuals.{name}.design: the aim target "
             "needs a state to reach: search: {towards: ...}."
         )
+    if query["design"] and query["design"]["aim"] == "interactions" and query["design"]["each_context"]:
+        raise InputError(
+            f"{holding_file(files, ['counterfactuals', name, 'design'])}counterfactuals.{name}.design.each_context: "
+            "the aim interactions compares combinations over all contexts; choose another aim, or leave it out."
+        )
     asked = query["perturbations"]
     term = asked.get("genes_of") if isinstance(asked, dict) else None
     known = [prior for prior, block in config["priors"].items() if block["kind"] == "go"]
@@ -468,6 +474,9 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
         select["counterfactuals"] = _selected_queries(config)
     for kind in REGISTRIES:
         _check_names(select[kind], config[kind], kind, ["select", kind], files)
+    if config["sweep"]:
+        _check_names([config["sweep"]["model"]], config["models"], "models", ["sweep", "model"], files)
+        config["sweep"] = completed_sweep(config["sweep"], config["models"], files)
     for name in select["counterfactuals"]:
         _check_query(name, config, folds, files)
     queries = [config["counterfactuals"][name] for name in select["counterfactuals"]]
@@ -478,6 +487,7 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
             _check_query_file(name, config["counterfactuals"][name]["perturbations"], files)
         splits = [*select["splits"], *[query["split"] for query in queries]]
         models = [*select["models"], *[query["model"] for query in queries]]
+        models += [config["sweep"]["model"]] if config["sweep"] else []
         _check_own_files(config, datasets, dict.fromkeys(splits), dict.fromkeys(models), files)
     return config
 

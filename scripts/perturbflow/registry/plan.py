@@ -53,6 +53,8 @@ class Plan:
     warranties
         One row per dataset × split × model × seed that is checked for what-if questions: learned families, and all
         models that a query asks.
+    sweeps
+        One row per dataset × split × model whose params are searched (`sweep`).
     left_out
         One sentence per selection that is not possible.
     """
@@ -74,6 +76,7 @@ class Plan:
         self.datasets = list(dict.fromkeys(self.divisions["dataset"] if select["splits"] else select["datasets"]))
         if is_empty:
             self.left_out.append(self._instead())
+        self.sweeps = pd.DataFrame(self._planned_sweeps(), columns=["dataset", "split", "model"])
         self.queries = pd.DataFrame(self._planned_queries(), columns=["dataset", "split", "model", "seed", "query"])
         key = ["dataset", "split", "model", "seed"]
         is_learned = self.runs["model"].map(self._is_warranted).astype(bool)
@@ -115,6 +118,18 @@ class Plan:
                 self.left_out.append(f"counterfactual {name} is left out: {reason}.")
             else:
                 rows += [(dataset, split, model, seed, name) for seed in self.config["select"]["seeds"]]
+        return rows
+
+    def _planned_sweeps(self) -> list[tuple[str, str, str]]:
+        """Return the rows of `sweeps`; a split that the model cannot serve becomes a sentence of `left_out`."""
+        if not self.config["sweep"]:
+            return []
+        model, rows = self.config["sweep"]["model"], []
+        for dataset, split in self.divisions.itertuples(index=False):
+            if reason := self._why_unfit(model, split):
+                self.left_out.append(f"the sweep of {model} × {split} is left out: {reason}.")
+            else:
+                rows.append((dataset, split, model))
         return rows
 
     def _with_references(self, models: list[str]) -> list[str]:
@@ -232,6 +247,11 @@ class Plan:
     def models_of_rule(self, rule: str) -> list[str]:
         """Return the names of the models that a training rule trains."""
         return [name for name, block in self.config["models"].items() if FAMILIES[block["family"]].rule == rule]
+
+    @property
+    def swept_models(self) -> list[str]:
+        """Names of the models whose params are searched: one or none."""
+        return [self.config["sweep"]["model"]] if self.config["sweep"] else []
 
     def family(self, model: str) -> Family:
         """Return the family of a model."""

@@ -103,7 +103,7 @@ def names_digest(names: list[str]) -> str:
     return hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()
 
 
-def _roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict, naming: dict) -> pd.Series:
+def roles_of_cells(obs: pd.DataFrame, account: dict, spec: dict, naming: dict) -> pd.Series:
     """Return the role of every cell under a split's block; missing where it has none."""
     shares = {key: spec[key] for key in ("validation_fraction", "seed")}
     if spec["kind"] == "random_cells":
@@ -143,7 +143,7 @@ def divided(obs: pd.DataFrame, account: dict, name: str, spec: dict, naming: dic
         If the split is not possible on this screen.
     """
     try:
-        role_of_cell = _roles_of_cells(obs, account, spec, naming or {})
+        role_of_cell = roles_of_cells(obs, account, spec, naming or {})
     except InputError as error:
         raise InputError(f"splits.{name}: {error}") from error
     labels = obs["perturbation"].astype(str)

@@ -384,6 +384,12 @@ class SetKernel:
                 alike = np.average(self._alike(levels), axis=0, weights=list(new.values()))
         return Questions(list(labels), np.tile(shares, (len(labels), 1)), alike)
 
+    def questions_in(self, labels: Sequence[str], contexts: Sequence[str]) -> Questions:
+        """Return perturbations each in one context of training, named as in `contexts`."""
+        column = {name: i for i, name in enumerate(self.contexts)}
+        shares = np.eye(len(column))[[column[name] for name in contexts]]
+        return Questions(list(labels), shares, np.zeros(len(column)))
+
     def _alike(self, levels: np.ndarray) -> np.ndarray:
         return np.exp(-cdist(levels, self.state["levels"], "sqeuclidean") / self.state["apart"])
 

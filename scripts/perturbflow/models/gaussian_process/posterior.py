@@ -54,9 +54,27 @@ class Posterior:
     V: np.ndarray
 
     @classmethod
-    def of(cls, model: SetGP, labels: Sequence[str], context: Context | None = None) -> "Posterior":
-        """Condition on the rows of a trained model."""
-        K_rows, questions = model.across(labels, context)
+    def of(
+        cls,
+        model: SetGP,
+        labels: Sequence[str],
+        context: Context | None = None,
+        each_in: Sequence[str] | None = None,
+    ) -> "Posterior":
+        """Condition on the rows of a trained model.
+
+        Parameters
+        ----------
+        labels
+            Perturbations; one may be there several times, in several contexts.
+        context
+            Of all of them; None is all contexts, in the shares of training's controls.
+        each_in
+            In place of it a context of training for each, named as `model.kernel.contexts` has them.
+        """
+        kernel = model.kernel
+        questions = kernel.questions(labels, context) if each_in is None else kernel.questions_in(labels, each_in)
+        K_rows = model.with_rows(questions)
         R, artefact = K_rows @ model.artefact["T"], model.artefact
         M, in_common = model.in_common(labels, None)
         left = M - np.einsum("qi,iko,k->qko", R, artefact["scaled"], artefact["signal"], optimize=True)
@@ -65,10 +83,10 @@ class Posterior:
         return cls(
             labels=list(labels),
             mean=K_rows @ artefact["alpha"] + in_common,
-            K=model.weights.covariance(model.kernel.terms(questions, questions))[0],
+            K=model.weights.covariance(kernel.terms(questions, questions))[0],
             R=R,
             columns=np.einsum("qko,kop->qkp", left, np.linalg.cholesky(artefact["B"])),
-            nugget=np.where(is_combination, nu[1], nu[0]) * model.kernel.strength_of(labels)[1],
+            nugget=np.where(is_combination, nu[1], nu[0]) * kernel.strength_of(labels)[1],
             signal=artefact["signal"],
             inverse=artefact["inverse"],
             noise=artefact["noise"],

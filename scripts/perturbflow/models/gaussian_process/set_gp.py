@@ -275,7 +275,11 @@ class SetGP(ClosedForm):
     def across(self, labels: Sequence[str], context: Context | None) -> tuple[np.ndarray, Questions]:
         """Return K between questions and the rows, (questions, rows), and the questions."""
         questions = self.kernel.questions(labels, context)
-        return self.weights.covariance(self.kernel.terms(questions, self.asked))[0], questions
+        return self.with_rows(questions), questions
+
+    def with_rows(self, questions: Questions) -> np.ndarray:
+        """Return K between questions and the rows of training, (questions, rows)."""
+        return self.weights.covariance(self.kernel.terms(questions, self.asked))[0]
 
     def in_common(
         self, labels: Sequence[str], other_means: Mapping[str, np.ndarray] | None
