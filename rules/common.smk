@@ -55,6 +55,9 @@ try:
 except InputError as error:
     raise WorkflowError(f"The configuration cannot be run.\n{error}") from None
 
+# The introduction of `snakemake --report` names what is selected, by the user or by what ships.
+config["select"] = plan.config["select"]
+
 # Once alone: if a job's own process touched the mark, it would be newer than the fresh results of another job.
 if not records.CHANGED.exists():
     records.CHANGED.parent.mkdir(parents=True, exist_ok=True)

@@ -77,10 +77,10 @@ def test_the_blocked_environment_blocks(light: dict[str, str]) -> None:
 
 def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str, str], tmp_path: Path) -> None:
     assert plan_in(tmp_path, light).jobs == {
-        "download": 1, "harmonize": 1, "quality": 1, "split": 2, "pair": 2, "embeddings": 2, "audit": 2,
-        "train_closed_form": 21, "train_diffusion": 2, "train_jepa": 2, "train_counterfactual": 2,
-        "predict": 27, "evaluate": 27, "warranty": 6, "gene_vectors": 2, "counterfactual": 2, "draw": 2,
-        "answer_page": 2, "benchmark": 1, "report": 1, "all": 1,
+        "download": 1, "harmonize": 1, "quality": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
+        "train_closed_form": 11, "train_diffusion": 1, "train_jepa": 1, "train_counterfactual": 1,
+        "predict": 14, "evaluate": 14, "warranty": 3, "gene_vectors": 1, "counterfactual": 1, "draw": 1,
+        "answer_page": 1, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
     assert not (tmp_path / "results").exists()
 
