@@ -1,7 +1,6 @@
 rule report:
     """Write one self-contained page that a biologist can read."""
     input:
-        # Read beside quality.json.
         collect(
             "results/{dataset}/quality.tsv",
             dataset=plan.runs["dataset"].unique(),
