@@ -228,8 +228,8 @@ class Plan:
         if self.config["effort"] != "quick" or not networks & {*self.runs["family"]}:
             return ""
         return (
-            f"Effort quick: networks train for {100 * EFFORTS['quick'].steps:.0f} % of their default steps. "
-            "For claims, set effort: standard."
+            "Effort quick: one seed, and networks around a mean in closed form train for "
+            f"{100 * EFFORTS['quick'].steps_around_mean:.0f} % of their steps. For claims, set effort: standard."
         )
 
     def folders(self) -> list[str]:
