@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import OFF, REPOSITORY, SPECS, dataset_block, make_screen
+from matplotlib.figure import Figure
 
 from perturbflow import embeddings, pairs
 from perturbflow.audit import audit
@@ -34,7 +35,7 @@ from perturbflow.report.boards import VerdictTable
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.learning import by_heart
 from perturbflow.report.page import FIGURE_BYTES
-from perturbflow.report.plotting import number, signed
+from perturbflow.report.plotting import NamedPoints, Plots, new_axes, number, signed
 from perturbflow.report.scatter_plots import Chosen, scored_of
 from perturbflow.report.sections import perturbation_table
 from perturbflow.screens import harmonize
@@ -1270,3 +1271,17 @@ def test_a_phone_in_dark_mode_scrolls_tables_not_the_page(browser: Callable[...,
     assert seen["console"] == []
     assert seen["page"] <= seen["width"]
     assert seen["dark"] == "rgb(20, 23, 26)"
+
+
+def test_points_tell_their_names() -> None:
+    def plot(is_pixels: bool) -> Figure:
+        figure, axes = new_axes(2, 2, left=0.5)
+        x, y = np.array([0.0, 1.0]), np.array([1.0, 0.0])
+        axes.plot(x, x, "o")
+        axes.add_line(NamedPoints(x, y, ["A<B", "C"], marker="o", rasterized=is_pixels))
+        return figure
+
+    svg = Plots("here", 10**6).svg("points", plot, False)
+    assert re.findall("<title>(.*?)</title>", svg) == ["A&lt;B", "C"]
+    assert svg == Plots("here", 10**6).svg("points", plot, False), "the same page twice"
+    assert "<title>" not in Plots("here", 10**6).svg("points", plot, True), "pixels have no names"

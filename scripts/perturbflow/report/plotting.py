@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 INK = "#010203"  # stands for the colour of the text around the figure: the page is read in light and in dark
 NOISE = 1e-6  # of single precision: values below it are zero
@@ -61,8 +62,8 @@ class Plots:
         if self.bytes_left <= 0:
             self.n_left_out += 1
             return None
-        buffer = io.StringIO()
-        plot(*arguments).savefig(
+        buffer, figure = io.StringIO(), plot(*arguments)
+        figure.savefig(
             buffer,
             format="svg",
             transparent=True,
@@ -71,6 +72,8 @@ class Plots:
         )
         text = buffer.getvalue()
         text = text[text.index("<svg") :]  # no XML declaration and no DTD within HTML
+        for line in [line for axes in figure.axes for line in axes.lines if isinstance(line, NamedPoints)]:
+            text = line.titled(text)
         referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
         text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referred else "", text)
         for reference in (' id="', 'href="#', "url(#"):
@@ -92,6 +95,35 @@ class Plots:
         self.n_plotted += 1
         self.bytes_left -= len(data)
         return f"data:image/png;base64,{data}"
+
+
+class NamedPoints(Line2D):
+    """Points that tell their names to a pointer above them.
+
+    Parameters
+    ----------
+    names
+        One per point.
+    others
+        Of matplotlib's Line2D.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, names: Sequence[str], **others: Any) -> None:
+        super().__init__(x, y, linestyle="none", **others)
+        self.names = names
+        self.set_gid(f"points-{id(self)}")
+
+    def titled(self, svg: str) -> str:
+        """Return the figure with a title in every point; as it is where points are pixels."""
+        group = re.compile(rf'id="{self.get_gid()}".*?</g>', flags=re.DOTALL).search(svg)
+        if group is None:
+            return svg
+        points = list(re.compile(r"<use [^>]*?(/>)").finditer(svg, group.start(), group.end()))
+        if len(points) != len(self.names):
+            return svg
+        for point, name in reversed(list(zip(points, self.names, strict=True))):
+            svg = f"{svg[: point.start(1)]}><title>{escape(name)}</title></use>{svg[point.end(1) :]}"
+        return svg
 
 
 def new_axes(

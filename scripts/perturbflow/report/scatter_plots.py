@@ -14,7 +14,7 @@ from perturbflow.evaluation import Scored, score_inputs
 from perturbflow.genes.symbols import entities_of
 from perturbflow.pairs import Pairs
 from perturbflow.report.cards import ModelCard
-from perturbflow.report.plotting import INK, STYLE, Plots, new_axes, number
+from perturbflow.report.plotting import INK, STYLE, NamedPoints, Plots, new_axes, number
 
 # Bounds of this section, besides its bytes of figures.
 LEARNED_MODELS_OF_EFFECTS = 5
@@ -150,15 +150,18 @@ def _effect_figure(
     axes.plot([-limit, limit], [-limit, limit], color="#888888", linewidth=0.8, linestyle="--")
     is_target = np.isin(genes, targets)
     is_vector = len(genes) <= VECTOR_POINTS
-    axes.plot(
-        measured[~is_target],
-        predicted[~is_target],
-        card.marker,
-        color=card.colour,
-        alpha=0.6,
-        markersize=3 if is_vector else 2,
-        markeredgewidth=0,
-        rasterized=not is_vector,
+    axes.add_line(
+        NamedPoints(
+            measured[~is_target],
+            predicted[~is_target],
+            [gene for gene, is_one in zip(genes, is_target, strict=True) if not is_one],
+            marker=card.marker,
+            color=card.colour,
+            alpha=0.6,
+            markersize=3 if is_vector else 2,
+            markeredgewidth=0,
+            rasterized=not is_vector,
+        )
     )
     # A gene that was switched off lies far beyond the others. It is plotted at the edge, in its direction, with its
     # place in words.
