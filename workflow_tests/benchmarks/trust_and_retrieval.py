@@ -39,6 +39,7 @@ from perturbflow.models.gaussian_process.set_gp import SetGP  # noqa: E402
 from perturbflow.pairs import Pairs  # noqa: E402
 
 MOST_CANDIDATES = 3000
+LEAST_SHOWN = 6  # perturbations of one novelty
 NO_CELLS = np.zeros((0, 0))
 
 
@@ -123,7 +124,7 @@ def of_fold(
 def report(table: pd.DataFrame) -> None:
     """Print both tables of one screen."""
     for novelty, rows in table.groupby("novelty"):
-        if len(rows) < 6:
+        if len(rows) < LEAST_SHOWN:
             continue
         orders = []
         for column in ("promised", "neighbours", "sources"):
@@ -146,18 +147,32 @@ def report(table: pd.DataFrame) -> None:
             )
 
 
+def bins_of(n: int) -> int:
+    """Return how many medians are drawn of n perturbations: one per ten, at most five."""
+    return max(1, min(5, n // 10))
+
+
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Plot promised against kept, a panel per screen."""
+    """Plot promised against kept, a panel per screen: perturbations, and medians over equal numbers of them."""
     screens = list(dict.fromkeys(table["screen"]))
     figure = Figure(figsize=(3.2 * len(screens), 3.2), layout="constrained")
     for axes, screen in zip(np.atleast_1d(figure.subplots(1, len(screens), sharey=True)), screens, strict=True):
-        for i, (novelty, rows) in enumerate(table[table["screen"] == screen].groupby("novelty")):
-            axes.plot(rows["promised"], rows["kept"], "o", markersize=3, alpha=0.5, color=COLOURS[i], label=novelty)
         axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
-        axes.set(title=screen, xlabel="promised correlation", xlim=(0, 1), ylim=(-1, 1))
-        axes.legend(frameon=False, fontsize=6)
+        for i, novelty in enumerate(sorted(set(table["novelty"]))):
+            rows = table[(table["screen"] == screen) & (table["novelty"] == novelty)]
+            if len(rows) < LEAST_SHOWN:
+                continue
+            axes.plot(
+                rows["promised"], rows["kept"], "o", markersize=2, alpha=0.35, color=COLOURS[i], markeredgewidth=0
+            )
+            # Medians of equal numbers: the promise is kept where they lie on the diagonal.
+            of_bin = np.array_split(rows.sort_values("promised")[["promised", "kept"]].to_numpy(), bins_of(len(rows)))
+            medians = np.array([np.median(one, axis=0) for one in of_bin])
+            axes.plot(*medians.T, "o-", markersize=5, linewidth=1, color=COLOURS[i], label=KINDS[novelty])
+        axes.set(title=screen, xlabel="promised correlation", xlim=(0, 1), ylim=(-0.6, 1))
+        axes.legend(frameon=False, fontsize=6, loc="lower right")
     figure.get_axes()[0].set_ylabel("kept")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:

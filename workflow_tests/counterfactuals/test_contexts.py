@@ -19,8 +19,11 @@ from perturbflow.benchmark.verdicts import judge
 from perturbflow.controls import match_controls
 from perturbflow.counterfactuals.asking import ask as ask_by_hand
 from perturbflow.counterfactuals.contexts import MeasuredContexts
+from perturbflow.counterfactuals.novelty import TrainingKnowledge
 from perturbflow.counterfactuals.warranty import fitting
+from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import members_of
 from perturbflow.pairs import CONTROLS_PER_CELL, Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train
@@ -287,3 +290,13 @@ def test_a_value_that_no_cell_has_is_asked_back(
     here, model = one_line
     with pytest.raises(InputError, match=message):
         ask(here, model, tmp_path, ADDITIVE, {}, perturbations=["TF1"], **query)
+
+
+def test_a_gene_of_combinations_alone_was_not_measured_at_other_doses(screen: tuple[Pairs, Embeddings]) -> None:
+    """Its words once were those of a compound at another dose."""
+    pairs, vectors = screen
+    training = pairs.roles("train").select(pairs.roles("train").labels != "TF1")
+    knowledge = TrainingKnowledge(training, vectors, pairs.roles("test"))
+    assert any("TF1" in members_of(label) for label in training.perturbations)
+    assert knowledge.of("TF1").words == "known from combinations alone"
+    assert knowledge.of("TF2").words == "measured"

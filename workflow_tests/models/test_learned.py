@@ -1,6 +1,7 @@
 """The learned families: their parts against closed forms, and their promises on a screen with known effects."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import Prepared
 from learned import (
     LEARNED,
     make_pairs_of_cells,
@@ -19,6 +21,7 @@ from made_lines import made_lines
 
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import members_of
 from perturbflow.io.artefacts import load_artefact, save_artefact
 from perturbflow.models import counterfactual
 from perturbflow.models.base import Model, Run, build
@@ -270,6 +273,31 @@ def test_a_gene_without_a_vector_is_refused_and_an_unseen_one_is_borrowed(
     with pytest.raises(InputError, match="NOWHERE1 has no embedding"):
         model.predict(start, ["NOWHERE1"], 5, 0)
     assert model.refusal("TF1") is None
+
+
+def test_mean_effects_of_genes_never_perturbed_are_mixtures_of_their_neighbours(
+    prepared: dict[str, Prepared], tmp_path: Path
+) -> None:
+    """They are the means of effects on cells, whose neighbours are sampled."""
+    files = prepared["unseen_perturbation"]
+    pairs, embeddings = Pairs.read(files.pairs), Embeddings.read(files.embeddings)
+    model, _, _ = trained("counterfactual", pairs, embeddings, tmp_path, **{**QUICK, "n_steps": 150, "mean": "learned"})
+    model.neighbours = replace(model.neighbours, strength=0.8)
+    test = pairs.roles("test")
+    rows = np.flatnonzero(test.is_control)
+    asked = test.X[rows].toarray(), test.context_of(rows)
+    unseen = [label for label in test.perturbations if len(members_of(label)) == 1]
+    seen = pairs.roles("train").perturbations[0]
+    found = model.mean_effects(asked[0], [*unseen, seen], 0, asked[1])
+    for label, effect in zip([*unseen, seen], found, strict=True):
+        of_cells = model.individual_effects(asked[0], label, 0, asked[1]).mean(axis=0)
+        if label == seen:
+            np.testing.assert_allclose(effect, of_cells, atol=1e-6)
+        others = ~np.isin(pairs.genes, label)
+        assert np.corrcoef(effect[others], of_cells[others])[0, 1] > 0.97
+        assert np.linalg.norm(effect - of_cells) < 0.25 * np.linalg.norm(of_cells)
+    fewer = model.mean_effects(asked[0][:10], unseen, 0, replace(asked[1], strata=asked[1].strata[:10]))
+    assert not np.allclose(fewer, found[:-1]), "other cells, other means"
 
 
 @pytest.mark.slow

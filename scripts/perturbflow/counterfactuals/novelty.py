@@ -42,6 +42,7 @@ class TrainingKnowledge:
 
     def __init__(self, training: Pairs, vectors: Embeddings, chosen: Pairs) -> None:
         self.labels = set(training.perturbations)
+        self.alone = {entity_of(label) for label in training.perturbations if len(members_of(label)) == 1}
         self.seen = sorted({gene for other in training.perturbations for gene in entities_of(other)})
         members = sorted({member for other in training.perturbations for member in members_of(other)})
         table = vectors.standardized(members)
@@ -75,11 +76,12 @@ class TrainingKnowledge:
         words += f", {distance:.1f} times as far from the nearest as training genes are from one another"
         return Novelty(words, kind, distance, is_elsewhere)
 
-    @staticmethod
-    def _words_of_seen(label: str, kind: str) -> str:
+    def _words_of_seen(self, label: str, kind: str) -> str:
         if kind == "measured":
             return "measured"
-        return "measured at other doses" if len(members_of(label)) == 1 else "composed of measured genes"
+        if len(members_of(label)) > 1:
+            return "composed of measured genes"
+        return "measured at other doses" if entity_of(label) in self.alone else "known from combinations alone"
 
     def by_group(self, label: str, chosen: Pairs, groups: pd.Series) -> dict[str, Novelty]:
         """Return the novelty of a label in all cells of the question, and in every group of them."""

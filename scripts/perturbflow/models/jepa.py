@@ -599,6 +599,7 @@ ROWS_AT_ONCE = 2**16  # cells over which a borrowed shift is averaged, over all 
 class Jepa(LearnedModel):
     """Embedding, predictor and decoder."""
 
+    lends_effects = False
     cells_together = 16
     params: JepaParams
     latent: JepaLatent

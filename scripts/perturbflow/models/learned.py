@@ -13,6 +13,7 @@
 `counterfactual` takes controls of training: the answer for a cell does not depend on which other cells are asked.
 """
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -67,12 +68,13 @@ class LearnedModel(Model):
     keeps_trainings = True
     cells_together: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
     stops_when_broken: bool = True  # whether a network that complains of itself ends the training
+    lends_effects: bool = True  # whether a mean effect follows from the shifts of the population
     learns_residuals: bool = False  # whether the network sees targets minus the mean effect of their perturbation
-    _asked: tuple[str, np.ndarray | None] = (
-        "",
-        None,
-    )  # the last perturbation, and the controls whose responses are kept
+    # The last perturbation, the controls whose responses are kept, and the strength of these.
+    _asked: tuple[str, np.ndarray | None, float] = ("", None, 1.0)
     _responses: "dict[str, Response]"  # by context
+    # The last cells that mean effects were asked on, and those of all neighbours on them.
+    _lent: tuple[bytes, np.ndarray] = (b"", np.zeros((0, 0)))
 
     def __init__(self, params: NetworkParams) -> None:
         super().__init__(params)
@@ -215,7 +217,32 @@ class LearnedModel(Model):
         """Return mean effects over cells, (perturbations, genes)."""
         if self.has_closed_mean and not self.mean.out_of_fold:
             return self.mean.mean_effects(cells, perturbations, seed, context)
-        return super().mean_effects(cells, perturbations, seed, context)
+        if self.has_closed_mean or not self.lends_effects:
+            return super().mean_effects(cells, perturbations, seed, context)
+        effects = np.empty((len(perturbations), cells.shape[1]), dtype=np.float32)
+        for effect, label in zip(effects, perturbations, strict=True):
+            if label != CONTROL and unseen_among([label], self.seen) and len(members_of(label)) == 1:
+                effect[:] = self._borrowed_effect(cells, label, context)
+            else:
+                effect[:] = self.individual_effects(cells, label, seed, context).mean(axis=0)
+        return effects
+
+    def _borrowed_effect(self, cells: np.ndarray, gene: str, context: Context | None) -> np.ndarray:
+        """Return the mean effect of a gene that training never saw perturbed, (genes,).
+
+        A cell borrows the shift of one neighbour j with the probability w_j, so the mean effect is Σ_j w_j m_j. The
+        means m_j, under shifts of the strength of borrowed ones, are the same for all such genes.
+        """
+        self._refuse_unknown(gene)
+        where = b"" if context is None else "|".join(context.strata.tolist()).encode()
+        asked = hashlib.sha256(np.ascontiguousarray(cells).tobytes() + where).digest()
+        if self._lent[0] != asked:
+            strength = self.neighbours.strength
+            means = [self._effects(cells, name, context, strength).mean(axis=0) for name in self.neighbours.genes]
+            self._lent = asked, np.stack(means)
+        vector = self.conditions.vectors[self.conditions.genes.index(gene)].numpy().astype(float)
+        borrowed = self.neighbours.weights(vector[None])[0] @ self._lent[1]
+        return borrowed + self.own_level_change(self.population, gene)
 
     def refusal(self, perturbation: str) -> str | None:
         """Return why a perturbation has no answer: a gene has no vector. A new dose of a known drug gets one."""
@@ -377,36 +404,47 @@ class LearnedModel(Model):
         """Return the mean effect plus each cell's own deviation from it, (cells, genes)."""
         if perturbation == CONTROL:
             return np.zeros_like(cells)
+        return self._effects(cells, perturbation, context).astype(np.float32)
+
+    @torch.no_grad()
+    def _effects(
+        self, cells: np.ndarray, perturbation: str, context: Context | None, strength: float = 1.0
+    ) -> np.ndarray:
+        """Return `individual_effects` under shifts of a strength."""
         places = list(_places(context, np.arange(len(cells))))
-        responses = [self._response_of_training(perturbation, place) for _, place in places]  # refuses first
-        effects = self.expected_change(cells, perturbation, self.contexts_of(context, len(cells)))
+        responses = [self._response_of_training(perturbation, place, strength) for _, place in places]  # refuses first
+        effects = self.expected_change(cells, perturbation, self.contexts_of(context, len(cells)), strength)
         for (rows, place), response in zip(places, responses, strict=True):
             effects[rows] = (effects[rows] - response.expected_change) + response.mean_effect(place)
-        return effects.astype(np.float32)
+        return effects
 
-    def expected_change(self, cells: np.ndarray, perturbation: str, context: Tensor | None) -> np.ndarray:
-        """Return how expected shifts change each cell's expected expression, (cells, genes)."""
+    def expected_change(
+        self, cells: np.ndarray, perturbation: str, context: Tensor | None, strength: float = 1.0
+    ) -> np.ndarray:
+        """Return how expected shifts of a strength change each cell's expected expression, (cells, genes)."""
         z = self.latent.encode(cells)
-        shifts = self.shifts(z, perturbation, np.random.default_rng(0), None, context)
+        shifts = strength * self.shifts(z, perturbation, np.random.default_rng(0), None, context)
         return self.latent.change(z, shifts, np.expm1(cells).sum(axis=1))
 
     def _refuse_unknown(self, perturbation: str) -> None:
         if reason := self.refusal(perturbation):
             raise InputError(f"{perturbation} cannot be answered: {reason}.")
 
-    def _response_of_training(self, perturbation: str, context: Context | None = None) -> "Response":
+    def _response_of_training(
+        self, perturbation: str, context: Context | None = None, strength: float = 1.0
+    ) -> "Response":
         """Return the response of training's controls, as if they were in a context where the network is told of it.
 
         Those to the last perturbation are kept: cells are asked block by block.
         """
-        if self._asked[0] != perturbation or self._asked[1] is not self.population:
+        if self._asked[::2] != (perturbation, strength) or self._asked[1] is not self.population:
             self._refuse_unknown(perturbation)
-            self._asked, self._responses = (perturbation, self.population), {}
+            self._asked, self._responses = (perturbation, self.population, strength), {}
         name = _name_of(context) if self.conditions.contexts else ""
         if name not in self._responses:
             rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
             told = self.contexts_of(context, len(self.population))
-            self._responses[name] = Response(self, perturbation, self.population, rng, generator, told)
+            self._responses[name] = Response(self, perturbation, self.population, rng, generator, told, strength)
         return self._responses[name]
 
 
@@ -425,6 +463,8 @@ class Response:
         Of all that is random in the response.
     told
         Vectors of the contexts that the cells are asked in, as `LearnedModel.contexts_of` returns them.
+    strength
+        Of the shifts, relative to those of the network.
     """
 
     def __init__(
@@ -435,10 +475,11 @@ class Response:
         rng: np.random.Generator,
         generator: torch.Generator,
         told: Tensor | None = None,
+        strength: float = 1.0,
     ) -> None:
         self.model, self.perturbation, self.population, self.rng, self.told = model, perturbation, population, rng, told
-        self.z = model.latent.encode(population)
-        shifts = model.shifts(self.z, perturbation, rng, generator, told)
+        self.z, self.strength = model.latent.encode(population), strength
+        shifts = strength * model.shifts(self.z, perturbation, rng, generator, told)
         # Residuals have no mean of their own; of a sample of them it is chance.
         is_centred = model.learns_residuals and len(shifts) >= CENTRED_FROM
         self.centre = shifts.mean(axis=0) if is_centred else np.zeros(self.z.shape[1], dtype=np.float32)
@@ -461,7 +502,7 @@ class Response:
     @cached_property
     def expected_change(self) -> np.ndarray:
         """The mean change of the population by expected shifts, (genes,)."""
-        return self.model.expected_change(self.population, self.perturbation, self.told).mean(axis=0)
+        return self.model.expected_change(self.population, self.perturbation, self.told, self.strength).mean(axis=0)
 
     def of_population(self, context: Context | None) -> np.ndarray:
         """Return the population after the perturbation, (cells, genes), at the level of its context."""
