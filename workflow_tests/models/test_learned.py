@@ -12,6 +12,7 @@ import torch
 from conftest import Prepared
 from learned import (
     LEARNED,
+    QUICK,
     make_pairs_of_cells,
     quick,
     registered,
