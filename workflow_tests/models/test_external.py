@@ -60,7 +60,16 @@ SHORT: dict[str, dict] = {
         "model": {"hidden_dims": [32], "decoder_dims": [32], "time_encoder_dims": [32], "condition_embedding_dim": 16},
         "train": {"num_iterations": 40, "batch_size": 64},
     },
-    "state": {"overrides": {"training.max_steps": 4, "training.val_freq": 4, "training.ckpt_every_n_steps": 4}},
+    "state": {
+        "overrides": {
+            "model": "state_sm",
+            "model.kwargs.cell_set_len": 32,
+            "training.batch_size": 2,
+            "training.max_steps": 4,
+            "training.val_freq": 4,
+            "training.ckpt_every_n_steps": 4,
+        }
+    },
 }
 
 
