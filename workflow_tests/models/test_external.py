@@ -246,7 +246,7 @@ def _of_others(cells: ad.AnnData) -> None:
     ("change", "words"),
     [
         (_negative, "below zero"),
-        (_not_finite, "no finite numbers"),
+        (_not_finite, "no finite number"),
         (_of_another_split, "made for another split"),
         (_of_others, "predicted none of the"),
     ],
