@@ -3,10 +3,10 @@
     python leaderboard/board.py freeze results/renge2023/unseen_perturbation   # once per split
     python leaderboard/board.py add results/renge2023/unseen_perturbation theirs.h5ad --name mine --who "A. Author" \
         --command "..." --commit 1a2b3c4                                       # a row
-    python leaderboard/board.py rescore                                        # all rows, and README.md
+    python leaderboard/board.py rescore                                        # all rows, and the pages
 
 A row is a folder with predictions and row.json. `rescore` scores the predictions as `perturbflow score` does, on
-pairs.h5ad of the frozen split, and writes the tables of README.md. Splits whose results are not there keep their table.
+pairs.h5ad of the frozen split, keeps what it found in scored/, and writes the tables of README.md and index.html.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 HERE = Path(__file__).resolve().parent
@@ -24,16 +23,18 @@ sys.path.insert(0, str(HERE.parent / "scripts"))
 
 from perturbflow import api
 from perturbflow.errors import InputError
-from perturbflow.evaluation.bootstrap import resampled_means
+from perturbflow.evaluation.bootstrap import mean_with_interval
 from perturbflow.evaluation.metrics import METRICS
 from perturbflow.io.files import file_digest, read_json, write_json
 from perturbflow.registry.families import FAMILIES
+from perturbflow.report.rendering import render
 
-ERROR, CORRELATION = "l2_heg1000_off_target", "pearson_delta_pert_off_target"
+METRICS_SHOWN = {"error": "l2_heg1000_off_target", "correlation": "pearson_delta_pert_off_target"}
 NO_CHANGE, REPLICATE = "no_change", "technical_duplicate"
 KEPT = ("sha256", "perturbations", "spec")  # of split.json: lists, and hashes of lists and of cells
 LARGEST = 20_000_000  # bytes of predictions in a row: means are small
-QUANTILES = (0.025, 0.975)
+TRACK = (-1.0, 1.25)  # progress that the page shows
+TABLES = "<!-- tables: all below is written by board.py rescore -->\n"
 
 
 # --- frozen splits ---------------------------------------------------------------------------------------------------
@@ -133,63 +134,99 @@ def pivoted(scores: pd.DataFrame) -> pd.DataFrame:
 def progress(row: pd.Series, best: pd.Series, replicate: pd.Series) -> tuple[float, float, float]:
     """Return the way from the best closed form (0) to the replicate (1), and its 95 % interval over perturbations.
 
+    The interval is that of the paired difference to the best closed form. The length of the way is that of all
+    perturbations: of some resamples it would be near zero, and their share of it of any size.
+
     Each series has the values of one metric by perturbation.
     """
-    table = pd.concat([row, best, replicate], axis=1).dropna().to_numpy().T[:, None, :]
-    resampled = np.concatenate([table.mean(axis=(1, 2))[:, None], resampled_means(table)], axis=1)
-    way = (resampled[0] - resampled[1]) / (resampled[2] - resampled[1])
-    low, high = np.quantile(way[1:], QUANTILES)
-    return float(way[0]) + 0.0, float(low) + 0.0, float(high) + 0.0  # no negative zero
+    table = pd.concat([row, best, replicate], axis=1).dropna().to_numpy()
+    length = (table[:, 2] - table[:, 1]).mean()
+    found = mean_with_interval(((table[:, 0] - table[:, 1]) / length).tolist())
+    return found["mean"] + 0.0, found["low"] + 0.0, found["high"] + 0.0  # no negative zero
 
 
-def board_of(board: Path, results: Path) -> str:
-    """Return the table of one split in Markdown: references, then rows by the progress of their error."""
+def scored(board: Path, results: Path) -> dict:
+    """Return what the page shows of one split: references and rows, by the progress of their error."""
     check_frozen(board, results)
     known, closed = scores_of(results)
-    loss = {m: {name: float(METRICS[m].loss(known[name][m].mean())) for name in closed} for m in (ERROR, CORRELATION)}
+    loss = {m: {name: float(METRICS[m].loss(known[name][m].mean())) for name in closed} for m in METRICS_SHOWN.values()}
     best = {m: min(losses, key=lambda name, losses=losses: losses[name]) for m, losses in loss.items()}
-    lines = []
+
+    def ways(table: pd.DataFrame) -> dict:
+        return {
+            name: {
+                "mean": round(float(table[m].mean()), 5),
+                "progress": [round(x, 3) for x in progress(table[m], known[best[m]][m], known[REPLICATE][m])],
+            }
+            for name, m in METRICS_SHOWN.items()
+        }
+
+    lines = [{"model": name, **ways(known[name])} for name in [REPLICATE, *closed]]
     for file in sorted((board / "rows" / split_of(results)).glob("*/row.json")):
         row, predictions = read_json(file), next(file.parent.glob("predictions.*"))
         if file_digest(predictions) != row["sha256"]:
             raise InputError(f"{predictions} is not the file of its row.json: its SHA-256 differs.")
         table = pivoted(api.score(predictions, results / "pairs.h5ad", row["params"]))
-        ways = {m: progress(table[m], known[best[m]][m], known[REPLICATE][m]) for m in best}
-        values = " | ".join(
-            f"{table[m].mean():.3f} | {ways[m][0]:+.2f} ({ways[m][1]:+.2f}, {ways[m][2]:+.2f})" for m in best
-        )
-        made = f"`{row['command']}`" + (f" at {row['commit'][:7]}" if "commit" in row else "")
-        lines.append((-ways[ERROR][0], f"| {file.parent.name} | {values} | {row['who']}, {row['date']} | {made} |"))
-    for name in [REPLICATE, *closed]:
-        ways = {m: progress(known[name][m], known[best[m]][m], known[REPLICATE][m])[0] for m in best}
-        values = " | ".join(f"{known[name][m].mean():.3f} | {ways[m]:+.2f}" for m in best)
-        lines.append((-ways[ERROR], f"| *{name}* | {values} | reference | |"))
-    n = len(known[NO_CHANGE])
-    head = (
-        f"### {split_of(results)}\n\n{n} held-out perturbations. Split: `splits/{split_of(results)}.json`, SHA-256 "
-        f"`{file_digest(board / 'splits' / f'{split_of(results)}.json')[:16]}…`. Best closed form by error: "
-        f"{best[ERROR]}; by correlation: {best[CORRELATION]}.\n\n"
+        about = {key: row[key] for key in ("who", "date", "command", "commit", "url") if key in row}
+        lines.append({"model": file.parent.name, **ways(table), **about})
+    return {
+        "split": split_of(results),
+        "sha256": file_digest(board / "splits" / f"{split_of(results)}.json"),
+        "n_perturbations": len(known[NO_CHANGE]),
+        "best": {name: best[m] for name, m in METRICS_SHOWN.items()},
+        "lines": sorted(lines, key=lambda line: -line["error"]["progress"][0]),
+    }
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def markdown_of(split: dict) -> str:
+    """Return the table of one split for README.md."""
+    lines = []
+    for line in split["lines"]:
+        is_row, cells = "who" in line, []
+        for metric in METRICS_SHOWN:
+            way, low, high = line[metric]["progress"]
+            cells += [f"{line[metric]['mean']:.3f}", f"{way:+.2f}" + f" ({low:+.2f}, {high:+.2f})" * is_row]
+        made = f"`{line['command']}`" + (f" at {line['commit'][:7]}" if "commit" in line else "") if is_row else ""
+        name, who = (line["model"], f"{line['who']}, {line['date']}") if is_row else (f"*{line['model']}*", "reference")
+        lines.append(f"| {' | '.join([name, *cells, who, made])} |")
+    best = split["best"]
+    return (
+        f"### {split['split']}\n\n{split['n_perturbations']} held-out perturbations. Split: "
+        f"`splits/{split['split']}.json`, SHA-256 `{split['sha256'][:16]}…`. Best closed form by error: "
+        f"{best['error']}; by correlation: {best['correlation']}.\n\n"
         "| model | error ↓ | progress (95 %) | correlation ↑ | progress (95 %) | who, when | command |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
     )
-    return head + "\n".join(line for _, line in sorted(lines)) + "\n"
 
 
 def rescore(board: Path, results: Path) -> list[str]:
-    """Write the tables of README.md; return the splits that were scored."""
-    page, scored = (board / "README.md").read_text(encoding="utf-8"), []
+    """Score all rows again, write README.md and index.html; return the splits that were scored.
+
+    Splits whose results are not there keep what scored/ has of them.
+    """
+    names, kept = [], board / "scored"
+    kept.mkdir(exist_ok=True)
     for file in sorted((board / "splits").glob("*.json")):
         dataset, split = file.stem.split(".")
-        if not (results / dataset / split / "pairs.h5ad").is_file():
-            continue
-        begin, end = f"<!-- board: {file.stem} -->\n", "<!-- board: end -->\n"
-        if begin not in page:
-            page += f"\n{begin}{end}"
-        before, rest = page.split(begin, 1)
-        page = f"{before}{begin}{board_of(board, results / dataset / split)}{end}{rest.split(end, 1)[1]}"
-        scored.append(file.stem)
-    (board / "README.md").write_text(page, encoding="utf-8")
-    return scored
+        if (results / dataset / split / "pairs.h5ad").is_file():
+            write_json(kept / file.name, scored(board, results / dataset / split))
+            names.append(file.stem)
+    splits = [read_json(file) for file in sorted(kept.glob("*.json"))]
+    before = (board / "README.md").read_text(encoding="utf-8").split(TABLES)[0]
+    tables = "\n".join(markdown_of(split) for split in splits)
+    (board / "README.md").write_text(f"{before}{TABLES}\n{tables}", encoding="utf-8")
+    page = render("page.html", HERE, splits=splits, metrics=METRICS_SHOWN, place=place_on_track)
+    (board / "index.html").write_text(page, encoding="utf-8")
+    return names
+
+
+def place_on_track(way: float) -> float:
+    """Return where a progress stands on the track of the page, 0 to 100; beyond its ends it stands at the end."""
+    low, high = TRACK
+    return round(100 * (min(max(way, low), high) - low) / (high - low), 2)
 
 
 def main() -> None:

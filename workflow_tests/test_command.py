@@ -246,10 +246,12 @@ def test_a_prediction_from_an_export_comes_back(results: Path, tmp_path: Path) -
     drawn[:, ::-1].write_h5ad(tmp_path / "back.h5ad")
     done = call("score", tmp_path / "back.h5ad", "--against", results)
     assert done.exit_code == 0, done.output
-    assert "measured cells of training, under whatever label: they are of TF1, " in done.stderr
+    assert "cells are measured cells of training, of TF1, " in done.stderr
     drawn.uns["perturbflow"]["split_sha256"] = "0" * 64
     drawn.write_h5ad(tmp_path / "other.h5ad")
     assert "it was made for another split" in refused("score", tmp_path / "other.h5ad", "--against", results)
+    (tmp_path / "means.txt").write_text("perturbation\tTF1\n")
+    assert "predictions are h5ad, tsv, csv or parquet" in refused("score", tmp_path / "means.txt", "--against", results)
 
 
 def test_export_refuses_in_words(results: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def place(tmp_path: Path) -> Path:
     """Return an empty leaderboard."""
     for name in ("splits", "rows"):
         (tmp_path / name).mkdir()
-    (tmp_path / "README.md").write_text("# Board\n")
+    (tmp_path / "README.md").write_text("# Board\n<!-- tables: all below is written by board.py rescore -->\n")
     return tmp_path
 
 
@@ -85,8 +85,14 @@ def test_a_row_is_scored_and_shown(board: ModuleType, results: Path, place: Path
     assert lines["technical_duplicate"].split("|")[3].strip() == "+1.00"
     assert lines["additive"].split("|")[3].strip() == "+0.00"
     assert "`python train.py` at 1a2b3c4" in lines["theirs"]
-    assert board.rescore(place, results.parents[1])
-    assert (place / "README.md").read_text() == page
+    html = (place / "index.html").read_text()
+    assert html.count('class="reference"') == 3
+    assert "<code>python train.py</code> at 1a2b3c4" in html
+    # Without results, the pages are those of what was scored before.
+    for elsewhere in (results.parents[1], place):
+        board.rescore(place, elsewhere)
+        assert (place / "README.md").read_text() == page
+        assert (place / "index.html").read_text() == html
 
 
 def test_means_of_the_workflows_own_predictions_make_a_row(board: ModuleType, results: Path, place: Path) -> None:
@@ -94,7 +100,7 @@ def test_means_of_the_workflows_own_predictions_make_a_row(board: ModuleType, re
     cells = results / "additive/seed_0/predictions.h5ad"
     folder = board.add(place, results, cells, "sum", means=True, **ABOUT)
     assert pd.read_csv(folder / "predictions.tsv", sep="\t", index_col=0).shape[1] == ad.read_h5ad(cells).n_vars
-    assert "| sum |" in board.board_of(place, results)
+    assert "| sum |" in board.markdown_of(board.scored(place, results))
 
 
 def test_progress_is_the_way_from_the_best_closed_form_to_the_replicate(board: ModuleType) -> None:
@@ -104,6 +110,10 @@ def test_progress_is_the_way_from_the_best_closed_form_to_the_replicate(board: M
     way, low, high = board.progress(pd.Series(np.linspace(1, 2, 8)), best, replicate)
     assert way == pytest.approx(0.5)
     assert 0 < low < 0.5 < high < 1
+    # Where the replicate is hardly better than the best closed form, some resamples have no way between them.
+    close = best + np.where(np.arange(8) % 2, -0.8, 0.6)
+    _, low, high = board.progress(best + 0.1, best, close)
+    assert (low, high) == pytest.approx((-1, -1))
 
 
 def test_what_was_frozen_stays(board: ModuleType, results: Path, place: Path, replicate: Path) -> None:
@@ -118,11 +128,11 @@ def test_what_was_frozen_stays(board: ModuleType, results: Path, place: Path, re
     content = frozen.read_text()
     frozen.write_text(content + "\n")
     with pytest.raises(InputError, match="changed after it was frozen"):
-        board.board_of(place, results)
+        board.scored(place, results)
     frozen.write_text(content)
     (folder / "predictions.tsv").write_text(replicate.read_text() + "\n")
     with pytest.raises(InputError, match="is not the file of its row"):
-        board.board_of(place, results)
+        board.scored(place, results)
 
 
 def test_results_of_another_split_are_refused(board: ModuleType, results: Path, place: Path, tmp_path: Path) -> None:
@@ -144,4 +154,5 @@ def test_what_ships_is_whole() -> None:
         assert {"who", "date", "command", "sha256", "params"} <= set(content)
         assert file_digest(next(row.parent.glob("predictions.*"))) == content["sha256"]
         assert f"{row.parent.parent.name}.json" in sums
-        assert f"| {row.parent.name} |" in (FOLDER / "README.md").read_text()
+        for page in ("README.md", "index.html"):
+            assert row.parent.name in (FOLDER / page).read_text().replace("<wbr>", "")

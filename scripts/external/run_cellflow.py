@@ -3,8 +3,9 @@
 Klein et al., bioRxiv 2025, doi:10.1101/2025.04.11.648220; package cellflow-tools 0.0.9.
 
 Options are those of `CellFlow.prepare_model` and `CellFlow.train`, with the package's defaults in config/models.yaml.
-The vectors of genes are those of the export: the authors take ESM2's, which a table of yours can bring. Controls and
-perturbed cells are matched within batch and cell type.
+`num_iterations` has none: 100,000 is ours, which are 5,000 updates at the default of 20 steps each. The vectors of
+genes are those of the export: the authors take ESM2's, which a table of yours can bring. Controls and perturbed cells
+are matched within batch and cell type.
 """
 
 import anndata as ad

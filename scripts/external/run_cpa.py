@@ -4,6 +4,7 @@ Lotfollahi et al., Molecular Systems Biology 2023, doi:10.15252/msb.202211517; p
 Python 3.11 takes.
 
 Options are those of `CPA`, of its training plan and of `CPA.train`, with the package's defaults in config/models.yaml.
+The authors tune them for each screen: their tutorial on Norman 2019 has a linear doser, adv_steps 2 and reg_adv 50.
 CPA knows a gene by cells it was perturbed in: others are not predicted. It gets validation perturbations to stop early.
 It predicts the mean and the dispersion of each cell's counts: cells are drawn from these.
 """

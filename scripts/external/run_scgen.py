@@ -2,9 +2,10 @@
 
 Lotfollahi, Wolf & Theis, Nature Methods 2019, doi:10.1038/s41592-019-0494-8; package scgen 2.1.0.
 
-Options are those of `SCGEN` and of its `train`, with the package's defaults in config/models.yaml. As in its `predict`
-the shift of a gene is the mean latent of its cells minus that of the controls. Shifts of a combination's members are
-added: the authors predict one stimulus at a time. A gene that training never saw perturbed has no shift.
+Options are those of `SCGEN` and of its `train`. config/models.yaml has the package's defaults; `train` has none of its
+own, and gets the values of the authors' tutorial. As in its `predict` the shift of a gene is the mean latent of its
+cells minus that of the controls. Shifts of a combination's members are added: the authors predict one stimulus at a
+time. A gene that training never saw perturbed has no shift.
 """
 
 import numpy as np

@@ -2,9 +2,10 @@
 
 Adduri et al., bioRxiv 2025, doi:10.1101/2025.06.26.661135; package arc-state 0.11.1.
 
-Options are overrides of `state tx train`, as one writes them on its command line, with the package's defaults named in
-config/models.yaml. It works on expression itself (no embedding of cells). A perturbation is, by default, one of a list,
-which says nothing of others. So it gets the sum over its members of their place in that list and of their vectors.
+Options are overrides of `state tx train`, as one writes them on its command line. config/models.yaml names the
+package's defaults; the example of the authors' README trains for a tenth of their steps, in batches of 8. It works on
+expression itself (no embedding of cells). A perturbation is, by default, one of a list, which says nothing of others.
+So it gets the sum over its members of their place in that list and of their vectors.
 """
 
 import json

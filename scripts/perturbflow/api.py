@@ -43,7 +43,6 @@ from perturbflow.splits import split as splits
 from perturbflow.splits.named import Labels, held_out_names
 
 Cells: TypeAlias = ad.AnnData | Path | str
-TABLES = (".tsv", ".csv", ".parquet")
 
 logger = logging.getLogger(__name__)
 
@@ -452,7 +451,7 @@ def score(
 
 
 def _is_table(predictions: Cells) -> bool:
-    return not isinstance(predictions, ad.AnnData) and Path(predictions).suffix in TABLES
+    return not isinstance(predictions, ad.AnnData) and Path(predictions).suffix != ".h5ad"
 
 
 def _is_of_workflow(cells: ad.AnnData) -> bool:

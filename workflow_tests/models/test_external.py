@@ -31,7 +31,7 @@ from conftest import (
 from perturbflow.errors import InputError
 from perturbflow.evaluation import evaluate
 from perturbflow.export import export
-from perturbflow.io.environments import environment, folder_of, is_ready
+from perturbflow.io.environments import commands, environment, folder_of, is_ready
 from perturbflow.io.files import file_digest
 from perturbflow.models.base import build
 from perturbflow.predict import predict
@@ -60,7 +60,16 @@ SHORT: dict[str, dict] = {
         "model": {"hidden_dims": [32], "decoder_dims": [32], "time_encoder_dims": [32], "condition_embedding_dim": 16},
         "train": {"num_iterations": 40, "batch_size": 64},
     },
-    "state": {"overrides": {"training.max_steps": 4, "training.val_freq": 4, "training.ckpt_every_n_steps": 4}},
+    "state": {
+        "overrides": {
+            "model": "state_sm",
+            "model.kwargs.cell_set_len": 32,
+            "training.batch_size": 2,
+            "training.max_steps": 4,
+            "training.val_freq": 4,
+            "training.ckpt_every_n_steps": 4,
+        }
+    },
 }
 
 
@@ -237,7 +246,7 @@ def _of_others(cells: ad.AnnData) -> None:
     ("change", "words"),
     [
         (_negative, "below zero"),
-        (_not_finite, "no finite numbers"),
+        (_not_finite, "no finite number"),
         (_of_another_split, "made for another split"),
         (_of_others, "predicted none of the"),
     ],
@@ -384,6 +393,44 @@ def test_cells_of_a_script_keep_their_mean_where_values_are_below_zero(monkeypat
 
 
 # --- environments ----------------------------------------------------------------------------------------------------
+
+
+def test_a_container_is_called_with_the_folders_that_it_has_to_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No container runs here: what would be called is tested."""
+    monkeypatch.setenv("APPTAINER_BIND", "/scratch")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    command = "apptainer exec --nv 'my image.sif' python"
+    params = {**DEFAULTS, "script": "additive.py", "command": command, "files": {"go": "/tables/go.tsv"}}
+    paths = [tmp_path / name for name in ("exported", "predictions.h5ad", "settings.json")]
+    words, variables = build(IMPLEMENTATION, params)._called(paths, threads=3)
+    assert words[1:] == ["exec", "--nv", "my image.sif", "python"]
+    assert Path(words[0]).name == "apptainer"
+    folders = sorted(["/tables", str(tmp_path), str(wrappers_folder())])
+    assert variables["APPTAINER_BIND"].split(",") == ["/scratch", *folders]
+    assert variables["SINGULARITY_BIND"].split(",") == folders
+    assert variables["OMP_NUM_THREADS"] == "3"
+    assert "PYTHONPATH" not in variables
+
+
+def test_where_conda_runs_the_jobs_it_brings_python_and_pip_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No conda is called here: what would be called is tested."""
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
+    lock, folder = locks_folder() / "gears.txt", tmp_path / "gears"
+    by_pip, of_pip = list(commands(lock, folder)), folder_of(lock)
+    monkeypatch.setenv("CONDA_PREFIX", str(tmp_path))
+    monkeypatch.setenv("PATH", str(REPOSITORY / "workflow_tests/support/conda_standin/bin"), prepend=os.pathsep)
+    by_conda = list(commands(lock, folder))
+    assert by_pip[0][1:] == ["-m", "venv", str(folder)]
+    file = str(lock.with_suffix(".yaml"))
+    assert by_conda[0] == ["conda", "env", "create", "--quiet", "--file", file, "--prefix", str(folder)]
+    assert by_conda[1:] == by_pip[1:]
+    assert by_pip[-1][-3:] == ["--no-deps", "--requirement", str(lock)]
+    assert by_pip[1][-1].startswith("torch==")
+    assert folder_of(lock) != of_pip
 
 
 @pytest.fixture

@@ -305,7 +305,7 @@ def test_effects_and_expression_are_told_apart(
 
 
 def test_values_that_cannot_be_are_refused(said: Callable, perfect: ad.AnnData) -> None:
-    for value, words in ((np.nan, "1 values are no finite numbers, the first of GENE0"), (-1.0, "down to -1")):
+    for value, words in ((np.nan, "is no finite number (1 of the "), (-1.0, "down to -1")):
         X = perfect.X.copy()
         X[3, list(perfect.var_names).index("GENE0")] = value
         assert words in said(changed(perfect, X))
@@ -321,6 +321,10 @@ def test_tables_that_cannot_be_read_are_refused(
     assert f"these have several: {label}." in said(file)
     table.astype(str).assign(GENE0="high").to_csv(file, sep="\t")
     assert "the others hold numbers" in said(file)
+    table.T.to_csv(file, sep="\t")
+    assert "Its rows are genes" in said(file)
+    table.to_csv(file)
+    assert "it has one column. A .tsv has tabs" in said(file)
     (tmp_path / "means.txt").write_text("")
     assert "predictions are h5ad, tsv, csv or parquet" in said(tmp_path / "means.txt")
     assert "there is no file" in said(tmp_path / "none.h5ad")

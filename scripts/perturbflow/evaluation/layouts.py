@@ -30,11 +30,12 @@ half `b`. `cell_eval` has log1p of counts normalized to {target_sum!r}, `vcc2026
 ```bash
 pip install cell-eval==0.8.2 && cell-eval run -ap cell_eval/predicted.h5ad -ar cell_eval/measured.h5ad \\
     --pert-col {column} --control-pert {control} -o cell_eval/scores
-pip install cell-eval2==0.20.0 && cell-eval2 run --preset vcc2026 -ap vcc2026/predicted.h5ad \\
+pip install cell-eval2==0.20.0 pdex==0.3.0 && cell-eval2 run --preset vcc2026 -ap vcc2026/predicted.h5ad \\
     -ar vcc2026/measured.h5ad --pert-col {column} --control {control} -o vcc2026/scores{flag}
 ```
 
-{note}
+{note} Cells of closed forms and learned models here have exactly the mean that was \
+predicted: cell-eval2 may note that their scatter cancels.
 """
 # vcc2026 leaves out the gene that a label names, and refuses labels that name none.
 OF_COMBINATIONS = " --no-target-genes"

@@ -72,13 +72,13 @@ def environment(lock: Path) -> Path:
     with FileLock(f"{folder}.lock"):
         if not is_ready(lock):
             shutil.rmtree(folder, ignore_errors=True)
-            for words in _commands(lock, folder):
+            for words in commands(lock, folder):
                 _install(words, lock)
             write_json(folder / READY, {"lock": str(lock), "versions": versions([str(folder / "bin/python")])})
     return folder
 
 
-def _commands(lock: Path, folder: Path) -> Iterator[list[str]]:
+def commands(lock: Path, folder: Path) -> Iterator[list[str]]:
     """Yield the commands that build an environment."""
     if file := _conda_file(lock):
         yield ["conda", "env", "create", "--quiet", "--file", str(file), "--prefix", str(folder)]

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 PREDICTIONS = "predictions.h5ad"
 # Of this process: they would lead the other Python to packages of this one.
 PYTHONS_OWN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+BINDS = ("APPTAINER_BIND", "SINGULARITY_BIND")  # folders that a container sees, at the same place
 
 
 class External(GivenFile):
@@ -96,15 +97,7 @@ class External(GivenFile):
         InputError
             If it ends with an error, with the last lines of its log, or leaves no file.
         """
-        script, command = script_of(vars(self.params)).absolute(), shlex.split(self.params.command)
-        bin_folder = self._bin_folder()
-        variables = {name: value for name, value in os.environ.items() if name not in PYTHONS_OWN}
-        variables |= {
-            "PATH": os.pathsep.join([str(bin_folder), os.environ.get("PATH", "")]),
-            "OMP_NUM_THREADS": str(run.threads), "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1",
-        }  # fmt: skip
-        if command and (found := shutil.which(command[0], path=variables["PATH"])):
-            command[0] = found
+        script, (command, variables) = script_of(vars(self.params)).absolute(), self._called(paths, run.threads)
         words = [*command, str(script), *map(str, paths)]
         logger.info("runs %s", " ".join(words))
         started, last = time.perf_counter(), deque[str](maxlen=LAST_LINES)
@@ -129,6 +122,25 @@ class External(GivenFile):
                 "versions": versions(command) if is_python else {},
             },
         }
+
+    def _called(self, paths: list[Path], threads: int) -> tuple[list[str], dict[str, str]]:
+        """Return the words before the script, and the variables that they run with.
+
+        A container of Apptainer or Singularity sees the folders of the script, of these paths and of the files.
+        """
+        command, shown = shlex.split(self.params.command), [script_of(vars(self.params)), *paths]
+        shown += map(Path, self.params.files.values())
+        folders = sorted({str(path.absolute().parent) for path in shown})
+        variables = {name: value for name, value in os.environ.items() if name not in PYTHONS_OWN}
+        variables |= {
+            "PATH": os.pathsep.join([str(self._bin_folder()), os.environ.get("PATH", "")]),
+            "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1",
+        }  # fmt: skip
+        for name in BINDS:
+            variables[name] = ",".join([*filter(None, [os.environ.get(name)]), *folders])
+        if command and (found := shutil.which(command[0], path=variables["PATH"])):
+            command[0] = found
+        return command, variables
 
     def _bin_folder(self) -> Path:
         """Return the folder of the environment's programs."""

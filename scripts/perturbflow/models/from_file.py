@@ -60,8 +60,8 @@ class GivenFile(MeanEffects, Given):
         digest, copied = content_digest(self.path), {}
         if file.has_cells and (copied := file.cells_of_training(pairs, target_sum)):
             logger.warning(
-                "%s holds %d measured cells of training, under whatever label: they are of %s. Predict others.",
-                self.path, sum(copied.values()), listed(sorted(copied)),
+                "%s: %d of its %d cells are measured cells of training, of %s. These are copies, scored as they are.",
+                self.path, sum(copied.values()), len(file.texts), listed(sorted(copied)),
             )  # fmt: skip
         run.facts |= {
             "n_parameters": 0,

@@ -206,9 +206,11 @@ class PredictionsFile:
         columns = np.array([place.get(gene, -1) for gene in self.terms.genes])
         missing = [gene for gene, column in zip(self.terms.genes, columns, strict=True) if column < 0]
         if len(missing) > (1.0 - LEAST_GENES) * len(columns):
+            is_turned = len(set(self.texts) & set(self.terms.genes)) > len(columns) - len(missing)
+            hint = " Its rows are genes: a row is a perturbation or a cell, and a column a gene." if is_turned else ""
             raise InputError(
                 f"{self.path}: it has {len(columns) - len(missing):,} of the {len(columns):,} genes of the screen, and "
-                f"needs half of them. Missing: {listed(missing)}. Its own: {listed(self.genes)}."
+                f"needs half of them. Missing: {listed(missing)}. Its own: {listed(self.genes)}.{hint}"
             )
         if missing:
             logger.warning(
@@ -251,13 +253,13 @@ class PredictionsFile:
             if is_bad.any():
                 row, gene = np.argwhere(is_bad)[0]
                 raise InputError(
-                    f"{self.path}: {is_bad.sum():,} values are no finite numbers, the first of "
-                    f"{self.terms.genes[gene]} in {self.texts[rows[row]]}. Every value has to be a number."
+                    f"{self.path}: the value of {self.terms.genes[gene]} in {self.texts[rows[row]]} is no finite "
+                    f"number ({is_bad.sum():,} of the {values.size:,} values read so far). Each has to be a number."
                 )
             if self.params.values == "expression" and (values < 0).any():
                 raise InputError(
                     f"{self.path}: values are below zero, down to {values.min():.3g} ({(values < 0).sum():,} of the "
-                    f"first {values.size:,} read). "
+                    f"{values.size:,} values read so far). "
                     "Expression has none: these are z-scores or effects. Give expression that was not centred, or "
                     "means minus the mean of the controls with params.values: effect (perturbflow score --values "
                     "effect)."
@@ -489,6 +491,8 @@ def _table(path: Path, label: str) -> tuple[np.ndarray, pd.DataFrame, list[str]]
         table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=first, na_filter=True)
     else:
         raise InputError(f"{path}: predictions are h5ad, tsv, csv or parquet; this is '{path.suffix}'.")
+    if table.shape[1] < 2:
+        raise InputError(f"{path}: it has one column. A .tsv has tabs between its columns, and a .csv commas.")
     try:
         values = table.iloc[:, 1:].to_numpy(float)
     except ValueError as error:

@@ -29,9 +29,10 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
 
 
-def render(template: str, **content: object) -> str:
-    """Return the page of a template in this folder."""
-    loader = jinja2.DictLoader({name: (FOLDER / name).read_text(encoding="utf-8") for name in (template, *PARTS)})
+def render(template: str, folder: Path = FOLDER, **content: object) -> str:
+    """Return the page of a template, in this folder or another one."""
+    files = [folder / template, *(FOLDER / part for part in PARTS)]
+    loader = jinja2.DictLoader({file.name: file.read_text(encoding="utf-8") for file in files})
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
