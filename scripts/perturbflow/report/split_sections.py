@@ -15,6 +15,7 @@ from perturbflow.io.files import read_json
 from perturbflow.pairs import Pairs
 from perturbflow.report.boards import Titled
 from perturbflow.report.cards import ModelCard, place_of, read_table
+from perturbflow.report.cell_map import cell_maps
 from perturbflow.report.context_agreement import Agreement, matrix_figure
 from perturbflow.report.heatmap import effect_heatmap
 from perturbflow.report.plotting import Plots
@@ -110,6 +111,7 @@ class SplitSection(Titled):
     chosen: Chosen | None = None
     agreement: dict[str, Any] | None = None  # of the effects of contexts, where contexts are held out
     heatmap: str | None = None  # of measured and predicted effects
+    maps: list[dict] = field(default_factory=list)  # of cells
     effects: list[dict] = field(default_factory=list)
     other_effects: list[dict] = field(default_factory=list)
     curves: list[dict] = field(default_factory=list)
@@ -161,11 +163,10 @@ def _curves(section: SplitSection, run: RunFiles, cards: dict[str, ModelCard], p
     return training_curves(histories, section.title, cards, plots)
 
 
-def _scored(section: SplitSection, chosen: Chosen, run: RunFiles) -> dict[str, Scored]:
-    """Return predicted and measured means of what is shown of one dataset × split, for the first seed."""
+def _predictions(section: SplitSection, chosen: Chosen, run: RunFiles) -> dict[str, Path]:
+    """Return the predictions of the models that are shown of one dataset × split, for the first seed."""
     place = section.dataset, section.split
-    predictions = {model: run.predictions[(*place, model, f"seed_{run.seeds[0]}")] for model in chosen.models}
-    return scored_of(chosen, run.pairs[place], predictions)
+    return {model: run.predictions[(*place, model, f"seed_{run.seeds[0]}")] for model in chosen.models}
 
 
 def _effects(
@@ -201,7 +202,7 @@ def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, 
     Parameters
     ----------
     plots
-        Those of the sections "training", "contexts", "heatmaps" and "effects".
+        Those of the sections "training", "contexts", "heatmaps", "maps" and "effects".
     """
     sections = []
     for dataset, split in dict.fromkeys((dataset, split) for dataset, split, _, _ in run.facts):
@@ -215,10 +216,11 @@ def split_sections(run: RunFiles, cards: dict[str, ModelCard], plots: dict[str, 
     scored: dict[str, dict[str, Scored]] = {}
     for section in sections:
         if section.chosen and plots["effects"].bytes_left > 0:
-            scored[section.title] = _scored(section, section.chosen, run)
-            genes = Pairs.open(run.pairs[section.dataset, section.split]).genes
-            shown = section.chosen, scored[section.title], genes, section.title
+            pairs, predictions = run.pairs[section.dataset, section.split], _predictions(section, section.chosen, run)
+            scored[section.title] = scored_of(section.chosen, pairs, predictions)
+            shown = section.chosen, scored[section.title], Pairs.open(pairs).genes, section.title
             section.heatmap = effect_heatmap(*shown, plots["heatmaps"])
+            section.maps = cell_maps(section.chosen, pairs, predictions, cards, section.title, plots["maps"])
             section.effects = _effects(section, section.chosen, scored[section.title], run, cards, plots["effects"])
     for section in sections:
         if section.title in scored and section.chosen and section.chosen.others and plots["effects"].bytes_left > 0:
