@@ -109,8 +109,8 @@ def asked(here: Prepared) -> None:
     known = pairs.Pairs.open(here.pairs).roles("train").perturbations[0]
     query = {"perturbations": [known], "cells": "control", "samples_per_cell": 5}
     query |= {"keep_samples": False, "groups": "cell_type", "search": None}
-    made = (model.parent / name for name in ("warranty.json", "calibration.npz", "a.h5ad", "a.tsv", "a.ranking.tsv"))
-    files = here.pairs, here.embeddings, model, *made
+    names = "warranty.json", "calibration.npz", "a.h5ad", "a.tsv", "a.ranking.tsv", "a.effects.h5ad"
+    files = here.pairs, here.embeddings, model, *(model.parent / name for name in names)
     answers.counterfactual(*files, FAMILIES["additive"].implementation, {}, query, 0)
 
 

@@ -595,13 +595,13 @@ def test_all_that_answers_is_counted(prepared: dict[str, Prepared], tmp_path: Pa
         (here.pairs, here.embeddings, tmp_path / "model.npz"),
         (tmp_path / "warranty.json", tmp_path / "calibration.npz"),
     )
-    answers = [tmp_path / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv")]
+    answers = [tmp_path / f"answer{suffix}" for suffix in (".h5ad", ".tsv", ".ranking.tsv", ".effects.h5ad")]
     train(*files[:2], here.audit, files[2], tmp_path / "run.json", *told, 0)
     query = {**QUERY, "perturbations": ["TF1+TF2", "TF3"]}
     calls: dict[str, tuple[Callable, list]] = {
         "warranty": (warranty, [*files, *shown, *told, 0]),
         "counterfactual": (counterfactual, [*files, *shown, *answers, *told, query, 0]),
-        "draw": (draw, [*answers, *[tmp_path / f"{i}.png" for i in range(4)]]),
+        "draw": (draw, [*answers[:3], *[tmp_path / f"{i}.png" for i in range(4)]]),
     }
     for step, (function, arguments) in calls.items():
         with functions_run() as codes:
