@@ -1,7 +1,7 @@
 """Ours, closed forms and models of others on the same cells: one table per screen × split.
 
     snakemake --cores 1 --keep-going --configfile workflow_tests/benchmarks/others.yaml evaluated
-    python workflow_tests/benchmarks/others.py results --tsv workflow_tests/benchmarks/others.tsv
+    python workflow_tests/benchmarks/others.py results --tsv docs/results/models_of_others.tsv
 
 The configuration reads ../shared as shared/. Of all runs that are scored below results, finished or not. Per model:
 
