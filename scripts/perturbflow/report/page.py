@@ -26,7 +26,13 @@ from perturbflow.report.screens import screen_section
 from perturbflow.report.sections import complaints, data_account, separability_rows, source_rows
 from perturbflow.report.split_sections import RunFiles, split_sections
 from perturbflow.report.summary import summaries
-from perturbflow.report.what_if import counterfactual_answers, coverage_figures, sureness_figures, warranty_rows
+from perturbflow.report.what_if import (
+    SHOWN_FIRST,
+    counterfactual_answers,
+    coverage_figures,
+    sureness_figures,
+    warranty_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +133,7 @@ def _of_questions(
         "coverage": coverage,
         "answers": answers,
         "n_tables_left_out": n_tables_left_out,
+        "n_shown_first": SHOWN_FIRST,
         "sureness": sureness_figures(checked, cards, plots),
     }
 

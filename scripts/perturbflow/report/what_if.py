@@ -16,6 +16,7 @@ from perturbflow.report.plotting import INK, STYLE, Plots, interval, name_rows, 
 
 # Bounds of this section, besides its bytes of figures.
 COUNTERFACTUAL_TABLES = 60
+SHOWN_FIRST = 3  # figures of an answer; the others are folded
 GENES_OF_COUNTERFACTUAL = 15
 CAPTIONS = {  # of the figures of an answer
     "responders": "Who responds, and in which genes",
@@ -179,6 +180,23 @@ def _block(label: str, rows: pd.DataFrame, warranty: dict | None, card: ModelCar
     }
 
 
+def _in_order(path: Path, by_label: list[tuple[str, pd.DataFrame]]) -> list[tuple[str, pd.DataFrame]]:
+    """Return the perturbations of an answer, given its {query}.tsv, in the order of its ranking where there is one."""
+    ranking = path.with_suffix(".ranking.tsv")
+    if not ranking.is_file():
+        return by_label
+    place = {label: i for i, label in enumerate(read_table([ranking])["perturbation"])}
+    return sorted(by_label, key=lambda item: place.get(item[0], len(place)))
+
+
+def _grouped(blocks: list[dict]) -> dict[str, list[str]]:
+    """Return what training knew → the perturbations of which it knew that."""
+    known: dict[str, list[str]] = {}
+    for block in blocks:
+        known.setdefault(block["known"], []).append(block["label"])
+    return known
+
+
 def _pictures(path: Path, figures: list[Path], plots: Plots) -> list[tuple[str, str]]:
     """Return captions and pictures of an answer, given its {query}.tsv, as long as there is room."""
     found = []
@@ -211,7 +229,7 @@ def counterfactual_answers(
         dataset, split, model, seed, _ = place_of(path, 5)
         card = cards.get(model) or ModelCard(model, "learned", "", {}, COLOURS[0], MARKERS[0])
         warranty = warranty_of.get((dataset, split, model, seed))
-        by_label = list(read_table([path]).groupby("perturbation", sort=False))
+        by_label = _in_order(path, list(read_table([path]).groupby("perturbation", sort=False)))
         shown = by_label[: COUNTERFACTUAL_TABLES - n_tables]
         n_tables += len(shown)
         n_left_out += len(by_label) - len(shown)
@@ -225,6 +243,7 @@ def counterfactual_answers(
                 "seed": seed,
                 "path": path,
                 "blocks": blocks,
+                "known": _grouped(blocks),
                 "checks": list(dict.fromkeys(block["checked"] for block in blocks if block["checked"])),
                 "figures": _pictures(path, figures, plots),
             }
