@@ -78,8 +78,8 @@ def test_the_blocked_environment_blocks(light: dict[str, str]) -> None:
 def test_the_default_plan_needs_neither_data_nor_heavy_packages(light: dict[str, str], tmp_path: Path) -> None:
     assert plan_in(tmp_path, light).jobs == {
         "download": 1, "harmonize": 1, "quality": 1, "split": 1, "pair": 1, "embeddings": 1, "audit": 1,
-        "train_closed_form": 11, "train_diffusion": 1, "train_jepa": 1, "train_counterfactual": 1,
-        "predict": 14, "evaluate": 14, "warranty": 3, "gene_vectors": 1, "counterfactual": 1, "draw": 1,
+        "train_closed_form": 10, "train_diffusion": 1, "train_jepa": 1, "train_counterfactual": 1,
+        "predict": 13, "evaluate": 13, "warranty": 3, "gene_vectors": 1, "counterfactual": 1, "draw": 1,
         "answer_page": 1, "benchmark": 1, "report": 1, "all": 1,
     }  # fmt: skip
     assert not (tmp_path / "results").exists()

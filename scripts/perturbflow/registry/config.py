@@ -360,7 +360,7 @@ def _completed_params(models: dict, effort: str, files: Places) -> None:
         schema = schemas[block["family"]]
         block["params"] = with_values(schema, block["params"])
         check_schema(block["params"], schema, ["models", name, "params"], files)
-        block["params"] = with_defaults(scaled(schema, block["params"], effort), block["params"])
+        block["params"] = with_defaults(scaled(schema, effort), block["params"])
     _check_templates(models, files)
 
 

@@ -223,13 +223,14 @@ class Plan:
 
     @property
     def effort(self) -> str:
-        """Two sentences on short trainings; nothing where no network is trained, or at an effort for claims."""
+        """A warning about a single seed at effort quick; nothing where no network is trained, or there are more."""
         networks = {name for name, family in FAMILIES.items() if issubclass(family.params, NetworkParams)}
-        if self.config["effort"] != "quick" or not networks & {*self.runs["family"]}:
+        is_quick = self.config["effort"] == "quick" and len(self.config["select"]["seeds"]) == 1
+        if not is_quick or not networks & {*self.runs["family"]}:
             return ""
         return (
-            "Effort quick: one seed, and networks around a mean in closed form train for "
-            f"{100 * EFFORTS['quick'].steps_around_mean:.0f} % of their steps. For claims, set effort: standard."
+            "Effort quick: one seed, which hides how much trainings differ. For claims, set effort: standard "
+            f"(seeds {', '.join(map(str, EFFORTS['standard'].seeds))})."
         )
 
     def folders(self) -> list[str]:
