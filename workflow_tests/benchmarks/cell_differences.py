@@ -3,8 +3,8 @@
     python workflow_tests/benchmarks/cell_differences.py results renge2023 unseen_context \
         --models counterfactual jepa --perturbations POU5F1 SOX2
 
-Per model of seed 0 and perturbation, in test controls: the size of the mean effect, the standard deviation over cells of
-their own expected effects (mean over genes, log1p units), and that of their response, the projection on the mean
+Per model of seed 0 and perturbation, in test controls: the size of the mean effect, the standard deviation over cells
+of their own expected effects (mean over genes, log1p units), and that of their response, the projection on the mean
 effect: 1 is a cell that does as the mean does. For shorter trainings give n_steps under the params of a model:
 --config 'models={brief: {family: counterfactual, params: {n_steps: 375}}}'.
 """
@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from leaderboard import markdown_of, parser_of_split, runs_of
-
 from perturbflow.io.artefacts import load_artefact
 from perturbflow.models.base import build
 from perturbflow.pairs import Pairs
