@@ -178,17 +178,13 @@ class Clock:
 def train_here(folder: Path, name: str, n_steps: int, threads: int) -> None:
     """Train one model and write what took how long."""
     from perturbflow import train as training
-    from perturbflow.models import base, jepa, learned
-    from perturbflow.models import jepa as representation
-    from perturbflow.models.latents import vae as autoencoder
-    from perturbflow.models.training import batches
+    from perturbflow.models import base
+    from perturbflow.models.training import batches, learner
 
     clock = Clock()
-    for module in (learned, autoencoder, representation):
-        module.optimize = clock.timed("optimize", module.optimize)
-    for module in (jepa, representation):
-        module.optimize_briefly = clock.timed("inner folds", module.optimize_briefly)
-    batches.sampled_ahead = clock.waited("batch", batches.sampled_ahead)
+    learner.Learner.optimize = clock.timed("optimize", learner.Learner.optimize)
+    learner.Learner.optimize_briefly = clock.timed("inner folds", learner.Learner.optimize_briefly)
+    batches.sampled_ahead = learner.sampled_ahead = clock.waited("batch", batches.sampled_ahead)
     implementation, params = model_of(name, n_steps)
     family = type(base.build(implementation, params))
     family.fit = clock.timed("fit", family.fit)

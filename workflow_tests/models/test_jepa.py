@@ -40,7 +40,7 @@ from perturbflow.models.jepa import (
 from perturbflow.models.latents.vae import Cells, CellSampler
 from perturbflow.models.training.batches import Batch, PairedCells
 from perturbflow.models.training.conditions import Conditions
-from perturbflow.models.training.learner import Optimization
+from perturbflow.models.training.learner import Learner, Optimization
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import JepaParams, JepaWeights
 
@@ -524,8 +524,7 @@ def test_inner_folds_know_nothing_of_what_they_hold_out(
     clean, spoilt = (np.stack([said(label) for label in labels]) for said in (effect, effect_of_spoilt))
     np.testing.assert_array_equal(clean, spoilt)
     assert np.abs(clean).max() > 1e-4
-    monkeypatch.setattr(jepa_module, "optimize_briefly", None)  # what is there is not trained again
-    monkeypatch.setattr(representation, "optimize_briefly", None)
+    monkeypatch.setattr(Learner, "optimize_briefly", None)  # what is there is not trained again
     _, resumed, _ = predictor_of_fold(jepa, *screen, tmp_path / "clean", kind, spoil=False, own=own)
     np.testing.assert_array_equal(clean, np.stack([resumed(label) for label in labels]))
     monkeypatch.setitem(jepa[0].latent.network._buffers, "centre", jepa[0].latent.network.centre + 1.0)

@@ -197,6 +197,14 @@ def test_an_effort_decides_what_the_configuration_leaves_open(tmp_path: Path) ->
     assert planned(config, tmp_path).effort == "", "no network is trained"
 
 
+def test_null_is_one_split_a_held_out_context_where_one_is_named(tmp_path: Path) -> None:
+    config = mine(tmp_path)
+    config["select"]["splits"] = None
+    assert set(planned(config, tmp_path).divisions["split"]) == {"unseen_perturbation"}
+    config["select"]["datasets"] = ["renge2023"]
+    assert set(planned(config, tmp_path).divisions["split"]) == {"unseen_context"}
+
+
 def test_null_asks_the_questions_whose_dataset_split_and_model_are_selected(tmp_path: Path) -> None:
     config = mine(tmp_path)
     asked = {"dataset": "my_screen", "split": "unseen_combination", "perturbations": ["A"]}

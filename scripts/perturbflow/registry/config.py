@@ -312,6 +312,12 @@ def _expand_folds(
     return expanded, folds
 
 
+def _first_split(splits: dict, dataset: str) -> str:
+    """Return the split of a dataset where none is selected."""
+    named = held_out_of(splits["unseen_context"].get("held_out", {}), dataset)
+    return "unseen_context" if named else "unseen_perturbation"
+
+
 def _with_references(models: dict, files: Places) -> dict:
     """Return the models with a block for each family that runs always and has none."""
     families = {block["family"] for block in models.values()}
@@ -466,6 +472,8 @@ def complete(config: dict, files: Places = (), files_are_there: bool = True) -> 
         select["counterfactuals"] = []
     asked = [query["dataset"] for name in select["counterfactuals"] if (query := config["counterfactuals"].get(name))]
     named = {name: config["datasets"].get(name, {}) for name in [*select["datasets"], *asked]}
+    if select["splits"] is None:
+        select["splits"] = list(dict.fromkeys(_first_split(config["splits"], name) for name in select["datasets"]))
     config["splits"], folds = _expand_folds(config["splits"], named, select["splits"], files)
     select["splits"] = list(dict.fromkeys(fold for name in select["splits"] for fold in folds.get(name, [name])))
     config["models"] = _with_references(config["models"], files)
