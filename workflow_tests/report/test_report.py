@@ -983,7 +983,7 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(
     assert "learned seed 0 81.0 (70.0 to 95.0) of 80; learned seed 0 91.0 (70.0 to 95.0) of 90" in alt
     assert "my_<wbr>question" in section
     assert "TF1: the first 15 of 20 genes" in section
-    assert "What training knew of TF1: measured." in section
+    assert re.search(r"What training knew of TF1, &lt;i&gt;TF9\S+: measured\.", section), "said once"
     assert section.count("<td>yes</td>") == 2
     assert f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"' in section
     assert (
@@ -1285,3 +1285,20 @@ def test_points_tell_their_names() -> None:
     assert re.findall("<title>(.*?)</title>", svg) == ["A&lt;B", "C"]
     assert svg == Plots("here", 10**6).svg("points", plot, False), "the same page twice"
     assert "<title>" not in Plots("here", 10**6).svg("points", plot, True), "pixels have no names"
+
+
+def test_an_answer_shows_its_best_perturbations_and_folds_the_others(
+    tree: Tree, tmp_path: Path, few_figures: None
+) -> None:
+    path = tmp_path / "results/mine/unseen_combination/learned/seed_0/counterfactuals/search.tsv"
+    path.parent.mkdir(parents=True)
+    labels = [f"TF{i}" for i in range(1, 6)]
+    row = {"group": "all", "effect": 0.5, "low": 0.1, "high": 0.9, "rank": 1, "known": "measured"}
+    facts = {"is_perturbed_gene": False, "in_other_contexts": False, "probability_of_sign": 0.9}
+    rows = [{"perturbation": label, "gene": "G1", **row, **facts} for label in labels]
+    pd.DataFrame(rows).to_csv(path, sep="\t", index=False)
+    pd.DataFrame({"perturbation": labels[::-1]}).to_csv(path.with_suffix(".ranking.tsv"), sep="\t", index=False)
+    page = tree.page(counterfactuals=[path], figures=[], warranties=[], report=tmp_path / "report.html")
+    section = page[page.index('id="counterfactuals"') : page.index('<h2 id="verdicts">')]
+    assert re.findall(r"<figcaption>(TF\d): mean effect", section) == labels[::-1], "in the order of the ranking"
+    assert section.index("TF3: mean effect") < section.index("2 other perturbations") < section.index("TF2: mean")
