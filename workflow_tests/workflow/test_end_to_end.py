@@ -220,7 +220,7 @@ def test_a_user_screen_on_all_kinds_of_split(tmp_path: Path, snakemake: Callable
         "select": {
             "datasets": ["norman_mini"],
             "splits": ["unseen_combination", "unseen_perturbation", "frozen"],
-            "models": ["no_change", "additive", "technical_duplicate", "counterfactual"],
+            "models": ["no_change", "additive", "technical_duplicate"],
         },
         "datasets": {
             "norman_mini": {
@@ -233,7 +233,6 @@ def test_a_user_screen_on_all_kinds_of_split(tmp_path: Path, snakemake: Callable
             }
         },
         "splits": {"frozen": {"kind": "file", "path": "my_split.json"}},
-        "models": {"counterfactual": {"params": QUICK["counterfactual"]}},
     }
     outcome = snakemake(tmp_path, config=config)
     assert outcome.returncode == 0, outcome.text
