@@ -995,7 +995,7 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(
         "At 90 % they are 0.75 times "
         "as wide as those of no change; the truth's would be 0.25 times as wide." in html.unescape(section)
     )
-    assert "No perturbation changes nothing" in section
+    assert "Told that nothing is perturbed, the model changes nothing" in section
     table = section[section.index('aria-label="Warranties"') :]
     assert re.search(
         r"<td>17</td><td>0\.810* \(0\.70* to 0\.950*\)</td><td>0\.910* \(0\.70* to 0\.950*\)</td>"

@@ -211,7 +211,8 @@ def sentence(content: dict) -> str:
     return (
         f"{_capital(content['verdict'])}. {sentence_on_agreement(content['agreement'])}. "
         f"{_sentence_on_intervals(content['coverage'])}. "
-        f"No perturbation changes {'nothing' if identity < 1e-4 else format(identity, '.2g')}. "
+        f"Told that nothing is perturbed, the model changes "
+        f"{'nothing' if identity < 1e-4 else f'cells by up to {identity:.2g}'}. "
         f"Placebo: {100 * placebo['share_called']:.1f} % of genes called at {100 * placebo['nominal']:.0f} %, "
         f"discoveries in {placebo['repeats_with_discoveries']} of {placebo['repeats']} repeats"
     )

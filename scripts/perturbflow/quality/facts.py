@@ -159,9 +159,9 @@ def _on_escaping(escaping: pd.Series) -> Finding:
 
 
 def _on_scorable(table: pd.DataFrame) -> Finding:
-    n, n_test = len(table), int(TEST_SHARE * len(table))
+    n, n_test = len(table), round(TEST_SHARE * len(table))  # as splits do
     lost = table[table["not_scorable"] != ""]
-    text = "All perturbations can be scored."
+    text = "Every perturbation has enough cells to be scored."
     if len(lost):
         names = ", ".join(lost.index[:8]) + (", ..." if len(lost) > 8 else "")
         text = f"{_share(len(lost), n)} perturbations cannot be scored: {names}."
