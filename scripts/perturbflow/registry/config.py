@@ -314,7 +314,7 @@ def _expand_folds(
 
 def _first_split(splits: dict, dataset: str) -> str:
     """Return the split of a dataset where none is selected."""
-    named = held_out_of(splits["unseen_context"].get("held_out", {}), dataset)
+    named = held_out_of(splits.get("unseen_context", {}).get("held_out", {}), dataset)
     return "unseen_context" if named else "unseen_perturbation"
 
 
