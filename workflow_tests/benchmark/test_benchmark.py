@@ -459,7 +459,7 @@ def on_two(loss: float, score: float) -> Callable[[str], float]:
     [
         (0.5, 0.5, "better", "Better than no_change: wins error (+6"),
         (0.5, 1.0, "better", "Better than no_change: wins error (+6"),
-        (1.0, 1.0, "cannot tell", "Not distinguished from no_change: undecided on error ("),
+        (1.0, 1.0, "undecided", "Not distinguished from no_change: undecided on error ("),
         (0.5, 1.5, "trades", "Trades against no_change: wins error (+6"),
         (1.5, 1.0, "worse", "Worse than no_change: loses error (-6"),
     ],
@@ -492,7 +492,7 @@ def test_a_metric_that_cannot_tell_does_not_count_and_is_named() -> None:
 def test_a_screen_with_fewer_than_two_metrics_that_tell_cannot_rank_models() -> None:
     blind = scores({**FLOOR, "technical_duplicate": around(1.0, seed=6), "learned": around(2.0)}, "score")
     row = verdicts(scores({**FLOOR, **CEILING, "learned": around(0.5)}), blind).loc["learned"]
-    assert (row["verdict"], row["n_telling"], row["wins"]) == ("cannot tell", 1, "loss")
+    assert (row["verdict"], row["n_telling"], row["wins"]) == ("undecided", 1, "loss")
     assert row["sentence"].startswith(
         "This screen cannot rank models: 1 of 2 headline metrics distinguish good from bad here. Better than "
         "no_change: wins error (+"
@@ -507,7 +507,7 @@ def test_level_is_shown_by_all_metrics_and_undecided_ones_leave_it_open() -> Non
         "Level with no_change: level within 2 % on error (0 % of the way from no change to the ceiling, -0."
     )
     row = verdicts(scores(level), scores(open_, "score")).loc["learned"]
-    assert (row["verdict"], row["level"], row["undecided"]) == ("cannot tell", "loss", "score")
+    assert (row["verdict"], row["level"], row["undecided"]) == ("undecided", "loss", "score")
     assert row["sentence"].startswith("Not distinguished from no_change: level within 2 % on error (")
 
 
@@ -546,7 +546,7 @@ def test_what_a_verdict_rests_on_stands_beside_it() -> None:
 
 def test_one_positive_control_that_beats_all_negative_ones_is_enough() -> None:
     noisy = {**FLOOR, "perturbed_mean": around(0.7), "technical_duplicate": around(0.7, seed=7), "learned": around(0.3)}
-    assert verdicts(*twice(noisy)).loc["learned", "verdict"] == "cannot tell"
+    assert verdicts(*twice(noisy)).loc["learned", "verdict"] == "undecided"
     assert (
         verdicts(*twice({**noisy, "interpolated_duplicate": around(0.2, seed=8)})).loc["learned", "verdict"] == "better"
     )
@@ -557,7 +557,7 @@ def test_few_perturbations_and_no_baseline_cannot_be_judged() -> None:
     few = {"no_change": FLOOR["no_change"][:n], "learned": around(0.1)[:n]}
     row = verdicts(scores(few)).loc["learned"]
     assert (row["verdict"], row["sentence"]) == (
-        "cannot tell",
+        "undecided",
         "This screen cannot rank models: 5 perturbations are too few.",
     )
     row = verdicts(scores({"learned": around(0.5)})).loc["learned"]
@@ -624,7 +624,7 @@ def test_mode_collapse_is_flagged_unless_measured_cells_collapse_too() -> None:
 
 def test_outcomes() -> None:
     words = (["better", "undecided"], ["better", "worse"], ["level"], ["worse", "level"], ["level", "undecided"], [])
-    assert [outcome(some) for some in words] == ["better", "trades", "level", "worse", "cannot tell", "cannot tell"]
+    assert [outcome(some) for some in words] == ["better", "trades", "level", "worse", "undecided", "undecided"]
 
 
 # --- folds and files ------------------------------------------------------------------------------------------------

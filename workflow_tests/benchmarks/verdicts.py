@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from leaderboard import markdown, markdown_of
 
 EFFECT = (("before", "pearson_delta_ctrl"), ("now", "pearson_delta_ctrl"), ("now", "pearson_delta_ctrl_off_target"))
-WORDS = ("better", "trades", "worse", "level", "cannot tell")
+WORDS = ("better", "trades", "worse", "level", "undecided")
 ON_ONE_METRIC = {
     "wins": "better",
     "losses": "worse",
@@ -107,9 +107,7 @@ def counts(both: dict[str, pd.DataFrame]) -> pd.DataFrame:
                 if name in of_them
             }
             found[f"by one metric, {who}, {when}"] = pd.Series(single)
-    table = (
-        pd.DataFrame(found).T.reindex(columns=[*WORDS[:-1], "undecided", WORDS[-1]]).fillna(0).astype(int).astype(str)
-    )
+    table = pd.DataFrame(found).T.reindex(columns=[*WORDS, "cannot tell"]).fillna(0).astype(int).astype(str)
     return table.loc[sorted(table.index, key=lambda name: (name.split(",")[:2], name))]
 
 

@@ -54,11 +54,11 @@ def one_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
 @pytest.mark.parametrize(
     ("batch", "known", "verdict", "warranty"),
     [
-        ("b1", "measured", "cannot tell: 4 test perturbations, and fewer than 6 are too few", "Cannot tell: 4 test"),
+        ("b1", "measured", "unknown: 4 test perturbations, and fewer than 6 are too few", "Unknown: 4 test"),
         (
             "b2",
             "measured in other contexts",
-            "cannot tell: the model was not checked on such perturbations",
+            "unknown: the model was not checked on such perturbations",
             "None: training measured this",
         ),
     ],

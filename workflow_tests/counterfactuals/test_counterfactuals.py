@@ -355,7 +355,7 @@ def test_the_truth_reaches_the_ceiling_whatever_the_noise(noise: float) -> None:
 
 def test_the_opposite_is_no_better_than_no_change_and_few_perturbations_tell_nothing() -> None:
     assert judged(lambda truth, _: -truth)[1] == "no better than predicting no change"
-    assert judged(lambda truth, _: truth, n=5)[1] == "cannot tell: 5 test perturbations, and fewer than 6 are too few"
+    assert judged(lambda truth, _: truth, n=5)[1] == "unknown: 5 test perturbations, and fewer than 6 are too few"
 
 
 @pytest.fixture(scope="module")
@@ -600,8 +600,8 @@ def test_one_question_from_the_command_line(asked: tuple, tmp_path: Path) -> Non
         '{"batch": ["b1"]}',
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.index("verdict on this model: cannot tell: ") < done.stderr.index("largest effects")
-    assert re.search(r"warranty: Cannot tell: .*Intervals, calibrated on", done.stderr)
+    assert done.stderr.index("verdict on this model: unknown: ") < done.stderr.index("largest effects")
+    assert re.search(r"warranty: Unknown: .*Intervals, calibrated on", done.stderr)
     cells = ad.read_h5ad(tmp_path / "mine/answer.h5ad")
     assert set(cells.obs["batch"]) == {"b1"}
     for figure in ("effects", "responders", "map", "heatmap"):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -589,7 +589,7 @@ def test_a_summary_names_who_is_better_worse_or_undecided() -> None:
             calibration=SimpleNamespace(uninformative=["mse"]),
         )
 
-    assert summary.sentence(board(("a", "better"), ("b", "worse"), ("c", "cannot tell"))) == (
+    assert summary.sentence(board(("a", "better"), ("b", "worse"), ("c", "undecided"))) == (
         "a is better than the best baseline; b is worse than the best baseline; "
         "c cannot be told apart from the best baseline. The best baseline is linear."
     )
@@ -597,7 +597,7 @@ def test_a_summary_names_who_is_better_worse_or_undecided() -> None:
         "No learned model is better than the best baseline: a and b are level with the best baseline. "
         "The best baseline is linear."
     )
-    assert summary.sentence(board(("a", "cannot tell"), n_telling=1)) == (
+    assert summary.sentence(board(("a", "undecided"), n_telling=1)) == (
         "These data cannot rank models: 1 of 2 headline metrics tell good from bad, with 6 held-out perturbations."
     )
     assert summary.sentence(board()) == "No learned model was run. The best baseline is linear."
@@ -612,9 +612,24 @@ def test_the_picture_shows_scaled_scores_and_the_band_of_what_is_equal() -> None
     assert axes.get_xlim() == pytest.approx((summary.LOWEST, 1.1))
     points = {float(line.get_ydata()[0]): line for line in axes.lines if len(line.get_xdata()) == 1}
     assert points[0.0].get_xdata()[0] == pytest.approx(0.5)
+    assert sum(len(line.get_xdata()) == 1 for line in axes.lines) == 2, "no interval is cut that is whole"
     assert (points[1.0].get_xdata()[0], points[1.0].get_marker()) == (summary.LOWEST, "<"), "beyond the scale"
     (band,) = axes.patches
     assert (band.get_x(), band.get_width()) == pytest.approx((0.48, 0.04))
+
+
+def test_an_interval_that_is_cut_ends_in_an_arrow() -> None:
+    score = leaderboard.Score(1, 0, 2, 9, scaled=0.5, scaled_low=-0.2, scaled_high=2.0)
+    (axes,) = summary._panel_figure({"a": score}, None, 0.02, cards(a="learned")).axes
+    markers = {line.get_marker(): line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1}
+    assert markers == {">": summary.HIGHEST, "o": 0.5}
+
+
+def test_the_picture_always_holds_the_closed_form_to_beat() -> None:
+    all_cards = cards(a="learned", linear="baseline", other="baseline", gp="baseline")
+    all_cards["gp"] = replace(all_cards["gp"], is_to_beat=True)
+    scores = SimpleNamespace(models=list(all_cards), best_baselines={"linear": ["error"]})
+    assert summary._shown(SimpleNamespace(leaderboard=scores), all_cards) == ["a", "gp", "linear"]
 
 
 def test_all_numbers_are_in_a_file_for_programs(page: str, tree: Tree) -> None:
@@ -973,9 +988,7 @@ def test_counterfactual_answers_show_the_first_genes_and_an_interval_plot(
     genes = re.findall(r'<th scope="row">(G\d+)</th>', section)
     assert genes == [f"G{i}" for i in range(20, 5, -1)] * 2
     assert "Verdict on TF1: no better than the mean effect of training." in section
-    assert re.search(
-        r"Verdict on &lt;i&gt;TF9\S+: cannot tell: the model was not checked on such perturbations.", section
-    )
+    assert re.search(r"Verdict on &lt;i&gt;TF9\S+: unknown: the model was not checked on such perturbations.", section)
     assert "Warranty: None: training measured this in other contexts alone" in section
     assert "in other contexts</th>" not in section, "the column is said in words"
     assert section[: section.index('<h2 id="verdicts">')].count("<svg role") == 2

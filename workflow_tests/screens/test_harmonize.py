@@ -436,7 +436,12 @@ BAD = {
     "no such column": (
         {"perturbation": {"column": "guide"}},
         {},
-        r"obs has no column 'guide' \(perturbation.column\).*lane",
+        r"column 'guide' \(perturbation.column\)\. Its .*Controls stand in perturbation \(it holds 'control'\)",
+    ),
+    "a misspelt column": (
+        {"perturbation": {"column": "Pertubation"}},
+        {},
+        r"obs has no column 'Pertubation' \(perturbation.column\)\. Did you mean perturbation\? Its columns",
     ),
     "no such covariate": (
         {"covariates": {"batch": "plate"}},
@@ -487,7 +492,12 @@ BAD = {
     "qc drops all": (
         {},
         {"min_counts": 10**7},
-        r"qc.min_counts = 10000000 leaves no cell \(median of the file: .*null",
+        r"limits under qc leave no cell\. Of all cells, qc.min_counts = 10000000 drops [\d,]+ of .*lower it\..*null",
+    ),
+    "two limits drop all": (
+        {},
+        {"min_counts": 10**7, "min_genes": 10**6},
+        r"no cell\..*qc.min_genes = 1000000 drops .*lower it\. qc.min_counts = 10000000 drops .*lower it\. Change",
     ),
     "no gene is left": ({}, {"min_cells_per_gene": 10**6}, r"qc.min_cells_per_gene = 1000000 leaves no gene"),
 }

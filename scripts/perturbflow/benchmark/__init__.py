@@ -5,6 +5,7 @@ several. Everything but a metric's own mean is computed on losses, so that lower
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from perturbflow.io.files import atomic, read_json
 from perturbflow.registry.families import FAMILIES
 
 logger = logging.getLogger(__name__)
+
+KEY = re.compile(r"[a-z_]+\.[a-z_]+")  # a warning that begins with a key of the configuration keeps its letters
 
 __all__ = ["benchmark", "judged_beside"]
 
@@ -43,7 +46,8 @@ def _caveats(audits: list[Path], harmonizations: list[Path]) -> dict[tuple[str, 
         if fold := FOLD.match(split):
             found.setdefault((dataset, fold["name"]), []).extend(f"{split}: {caveat}" for caveat in caveats)
     return {
-        place: caveats + [f"{text[0].upper()}{text[1:]}" for text in warnings.get(place[0], [])]
+        place: caveats
+        + [text if KEY.match(text) else f"{text[0].upper()}{text[1:]}" for text in warnings.get(place[0], [])]
         for place, caveats in found.items()
     }
 

@@ -46,7 +46,7 @@ STRATA = [
 BETTER, LEVEL, WORSE, UNDECIDED, TOO_FEW = "better", "level", "worse", "undecided", "too few"  # differences
 WORDED = ("members_seen", "n_sources", "responds")  # strata with words for bins, not ranges
 BINS = {2: ("low", "high"), 3: ("low", "middle", "high")}
-DISTINGUISHES, CANNOT_DISTINGUISH = "tells", "cannot tell"  # words of calibration.tsv and verdicts.tsv
+DISTINGUISHES, CANNOT_DISTINGUISH = "tells", "cannot tell"  # metrics, in calibration.tsv
 
 
 def _share_won(gain: np.ndarray) -> np.ndarray:

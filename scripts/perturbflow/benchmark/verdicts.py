@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from perturbflow.benchmark.tables import BETTER, CANNOT_DISTINGUISH, DISTINGUISHES, LEVEL, TOO_FEW, UNDECIDED, WORSE
+from perturbflow.benchmark.tables import BETTER, DISTINGUISHES, LEVEL, TOO_FEW, UNDECIDED, WORSE
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
 from perturbflow.registry.families import with_role
 
@@ -49,7 +49,7 @@ def outcome(words: Iterable[str]) -> str:
     words = set(words)
     if {BETTER, WORSE} <= words:
         return TRADES
-    return next((word for word in (BETTER, WORSE) if word in words), LEVEL if words == {LEVEL} else CANNOT_DISTINGUISH)
+    return next((word for word in (BETTER, WORSE) if word in words), LEVEL if words == {LEVEL} else UNDECIDED)
 
 
 # --- facts that verdicts rest on --------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ STARTS = {
     TRADES: "trades against",
     WORSE: "worse than",
     LEVEL: "level with",
-    CANNOT_DISTINGUISH: "not distinguished from",
+    UNDECIDED: "not distinguished from",
 }
 
 
@@ -290,7 +290,7 @@ def _verdict(model: Any, screen: _Screen, caveats: Iterable[str]) -> dict[str, A
         "model": model.model,
         "family": model.family,
         "kind": model.kind,
-        "verdict": outcome(own.best["verdict"]) if is_ranked else CANNOT_DISTINGUISH,
+        "verdict": outcome(own.best["verdict"]) if is_ranked else UNDECIDED,
         "wins": own.metrics_with(BETTER),
         "losses": own.metrics_with(WORSE),
         "level": own.metrics_with(LEVEL),

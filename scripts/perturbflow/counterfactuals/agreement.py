@@ -91,7 +91,7 @@ def verdict(summed: dict[str, Any], n: int) -> str:
         Number of perturbations.
     """
     if n < MIN_PERTURBATIONS:
-        return f"cannot tell: {n} test perturbations, and fewer than {MIN_PERTURBATIONS} are too few"
+        return f"unknown: {n} test perturbations, and fewer than {MIN_PERTURBATIONS} are too few"
     whole = summed["whole"]
     for floor, words in FLOORS.items():
         least = LEAST * np.nan_to_num(whole["ceiling"]["mean"] - whole[floor]["mean"], nan=1.0)

@@ -143,7 +143,7 @@ class Trust:
             return "measured in training: an estimate from its own cells"
         kind = KINDS[self.novelty]
         if self.kept is None:
-            return f"cannot tell: too few {kind} were held out"
+            return f"unknown: too few {kind} were held out"
         kept = self.kept
         return (
             f"{kept.judgement}. Of {kept.n} {kind} like this one, held out, the median correlation was "

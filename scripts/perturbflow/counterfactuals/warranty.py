@@ -260,7 +260,7 @@ class Fitting(NamedTuple):
     warranty: str
 
 
-UNCHECKED = "cannot tell: the model was not checked on such perturbations"
+UNCHECKED = "unknown: the model was not checked on such perturbations"
 UNCHECKED_IN_OTHER_CONTEXTS = Fitting(
     UNCHECKED,
     "None: training measured this in other contexts alone, and the model was checked on no such perturbation, so there "

@@ -33,6 +33,7 @@ class ModelCard:
     colour: str
     marker: str
     losses: Mapping[str, str] = field(default_factory=dict)  # as in Family
+    is_to_beat: bool = False  # the strongest closed form
 
     @property
     def shape(self) -> str:
@@ -81,6 +82,7 @@ def model_cards(runs: dict[tuple, dict]) -> dict[str, ModelCard]:
             run["params"],
             *looks.get(model, (INK, "|")),
             families[model].losses,
+            "to_beat" in families[model].roles,
         )
         for model, run in first.items()
     }

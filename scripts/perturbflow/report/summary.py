@@ -77,10 +77,12 @@ def _telling(board: Board) -> list[str]:
 
 
 def _shown(board: Board, cards: dict[str, ModelCard]) -> list[str]:
-    """Return the models of the picture: learned ones, then the baselines that are best by a metric."""
-    learned = [model for model in board.leaderboard.models if cards[model].kind == "learned"]
+    """Return the models of the picture: learned ones, the closed form to beat, and the best baselines."""
+    models = board.leaderboard.models
+    learned = [model for model in models if cards[model].kind == "learned"][:MOST_LEARNED]
+    to_beat = [model for model in models if cards[model].is_to_beat]
     best = list(board.leaderboard.best_baselines)[:MOST_BASELINES]
-    return [*learned[:MOST_LEARNED], *(model for model in best if model not in learned)]
+    return list(dict.fromkeys([*learned, *to_beat, *best]))
 
 
 @mpl.rc_context(STYLE)
@@ -98,10 +100,13 @@ def _panel_figure(models: dict[str, Score], best: str | None, equal: float, card
     low, high = axes.get_xlim()
     for y, (model, score) in enumerate(models.items()):
         card = cards[model]
+        is_beyond = not low <= score.scaled <= high
         if np.isfinite([score.scaled_low, score.scaled_high]).all():
             ends = np.clip([score.scaled_low, score.scaled_high], low, high)
             axes.plot(ends, [y, y], color=card.colour, linewidth=4, alpha=0.35, solid_capstyle="butt")
-        is_beyond = not low <= score.scaled <= high
+            for end, is_cut, arrow in ((low, score.scaled_low < low, "<"), (high, score.scaled_high > high, ">")):
+                if is_cut and not is_beyond:
+                    axes.plot(end, y, arrow, color=card.colour, markersize=4, alpha=0.6, clip_on=False)
         marker = ("<" if score.scaled < low else ">") if is_beyond else card.marker
         axes.plot(np.clip(score.scaled, low, high), y, marker, color=card.colour, markersize=5, clip_on=False)
     name_rows(axes, list(models))

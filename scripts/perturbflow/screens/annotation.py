@@ -21,6 +21,7 @@ from perturbflow.genes.symbols import (
     label_of,
     members_of,
 )
+from perturbflow.nearest import nearest
 from perturbflow.screens.control_labels import DeclaredControls, counted, declaration, look_alikes
 from perturbflow.screens.dose_labels import (
     UNKNOWN_DOSE,
@@ -45,11 +46,25 @@ SCHEMA_OBS = (
 def column_of(obs: pd.DataFrame, column: str, key: str, path: Path) -> pd.Series:
     """Return a column of obs that a block declares under `key`."""
     if column not in obs:
+        close = nearest(column, map(str, obs.columns))
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise InputError(
-            f"{path}: obs has no column '{column}' ({key}). Its columns: "
+            f"{path}: obs has no column '{column}' ({key}).{hint} Its columns: "
             f"{', '.join(map(str, obs.columns)) or '(none)'}."
         )
     return obs[column]
+
+
+def label_column(obs: pd.DataFrame, declared: dict, path: Path) -> pd.Categorical:
+    """Return the labels as the file has them; a message on a missing column names those that hold controls."""
+    control, column = DeclaredControls.of(declared), declared["column"]
+    try:
+        return as_text(column_of(obs, column, "perturbation.column", path))
+    except InputError as error:
+        texts = {str(name): as_text(obs[name]).categories for name in obs.columns}
+        holding = {name: next((text for text in values if text in control), "") for name, values in texts.items()}
+        found = ", ".join(f"{name} (it holds '{label}')" for name, label in holding.items() if label)
+        raise InputError(f"{error} Controls stand in {found}." if found else str(error)) from None
 
 
 def check_shape(found: tuple[int, int], dataset: dict, path: Path) -> None:
@@ -110,7 +125,7 @@ def is_control_label(obs: pd.DataFrame, dataset: dict, path: Path) -> np.ndarray
     """
     declared = dataset["perturbation"]
     control = DeclaredControls.of(declared)
-    text = as_text(column_of(obs, declared["column"], "perturbation.column", path))
+    text = label_column(obs, declared, path)
     dropped = set(declared["drop"])
     named = {
         label: [label] if label in control else [name for name in names_in(label, declared) if name]
@@ -212,7 +227,7 @@ def canonical_labels(obs: pd.DataFrame, dataset: dict, genes: pd.DataFrame, path
         If no cell is a control, a label holds the sign of a combination that is not split, or a dose cannot be read.
     """
     declared = dataset["perturbation"]
-    text = as_text(column_of(obs, declared["column"], "perturbation.column", path))
+    text = label_column(obs, declared, path)
     is_drug = dataset["perturbation_type"] == "drug"
     # HGNC approves names of genes, and drugs are no genes.
     organism = "" if is_drug else dataset["organism"]
@@ -283,7 +298,7 @@ def _dose(obs: pd.DataFrame, declared: dict, path: Path) -> pd.Categorical | Non
 def cells_of_labels(obs: pd.DataFrame, dataset: dict, path: Path) -> dict[str, int]:
     """Return label as in the file → cells, most cells first, without the labels of unassigned cells."""
     declared = dataset["perturbation"]
-    n_cells = pd.Series(as_text(column_of(obs, declared["column"], "perturbation.column", path))).value_counts()
+    n_cells = pd.Series(label_column(obs, declared, path)).value_counts()
     return {label: int(n) for label, n in n_cells.items() if n and label not in declared["drop"]}
 
 

@@ -221,21 +221,19 @@ def within_limits(screened: Screened, qc: dict, path: object) -> tuple[np.ndarra
     Raises
     ------
     InputError
-        If a limit leaves no cell.
+        If the limits leave no cell; all that drop some are named.
     """
     is_kept = np.ones(len(screened.totals), bool)
     dropped = {}
-    of_limit = {name: (column, REMEDIES[sign]) for name, column, sign in LIMITS}
     for name, passes in _passes(screened.totals, qc):
-        if not (is_kept & passes).any():
-            column, remedy = of_limit[name]
-            middle = screened.totals.loc[is_kept, column].median()
-            raise InputError(
-                f"{path}: qc.{name} = {qc[name]} leaves no cell (median of the file: {middle:g}); {remedy}, or set "
-                "null, under qc in the dataset's block."
-            )
         dropped[f"qc.{name}"] = int((is_kept & ~passes).sum())
         is_kept &= passes
+    if not is_kept.any():
+        every = np.ones(len(is_kept), bool)
+        raise InputError(
+            f"{path}: the limits under qc leave no cell. Of all cells, {limits_on(every, screened, qc)}. Change them "
+            "in the dataset's block; null switches a limit off."
+        )
     return is_kept, dropped
 
 
