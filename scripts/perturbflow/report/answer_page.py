@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from perturbflow.colours import COLOURS
+from perturbflow.counterfactuals.questions import in_words
 from perturbflow.genes.symbols import CONTROL
 from perturbflow.io.files import atomic
 from perturbflow.quality.power import RELIABLE, cells_for
@@ -93,7 +94,7 @@ def _question(ranked: pd.DataFrame, shown: pd.DataFrame, query: dict) -> str:
     """Return the question in words."""
     if query["search"]:
         towards = query["search"]["towards"]
-        state = f"cells of {_values(towards['cells'])}" if "cells" in towards else "a signature"
+        state = f"cells of {in_words(towards['cells'])}" if "cells" in towards else "a signature"
         return f"Which of {len(ranked):,} perturbations moves these cells towards {state}?"
     names = shown["perturbation"].tolist()
     listed = ", ".join(names[:-1]) + (f" or {names[-1]}" if len(names) > 1 else names[0])
@@ -101,14 +102,10 @@ def _question(ranked: pd.DataFrame, shown: pd.DataFrame, query: dict) -> str:
     return f"What if {listed}{more} were perturbed in these cells?"
 
 
-def _values(selection: dict) -> str:
-    return "; ".join(f"{column} {', '.join(map(str, values))}" for column, values in selection.items())
-
-
 def _asked(answer: ad.AnnData, query: dict) -> str:
     """Return whom and what was asked, in a sentence."""
     n = answer.obs["cell"].nunique()
-    which = "control cells" if query["cells"] == "control" else f"control cells of {_values(query['cells'])}"
+    which = "control cells" if query["cells"] == "control" else f"control cells of {in_words(query['cells'])}"
     types = ", ".join(map(str, answer.obs["cell_type"].unique()[:5]))
     return (
         f"Asked of the model {query['model']}, trained on {query['dataset']} (split {query['split']}), about {n:,} "
