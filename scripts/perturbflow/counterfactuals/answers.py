@@ -153,6 +153,7 @@ class Checks:
             *knowledge.neighbourhood.of(answer.label),
             self._kept_of(answer.novelty.kind, round(promise, 2)) if is_known else None,
             tuple(knowledge.neighbourhood.names(answer.label)[:N_LEANT_ON]),
+            answer.novelty.is_elsewhere,
         )
 
     def _kept_of(self, novelty: str, promise: float) -> Kept | None:

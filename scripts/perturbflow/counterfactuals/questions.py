@@ -208,7 +208,7 @@ def _suggested(name: str, names: Iterable[str], organism: str = "human") -> str:
             "that unit)"
         )
     others = [other for other in TABLES if other != organism and name in starts(other) and name not in starts(organism)]
-    place = f", a gene of {others[0]}, where this screen is of {organism}," if others else ""
+    place = f", a gene of {others[0]} where this screen is of {organism}" if others else ""
     return did_you_mean(name, names, place)
 
 

@@ -16,6 +16,7 @@ from perturbflow.io.files import atomic
 from perturbflow.quality.power import RELIABLE, cells_for
 from perturbflow.report.plotting import STYLE, Plots, name_rows, new_axes, room_for
 from perturbflow.report.rendering import render
+from perturbflow.report.what_if import found_words
 
 TEMPLATE = "answer_page.html"
 FIGURE_BYTES = 2_000_000
@@ -73,6 +74,7 @@ def answer_page(cells: Path, effects: Path, ranking: Path, calibration: Path, an
         TEMPLATE,
         question=_question(ranked, shown, query),
         asked=_asked(answer, query),
+        found=found_words(ranked),
         answers=[_section(row, table, answer, variance, plots) for row in shown.to_dict("records")],
         others=ranked.head(OTHERS).to_dict("records") if len(ranked) > 1 else [],
         n_asked=f"{len(ranked):,}",
@@ -129,7 +131,7 @@ def _section(row: dict[Any, Any], table: pd.DataFrame, answer: ad.AnnData, varia
     own = table[(table["perturbation"] == label) & (table["group"] == "all")]
     top = own.sort_values("rank").head(GENES)
     response = answer.obs.loc[answer.obs["perturbation"] == label, "response"].to_numpy(float)
-    varies = len(response) > 1 and response.std() > 1e-3
+    varies, responding = len(response) > 1 and response.std() > 1e-3, 100 * (response >= 0.5).mean()
     listed = ", ".join(f"{gene} {effect:+.2f}" for gene, effect in zip(top["gene"], top["effect"], strict=True))
     return {
         "label": label,
@@ -139,7 +141,7 @@ def _section(row: dict[Any, Any], table: pd.DataFrame, answer: ad.AnnData, varia
         "has_own": bool(top["is_perturbed_gene"].any()),
         "has_intervals": bool(top["low"].notna().any()),
         "responders": plots.svg(f"Responses of cells to {label}.", _responders_figure, response) if varies else None,
-        "responding": f"Who responds: {100 * (response < 0.5).mean():.0f} % of cells less than half as the mean does",
+        "responding": f"Who responds: {responding:.0f} % of cells at least half as strongly as the mean",
         "known": row["known"],
         "leans_on": row["leans_on"] if isinstance(row["leans_on"], str) else "the mean effect of training alone",
         "to_know": _to_know(row, variance),
@@ -165,6 +167,8 @@ def _to_know(row: dict[Any, Any], variance: np.ndarray) -> str:
     sd = row["sd"] if np.isfinite(row["sd"]) else 0.0
     signal = np.array([row["size"] ** 2 + len(variance) * sd**2])
     cells = float(cells_for(RELIABLE, signal, float(variance.sum()), np.array([np.inf]))[0])
+    if row["in_other_contexts"]:
+        return f"{row['perturbation']} in these contexts: training measured it in others alone."
     if row["known"].startswith("measured"):
         return (
             f"more cells of {row['perturbation']} in these contexts; its uncertainty is what its own cells leave open."

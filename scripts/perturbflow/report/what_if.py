@@ -192,7 +192,14 @@ def _in_order(path: Path, by_label: list[tuple[str, pd.DataFrame]]) -> list[tupl
 
 
 def search_sentence(ranking: pd.DataFrame) -> str | None:
-    """Return question and answer of a search in plain words; None without a search.
+    """Return question and answer of a search in plain words; None without a search."""
+    if (found := found_words(ranking)) is None:
+        return None
+    return f"Which of {len(ranking):,} perturbations makes these cells like {ranking['towards'].iloc[0]}? {found}"
+
+
+def found_words(ranking: pd.DataFrame) -> str | None:
+    """Return the answer of a search in plain words; None without a search.
 
     Parameters
     ----------
@@ -203,13 +210,12 @@ def search_sentence(ranking: pd.DataFrame) -> str | None:
         return None
     best, others = ranking.iloc[0], ranking["perturbation"].iloc[1:BEST_OF_SEARCH].tolist()
     after = f", then {' and '.join(others)}" if others else ""
-    question = f"Which of {len(ranking):,} perturbations makes these cells like {best['towards']}?"
     chance = f"the best of {len(ranking):,} scores as high by chance in {100 * best['chance']:.2g} % of searches"
     if best["score"] <= 0 or best["chance"] > FOUND_BELOW:
-        return f"{question} None that can be told from chance: {best['perturbation']} comes first{after}, but {chance}."
+        return f"None that can be told from chance: {best['perturbation']} comes first{after}, but {chance}."
     knew = "; ".join(dict.fromkeys(ranking["known"].iloc[:BEST_OF_SEARCH]))
     return (
-        f"{question} {best['perturbation']} (it makes {100 * best['reach']:.0f} % of the change){after}; {chance}. "
+        f"{best['perturbation']} (it makes {100 * best['reach']:.0f} % of the change){after}; {chance}. "
         f"What training knew of them: {knew}."
     )
 
