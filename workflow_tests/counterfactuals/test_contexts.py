@@ -261,7 +261,7 @@ def test_a_typo_is_asked_back_before_anything_is_computed(
 
 
 def test_no_change_is_no_answer_for_a_gene_that_was_never_perturbed(
-    prepared: dict[str, Prepared], tmp_path: Path
+    prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = prepared["unseen_perturbation"]
     measured = next(gene for gene in Pairs.open(here.pairs).genes if gene.startswith("GENE"))
@@ -270,6 +270,13 @@ def test_no_change_is_no_answer_for_a_gene_that_was_never_perturbed(
     silent, speaks = trained(here, tmp_path / "silent", NO_CHANGE), trained(here, tmp_path / "speaks")
     with pytest.raises(InputError, match=f"'{measured}' cannot be answered by this model: it never saw it perturbed"):
         ask(here, silent, tmp_path / "silent", NO_CHANGE, {}, perturbations=[measured])
+    with monkeypatch.context() as patched:
+        patched.setattr("perturbflow.counterfactuals.answers.MOST_DRAWN", 1)
+        with pytest.raises(InputError, match=f"'{measured}' cannot be answered by this model"):
+            ask(here, silent, tmp_path / "silent", NO_CHANGE, {}, perturbations=["TF1", measured])
+        ranked = ask(here, speaks, tmp_path / "speaks", ADDITIVE, {}, perturbations=["control", measured], drawn=1)
+        sizes = pd.read_csv(f"{ranked}.ranking.tsv", sep="\t").set_index("perturbation")["size"]
+        assert sizes["control"] == 0 < sizes[measured], "control among many changes nothing"
     answer = ask(here, speaks, tmp_path / "speaks", ADDITIVE, {}, perturbations=[measured])
     assert np.abs(pd.read_csv(f"{answer}.tsv", sep="\t")["effect"]).max() > 0.01
 

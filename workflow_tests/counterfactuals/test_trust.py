@@ -103,3 +103,9 @@ def test_neighbours_agree_where_their_effects_do(screen: tuple[Pairs, Embeddings
     assert found.names(f"NEW+{found.genes[0]}")[0] == found.genes[0]
     found.directions[near] = found.directions[near[0]]
     assert found.of("NEW")[0] == pytest.approx(1.0)
+
+
+def test_a_perturbation_measured_in_other_contexts_alone_is_called_so() -> None:
+    here = Trust("measured", 0.5, 0.1, True, 0.4, 0.1, 3, None)
+    assert here.words == "measured in training: an estimate from its own cells"
+    assert "in other contexts alone" in replace(here, is_elsewhere=True).words

@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import Prepared
 from learned import QUICK_JEPA, registered, trained
 from scipy import sparse
 
 import perturbflow.models.jepa as jepa_module
 from perturbflow.embeddings import Embeddings
 from perturbflow.errors import InputError
+from perturbflow.genes.symbols import CONTROL, members_of
 from perturbflow.models import jepa as probes
 from perturbflow.models import jepa as representation
 from perturbflow.models.base import Run, build
@@ -605,3 +607,39 @@ def test_a_planted_label_is_told_and_a_random_one_is_not(
 def test_facts_can_be_written(jepa: tuple) -> None:
     facts = json.loads(json.dumps(jepa[2].facts))
     assert pd.DataFrame(facts["stage_a"]["history"]).notna().all().all()
+
+
+@pytest.mark.slow
+def test_a_ranking_and_an_answer_have_the_same_mean_effects(
+    prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many at once are those one by one, also of genes that borrow; effects on training's controls have this mean."""
+    monkeypatch.setattr(set_gp, "LEAST_HELD_OUT", 1)
+    files = prepared["unseen_perturbation"]
+    pairs, embeddings = Pairs.read(files.pairs), Embeddings.read(files.embeddings)
+    steps = {"n_steps": 20, "n_steps_representation": 20, "n_steps_decoder": 20}
+    model, _, _ = trained("jepa", pairs, embeddings, tmp_path, **{**QUICK_JEPA, **steps, "when_broken": "report"})
+    assert model.mean.out_of_fold["predictor"]
+    unseen = next(label for label in pairs.roles("test").perturbations if len(members_of(label)) == 1)
+    first, second = model.seen[:2]
+    labels = [unseen, first, f"{first}+{second}", "+".join(sorted([first, unseen])), CONTROL]
+    cells = model.population[:10]
+    at_once, variances = model.mean_effects(cells, labels, 0), model.uncertainties(labels)
+    for label, effect, variance in zip(labels[:-1], at_once, variances, strict=False):
+        np.testing.assert_allclose(model.mean_effects(cells, [label], 0)[0], effect, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(model.uncertainty(label), variance, rtol=1e-4, atol=1e-8)
+        of_cells = model.individual_effects(model.population, label, 0).mean(axis=0)
+        np.testing.assert_allclose(of_cells, effect, rtol=1e-3, atol=1e-5)
+    assert not at_once[-1].any(), "no perturbation is no change"
+    # What an unseen gene borrows is the weighted mean over its neighbours, one by one.
+    z = torch.from_numpy(model.latent.encode(model.population))
+    vector = model.conditions.vectors[model.conditions.index([unseen])[0, 0]].numpy().astype(float)
+    weights = model.neighbours.weights(vector[None])[0]
+    with torch.no_grad():
+        shifts = [
+            model.shift(z, model.conditions.index([gene]).expand(len(z), -1), None).mean(dim=0).numpy()
+            for gene in model.neighbours.genes
+        ]
+    borrowed = model.neighbours.strength * weights @ np.stack(shifts) @ model.latent.effect_map
+    found = model.network_means(z.numpy(), [unseen], None)["predictor"][0]
+    np.testing.assert_allclose(found, borrowed, rtol=1e-3, atol=1e-5)

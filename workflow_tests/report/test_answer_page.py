@@ -10,6 +10,7 @@ from conftest import QUERY, Prepared, ask
 from perturbflow.pairs import Pairs
 from perturbflow.registry.families import FAMILIES
 from perturbflow.report.answer_page import answer_page
+from perturbflow.report.what_if import found_words
 from perturbflow.train import train
 
 ADDITIVE = FAMILIES["additive"].implementation
@@ -60,5 +61,6 @@ def test_a_page_of_a_search_has_all_candidates(pages: dict) -> None:
         f"Which of {len(ranking)} perturbations moves these cells towards cells of perturbation {pages['seen']}?"
         in page
     )
+    assert page.index(found_words(ranking)) < page.index("<h2>"), "the answer comes first"
     for label in ranking["perturbation"]:
         assert f"<td>{label}</td>" in page

@@ -38,6 +38,7 @@ from perturbflow.report.page import FIGURE_BYTES
 from perturbflow.report.plotting import NamedPoints, Plots, new_axes, number, signed
 from perturbflow.report.scatter_plots import Chosen, scored_of
 from perturbflow.report.sections import perturbation_table
+from perturbflow.report.what_if import search_sentence
 from perturbflow.screens import harmonize
 from perturbflow.splits import split as splits
 from perturbflow.train import train
@@ -1310,8 +1311,28 @@ def test_an_answer_shows_its_best_perturbations_and_folds_the_others(
     facts = {"is_perturbed_gene": False, "in_other_contexts": False, "probability_of_sign": 0.9}
     rows = [{"perturbation": label, "gene": "G1", **row, **facts} for label in labels]
     pd.DataFrame(rows).to_csv(path, sep="\t", index=False)
-    pd.DataFrame({"perturbation": labels[::-1]}).to_csv(path.with_suffix(".ranking.tsv"), sep="\t", index=False)
+    found = {
+        "score": 0.8,
+        "reach": 0.4,
+        "chance": 0.002,
+        "towards": "90 cells of perturbation TF9",
+        "known": "measured",
+    }
+    pd.DataFrame({"perturbation": labels[::-1], **found}).to_csv(
+        path.with_suffix(".ranking.tsv"), sep="\t", index=False
+    )
     page = tree.page(counterfactuals=[path], figures=[], warranties=[], report=tmp_path / "report.html")
     section = page[page.index('id="counterfactuals"') : page.index('<h2 id="verdicts">')]
     assert re.findall(r"<figcaption>(TF\d): mean effect", section) == labels[::-1], "in the order of the ranking"
     assert section.index("TF3: mean effect") < section.index("2 other perturbations") < section.index("TF2: mean")
+    said = (
+        "Which of 5 perturbations makes these cells like 90 cells of perturbation TF9? TF5 (it makes 40 % of the "
+        "change), then TF4 and TF3; the best of 5 scores as high by chance in 0.2 % of searches. What training knew of "
+        "them: measured."
+    )
+    assert section.index(said) < section.index("TF5: mean effect"), "the answer in words stands above its figures"
+    answers = json.loads((tree.folder / "report.json").read_text())["answers"]
+    assert answers[0]["sentence"] == said
+    chance = pd.DataFrame({"perturbation": labels, **found | {"chance": 0.3}})
+    assert "None that can be told from chance: TF1 comes first" in search_sentence(chance)
+    assert search_sentence(pd.DataFrame({"perturbation": labels})) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -152,6 +153,7 @@ class Checks:
             *knowledge.neighbourhood.of(answer.label),
             self._kept_of(answer.novelty.kind, round(promise, 2)) if is_known else None,
             tuple(knowledge.neighbourhood.names(answer.label)[:N_LEANT_ON]),
+            answer.novelty.is_elsewhere,
         )
 
     def _kept_of(self, novelty: str, promise: float) -> Kept | None:
@@ -425,7 +427,7 @@ def counterfactual(
     training = everything.fitted_on(scored)
     vectors = _with_asked_genes(family, training, vectors, everyone or vectors, labels, seed)
     knowledge = TrainingKnowledge(training.roles("train"), vectors, chosen)
-    _check_answerable(family, labels[:MOST_DRAWN], knowledge, chosen.X[:PROBED].toarray(), seed)
+    _check_answerable(family, labels, knowledge, chosen.X[:PROBED].toarray(), seed)
     checks = Checks.read(warranty, calibration)
     direction = Direction.of(query["search"], everything, chosen) if query["search"] else None
     drawn, known_of_all = labels, pd.DataFrame()
@@ -558,18 +560,21 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
 def _check_answerable(
     model: Model, labels: list[str], knowledge: TrainingKnowledge, cells: np.ndarray, seed: int
 ) -> None:
-    """Raise InputError for labels that the model refuses, or answers with no change because it never saw them."""
+    """Raise InputError for labels that the model refuses, or answers with no change because it never saw them.
+
+    Of more than MOST_DRAWN labels, the first MANY unseen ones are asked alone: a model is silent on all or on none.
+    """
     refused = {label: reason for label in labels if (reason := model.refusal(label))}
-    for label in labels:
-        is_unseen = label not in refused and knowledge.of(label).kind.startswith("unseen")
-        if is_unseen and not model.individual_effects(cells, label, seed).any():
+    unseen = (label for label in labels if label not in refused and knowledge.of(label).kind.startswith("unseen"))
+    for label in itertools.islice(unseen, MANY if len(labels) > MOST_DRAWN else None):
+        if not model.individual_effects(cells, label, seed).any():
             refused[label] = (
                 "it never saw it perturbed, and predicts no change at all. Ask another model, such as set_gp"
             )
     if refused:
-        raise InputError(
-            " ".join(f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items())
-        )
+        named = [f"'{label}' cannot be answered by this model: {reason}." for label, reason in refused.items()]
+        more = [f"So it is with {len(named) - MANY:,} more."] if len(named) > MANY else []
+        raise InputError(" ".join(named[:MANY] + more))
 
 
 def _groups(chosen: Pairs, column: str) -> pd.Series:

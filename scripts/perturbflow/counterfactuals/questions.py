@@ -62,6 +62,11 @@ def genes_of(term: str, annotations: Mapping[str, Path], organism: str = "human"
     return found
 
 
+def in_words(selection: Mapping[str, Sequence]) -> str:
+    """Return a selection of cells by columns of obs in words, such as `batch day_2, day_3`."""
+    return "; ".join(f"{column} {', '.join(map(str, values))}" for column, values in selection.items())
+
+
 def labels_of(path: Path) -> list[str]:
     """Return the labels of a file, one a line; lines that are empty or begin with # are none.
 
@@ -203,7 +208,7 @@ def _suggested(name: str, names: Iterable[str], organism: str = "human") -> str:
             "that unit)"
         )
     others = [other for other in TABLES if other != organism and name in starts(other) and name not in starts(organism)]
-    place = f", a gene of {others[0]}, where this screen is of {organism}," if others else ""
+    place = f", a gene of {others[0]} where this screen is of {organism}" if others else ""
     return did_you_mean(name, names, place)
 
 

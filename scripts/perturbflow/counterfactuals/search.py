@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from perturbflow.counterfactuals.questions import holding
+from perturbflow.counterfactuals.questions import holding, in_words
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import entities_of
 from perturbflow.pairs import Pairs
@@ -56,7 +56,8 @@ class Direction:
                 "nothing to reach. Name other cells, such as those of a perturbation or of another cell type."
             )
         wanted = pairs.mean_of(rows) - X.mean(axis=0)
-        return cls(wanted, directions_of_nothing(X, len(rows), rng), f"{len(rows)} cells of {towards['cells']}")
+        words = f"{len(rows):,} cells of {in_words(towards['cells'])}"
+        return cls(wanted, directions_of_nothing(X, len(rows), rng), words)
 
     def scored(self, labels: Sequence[str], effects: np.ndarray, genes: list[str]) -> pd.DataFrame:
         """Return score and reach of perturbations by their effects, (perturbations, genes), and scores of nothing."""
@@ -77,6 +78,7 @@ class Direction:
         New columns: score is the cosine of the predicted effect with the wanted change, perturbed genes left out. reach
         is the share of the wanted change that it makes: the projection, 1 is all. chance is how often the best of all
         candidates scores as high towards nothing; a small chance is a finding. search_rank and within_budget follow.
+        towards is the target in words.
 
         Parameters
         ----------
@@ -87,7 +89,8 @@ class Direction:
         n_as_high = len(best) - np.searchsorted(best, scored["score"].to_numpy(), side="left")
         found = summary.assign(score=scored["score"], reach=scored["reach"], chance=(1 + n_as_high) / (1 + len(best)))
         found = found.sort_values("score", ascending=False, ignore_index=True)
-        return found.assign(search_rank=np.arange(1, len(found) + 1), within_budget=np.arange(len(found)) < budget)
+        within = np.arange(len(found)) < budget
+        return found.assign(search_rank=np.arange(1, len(found) + 1), within_budget=within, towards=self.words)
 
     @classmethod
     def _of_signature(cls, signature: dict[str, float], genes: list[str], rng: np.random.Generator) -> "Direction":

@@ -124,6 +124,8 @@ class Trust:
         Of answers like it.
     leans_on
         Training perturbations that it rests on, the most important first.
+    is_elsewhere
+        Whether training measured it in other contexts alone.
     """
 
     novelty: str
@@ -135,11 +137,14 @@ class Trust:
     n_sources: int
     kept: Kept | None
     leans_on: tuple[str, ...] = ()
+    is_elsewhere: bool = False
 
     @property
     def words(self) -> str:
         """In words, what such answers are worth first."""
         if self.novelty == "measured":
+            if self.is_elsewhere:
+                return "measured in training, but in other contexts alone: an estimate from its cells there"
             return "measured in training: an estimate from its own cells"
         kind = KINDS[self.novelty]
         if self.kept is None:

@@ -23,8 +23,8 @@ those. With `mean: learned` the mean effect is the predictor's alone.
 
 import copy
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -39,6 +39,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from perturbflow.controls import Context
 from perturbflow.errors import InputError
 from perturbflow.genes.symbols import members_of
 from perturbflow.io.artefacts import save_checkpoint
@@ -599,11 +600,11 @@ ROWS_AT_ONCE = 2**16  # cells over which a borrowed shift is averaged, over all 
 class Jepa(LearnedModel):
     """Embedding, predictor and decoder."""
 
-    lends_effects = False
     cells_together = 16
     params: JepaParams
     latent: JepaLatent
     net: Predictor
+    _kept_mean: "PredictedMean | None" = None
 
     def __init__(self, params: JepaParams) -> None:
         super().__init__(params)
@@ -651,16 +652,35 @@ class Jepa(LearnedModel):
 
     # --- mean effects of the predictor ---
 
-    def network_means(self, z: np.ndarray, perturbation: str, context: Tensor | None) -> dict[str, np.ndarray]:
-        """Return the predictor's mean effect on cells."""
-        step = -(-len(z) // STARTS)
-        starts = torch.from_numpy(z[::step]), None if context is None else context[::step]
-        known = self.conditions, self.neighbours, frozenset(self.seen)
-        return {"predictor": PredictedMean(self.latent, self.net, *known, *starts)(perturbation)}
+    def network_means(
+        self, z: np.ndarray, perturbations: Sequence[str], context: Tensor | None
+    ) -> dict[str, np.ndarray]:
+        """Return the predictor's mean effects on cells."""
+        return {"predictor": self._predicted_mean(z, context).of(perturbations)}
+
+    def _predicted_mean(self, z: np.ndarray, context: Tensor | None) -> "PredictedMean":
+        """Return the predictor's mean effects on cells by label, kept while the same cells are asked."""
+        kept = self._kept_mean
+        starts = torch.from_numpy(z[:: -(-len(z) // STARTS)])
+        told = None if context is None else context[:: -(-len(z) // STARTS)]
+        if kept is None or kept.net is not self.net or not kept.starts_from(starts, told):
+            known = self.conditions, self.neighbours, frozenset(self.seen)
+            kept = self._kept_mean = PredictedMean(self.latent, self.net, *known, starts, told)
+        return kept
 
     def learned_mean(self, response: Response, rng: np.random.Generator) -> np.ndarray:
         """Return the predictor's mean effect, without its noise and without sampled neighbours."""
-        return self.network_means(response.z, response.perturbation, response.told)["predictor"]
+        return self.network_means(response.z, [response.perturbation], response.told)["predictor"][0]
+
+    def mean_effects(
+        self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
+    ) -> np.ndarray:
+        """Return mean effects in a context, (perturbations, genes); see `LearnedModel.mean_effects`."""
+        if self.has_closed_mean:
+            return super().mean_effects(cells, perturbations, seed, context)
+        means = self.means_in(context, perturbations)["predictor"]
+        own_levels = [self.own_level_change(self.population, label) for label in perturbations]
+        return (means + own_levels).astype(np.float32)
 
     def fit_network_means(self, cells: PairedCells, run: Run) -> dict[str, FitMean]:
         """Return how to train the predictor again for an inner fold of a mean in closed form."""
@@ -772,27 +792,52 @@ class PredictedMean:
     z: Tensor
     context: Tensor | None = None
 
-    @torch.no_grad()
+    _lent: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+
+    def starts_from(self, z: Tensor, context: Tensor | None) -> bool:
+        """Return whether these are the control cells."""
+        if context is not None and (self.context is None or not torch.equal(context, self.context)):
+            return False
+        return torch.equal(z, self.z) and (context is None) == (self.context is None)
+
     def __call__(self, perturbation: str) -> np.ndarray:
         """Return the mean effect of a perturbation, (genes,)."""
-        members = members_of(perturbation)
-        unseen = unseen_among(members, self.seen)
-        known = [gene for gene in members if gene not in unseen]
-        shift = self._mean_shifts([known], self.z)
-        start = self.z[: max(1, ROWS_AT_ONCE // len(self.neighbours.genes))]
-        for gene in unseen:
-            vector = self.conditions.vectors[self.conditions.genes.index(gene)].numpy().astype(float)
-            with_others = self._mean_shifts([[*known, other] for other in self.neighbours.genes], start)
-            borrowed = self.neighbours.weights(vector[None]) @ with_others
-            shift = shift + self.neighbours.strength * (borrowed - self._mean_shifts([known], start))
-        return self.latent.mean_change(shift)
+        return self.of([perturbation])[0]
 
-    def _mean_shifts(self, labels: list[list[str]], start: Tensor) -> np.ndarray:
+    def of(self, perturbations: Sequence[str]) -> np.ndarray:
+        """Return the mean effects of perturbations, (perturbations, genes)."""
+        members = [members_of(label) for label in perturbations]
+        unseen = [unseen_among(genes, self.seen) for genes in members]
+        known = [tuple(gene for gene in genes if gene not in new) for genes, new in zip(members, unseen, strict=True)]
+        shifts = self._mean_shifts(known, self.z)
+        asked = list(dict.fromkeys(gene for genes in unseen for gene in genes))
+        vectors = self.conditions.vectors[self.conditions.index(asked)[:, 0]].numpy().astype(float)
+        weights = dict(zip(asked, self.neighbours.weights(vectors) if asked else [], strict=True))
+        for shift, genes, new in zip(shifts, known, unseen, strict=True):
+            for gene in new:
+                shift += self.neighbours.strength * (weights[gene] @ self._lent_beside(genes))
+        return shifts @ self.latent.effect_map
+
+    def _lent_beside(self, known: tuple[str, ...]) -> np.ndarray:
+        """Return the mean shifts that every neighbour adds to those of known genes, (neighbours, dimensions)."""
+        if known not in self._lent:
+            start = self.z[: max(1, ROWS_AT_ONCE // len(self.neighbours.genes))]
+            with_others = self._mean_shifts([(*known, other) for other in self.neighbours.genes], start)
+            self._lent[known] = with_others - self._mean_shifts([known], start)
+        return self._lent[known]
+
+    @torch.no_grad()
+    def _mean_shifts(self, labels: Sequence[tuple[str, ...]], start: Tensor) -> np.ndarray:
         """Return mean shifts over start cells of several sets of genes, (sets, dimensions)."""
-        width = max(2, *map(len, labels))
-        index = [[*map(self.conditions.genes.index, genes), *[-1] * (width - len(genes))] for genes in labels]
-        genes = torch.tensor(index).repeat_interleave(len(start), dim=0)
-        h = start.repeat(len(labels), 1)
-        context = None if self.context is None else self.context[: len(start)].repeat(len(labels), 1)
-        shifts = self.net.predicted(h, genes, context=context)[0] - h
-        return shifts.reshape(len(labels), len(start), -1).mean(dim=1).numpy()
+        each = dict.fromkeys(labels)  # in a ranking most are the empty set
+        index = [self.conditions.index(genes)[:, 0].tolist() for genes in each]
+        width = max(2, *map(len, index))
+        genes = torch.tensor([[*entries, *[-1] * (width - len(entries))] for entries in index])
+        found: list[Tensor] = []
+        for some in genes.split(max(1, ROWS_AT_ONCE // len(start))):
+            h = start.repeat(len(some), 1)
+            context = None if self.context is None else self.context[: len(start)].repeat(len(some), 1)
+            shifts = self.net.predicted(h, some.repeat_interleave(len(start), dim=0), context=context)[0] - h
+            found.append(shifts.reshape(len(some), len(start), -1).mean(dim=1))
+        place = {label: i for i, label in enumerate(each)}
+        return torch.cat(found).numpy()[[place[label] for label in labels]]

@@ -68,7 +68,6 @@ class LearnedModel(Model):
     keeps_trainings = True
     cells_together: ClassVar[int] = 1  # cells of one perturbation that a batch takes together
     stops_when_broken: bool = True  # whether a network that complains of itself ends the training
-    lends_effects: bool = True  # whether a mean effect follows from the shifts of the population
     learns_residuals: bool = False  # whether the network sees targets minus the mean effect of their perturbation
     # The last perturbation, the controls whose responses are kept, and the strength of these.
     _asked: tuple[str, np.ndarray | None, float] = ("", None, 1.0)
@@ -123,8 +122,13 @@ class LearnedModel(Model):
         shares = (of.control_share, of.synthetic_share, of.shifted_share, self.cells_together)
         return PairedCells(pairs, z, conditions, *shares, residual=self.learns_residuals, balance=of.balance)
 
-    def network_means(self, z: np.ndarray, perturbation: str, context: Tensor | None) -> dict[str, np.ndarray]:
-        """Return, by name, mean effects on cells in latent space for a mean in closed form to use, (genes,) each."""
+    def network_means(
+        self, z: np.ndarray, perturbations: Sequence[str], context: Tensor | None
+    ) -> dict[str, np.ndarray]:
+        """Return, by name, mean effects on cells in latent space, for a mean in closed form to use.
+
+        Those are (perturbations, genes) each.
+        """
         return {}
 
     def fit_network_means(self, cells: PairedCells, run: Run) -> dict[str, FitMean]:
@@ -214,11 +218,14 @@ class LearnedModel(Model):
     def mean_effects(
         self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
     ) -> np.ndarray:
-        """Return mean effects over cells, (perturbations, genes)."""
-        if self.has_closed_mean and not self.mean.out_of_fold:
-            return self.mean.mean_effects(cells, perturbations, seed, context)
-        if self.has_closed_mean or not self.lends_effects:
-            return super().mean_effects(cells, perturbations, seed, context)
+        """Return mean effects over cells, (perturbations, genes).
+
+        A mean in closed form is that of training's controls in this context. There the effects on single cells have
+        exactly this mean; on few other cells they have it but for chance.
+        """
+        if self.has_closed_mean:
+            means = self.means_in(context, perturbations) if self.mean.out_of_fold else None
+            return self.mean.mean_effects(cells, perturbations, seed, context, means)
         effects = np.empty((len(perturbations), cells.shape[1]), dtype=np.float32)
         for effect, label in zip(effects, perturbations, strict=True):
             if label != CONTROL and unseen_among([label], self.seen) and len(members_of(label)) == 1:
@@ -336,15 +343,30 @@ class LearnedModel(Model):
         self, z: np.ndarray, perturbation: str, context: Tensor | None
     ) -> dict[str, np.ndarray] | None:
         """Return the network's mean effects, where the mean in closed form was fitted with them; else None."""
-        return self.network_means(z, perturbation, context) if self.mean.out_of_fold else None
+        return self.network_means(z, [perturbation], context) if self.mean.out_of_fold else None
+
+    def means_in(self, context: Context | None, perturbations: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the network's mean effects on training's controls, as if they were in a context, by name."""
+        z = self.latent.encode(self.population)
+        if context is None or self.conditions.contexts is None:
+            return self.network_means(z, perturbations, self.contexts_of(None, len(z)))
+        total: dict[str, np.ndarray] = {}
+        for rows, place in context.places():
+            for name, means in self.network_means(z, perturbations, self.contexts_of(place, len(z))).items():
+                total[name] = total.get(name, 0.0) + means * (len(rows) / len(context.strata))
+        return total
 
     def uncertainty(self, perturbation: str, context: Context | None = None) -> np.ndarray | None:
         """Return the posterior variance of a mean in closed form, (genes,)."""
+        found = self.uncertainties([perturbation], context)
+        return None if found is None else found[0]
+
+    def uncertainties(self, perturbations: Sequence[str], context: Context | None = None) -> np.ndarray | None:
+        """Return the posterior variances of means in closed form, (perturbations, genes)."""
         if not self.has_closed_mean:
             return None
-        z = self.latent.encode(self.population) if self.mean.out_of_fold else self.population[:0]
-        means = self.network_means_in_use(z, perturbation, self.contexts_of(context, len(z)))
-        return self.mean.uncertainty(perturbation, context, means)
+        means = self.means_in(context, perturbations) if self.mean.out_of_fold else None
+        return self.mean.uncertainties(perturbations, context, means)
 
     def held_out(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> Calibration:
         """Return the errors of a mean in closed form in inner folds; none where the network owns the mean."""

@@ -10,11 +10,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from perturbflow.colours import COLOURS
+from perturbflow.counterfactuals.questions import in_words
 from perturbflow.genes.symbols import CONTROL
 from perturbflow.io.files import atomic
 from perturbflow.quality.power import RELIABLE, cells_for
 from perturbflow.report.plotting import STYLE, Plots, name_rows, new_axes, room_for
 from perturbflow.report.rendering import render
+from perturbflow.report.what_if import found_words
 
 TEMPLATE = "answer_page.html"
 FIGURE_BYTES = 2_000_000
@@ -72,6 +74,7 @@ def answer_page(cells: Path, effects: Path, ranking: Path, calibration: Path, an
         TEMPLATE,
         question=_question(ranked, shown, query),
         asked=_asked(answer, query),
+        found=found_words(ranked),
         answers=[_section(row, table, answer, variance, plots) for row in shown.to_dict("records")],
         others=ranked.head(OTHERS).to_dict("records") if len(ranked) > 1 else [],
         n_asked=f"{len(ranked):,}",
@@ -93,7 +96,7 @@ def _question(ranked: pd.DataFrame, shown: pd.DataFrame, query: dict) -> str:
     """Return the question in words."""
     if query["search"]:
         towards = query["search"]["towards"]
-        state = f"cells of {_values(towards['cells'])}" if "cells" in towards else "a signature"
+        state = f"cells of {in_words(towards['cells'])}" if "cells" in towards else "a signature"
         return f"Which of {len(ranked):,} perturbations moves these cells towards {state}?"
     names = shown["perturbation"].tolist()
     listed = ", ".join(names[:-1]) + (f" or {names[-1]}" if len(names) > 1 else names[0])
@@ -101,14 +104,10 @@ def _question(ranked: pd.DataFrame, shown: pd.DataFrame, query: dict) -> str:
     return f"What if {listed}{more} were perturbed in these cells?"
 
 
-def _values(selection: dict) -> str:
-    return "; ".join(f"{column} {', '.join(map(str, values))}" for column, values in selection.items())
-
-
 def _asked(answer: ad.AnnData, query: dict) -> str:
     """Return whom and what was asked, in a sentence."""
     n = answer.obs["cell"].nunique()
-    which = "control cells" if query["cells"] == "control" else f"control cells of {_values(query['cells'])}"
+    which = "control cells" if query["cells"] == "control" else f"control cells of {in_words(query['cells'])}"
     types = ", ".join(map(str, answer.obs["cell_type"].unique()[:5]))
     return (
         f"Asked of the model {query['model']}, trained on {query['dataset']} (split {query['split']}), about {n:,} "
@@ -132,7 +131,7 @@ def _section(row: dict[Any, Any], table: pd.DataFrame, answer: ad.AnnData, varia
     own = table[(table["perturbation"] == label) & (table["group"] == "all")]
     top = own.sort_values("rank").head(GENES)
     response = answer.obs.loc[answer.obs["perturbation"] == label, "response"].to_numpy(float)
-    varies = len(response) > 1 and response.std() > 1e-3
+    varies, responding = len(response) > 1 and response.std() > 1e-3, 100 * (response >= 0.5).mean()
     listed = ", ".join(f"{gene} {effect:+.2f}" for gene, effect in zip(top["gene"], top["effect"], strict=True))
     return {
         "label": label,
@@ -142,7 +141,7 @@ def _section(row: dict[Any, Any], table: pd.DataFrame, answer: ad.AnnData, varia
         "has_own": bool(top["is_perturbed_gene"].any()),
         "has_intervals": bool(top["low"].notna().any()),
         "responders": plots.svg(f"Responses of cells to {label}.", _responders_figure, response) if varies else None,
-        "responding": f"Who responds: {100 * (response < 0.5).mean():.0f} % of cells less than half as the mean does",
+        "responding": f"Who responds: {responding:.0f} % of cells at least half as strongly as the mean",
         "known": row["known"],
         "leans_on": row["leans_on"] if isinstance(row["leans_on"], str) else "the mean effect of training alone",
         "to_know": _to_know(row, variance),
@@ -168,6 +167,8 @@ def _to_know(row: dict[Any, Any], variance: np.ndarray) -> str:
     sd = row["sd"] if np.isfinite(row["sd"]) else 0.0
     signal = np.array([row["size"] ** 2 + len(variance) * sd**2])
     cells = float(cells_for(RELIABLE, signal, float(variance.sum()), np.array([np.inf]))[0])
+    if row["in_other_contexts"]:
+        return f"{row['perturbation']} in these contexts: training measured it in others alone."
     if row["known"].startswith("measured"):
         return (
             f"more cells of {row['perturbation']} in these contexts; its uncertainty is what its own cells leave open."

@@ -18,6 +18,8 @@ from perturbflow.report.plotting import INK, STYLE, Plots, interval, name_rows, 
 COUNTERFACTUAL_TABLES = 60
 SHOWN_FIRST = 3  # figures of an answer; the others are folded
 GENES_OF_COUNTERFACTUAL = 15
+BEST_OF_SEARCH = 3  # perturbations that the sentence of a search names
+FOUND_BELOW = 0.05  # a greater chance is no finding
 CAPTIONS = {  # of the figures of an answer
     "responders": "Who responds, and in which genes",
     "map": "Cells before and after, where their own expected effect takes them",
@@ -189,6 +191,41 @@ def _in_order(path: Path, by_label: list[tuple[str, pd.DataFrame]]) -> list[tupl
     return sorted(by_label, key=lambda item: place.get(item[0], len(place)))
 
 
+def search_sentence(ranking: pd.DataFrame) -> str | None:
+    """Return question and answer of a search in plain words; None without a search."""
+    if (found := found_words(ranking)) is None:
+        return None
+    return f"Which of {len(ranking):,} perturbations makes these cells like {ranking['towards'].iloc[0]}? {found}"
+
+
+def found_words(ranking: pd.DataFrame) -> str | None:
+    """Return the answer of a search in plain words; None without a search.
+
+    Parameters
+    ----------
+    ranking
+        Of {query}.ranking.tsv: how sure the answer is comes from its chance, see `search.Direction.ranked`.
+    """
+    if not {"score", "towards"} <= set(ranking.columns):
+        return None
+    best, others = ranking.iloc[0], ranking["perturbation"].iloc[1:BEST_OF_SEARCH].tolist()
+    after = f", then {' and '.join(others)}" if others else ""
+    chance = f"the best of {len(ranking):,} scores as high by chance in {100 * best['chance']:.2g} % of searches"
+    if best["score"] <= 0 or best["chance"] > FOUND_BELOW:
+        return f"None that can be told from chance: {best['perturbation']} comes first{after}, but {chance}."
+    knew = "; ".join(dict.fromkeys(ranking["known"].iloc[:BEST_OF_SEARCH]))
+    return (
+        f"{best['perturbation']} (it makes {100 * best['reach']:.0f} % of the change){after}; {chance}. "
+        f"What training knew of them: {knew}."
+    )
+
+
+def _sentence(path: Path) -> str | None:
+    """Return the same, given {query}.tsv; None without a ranking."""
+    ranking = path.with_suffix(".ranking.tsv")
+    return search_sentence(read_table([ranking])) if ranking.is_file() else None
+
+
 def _grouped(blocks: list[dict]) -> dict[str, list[str]]:
     """Return what training knew → the perturbations of which it knew that."""
     known: dict[str, list[str]] = {}
@@ -242,6 +279,7 @@ def counterfactual_answers(
                 "model": model,
                 "seed": seed,
                 "path": path,
+                "sentence": _sentence(path),
                 "blocks": blocks,
                 "known": _grouped(blocks),
                 "checks": list(dict.fromkeys(block["checked"] for block in blocks if block["checked"])),

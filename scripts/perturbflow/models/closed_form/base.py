@@ -192,7 +192,8 @@ class MeanEffects(Model):
         self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
     ) -> np.ndarray:
         """Return mean effects over a context, (perturbations, genes)."""
-        return np.stack([self.effect_in(label, context) for label in perturbations])
+        of_control = np.zeros(cells.shape[1])
+        return np.stack([of_control if label == CONTROL else self.effect_in(label, context) for label in perturbations])
 
     def individual_effects(
         self, cells: np.ndarray, perturbation: str, seed: int, context: Context | None = None

@@ -424,8 +424,8 @@ class SetKernel:
         return Terms(members, contexts, [*self._interactions(a, b), *contexts], (a.is_combination, b.is_combination))
 
     def strength_of(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean over members of √h and of h, (labels,) each."""
-        found = [self.strengths(members_of(label)) for label in labels]
+        """Return the mean over members of √h and of h, (labels,) each; 0 for control, which has no members."""
+        found = [self.strengths(members_of(label)) if label != CONTROL else np.zeros(1) for label in labels]
         return np.array([of.mean() for of in found]), np.array([(of**2).mean() for of in found])
 
     def _incidence(self, questions: Questions) -> tuple[list[str], sparse.csr_matrix]:

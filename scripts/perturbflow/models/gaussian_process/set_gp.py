@@ -70,7 +70,7 @@ import numpy as np
 
 from perturbflow.controls import Context
 from perturbflow.embeddings import Embeddings
-from perturbflow.genes.symbols import entities_of, members_of
+from perturbflow.genes.symbols import CONTROL, entities_of, members_of
 from perturbflow.models.base import Artefact, Run
 from perturbflow.models.closed_form.base import ClosedForm, TrainingSet
 from perturbflow.models.effects import Effects
@@ -205,10 +205,16 @@ class SetGP(ClosedForm):
         return effect
 
     def mean_effects(
-        self, cells: np.ndarray, perturbations: Sequence[str], seed: int, context: Context | None = None
+        self,
+        cells: np.ndarray,
+        perturbations: Sequence[str],
+        seed: int,
+        context: Context | None = None,
+        other_means: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Return mean effects over a context, (perturbations, genes), all at once."""
-        effects = self._on_others(perturbations, context, None).copy()
+        """Return mean effects over a context, (perturbations, genes), all at once; those of other models likewise."""
+        effects = self._on_others(perturbations, context, other_means).copy()
+        effects[[label == CONTROL for label in perturbations]] = 0.0
         for effect, label in zip(effects, perturbations, strict=True):
             self._put_own(effect, label, context)
         return effects
@@ -225,7 +231,7 @@ class SetGP(ClosedForm):
         context: Context | None = None,
         other_means: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Return the posterior variances of effects, (perturbations, genes)."""
+        """Return the posterior variances of effects, (perturbations, genes); effects of other models likewise."""
         K, questions = self.across(perturbations, context)
         itself = self.weights.covariance(self.kernel.terms(questions, questions))[0].diagonal()
         signal, T = self.artefact["signal"], self.artefact["T"]
@@ -286,12 +292,15 @@ class SetGP(ClosedForm):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the columns of M of questions, (questions, directions, columns), and M β̂, (questions, directions).
 
-        Means of other models are of one question.
+        Means of other models are (questions, genes), or (genes,) of a single one.
         """
         known = self.out_of_fold
         if other_means is not None:
             # A measured perturbation keeps its out-of-fold prediction: its rows were conditioned on that.
-            known = {name: {labels[0]: other_means[name]} | of for name, of in known.items()}
+            known = {
+                name: dict(zip(labels, np.atleast_2d(other_means[name]), strict=True)) | of
+                for name, of in known.items()
+            }
         others = [_in_directions(of, labels, self.artefact["V"]) for of in known.values()]
         root_h, _ = self.kernel.strength_of(labels)
         n_members = np.array([len(members_of(label)) for label in labels])
