@@ -39,6 +39,12 @@ rule benchmark:
             category="Benchmark",
             labels={"file": "verdicts.tsv"},
         ),
+        contexts=report(
+            "results/contexts.tsv",
+            caption="captions/contexts.rst",
+            category="Benchmark",
+            labels={"file": "contexts.tsv"},
+        ),
     log:
         "logs/benchmark.log",
     benchmark:
@@ -51,6 +57,7 @@ rule benchmark:
         runtime="1h",
     params:
         families=plan.families,
+        context_folds=plan.context_folds,
         least_difference=plan.config["verdicts"]["least_difference"],
         code_version=code("perturbflow.benchmark:benchmark"),
         made_of=made_of("benchmark"),

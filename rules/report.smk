@@ -10,6 +10,7 @@ rule report:
         comparisons="results/comparisons.tsv",
         strata="results/strata.tsv",
         verdicts="results/verdicts.tsv",
+        contexts="results/contexts.tsv",
         runs=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/run.json"
         ),

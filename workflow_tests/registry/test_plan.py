@@ -470,7 +470,10 @@ def test_a_run_leaves_what_the_path_grammar_says(finished: Finished) -> None:
     results = finished.folder / "results"
     split = results / "mine" / "unseen_combination"
     expected = [
-        *[results / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")],
+        *[
+            results / f"{name}.tsv"
+            for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts", "contexts")
+        ],
         *[results / f"report.{suffix}" for suffix in ("html", "json")],
         results / "mine" / "harmonized.h5ad",
         *[results / "mine" / name for name in ("harmonization.json", "quality.tsv", "quality.json", "quality.html")],

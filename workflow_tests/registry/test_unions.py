@@ -110,6 +110,7 @@ def test_each_context_that_is_known_is_left_out_in_turn(tmp_path: Path) -> None:
     config = lines(tmp_path)
     plan = planned(config, tmp_path)
     assert set(plan.divisions["split"]) == {"line_b1", "line_b2"}
+    assert plan.context_folds == {"line_b1": "line", "line_b2": "line"}
     assert plan.split("line_b2", "both")["held_out"] == ["b2"]
     config["splits"]["line"]["covariate"] = "batch"
     assert set(planned(config, tmp_path).divisions["split"]) == {"line_b1", "line_b2"}, (

@@ -51,7 +51,7 @@ IMPLEMENTATIONS = {
     "technical_duplicate": ("closed_form.ceilings:TechnicalDuplicate", {}),
     "perfect_mean": ("closed_form.ceilings:PerfectMean", {}),
 }
-TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
+TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts", "contexts")
 MODELS = {**{name: name for name in IMPLEMENTATIONS}, "learned": "learned"}
 SPLITS = {name: spec for name, spec in SPECS.items() if name != "unseen_dose"}  # the screen has no doses
 HEADLINES = [name for name, metric in METRICS.items() if metric.headline]
