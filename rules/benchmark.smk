@@ -39,12 +39,7 @@ rule benchmark:
             category="Benchmark",
             labels={"file": "verdicts.tsv"},
         ),
-        contexts=report(
-            "results/contexts.tsv",
-            caption="captions/contexts.rst",
-            category="Benchmark",
-            labels={"file": "contexts.tsv"},
-        ),
+        contexts="results/contexts.tsv",
     log:
         "logs/benchmark.log",
     benchmark:

@@ -18,10 +18,7 @@ rule report:
         predictions=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/predictions.h5ad"
         ),
-        harmonizations=collect(
-            "results/{dataset}/harmonization.json",
-            dataset=plan.runs["dataset"].unique(),
-        ),
+        harmonizations=rules.benchmark.input.harmonizations,
         qualities=collect(
             "results/{dataset}/quality.json",
             dataset=plan.runs["dataset"].unique(),

@@ -343,7 +343,7 @@ def test_a_rule_is_complete(name: str, text: str) -> None:
     assert f'        made_of=made_of("{name}"),\n' in text, "without it the record beside its results would be empty"
     assert f'        again=again("{name}"),\n    output:' in text, "without it a stale result would pass"
     assert not re.search(r"^    (run|message|shell):", text, flags=re.MULTILINE)
-    assert text.count("\n") < 60, "a rule fits on one screen"
+    assert text.count("\n") <= 60, "a rule fits on one screen"
 
 
 @pytest.mark.parametrize(("name", "text"), WORKING, ids=[name for name, _ in WORKING])
