@@ -12,7 +12,7 @@ Path grammar, with five wildcards only (dataset, split, model, seed, and query f
   results/{dataset}/{split}/sweeps/{model}/best.yaml, trials.tsv       params of a model, searched on training cells
   results/{dataset}/{split}/{model}/seed_{seed}/model.npz|.ckpt, run.json, predictions.h5ad, metrics.tsv
   results/{dataset}/{split}/{model}/seed_{seed}/counterfactuals/{query}.h5ad, .tsv, .effects.h5ad, .design.tsv, .html
-  results/{benchmark,calibration,comparisons,strata,verdicts}.tsv      all scores, and what they allow to say
+  results/{benchmark,calibration,comparisons,strata,verdicts,contexts}.tsv  all scores, and what they allow to say
   results/report.html, report.json                                     one page to read, and its numbers
   results/download_check.tsv                                           answers of the hosts of all registered screens
 """

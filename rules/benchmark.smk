@@ -39,6 +39,7 @@ rule benchmark:
             category="Benchmark",
             labels={"file": "verdicts.tsv"},
         ),
+        contexts="results/contexts.tsv",
     log:
         "logs/benchmark.log",
     benchmark:
@@ -51,6 +52,7 @@ rule benchmark:
         runtime="1h",
     params:
         families=plan.families,
+        context_folds=plan.context_folds,
         least_difference=plan.config["verdicts"]["least_difference"],
         code_version=code("perturbflow.benchmark:benchmark"),
         made_of=made_of("benchmark"),

@@ -10,6 +10,7 @@ rule report:
         comparisons="results/comparisons.tsv",
         strata="results/strata.tsv",
         verdicts="results/verdicts.tsv",
+        contexts="results/contexts.tsv",
         runs=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/run.json"
         ),
@@ -17,10 +18,7 @@ rule report:
         predictions=per_run(
             "results/{run.dataset}/{run.split}/{run.model}/seed_{run.seed}/predictions.h5ad"
         ),
-        harmonizations=collect(
-            "results/{dataset}/harmonization.json",
-            dataset=plan.runs["dataset"].unique(),
-        ),
+        harmonizations=rules.benchmark.input.harmonizations,
         qualities=collect(
             "results/{dataset}/quality.json",
             dataset=plan.runs["dataset"].unique(),

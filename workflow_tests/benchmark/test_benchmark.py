@@ -6,17 +6,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from perturbflow.benchmark import benchmark
-from perturbflow.benchmark.panel import Panel, panels
+from perturbflow.benchmark.across_contexts import across_contexts
+from perturbflow.benchmark.panel import Panel, panels, panels_of_contexts
 from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
 from perturbflow.benchmark.verdicts import RANK, judge, outcome
 from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS, Metric, bootstrap
-from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS, estimate, resampled_means, share_interval
+from perturbflow.evaluation.bootstrap import (
+    MIN_PERTURBATIONS,
+    estimate,
+    estimate_over_contexts,
+    resampled_means,
+    share_interval,
+)
 from perturbflow.registry.families import FAMILIES, Family
 
-TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
+TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts", "contexts")
 KINDS = {
     "no_change": "baseline", "perturbed_mean": "baseline", "additive": "baseline", "gaussian_process": "baseline",
     "shuffled_labels": "ablation",
@@ -668,7 +676,7 @@ def test_all_tables_are_written_with_their_keys(tmp_path: Path) -> None:
     benchmark(**arguments)
     tables = {name: pd.read_csv(arguments[name], sep="\t") for name in TABLES}
     assert {name: len(table) for name, table in tables.items()} == {
-        "benchmark": 4, "calibration": 1, "comparisons": 3, "strata": 4 * 3 + 4, "verdicts": 2
+        "benchmark": 4, "calibration": 1, "comparisons": 3, "strata": 4 * 3 + 4, "verdicts": 2, "contexts": 0
     }  # fmt: skip
     for table in tables.values():
         assert table.columns[:2].tolist() == ["dataset", "split"]
@@ -723,3 +731,75 @@ def test_unknown_metrics_and_families_end_in_one_message(tmp_path: Path) -> None
     arguments = write(tmp_path, new=scores(FLOOR))
     with pytest.raises(InputError, match="'None' of model 'no_change' is no family"):
         benchmark(**{**arguments, "families": {}})
+
+
+# --- contexts that are held out in turn -------------------------------------------------------------------------------
+
+
+def of_contexts(*contexts: dict[str, object], labels: tuple[list[str], ...] | None = None) -> pd.DataFrame:
+    """Return the row of every model over contexts, each with losses by model."""
+    tables = [
+        scores(losses, split=f"line_{i}", labels=labels[i] if labels else None) for i, losses in enumerate(contexts)
+    ]
+    folds = {f"line_{i}": "line" for i in range(len(contexts))}
+    (only,) = panels_of_contexts(pd.concat([*tables, scores(FLOOR)], ignore_index=True), folds)
+    return across_contexts(only, FAMILY_OF).set_index("model")
+
+
+def test_every_context_counts_the_same_however_many_perturbations_it_has() -> None:
+    found = of_contexts(
+        {"no_change": [1.0, 2.0, 3.0], "additive": [2.0, 2.0, 5.0], "learned": [0.0, 1.0, 2.0]},
+        {"no_change": [5.0], "additive": [1.0], "learned": [4.5]},
+        labels=(["A", "B", "C"], ["B"]),
+    )
+    assert found["value"].to_dict() == {"no_change": 3.5, "additive": 2.0, "learned": 2.75}
+    assert found.loc["learned", ["lowest", "highest"]].tolist() == [1.0, 4.5]
+    assert found.loc["learned", ["baseline", "difference"]].tolist() == ["additive", pytest.approx((2 - 3.5) / 2)]
+    assert found.loc["additive", "baseline"] == "no_change", "a baseline is held against the best other one"
+    assert found.loc["learned", ["n_contexts", "n_perturbations"]].tolist() == [2, 3]
+    assert (found["split"] == "line").all()
+
+
+@pytest.mark.parametrize(("n", "is_trusted"), [(3, False), (4, True)])
+def test_intervals_over_fewer_than_four_contexts_are_not_to_be_trusted(n: int, is_trusted: bool) -> None:
+    assert (of_contexts(*[FLOOR] * n)["is_trusted"] == is_trusted).all()
+
+
+def test_where_contexts_alone_differ_the_interval_is_that_of_their_number() -> None:
+    of_context = np.random.default_rng(0).normal(size=8)
+    found = estimate_over_contexts(np.tile(of_context[:, None, None, None], (1, 1, 1, 50)))
+    half = (found.high[0] - found.low[0]) / 2
+    assert half == pytest.approx(t.ppf(0.975, 7) * of_context.std(ddof=1) / np.sqrt(8), rel=0.1)
+    naive = estimate(np.repeat(of_context, 50)[None, None])
+    assert found.mean == pytest.approx(naive.mean)
+    assert half > 5 * (naive.high[0] - naive.low[0]) / 2
+
+
+def test_the_same_perturbation_in_several_contexts_is_one_draw() -> None:
+    of_perturbation = np.random.default_rng(0).normal(size=40)
+    found = estimate_over_contexts(np.tile(of_perturbation, (6, 1, 1, 1)))
+    alone = estimate(of_perturbation[None, None])
+    assert found.high - found.low >= alone.high - alone.low
+
+
+def test_intervals_over_contexts_cover_what_they_say_and_naive_ones_do_not() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(5, 300, 1, 1)) + rng.normal(size=(1, 300, 1, 20)) + rng.normal(size=(5, 300, 1, 20))
+    found, naive = estimate_over_contexts(values), estimate(np.moveaxis(values, 0, 2).reshape(300, 1, -1))
+    assert ((found.low < 0) & (found.high > 0)).mean() >= 0.93
+    assert ((naive.low < 0) & (naive.high > 0)).mean() < 0.6
+
+
+def test_a_context_without_scores_of_a_model_does_not_count() -> None:
+    found = of_contexts({"no_change": [1.0, 3.0]}, {"no_change": [5.0, 5.0], "learned": [4.0, 4.0]})
+    assert found.loc["learned", ["value", "n_contexts"]].tolist() == [4.0, 1]
+    assert found.loc["no_change", ["value", "n_contexts"]].tolist() == [3.5, 2]
+
+
+def test_without_contexts_in_turn_the_table_is_empty(tmp_path: Path) -> None:
+    arguments = write(tmp_path, one=scores(FLOOR, split="line_a"))
+    benchmark(**arguments, context_folds={"line_a": "line"})
+    assert pd.read_csv(arguments["contexts"], sep="\t").empty, "one context pools nothing"
+    arguments["metrics"].append(write(tmp_path, two=scores(FLOOR, split="line_b"))["metrics"][0])
+    benchmark(**arguments, context_folds={"line_a": "line", "line_b": "line"})
+    assert pd.read_csv(arguments["contexts"], sep="\t")["n_contexts"].tolist() == [2]

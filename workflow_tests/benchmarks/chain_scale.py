@@ -239,7 +239,7 @@ class Chain:
             return json.dumps([str(self.run_of(model) / file) for model in self.models])
 
         results = self.folder / "results"
-        names = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
+        names = ("benchmark", "calibration", "comparisons", "strata", "verdicts", "contexts")
         tables = {name: results / f"{name}.tsv" for name in names}
         of_screen = {"audits": json.dumps([str(audit)]), "harmonizations": json.dumps([str(harmonization)])}
         families = {model: self.config["models"][model]["family"] for model in self.models}

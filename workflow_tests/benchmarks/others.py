@@ -61,7 +61,7 @@ def accounts(results: Path) -> pd.DataFrame:
 def judged(runs: pd.DataFrame, results: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Return metrics of all runs, benchmark.tsv and verdicts.tsv."""
     with tempfile.TemporaryDirectory() as folder:
-        names = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
+        names = ("benchmark", "calibration", "comparisons", "strata", "verdicts", "contexts")
         files = {name: Path(folder) / f"{name}.tsv" for name in names}
         datasets, places = runs["dataset"].unique(), runs[PLACE].drop_duplicates().itertuples(index=False)
         benchmark(

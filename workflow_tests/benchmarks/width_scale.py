@@ -75,7 +75,7 @@ def tables(folder: Path, n: int) -> list[object]:
             of_metric.append(of_perturbation.assign(**place, metric=name, value=value))
         pd.concat(of_metric).to_csv(path, sep="\t", index=False)
         files.append(str(path))
-    names = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
+    names = ("benchmark", "calibration", "comparisons", "strata", "verdicts", "contexts")
     given = {name: folder / f"{name}.tsv" for name in names} | dict.fromkeys(
         ("qualities", "audits", "harmonizations"), "[]"
     )

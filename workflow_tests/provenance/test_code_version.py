@@ -579,7 +579,10 @@ def test_all_that_scores_is_counted(prepared: dict[str, Prepared], tmp_path: Pat
         quality(here.harmonized, here.harmonization, *described)
     assert {"quality", "escaping", "screen_section"} <= {code.co_name for code in codes}
     assert not outside(codes, entry_point("quality"))
-    tables = [tmp_path / f"{name}.tsv" for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts")]
+    tables = [
+        tmp_path / f"{name}.tsv"
+        for name in ("benchmark", "calibration", "comparisons", "strata", "verdicts", "contexts")
+    ]
     with functions_run() as codes:
         benchmark(
             metrics, {name: name for name in models}, *tables, described[:1], [here.audit], [here.harmonization], 0.02

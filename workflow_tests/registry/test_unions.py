@@ -3,6 +3,7 @@
 from copy import deepcopy
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import BATCHES, OFF, make_screen, merged, run_snakemake
@@ -110,6 +111,7 @@ def test_each_context_that_is_known_is_left_out_in_turn(tmp_path: Path) -> None:
     config = lines(tmp_path)
     plan = planned(config, tmp_path)
     assert set(plan.divisions["split"]) == {"line_b1", "line_b2"}
+    assert plan.context_folds == {"line_b1": "line", "line_b2": "line"}
     assert plan.split("line_b2", "both")["held_out"] == ["b2"]
     config["splits"]["line"]["covariate"] = "batch"
     assert set(planned(config, tmp_path).divisions["split"]) == {"line_b1", "line_b2"}, (
@@ -204,3 +206,21 @@ def test_what_changes_a_member_makes_the_union_stale(tmp_path: Path) -> None:
     assert run(changed, "--dry-run") == {"unite": 1}
     make_screen(seed=1)[screen.obs["lane"] == "b1"].copy().write_h5ad(tmp_path / "b1.h5ad")
     assert run(config, "--dry-run") == {"harmonize": 1, "unite": 1}
+
+
+@pytest.mark.parametrize(
+    ("union", "n_lines"), [("essential_lines", 4), ("replogle2022_essential", 2), ("norman_adamson_replogle_k562", 3)]
+)
+def test_every_split_of_a_registered_union_is_planned(union: str, n_lines: int) -> None:
+    splits = [
+        "leave_one_line_out",
+        "few_shot_line",
+        "unseen_context",
+        "unseen_perturbation",
+        "perturbation_in_one_line",
+    ]
+    select = {"datasets": [union], "splits": splits, "models": ["no_change"], "counterfactuals": []}
+    plan = Plan(merged({"select": select}), shipped_files())
+    folds = pd.Series(plan.context_folds).value_counts().to_dict()
+    assert folds == {"leave_one_line_out": n_lines, "few_shot_line": n_lines}
+    assert len(plan.divisions) == 2 * n_lines + 3

@@ -52,7 +52,7 @@ IMPLEMENTATIONS = {
     "technical_duplicate": ("closed_form.ceilings:TechnicalDuplicate", {}),
     "perfect_mean": ("closed_form.ceilings:PerfectMean", {}),
 }
-TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")
+TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts", "contexts")
 MODELS = {**{name: name for name in IMPLEMENTATIONS}, "learned": "learned"}
 SPLITS = {name: spec for name, spec in SPECS.items() if name != "unseen_dose"}  # the screen has no doses
 HEADLINES = [name for name, metric in METRICS.items() if metric.headline]
@@ -810,6 +810,21 @@ def test_without_a_ceiling_nothing_is_calibrated_and_the_page_says_so(
     benchmark(some["metrics"], MODELS, **tables, qualities=[], audits=[], harmonizations=[], least_difference=0.02)
     page = tree.page(**some, **tables, report=tmp_path / "report.html")
     assert page.count("Nothing was calibrated") == len(SPLITS)
+
+
+def test_contexts_that_are_held_out_in_turn_have_one_table(tree: Tree, tmp_path: Path, few_figures: None) -> None:
+    tables = {name: tmp_path / f"{name}.tsv" for name in TABLES}
+    others = {"qualities": [], "audits": [], "harmonizations": [], "least_difference": 0.02}
+    benchmark(tree.arguments()["metrics"], MODELS, **tables, **others, context_folds=dict.fromkeys(SPLITS, "in_turn"))
+    page = tree.page(**tables, report=tmp_path / "report.html")
+    shown = page[page.index(f"<h4>All {len(SPLITS)} contexts of in") :]
+    assert "do not trust them" in shown
+    contexts = pd.read_csv(tables["contexts"], sep="\t").query("headline")
+    assert {"learned", "no_change"} <= set(contexts["model"])
+    rows = shown[: shown.index("</table>")]
+    assert rows.count('<tr><th scope="row">') == contexts["model"].nunique()
+    for row in contexts[contexts["model"] == "learned"].itertuples():
+        assert f'<data value="{row.value}">' in rows
 
 
 def test_the_generalization_of_a_split_is_said_with_its_verdicts(page: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from perturbflow.benchmark.panel import FOLD, QUALITY, Panel, panels
+from perturbflow.benchmark.across_contexts import CONTEXTS, across_contexts
+from perturbflow.benchmark.panel import FOLD, QUALITY, Panel, panels, panels_of_contexts
 from perturbflow.benchmark.tables import calibrate, compare, stratify, summarize
 from perturbflow.benchmark.verdicts import judge
 from perturbflow.errors import InputError
@@ -137,10 +138,12 @@ def benchmark(
     comparisons: Path,
     strata: Path,
     verdicts: Path,
+    contexts: Path,
     qualities: list[Path],
     audits: list[Path],
     harmonizations: list[Path],
     least_difference: float,
+    context_folds: dict[str, str] | None = None,
 ) -> None:
     """Write all tables of the benchmark.
 
@@ -160,6 +163,8 @@ def benchmark(
         Table to be written: headline metrics by kind of perturbation (`tables.stratify`).
     verdicts
         Table to be written: one line per model × dataset × split (`verdicts.judge`).
+    contexts
+        Table to be written: one line per model over contexts held out in turn (`across_contexts.across_contexts`).
     qualities
         quality.tsv of every dataset: its facts on perturbations make strata.
     audits
@@ -168,6 +173,8 @@ def benchmark(
         The harmonization.json of every dataset, whose warnings do, too.
     least_difference
         Share of the way from no change to the ceiling; a smaller difference does not count.
+    context_folds
+        Split → the block that it is a fold of, where the folds hold out contexts.
 
     Raises
     ------
@@ -197,6 +204,8 @@ def benchmark(
         )
         for row in of_panel[-1].itertuples():
             logger.info("  %s: %s", row.model, row.sentence)
+    pooled = [across_contexts(panel, families) for panel in panels_of_contexts(scores, context_folds or {})]
+    tables[contexts] = [*pooled, pd.DataFrame(columns=CONTEXTS)]
     for path, parts in tables.items():
         # A part without rows has no types to contribute.
         table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)

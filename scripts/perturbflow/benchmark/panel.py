@@ -1,7 +1,7 @@
 """The scores of one dataset × split as one array."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +24,7 @@ class Panel:
     metrics, models, seeds
         In the order of the scores.
     perturbations
-        Label and measured facts of the P perturbations.
+        Label and measured facts of the P perturbations, and the split that tests them (fold).
     values
         (K, M, S, P); NaN where a metric is undefined or a model gave no prediction.
     """
@@ -65,7 +65,8 @@ def _panel(dataset: str, split: str, scores: pd.DataFrame) -> Panel:
     code, found = pd.factorize(labels)
     values = np.full((*map(len, names), len(found)), np.nan)
     values[(*codes, code)] = scores["value"]
-    facts = scores[~labels.duplicated()].reindex(columns=["perturbation", *FACTS]).reset_index(drop=True)
+    facts = scores[~labels.duplicated()].reindex(columns=["split", "perturbation", *FACTS]).reset_index(drop=True)
+    facts = facts.rename(columns={"split": "fold"})
     metrics, models, seeds = names
     return Panel(dataset, split, metrics, models, seeds, facts, values)
 
@@ -88,3 +89,19 @@ def panels(scores: pd.DataFrame) -> Iterator[Panel]:
         for name, pooled in folds.items():
             if len(pooled) > 1 and name not in splits:
                 yield _panel(dataset, name, of_dataset[of_dataset["split"].isin(pooled)])
+
+
+def panels_of_contexts(scores: pd.DataFrame, context_folds: Mapping[str, str]) -> Iterator[Panel]:
+    """Yield a panel per dataset × block of splits that hold out contexts in turn; one fold alone has none.
+
+    Parameters
+    ----------
+    scores
+        Rows of metrics.tsv.
+    context_folds
+        Split → the block that it is a fold of.
+    """
+    block = scores["split"].map(dict(context_folds))
+    for (dataset, name), pooled in scores[block.notna()].groupby(["dataset", block], sort=False):
+        if len(pooled["split"].unique()) > 1:
+            yield _panel(dataset, name, pooled)

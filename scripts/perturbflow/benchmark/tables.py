@@ -112,7 +112,7 @@ def summarize(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
     """
     table = pd.concat([_summary_of_seed(panel, families, s) for s in range(len(panel.seeds))])
     table["better"] = [METRICS[metric].direction for metric in table["metric"]]
-    table = _with_metric_facts(table)
+    table = with_metric_facts(table)
     table["family"] = table["model"].map(families)
     table["kind"] = [FAMILIES[family].kind for family in table["family"]]
     best = {metric: ranked[0] for metric, ranked in _ranked_baselines(panel, families).items() if ranked}
@@ -141,7 +141,7 @@ def calibrate(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
             parts.append(part.assign(metric=panel.metrics))
     if not parts:
         return pd.DataFrame(columns=CALIBRATION)
-    return _with_metric_facts(pd.concat(parts, ignore_index=True)).assign(**panel.keys)[CALIBRATION]
+    return with_metric_facts(pd.concat(parts, ignore_index=True)).assign(**panel.keys)[CALIBRATION]
 
 
 def _calibration(better: np.ndarray, worse: np.ndarray, positive: str, negative: str) -> pd.DataFrame:
@@ -185,7 +185,7 @@ def _why_not(n: int, gain: float, bds_low: float, positive: str, negative: str) 
     return f"the mean gain of {positive} over {negative} is within its interval of zero"
 
 
-def _with_metric_facts(table: pd.DataFrame) -> pd.DataFrame:
+def with_metric_facts(table: pd.DataFrame) -> pd.DataFrame:
     """Add the family of each row's metric, and whether it is a headline metric."""
     metrics = [METRICS[metric] for metric in table["metric"]]
     return table.assign(
@@ -296,7 +296,7 @@ def compare(panel: Panel, families: dict[str, str], least_difference: float) -> 
             }
             parts.append(pd.DataFrame({"metric": metric, **part}).drop(index=other))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COMPARISONS)
-    table = _with_metric_facts(table).assign(**panel.keys)[COMPARISONS]
+    table = with_metric_facts(table).assign(**panel.keys)[COMPARISONS]
     return table.astype({"headline": bool, "is_best_baseline": bool})  # in an empty table, too
 
 

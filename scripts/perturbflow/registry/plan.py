@@ -282,6 +282,16 @@ class Plan:
         return dict(zip(self.runs["model"], self.runs["family"], strict=True))
 
     @property
+    def context_folds(self) -> dict[str, str]:
+        """Return split → the block that it is a fold of, for splits whose folds hold out contexts."""
+        blocks = {split: self.config["splits"][split] for split in self.divisions["split"].unique()}
+        return {
+            split: block["name"]
+            for split, block in blocks.items()
+            if block["kind"] == "unseen_context" and "name" in block
+        }
+
+    @property
     def descriptions(self) -> dict[str, str]:
         """Return family → its description, in the words of the report."""
         return {name: FAMILIES[name].description for name in dict.fromkeys(self.runs["family"])}

@@ -10,6 +10,7 @@ from perturbflow.benchmark.panel import FOLD
 from perturbflow.benchmark.tables import NEGATIVES, POSITIVES, WORDED
 from perturbflow.benchmark.verdicts import MIN_DISTINGUISHING, distinguishing
 from perturbflow.evaluation import METRICS
+from perturbflow.evaluation.bootstrap import MIN_CONTEXTS
 from perturbflow.report.cards import ModelCard
 from perturbflow.report.leaderboard import Leaderboard, leaderboard
 from perturbflow.report.plotting import Plots
@@ -151,6 +152,39 @@ def strata_tables(strata: pd.DataFrame, best: list[str], cards: dict[str, ModelC
             )
         order = list(METRICS)
         tables.append(StrataTable(title, models, sorted(rows, key=lambda row: order.index(row["metric"]))))
+    return tables
+
+
+@dataclass(frozen=True)
+class ContextTable:
+    """Headline metrics of every model over contexts that were held out in turn: a row per model."""
+
+    dataset: str
+    split: str
+    n_contexts: int
+    is_trusted: bool
+    metrics: list[str]
+    rows: list[dict]
+
+
+def context_tables(contexts: pd.DataFrame) -> list[ContextTable]:
+    """Return one table per dataset × block of splits.
+
+    Parameters
+    ----------
+    contexts
+        Rows of contexts.tsv.
+    """
+    tables = []
+    headlines = contexts[contexts["headline"].astype(bool)]
+    for (dataset, split), here in headlines.groupby(["dataset", "split"], sort=False):
+        metrics = list(here["metric"].unique())
+        rows = []
+        for model, of_model in here.groupby("model", sort=False):
+            cells = of_model.set_index("metric").to_dict("index")
+            rows.append({"model": model, "cells": [cells.get(metric) for metric in metrics]})
+        n = int(here["n_contexts"].max())
+        tables.append(ContextTable(dataset, split, n, n >= MIN_CONTEXTS, metrics, rows))
     return tables
 
 

@@ -16,7 +16,7 @@ from perturbflow.audit.audit import CHECKS
 from perturbflow.evaluation import METRICS, N_HIGH_EXPRESSION
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
 from perturbflow.io.files import atomic, read_json, write_json
-from perturbflow.report.boards import boards_of
+from perturbflow.report.boards import boards_of, context_tables
 from perturbflow.report.cards import ModelCard, model_cards, place_of, read_table
 from perturbflow.report.numbers import numbers
 from perturbflow.report.overview import overview
@@ -53,10 +53,11 @@ FIGURE_BYTES = {
 }
 SCREEN_ROWS = 300  # of tables of screens
 
-TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts")  # of the rule benchmark
+TABLES = ("benchmark", "calibration", "comparisons", "strata", "verdicts", "contexts")  # of the rule benchmark
 NUMBERED = (
     "summaries",
     "boards",
+    "across_contexts",
     "groups",
     "datasets",
     "screens",
@@ -66,7 +67,11 @@ NUMBERED = (
     "sources",
     "separability",
 )
-NUMBERS = {"benchmark": "leaderboard", "comparisons": "differences"}  # of a table of the benchmark
+NUMBERS = {
+    "benchmark": "leaderboard",
+    "comparisons": "differences",
+    "contexts": "means over contexts",
+}  # of a table of the benchmark
 RUN = "results/{dataset}/{split}/{model}/seed_{seed}"
 # Numbers on the page, the file that holds them, and the rule that makes the file.
 TRACES = (
@@ -144,6 +149,7 @@ def report(
     comparisons: Path,
     strata: Path,
     verdicts: Path,
+    contexts: Path,
     runs: list[Path],
     metrics: list[Path],
     predictions: list[Path],
@@ -164,7 +170,7 @@ def report(
 
     Parameters
     ----------
-    benchmark, calibration, comparisons, strata, verdicts
+    benchmark, calibration, comparisons, strata, verdicts, contexts
         Tables of the rule benchmark.
     runs, metrics, predictions
         run.json, metrics.tsv and predictions.h5ad of every run.
@@ -190,7 +196,7 @@ def report(
     run = RunFiles.read(runs, metrics, predictions, splits, audits, pairs)
     cards = model_cards(run.facts)
     accounts = {place_of(path, 1)[0]: data_account(read_json(path)) for path in harmonizations}
-    files = dict(zip(TABLES, (benchmark, calibration, comparisons, strata, verdicts), strict=True))
+    files = dict(zip(TABLES, (benchmark, calibration, comparisons, strata, verdicts, contexts), strict=True))
     tables = {name: read_table([path]) for name, path in files.items()}
     plots = {section: Plots(section, n) for section, n in FIGURE_BYTES.items()}
     generalizations = {place: division.get("generalization", "") for place, division in run.divisions.items()}
@@ -203,6 +209,7 @@ def report(
         "cards": cards,
         "seeds": run.seeds,
         "boards": boards,
+        "across_contexts": context_tables(tables["contexts"]),
         "groups": split_sections(run, cards, plots),
         "datasets": accounts,
         "screens": [screen_section(path, plots["screens"], SCREEN_ROWS // len(qualities)) for path in qualities],
