@@ -20,9 +20,9 @@ rule audit:
         "benchmarks/audit/{dataset}.{split}.tsv"
     conda:
         "../envs/data.yaml"
-    threads: 2
+    threads: 1
     resources:
-        mem_mb=memory_by_input(0.5, least=1500),
+        mem_mb=memory_by_input(0.2, least=1500),
         runtime=runtime_by_input(10),
     params:
         code_version=code("perturbflow.audit.audit:audit"),

@@ -7,7 +7,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from functools import cache
-from os.path import getsize, isfile
+from os.path import getmtime, getsize, isfile
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -543,13 +543,36 @@ def input_mb(files):
     return sum(map(getsize, found or files[:1])) / 1e6
 
 
-def memory_by_input(factor, least=1000):
-    """Return a resource function: MB of memory by MB of input, doubled with every attempt."""
-    return looked_up(
-        lambda wildcards, input, attempt: int(
-            (least + factor * input_mb(input)) * 2 ** (attempt - 1)
-        )
-    )
+@cache
+def _n_by_role(split, changed):
+    """Return how many perturbations each role of a split has."""
+    found = json.loads(Path(split).read_text(encoding="utf-8"))["perturbations"]
+    return {role: len(labels) for role, labels in found.items()}
+
+
+def perturbations_of(pairs, *roles):
+    """Return how many perturbations of these roles the split of a pairs.h5ad has; FileNotFoundError before it is made."""
+    split = Path(pairs).with_name("split.json")
+    return sum(_n_by_role(str(split), getmtime(split))[role] for role in roles)
+
+
+# Tables of perturbations × genes are what a screen of many perturbations with few cells each takes memory for.
+def memory_by_input(factor, least=1000, per_learned=0, per_scored=0):
+    """Return a resource function: MB of memory by MB of input, doubled with every attempt.
+
+    More is asked for each perturbation that a model learns from, and for each that is scored.
+    """
+
+    def mb(wildcards, input, attempt):
+        size = least + factor * input_mb(input)
+        if per_learned:
+            size += per_learned * perturbations_of(input.pairs, "train", "validation")
+        if per_scored:
+            scored = plan.config["predict"]["role"]
+            size += per_scored * perturbations_of(input.pairs, scored)
+        return int(size * 2 ** (attempt - 1))
+
+    return looked_up(mb)
 
 
 def runtime_by_input(per_gb, least=10):

@@ -13,9 +13,9 @@ rule embeddings:
         "benchmarks/embeddings/{dataset}.{split}.tsv"
     conda:
         "../envs/data.yaml"
-    threads: 2
+    threads: 1
     resources:
-        mem_mb=memory_by_input(0.5, least=1500),
+        mem_mb=memory_by_input(0.2, least=1500),
         runtime=runtime_by_input(10),
     params:
         sources=plan.config["embeddings"]["sources"],
@@ -43,7 +43,7 @@ rule gene_vectors:
         "benchmarks/gene_vectors/{dataset}.{split}.tsv"
     conda:
         "../envs/data.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=memory_by_input(0.5, least=2000),
         runtime=runtime_by_input(10),

@@ -29,7 +29,7 @@ rule evaluate:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(0.5, least=1500),
+        mem_mb=memory_by_input(0.4, least=1500, per_scored=0.25),
         runtime=runtime_by_input(30),
     params:
         code_version=code("perturbflow.evaluation.table:evaluate"),

@@ -14,7 +14,7 @@ rule pair:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(1, least=1500),
+        mem_mb=memory_by_input(0.3, least=1500),
         runtime=runtime_by_input(10),
     params:
         n_hvg=plan.config["genes"]["n_hvg"],

@@ -16,8 +16,9 @@ rule predict:
     conda:
         "../envs/torch.yaml"
     threads: 1
+    priority: 1
     resources:
-        mem_mb=memory_by_input(0.5, least=1500),
+        mem_mb=memory_by_input(0.2, least=1500),
         runtime=runtime_by_input(60, least=30),
     params:
         implementation=implementation,

@@ -32,8 +32,10 @@ rule train_closed_form:
     conda:
         "../envs/data.yaml"
     threads: 1
+    # What takes long after a training starts early: trainings come first, then predictions.
+    priority: 2
     resources:
-        mem_mb=memory_by_input(1, least=1500),
+        mem_mb=memory_by_input(0.6, least=1500, per_learned=0.2),
         runtime=runtime_by_input(30, least=20),
     params:
         implementation=implementation,
@@ -79,8 +81,9 @@ rule train_diffusion:
         "../envs/torch.yaml"
     # The networks are small: two trainings side by side are faster than one on two threads.
     threads: 1
+    priority: 2
     resources:
-        mem_mb=memory_by_input(1, least=3000),
+        mem_mb=memory_by_input(0.4, least=3000, per_learned=0.2),
         runtime="12h",
         gpu=gpu,
     params:

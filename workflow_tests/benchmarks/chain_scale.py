@@ -9,6 +9,9 @@ a row per step with wall and CPU seconds, peak memory beside the memory that its
 sizes the exponent of CPU seconds and of peak memory in cells (1: twice the cells take twice as much; 0: flat). What was
 measured is kept in steps.json beside the files, so that steps can be run a few at a time. A wide screen of few cells,
 10,000 perturbations scored: --cells 100000 --perturbations 12500 --least-cells 3 --test-fraction 0.83.
+
+With --whole, Snakemake runs the chain on two cores, as a user does, and the minutes are those of a clock: first from
+harmonized.h5ad to the verdict of --models, then what the default target adds (further floors and ceilings, report).
 """
 
 import argparse
@@ -17,8 +20,10 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,7 +148,7 @@ class Chain:
     """
 
     def __init__(self, folder: Path, wanted: argparse.Namespace) -> None:
-        self.folder, self.models, self.n_steps = folder, wanted.models, wanted.training_steps
+        self.folder, self.wanted, self.models, self.n_steps = folder, wanted, wanted.models, wanted.training_steps
         self.qc = {**QC, "min_cells_per_perturbation": wanted.least_cells}
         self.config = registry(self.models, wanted.test_fraction)
         self.raw = folder / "raw"
@@ -276,13 +281,17 @@ def asked(rule: str, inputs: list[Path]) -> float:
     own = re.search(rf"^rule {rule}:(.*?)(?=^(?:use )?rule |\Z)", text, re.DOTALL | re.MULTILINE)
     if own is None:  # it takes over the resources of another
         return asked(re.search(rf"^use rule (\w+) as {rule} ", text, re.MULTILINE)[1], inputs)
-    least, factor = 1000.0, 0.0
     kind, arguments = re.search(r"mem_mb=(\w+)\(([^)]*)\)", own[1]).groups()
-    first, *rest = (part.split("=")[-1] for part in arguments.split(","))
+    first, *rest = (part.strip() for part in arguments.split(","))
     if kind == "memory":
         return float(first)
-    factor, least = float(first), float(rest[0]) if rest else least
-    return least + factor * sum(path.stat().st_size for path in inputs) / 1e6
+    of_key = {"least": 1000.0} | {key: float(value) for key, value in (part.split("=") for part in rest)}
+    size = of_key["least"] + float(first) * sum(path.stat().st_size for path in inputs) / 1e6
+    split = next((path.with_name("split.json") for path in inputs if path.name == "pairs.h5ad"), None)
+    if split and split.exists():
+        n = {role: len(labels) for role, labels in json.loads(split.read_text())["perturbations"].items()}
+        size += of_key.get("per_learned", 0) * (n["train"] + n["validation"]) + of_key.get("per_scored", 0) * n["test"]
+    return size
 
 
 def words_of(value: object) -> list[object]:
@@ -341,6 +350,40 @@ def agreement(chain: Chain) -> str:
     return f"{of_all} highly variable genes are scanpy's on all {is_train.sum():,} training cells."
 
 
+def whole(chain: Chain) -> None:
+    """Run the chain by Snakemake on two cores; print minutes of the clock, and seconds and peak of every job."""
+    of_snakemake = Chain(chain.folder / "whole", chain.wanted)
+    of_snakemake.folder.mkdir(exist_ok=True)
+    dataset = {**DATASET, "source": {"path": str((chain.raw / "screen.h5ad").resolve())}, "qc": chain.qc}
+    select = {**of_snakemake.config["select"], "datasets": ["made"], "counterfactuals": []}
+    splits = {SPLITS[0]: of_snakemake.config["splits"][SPLITS[0]]}
+    config = {"select": select, "datasets": {"made": dataset}, "splits": splits}
+    (of_snakemake.folder / "mine.yaml").write_text(json.dumps(config))
+
+    def run(*targets: object) -> float:
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(SCRIPTS.parent / "Snakefile"), "--cores", "2"]
+        started = time.perf_counter()
+        subprocess.run(
+            [*command, "--configfile", "mine.yaml", "--", *map(str, targets)], cwd=of_snakemake.folder, check=True
+        )
+        return (time.perf_counter() - started) / 60
+
+    def below(path: Path) -> Path:
+        return path.relative_to(of_snakemake.folder)
+
+    run(below(of_snakemake.screen / "harmonized.h5ad"))
+    scores = [below(of_snakemake.run_of(model) / "metrics.tsv") for model in of_snakemake.models]
+    minutes = run(*scores, below(of_snakemake.split / "audit.json"), below(of_snakemake.screen / "quality.tsv"))
+    minutes += walked(of_snakemake, ["benchmark"]).loc["benchmark", "wall, s"] / 60
+    print(f"{minutes:.1f} minutes to the verdict of {', '.join(of_snakemake.models)}", flush=True)
+    print(f"{run('all'):.1f} minutes more to the end of the default target")
+    print("| job | wall s | CPU s | peak, MB |\n| --- | ---: | ---: | ---: |")
+    for path in sorted((of_snakemake.folder / "benchmarks").rglob("*.tsv"), key=lambda path: path.stat().st_mtime):
+        job = pd.read_csv(path, sep="\t").iloc[-1]
+        name = " ".join(path.relative_to(of_snakemake.folder / "benchmarks").with_suffix("").parts)
+        print(f"| {name} | {job['s']:.0f} | {job['cpu_time']:.0f} | {job['max_rss'] * 1.048576:,.0f} |")
+
+
 def table_of(sizes: dict[str, pd.DataFrame], n_cells: list[int]) -> str:
     """Return a Markdown table of all steps and sizes, with exponents between the first and the last size."""
     steps = list(dict.fromkeys(step for table in sizes.values() for step in table.index))
@@ -380,6 +423,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, help="where the files are kept; default: a temporary folder")
     parser.add_argument("--agreement", action="store_true", help="hold selected genes against scanpy in memory, too")
+    parser.add_argument("--whole", action="store_true", help="by Snakemake on two cores; minutes of the clock")
     arguments = parser.parse_args()
     perturbations = arguments.perturbations * (1 if len(arguments.perturbations) > 1 else len(arguments.cells))
     sizes = {}
@@ -391,12 +435,16 @@ def main() -> None:
             chain = Chain(folder, arguments)
             made(chain, n_cells, n_perturbations, arguments.batches)
             print(f"{n_cells:,} cells, {n_perturbations:,} perturbations", file=sys.stderr, flush=True)
+            if arguments.whole:
+                whole(chain)
+                continue
             sizes[f"{n_cells:,} × {n_perturbations:,}"] = walked(chain, arguments.steps or [""])
             if arguments.agreement:
                 print(agreement(chain), flush=True)
             if not arguments.folder:
                 shutil.rmtree(folder)
-    print(table_of(sizes, arguments.cells))
+    if sizes:
+        print(table_of(sizes, arguments.cells))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The plan: read without data or heavy packages, complete after a run, and stale exactly where something changed."""
 
+import json
 import os
 import re
 import shutil
@@ -517,6 +518,20 @@ def test_memory_and_time_are_those_of_the_rule_and_double_with_every_attempt(
     again = requested(finished, rule, "--attempt", "3")
     assert again[0] == pytest.approx(4 * memory, abs=4)
     assert again[1] == 4 * minutes
+
+
+@pytest.mark.parametrize(("rule", "roles"), [("train_closed_form", ["train", "validation"]), ("evaluate", ["test"])])
+def test_memory_grows_with_the_perturbations(rule: str, roles: list[str], finished: Finished) -> None:
+    split = finished.folder / "results/mine/unseen_combination/split.json"
+    before, text = requested(finished, rule)[0], split.read_text()
+    content = json.loads(text)
+    for role in roles:
+        content["perturbations"][role] += [f"MADE{i}" for i in range(5000)]
+    try:
+        split.write_text(json.dumps(content))
+        assert requested(finished, rule)[0] > before + 1000
+    finally:
+        split.write_text(text)
 
 
 def test_memory_grows_with_the_input(finished: Finished) -> None:
