@@ -44,8 +44,9 @@ def refused(*arguments: object) -> str:
 
 
 @pytest.fixture
-def results(prepared: dict[str, Prepared], tmp_path: Path) -> Path:
-    """Return results/mine/unseen_combination as the workflow leaves it, before any model."""
+def results(prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return results/mine/unseen_combination as the workflow leaves it, before any model; work beside it."""
+    monkeypatch.chdir(tmp_path)
     here = prepared["unseen_combination"]
     folder = tmp_path / "results" / "mine" / "unseen_combination"
     folder.mkdir(parents=True)
@@ -115,16 +116,27 @@ def test_list_shows_what_a_configuration_adds(tmp_path: Path) -> None:
 # --- score ----------------------------------------------------------------------------------------------------------
 
 
-def test_score_prints_means_and_writes_what_the_step_writes(results: Path, predictions: Path, tmp_path: Path) -> None:
-    done = call("score", predictions, "--against", results, "--output", tmp_path / "metrics.tsv")
+def test_score_says_the_verdict_and_headline_metrics_and_where_all_are(
+    results: Path, predictions: Path, tmp_path: Path
+) -> None:
+    done = call("score", predictions, "--against", results)
     assert done.exit_code == 0, done.output
-    written = pd.read_csv(tmp_path / "metrics.tsv", sep="\t")
+    written = pd.read_csv(tmp_path / "theirs.metrics.tsv", sep="\t")
     assert (written[["dataset", "split", "model"]] == ["mine", "unseen_combination", "theirs"]).all(axis=None)
     expected = api.score(predictions, results / "pairs.h5ad")
     pd.testing.assert_series_equal(written["value"], expected["value"], rtol=1e-5)
-    for metric, mean in expected.groupby("metric")["value"].mean().items():
-        assert re.search(rf"^ *{metric} +{METRICS[metric].direction} +{mean:.4f}$", done.stdout, flags=re.MULTILINE)
-    assert "no_change" not in done.stdout
+    means = expected.groupby("metric")["value"].mean()
+    headlines = [name for name, metric in METRICS.items() if metric.headline]
+    assert [METRICS[name].family for name in headlines[:2]] == ["error", "effect"]
+    heading, verdict, *table, last = [line for line in done.stdout.splitlines() if line]
+    assert heading.endswith(f": {expected['perturbation'].nunique()} perturbations")
+    assert verdict.startswith("No verdict: ")
+    assert len(table) == 1 + len(headlines)
+    for line, name in zip(table[1:], headlines, strict=True):
+        metric, number = METRICS[name], "–" if np.isnan(means[name]) else f"{means[name]:.4f}"
+        assert line.split() == [*metric.family.split("_"), name, metric.direction, number]
+    assert last == f"All {len(means)} metrics of every perturbation: theirs.metrics.tsv"
+    assert len(means) > len(headlines)
 
 
 def test_score_stands_between_floor_and_ceiling_of_the_same_perturbations(results: Path, predictions: Path) -> None:
@@ -137,9 +149,10 @@ def test_score_stands_between_floor_and_ceiling_of_the_same_perturbations(result
     few = ad.read_h5ad(predictions)
     few[few.obs["perturbation"] == one].write_h5ad(predictions)
     shown = call("score", predictions, "--against", results).stdout
-    value = floor.loc[(floor["metric"] == "mae") & (floor["perturbation"] == one), "value"].item()
+    name = "l2_heg1000_off_target"
+    value = floor.loc[(floor["metric"] == name) & (floor["perturbation"] == one), "value"].item()
     assert "1 perturbations" in shown
-    assert re.search(rf"^ *mae +lower +[\d.]+ +{value:.4f}$", shown, flags=re.MULTILINE)
+    assert re.search(rf"^ *error +{name} +lower +[\d.]+ +{value:.4f}$", shown, flags=re.MULTILINE)
 
 
 def test_score_takes_a_file_of_any_form_and_says_the_verdict(

@@ -36,6 +36,17 @@ def test_a_long_loop_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog
     assert len(lines) == 4, "every few seconds, and not at the end, where the result speaks"
 
 
+def test_the_first_one_may_take_long(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """It waits for what is compiled: the others take a second each."""
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for i in progressed(range(10), "perturbations"):
+        now[0] += 1.0 if i else 60.0
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["perturbations: 1 of 10", "perturbations: 6 of 10, about 4 s left"]
+
+
 def test_a_short_loop_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     steps = Progress("steps", 3)

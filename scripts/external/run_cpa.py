@@ -60,7 +60,10 @@ def trained(task: Task, cells: ad.AnnData) -> cpa.CPA:
     )  # fmt: skip
     options = task.options
     model = cpa.CPA(cells, split_key="stage", **options["model"], seed=task.seed)
-    model.train(use_gpu=task.torch_device() == "cuda", plan_kwargs=options["plan"], **options["train"])
+    # The package's own rule for no number gives a number of numpy, which its trainer refuses.
+    epochs = options["train"]["max_epochs"] or min(round(20_000 / cells.n_obs * 400), 400)
+    course = {**options["train"], "max_epochs": epochs}
+    model.train(use_gpu=task.torch_device() == "cuda", plan_kwargs=options["plan"], **course)
     return model
 
 

@@ -96,7 +96,7 @@ def list_(kinds: tuple[str, ...], files: tuple[Path, ...], as_json: bool) -> Non
 @click.option(
     "--output",
     type=Folder,
-    help="Write all scores there, one row per metric × perturbation, as metrics.tsv of the workflow.",
+    help="All scores, one row per metric × perturbation, as metrics.tsv of the workflow; FILE.metrics.tsv without it.",
 )
 @click.option("--scale", type=click.Choice(["log1p", "linear", "counts"]), help="Of the values; log1p without it.")
 @click.option("--target-sum", type=float, help="Sum that its counts are normalized to; found without it.")
@@ -108,9 +108,10 @@ def score(file: Path, against: Path, output: Path | None, **declared: Any) -> No
 
     FILE is predictions.h5ad of the workflow, or any h5ad of predicted cells or of one mean per perturbation, or a table
     of means (tsv, csv, parquet). Genes and members of labels may come in any order. The scale is checked by measured
-    controls and converted where that is exact. Prints the mean of every metric over perturbations; beside it, where
-    the workflow has scored them, the floor (no_change), the ceiling (technical_duplicate) and the ceiling without its
-    own noise (perfect_mean) on the same perturbations. Then the verdict against the best closed forms there.
+    controls and converted where that is exact. Prints the verdict against the best closed forms that the workflow has
+    scored there, then the headline metrics, which it rests on: the mean over perturbations; beside it the floor
+    (no_change), the ceiling (technical_duplicate) and the ceiling without its own noise (perfect_mean) on the same
+    perturbations. All metrics are in the file that it names last.
     """
     (pairs,) = _require(against, ("pairs.h5ad",))
     logger.info("%s is read and scored", file)
@@ -120,12 +121,11 @@ def score(file: Path, against: Path, output: Path | None, **declared: Any) -> No
     place = against.resolve()
     params = {name: value for name, value in declared.items() if value is not None}
     table = api.score(file, pairs, params).assign(dataset=place.parent.name, split=place.name, model=file.stem)
-    if output is not None:
-        write_scores(output, table)
-    labels = table["perturbation"].unique()
-    click.echo(f"{file} on {against}: {len(labels)} perturbations")
+    labels, output = table["perturbation"].unique(), output or Path(f"{file.stem}.metrics.tsv")
+    click.echo(f"{file} on {against}: {len(labels)} perturbations\n{_verdict(table, against)}\n")
     click.echo(_summary(table, against).to_string(index=False, na_rep="–", float_format="{:.4f}".format))
-    click.echo(_verdict(table, against))
+    write_scores(output, table)
+    click.echo(f"\nAll {table['metric'].nunique()} metrics of every perturbation: {output}")
 
 
 def _verdict(table: "pd.DataFrame", folder: Path) -> str:
@@ -153,15 +153,18 @@ def _verdict(table: "pd.DataFrame", folder: Path) -> str:
 
 
 def _summary(table: "pd.DataFrame", folder: Path) -> "pd.DataFrame":
-    """Return one row per metric: which way is better, the mean over perturbations, and that of floor and ceiling."""
+    """Return one row per headline metric: which way is better, the mean, and that of floor and ceilings."""
     import pandas as pd
 
     from perturbflow.evaluation.metrics import METRICS
 
-    means = table.groupby("metric", sort=False)["value"].mean()
-    shown = pd.DataFrame(
-        {"metric": means.index, "better": [METRICS[name].direction for name in means.index], "mean": means.to_numpy()}
-    )
+    of_metrics = table.groupby("metric")["value"].mean()
+    headlines = [metric for name, metric in METRICS.items() if metric.headline and name in of_metrics.index]
+    means = of_metrics[[metric.name for metric in headlines]]
+    shown = pd.DataFrame({
+        "of": [metric.family.replace("_", " ") for metric in headlines], "metric": means.index,
+        "better": [metric.direction for metric in headlines], "mean": means.to_numpy(),
+    })  # fmt: skip
     for model in REFERENCES:
         files = sorted(folder.glob(f"{model}/seed_*/metrics.tsv"))
         if files:

@@ -20,26 +20,26 @@ def left(seconds: float) -> str:
 class Progress:
     """Logs how many of n are done and the remaining time, at most every few seconds.
 
-    It logs nothing where all are done sooner.
+    It logs nothing where all are done sooner. The first one also waits for what is read and compiled once, so the
+    remaining time is that of the others.
     """
 
     def __init__(self, task: str, n: int) -> None:
         self.task, self.n, self.done = task, n, 0
-        self.started = self.last_line = time.monotonic()
+        self.first = self.last_line = time.monotonic()
 
     def step(self) -> None:
         """Count one more."""
         self.done += 1
         now = time.monotonic()
+        if self.done == 1:
+            self.first = now
         if self.done < self.n and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            logger.info(
-                "%s: %d of %d, %s",
-                self.task,
-                self.done,
-                self.n,
-                left((now - self.started) / self.done * (self.n - self.done)),
-            )
+            known = ""
+            if self.done > 1:
+                known = ", " + left((now - self.first) / (self.done - 1) * (self.n - self.done))
+            logger.info("%s: %d of %d%s", self.task, self.done, self.n, known)
 
 
 def progressed(items: Iterable[Item], task: str, n: int | None = None) -> Iterator[Item]:

@@ -1,6 +1,7 @@
 """Train one model: write its artefact for prediction, and run.json for readers of the run."""
 
 import logging
+import os
 import platform
 import resource
 import shutil
@@ -125,11 +126,11 @@ def train(
         write_json(run, {**content, **about})
         log.info("the same training was finished before and is not repeated; to repeat it, delete %s", model.parent)
         return
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), _cpu_seconds()
     cells = Pairs.open(pairs) if family.reads_blocks else Pairs.load(pairs)
     cells = cells if isinstance(family, Ceiling) else cells.fitted_on(scored)
     artefact = family.fit(cells, Embeddings.read(embeddings), circumstances)
-    seconds = time.perf_counter() - started
+    spent = {"seconds": round(time.perf_counter() - started, 2), "cpu_seconds": round(_cpu_seconds() - cpu, 2)}
     save_artefact(model, artefact)
     content = {
         "implementation": implementation,
@@ -137,17 +138,22 @@ def train(
         "seed": seed,
         "scored": scored,
         **about,
-        **_account(circumstances, artefact, seconds),
+        **_account(circumstances, artefact, spent),
     }
     write_json(run, content)
     if finished:
         finished.keep(content)
     # From here on the state of the training is not needed.
     shutil.rmtree(circumstances.checkpoints, ignore_errors=True)
-    log.info("trained in %.1f s, %s parameters", seconds, f"{content['n_parameters']:,}")
+    log.info("trained in %.1f s, %s parameters", spent["seconds"], f"{content['n_parameters']:,}")
 
 
-def _account(circumstances: Run, artefact: dict, seconds: float) -> dict:
+def _cpu_seconds() -> float:
+    """Return the CPU seconds of this process so far, and of all programs that it started and that ended."""
+    return sum(os.times()[:4])
+
+
+def _account(circumstances: Run, artefact: dict, spent: dict[str, float]) -> dict:
     """Return the entries of run.json about the course of a training."""
     facts = dict(circumstances.facts)
     n_parameters = facts.pop("n_parameters", None)
@@ -160,7 +166,7 @@ def _account(circumstances: Run, artefact: dict, seconds: float) -> dict:
         "versions": {"python": platform.python_version(), **versions, **facts.pop("versions", {})},
         "device": facts.pop("device", "cpu"),
         "threads": circumstances.threads,
-        "seconds": round(seconds, 2),
+        **spent,
         "peak_memory_mb": max(own_peak, facts.pop("peak_memory_mb", 0)),
         "n_parameters": n_parameters,
         "facts": facts,

@@ -12,7 +12,8 @@ The configuration reads ../shared as shared/. Of all runs that are scored below 
   the mean over seeds. In round brackets the 95 % interval over perturbations; in square ones where the value stands
   from no change (0) to a perfect predictor of the mean (1).
 * against set_gp: the word of verdicts.tsv, over all headline metrics.
-* seconds (mean) and peak memory (highest) of the training; those of the script where another program trained.
+* seconds of clock (mean), in the file those of the CPU too, and peak memory (highest) of the training; those of the
+  script where another program trained.
 """
 
 import argparse
@@ -49,9 +50,11 @@ def accounts(results: Path) -> pd.DataFrame:
     for file in sorted(results.glob("*/*/*/seed_*/metrics.tsv")):
         run = json.loads(file.with_name("run.json").read_text())
         dataset, split, model, _, _ = file.parts[-5:]
-        seconds = run["facts"].get("script", {}).get("seconds", run["seconds"])
+        spent = run["facts"].get("script", {})
+        seconds, cpu = ({**run, **spent}.get(name) for name in ("seconds", "cpu_seconds"))
         rows.append({
             "dataset": dataset, "split": split, "model": model, "file": file, "seconds": seconds,
+            "cpu_seconds": cpu,
             "family": of_code.get(run["implementation"]), "gb": run["peak_memory_mb"] / 1000,
             "options": run["params"].get("options"), "predicted": run["facts"].get("file", {}).get("perturbations"),
         })  # fmt: skip
@@ -96,7 +99,9 @@ def trained(model: str, options: dict | None) -> tuple[str, str]:
     for name, value in flat(options):
         last, default = name.split(".")[-1], theirs.get(name)
         if last in COURSES:
-            long = f"{value:,} of {default or CPA_EPOCHS:,} {last.removeprefix('max_').removeprefix('num_')}"
+            long = (
+                f"{value or CPA_EPOCHS:,} of {default or CPA_EPOCHS:,} {last.removeprefix('max_').removeprefix('num_')}"
+            )
         elif value != default and last not in CHECKS:
             differs.append(f"{last} {value}" + ("" if default is None else f" ({default})"))
     return long, ", ".join(differs)
@@ -123,7 +128,8 @@ def rows_of(runs: pd.DataFrame, metrics: pd.DataFrame, scores: pd.DataFrame, ver
             row |= {name: found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
             row[f"{name}_scaled"] = scaled.loc[model, metric]
         row["against_set_gp"] = "" if model == "set_gp" else known.get(model, "")
-        rows.append(row | {"seconds": of_model["seconds"].mean(), "gb": of_model["gb"].max()})
+        cpu = pd.to_numeric(of_model["cpu_seconds"]).mean()  # runs of before have none
+        rows.append(row | {"seconds": of_model["seconds"].mean(), "cpu_seconds": cpu, "gb": of_model["gb"].max()})
     return pd.DataFrame(rows).sort_values("error", kind="stable")
 
 

@@ -154,6 +154,19 @@ def test_the_shortest_script_predicts_the_sum_of_its_members_effects(
     assert not (tmp_path / "checkpoints").exists()  # the exported cells are not left behind
 
 
+def test_what_a_script_and_its_own_programs_used_is_kept_apart_from_the_clock(
+    tmp_path: Path, trained: Callable, answer: ad.AnnData
+) -> None:
+    """Its program works half a second and holds 300 MB; it sleeps half a second."""
+    program = "import time\nheld = bytearray(300_000_000)\nwhile time.process_time() < 0.5: pass"
+    busy = f"import subprocess, sys, time\ntime.sleep(0.5)\nsubprocess.run([sys.executable, '-c', {program!r}])\n"
+    run = trained(busy + LEAVES, **left(tmp_path, answer))
+    script = run["facts"]["script"]
+    assert 0.5 <= script["cpu_seconds"] <= run["cpu_seconds"]
+    assert script["cpu_seconds"] <= script["seconds"] - 0.4  # one thread, which slept
+    assert 300 <= script["peak_memory_mb"] <= run["peak_memory_mb"]
+
+
 def test_a_script_sees_the_export_and_its_settings(here: Prepared, tmp_path: Path, trained: Callable) -> None:
     seen = tmp_path / "seen.json"
     with pytest.raises(InputError, match="left no"):

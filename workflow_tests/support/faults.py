@@ -33,7 +33,7 @@ TARGETS = ["results/mine/harmonized.h5ad", *[f"{RUN.format(model=model)}/metrics
 OF_THE_MOMENT = {
     "manifest.json": ("retrieved", "source"),
     "checksums.json": ("retrieved", "source"),
-    "run.json": ("seconds", "peak_memory_mb"),
+    "run.json": ("seconds", "cpu_seconds", "peak_memory_mb"),
 }
 VICTIMS = {"all": "Snakemake and its jobs", "jobs": "its jobs alone", "snakemake": "Snakemake alone"}
 

@@ -95,7 +95,7 @@ def test_run_json_has_all_it_takes_to_repeat_a_run(once: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "run.json").read_text())
     assert again["history"] == run["history"]
-    circumstances = ("seconds", "peak_memory_mb", "provenance")
+    circumstances = ("seconds", "cpu_seconds", "peak_memory_mb", "provenance")
     assert {key: value for key, value in again.items() if key not in circumstances} == {
         key: value for key, value in run.items() if key not in circumstances
     }

@@ -101,7 +101,7 @@ class External(GivenFile):
         words = [*command, str(script), *map(str, paths)]
         logger.info("runs %s", " ".join(words))
         started, last = time.perf_counter(), deque[str](maxlen=LAST_LINES)
-        code, megabytes = _followed(words, work, variables, last)
+        code, used = _followed(words, work, variables, last)
         seconds = time.perf_counter() - started
         if code:
             end = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
@@ -114,10 +114,11 @@ class External(GivenFile):
         is_python = bool(command) and Path(command[-1]).name.startswith("python")
         return {
             "device": run.device,
-            "peak_memory_mb": megabytes,
+            "peak_memory_mb": used["peak_memory_mb"],
             "script": {
                 "command": self.params.command,
                 "seconds": round(seconds, 2),
+                **used,
                 "last_lines": list(last),
                 "versions": versions(command) if is_python else {},
             },
@@ -174,10 +175,11 @@ def write_settings(path: Path, params: ExternalParams, run: Run) -> Path:
     return path
 
 
-def _followed(words: list[str], work: Path, variables: dict[str, str], last: deque[str]) -> tuple[int, int]:
-    """Run a program, log its lines and note the last ones; return its exit status and its peak memory in MB.
+def _followed(words: list[str], work: Path, variables: dict[str, str], last: deque[str]) -> tuple[int, dict]:
+    """Run a program, log its lines and note the last ones; return its exit status, CPU seconds and peak memory in MB.
 
-    The peak is that of the largest of its processes, and at least that of this process when it began.
+    CPU seconds are of all its processes that ended before it. The peak is that of the largest one, and at least that
+    of this process when it began.
     """
     try:
         process = subprocess.Popen(
@@ -204,4 +206,7 @@ def _followed(words: list[str], work: Path, variables: dict[str, str], last: deq
             os.killpg(process.pid, signal.SIGKILL)
         if process.returncode is None:
             process.wait()
-    return process.returncode, round(usage.ru_maxrss / 1024)
+    return process.returncode, {
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+        "peak_memory_mb": round(usage.ru_maxrss / 1024),
+    }
