@@ -6,7 +6,9 @@ import json
 import sys
 import time
 from datetime import UTC, datetime
+from errno import ENOENT
 from functools import cache
+from os import strerror
 from os.path import getmtime, getsize, isfile
 from pathlib import Path
 
@@ -551,8 +553,13 @@ def _n_by_role(split, changed):
 
 
 def perturbations_of(pairs, *roles):
-    """Return how many perturbations of these roles the split of a pairs.h5ad has; FileNotFoundError before it is made."""
+    """Return how many perturbations of these roles the split of a pairs.h5ad has; FileNotFoundError before it is made.
+
+    The error names the pairs: Snakemake takes a size for unknown only where it misses an input of the rule.
+    """
     split = Path(pairs).with_name("split.json")
+    if not isfile(split):
+        raise FileNotFoundError(ENOENT, strerror(ENOENT), str(pairs))
     return sum(_n_by_role(str(split), getmtime(split))[role] for role in roles)
 
 

@@ -11,12 +11,12 @@ rule predict:
         "logs/predict/{dataset}.{split}.{model}.seed_{seed}.log",
     benchmark:
         "benchmarks/predict/{dataset}.{split}.{model}.seed_{seed}.tsv"
+    priority: 1
     group:
         submitted_together
     conda:
         "../envs/torch.yaml"
     threads: 1
-    priority: 1
     resources:
         mem_mb=memory_by_input(0.2, least=1500),
         runtime=runtime_by_input(60, least=30),

@@ -27,13 +27,13 @@ rule train_closed_form:
         "benchmarks/train/{dataset}.{split}.{model}.seed_{seed}.tsv"
     wildcard_constraints:
         model=one_of(plan.models_of_rule("train_closed_form")),
+    # What takes long after a training starts early: trainings come first, then predictions.
+    priority: 2
     group:
         submitted_together
     conda:
         "../envs/data.yaml"
     threads: 1
-    # What takes long after a training starts early: trainings come first, then predictions.
-    priority: 2
     resources:
         mem_mb=memory_by_input(0.6, least=1500, per_learned=0.2),
         runtime=runtime_by_input(30, least=20),
@@ -77,11 +77,11 @@ rule train_diffusion:
         "benchmarks/train/{dataset}.{split}.{model}.seed_{seed}.tsv"
     wildcard_constraints:
         model=one_of(plan.models_of_rule("train_diffusion")),
+    priority: 2
     conda:
         "../envs/torch.yaml"
     # The networks are small: two trainings side by side are faster than one on two threads.
     threads: 1
-    priority: 2
     resources:
         mem_mb=memory_by_input(0.4, least=3000, per_learned=0.2),
         runtime="12h",

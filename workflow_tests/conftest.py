@@ -67,8 +67,16 @@ CLOSED_FORMS = ["additive", "linear", *REFERENCES]
 LONGEST = ("test_slurm", "test_tutorial", "test_end_to_end", "test_conda", "test_faults", "test_sequences", "test_plan")
 
 
+# Fixtures that train a network.
+TRAINED = {"models", "jepa", "hybrid"}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first."""
+    """Put the longest files first; a test of a trained network is slow."""
+    for item in items:
+        if TRAINED & {*getattr(item, "fixturenames", ())}:
+            item.add_marker("slow")
     order = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

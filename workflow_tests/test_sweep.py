@@ -78,6 +78,7 @@ def spoilt(here: Prepared, folder: Path, role: str) -> Prepared:
 
 
 @pytest.mark.parametrize("by", ["inner_folds", "validation"])
+@pytest.mark.slow
 def test_no_test_cell_decides(by, here, tmp_path):
     same = run(here, tmp_path / "a", by=by).table.drop(columns="seconds")
     of_others = run(spoilt(here, tmp_path / "test", "test"), tmp_path / "b", by=by).table.drop(columns="seconds")

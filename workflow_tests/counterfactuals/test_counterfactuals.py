@@ -57,6 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Pairs, Embed
     return truth, pairs, Embeddings.read(files.embeddings), start, brought, float(np.expm1(start).sum(axis=1).mean())
 
 
+@pytest.mark.slow
 def test_the_world_keeps_its_word(world: tuple) -> None:
     truth, pairs, _, start, brought, target = world
     columns = [truth.genes.index(gene) for gene in pairs.genes]
@@ -129,6 +130,7 @@ def test_individual_effects_are_nearer_than_the_mean_shift(world: tuple, flow: M
     assert np.mean(ratios) < 0.9  # briefly trained; the whole is in benchmarks/individual_effects.py
 
 
+@pytest.mark.slow
 def test_cells_whose_states_are_taken_from_them_are_told_no_better_than_the_mean(world: tuple, flow: Model) -> None:
     truth, pairs, _, start, brought, target = world
     columns = [truth.genes.index(gene) for gene in pairs.genes]
@@ -573,12 +575,14 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_help_says_what_a_question_needs() -> None:
     out = command("--help").stdout
     assert "Needs a finished training" in out
     assert all(option in out for option in ("--run", "--perturbations", "--output", "--cells", "--search"))
 
 
+@pytest.mark.slow
 def test_one_question_from_the_command_line(asked: tuple, tmp_path: Path) -> None:
     here, model, _ = asked
     folder = tmp_path / "split" / "additive" / "seed_0"

@@ -801,6 +801,7 @@ def reachable_index() -> None:
 
 
 @pytest.mark.usefixtures("reachable_index")
+@pytest.mark.slow
 def test_a_package_is_fetched_and_named_as_planned(manifest: Path) -> None:
     files = Plan(merged({})).files("renge2023")
     download(manifest, "renge2023", files)

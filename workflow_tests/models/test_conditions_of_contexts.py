@@ -101,6 +101,7 @@ def test_a_network_that_is_told_of_contexts_tells_their_effects_apart(name: str,
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.slow
 def test_one_context_trains_the_same_network_as_before(name: str, tmp_path: Path) -> None:
     pairs = opposed()
     pairs = pairs.select((pairs.obs["dataset"] == "line0").to_numpy())

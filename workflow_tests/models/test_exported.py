@@ -117,6 +117,7 @@ def test_genes_of_an_encoder_go_by_their_approved_symbols(tmp_path: Path) -> Non
     assert encoder.columns.tolist() == [2, 1, -1]
 
 
+@pytest.mark.slow
 def test_scppdm_trains_on_an_encoder_from_a_file_and_asks_for_the_same_file_again(
     screen: tuple[Pairs, Embeddings], tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def stage_a(weights: dict[str, float], tmp_path: Path, *, stops: bool) -> tuple[
     return recipe(stops=stops).trained(run, net, CellSampler(sparse.csr_matrix(X)), 300, "stage_a"), run
 
 
+@pytest.mark.slow
 def test_without_vicreg_the_embedding_collapses_and_the_training_says_so(tmp_path: Path) -> None:
     alone = {"invariance": 25.0, "variance": 0.0, "covariance": 0.0}
     with pytest.raises(InputError, match="training was stopped at step 200 of 300: the embedding has collapsed"):
@@ -331,6 +332,7 @@ def test_a_planted_linear_world_is_recovered_interactions_too(planted: tuple) ->
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_predicted_spread_covers_what_happens(planted: tuple) -> None:
     net, shifts, sd = planted
     torch.manual_seed(5)
@@ -434,6 +436,7 @@ def test_an_embedding_that_learns_with_its_decoder_is_watched_too(tmp_path: Path
     assert "the embedding has collapsed" in flat.complaint(watched)
 
 
+@pytest.mark.slow
 def test_an_ignored_action_stops_the_training_or_is_reported(screen: tuple[Pairs, Embeddings], tmp_path: Path) -> None:
     short = {
         "n_steps": 100,
@@ -540,6 +543,7 @@ def test_inner_folds_know_nothing_of_what_they_hold_out(
     assert place != sorted(place)
 
 
+@pytest.mark.slow
 def test_an_embedding_that_collapses_in_a_fold_stops_the_training_or_is_told(caplog: pytest.LogCaptureFixture) -> None:
     cells = CellSampler(sparse.csr_matrix(planted_cells()[0]))
     alone = {"invariance": 25.0, "variance": 0.0, "covariance": 0.0}

@@ -247,6 +247,7 @@ def test_trained_weights_are_the_same_and_no_role_is_read_as_a_whole(
     assert sum(watched.at_once) <= 5 * n_training
 
 
+@pytest.mark.slow
 def test_training_of_a_learned_family_leaves_cells_on_disk(
     prepared: dict[str, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -433,6 +433,7 @@ def test_code_is_reached_by_names_alone() -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_whole_package_without_comments_and_layout_is_the_same(
     scripts: Path, of_steps: Callable[..., Package]
 ) -> None:

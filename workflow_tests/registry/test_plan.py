@@ -121,6 +121,7 @@ def test_priors_are_retrieved_once_for_all_splits(light: dict[str, str], tmp_pat
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_job_of_its_target(light: dict[str, str], tmp_path: Path) -> None:
     write_screen(tmp_path)
     config = closed_forms_config(sweep={"model": "scppdm", "over": {"width": [16, 32]}})

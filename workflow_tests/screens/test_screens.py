@@ -108,6 +108,7 @@ def test_every_cell_and_gene_becomes_what_it_has_to(name: str, harmonized_screen
 
 
 @pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.slow
 def test_labels_of_a_registered_screen_raise_no_false_alarm(name: str, harmonized_screen: Callable) -> None:
     told = harmonized_screen(name).account["perturbations"]
     assert told["not_split"] == {}

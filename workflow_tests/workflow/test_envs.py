@@ -53,6 +53,7 @@ def test_conda_and_pip_have_the_same_versions(file):
 
 
 @pytest.mark.parametrize("rule", sorted(rules()))
+@pytest.mark.slow
 def test_a_rules_environment_has_what_the_rule_imports(rule):
     file = Path(rules()[rule]["conda"])
     provided = {PYPI_NAMES.get(name, name) for name in conda_pins(file)}

@@ -143,6 +143,7 @@ def test_a_second_run_in_one_folder_says_so_and_harms_nothing(
 # --- no network, and files that changed -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_was_downloaded_needs_no_network_again_and_is_not_taken_changed(
     undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
