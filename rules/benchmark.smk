@@ -1,3 +1,13 @@
+def shown_table(name):
+    """Return a table of all scores; snakemake --report shows it with its caption."""
+    return report(
+        f"results/{name}.tsv",
+        caption=f"captions/{name}.rst",
+        category="Benchmark",
+        labels={"file": f"{name}.tsv"},
+    )
+
+
 rule benchmark:
     """Gather all scores: means, resolution of metrics, differences to baselines, strata, a verdict per model."""
     input:
@@ -9,37 +19,12 @@ rule benchmark:
         harmonizations=per_dataset("results/{dataset}/harmonization.json"),
         again=again("benchmark"),
     output:
-        benchmark=report(
-            "results/benchmark.tsv",
-            caption="captions/benchmark.rst",
-            category="Benchmark",
-            labels={"file": "benchmark.tsv"},
-        ),
-        calibration=report(
-            "results/calibration.tsv",
-            caption="captions/calibration.rst",
-            category="Benchmark",
-            labels={"file": "calibration.tsv"},
-        ),
-        comparisons=report(
-            "results/comparisons.tsv",
-            caption="captions/comparisons.rst",
-            category="Benchmark",
-            labels={"file": "comparisons.tsv"},
-        ),
-        strata=report(
-            "results/strata.tsv",
-            caption="captions/strata.rst",
-            category="Benchmark",
-            labels={"file": "strata.tsv"},
-        ),
-        verdicts=report(
-            "results/verdicts.tsv",
-            caption="captions/verdicts.rst",
-            category="Benchmark",
-            labels={"file": "verdicts.tsv"},
-        ),
-        contexts="results/contexts.tsv",
+        benchmark=shown_table("benchmark"),
+        calibration=shown_table("calibration"),
+        comparisons=shown_table("comparisons"),
+        strata=shown_table("strata"),
+        verdicts=shown_table("verdicts"),
+        contexts=shown_table("contexts"),
     log:
         "logs/benchmark.log",
     benchmark:

@@ -345,7 +345,7 @@ def test_a_rule_is_complete(name: str, text: str) -> None:
     assert f'        made_of=made_of("{name}"),\n' in text, "without it the record beside its results would be empty"
     assert f'        again=again("{name}"),\n    output:' in text, "without it a stale result would pass"
     assert not re.search(r"^    (run|message|shell):", text, flags=re.MULTILINE)
-    assert text.count("\n") <= 60, "a rule fits on one screen"
+    assert text.count("\n") < 60, "a rule fits on one screen"
 
 
 @pytest.mark.parametrize(("name", "text"), WORKING, ids=[name for name, _ in WORKING])
@@ -368,6 +368,7 @@ def test_every_reported_output_has_a_caption_a_category_and_labels() -> None:
     for name, text in rules():
         flags = re.findall(r"=report\($(.*?)^        \),$", text, flags=re.MULTILINE | re.DOTALL)
         assert len(flags) == len(re.findall(r"\breport\(", text)), name
+        shown = re.findall(r'shown_table\("(\w+)"\)', text)  # tables of all scores, flagged in one place
         for flag in flags:
             path, caption = (
                 re.search(r'"(.*?)"', flag)[1],
@@ -378,11 +379,12 @@ def test_every_reported_output_has_a_caption_a_category_and_labels() -> None:
             assert re.search(r"^ +labels=\{.*\"file\": ", flag, flags=re.MULTILINE | re.DOTALL), (
                 f"{name}: {path} has no labels"
             )
-            text = (captions / f"{caption[1]}.rst").read_text()
-            assert "``snakemake --cores 1 --force {{ snakemake.output." in text, (
-                f"{caption[1]}.rst says not how the result is made again"
+            shown.append(caption[1])
+        for caption in shown:
+            assert "``snakemake --cores 1 --force {{ snakemake.output." in (captions / f"{caption}.rst").read_text(), (
+                f"{caption}.rst says not how the result is made again"
             )
-            used.add(caption[1])
+        used.update(shown)
     assert {path.stem for path in captions.iterdir()} == used
 
 
