@@ -5,6 +5,7 @@
 Scores are made: a part of the context, a part of the perturbation and the rest. 600 tables of 25 perturbations each.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ SPREADS = ((1.0, 0.0, 0.5), (1.0, 1.0, 1.0), (0.3, 1.0, 1.0), (0.0, 0.0, 1.0))
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rng = np.random.default_rng(0)
     print("context\tperturbation\trest\tcontexts\tcovered\tcovered, naive\twidth, naive = 1")
     for of_context, of_perturbation, rest in SPREADS:
