@@ -1,13 +1,3 @@
-def shown_table(name):
-    """Return a table of all scores; snakemake --report shows it with its caption."""
-    return report(
-        f"results/{name}.tsv",
-        caption=f"captions/{name}.rst",
-        category="Benchmark",
-        labels={"file": f"{name}.tsv"},
-    )
-
-
 rule benchmark:
     """Gather all scores: means, resolution of metrics, differences to baselines, strata, a verdict per model."""
     input:

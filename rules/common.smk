@@ -526,6 +526,16 @@ def submitted_together(wildcards):
     return "closed_form" if is_closed else None
 
 
+def shown_table(name):
+    """Return a table of all scores; snakemake --report shows it with its caption."""
+    return report(
+        f"results/{name}.tsv",
+        caption=f"captions/{name}.rst",
+        category="Benchmark",
+        labels={"file": f"{name}.tsv"},
+    )
+
+
 def one_of(names):
     """Return a pattern for a wildcard that takes these names only; without names it matches nothing."""
     return "|".join(names) or "(?!)"
