@@ -28,7 +28,7 @@ rule warranty:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=memory_by_input(0.6, least=2000, per_learned=0.2),
+        mem_mb=memory_by_input(1, least=2000, per_learned=0.2),
         runtime="4h",
     params:
         implementation=implementation,
