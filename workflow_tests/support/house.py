@@ -22,7 +22,7 @@ ORDER = (
 )
 
 # These hold no step: all may import them, and they import only one another.
-SUPPORT = ("errors", "io", "cli", "provenance", "genes", "nearest", "progress", "colours", "__init__")
+SUPPORT = ("errors", "io", "cli", "provenance", "genes", "nearest", "wording", "progress", "colours", "__init__")
 
 
 def stage(module: str) -> int:

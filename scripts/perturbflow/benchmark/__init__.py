@@ -5,7 +5,6 @@ several. Everything but a metric's own mean is computed on losses, so that lower
 """
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from perturbflow.errors import InputError
 from perturbflow.evaluation import METRICS
 from perturbflow.io.files import atomic, read_json
 from perturbflow.registry.families import FAMILIES
+from perturbflow.wording import capital
 
 logger = logging.getLogger(__name__)
-
-KEY = re.compile(r"[a-z_]+\.[a-z_]+")  # a warning that begins with a key of the configuration keeps its letters
 
 __all__ = ["benchmark", "judged_beside"]
 
@@ -46,11 +44,7 @@ def _caveats(audits: list[Path], harmonizations: list[Path]) -> dict[tuple[str, 
         found.setdefault((dataset, split), []).extend(caveats)
         if fold := FOLD.match(split):
             found.setdefault((dataset, fold["name"]), []).extend(f"{split}: {caveat}" for caveat in caveats)
-    return {
-        place: caveats
-        + [text if KEY.match(text) else f"{text[0].upper()}{text[1:]}" for text in warnings.get(place[0], [])]
-        for place, caveats in found.items()
-    }
+    return {place: [*caveats, *map(capital, warnings.get(place[0], []))] for place, caveats in found.items()}
 
 
 def _with_quality(scores: pd.DataFrame, paths: list[Path]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import pandas as pd
 from perturbflow.benchmark.tables import BETTER, DISTINGUISHES, LEVEL, TOO_FEW, UNDECIDED, WORSE
 from perturbflow.evaluation.bootstrap import MIN_PERTURBATIONS
 from perturbflow.registry.families import with_role
+from perturbflow.wording import capital
 
 STRONGEST, CEILINGS = with_role("to_beat"), with_role("ceiling")
 RANK = "rank_cosine_off_target"
@@ -232,7 +233,7 @@ def _sentence(model: str, kind: str, own: _Comparisons, screen: _Screen) -> str:
             f"mode collapse: {RANK} {screen.ranks[model]:.2f} (chance 0.5), its predictions hardly distinguish "
             "perturbations"
         )
-    return " ".join(f"{clause[0].upper()}{clause[1:]}." for clause in clauses)
+    return " ".join(f"{capital(clause)}." for clause in clauses)
 
 
 def _caveats(screen: _Screen, kind: str) -> list[str]:

@@ -34,6 +34,7 @@ from perturbflow.models.closed_form.baselines import NoChange, PerturbedMean
 from perturbflow.models.effects import Effects
 from perturbflow.pairs import Pairs
 from perturbflow.progress import progressed
+from perturbflow.wording import capital
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ def sentence(content: dict) -> str:
     """Return a warranty in sentences for every answer, the verdict first; the last has no full stop."""
     identity, placebo = content["identity"], content["placebo"]
     return (
-        f"{_capital(content['verdict'])}. {sentence_on_agreement(content['agreement'])}. "
+        f"{capital(content['verdict'])}. {sentence_on_agreement(content['agreement'])}. "
         f"{_sentence_on_intervals(content['coverage'])}. "
         f"Told that nothing is perturbed, the model changes "
         f"{'nothing' if identity < 1e-4 else f'cells by up to {identity:.2g}'}. "
@@ -237,10 +238,6 @@ def _sentence_on_intervals(coverage: list[dict]) -> str:
         f"effects. At {100 * row['nominal']:.0f} % they are {relative:.2f} times as wide as those of no change; "
         f"the truth's would be {narrowest:.2f} times as wide"
     )
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _checked(content: dict, in_other_contexts: bool) -> list[dict]:

@@ -22,6 +22,7 @@ from perturbflow.screens.readers.source import InMemory, NotCounts, SomeGenes, S
 from perturbflow.screens.readers.tenx import matrices_of, open_tenx
 from perturbflow.screens.readers.triplets import Place, Triplet, triplets_in
 from perturbflow.screens.readers.zarrs import ZarrRows, open_zarr
+from perturbflow.wording import capital
 
 __all__ = ["InMemory", "NotCounts", "SomeGenes", "Source", "as_counts", "open_source"]
 
@@ -101,7 +102,7 @@ def _opened_folder(path: Path, dataset: dict) -> Source:
     if "member" in dataset["source"]:
         raise InputError(f"{path} is a folder, and source.member is for archives. Name its content with source.path.")
     if problem := problem_of_folder(path):
-        raise InputError(f"{problem[0].upper()}{problem[1:]}")
+        raise InputError(capital(problem))
     if folder_kind(path) == "zarr":
         # A sparse matrix has no empty chunk; a dense one may have some.
         return _of_scverse(
