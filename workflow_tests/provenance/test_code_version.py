@@ -456,9 +456,9 @@ IN_LOG_LINES = {  # and nowhere else
     "perturbflow.embeddings:_list_of",
     "perturbflow.counterfactuals.warranty:sentence",
     "perturbflow.counterfactuals.warranty:_sentence_on_intervals",
-    "perturbflow.counterfactuals.warranty:_capital",
     "perturbflow.counterfactuals.agreement:sentence",
     "perturbflow.progress:left",
+    "perturbflow.wording:capital",
 }
 
 

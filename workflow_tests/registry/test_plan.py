@@ -640,7 +640,8 @@ def test_an_edit_of_the_package_plans_what_depends_on_it(
 
 def test_words_of_the_report_page_plan_nothing(finished: Finished) -> None:
     assert finished.planned_with("rules/captions/verdicts.rst", "One line", "A line") == {}
-    assert finished.planned_with("rules/benchmark.smk", 'category="Benchmark"', 'category="Scores"') == {}
+    assert finished.planned_with("rules/report.smk", 'category="Benchmark"', 'category="Scores"') == {}
+    assert finished.planned_with("rules/common.smk", 'category="Benchmark"', 'category="Scores"') == {}
 
 
 def test_another_content_of_the_screen_plans_everything(finished: Finished) -> None:
