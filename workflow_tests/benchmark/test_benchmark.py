@@ -652,6 +652,9 @@ def test_folds_are_pooled_after_them() -> None:
     assert summary.loc["learned", "n_perturbations"] == 2 * N
     single = panels(scores(FLOOR, split="genes_fold_0"))
     assert [panel.split for panel in single] == ["genes_fold_0"], "one fold pools nothing"
+    lines = [scores(FLOOR, split=f"lines_fold_{i}") for i in (1, 2)]
+    found = panels(pd.concat(lines), {"lines_fold_1": "lines", "lines_fold_2": "lines"})
+    assert [panel.split for panel in found] == ["lines_fold_1", "lines_fold_2"], "contexts share perturbations"
 
 
 def write(folder: Path, **tables: pd.DataFrame) -> dict:
@@ -743,7 +746,7 @@ def of_contexts(*contexts: dict[str, object], labels: tuple[list[str], ...] | No
     ]
     folds = {f"line_{i}": "line" for i in range(len(contexts))}
     (only,) = panels_of_contexts(pd.concat([*tables, scores(FLOOR)], ignore_index=True), folds)
-    return across_contexts(only, FAMILY_OF).set_index("model")
+    return across_contexts(only, FAMILY_OF, LEAST).set_index("model")
 
 
 def test_every_context_counts_the_same_however_many_perturbations_it_has() -> None:
@@ -758,6 +761,29 @@ def test_every_context_counts_the_same_however_many_perturbations_it_has() -> No
     assert found.loc["additive", "baseline"] == "no_change", "a baseline is held against the best other one"
     assert found.loc["learned", ["n_contexts", "n_perturbations"]].tolist() == [2, 3]
     assert (found["split"] == "line").all()
+
+
+@pytest.mark.parametrize(
+    ("n", "mean", "verdict"),
+    [(3, 0.5, "too few"), (4, 0.5, "better"), (4, 1.5, "worse"), (4, 1.0, "undecided"), (4, 1.005, "level")],
+)
+def test_a_verdict_over_contexts_needs_four_of_them(n: int, mean: float, verdict: str) -> None:
+    spread = 0.001 if verdict == "level" else 0.3
+    lines = [
+        {"no_change": HARD, "learned": around(mean, spread, seed=i), **(CEILING if verdict == "level" else {})}
+        for i in range(n)
+    ]
+    found = of_contexts(*lines).loc["learned"]
+    assert (found["baseline"], found["verdict"]) == ("no_change", verdict)
+    way = 0.8 * HARD.mean() if verdict == "level" else 0.0
+    assert found["margin"] == pytest.approx(LEAST * way, rel=0.1)
+
+
+def test_one_perturbation_that_differs_between_contexts_alone_decides_nothing() -> None:
+    lines = [{"no_change": HARD, "learned": HARD - gain} for gain in (0.9, 0.8, -0.1, 0.0)]
+    found = of_contexts(*lines).loc["learned"]
+    assert found["difference"] == pytest.approx(0.4)
+    assert found["verdict"] == "undecided"
 
 
 @pytest.mark.parametrize(("n", "is_trusted"), [(3, False), (4, True)])

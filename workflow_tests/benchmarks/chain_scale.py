@@ -50,6 +50,10 @@ UMI_PER_CELL, SPREAD, DISPERSION = 1900, 1.55, 2.0  # about 780 genes of a cell 
 CELLS_PER_BLOCK, DISTINCT_BLOCKS = 4096, 8
 KEPT = 0.8  # of the molecules of a drawn cell: thinned anew, no cell comes twice
 CONFIG = SCRIPTS.parent / "config"
+SNAKEMAKE = (
+    *(sys.executable, "-m", "snakemake", "--snakefile", str(SCRIPTS.parent / "Snakefile"), "--cores", "2"),
+    *("--configfile", "mine.yaml", "--benchmark-extended"),
+)
 SPLITS = ("unseen_perturbation",)
 ASKED = [f"TARGET{i}" for i in range(10)]
 DATASET = {
@@ -351,7 +355,7 @@ def agreement(chain: Chain) -> str:
 
 
 def whole(chain: Chain) -> None:
-    """Run the chain by Snakemake on two cores; print minutes of the clock, and seconds and peak of every job."""
+    """Run the chain by Snakemake on two cores; print minutes of the clock, and what every job used and asked for."""
     of_snakemake = Chain(chain.folder / "whole", chain.wanted)
     of_snakemake.folder.mkdir(exist_ok=True)
     dataset = {**DATASET, "source": {"path": str((chain.raw / "screen.h5ad").resolve())}, "qc": chain.qc}
@@ -361,11 +365,8 @@ def whole(chain: Chain) -> None:
     (of_snakemake.folder / "mine.yaml").write_text(json.dumps(config))
 
     def run(*targets: object) -> float:
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(SCRIPTS.parent / "Snakefile"), "--cores", "2"]
         started = time.perf_counter()
-        subprocess.run(
-            [*command, "--configfile", "mine.yaml", "--", *map(str, targets)], cwd=of_snakemake.folder, check=True
-        )
+        subprocess.run([*SNAKEMAKE, "--", *map(str, targets)], cwd=of_snakemake.folder, check=True)
         return (time.perf_counter() - started) / 60
 
     def below(path: Path) -> Path:
@@ -377,11 +378,19 @@ def whole(chain: Chain) -> None:
     minutes += walked(of_snakemake, ["benchmark"]).loc["benchmark", "wall, s"] / 60
     print(f"{minutes:.1f} minutes to the verdict of {', '.join(of_snakemake.models)}", flush=True)
     print(f"{run('all'):.1f} minutes more to the end of the default target")
-    print("| job | wall s | CPU s | peak, MB |\n| --- | ---: | ---: | ---: |")
-    for path in sorted((of_snakemake.folder / "benchmarks").rglob("*.tsv"), key=lambda path: path.stat().st_mtime):
+    print(table_of_jobs(of_snakemake.folder / "benchmarks"))
+
+
+def table_of_jobs(benchmarks: Path) -> str:
+    """Return a Markdown table of all jobs of Snakemake, in their order: what they used, and what they asked for."""
+    lines = ["| job | s | of min | CPU s | peak, MB | of |\n| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for path in sorted(benchmarks.rglob("*.tsv"), key=lambda path: path.stat().st_mtime):
         job = pd.read_csv(path, sep="\t").iloc[-1]
-        name = " ".join(path.relative_to(of_snakemake.folder / "benchmarks").with_suffix("").parts)
-        print(f"| {name} | {job['s']:.0f} | {job['cpu_time']:.0f} | {job['max_rss'] * 1.048576:,.0f} |")
+        asked_for = yaml.safe_load(job["resources"])
+        seconds = f"{job['s']:.0f} | {asked_for.get('runtime', '–')} | {job['cpu_time']:.0f}"
+        peak = f"{job['max_rss'] * 1.048576:,.0f} | {asked_for['mem_mb']:,}"
+        lines.append(f"| {' '.join(path.relative_to(benchmarks).with_suffix('').parts)} | {seconds} | {peak} |")
+    return "\n".join(lines)
 
 
 def table_of(sizes: dict[str, pd.DataFrame], n_cells: list[int]) -> str:

@@ -12,8 +12,8 @@ The configuration reads ../shared as shared/. Of all runs that are scored below 
   the mean over seeds. In round brackets the 95 % interval over perturbations; in square ones where the value stands
   from no change (0) to a perfect predictor of the mean (1).
 * against set_gp: the word of verdicts.tsv, over all headline metrics.
-* seconds of clock (mean), in the file those of the CPU too, and peak memory (highest) of the training; those of the
-  script where another program trained.
+* seconds of clock and of the CPU (means), and peak memory (highest) of the training; those of the script where another
+  program trained.
 """
 
 import argparse
@@ -143,10 +143,11 @@ def shown(rows: pd.DataFrame) -> str:
         ]
         of = "" if pd.isna(row["predicted"]) else f"{row['predicted']:.0f} of {row['perturbations']}"
         cells[row["model"]] = [
-            str(row["seeds"]), row["trained"], of, *values, row["against_set_gp"], f"{row['seconds']:.0f}",
+            str(row["seeds"]), row["trained"], of, *values, row["against_set_gp"],
+            f"{row['seconds']:.0f}", "" if pd.isna(row["cpu_seconds"]) else f"{row['cpu_seconds']:.0f}",
             f"{row['gb']:.1f}",
         ]  # fmt: skip
-    heads = ["seeds", "trained", "predicted", "error ↓", "correlation ↑", "against set_gp", "s", "GB"]
+    heads = ["seeds", "trained", "predicted", "error ↓", "correlation ↑", "against set_gp", "s", "CPU s", "GB"]
     return markdown(pd.DataFrame.from_dict(cells, orient="index"), heads)
 
 

@@ -2,14 +2,16 @@
 
     pip download renge==0.0.5 --no-deps --no-binary renge
     python workflow_tests/benchmarks/renge_union.py equality renge-0.0.5.tar.gz
-    python workflow_tests/benchmarks/renge_union.py days renge-0.0.5.tar.gz --seeds 3
-    python workflow_tests/benchmarks/renge_union.py days renge-0.0.5.tar.gz --models scppdm jepa counterfactual
+    python workflow_tests/benchmarks/renge_union.py days renge-0.0.5.tar.gz --kept docs/results/days.tsv
+    python workflow_tests/benchmarks/renge_union.py days renge-0.0.5.tar.gz --kept docs/results/days.tsv \
+        --ways zero-shot few-shot --models scppdm jepa counterfactual
     python workflow_tests/benchmarks/renge_union.py context renge-0.0.5.tar.gz
 
 `equality` prints a row per part of the chain: how far the union is from the one file. The limits on genes and
 perturbations are off in both, as each member has its own. `days` prints a row per model and a column per way of holding
 a day out: nothing of it trains, its controls do, or 30 % of its perturbations. Each cell has the error and Pearson's r
-of effects, as means over 23 perturbations × 4 days × seeds, with the standard error over days. `context` tells networks
+of effects, as means over 23 perturbations × 4 days × seeds, with the standard error over days, and the number of seeds
+in round brackets. Models are added one by one with `--kept`, which holds every single score. `context` tells networks
 of contexts or not, and holds out days 2 to 4 in turn. Day 5 is in none of it, so it chooses nothing that day 5 scores.
 """
 
@@ -44,7 +46,11 @@ from perturbflow.splits.split import split
 DAYS = ("day_2", "day_3", "day_4", "day_5")
 MODELS = ("no_change", "perturbed_mean", "other_contexts_mean", "same_elsewhere", "nearest_context", "transfer",
           "additive", "set_gp", "context_mean", "technical_duplicate")  # fmt: skip
-WAYS = {"all of it": {}, "zero-shot": {"support_fraction": 0}, "few-shot": {"support_fraction": 0.3}}
+WAYS: dict[str, dict[str, float]] = {
+    "all of it": {},
+    "zero-shot": {"support_fraction": 0},
+    "few-shot": {"support_fraction": 0.3},
+}
 METRICS = ("l2_heg1000_off_target", "pearson_delta_pert_off_target")
 LIMITS = {"min_cells_per_gene": None, "min_cells_per_perturbation": None}
 
@@ -171,28 +177,33 @@ def context(archive: Path, folder: Path, n_seeds: int, models: Sequence[str]) ->
                 print(f"| {day} | {way} | {model} | {told} | {shown} |", flush=True)
 
 
-def days(archive: Path, folder: Path, n_seeds: int, models: Sequence[str], ways: Sequence[str]) -> None:
-    """Print the scores of models with every day held out in turn."""
+def days(
+    archive: Path, folder: Path, n_seeds: int, models: Sequence[str], ways: Sequence[str], kept: Path | None
+) -> None:
+    """Print the scores of models with every day held out in turn; scores that are kept are not made again."""
     cells, block, qc = screen_of(archive)
-    place, rows = four_files(cells, block, qc, folder / "four"), []
-    for seed, model, day, way in itertools.product(range(n_seeds), models, DAYS, ways):
-        file = held_out(place, day, seed, WAYS[way])
-        rows.append((model, way, day, *scores_of(model, file, seed)))
-    table = pd.DataFrame(rows, columns=["model", "way", "day", *METRICS])
+    place, key = four_files(cells, block, qc, folder / "four"), ["seed", "model", "way", "day"]
+    table = pd.read_csv(kept, sep="\t") if kept and kept.is_file() else pd.DataFrame(columns=[*key, *METRICS])
+    done = set(table[key].itertuples(index=False, name=None))
+    for seed, way, day in itertools.product(range(n_seeds), ways, DAYS):
+        missing = [model for model in models if (seed, model, way, day) not in done]
+        file = held_out(place, day, seed, WAYS[way]) if missing else place
+        for model in missing:
+            table.loc[len(table)] = [seed, model, way, day, *scores_of(model, file, seed)]
+            if kept:
+                table.to_csv(kept, sep="\t", index=False, float_format="%.6g")
     of_day = table.groupby(["model", "way", "day"])[list(METRICS)].mean().groupby(["model", "way"])
-    mean, error = of_day.mean(), of_day.sem()
+    mean, error, seeds = of_day.mean(), of_day.sem(), table.groupby(["model", "way"])["seed"].nunique()
     print("| model | " + " | ".join(ways) + " |\n| --- |" + " --- |" * len(ways))
-    for model in models:
+    for model in table["model"].unique():
         shown = [
-            " / ".join(f"{mean.loc[(model, way), m]:.4f} ± {error.loc[(model, way), m]:.4f}" for m in METRICS)
+            " / ".join(f"{mean.loc[(model, way), m]:.3f} ± {error.loc[(model, way), m]:.3f}" for m in METRICS)
+            + f" ({seeds[(model, way)]})"
+            if (model, way) in seeds
+            else ""
             for way in ways
         ]
         print(f"| {model} | " + " | ".join(shown) + " |")
-    by_day = table[table["way"] == ways[0]].pivot_table(index="model", columns="day", values=METRICS[1])
-    print(f"\nPearson's r of effects by day that is held out, {ways[0]}:\n")
-    print("| model | " + " | ".join(DAYS) + " |\n| --- |" + " --- |" * len(DAYS))
-    for model in models:
-        print(f"| {model} | " + " | ".join(f"{by_day.loc[model, day]:.3f}" for day in DAYS) + " |")
 
 
 def main() -> None:
@@ -203,12 +214,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
+    parser.add_argument("--kept", type=Path, help="table of single scores of days, added to and read")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.table == "equality":
             equality(arguments.archive, Path(folder))
         elif arguments.table == "days":
-            days(arguments.archive, Path(folder), arguments.seeds, arguments.models, arguments.ways)
+            days(arguments.archive, Path(folder), arguments.seeds, arguments.models, arguments.ways, arguments.kept)
         else:
             context(arguments.archive, Path(folder), arguments.seeds, arguments.models)
 

@@ -185,7 +185,7 @@ def benchmark(
         path: [] for path in (benchmark, calibration, comparisons, strata, verdicts)
     }
     caveats, lacking = _caveats(audits, harmonizations), _without_prediction(scores)
-    for panel in panels(scores):
+    for panel in panels(scores, context_folds or ()):
         of_panel = _tables(panel, families, least_difference, caveats.get((panel.dataset, panel.split), ()), lacking)
         for path, table in zip(tables, of_panel, strict=True):
             tables[path].append(table)
@@ -198,7 +198,9 @@ def benchmark(
         )
         for row in of_panel[-1].itertuples():
             logger.info("  %s: %s", row.model, row.sentence)
-    pooled = [across_contexts(panel, families) for panel in panels_of_contexts(scores, context_folds or {})]
+    pooled = [
+        across_contexts(panel, families, least_difference) for panel in panels_of_contexts(scores, context_folds or {})
+    ]
     tables[contexts] = [*pooled, pd.DataFrame(columns=CONTEXTS)]
     for path, parts in tables.items():
         # A part without rows has no types to contribute.

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from perturbflow.benchmark.panel import Panel
-from perturbflow.benchmark.tables import with_metric_facts
+from perturbflow.benchmark.tables import TOO_FEW, ways, with_metric_facts, words
 from perturbflow.evaluation.bootstrap import (
     MIN_CONTEXTS,
     estimate_over_contexts,
@@ -17,7 +17,7 @@ from perturbflow.registry.families import FAMILIES
 CONTEXTS = [
     *("dataset", "split", "metric", "metric_family", "headline", "model", "family", "kind"),
     *("value", "ci_low", "ci_high", "lowest", "highest", "baseline", "difference", "difference_low"),
-    *("difference_high", "n_contexts", "n_perturbations", "is_trusted"),
+    *("difference_high", "margin", "verdict", "n_contexts", "n_perturbations", "is_trusted"),
 ]
 
 
@@ -39,13 +39,13 @@ def _best_others(losses: np.ndarray, baselines: list[int]) -> list[int | None]:
     return [next((i for i in ranked if i != m), None) for m in range(losses.shape[1])]
 
 
-def across_contexts(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
+def across_contexts(panel: Panel, families: dict[str, str], least_difference: float) -> pd.DataFrame:
     """Return one row per metric × model: the mean over contexts, and how much better than the best baseline it is.
 
     Every context counts the same. lowest and highest are the means of single contexts. Above zero, difference says
     that the loss is below that of the baseline with the lowest mean loss, on what both predict. Intervals hold what
-    other contexts, perturbations and seeds would change (`bootstrap.estimate_over_contexts`). Below MIN_CONTEXTS they
-    are too narrow: is_trusted is false.
+    other contexts, perturbations and seeds would change (`bootstrap.estimate_over_contexts`). verdict and margin are
+    those of `tables.compare`. Below MIN_CONTEXTS intervals are too narrow: is_trusted is false, the verdict too few.
 
     Parameters
     ----------
@@ -53,12 +53,15 @@ def across_contexts(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
         The scores of all folds (`panel.panels_of_contexts`).
     families
         Model → name of its family.
+    least_difference
+        Share of the way from no change to the ceiling; a smaller difference does not count.
     """
     kinds = [FAMILIES[families[model]].kind for model in panel.models]
     baselines = [i for i, kind in enumerate(kinds) if kind == "baseline"]
     values, losses = (_by_context(panel, array) for array in (panel.values, panel.losses))
+    margins = np.nan_to_num(least_difference * ways(panel, families, np.moveaxis(losses, 0, 1), estimate_over_contexts))
     parts = []
-    for metric, of_metric, of_losses in zip(panel.metrics, values, losses, strict=True):
+    for metric, of_metric, of_losses, margin in zip(panel.metrics, values, losses, margins, strict=True):
         others = _best_others(of_losses, baselines)
         gain = np.stack(
             [
@@ -84,6 +87,8 @@ def across_contexts(panel: Panel, families: dict[str, str]) -> pd.DataFrame:
             "difference": gained.mean,
             "difference_low": gained.low,
             "difference_high": gained.high,
+            "margin": margin,
+            "verdict": np.where(n < MIN_CONTEXTS, TOO_FEW, words(gained, margin)),
             "n_contexts": n,
             "n_perturbations": found.n,
             "is_trusted": n >= MIN_CONTEXTS,

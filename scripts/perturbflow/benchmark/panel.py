@@ -1,7 +1,7 @@
 """The scores of one dataset × split as one array."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,20 +71,25 @@ def _panel(dataset: str, split: str, scores: pd.DataFrame) -> Panel:
     return Panel(dataset, split, metrics, models, seeds, facts, values)
 
 
-def panels(scores: pd.DataFrame) -> Iterator[Panel]:
+def panels(scores: pd.DataFrame, context_folds: Collection[str] = ()) -> Iterator[Panel]:
     """Yield a panel per dataset × split and, after the folds of a k-fold split, one that pools all folds.
+
+    Folds that hold out contexts are not pooled here: they share perturbations, so their scores are not independent
+    (`panels_of_contexts`).
 
     Parameters
     ----------
     scores
         Rows of metrics.tsv.
+    context_folds
+        Splits that are folds which hold out contexts.
     """
     for dataset, of_dataset in scores.groupby("dataset", sort=False):
         splits = list(of_dataset["split"].unique())
         folds: dict[str, list[str]] = {}
         for split in splits:
             yield _panel(dataset, split, of_dataset[of_dataset["split"] == split])
-            if fold := FOLD.match(split):
+            if (fold := FOLD.match(split)) and split not in context_folds:
                 folds.setdefault(fold["name"], []).append(split)
         for name, pooled in folds.items():
             if len(pooled) > 1 and name not in splits:

@@ -1,6 +1,7 @@
 """The tables of one dataset × split: summary, calibration, comparisons and strata."""
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -206,21 +207,30 @@ def _ranked_baselines(panel: Panel, families: dict[str, str]) -> dict[str, list[
     return ranked
 
 
-def _ways(panel: Panel, families: dict[str, str]) -> np.ndarray:
+def ways(
+    panel: Panel, families: dict[str, str], losses: np.ndarray, estimated: Callable[[np.ndarray], Estimates] = estimate
+) -> np.ndarray:
     """Return the loss of no change minus that of the ceiling, (metrics,).
 
     It is NaN where one of the two is missing, or the ceiling is not shown to be better.
+
+    Parameters
+    ----------
+    losses
+        Of the panel, (..., metrics, models, seeds, perturbations).
+    estimated
+        (..., metrics, seeds, perturbations) → means with their intervals.
     """
     floor, ceiling = (panel.model_of(family, families) for family in PRIMARY)
     if floor is None or ceiling is None:
         return np.full(len(panel.metrics), np.nan)
-    found = estimate(panel.losses[:, floor] - panel.losses[:, ceiling])
+    found = estimated(losses[..., floor, :, :] - losses[..., ceiling, :, :])
     return np.where(found.sign > 0, found.mean, np.nan)
 
 
-def _words(found: Estimates, margin: float) -> np.ndarray:
+def words(found: Estimates, margin: float) -> np.ndarray:
     """Return a word per interval of a difference: it is beyond a margin, within it, or neither."""
-    words = np.select(
+    word = np.select(
         [
             found.n < MIN_PERTURBATIONS,
             found.low > margin,
@@ -230,7 +240,7 @@ def _words(found: Estimates, margin: float) -> np.ndarray:
         [TOO_FEW, BETTER, WORSE, LEVEL],
         UNDECIDED,
     )
-    return words.astype(object)
+    return word.astype(object)
 
 
 def _gains(losses: np.ndarray, resampled: np.ndarray, other: int) -> tuple[Estimates, np.ndarray]:
@@ -270,7 +280,7 @@ def compare(panel: Panel, families: dict[str, str], least_difference: float) -> 
     ranked = _ranked_baselines(panel, families)
     models = {"model": panel.models, "family": [families[model] for model in panel.models], "kind": kinds}
     parts = []
-    for metric, losses, way in zip(panel.metrics, panel.losses, _ways(panel, families), strict=True):
+    for metric, losses, way in zip(panel.metrics, panel.losses, ways(panel, families, panel.losses), strict=True):
         margin = np.nan_to_num(least_difference * way)
         resampled = resampled_means(losses)
         best = [next((i for i in ranked[metric] if i != m), None) for m in range(len(panel.models))]
@@ -292,7 +302,7 @@ def compare(panel: Panel, families: dict[str, str], least_difference: float) -> 
                 "share_high": found.high / way,
                 "win_rate": won,
                 "n_perturbations": found.n,
-                "verdict": _words(found, margin),
+                "verdict": words(found, margin),
             }
             parts.append(pd.DataFrame({"metric": metric, **part}).drop(index=other))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COMPARISONS)
