@@ -6,6 +6,7 @@
     python workflow_tests/benchmarks/renge_union.py days renge-0.0.5.tar.gz --kept docs/results/days.tsv \
         --ways zero-shot few-shot --models scppdm jepa counterfactual
     python workflow_tests/benchmarks/renge_union.py context renge-0.0.5.tar.gz
+    python workflow_tests/benchmarks/renge_union.py agreement renge-0.0.5.tar.gz --figure docs/pictures/contexts.png
 
 `equality` prints a row per part of the chain: how far the union is from the one file. The limits on genes and
 perturbations are off in both, as each member has its own. `days` prints a row per model and a column per way of holding
@@ -13,6 +14,7 @@ a day out: nothing of it trains, its controls do, or 30 % of its perturbations. 
 of effects, as means over 23 perturbations × 4 days × seeds, with the standard error over days, and the number of seeds
 in round brackets. Models are added one by one with `--kept`, which holds every single score. `context` tells networks
 of contexts or not, and holds out days 2 to 4 in turn. Day 5 is in none of it, so it chooses nothing that day 5 scores.
+`agreement` draws how alike effects are on two days, as the report does where contexts are held out.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from perturbflow.pairs import Pairs, pair
 from perturbflow.predict import predict
 from perturbflow.registry.families import FAMILIES
 from perturbflow.registry.shipped import shipped
+from perturbflow.report.context_agreement import Agreement, matrix_figure
 from perturbflow.screens.harmonize import harmonize
 from perturbflow.screens.recipes import renge2023
 from perturbflow.screens.unite import unite
@@ -206,19 +209,30 @@ def days(
         print(f"| {model} | " + " | ".join(shown) + " |")
 
 
+def agreement(archive: Path, folder: Path, figure: Path) -> None:
+    """Draw the report's matrix of agreement of days, with day 5 held out, and print what it says."""
+    cells, block, qc = screen_of(archive)
+    found = Agreement.of(Pairs.open(held_out(four_files(cells, block, qc, folder / "four"), "day_5", 0, {})), "dataset")
+    matrix_figure(found).savefig(figure, dpi=150)
+    print(found.words)
+
+
 def main() -> None:
-    """Print one table."""
+    """Print one table, or draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["equality", "days", "context"])
+    parser.add_argument("table", choices=["equality", "days", "context", "agreement"])
     parser.add_argument("archive", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
     parser.add_argument("--kept", type=Path, help="table of single scores of days, added to and read")
+    parser.add_argument("--figure", type=Path, default=Path("contexts.png"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.table == "equality":
             equality(arguments.archive, Path(folder))
+        elif arguments.table == "agreement":
+            agreement(arguments.archive, Path(folder), arguments.figure)
         elif arguments.table == "days":
             days(arguments.archive, Path(folder), arguments.seeds, arguments.models, arguments.ways, arguments.kept)
         else:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -245,6 +245,18 @@ class Questions:
         return np.array([float(len(members_of(label)) > 1) for label in self.labels])
 
 
+class Members(NamedTuple):
+    """Members of perturbations: names without doses, (members,), decadic logarithms of doses, and vectors by source.
+
+    is_known tells members with a vector, (members,); the vectors, (members, dimensions), of the others are zero.
+    """
+
+    names: np.ndarray
+    log_doses: np.ndarray
+    is_known: dict[str, np.ndarray]
+    vectors: dict[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Terms:
     """The parts of K between two lists of questions, without their weights, each (questions, questions)."""
@@ -411,8 +423,9 @@ class SetKernel:
 
     def terms(self, a: Questions, b: Questions) -> Terms:
         """Return the parts of K."""
-        (of_a, A), (of_b, B) = self._incidence(a), self._incidence(b)
-        members = [np.asarray(A @ np.asarray(B @ part.T).T) for part in self._of_members(of_a, of_b)]
+        (_, A), (_, B) = self._incidence(a), self._incidence(b)
+        parts = self._of_members(self._members(a), self._members(b))
+        members = [np.asarray(A @ np.asarray(B @ part.T).T) for part in parts]
         contexts = []
         if "levels" in self.state:
             new = [1.0 - question.shares.sum(axis=1) for question in (a, b)]
@@ -441,22 +454,36 @@ class SetKernel:
         table = sparse.csr_matrix((strength[columns], (rows, columns)), shape=(len(of), len(members)))
         return questions.kept.setdefault("incidence", (members, table))
 
-    def _of_members(self, a: list[str], b: list[str]) -> list[np.ndarray]:
+    def _members(self, questions: Questions) -> Members:
+        """Return what κ asks of the members of questions."""
+        if "members" in questions.kept:
+            return questions.kept["members"]
+        names, doses = zip(*map(without_dose, self._incidence(questions)[0]), strict=True)
+        place = np.array([self.place.get(name, -1) for name in names])
+        known = {source: (place >= 0) & ~np.isnan(vectors[place, 0]) for source, vectors in self.sources.items()}
+        found = Members(
+            np.array(names, dtype=object),
+            np.array([np.log10(dose) if dose else np.nan for dose in doses]),
+            known,
+            {
+                source: np.where(known[source][:, None], vectors[place], 0.0).astype(float)
+                for source, vectors in self.sources.items()
+            },
+        )
+        return questions.kept.setdefault("members", found)
+
+    def _of_members(self, a: Members, b: Members) -> list[np.ndarray]:
         """Return the parts of κ, (members of a, members of b) each."""
-        (names_a, doses_a), (names_b, doses_b) = (zip(*map(without_dose, members), strict=True) for members in (a, b))
-        same = np.equal.outer(np.array(names_a, dtype=object), np.array(names_b, dtype=object)).astype(float)
+        same = np.equal.outer(a.names, b.names).astype(float)
         parts = [same]
         if self.has_doses:
-            logs = (np.array([np.log10(dose) if dose else np.nan for dose in doses]) for doses in (doses_a, doses_b))
-            apart = np.nan_to_num(np.subtract.outer(*logs))
+            apart = np.nan_to_num(np.subtract.outer(a.log_doses, b.log_doses))
             parts.append(same * np.exp(-0.5 * (apart / DOSE_WIDTH) ** 2))
-        places = [np.array([self.place.get(name, -1) for name in names]) for names in (names_a, names_b)]
-        for source, vectors in self.sources.items():
+        for source in self.sources:
             width, size = self.state[f"widths.{source}"]
-            X, Y = (np.where((place >= 0)[:, None], vectors[place], np.nan).astype(float) for place in places)
-            both = np.outer(~np.isnan(X[:, 0]), ~np.isnan(Y[:, 0]))
+            X, Y = a.vectors[source], b.vectors[source]
+            both = np.outer(a.is_known[source], b.is_known[source])
             alone = np.where(both, 0.0, same)  # without a vector a gene is as uncertain, and like no other
-            X, Y = np.nan_to_num(X), np.nan_to_num(Y)
             parts += [np.exp(-cdist(X, Y, "sqeuclidean") / width) * both + alone, X @ Y.T / size + alone]
         return parts
 

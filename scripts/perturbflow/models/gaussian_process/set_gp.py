@@ -180,6 +180,7 @@ class SetGP(ClosedForm):
     def add_genes(self, pairs: Pairs, embeddings: Embeddings, seed: int) -> None:
         """Take in vectors of genes that the screen does not perturb; nothing is learned again."""
         self.kernel = SetKernel({**self.kernel.state, **vectors_of(self.asked.labels, embeddings)})
+        self.asked = replace(self.asked, kept={})
 
     @property
     def looks_at_contexts(self) -> bool:
