@@ -30,7 +30,7 @@ rule evaluate:
     threads: 1
     resources:
         mem_mb=memory_by_input(0.4, least=1500, per_scored=0.25),
-        runtime=runtime_by_input(30),
+        runtime=runtime_by_input(15),
     params:
         code_version=code("perturbflow.evaluation.table:evaluate"),
         made_of=made_of("evaluate"),

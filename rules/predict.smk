@@ -19,7 +19,7 @@ rule predict:
     threads: 1
     resources:
         mem_mb=memory_by_input(0.2, least=1500),
-        runtime=runtime_by_input(60, least=30),
+        runtime=runtime_by_input(30, least=30),
     params:
         implementation=implementation,
         params=model_params,

@@ -36,7 +36,7 @@ rule train_closed_form:
     threads: 1
     resources:
         mem_mb=memory_by_input(0.6, least=1500, per_learned=0.2),
-        runtime=runtime_by_input(30, least=20),
+        runtime=runtime_by_input(15, least=20),
     params:
         implementation=implementation,
         params=model_params,

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import sparse
 
 from perturbflow.io.hdf5 import CsrRows
+from perturbflow.io.kernels import add_moments
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +102,9 @@ class Sample:
         sums, squares = np.zeros((2, n_groups, len(self.genes)))
         first = 0
         for block in self.expression():
-            X, n = block[:, self.genes], block.shape[0]
-            of_group = sparse.csr_matrix((np.ones(n), (group[first : first + n], np.arange(n))), shape=(n_groups, n))
-            sums += (of_group @ X).toarray()
-            squares += (of_group @ X.power(2)).toarray()
-            first += n
+            X = block[:, self.genes]
+            add_moments(X.data, X.indices, X.indptr, group[first : first + X.shape[0]], sums, squares)
+            first += X.shape[0]
         return sums, squares
 
     def expression(self) -> Iterator[sparse.csr_matrix]:

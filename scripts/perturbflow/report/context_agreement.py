@@ -50,7 +50,8 @@ class Agreement:
     def of(cls, pairs: Pairs, covariate: str) -> Agreement | None:
         """Measure the effects of all contexts, by cell type and this covariate; None where no two can be compared."""
         keys = ("batch" if covariate == "batch" else "dataset", "cell_type")
-        sources, tested = (_effects(pairs.roles(role).by(keys)) for role in ("train", "test"))
+        n_types = pairs.obs["cell_type"].nunique()
+        sources, tested = (_effects(pairs.roles(role).by(keys), n_types) for role in ("train", "test"))
         targets = {**sources, **{f"{name} (tested)" if name in sources else name: of for name, of in tested.items()}}
         held_out = [name for name in targets if name not in sources]
         if len(sources) < 2 or not held_out:
@@ -82,14 +83,14 @@ class Agreement:
         return text
 
 
-def _effects(cells: Pairs) -> Effects:
+def _effects(cells: Pairs, n_types: int) -> Effects:
     """Return context → label → effect of the cells of a role."""
-    return {_named(*context): of for context, of in cells.effects_by_context.items()}
+    return {_named(*context, n_types): of for context, of in cells.effects_by_context.items()}
 
 
-def _named(place: str, cell_type: str) -> str:
-    """Return one name of a context: that of a screen or batch, and the cell type if it is another."""
-    return place if place.casefold() == cell_type.casefold() else f"{place} {cell_type}"
+def _named(place: str, cell_type: str, n_types: int) -> str:
+    """Return one name of a context: that of a screen or batch, and the cell type where that tells more."""
+    return place if n_types == 1 or place.casefold() == cell_type.casefold() else f"{place} {cell_type}"
 
 
 def _centred(effects: dict[str, np.ndarray], labels: list[str]) -> np.ndarray:
@@ -130,12 +131,13 @@ def matrix_figure(agreement: Agreement) -> Figure:
     shown = agreement.matrix.iloc[:MOST_SHOWN]
     columns = [name for name in shown if name not in agreement.held_out][:MOST_SHOWN] + agreement.held_out[:MOST_SHOWN]
     values = shown[columns].to_numpy()
-    left, below = room_for(shown.index), room_for(columns)
+    names = [f"{name}, held out" if name in agreement.held_out and "(tested)" not in name else name for name in columns]
+    left, below = room_for(shown.index), room_for(names)
     figure, axes = new_axes(left + 0.42 * len(columns) + 0.2, below + 0.3 * len(shown) + 0.2, left, bottom=below)
     limit = max(LEAST_LIMIT, float(np.nanmax(np.abs(values))))
     axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", alpha=0.75)
     axes.set_yticks(range(len(shown)), shown.index)
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.set_xticks(range(len(columns)), names, rotation=90)
     axes.tick_params(length=0)
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
