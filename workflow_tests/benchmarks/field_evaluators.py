@@ -72,6 +72,11 @@ OURS_SHARED = (
 # --- what is compared with what -------------------------------------------------------------------------------------
 
 
+def _as_named(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
+    """Return a column; cell-eval2 leaves out one that is undefined for every perturbation."""
+    return table.get(name, pd.Series(np.nan, table.index))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One metric of ours beside one of theirs.
@@ -97,7 +102,7 @@ class Comparison:
     feed: str
     call: str
     differs: str
-    value: Callable[[pd.DataFrame, str, tuple[int, int]], pd.Series] = lambda table, name, shape: table[name]
+    value: Callable[[pd.DataFrame, str, tuple[int, int]], pd.Series] = _as_named
     is_same: bool = True
 
 
@@ -149,7 +154,8 @@ TEST = (
 PCA = "components fitted on what is scored; ours on training cells"
 BULK = "sums of counts and one pool of controls; ours means of normalized counts, controls of the same batches"
 POOL = (
-    "one pool of controls, q with the perturbed gene among the tested; ours within batches and cell types, without it"
+    "one pool of controls, predicted cells normalized anew, q with the perturbed gene among the tested; ours within "
+    "batches and cell types, cells as predicted, q without it"
 )
 COMPARISONS = (
     Comparison("mae", "cell-eval", "mae", "effects", "mae", "rounding"),
@@ -723,7 +729,7 @@ def show_agreement(folders: dict[str, Path], file: Path | None) -> None:
     for screen, table in tables.items():
         wrong |= set(table.loc[table["same"] & ~(table["same inputs"] <= TOLERANCE), "ours"])
         for column in ("as they are", "same inputs"):
-            columns[f"{screen}: {column}"] = table[column].map("{:.0e}".format).replace("nan", "–")
+            columns[f"{screen}: {column}"] = table[column].map("{:.0e}".format).replace({"nan": "–", "0e+00": "0"})
     shown = pd.DataFrame({**table[["ours", "theirs"]], **columns, "theirs differs in": table["differs"]})
     shown.insert(shown.shape[1] - 1, "same inputs are", [FEEDS[comparison.feed] for comparison in COMPARISONS])
     print(markdown(shown))
