@@ -679,7 +679,10 @@ def make(folder: Path, what: str) -> None:
 
 
 def greatest_difference(ours: pd.Series, theirs: pd.Series) -> float:
-    """Return the greatest absolute difference; infinite where a value is undefined for one of the two alone."""
+    """Return the greatest absolute difference.
+
+    It is infinite where a value is undefined for one of the two alone, and NaN where all are undefined for both.
+    """
     if (ours.isna() != theirs.isna()).any():
         return np.inf
     return float((ours - theirs).abs().max())
@@ -727,7 +730,7 @@ def show_agreement(folders: dict[str, Path], file: Path | None) -> None:
     tables = {screen: agreement(folder, screen == MADE) for screen, folder in folders.items()}
     columns, wrong = {}, set()
     for screen, table in tables.items():
-        wrong |= set(table.loc[table["same"] & ~(table["same inputs"] <= TOLERANCE), "ours"])
+        wrong |= set(table.loc[table["same"] & (table["same inputs"] > TOLERANCE), "ours"])
         for column in ("as they are", "same inputs"):
             columns[f"{screen}: {column}"] = table[column].map("{:.0e}".format).replace({"nan": "–", "0e+00": "0"})
     shown = pd.DataFrame({**table[["ours", "theirs"]], **columns, "theirs differs in": table["differs"]})
