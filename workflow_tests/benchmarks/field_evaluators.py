@@ -1,18 +1,19 @@
-r"""Compare this workflow's scores with those of the field's evaluators, cell-eval and scperteval.
+r"""Compare this workflow's scores with those of the field's evaluators: cell-eval, cell-eval2 and scperteval.
 
-All score the same predictions.
+All score the same predictions; cell-eval2 with its preset vcc2026.
 
     pip install -r envs/requirements.txt -r workflow_tests/benchmarks/field_evaluators.txt
     python workflow_tests/benchmarks/field_evaluators.py agreement
     python workflow_tests/benchmarks/field_evaluators.py agreement --results \
-        results/renge2023/unseen_perturbation/additive/seed_0
+        results/renge2023/unseen_perturbation/additive/seed_0 --table docs/results/evaluators_agreement.tsv
     python workflow_tests/benchmarks/field_evaluators.py nearness --results \
         results/*/unseen_combination/no_change/seed_0
     python workflow_tests/benchmarks/field_evaluators.py speed
     python workflow_tests/benchmarks/field_evaluators.py scale
 
-agreement: the greatest difference per metric over the perturbations of a made screen, or of a model's folder in a
+agreement: the greatest difference per metric over the perturbations of a made screen, and of a model's folder in a
 finished run: on the files as they are, and on inputs from which everything is taken out in which we differ by design.
+cell-eval2's files are those of `perturbflow export`, scored by the command in their README.md.
 nearness: how far models' files are off the measured cells in the evaluators' eyes, beside the mean of the controls
 itself, which is no file. speed: wall time, CPU time and peak memory, on the metrics that cell-eval has too and on all
 of ours. scale: ours on many cells. Each measurement is a process of its own, from its start to its end, or, from inputs
@@ -21,12 +22,14 @@ in memory to scores, the second time of two in one.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +51,7 @@ SIZES = {  # of made_predictions.py: genes, perturbations, controls, scored, pre
     "scale": (2_000, 300, 30_000, 500, 1_000),
 }
 TOLERANCE = 1e-6
+EVALUATORS = ("cell-eval", "cell-eval2", "scperteval", "geomloss")
 CELL_EVAL_SHARED = (
     "mae", "mse", "pearson_delta", "discrimination_score_l1", "discrimination_score_l2", "discrimination_score_cosine",
     "overlap_at_N", "pr_auc", "de_sig_genes_recall", "de_nsig_counts",
@@ -68,6 +72,11 @@ OURS_SHARED = (
 # --- what is compared with what -------------------------------------------------------------------------------------
 
 
+def _as_named(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
+    """Return a column; cell-eval2 leaves out one that is undefined for every perturbation."""
+    return table.get(name, pd.Series(np.nan, table.index))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One metric of ours beside one of theirs.
@@ -79,7 +88,8 @@ class Comparison:
     feed, call
         The inputs freed of our differences, and what is called on them; see `FEEDS`.
     differs
-        What the files as they are differ in, besides the controls: theirs know no batches and no starting cells.
+        What theirs do on the files as they are; ours if it is not plain. Besides the controls: theirs know no batches
+        and no starting cells.
     value
         Their table (perturbations × metrics), name in it, and (perturbations, genes) → values on our scale.
     is_same
@@ -92,7 +102,7 @@ class Comparison:
     feed: str
     call: str
     differs: str
-    value: Callable[[pd.DataFrame, str, tuple[int, int]], pd.Series] = lambda table, name, shape: table[name]
+    value: Callable[[pd.DataFrame, str, tuple[int, int]], pd.Series] = _as_named
     is_same: bool = True
 
 
@@ -102,6 +112,10 @@ def _norm(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
 
 def _discrimination(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
     return 1 - shape[0] * (1 - table[name]) / (shape[0] - 1)
+
+
+def _per_distance(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
+    return table["expr_mse_unbiased_capped"] / table["expr_distance_unbiased"].mean()
 
 
 def _overlap(table: pd.DataFrame, name: str, shape: tuple[int, int]) -> pd.Series:
@@ -124,22 +138,32 @@ FEEDS = {
     "components": "cells as our 50 principal components",
     "tested": "cells; per perturbation the genes that ours tests",
     "ordered": "the same, predicted q replaced by the ranks of p",
+    "noise": "log bulks and their sampling variances, perturbed genes left out, ρ = 1",
+    "tests": "our tests: log fold changes, p and q of the genes that ours tests",
     "weighted": "cells in double precision, our reference in the place of the control",
 }
-HEG = "all genes; ours the 1,000 highest in controls"
+HEG = "rounding; above 1,000 genes all of them, ours the 1,000 highest in controls"
 PDS = (
     "log differences of means, own target left out (of singles only), 1 − k/n, ties as sorted; ours log bulks, all "
     "targets of the panel left out, 1 − k/(n − 1), ties half"
 )
-TEST = "all genes, geometric means; ours genes above 5 CPM in controls, own target left out, arithmetic means"
+TEST = (
+    "all genes, geometric means; ours genes above 5 CPM in controls, own target left out, arithmetic means; 0 where no "
+    "gene is significant, ours undefined"
+)
 PCA = "components fitted on what is scored; ours on training cells"
+BULK = "sums of counts and one pool of controls; ours means of normalized counts, controls of the same batches"
+POOL = (
+    "one pool of controls, predicted cells normalized anew, q with the perturbed gene among the tested; ours within "
+    "batches and cell types, cells as predicted, q without it"
+)
 COMPARISONS = (
-    Comparison("mae", "cell-eval", "mae", "effects", "mae", "–"),
+    Comparison("mae", "cell-eval", "mae", "effects", "mae", "rounding"),
     Comparison("l2_heg1000", "cell-eval", "mse", "highest", "mse", HEG, _norm),
-    Comparison("l2_heg1000", "scperteval", "l2_heg_k=1000", "highest", "l2_heg_k=1000", "–"),
+    Comparison("l2_heg1000", "scperteval", "l2_heg_k=1000", "highest", "l2_heg_k=1000", "rounding"),
     Comparison("pearson_delta_ctrl", "cell-eval", "pearson_delta", "highest", "pearson_delta", HEG),
     Comparison(
-        "pearson_delta_ctrl", "scperteval", "pearson_ctrl_heg_k=1000", "highest", "pearson_ctrl_heg_k=1000", "–"
+        "pearson_delta_ctrl", "scperteval", "pearson_ctrl_heg_k=1000", "highest", "pearson_ctrl_heg_k=1000", "rounding"
     ),
     Comparison(
         "pearson_delta_pert",
@@ -164,9 +188,16 @@ COMPARISONS = (
         PDS,
         _discrimination,
     ),
-    Comparison("centroid_accuracy", "scperteval", "nir", "effects", "nir", "–"),
-    Comparison("rank_rmse", "scperteval", "rank", "effects", "rank", "–"),
-    Comparison("wmse", "scperteval", "wmse_exp2", "weighted", "wmse_exp2", "–"),
+    Comparison("centroid_accuracy", "scperteval", "nir", "effects", "nir", "ties at random; ours half"),
+    Comparison(
+        "rank_rmse",
+        "scperteval",
+        "rank",
+        "effects",
+        "rank",
+        "ties at random; ours half, and predictions within a tenth of their norm tie",
+    ),
+    Comparison("wmse", "scperteval", "wmse_exp2", "weighted", "wmse_exp2", "in single precision"),
     Comparison(
         "r2_w_delta",
         "scperteval",
@@ -204,7 +235,27 @@ COMPARISONS = (
     Comparison(
         "sinkhorn_w2", "geomloss", "sinkhorn", "components", "sinkhorn", "what scperteval calls, in double precision"
     ),
+    Comparison("pds_cosine", "cell-eval2", "pds_cosine", "bulks", "pds_cosine", BULK),
+    Comparison(
+        "expr_mse_unbiased_norm",
+        "cell-eval2",
+        "expr_mse_unbiased_capped_norm",
+        "noise",
+        "expr_mse_unbiased_capped_norm",
+        f"{BULK}; delete-one jackknife, ρ, Ĉ of the predicted cells; ours its first order, no ρ, Ĉ of the controls",
+        _per_distance,
+    ),
+    *(
+        Comparison(ours, "cell-eval2", f"de_wilcoxon_{theirs}", "tests", f"de_wilcoxon_{theirs}", POOL)
+        for ours, theirs in {
+            "direction_fidelity": "direction_fidelity_yield_raw",
+            "direction_reach": "direction_reach_raw",
+            "sig_jaccard": "sig_jaccard",
+            "lfc_nmae": "lfc_nmae",
+        }.items()
+    ),
 )
+MADE = "made screen"
 # The same on the made screen alone: one batch, few cells, that started from nothing, and no two predictions alike.
 MADE_ONLY = {"tested", "ordered", "weighted", "components"}
 TIES_DIFFER = {"rank_rmse", "centroid_accuracy"}
@@ -255,6 +306,68 @@ def pdex_tests(measured: ad.AnnData, predicted: ad.AnnData, tested: pd.DataFrame
         )
         tests[name] = polars.from_pandas(table)
     return tests
+
+
+def by_its_readme(export: Path, name: str) -> pd.DataFrame:
+    """Return the results of an evaluator on what `perturbflow export` wrote, by the command in its README.md."""
+    command = re.search(rf"{name} run (?:.*\\\n)*.*", (export / "README.md").read_text())[0]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(command, shell=True, cwd=export, env=os.environ | {"PATH": path}, check=True)
+    return pd.read_csv(export / re.search(r" -o (\S+)", command)[1] / "results.csv")
+
+
+def by_metric(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return perturbations × metrics of one row per value."""
+    return scores.pivot(index="perturbation", columns="metric", values="value")
+
+
+def cell_eval2(measured: ad.AnnData, predicted: ad.AnnData, metrics: list[str], tests: dict) -> pd.DataFrame:
+    """Return perturbations × metrics of the preset vcc2026, of means or of tests, given as de_real and de_pred."""
+    from cell_eval2 import EvalConfig, compute_metrics
+
+    columns = {"control": "control", "pert_col": "perturbation", "target_gene_map": {"*": None}}
+    config = replace(
+        EvalConfig.from_preset("vcc2026"), metrics=metrics, input_type="lognorm", validate_input=False, **columns
+    )
+    return by_metric(compute_metrics(predicted, measured, config=config, **tests).to_pandas())
+
+
+def expression_errors(noise: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Return cell-eval2's expression errors of given log bulks and variances, one perturbation at a time.
+
+    Each has controls of its own. A second perturbation, far off and without noise, keeps ρ at 1.
+    """
+    from cell_eval2.metrics.delta import distance_unbiased, mse_unbiased_capped
+    from cell_eval2.moments import GroupMoments
+
+    labels, rows = np.array(["control", "own", "far"]), []
+    for i in range(len(noise["labels"])):
+
+        def side(name: str, away: float, i: int = i) -> tuple[tuple, GroupMoments]:
+            bulks = np.stack([noise["control"][i], noise[name][i], noise[name][i] + away])
+            variances = np.array([noise["control_variance"][i], noise[f"{name}_variance"][i], 0.0])
+            return (labels, bulks), GroupMoments(labels, np.full(3, 2.0), np.zeros(3), jk=variances)
+
+        (bulks, moments), (bulks_hat, moments_hat) = side("measured", 0.0), side("predicted", 1e3)
+        real = {"comparator": "bulk_lognorm", "control": "control", "real_bulk": bulks, "real_moments": moments}
+        error = mse_unbiased_capped(pred_bulk=bulks_hat, pred_moments=moments_hat, **real)["own"]
+        rows.append((error, distance_unbiased(**real)["own"]))
+    columns = ["expr_mse_unbiased_capped", "expr_distance_unbiased"]
+    return pd.DataFrame(rows, noise["labels"], columns)
+
+
+def our_tests(tested: pd.DataFrame) -> dict:
+    """Return our tests as cell-eval2 takes those of others."""
+    import polars
+
+    tables = {}
+    for name, side in (("de_real", "measured"), ("de_pred", "predicted")):
+        columns = {
+            f"{column}_{side}": theirs
+            for column, theirs in {"lfc": "log2_fold_change", "p": "p_value", "q": "p_adj"}.items()
+        }
+        tables[name] = polars.from_pandas(tested[["target", "feature", *columns]].rename(columns=columns))
+    return tables
 
 
 def geomloss(measured: ad.AnnData, predicted: ad.AnnData, _: list[str]) -> pd.DataFrame:
@@ -336,7 +449,7 @@ def feeds(scored: "Scored") -> Iterator[tuple[str, list[str], list[str], np.ndar
 
 
 def write_feeds(scored: "Scored", genes: list[str], folder: Path) -> None:
-    """Write {feed}.measured.h5ad and {feed}.predicted.h5ad of every feed of rows, and tested.tsv."""
+    """Write {feed}.measured.h5ad and {feed}.predicted.h5ad of every feed of rows, noise.npz and tested.tsv."""
     for feed, *labels, measured, predicted, control in feeds(scored):
         lift = max(
             0.0, -min(rows.min() for rows in (measured, predicted, control))
@@ -347,8 +460,30 @@ def write_feeds(scored: "Scored", genes: list[str], folder: Path) -> None:
                 index=[f"column_{i}" for i in range(rows.shape[1])]
             )  # no gene's name: nothing more is left out
             ad.AnnData(np.vstack([rows, control]) + lift, obs, columns).write_h5ad(folder / f"{feed}.{name}.h5ad")
+    write_noise(scored, folder)
+    write_tests(scored, genes, folder)
+
+
+def write_noise(scored: "Scored", folder: Path) -> None:
+    """Write noise.npz: log bulks without perturbed genes, and sums of variances, weighed as means over other genes."""
+    kept = ~scored.own_target
+    weight = kept.shape[1] / kept.sum(axis=1)
+    arrays = {"labels": np.array(scored.labels)}
+    for side in ("measured", "predicted", "control"):
+        arrays[side] = np.sqrt(weight)[:, None] * kept * getattr(scored, f"{side}_bulk")
+        arrays[f"{side}_variance"] = weight * (kept * getattr(scored, f"{side}_bulk_variance")).sum(axis=1)
+    np.savez(folder / "noise.npz", **arrays)
+
+
+def write_tests(scored: "Scored", genes: list[str], folder: Path) -> None:
+    """Write tested.tsv: every test that ours makes."""
+    from perturbflow.evaluation.ranks import p_value
+
     at, gene = np.nonzero(~np.isnan(scored.measured_test.z))
     tested = pd.DataFrame({"target": np.array(scored.labels)[at], "feature": np.array(genes)[gene]})
+    for side, test in (("measured", scored.measured_test), ("predicted", scored.predicted_test)):
+        tested[f"lfc_{side}"] = test.log_fold_change[at, gene]
+        tested[f"p_{side}"], tested[f"q_{side}"] = p_value(test.z[at, gene]), test.q[at, gene]
     tested.to_csv(folder / "tested.tsv", sep="\t", index=False)
 
 
@@ -383,6 +518,13 @@ def work_prepare(folder: Path) -> None:
         cells.write_h5ad(folder / f"cells.{name}.h5ad")
 
 
+def work_export(folder: Path) -> None:
+    """What `perturbflow export` writes for the evaluators."""
+    from perturbflow.evaluation.layouts import layouts
+
+    layouts(folder / "pairs.h5ad", folder / "predictions.h5ad", folder / "export", "a run")
+
+
 def work_ours(folder: Path) -> None:
     """All our metrics, and every feed."""
     from perturbflow.evaluation import METRICS
@@ -413,26 +555,41 @@ def work_nearness(folder: Path) -> None:
 def work_evaluator(folder: Path, name: str) -> None:
     """All that is compared with one evaluator: {evaluator}.{feed}.tsv."""
     comparisons = [comparison for comparison in COMPARISONS if comparison.evaluator == name]
-    cells = read(folder, "cells")
-    evaluate = {"cell-eval": cell_eval, "scperteval": scperteval, "geomloss": geomloss}[name]
     asked = {"cells": [comparison.theirs for comparison in comparisons]} if name != "geomloss" else {}
     for comparison in comparisons:
         asked.setdefault(comparison.feed, []).append(comparison.call)
+    evaluate = evaluated_by_cell_eval2 if name == "cell-eval2" else evaluated
     for feed, calls in asked.items():
-        if feed in ("tested", "ordered"):
-            doubles = [in_float64(side) for side in cells]
-            tested = pd.read_csv(folder / "tested.tsv", sep="\t")
-            table = cell_eval(*doubles, [*calls, "de_nsig_counts"], pdex_tests(*doubles, tested, feed == "ordered"))
-        elif feed == "weighted":
-            reference = read(folder, "centred")[0]
-            reference = reference[reference.obs["perturbation"] == "control"].copy()
-            reference.var_names = cells[0].var_names
-            sides = [ad.concat([side[side.obs["perturbation"] != "control"], reference]) for side in cells]
-            table = evaluate(*map(in_float64, sides), calls)
-        else:
-            also = ["de_nsig_counts"] if "overlap_at_N" in calls else []
-            table = evaluate(*read(folder, feed), sorted({*calls, *also}))
+        table = evaluate(folder, name, feed, calls)
         table.to_csv(folder / f"{name}.{feed}.tsv", sep="\t", index_label="perturbation")
+
+
+def evaluated(folder: Path, name: str, feed: str, calls: list[str]) -> pd.DataFrame:
+    """Return perturbations × what an evaluator makes of one feed."""
+    evaluate = {"cell-eval": cell_eval, "scperteval": scperteval, "geomloss": geomloss}[name]
+    cells = read(folder, "cells")
+    if feed in ("tested", "ordered"):
+        doubles = [in_float64(side) for side in cells]
+        tested = pd.read_csv(folder / "tested.tsv", sep="\t", usecols=["target", "feature"])
+        return cell_eval(*doubles, [*calls, "de_nsig_counts"], pdex_tests(*doubles, tested, feed == "ordered"))
+    if feed == "weighted":
+        reference = read(folder, "centred")[0]
+        reference = reference[reference.obs["perturbation"] == "control"].copy()
+        reference.var_names = cells[0].var_names
+        sides = [ad.concat([side[side.obs["perturbation"] != "control"], reference]) for side in cells]
+        return evaluate(*map(in_float64, sides), calls)
+    also = ["de_nsig_counts"] if "overlap_at_N" in calls else []
+    return evaluate(*read(folder, feed), sorted({*calls, *also}))
+
+
+def evaluated_by_cell_eval2(folder: Path, _: str, feed: str, calls: list[str]) -> pd.DataFrame:
+    """Return perturbations × what cell-eval2 makes of one feed."""
+    if feed == "cells":
+        return by_metric(by_its_readme(folder / "export", "cell-eval2"))
+    if feed == "noise":
+        return expression_errors(dict(np.load(folder / "noise.npz")))
+    tests = our_tests(pd.read_csv(folder / "tested.tsv", sep="\t")) if feed == "tests" else {}
+    return cell_eval2(*read(folder, "bulks"), calls, tests)
 
 
 def work_ours_shared(folder: Path) -> None:
@@ -478,11 +635,10 @@ def work_cell_eval_in_memory(folder: Path) -> None:
 
 WORK = {
     "prepare": work_prepare,
+    "export": work_export,
     "nearness": work_nearness,
     "ours": work_ours,
-    "cell-eval": lambda folder: work_evaluator(folder, "cell-eval"),
-    "scperteval": lambda folder: work_evaluator(folder, "scperteval"),
-    "geomloss": lambda folder: work_evaluator(folder, "geomloss"),
+    **{name: partial(work_evaluator, name=name) for name in EVALUATORS},
     "ours, shared metrics": work_ours_shared,
     "ours, all metrics": work_ours_all,
     "cell-eval, shared metrics": work_cell_eval_shared,
@@ -523,7 +679,10 @@ def make(folder: Path, what: str) -> None:
 
 
 def greatest_difference(ours: pd.Series, theirs: pd.Series) -> float:
-    """Return the greatest absolute difference; infinite where a value is undefined for one of the two alone."""
+    """Return the greatest absolute difference.
+
+    It is infinite where a value is undefined for one of the two alone, and NaN where all are undefined for both.
+    """
     if (ours.isna() != theirs.isna()).any():
         return np.inf
     return float((ours - theirs).abs().max())
@@ -531,7 +690,7 @@ def greatest_difference(ours: pd.Series, theirs: pd.Series) -> float:
 
 def agreement(folder: Path, is_made: bool = True) -> pd.DataFrame:
     """Return one row per comparison: greatest differences over perturbations, and whether definitions are equal."""
-    for name in ("prepare", "ours", "cell-eval", "scperteval", "geomloss"):
+    for name in ("prepare", "export", "ours", *EVALUATORS):
         work(name, folder)
 
     def table(name: str) -> pd.DataFrame:
@@ -566,15 +725,21 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def show_agreement(folder: Path, is_made: bool) -> None:
-    """Print the table of agreement; fail where the same definition gives another value."""
-    table = agreement(folder, is_made)
-    wrong = table[table["same"] & ~(table["same inputs"] <= TOLERANCE)]
-    table["as they are"] = table["as they are"].map("{:.0e}".format)
-    table["same inputs"] = table["same inputs"].map("{:.0e}".format)
-    print(markdown(table))
-    if len(wrong):
-        raise SystemExit(f"more than {TOLERANCE:g} apart where the definition is the same: {', '.join(wrong['ours'])}")
+def show_agreement(folders: dict[str, Path], file: Path | None) -> None:
+    """Print the table of agreement, and write it; fail where the same definition gives another value."""
+    tables = {screen: agreement(folder, screen == MADE) for screen, folder in folders.items()}
+    columns, wrong = {}, set()
+    for screen, table in tables.items():
+        wrong |= set(table.loc[table["same"] & (table["same inputs"] > TOLERANCE), "ours"])
+        for column in ("as they are", "same inputs"):
+            columns[f"{screen}: {column}"] = table[column].map("{:.0e}".format).replace({"nan": "–", "0e+00": "0"})
+    shown = pd.DataFrame({**table[["ours", "theirs"]], **columns, "theirs differs in": table["differs"]})
+    shown.insert(shown.shape[1] - 1, "same inputs are", [FEEDS[comparison.feed] for comparison in COMPARISONS])
+    print(markdown(shown))
+    if file:
+        shown.to_csv(file, sep="\t", index=False)
+    if wrong:
+        raise SystemExit(f"more than {TOLERANCE:g} apart where the definition is the same: {', '.join(sorted(wrong))}")
 
 
 def show_nearness(results: list[Path]) -> None:
@@ -647,8 +812,9 @@ def main() -> None:
         type=Path,
         nargs="+",
         default=[],
-        help="models' folders; for agreement one, in place of a made screen",
+        help="models' folders; for agreement one, beside the made screen",
     )
+    parser.add_argument("--table", type=Path, help="write the table of agreement here, too")
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it the next time")
     parser.add_argument("--name", choices=WORK, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -661,12 +827,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        if arguments.results:
-            link_results(arguments.results[0], folder)
-        elif not (folder / "split.json").exists():
+        if not (folder / "split.json").exists():
             make(folder, arguments.what)
         if arguments.what == "agreement":
-            show_agreement(folder, is_made=not arguments.results)
+            folders = {MADE: folder}
+            for model in arguments.results[:1]:
+                dataset, split, name, _ = model.resolve().parts[-4:]
+                folders[f"{dataset}, {split}, {name}"] = run = folder / "run"
+                run.mkdir(exist_ok=True)
+                link_results(model, run)
+            show_agreement(folders, arguments.table)
         else:
             {"speed": show_speed, "scale": show_scale}[arguments.what](folder)
 

@@ -42,12 +42,13 @@ class Size:
 
 @contextmanager
 def streamed(path: Path, layers: tuple[str, ...], **tables: object) -> Iterator[Callable]:
-    """Yield a function that appends cells to X and layers of an .h5ad, so that no matrix needs to fit into memory."""
+    """Yield a function that appends cells to X and layers of an .h5ad, so that no matrix needs to fit into memory.
+
+    Tables are written last: a column can be filled in meanwhile.
+    """
     n_cells, n_genes = len(tables["obs"]), len(tables["var"])
     with h5py.File(path, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        for name, table in tables.items():
-            ad.io.write_elem(file, name, table)
         ad.io.write_elem(file, "layers", {})
         groups = [file.create_group(name) for name in ("X", *(f"layers/{layer}" for layer in layers))]
         for group in groups:
@@ -69,6 +70,8 @@ def streamed(path: Path, layers: tuple[str, ...], **tables: object) -> Iterator[
                     group[name][-len(values) :] = values
 
         yield append
+        for name, table in tables.items():
+            ad.io.write_elem(file, name, table)
 
 
 def generate(folder: Path, size: Size, seed: int, starts_from_controls: bool) -> None:
@@ -137,8 +140,12 @@ def generate(folder: Path, size: Size, seed: int, starts_from_controls: bool) ->
     with streamed(
         folder / "pairs.h5ad", ("counts",), obs=obs, var=var, obsm={"control_index": index}, uns=uns
     ) as append:
+        totals = []
         for label, _, _, n in groups:
-            append(*sampled(effect_of[label], n))
+            X, counts = sampled(effect_of[label], n)
+            append(X, counts)
+            totals.append(np.asarray(counts.sum(axis=1)).ravel())
+        obs["total_counts"] = np.concatenate(totals)
     n_predicted = len(tested) * size.predicted
     predicted_obs = pd.DataFrame(index=[f"predicted_{i}" for i in range(n_predicted)])
     predicted_obs["perturbation"] = pd.Categorical(np.repeat(tested, size.predicted))

@@ -6,9 +6,10 @@ import anndata as ad
 import numpy as np
 import pytest
 from conftest import SPECS, Prepared, make_screen, prepare
+from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.evaluation.layouts import layouts
+from perturbflow.evaluation.layouts import _counts, layouts
 from perturbflow.predict import predict
 from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train
@@ -65,6 +66,16 @@ def test_counts_of_predicted_cells_are_whole_and_give_the_predicted_values(writt
     target_sum = pairs.uns["perturbflow"]["target_sum"]
     again = np.log1p(counts * (target_sum / totals)[:, None])
     np.testing.assert_allclose(again.mean(axis=0), predictions.X.toarray().mean(axis=0), atol=0.02)
+
+
+def test_fractions_of_a_count_keep_their_mean_and_whole_ones_stay() -> None:
+    totals = np.full(4000, 100.0)
+    counts = np.tile([0.2, 0.7, 3.0, 96.1, 20_000.0, 0.0], (4000, 1))
+    X = sparse.csr_matrix(np.log1p(counts * 10).astype(np.float32))
+    again = _counts(X, totals, 1000.0).toarray()
+    np.testing.assert_array_equal(again, np.rint(again))
+    np.testing.assert_array_equal(again[:, [2, 4, 5]], counts[:, [2, 4, 5]])
+    np.testing.assert_allclose(again.mean(axis=0), counts[0], atol=0.03)  # 4 standard errors
 
 
 def test_a_folder_of_other_files_and_predictions_of_another_split_are_refused(here: Prepared, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Metrics: their extremes, tests and distances against other implementations, noise against exact formulas."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -408,6 +409,12 @@ def test_metrics_of_differential_expression_by_hand() -> None:
     assert score("auprc", scored)[0] == pytest.approx(average_precision_score([1, 1, 1, 1, 0], [9, 8, 7, 1, 6]))
 
 
+def test_of_equally_confident_genes_the_strongest_is_first() -> None:
+    measured = [(3, YES, 1), (3, YES, 1), (3, YES, 1)]
+    assert score("direction_reach", of_genes([(2, NO, -1), (2, NO, 2), (1, NO, -1)], measured)).tolist() == [1 / 3]
+    assert score("direction_reach", of_genes([(2, NO, -2), (2, NO, 1), (1, NO, -1)], measured)).tolist() == [0]
+
+
 @given(
     st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30).filter(
         lambda genes: any(real for real, _ in genes)
@@ -427,6 +434,20 @@ def test_what_is_not_needed_is_left_out_and_changes_nothing_else(prepared: dict[
     for name, metric in METRICS.items():
         if metric.needs != "cells":
             np.testing.assert_array_equal(metric.function(part), metric.function(whole), err_msg=name)
+
+
+def test_fold_changes_do_not_depend_on_the_total_that_counts_are_normalized_to(prepared: dict[str, Prepared]) -> None:
+    cells = Pairs.read(prepared["unseen_perturbation"].pairs)
+    predictions = predictions_from(cells)
+    gene = int(np.argmax(predictions.X.mean(axis=0)))
+    predictions.X = sparse.csr_matrix(predictions.X.toarray() * (np.arange(predictions.n_vars) != gene))
+    scored = score_inputs(predictions, cells, frozenset({"de"}))
+    assert (scored.predicted_test.log_fold_change[:, gene] < -30).any(), "no cell of the prediction has the gene"
+    predictions.X, X = ((100 * X.expm1()).log1p().astype(np.float32) for X in (predictions.X, cells.X))
+    again = score_inputs(predictions, replace(cells, X=X), frozenset({"de"}))
+    for name in ("predicted_test", "measured_test"):
+        changes = (getattr(of, name).log_fold_change for of in (again, scored))
+        np.testing.assert_allclose(*changes, atol=1e-4)
 
 
 def test_lfc_error_of_ten_genes() -> None:
@@ -469,7 +490,7 @@ def test_error_without_bias_by_hand() -> None:
         v_hat, v, v_c = (
             getattr(scored, f"{side}_bulk_variance")[i, genes] for side in ("predicted", "measured", "control")
         )
-        numerators.append((((b_hat - b) ** 2).sum() - np.minimum(v_hat, v).sum() - v.sum()) / genes.sum())
+        numerators.append((((b_hat - b) ** 2).sum() - min(v_hat.sum(), v.sum()) - v.sum()) / genes.sum())
         denominators.append((((b - c) ** 2).sum() - v.sum() - v_c.sum()) / genes.sum())
     values = score("expr_mse_unbiased_norm", scored)
     assert np.allclose(values, np.array(numerators) / np.mean(denominators))

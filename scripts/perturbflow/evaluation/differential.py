@@ -91,14 +91,16 @@ def direction_fidelity(scored: Scored) -> np.ndarray:
 def direction_reach(scored: Scored) -> np.ndarray:
     """k*/n of the n measured significant genes, most confident prediction first.
 
-    k* is the longest prefix with at least 0.9 of signs right. NaN where n is 0.
+    k* is the longest prefix with at least 0.9 of signs right. Of equally confident genes the one with the larger
+    abs(lfc) is first. NaN where n is 0.
     """
 
     def reach(genes: TestedGenes) -> float:
         significant = genes.is_significant
         if not significant.any():
             return np.nan
-        is_right = genes.has_right_sign[significant][_descending(np.abs(genes.z_hat[significant]))]
+        order = np.lexsort((-np.abs(genes.log_fold_change_hat), -np.abs(genes.z_hat)))
+        is_right = genes.has_right_sign[order][significant[order]]
         length = np.arange(1, len(is_right) + 1)
         return (length * (np.cumsum(is_right) >= PURITY * length - 1e-9)).max() / len(is_right)
 
@@ -109,7 +111,7 @@ def direction_reach(scored: Scored) -> np.ndarray:
 def lfc_nmae(scored: Scored) -> np.ndarray:
     """Σ abs(lfĉ − lfc) / Σ abs(lfc) over the measured significant genes; NaN below 10 of these.
 
-    lfc = log2((m + 10⁻⁹)/(m_c + 10⁻⁹)) of mean normalized counts, not of logarithms.
+    lfc = log2((m + 10⁻⁹)/(m_c + 10⁻⁹)) of mean counts per million, not of logarithms.
     """
 
     def error(genes: TestedGenes) -> float:

@@ -31,7 +31,7 @@ N_HIGH_EXPRESSION = 1000
 N_COMPONENTS = 50
 MAX_CELLS_OF_DISTANCE = 1000
 TESTED_CPM = 5.0
-LFC_OFFSET = 1e-9
+LFC_OFFSET_CPM = 1e-9
 MOST_IN_DOUBLE = 16_000_000  # values of a table of perturbations × genes: larger ones are kept in single precision
 NEEDS = frozenset({"pseudobulk", "counts", "de", "cells"})  # data that a metric may be computed from
 
@@ -155,7 +155,9 @@ class _Comparison:
         self.highly_expressed = np.zeros(X.shape[1], dtype=bool)
         self.highly_expressed[np.argsort(-mean_and_variance(X)[0], kind="stable")[:N_HIGH_EXPRESSION]] = True
         profile = mean_profile(self.controls.counts)[0]
-        self._is_expressed = 1e6 * profile > TESTED_CPM * profile.sum()
+        per_million = profile.sum() / 1e6  # one count per million of the genes of pairs.h5ad, in normalized counts
+        self._is_expressed = profile > TESTED_CPM * per_million
+        self._offset = LFC_OFFSET_CPM * per_million
         self._pool = self.controls.pools(measured.strata)[measured.stratum]
         scored = [self._pool[rows] for rows in measured.rows.values()]
         if "de" in needs:
@@ -186,7 +188,8 @@ class _Comparison:
         q = np.full(len(z), np.nan)
         if is_tested.any():
             q[is_tested] = adjusted(p_value(z[is_tested]))
-        return np.stack([z, q, np.where(is_tested, np.log2((profile + LFC_OFFSET) / (control + LFC_OFFSET)), np.nan)])
+        log_fold_change = np.log2((profile + self._offset) / (control + self._offset))
+        return np.stack([z, q, np.where(is_tested, log_fold_change, np.nan)])
 
     def of(self, label: str, own_target: np.ndarray) -> dict:
         """Return the fields of `Scored` for one perturbation, given the mask of its own genes."""

@@ -21,11 +21,13 @@ logger = logging.getLogger(__name__)
 
 PERTURBATION, CONTROLS = "target", "non-targeting"
 FOLDERS = {"cell_eval": "log1p", "vcc2026": "counts"}
+ROUNDING = 1e-4  # relative, of log1p values in single precision that are taken back to counts
 README = """# {place}: for the field's evaluators
 
 `predicted.h5ad` and `measured.h5ad` hold the same {n_controls:,} measured controls (`{control}`), and cells of \
 {n_perturbations:,} held-out perturbations in `obs.{column}`. Measured cells are those that the workflow scores: \
-half `b`. `cell_eval` has log1p of counts normalized to {target_sum!r}, `vcc2026` has counts.
+half `b`. `cell_eval` has log1p of counts normalized to {target_sum!r}, `vcc2026` has counts. Fractions of a count are \
+rounded up or down by chance: so means stay as they are.
 
 ```bash
 pip install cell-eval==0.8.2 && cell-eval run -ap cell_eval/predicted.h5ad -ar cell_eval/measured.h5ad \\
@@ -105,10 +107,16 @@ def _totals(predicted: ad.AnnData, obs: pd.DataFrame, is_control: np.ndarray) ->
 
 
 def _counts(X: sparse.csr_matrix, totals: np.ndarray, target_sum: float) -> sparse.csr_matrix:
-    """Return whole counts of log1p normalized ones, (cells, genes)."""
+    """Return whole counts of log1p normalized ones, (cells, genes).
+
+    A fraction is the probability of being rounded up: many small values would all become 0, and their mean with them.
+    """
     linear = X.astype(np.float64).expm1()
-    counts = sparse.diags(totals / target_sum) @ linear
-    counts.data = np.rint(counts.data)
+    counts = sparse.csr_matrix(sparse.diags(totals / target_sum) @ linear)
+    whole = np.rint(counts.data)
+    is_whole = np.abs(counts.data - whole) <= ROUNDING * (1 + whole)
+    by_chance = np.floor(counts.data + np.random.default_rng(0).random(len(whole)))
+    counts.data = np.where(is_whole, whole, by_chance)
     counts.eliminate_zeros()
     return sparse.csr_matrix(counts, dtype=np.float32)
 

@@ -119,23 +119,26 @@ def l2_heg1000_off_target(scored: Scored) -> np.ndarray:
 
 @metric("error", VCC, "lower", SIGNED_RATIO, "counts", perfect=0.0, useless=1.0)
 def expr_mse_unbiased_norm(scored: Scored) -> np.ndarray:
-    """N_p / mean_q D_q, N = mean over genes of (b̂ − b)² − min(Ĉ, C) − C, D of (b − b_c)² − C − C_c.
+    """N_p / mean_q D_q, N = (‖b̂ − b‖² − min(Ĉ, C) − C)/G, D = (‖b − b_c‖² − C − C_c)/G.
 
-    b = log(1 + 5·10⁴·P/ΣP) of summed normalized counts P of cells and controls (c), C their sampling variances by
-    the infinitesimal jackknife; without the perturbed genes. The mean over perturbations is ΣN/ΣD. Ĉ is the noise of
-    c̄ where the mean of the cells was set to c̄ plus an effect, as by every model here: no change has 1. It is below
-    0 for cells nearer to the measured ones than a second sample. Ĉ has no cap ρ as in the source. NaN where measured
-    effects do not exceed their noise, or for a single cell.
+    b = log(1 + 5·10⁴·P/ΣP) of summed normalized counts P of cells and controls (c) over G genes, C the sums of their
+    sampling variances by the infinitesimal jackknife; without the perturbed genes. The mean over perturbations is
+    ΣN/ΣD. Ĉ is the noise of c̄ where the mean of the cells was set to c̄ plus an effect, as by every model here: no
+    change has 1. It is below 0 for cells nearer to the measured ones than a second sample. Ĉ has no cap ρ as in the
+    source. NaN where measured effects do not exceed their noise, or for a single cell.
     """
     genes = ~scored.own_target
-    noise = np.minimum(scored.predicted_bulk_variance, scored.measured_bulk_variance) + scored.measured_bulk_variance
-    error = np.square(scored.predicted_bulk - scored.measured_bulk) - noise
-    effect = (
-        np.square(scored.measured_bulk - scored.control_bulk)
-        - scored.measured_bulk_variance
-        - scored.control_bulk_variance
+    error, effect, noise_hat, noise, noise_of_control = (
+        (part * genes).sum(axis=1) / genes.sum(axis=1)
+        for part in (
+            np.square(scored.predicted_bulk - scored.measured_bulk),
+            np.square(scored.measured_bulk - scored.control_bulk),
+            scored.predicted_bulk_variance,
+            scored.measured_bulk_variance,
+            scored.control_bulk_variance,
+        )
     )
-    numerator, denominator = ((part * genes).sum(axis=1) / genes.sum(axis=1) for part in (error, effect))
+    numerator, denominator = error - np.minimum(noise_hat, noise) - noise, effect - noise - noise_of_control
     is_known = np.isfinite(denominator)
     mean = denominator[is_known].mean() if is_known.any() else np.nan
     return numerator / mean if mean > 0 else np.full(len(numerator), np.nan)

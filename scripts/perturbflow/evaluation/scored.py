@@ -24,7 +24,7 @@ class Differential:
     q
         p-value, adjusted within the perturbation (Benjamini and Hochberg 1995).
     log_fold_change
-        log2((m + 10⁻⁹) / (m_c + 10⁻⁹)) of the mean normalized counts of cells and of controls.
+        log2((m + 10⁻⁹) / (m_c + 10⁻⁹)) of the mean counts per million of cells and of controls.
     """
 
     z: np.ndarray
