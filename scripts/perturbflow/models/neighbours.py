@@ -21,6 +21,7 @@ BANDWIDTHS = (np.inf, 1.0, 0.5, 0.25)
 TEMPERINGS = (0.0, 1.0)
 STRENGTHS = np.linspace(0.0, 1.0, 21)
 LEAST_GENES = 3
+GENES_AT_ONCE = 1000  # weights of all training genes over all would be large tables
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Neighbours:
         Their standardized embeddings, (genes, dimensions).
     sizes
         Norms of their effects, (genes,).
+    apart
+        Median distance between their embeddings.
     bandwidth
-        Of the Gaussian kernel, in units of the median distance. Infinite: all genes have the same weight.
+        Of the Gaussian kernel, in units of `apart`. Infinite: all genes have the same weight.
     tempering
         1: a gene's weight is divided by the norm of its effect, so that no strong gene dominates. 0: it is not.
     strength
@@ -46,6 +49,7 @@ class Neighbours:
     genes: list[str]
     vectors: np.ndarray
     sizes: np.ndarray
+    apart: float
     bandwidth: float = np.inf
     tempering: float = 0.0
     strength: float = 1.0
@@ -67,14 +71,14 @@ class Neighbours:
         genes = [gene for gene in by_gene[0] if gene in vectors]
         effects = [np.stack([table[gene] for gene in genes]) for table in by_gene]
         sizes = np.linalg.norm((effects[0] + effects[1]) / 2, axis=1)
-        first_guess = cls(genes, np.stack([vectors[gene] for gene in genes]), sizes)
+        known = np.stack([vectors[gene] for gene in genes])
+        first_guess = cls(genes, known, sizes, _apart(known))
         if len(set(map(entity_of, genes))) < LEAST_GENES:
             return first_guess
         lowest, chosen = np.inf, first_guess
         for bandwidth, tempering in itertools.product(BANDWIDTHS, TEMPERINGS):
             candidate = replace(first_guess, bandwidth=bandwidth, tempering=tempering)
-            weights = candidate.weights(first_guess.vectors, leave_out_self=True)
-            borrowed = [weights @ table for table in effects]
+            borrowed = candidate._borrowed(effects)
             for strength in STRENGTHS:
                 errors = [np.linalg.norm(effects[1 - i] - strength * borrowed[i], axis=1).mean() for i in (0, 1)]
                 if sum(errors) < lowest:
@@ -90,17 +94,36 @@ class Neighbours:
         """Undo `state`."""
         return cls(**{**state, "vectors": state["vectors"].numpy(), "sizes": state["sizes"].numpy()})
 
-    def weights(self, vectors: np.ndarray, *, leave_out_self: bool = False) -> np.ndarray:
-        """Return weights over training genes that sum to 1, (vectors, genes)."""
-        distances = cdist(vectors, self.vectors)
-        among = pdist(self.vectors)
-        scale = float(np.median(among[among > 0])) if (among > 0).any() else 1.0
-        logits = np.zeros_like(distances)
+    def weights(self, vectors: np.ndarray, is_left_out: np.ndarray | bool = False) -> np.ndarray:
+        """Return weights over training genes that sum to 1, (vectors, genes).
+
+        Parameters
+        ----------
+        is_left_out
+            Which training genes have no weight, (vectors, genes).
+        """
+        logits = np.zeros((len(vectors), len(self.genes)))
         if np.isfinite(self.bandwidth):
-            logits = -0.5 * (distances / (self.bandwidth * scale)) ** 2
-        logits = logits - self.tempering * np.log(np.maximum(self.sizes, 1e-12))
-        if leave_out_self:
-            names = np.array(list(map(entity_of, self.genes)))
-            logits[names[:, None] == names] = -np.inf
+            logits = -0.5 * (cdist(vectors, self.vectors) / (self.bandwidth * self.apart)) ** 2
+        logits -= self.tempering * np.log(np.maximum(self.sizes, 1e-12))
+        logits = np.where(is_left_out, -np.inf, logits)
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         return weights / weights.sum(axis=1, keepdims=True)
+
+    def _borrowed(self, effects: list[np.ndarray]) -> list[np.ndarray]:
+        """Return what every training gene, or compound, would borrow from the others, by table of effects."""
+        names = np.array(list(map(entity_of, self.genes)))
+        found = [np.empty(table.shape) for table in effects]
+        for first in range(0, len(names), GENES_AT_ONCE):
+            here = slice(first, first + GENES_AT_ONCE)
+            weights = self.weights(self.vectors[here], names[here, None] == names)
+            for borrowed, table in zip(found, effects, strict=True):
+                borrowed[here] = weights @ table
+        return found
+
+
+def _apart(vectors: np.ndarray) -> float:
+    """Return the median distance between different vectors; 1 where all are equal."""
+    among = pdist(vectors)
+    among = among[among > 0]
+    return float(np.median(among)) if len(among) else 1.0
