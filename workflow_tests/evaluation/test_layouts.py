@@ -9,7 +9,7 @@ from conftest import SPECS, Prepared, make_screen, prepare
 from scipy import sparse
 
 from perturbflow.errors import InputError
-from perturbflow.evaluation.layouts import _counts, layouts
+from perturbflow.evaluation.layouts import layouts, whole_counts
 from perturbflow.predict import predict
 from perturbflow.registry.families import FAMILIES
 from perturbflow.train import train
@@ -72,7 +72,7 @@ def test_fractions_of_a_count_keep_their_mean_and_whole_ones_stay() -> None:
     totals = np.full(4000, 100.0)
     counts = np.tile([0.2, 0.7, 3.0, 96.1, 20_000.0, 0.0], (4000, 1))
     X = sparse.csr_matrix(np.log1p(counts * 10).astype(np.float32))
-    again = _counts(X, totals, 1000.0).toarray()
+    again = whole_counts(X, totals, 1000.0).toarray()
     np.testing.assert_array_equal(again, np.rint(again))
     np.testing.assert_array_equal(again[:, [2, 4, 5]], counts[:, [2, 4, 5]])
     np.testing.assert_allclose(again.mean(axis=0), counts[0], atol=0.03)  # 4 standard errors

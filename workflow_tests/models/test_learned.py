@@ -103,14 +103,14 @@ def test_neighbours_are_the_same_some_genes_at_a_time(monkeypatch: pytest.Monkey
     effects = Effects(genes, rng.normal(size=200) + 0.5 * rng.normal(size=(20, 200)))
     vectors = {gene: rng.normal(size=4) for gene in genes}
     whole = Neighbours.fit(effects, effects, vectors)
-    borrowed = whole._borrowed([effects.values])[0]
+    borrowed = whole.borrowed([effects.values])[0]
     monkeypatch.setattr("perturbflow.models.neighbours.GENES_AT_ONCE", 7)
     parts = Neighbours.fit(effects, effects, vectors)
     assert (parts.bandwidth, parts.tempering, parts.strength) == (whole.bandwidth, whole.tempering, whole.strength)
-    np.testing.assert_allclose(parts._borrowed([effects.values])[0], borrowed)
+    np.testing.assert_allclose(parts.borrowed([effects.values])[0], borrowed)
     expected = np.stack([np.delete(effects.values, i, axis=0).mean(axis=0) for i in range(20)])
     equal = Neighbours(genes, whole.vectors, whole.sizes, whole.apart)  # the same weight for all
-    np.testing.assert_allclose(equal._borrowed([effects.values])[0], expected)
+    np.testing.assert_allclose(equal.borrowed([effects.values])[0], expected)
 
 
 def test_effects_of_disjoint_controls_share_no_noise(screen: tuple[Pairs, Embeddings]) -> None:

@@ -320,7 +320,7 @@ def test_neighbours_do_not_learn_from_other_doses_of_the_same_compound(compounds
     rng = np.random.default_rng(2)
     vector = {name: rng.normal(0, 1, 4) for name in map(entity_of, labels)}
     fitted = Neighbours.fit(effects, effects, {label: vector[entity_of(label)] for label in labels})
-    weights = fitted._borrowed([np.eye(len(fitted.genes))])[0]  # of effects that each have a gene of their own
+    weights = fitted.borrowed([np.eye(len(fitted.genes))])[0]  # of effects that each have a gene of their own
     same = np.array([[entity_of(a) == entity_of(b) for b in fitted.genes] for a in fitted.genes])
     assert not weights[same].any()
     assert fitted.strength < 0.5, "compounds of unrelated effects tell nothing of one another"

@@ -85,7 +85,7 @@ def layouts(pairs: Path, predictions: Path, target: Path, place: str) -> list[Pa
                 X = sparse.vstack([sparse.csr_matrix(predicted.X), X], format="csr")
                 table = pd.concat([_table(predicted.obs, predicted.obs["perturbation"]), table])
                 measured_totals = np.concatenate([totals, measured_totals])
-            X = X if scale == "log1p" else _counts(X, measured_totals, target_sum)
+            X = X if scale == "log1p" else whole_counts(X, measured_totals, target_sum)
             files.append(_write(target / folder / f"{name}.h5ad", X, table, cells.genes))
     labels = predicted.obs["perturbation"].astype(str)
     is_named = labels.isin(cells.genes).any()
@@ -106,7 +106,7 @@ def _totals(predicted: ad.AnnData, obs: pd.DataFrame, is_control: np.ndarray) ->
     return np.full(predicted.n_obs, np.median(known[is_control])), OF_MEDIAN
 
 
-def _counts(X: sparse.csr_matrix, totals: np.ndarray, target_sum: float) -> sparse.csr_matrix:
+def whole_counts(X: sparse.csr_matrix, totals: np.ndarray, target_sum: float) -> sparse.csr_matrix:
     """Return whole counts of log1p normalized ones, (cells, genes).
 
     A fraction is the probability of being rounded up: many small values would all become 0, and their mean with them.

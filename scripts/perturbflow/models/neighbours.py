@@ -78,9 +78,9 @@ class Neighbours:
         lowest, chosen = np.inf, first_guess
         for bandwidth, tempering in itertools.product(BANDWIDTHS, TEMPERINGS):
             candidate = replace(first_guess, bandwidth=bandwidth, tempering=tempering)
-            borrowed = candidate._borrowed(effects)
+            lent = candidate.borrowed(effects)
             for strength in STRENGTHS:
-                errors = [np.linalg.norm(effects[1 - i] - strength * borrowed[i], axis=1).mean() for i in (0, 1)]
+                errors = [np.linalg.norm(effects[1 - i] - strength * lent[i], axis=1).mean() for i in (0, 1)]
                 if sum(errors) < lowest:
                     lowest, chosen = sum(errors), replace(candidate, strength=float(strength))
         return chosen
@@ -110,7 +110,7 @@ class Neighbours:
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         return weights / weights.sum(axis=1, keepdims=True)
 
-    def _borrowed(self, effects: list[np.ndarray]) -> list[np.ndarray]:
+    def borrowed(self, effects: list[np.ndarray]) -> list[np.ndarray]:
         """Return what every training gene, or compound, would borrow from the others, by table of effects."""
         names = np.array(list(map(entity_of, self.genes)))
         found = [np.empty(table.shape) for table in effects]
